@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Valid as bash and as Python, since torchrun hands its script to Python:
+#   torchrun examples/pretrain_cca_emu3.sh [--config FILE] [--set SECTION.KEY=VALUE ...] [--device auto|cpu|cuda]
+#   torchrun --nproc_per_node 2 examples/pretrain_cca_emu3.sh --set parallel.tensor_model_parallel_size=2
+#   bash examples/pretrain_cca_emu3.sh [the same arguments]     (NPROC_PER_NODE processes; default 1)
+""":"
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="$here/../.venv/bin/python"
+[ -x "$python" ] || python=python3
+[ "${NPROC_PER_NODE:-1}" = 1 ] && exec "$python" "${BASH_SOURCE[0]}" "$@"
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "${BASH_SOURCE[0]}" "$@"
+":"""  # fmt: skip
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+try:
+    from megatron_cca.training.main import main
+except ModuleNotFoundError as error:
+    sys.exit(f"pretrain_cca_emu3.sh: {error.name} is not installed in {sys.executable}; run `make install` first")
+
+if __name__ == "__main__":
+    main(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml")

@@ -1,0 +1,257 @@
+"""The run's configuration: dataclasses, strict YAML, command-line overrides.
+
+Every key is Megatron-Core's own name where Megatron has one. Nothing here imports torch or Megatron, so that a mistyped
+key is refused in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_cca.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+_strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
+
+
+@_strict
+class ModelConfig:
+    """Section ``model``: a named preset of a family; any size left at null is the preset's."""
+
+    name: str = "emu3-tiny"
+    """The preset: ``emu3-tiny`` or ``emu3-8b``."""
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    ffn_hidden_size: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
+    num_query_groups: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The vocabulary is padded to a multiple of this times ``tensor_model_parallel_size``."""
+    padded_vocab_size: PositiveInt | None = None
+    """The padded vocabulary, if it is to be the same for every layout."""
+    hidden_dropout: Probability = 0.0
+    attention_dropout: Probability = 0.0
+    init_method_std: PositiveFloat = 0.02
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere."""
+
+
+@_strict
+class ParallelConfig:
+    """Section ``parallel``: the data-parallel size is what the world size leaves."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+
+
+@_strict
+class ObjectiveConfig:
+    """Section ``objective``."""
+
+    name: Literal["next_token", "cca"] = "cca"
+    beta: PositiveFloat = 0.02
+    """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
+    negative_weight: PositiveFloat = 1.0
+    """The paper's lambda: larger means more fidelity and less diversity."""
+
+
+@_strict
+class ReferenceConfig:
+    """Section ``reference``: the frozen copy that the objective compares with."""
+
+    strategy: Literal["resident"] = "resident"
+    """``resident`` keeps it beside the policy."""
+    checkpoint: str | None = None
+    """Its weights; null means ``training.pretrained_checkpoint``."""
+
+
+@_strict
+class DataConfig:
+    """Section ``data``."""
+
+    path: str = "digits"
+    """A folder of token shards. The word ``digits`` stands for scikit-learn's scans, tokenised on first use."""
+    condition_dropout: Probability = 0.1
+    """Share of rows whose caption is emptied (the authors' ``uncond_ratio``)."""
+
+
+@_strict
+class OptimizerConfig:
+    """Section ``optimizer``: AdamW."""
+
+    lr: PositiveFloat = 1e-5
+    min_lr: NonNegativeFloat = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+
+
+@_strict
+class TrainingConfig:
+    """Section ``training``."""
+
+    train_iters: PositiveInt = 60
+    micro_batch_size: PositiveInt = 32
+    """Image-condition samples in one forward pass of one data-parallel rank (a CCA sample is two rows)."""
+    global_batch_size: PositiveInt = 256
+    seed: NonNegativeInt = 1234
+    precision: Literal["fp32", "bf16"] = "fp32"
+    output_dir: str = "runs/emu3_tiny_cca"
+    """Holds metrics.jsonl, TensorBoard events, config.yaml and checkpoints/."""
+    pretrained_checkpoint: str | None = None
+    """The weights to start from; null means random ones, the same for every layout."""
+    save_interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    distributed_timeout_minutes: PositiveInt = 10
+
+
+@_strict
+class LoggingConfig:
+    """Section ``logging``."""
+
+    tensorboard: bool = True
+    progress_bar: bool = True
+
+
+@_strict
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+
+SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-5`` as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {sorted(map(str, twice))[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides in order.
+
+    Args:
+        path: the file; None starts from the defaults.
+        overrides: strings such as ``training.train_iters=10``; the value is YAML.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: Mapping[str, Any]) -> Config:
+    """Validate nested plain data into a :class:`Config`; raises :class:`UserError` naming the first bad key."""
+    try:
+        # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain data, the inverse of :func:`config_from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}; give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: expected sections {', '.join(SECTIONS)}, found a {type(tree).__name__}")
+    return {section: {} if keys is None else keys for section, keys in tree.items()}
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"--set {override}: expected section.key=value, such as training.train_iters=10")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    keys = tree.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise UserError(f"{section}: expected keys below this section, found {keys!r}")
+    keys[name] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: unknown key; {_suggestion(location)}"
+    if first["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key}: expected keys below this section, found {first['input']!r}"
+    # A union such as `int | None` adds the branch it tried to the location; the user knows only section and key.
+    return f"{'.'.join(location[:2])}: {_lower_first(first['msg'])}, found {first['input']!r}"
+
+
+def _suggestion(location: list[str]) -> str:
+    section = SECTIONS.get(location[0]) if len(location) > 1 else None
+    known = [field.name for field in dataclasses.fields(section)] if section else list(SECTIONS)
+    prefix = f"{location[0]}." if section else ""
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,80 @@
+"""scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits, shipped inside the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from megatron_cca.data.patch_codebook import PatchCodebook
+from megatron_cca.data.shards import Sample, write_shards
+from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
+from megatron_cca.data.text import train_tokenizer
+from megatron_cca.errors import UserError
+from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
+
+# What data.path means by it, and where its tokens go (below the working directory, like every run).
+KEYWORD = "digits"
+DEFAULT_FOLDER = Path("runs/data/digits")
+
+HELD_OUT = 360
+PATCH = 2
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PHRASINGS = ("a handwritten {}", "the digit {}", "a scan of a {}", "{} in handwriting")
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Real scans: ``images`` uint8 ``[N, 8, 8]`` with grey levels 0 to 255, ``labels`` int64 ``[N]``."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load_scans() -> tuple[Scans, Scans]:
+    """The training split (1,437 scans) and the held-out split (360), stratified by digit; always the same."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise UserError("data.path: digits needs scikit-learn; pip install 'megatron-cca[eval]'") from None
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(images, bunch.target.astype(np.int64), test_size=HELD_OUT, random_state=0, stratify=bunch.target)
+    return Scans(parts[0], parts[2]), Scans(parts[1], parts[3])
+
+
+def captions_of(label: int) -> list[str]:
+    """Every phrasing of a digit."""
+    return [phrasing.format(WORDS[label]) for phrasing in PHRASINGS]
+
+
+def ensure_digit_shards(folder: Path = DEFAULT_FOLDER) -> Path:
+    """Tokenise the training split into ``folder`` unless that was done before; safe to call from many processes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.exists():
+            _tokenize(folder)
+    return folder
+
+
+def _tokenize(folder: Path) -> None:
+    train, _ = load_scans()
+    codebook = PatchCodebook.fit(train.images, TINY_CODEBOOK_SIZE, PATCH)
+    tokenizer = train_tokenizer((text for label in range(10) for text in captions_of(label)), TINY_TEXT_SIZE)
+
+    def encode_text(text: str) -> list[int]:
+        return tokenizer.encode(text).ids
+
+    def write_extras(partial: Path) -> None:
+        tokenizer.save(str(partial / TOKENIZER_FILE))
+        codebook.save(partial)
+
+    phrasings = np.random.default_rng(0).integers(len(PHRASINGS), size=len(train.labels))
+    samples = (
+        Sample(codes, np.array(encode_text(captions_of(label)[phrasing])), int(label))
+        for codes, label, phrasing in zip(codebook.encode(train.images), train.labels, phrasings, strict=True)
+    )
+    write_shards(folder, samples, tiny_vocabulary(), encode_text, write_extras)

@@ -1,0 +1,61 @@
+"""The demo's image tokenizer: a k-means codebook of small patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FILE_NAME = "codebook.npy"
+
+
+@dataclass(frozen=True)
+class PatchCodebook:
+    """A codebook of square patches.
+
+    Attributes:
+        centres: float32 ``[K, P, P]``, grey levels 0 to 255.
+    """
+
+    centres: np.ndarray
+
+    @classmethod
+    def fit(cls, images: np.ndarray, codebook_size: int, patch: int, seed: int = 0) -> PatchCodebook:
+        """Fit ``codebook_size`` patches of ``patch`` x ``patch`` pixels to uint8 images ``[N, H, W]``."""
+        from sklearn.cluster import KMeans
+
+        patches = _patches(images, patch).reshape(-1, patch * patch).astype(np.float32)
+        means = KMeans(codebook_size, n_init=1, random_state=seed).fit(patches)
+        return cls(means.cluster_centers_.astype(np.float32).reshape(-1, patch, patch))
+
+    @classmethod
+    def load(cls, folder: Path) -> PatchCodebook:
+        """The codebook that a shard folder carries."""
+        return cls(np.load(folder / FILE_NAME, allow_pickle=False))
+
+    def save(self, folder: Path) -> None:
+        """Write it into a shard folder."""
+        np.save(folder / FILE_NAME, self.centres)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 ``[N, H, W]`` -> int64 codes ``[N, H / P, W / P]`` of the nearest patches."""
+        patch = self.centres.shape[-1]
+        patches = _patches(images, patch).astype(np.float32)
+        flat = patches.reshape(-1, patch * patch)
+        centres = self.centres.reshape(len(self.centres), -1)
+        distances = (centres**2).sum(1) - 2 * flat @ centres.T
+        return distances.argmin(1).reshape(patches.shape[:3])
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """int codes ``[N, h, w]`` -> uint8 images ``[N, h * P, w * P]``."""
+        patch = self.centres.shape[-1]
+        n, h, w = codes.shape
+        images = self.centres[codes].transpose(0, 1, 3, 2, 4).reshape(n, h * patch, w * patch)
+        return images.round().clip(0, 255).astype(np.uint8)
+
+
+def _patches(images: np.ndarray, patch: int) -> np.ndarray:
+    """``[N, H, W]`` -> ``[N, H / P, W / P, P, P]``."""
+    n, height, width = images.shape
+    return images.reshape(n, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)

@@ -1,0 +1,38 @@
+"""A model for sampling, from any checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.config import ParallelConfig, config_from_dict
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import Architecture, check_layout
+from megatron_cca.models.gpt import build_gpt
+
+
+def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
+    """The whole model of a checkpoint, split over all ranks of this job by tensor parallelism.
+
+    The process group and Megatron's groups must be initialised with tensor parallelism over all ranks.
+
+    Raises:
+        UserError: no whole checkpoint there, or one that this many ranks cannot split.
+    """
+    key = "checkpoint"
+    folder = layout.resolve(checkpoint, key)
+    config = config_from_dict(layout.read_summary(folder, key)["config"])
+    architecture = resolve_architecture(config.model)
+    parallel = ParallelConfig(tensor_model_parallel_size=dist.get_world_size())
+    try:
+        check_layout(architecture, config.model, parallel)
+    except UserError as error:
+        raise UserError(f"{key}: {folder} cannot be sampled on {dist.get_world_size()} ranks: {error}") from None
+    model_config = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0)
+    model = build_gpt(architecture, model_config, parallel, config.training.precision)
+    distributed.load_weights(folder, model, key)
+    return model.requires_grad_(False), architecture

@@ -1,0 +1,24 @@
+"""Model families. A family is one folder and one line in :data:`FAMILIES`."""
+
+from __future__ import annotations
+
+from megatron_cca.config import ModelConfig
+from megatron_cca.errors import UserError
+from megatron_cca.models.architecture import Architecture, with_overrides
+from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
+
+FAMILIES: dict[str, dict[str, Architecture]] = {
+    "emu3": EMU3_PRESETS,
+}
+
+
+def resolve_architecture(config: ModelConfig) -> Architecture:
+    """The architecture that a ``model`` section describes: its preset with the given sizes put in.
+
+    Raises:
+        UserError: an unknown preset.
+    """
+    presets = {name: preset for family in FAMILIES.values() for name, preset in family.items()}
+    if config.name not in presets:
+        raise UserError(f"model.name: unknown preset {config.name!r}; known: {', '.join(presets)}")
+    return with_overrides(presets[config.name], config)

@@ -1,0 +1,81 @@
+"""The sizes of a decoder-only model and the layouts it can take; no torch, no Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from megatron_cca.config import ModelConfig, ParallelConfig
+from megatron_cca.errors import UserError
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes under Megatron's names, and the vocabulary that gives token ids their meaning."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: int
+    vocabulary: Emu3Vocabulary
+
+
+def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
+    """The preset with every size that ``config`` does not leave at null.
+
+    Raises:
+        UserError: heads that do not divide the hidden size, or groups that do not divide the heads.
+    """
+    names = {field.name for field in fields(config)}
+    given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
+    architecture = replace(preset, **{name: value for name, value in given.items() if value is not None})
+    _must_divide("model.num_attention_heads", architecture.num_attention_heads, "hidden_size", architecture.hidden_size)
+    _must_divide(
+        "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
+    )
+    if architecture.hidden_size // architecture.num_attention_heads % 2:
+        raise UserError(
+            f"model.num_attention_heads: {architecture.num_attention_heads} heads of "
+            f"{architecture.hidden_size // architecture.num_attention_heads} channels; rotary embedding needs an even number"
+        )
+    return architecture
+
+
+def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding and the LM head: ``model.padded_vocab_size``, or the next multiple that TP can split."""
+    if model.padded_vocab_size is not None:
+        return model.padded_vocab_size
+    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-architecture.vocabulary.size // multiple) * multiple
+
+
+def check_layout(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout that the model cannot take.
+
+    Raises:
+        UserError: names the parallel size, what it must divide, and the sizes that would do.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    padded = padded_vocab_size(architecture, model, tp)
+    if padded < architecture.vocabulary.size:
+        raise UserError(f"model.padded_vocab_size: {padded} is less than the vocabulary of {architecture.vocabulary.size}")
+    for name, size in (
+        ("num_attention_heads", architecture.num_attention_heads),
+        ("num_query_groups", architecture.num_query_groups),
+        ("ffn_hidden_size", architecture.ffn_hidden_size),
+        ("padded_vocab_size", padded),
+    ):
+        _must_divide("parallel.tensor_model_parallel_size", tp, name, size)
+    _must_divide("parallel.pipeline_model_parallel_size", pp, "num_layers", architecture.num_layers)
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size of 2 or more, found 1")
+
+
+def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
+    if size % divisor:
+        possible = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
+        raise UserError(f"{key}: {divisor} does not divide {name} {size}; possible: {possible}")

@@ -1,0 +1,55 @@
+"""Random weights that are the same for every layout: each tensor is drawn from its name, then cut to this rank's part.
+
+Megatron's own initialisation depends on the pipeline and tensor layout, so that runs could not be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+# Weights that write into the residual stream start smaller by sqrt(2 * num_layers), as in GPT-2 and Megatron.
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_by_name(model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
+    """Fill a pipeline stage: norms with ones, other weights with N(0, std), rows past ``vocab_size`` with zeros."""
+    shards = _collect_shards(model.sharded_state_dict())
+    for shard in shards:
+        if "layernorm" in shard.key or "layer_norm" in shard.key:
+            shard.data.fill_(1.0)
+            continue
+        scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
+        shard.data.copy_(scale * _whole_tensor_part(shard, seed, vocab_size).view_as(shard.data))
+
+
+def _collect_shards(tree) -> list[ShardedTensor]:
+    if isinstance(tree, ShardedTensor):
+        return [tree]
+    if isinstance(tree, ShardedTensorFactory):
+        return _collect_shards(tree.build())
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [shard for item in tree for shard in _collect_shards(item)] if isinstance(tree, list) else []
+
+
+def _whole_tensor_part(shard: ShardedTensor, seed: int, vocab_size: int) -> Tensor:
+    """Draw the whole tensor (one layer's, where layers are stacked) and return this rank's part."""
+    stacked = shard.prepend_axis_num
+    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
+    shape, offset = list(shard.global_shape[stacked:]), shard.global_offset[stacked:]
+    is_vocabulary = "word_embeddings" in shard.key or "output_layer" in shard.key
+    rows = vocab_size if is_vocabulary else shape[0]
+    whole = torch.zeros(shape)
+    whole[:rows].normal_(generator=_generator(name, seed))
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

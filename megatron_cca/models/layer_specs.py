@@ -1,0 +1,54 @@
+"""The one switch between Transformer Engine's layers and local ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_cca import platform
+from megatron_cca.errors import UserError
+from megatron_cca.models.local_layers import RMSNorm, ScaledDotProductAttention
+
+
+def layer_spec(transformer_impl: str, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+    """The decoder's layers for ``model.transformer_impl``.
+
+    Args:
+        transformer_impl: ``auto``, ``local`` or ``transformer_engine``.
+        num_layers: layers on this pipeline stage.
+
+    Raises:
+        UserError: Transformer Engine asked for where it is not installed or has no GPU.
+    """
+    available = HAVE_TE and platform.current().is_cuda
+    if transformer_impl == "transformer_engine" and not available:
+        raise UserError(
+            "model.transformer_impl: transformer_engine needs a GPU and the package transformer-engine "
+            "(pip install 'megatron-cca[gpu]'); use auto or local here"
+        )
+    if transformer_impl == "local" or not available:
+        return _local_block(num_layers)
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def _local_block(num_layers: int) -> TransformerBlockSubmodules:
+    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
+    attention = submodules.self_attention
+    attention = dataclasses.replace(
+        attention, submodules=dataclasses.replace(attention.submodules, core_attention=ScaledDotProductAttention)
+    )
+    submodules = dataclasses.replace(
+        submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention
+    )
+    # Named here too: a bare layer spec would leave the final norm to Megatron's fallback.
+    return TransformerBlockSubmodules(
+        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=submodules)] * num_layers, layer_norm=RMSNorm
+    )

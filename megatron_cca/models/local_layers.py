@@ -1,0 +1,79 @@
+"""Layers for machines without Transformer Engine, where Megatron-Core's own fall short for image-length sequences."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm that works under sequence parallelism (Megatron's torch fallback refuses it).
+
+    ``[..., H] -> [..., H]``, in the input's dtype. The weight is marked ``sequence_parallel``, so that Megatron sums
+    its gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Core attention on torch's fused kernels: never an S x S score matrix where the device has a flash kernel."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_unused,
+    ) -> None:
+        super().__init__()
+        assert attention_type == "self" and config.context_parallel_size == 1
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_unused,
+    ) -> Tensor:
+        """Causal attention, or attention to the whole cache when one new token is decoded.
+
+        Args:
+            query: ``[S, B, heads, D]``.
+            key: ``[T, B, groups, D]``; value likewise.
+            attention_mask: unused; padding is on the right, where causality already hides it.
+            attn_mask_type: ``no_mask`` while decoding with a cache, causal otherwise.
+
+        Returns:
+            ``[S, B, heads * D]``.
+        """
+        causal = attn_mask_type != AttnMaskType.no_mask
+        assert causal or query.size(0) == 1, "without a mask only a single new token may attend to the cache"
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

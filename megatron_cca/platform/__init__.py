@@ -1,0 +1,121 @@
+"""Where the program runs: CUDA with NCCL, or a CPU with gloo.
+
+The only package that touches ``torch.cuda``. Call :func:`install` once, before Megatron-Core is imported; from then
+on Megatron-Core runs unmodified and the rest of the project asks this module for devices, backends and memory.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A device type (``"cpu"`` or ``"cuda"``) and the torch.distributed backend that serves it."""
+
+    device_type: Literal["cpu", "cuda"]
+    backend: Literal["gloo", "nccl"]
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether tensors live on a GPU."""
+        return self.device_type == "cuda"
+
+
+_CPU = Platform("cpu", "gloo")
+_CUDA = Platform("cuda", "nccl")
+_installed: Platform | None = None
+
+
+def install(choice: DeviceChoice = "auto") -> Platform:
+    """Choose the platform for this process and prepare Megatron-Core for it. Idempotent.
+
+    Args:
+        choice: ``"auto"`` takes CUDA where a GPU is visible and the CPU elsewhere; ``"cpu"`` and ``"cuda"`` force.
+
+    Returns:
+        The platform in force.
+
+    Raises:
+        ValueError: ``"cuda"`` without a visible GPU, or another choice than the one already installed.
+    """
+    global _installed
+    if _installed is not None:
+        if choice not in ("auto", _installed.device_type):
+            raise ValueError(f"device {choice!r}: this process already runs on {_installed.device_type!r}")
+        return _installed
+    from megatron_cca.platform import adam, cpu, quiet
+
+    quiet.hide_expected_messages()
+    # Megatron overlaps tensor-parallel communication with compute correctly only with a single hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    platform = _choose(choice)
+    if platform is _CPU:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        cpu.redirect_cuda_to_cpu()
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    adam.serve_megatron()
+    _installed = platform
+    return platform
+
+
+def _choose(choice: DeviceChoice) -> Platform:
+    if choice == "cpu":
+        return _CPU
+    if torch.cuda.is_available():
+        return _CUDA
+    if choice == "cuda":
+        raise ValueError("device 'cuda': no GPU is visible to this process; use 'cpu' or 'auto'")
+    return _CPU
+
+
+def current() -> Platform:
+    """The installed platform; installs ``"auto"`` if nothing was installed yet."""
+    return _installed or install()
+
+
+def device() -> torch.device:
+    """The device of this rank's tensors."""
+    if current().is_cuda:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def process_group_options() -> dict:
+    """Keyword arguments for ``torch.distributed.init_process_group`` on this platform."""
+    options: dict = {"backend": current().backend}
+    if "MASTER_PORT" not in os.environ:
+        # Not under torchrun: a job of one process needs no port.
+        options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    if current().is_cuda:
+        options["device_id"] = device()
+    return options
+
+
+def synchronize() -> None:
+    """Wait for the work queued on the device, so that a wall-clock reading means something."""
+    if current().is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes held: the allocator's on a GPU, the process's resident set on a CPU."""
+    if current().is_cuda:
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name() -> str:
+    """A name of the device for logs: the GPU's, or the number of CPU threads."""
+    if current().is_cuda:
+        return torch.cuda.get_device_name()
+    return f"CPU ({torch.get_num_threads()} threads)"

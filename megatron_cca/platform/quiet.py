@@ -1,0 +1,36 @@
+"""Messages that Megatron-Core prints on every supported run and that ask nothing of the user."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_WARNINGS = (
+    # Running without them is supported here (see adam.py and models/layer_specs.py).
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    r"full scope is deprecated",
+    r"Could not determine rank from torch.distributed",
+    r"MimoModelConfig is experimental",
+    # Megatron's distributed optimizer looks at gradients of views on its buffers on purpose.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+    r"`torch\.distributed\._sharded_tensor` will be deprecated",
+)
+_LOG_RECORDS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "megatron.core.rerun_state_machine": "State",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+    "megatron.core.dist_checkpointing.strategies.async_utils": "async save is deprecated",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # The tracker guards CPU randomness while it forks the GPU's; on a CPU the two are one generator.
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed",
+}
+
+
+def hide_expected_messages() -> None:
+    """Filter the messages above, and no others."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, text in _LOG_RECORDS.items():
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())

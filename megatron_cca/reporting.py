@@ -1,0 +1,47 @@
+"""How command-line programs end when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_cca.errors import UserError
+
+# A mistake that every rank sees is told by rank 0 alone; one that only another rank sees is told by it after this wait.
+_OTHER_RANKS_WAIT_SECONDS = 5.0
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
+
+    Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
+    words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
+    """
+    try:
+        yield
+    except UserError as error:
+        line = f"megatron_cca: error: {error}"
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+        _leave(line, status=2)
+    except Exception:
+        rank = os.environ.get("RANK")
+        where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
+        _leave(where + traceback.format_exc(), status=1)
+
+
+def _leave(text: str, status: int) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    os._exit(status)

@@ -1,0 +1,104 @@
+"""Everything about a run that can be refused before any process group is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.config import Config, config_from_dict
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import check_layout
+
+PRETRAINED = "training.pretrained_checkpoint"
+REFERENCE = "reference.checkpoint"
+OUTPUT = "training.output_dir"
+
+# A resumed run must not differ in these; layout, logging and the number of steps may.
+_FIXED_SECTIONS = ("model", "objective", "reference", "data")
+_FIXED_KEYS = (("training", "seed"), ("training", "global_batch_size"), ("training", "precision"))
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Refuse an impossible run.
+
+    Raises:
+        UserError: an unsuitable layout, batch size, schedule or checkpoint; names the key.
+    """
+    architecture = resolve_architecture(config.model)
+    check_layout(architecture, config.model, config.parallel)
+    _check_batch(config, data_parallel_size(config, world_size))
+    _check_schedule(config)
+    if config.objective.name != "next_token":
+        for key in ("hidden_dropout", "attention_dropout"):
+            if getattr(config.model, key) > 0:
+                raise UserError(
+                    f"model.{key}: must be 0 for objective {config.objective.name}, found {getattr(config.model, key)}: "
+                    "dropout would make policy and reference differ from the first step"
+                )
+    if config.training.pretrained_checkpoint is not None:
+        _check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
+    if config.reference.checkpoint is not None:
+        _check_weights(config, config.reference.checkpoint, REFERENCE)
+    _check_resume(config)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """What the world size leaves after tensor and pipeline parallelism.
+
+    Raises:
+        UserError: a world size that is not a multiple of TP x PP.
+    """
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise UserError(
+            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} does not divide the "
+            f"{world_size} processes of this job; start a multiple of {tp * pp} (torchrun --nproc_per_node)"
+        )
+    return world_size // (tp * pp)
+
+
+def _check_batch(config: Config, data_parallel: int) -> None:
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    if whole % (micro * data_parallel):
+        raise UserError(
+            f"training.global_batch_size: {whole} is not a multiple of training.micro_batch_size {micro} x data-parallel "
+            f"size {data_parallel}; the nearest that is: {max(1, round(whole / (micro * data_parallel))) * micro * data_parallel}"
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    optimizer, training = config.optimizer, config.training
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"optimizer.min_lr: {optimizer.min_lr} is more than optimizer.lr {optimizer.lr}")
+    if optimizer.lr_warmup_iters >= training.train_iters and optimizer.lr_warmup_iters > 0:
+        raise UserError(
+            f"optimizer.lr_warmup_iters: must be less than training.train_iters {training.train_iters}, "
+            f"found {optimizer.lr_warmup_iters}"
+        )
+
+
+def _check_weights(config: Config, path: str, key: str) -> None:
+    folder = layout.resolve(path, key)
+    saved = config_from_dict(layout.read_summary(folder, key)["config"])
+    ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved))
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
+
+
+def _check_resume(config: Config) -> None:
+    root = Path(config.training.output_dir) / layout.FOLDER
+    if layout.latest_iteration(root) is None:
+        return
+    folder = layout.resolve(root, OUTPUT)
+    summary = layout.read_summary(folder, OUTPUT)
+    ours, theirs = asdict(config), summary["config"]
+    keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
+    for section, name in [*keys, *_FIXED_KEYS]:
+        if ours[section][name] != theirs.get(section, {}).get(name):
+            raise UserError(
+                f"{section}.{name}: {ours[section][name]!r}, but the run in {config.training.output_dir} was started "
+                f"with {theirs.get(section, {}).get(name)!r}; set it so, or choose another training.output_dir"
+            )

@@ -1,0 +1,110 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from megatron_cca import __version__, platform
+from megatron_cca.checkpoint import distributed
+from megatron_cca.config import Config, config_to_dict
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.errors import UserError
+from megatron_cca.training.metrics import MetricsLog
+from megatron_cca.training.setup import Run, initialize_distributed, set_up
+from megatron_cca.training.step import StepReport, train_step
+
+
+def train(config: Config, shards: TokenShards) -> None:
+    """Train to ``training.train_iters``, continuing from the newest checkpoint in ``training.output_dir``.
+
+    Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
+    """
+    initialize_distributed(config)
+    run = set_up(config, shards)
+    if run.iteration >= config.training.train_iters:
+        _say(f"{config.training.output_dir} is already at step {run.iteration}; raise training.train_iters to go on")
+        return
+    if dist.get_rank() != 0:
+        _loop(run, None)
+        return
+    output = Path(config.training.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    options = {"tensorboard": config.logging.tensorboard, "progress_bar": config.logging.progress_bar}
+    with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
+        log.say(_headline(run))
+        _loop(run, log)
+
+
+def _loop(run: Run, log: MetricsLog | None) -> None:
+    training = run.config.training
+    while run.iteration < training.train_iters:
+        step = run.iteration
+        started = time.perf_counter()
+        report = train_step(run)
+        platform.synchronize()
+        if step == 0:
+            _check_first_step(run, report, log)
+        if log is not None:
+            log.write(_row(run, step, report, time.perf_counter() - started))
+        at_end = run.iteration == training.train_iters
+        if at_end or (training.save_interval and run.iteration % training.save_interval == 0):
+            _save(run, log)
+
+
+def _check_first_step(run: Run, report: StepReport, log: MetricsLog | None) -> None:
+    if report.worst_log_ratio is None:
+        return
+    rows = 2 * run.config.training.global_batch_size
+    if report.worst_log_ratio != 0.0 and run.config.reference.checkpoint is None:
+        raise UserError(
+            f"step-0 log-ratio: {report.worst_log_ratio:g} nats at worst over {rows} rows, must be exactly 0: policy and "
+            "reference have the same weights, so the layers are not deterministic here; try model.transformer_impl=local"
+        )
+    if log is not None:
+        exactly = "exactly 0" if report.worst_log_ratio == 0.0 else f"{report.worst_log_ratio:g} at worst"
+        log.say(f"step-0 log-ratio: {exactly} (policy - reference, {rows} rows, nats)")
+
+
+def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:
+    return {
+        "step": step,
+        **report.metrics,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "samples_per_second": run.config.training.global_batch_size / seconds,
+        "tokens_per_second": report.num_tokens / seconds,
+        "peak_memory_gib": platform.peak_memory_bytes() / 2**30,
+    }
+
+
+def _save(run: Run, log: MetricsLog | None) -> None:
+    summary = {
+        "config": config_to_dict(run.config),
+        "version": __version__,
+        "vocabulary": run.architecture.vocabulary.fingerprint(),
+        "data": run.batches.shards.fingerprint(),
+    }
+    distributed.save(run.checkpoints, run.iteration, run.policy.module, run.optimizer, summary)
+    if log is not None:
+        log.say(f"saved {run.checkpoints} at step {run.iteration}")
+
+
+def _headline(run: Run) -> str:
+    config = run.config
+    parallel = config.parallel
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
+        f"on {dist.get_world_size()} process(es), {platform.device_name()}"
+    )
+    resumed = f", continuing at step {run.iteration}" if run.iteration else ""
+    return f"{config.objective.name}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

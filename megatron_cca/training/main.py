@@ -1,0 +1,102 @@
+"""The training program: what ``examples/pretrain_cca_emu3.sh`` runs on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_cca import platform
+from megatron_cca.checkpoint import layout
+from megatron_cca.config import Config, load_config
+from megatron_cca.errors import UserError
+from megatron_cca.reporting import reported_errors
+from megatron_cca.training.checks import check_run
+
+
+def main(default_config: Path, base_config: Path, argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, refuse what cannot run, train.
+
+    Args:
+        default_config: the YAML file taken without ``--config``.
+        base_config: how to pretrain the default's base model where it is not there yet.
+        argv: command-line arguments; None means the process's.
+    """
+    arguments = _parser(default_config).parse_args(argv)
+    os.environ.setdefault("WORLD_SIZE", "1")
+    with reported_errors():
+        config = load_config(arguments.config or default_config, arguments.set)
+        base = None if arguments.config else _missing_base(config, load_config(default_config), base_config)
+        runs = [config] if base is None else [base, config]
+        _check_all(runs)
+        _install(arguments.device)
+        _train_all(runs)
+
+
+def _parser(default_config: Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain_cca_emu3.sh",
+        description="Train with Condition Contrastive Alignment (or next-token likelihood) on Megatron-Core.",
+        epilog="Examples: torchrun examples/pretrain_cca_emu3.sh | torchrun --nproc_per_node 2 "
+        "examples/pretrain_cca_emu3.sh --set parallel.tensor_model_parallel_size=2",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"YAML file (default: {default_config.name}: the tiny model on scikit-learn's digits)",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key of the configuration; may be repeated, e.g. --set training.train_iters=10",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
+    )
+    return parser
+
+
+def _missing_base(config: Config, default: Config, base_config: Path) -> Config | None:
+    """The run that pretrains the default configuration's base, if it is wanted and not there yet."""
+    wanted = config.training.pretrained_checkpoint
+    if wanted is None or wanted != default.training.pretrained_checkpoint:
+        return None
+    base = load_config(base_config)
+    base = replace(
+        base, model=config.model, parallel=config.parallel, data=replace(base.data, path=config.data.path),
+        training=replace(base.training, output_dir=wanted),
+    )
+    iteration = layout.latest_iteration(Path(wanted) / layout.FOLDER)
+    return base if iteration is None or iteration < base.training.train_iters else None
+
+
+def _check_all(runs: Sequence[Config]) -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
+    check_run(runs[0], world_size)
+    if len(runs) > 1:
+        # Its base does not exist yet; everything else about it can be refused now.
+        check_run(replace(runs[1], training=replace(runs[1].training, pretrained_checkpoint=None)), world_size)
+
+
+def _install(device: platform.DeviceChoice) -> None:
+    try:
+        platform.install(device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+
+
+def _train_all(runs: Sequence[Config]) -> None:
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    import torch.distributed as dist
+
+    from megatron_cca.training.loop import train
+    from megatron_cca.training.setup import open_shards
+
+    for config in runs:
+        shards = open_shards(config)
+        train(config, shards)
+    dist.destroy_process_group()

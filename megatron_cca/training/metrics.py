@@ -1,0 +1,94 @@
+"""What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar; on rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes one JSON object a step to ``<output_dir>/metrics.jsonl`` and the same to TensorBoard.
+
+    Args:
+        output_dir: the run's folder.
+        first_step: steps at or past it that an interrupted run logged already are dropped.
+        train_iters: the run's length, for the progress bar.
+        tensorboard: whether to write TensorBoard events.
+        progress_bar: whether to show a bar (only where standard error is a terminal).
+    """
+
+    def __init__(
+        self, output_dir: Path, first_step: int, train_iters: int, *, tensorboard: bool, progress_bar: bool
+    ) -> None:
+        path = output_dir / METRICS_FILE
+        kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
+        path.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = _summary_writer(output_dir / "tensorboard", first_step) if tensorboard else None
+        self._bar = tqdm(
+            total=train_iters,
+            initial=first_step,
+            desc=output_dir.name,
+            unit="step",
+            disable=None if progress_bar else True,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        self._every = max(1, train_iters // 10)
+        self._train_iters = train_iters
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Log one step; ``row["step"]`` counts from 0."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, row["step"])
+        self._bar.set_postfix_str(_short(row), refresh=False)
+        self._bar.update()
+        done = row["step"] + 1
+        if self._bar.disable and (done % self._every == 0 or done == self._train_iters):
+            self.say(f"step {done}/{self._train_iters}  {_short(row)}")
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the progress bar."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl, in order."""
+    return [json.loads(line) for line in _lines(output_dir / METRICS_FILE)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines only: a killed run may have left half of its last one."""
+    text = path.read_text() if path.exists() else ""
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _summary_writer(folder: Path, first_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _short(row: dict[str, float]) -> str:
+    shown = {"loss": "loss", "positive_log_ratio": "r+", "negative_log_ratio": "r-", "accuracy": "acc", "grad_norm": "gn"}
+    values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
+    return f"{values}  {row['samples_per_second']:.0f} samples/s"

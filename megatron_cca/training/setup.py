@@ -1,0 +1,220 @@
+"""Build what a run needs: process groups, policy, reference, optimizer, schedule, data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.utils import get_model_config
+
+from megatron_cca import platform
+from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.config import Config
+from megatron_cca.data import digits
+from megatron_cca.data.microbatches import BatchBuilder
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.gpt import build_gpt
+from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.objectives import OBJECTIVES, PairLogps
+from megatron_cca.training.checks import PRETRAINED, REFERENCE
+
+
+@dataclass
+class Run:
+    """A run ready to take steps; built by :func:`set_up`."""
+
+    config: Config
+    architecture: Architecture
+    objective: object
+    batches: BatchBuilder
+    policy: DistributedDataParallel
+    reference: torch.nn.Module | None
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether the objective contrasts pairs with a reference."""
+        return self.objective.batch_type is PairLogps
+
+    @property
+    def checkpoints(self) -> Path:
+        """The run's checkpoint folder."""
+        return Path(self.config.training.output_dir) / layout.FOLDER
+
+
+def open_shards(config: Config) -> TokenShards:
+    """The run's data; tokenises the bundled digits if that is what ``data.path`` asks for.
+
+    Raises:
+        UserError: see :class:`TokenShards`.
+    """
+    folder = digits.ensure_digit_shards() if config.data.path == digits.KEYWORD else Path(config.data.path)
+    return TokenShards(folder, resolve_architecture(config.model).vocabulary)
+
+
+def initialize_distributed(config: Config) -> None:
+    """Join the job and split it into Megatron's groups; idempotent for one layout."""
+    parallel = config.parallel
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
+        dist.init_process_group(timeout=timeout, **platform.process_group_options())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+    model_parallel_cuda_manual_seed(config.training.seed)
+
+
+def set_up(config: Config, shards: TokenShards) -> Run:
+    """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks."""
+    architecture = resolve_architecture(config.model)
+    objective = build_objective(config)
+    uses_pairs = objective.batch_type is PairLogps
+    stage = build_stage(config, architecture, config.training.pretrained_checkpoint, PRETRAINED)
+    policy = wrap_ddp(stage, config)
+    optimizer = build_optimizer(config, policy)
+    run = Run(
+        config=config,
+        architecture=architecture,
+        objective=objective,
+        batches=_batch_builder(config, architecture, shards, uses_pairs),
+        policy=policy,
+        reference=_build_reference(config, architecture) if uses_pairs else None,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        iteration=0,
+    )
+    _resume(run)
+    return run
+
+
+def build_objective(config: Config):
+    """The objective with the settings that its class declares."""
+    cls = OBJECTIVES[config.objective.name]
+    return cls(**{name: getattr(config.objective, name) for name in cls.__dataclass_fields__})
+
+
+def build_stage(config: Config, architecture: Architecture, checkpoint: str | None, key: str) -> torch.nn.Module:
+    """This rank's pipeline stage with weights: from a checkpoint, or drawn from the seed."""
+    stage = build_gpt(architecture, config.model, config.parallel, config.training.precision)
+    if checkpoint is not None:
+        distributed.load_weights(layout.resolve(checkpoint, key), stage, key)
+    else:
+        initialize_by_name(
+            stage,
+            seed=config.training.seed,
+            std=config.model.init_method_std,
+            num_layers=architecture.num_layers,
+            vocab_size=architecture.vocabulary.size,
+        )
+    return stage
+
+
+def _build_reference(config: Config, architecture: Architecture) -> torch.nn.Module:
+    checkpoint = config.reference.checkpoint or config.training.pretrained_checkpoint
+    key = REFERENCE if config.reference.checkpoint else PRETRAINED
+    return build_stage(config, architecture, checkpoint, key).requires_grad_(False)
+
+
+def wrap_ddp(stage: torch.nn.Module, config: Config) -> DistributedDataParallel:
+    """Megatron's data parallelism around a stage, with the hooks that its schedules call."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    model_config = get_model_config(stage)
+    policy = DistributedDataParallel(model_config, ddp_config, stage)
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if config.optimizer.overlap_grad_reduce:
+        model_config.no_sync_func = policy.no_sync
+    return policy
+
+
+def build_optimizer(config: Config, policy: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW with Megatron's mixed precision and sharding; collective over all ranks."""
+    options = config.optimizer
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=config.training.precision == "bf16",
+            params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+        ),
+        [policy],
+        use_gloo_process_groups=False,
+    )
+    get_model_config(policy).grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up, then the decay that ``optimizer.lr_decay_style`` names; counts in steps."""
+    options = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=config.training.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def _batch_builder(config: Config, architecture: Architecture, shards: TokenShards, uses_pairs: bool) -> BatchBuilder:
+    parallel = config.parallel
+    return BatchBuilder(
+        shards=shards,
+        with_pairs=uses_pairs,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        condition_dropout=config.data.condition_dropout,
+        seed=config.training.seed,
+        sequence_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        max_sequence_length=architecture.max_position_embeddings,
+    )
+
+
+def _resume(run: Run) -> None:
+    iteration = layout.latest_iteration(run.checkpoints)
+    if iteration is None:
+        return
+    folder = layout.iteration_folder(run.checkpoints, iteration)
+    distributed.load_training_state(folder, run.policy.module, run.optimizer, "training.output_dir")
+    run.iteration = iteration
+    run.scheduler.step(increment=iteration)
+
+
+def seed_step(config: Config, step: int) -> None:
+    """Make dropout a function of (seed, step, rank's place), so that a resumed run needs no saved generator state."""
+    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
+    digest = hashlib.sha256(repr((config.training.seed, step, place)).encode()).digest()
+    model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "little"))

@@ -1,0 +1,42 @@
+"""Packaging of megatron_cca; the tools' settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_cca" / "__init__.py").read_text()).group(1)
+
+# apex is never listed: the "apex" on PyPI is another project. Megatron-Core finds NVIDIA's where it is installed.
+CORE = [
+    "filelock",
+    "megatron-core==0.19.2",
+    "numpy",
+    "psutil",  # Megatron's checkpoint writer hangs without it
+    "pydantic>=2.7",
+    "pyyaml",
+    "tensorboard",
+    "tokenizers",
+    "torch>=2.6",
+    "tqdm",
+]
+EXTRAS = {
+    "data": ["datasets", "nvidia-dali-cuda130", "pillow", "transformers"],
+    "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
+    "gpu": ["transformer-engine[pytorch]>=2.11"],
+    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+}
+
+setup(
+    name="megatron-cca",
+    version=VERSION,
+    description="Guidance-free autoregressive image generation: Condition Contrastive Alignment on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_cca", "megatron_cca.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
