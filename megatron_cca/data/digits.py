@@ -42,7 +42,9 @@ def load_scans() -> tuple[Scans, Scans]:
         raise UserError("data.path: digits needs scikit-learn; pip install 'megatron-cca[eval]'") from None
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(images, bunch.target.astype(np.int64), test_size=HELD_OUT, random_state=0, stratify=bunch.target)
+    parts = train_test_split(
+        images, bunch.target.astype(np.int64), test_size=HELD_OUT, random_state=0, stratify=bunch.target
+    )
     return Scans(parts[0], parts[2]), Scans(parts[1], parts[3])
 
 

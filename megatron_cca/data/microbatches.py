@@ -34,9 +34,7 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """The same microbatch on another device."""
-        return Microbatch(
-            *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
-        )
+        return Microbatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

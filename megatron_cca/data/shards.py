@@ -1,11 +1,11 @@
 """A folder of token shards: VQ codes and caption tokens in Megatron's indexed format, with a manifest.
 
-    codes.bin codes.idx        visual codes, uint16, one sequence of H * W a sample
-    captions.bin captions.idx  caption tokens, int32
-    grids.npy                  int32 [N, 2], height and width of the code grid
-    condition_ids.npy          int64 [N], equal where two samples have the same condition (optional)
-    tokenizer.json codebook.npy ...  what is needed to read the tokens back
-    manifest.json              counts, vocabulary fingerprint, grid sizes in words, size and sha256 of every file
+codes.bin codes.idx        visual codes, uint16, one sequence of H * W a sample
+captions.bin captions.idx  caption tokens, int32
+grids.npy                  int32 [N, 2], height and width of the code grid
+condition_ids.npy          int64 [N], equal where two samples have the same condition (optional)
+tokenizer.json codebook.npy ...  what is needed to read the tokens back
+manifest.json              counts, vocabulary fingerprint, grid sizes in words, size and sha256 of every file
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ def write_shards(
         vocabulary: what the tokens mean.
         encode_text: the text tokenizer, for the grid sizes in words.
         write_extras: adds further files (tokenizer, codebook) to the folder it is given.
+
+    Raises:
+        UserError: a code or caption token outside the vocabulary; names the sample.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        grids = _write_tokens(partial, samples)
+        grids = _write_tokens(partial, samples, vocabulary)
         write_extras(partial)
         _write_manifest(partial, grids, vocabulary, encode_text)
         partial.chmod(0o755)
@@ -67,11 +70,22 @@ def write_shards(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tokens(folder: Path, samples: Iterable[Sample]) -> np.ndarray:
+def _check_tokens(index: int, sample: Sample, vocabulary: Emu3Vocabulary) -> None:
+    for what, tokens, size, of in (
+        ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
+        ("caption token", sample.caption, vocabulary.text_size, "text vocabulary"),
+    ):
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+            wrong = tokens.max() if tokens.max() >= size else tokens.min()
+            raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
+
+
+def _write_tokens(folder: Path, samples: Iterable[Sample], vocabulary: Emu3Vocabulary) -> np.ndarray:
     codes = IndexedDatasetBuilder(str(folder / "codes.bin"), dtype=np.uint16)
     captions = IndexedDatasetBuilder(str(folder / "captions.bin"), dtype=np.int32)
     grids, condition_ids = [], []
-    for sample in samples:
+    for index, sample in enumerate(samples):
+        _check_tokens(index, sample, vocabulary)
         for builder, tokens in ((codes, sample.codes), (captions, sample.caption)):
             builder.add_item(torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64).reshape(-1)))
             builder.end_document()

@@ -62,7 +62,9 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     padded = padded_vocab_size(architecture, model, tp)
     if padded < architecture.vocabulary.size:
-        raise UserError(f"model.padded_vocab_size: {padded} is less than the vocabulary of {architecture.vocabulary.size}")
+        raise UserError(
+            f"model.padded_vocab_size: {padded} is less than the vocabulary of {architecture.vocabulary.size}"
+        )
     for name, size in (
         ("num_attention_heads", architecture.num_attention_heads),
         ("num_query_groups", architecture.num_query_groups),

@@ -67,7 +67,10 @@ def _missing_base(config: Config, default: Config, base_config: Path) -> Config 
         return None
     base = load_config(base_config)
     base = replace(
-        base, model=config.model, parallel=config.parallel, data=replace(base.data, path=config.data.path),
+        base,
+        model=config.model,
+        parallel=config.parallel,
+        data=replace(base.data, path=config.data.path),
         training=replace(base.training, output_dir=wanted),
     )
     iteration = layout.latest_iteration(Path(wanted) / layout.FOLDER)

@@ -89,6 +89,12 @@ def _summary_writer(folder: Path, first_step: int):
 
 
 def _short(row: dict[str, float]) -> str:
-    shown = {"loss": "loss", "positive_log_ratio": "r+", "negative_log_ratio": "r-", "accuracy": "acc", "grad_norm": "gn"}
+    shown = {
+        "loss": "loss",
+        "positive_log_ratio": "r+",
+        "negative_log_ratio": "r-",
+        "accuracy": "acc",
+        "grad_norm": "gn",
+    }
     values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
     return f"{values}  {row['samples_per_second']:.0f} samples/s"

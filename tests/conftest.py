@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests. The platform is installed first: Megatron-Core must not be imported before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from megatron_cca import platform
+
+
+def pytest_configure(config):
+    gpu_only = all("tests/gpu" in str(argument) for argument in config.args) and bool(config.args)
+    platform.install("auto" if gpu_only else "cpu")
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory) -> Path:
+    """The real digits, tokenised once per test session."""
+    from megatron_cca.data.digits import ensure_digit_shards
+
+    return ensure_digit_shards(tmp_path_factory.mktemp("data") / "digits")

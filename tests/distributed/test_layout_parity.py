@@ -1,0 +1,145 @@
+"""The same 20 steps under every layout, and against an independent plain-PyTorch trainer.
+
+fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm, at every one of the 20 steps.
+"""
+
+import pytest
+import torch
+
+from megatron_cca.config import load_config
+from megatron_cca.data.microbatches import BatchBuilder
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.models import resolve_architecture
+from tests.distributed.launch import run_workers
+from tests.references import emu3
+
+STEPS = 20
+LOSS_RTOL, NORM_RTOL = 1e-5, 1e-4
+SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.num_query_groups=2"]
+CCA = [
+    *SMALL,
+    "model.init_method_std=0.2",  # large weights and a large learning rate, so that errors would show
+    "objective.beta=0.1",
+    "objective.negative_weight=3.0",
+    "data.condition_dropout=0.2",
+    "optimizer.lr=2e-3",
+    "optimizer.weight_decay=0.1",
+    "optimizer.clip_grad=1.0",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+]
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+BY_RANKS = {
+    1: {
+        "one process": [],
+        "micro batch 8 x 1": ["training.micro_batch_size=8"],
+        "micro batch 1 x 8": ["training.micro_batch_size=1"],
+        "plain optimizer": ["optimizer.use_distributed_optimizer=false"],
+    },
+    2: {
+        "TP 2": TP2,
+        "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"],
+        "PP 2": PP2,
+        "PP 2, micro batch 1": [*PP2, "training.micro_batch_size=1"],
+        "DP 2": [],
+        "DP 2, overlapped": ["optimizer.overlap_grad_reduce=true", "training.micro_batch_size=2"],
+    },
+    4: {"TP 2 x PP 2": [*TP2, *PP2], "PP 2 x DP 2": [*PP2, "training.micro_batch_size=2"]},
+}
+LAYOUTS = [name for layouts in BY_RANKS.values() for name in layouts]
+
+
+@pytest.fixture(scope="module")
+def cca_traces(digit_shards, tmp_path_factory):
+    common = [*CCA, f"data.path={digit_shards}"]
+    answers = {}
+    for ranks, layouts in BY_RANKS.items():
+        settings = {"common": common, "layouts": layouts, "steps": STEPS}
+        answers |= run_workers(ranks, "traces", settings, tmp_path_factory.mktemp(f"ranks{ranks}"))
+    return answers
+
+
+def column(trace, name):
+    return torch.tensor([row[name] for row in trace], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_trace(cca_traces, layout):
+    expected, found = cca_traces["one process"], cca_traces[layout]
+    assert len(found) == STEPS
+    torch.testing.assert_close(column(found, "loss"), column(expected, "loss"), rtol=LOSS_RTOL, atol=0)
+    torch.testing.assert_close(column(found, "grad_norm"), column(expected, "grad_norm"), rtol=NORM_RTOL, atol=0)
+    for name in ("positive_log_ratio", "negative_log_ratio", "margin"):
+        torch.testing.assert_close(column(found, name), column(expected, name), rtol=1e-3, atol=1e-3)
+    assert [row["accuracy"] for row in found] == [row["accuracy"] for row in expected]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_log_ratio_of_step_0_is_exactly_0(cca_traces, layout):
+    assert cca_traces[layout][0]["worst"] == 0.0
+    assert cca_traces[layout][1]["worst"] > 0.0
+
+
+def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initial_weights):
+    config, architecture, weights = initial_weights
+    shards = TokenShards(digit_shards, architecture.vocabulary)
+    batches = BatchBuilder(shards, True, 8, 8, config.data.condition_dropout, config.training.seed, 1, 128)
+    trace = emu3.train(
+        weights,
+        [batches.build(step, 0, 1).microbatches[0] for step in range(STEPS)],
+        architecture,
+        beta=config.objective.beta,
+        weight=config.objective.negative_weight,
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        eps=config.optimizer.adam_eps,
+        weight_decay=config.optimizer.weight_decay,
+        clip=config.optimizer.clip_grad,
+    )
+    ours = cca_traces["one process"]
+    losses, norms = (torch.tensor(values, dtype=torch.float64) for values in zip(*trace, strict=True))
+    torch.testing.assert_close(column(ours, "loss"), losses, rtol=1e-4, atol=0)
+    torch.testing.assert_close(column(ours, "grad_norm"), norms, rtol=1e-3, atol=0)
+
+
+@pytest.fixture(scope="module")
+def initial_weights():
+    """The weights that the workers start from, as a plain dict."""
+    from megatron_cca.models.gpt import build_gpt
+    from megatron_cca.models.initialization import initialize_by_name
+    from megatron_cca.training.setup import initialize_distributed
+
+    config = load_config(None, CCA)
+    architecture = resolve_architecture(config.model)
+    initialize_distributed(config)
+    model = build_gpt(architecture, config.model, config.parallel, "fp32")
+    initialize_by_name(
+        model,
+        seed=config.training.seed,
+        std=config.model.init_method_std,
+        num_layers=architecture.num_layers,
+        vocab_size=architecture.vocabulary.size,
+    )
+    return config, architecture, {name: value.detach() for name, value in model.named_parameters()}
+
+
+def test_next_token_pretraining_agrees_too(digit_shards, tmp_path):
+    common = [*CCA, "objective.name=next_token", f"data.path={digit_shards}"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": 5}, tmp_path)["a"]
+    two = run_workers(2, "traces", {"common": common, "layouts": {"a": PP2}, "steps": 5}, tmp_path)["a"]
+    torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
+    torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
+    assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_bfloat16_starts_at_exactly_0_and_follows_fp32(digit_shards, tmp_path, cca_traces):
+    settings = {
+        "common": [*CCA, f"data.path={digit_shards}", "training.precision=bf16"],
+        "layouts": {"TP 2": TP2, "PP 2": PP2},
+        "steps": 5,
+    }
+    for trace in run_workers(2, "traces", settings, tmp_path).values():
+        assert trace[0]["worst"] == 0.0
+        expected = column(cca_traces["one process"][:5], "loss")
+        torch.testing.assert_close(column(trace, "loss"), expected, rtol=0.05, atol=0)

@@ -1,0 +1,129 @@
+"""What the ranks of the distributed tests do. Run by launch.run_workers; each function returns plain data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from megatron_cca import platform
+
+platform.install("cpu")
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.config import load_config
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.models import resolve_architecture
+from megatron_cca.parallel import sequence_logps
+from megatron_cca.training.loop import _save
+from megatron_cca.training.setup import initialize_distributed, set_up
+from megatron_cca.training.step import train_step
+
+
+def _start(overrides):
+    config = load_config(None, overrides)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    initialize_distributed(config)
+    shards = TokenShards(config.data.path, resolve_architecture(config.model).vocabulary)
+    return set_up(config, shards)
+
+
+def _steps(run, count):
+    reports = [train_step(run) for _ in range(count)]
+    return [
+        {
+            **report.metrics,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "worst": report.worst_log_ratio,
+        }
+        for report in reports
+    ]
+
+
+def traces(settings):
+    """The metrics of ``settings["steps"]`` steps for each layout, by name."""
+    return {
+        name: _steps(_start(settings["common"] + overrides), settings["steps"])
+        for name, overrides in settings["layouts"].items()
+    }
+
+
+def resume(settings):
+    """Train for some steps and save, or continue from what is there, then train for more."""
+    run = _start(settings["overrides"])
+    before = run.iteration
+    rows = _steps(run, settings["steps"])
+    if settings.get("save"):
+        if dist.get_rank() == 0:
+            Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        _save(run, None)
+    return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
+
+
+def vocab_parallel_logps(settings):
+    """Values and gradients of sequence_logps over the whole job as one tensor-parallel group."""
+    group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    length, batch, width, vocabulary, padded = (settings[key] for key in ("S", "B", "H", "V", "padded"))
+    hidden = torch.randn(length, batch, width, generator=generator).requires_grad_()
+    whole = torch.randn(padded, width, generator=generator)
+    weight = whole.chunk(ranks)[rank].clone().requires_grad_()
+    border = padded // ranks
+    targets = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    # Targets on the borders of the shards, and the last true word.
+    edges = [edge for edge in (0, border - 1, border, 2 * border - 1, vocabulary - 1) if edge < vocabulary]
+    targets[0, : len(edges)] = torch.tensor(edges)
+    mask = torch.rand(batch, length, generator=generator) < 0.7
+    mask[0] = True
+    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, vocab_size=vocabulary, chunk_size=5)
+    upstream = torch.randn(batch, generator=generator)
+    logps.backward(upstream)
+    weight_grads = [torch.empty_like(weight) for _ in range(ranks)]
+    dist.all_gather(weight_grads, weight.grad)
+    # The oracle, on every rank.
+    hidden64, weight64 = hidden.detach().double().requires_grad_(), whole.double().requires_grad_()
+    logits = hidden64.transpose(0, 1) @ weight64[:vocabulary].t()
+    dense = (logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1) * mask).sum(1)
+    dense.backward(upstream.double())
+    return {
+        "logps": _worst(logps, dense),
+        "hidden": _worst(hidden.grad, hidden64.grad),
+        "weight": _worst(torch.cat(weight_grads), weight64.grad),
+    }
+
+
+def _worst(found, expected):
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def sampled(settings):
+    """Codes that a checkpoint gives for fixed seeds, with tensor parallelism over the whole job."""
+    import numpy as np
+
+    from megatron_cca.generation.loading import load_for_sampling
+    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+
+    overrides = [f"parallel.tensor_model_parallel_size={dist.get_world_size()}"]
+    initialize_distributed(load_config(None, overrides))
+    model, architecture = load_for_sampling(settings["checkpoint"])
+    requests = [ImageRequest(np.arange(index % 3), seed=index) for index in range(settings["images"])]
+    options = {"guidance_scale": settings["guidance_scale"], "batch_size": settings["batch_size"]}
+    drawn = sample_codes(model, architecture.vocabulary, requests, SamplingSettings(4, 4, [1, 2, 3], **options))
+    return drawn.tolist()
+
+
+if __name__ == "__main__":
+    worker, request, answer = sys.argv[1:]
+    dist.init_process_group("gloo")
+    result = globals()[worker](json.loads(Path(request).read_text()))
+    if dist.get_rank() == 0:
+        Path(answer).write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()

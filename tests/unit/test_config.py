@@ -1,0 +1,84 @@
+"""The strict configuration: what is refused, in which words."""
+
+import dataclasses
+
+import pytest
+
+from megatron_cca.config import config_from_dict, config_to_dict, load_config
+from megatron_cca.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.train_iter=3", "training.train_iter: unknown key; did you mean training.train_iters?"),
+        ("trainin.seed=1", "trainin: unknown key; did you mean training?"),
+        ("training.train_iters=two", "training.train_iters: input should be a valid integer, found 'two'"),
+        ("training.train_iters=1.5", "training.train_iters: input should be a valid integer, found 1.5"),
+        ("training.train_iters=true", "training.train_iters: input should be a valid integer, found True"),
+        ("training.train_iters=0", "training.train_iters: input should be greater than or equal to 1, found 0"),
+        ("training.output_dir=3", "training.output_dir: input should be a valid string, found 3"),
+        ("training=3", "--set training=3: expected section.key=value"),
+        ("objective.beta=0", "objective.beta: input should be greater than 0, found 0"),
+        ("objective.beta=-0.1", "objective.beta: input should be greater than 0, found -0.1"),
+        ("objective.beta=.nan", "objective.beta: input should be a finite number"),
+        ("objective.negative_weight=0", "objective.negative_weight: input should be greater than 0, found 0"),
+        ("objective.name=ccaa", "objective.name: input should be 'next_token' or 'cca', found 'ccaa'"),
+        ("model.num_layers=x", "model.num_layers: input should be a valid integer, found 'x'"),
+        ("parallel.tensor_model_parallel_size=-1", "parallel.tensor_model_parallel_size: input should be greater"),
+        ("data.path=[1", "--set data.path=[1: the value is not valid YAML"),
+    ],
+)
+def test_refused_overrides(override, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: 3", "training: expected keys below this section, found 3"),
+        ("- a", "expected sections model, parallel"),
+        ("training: {seed: 1, seed: 2}", "key 'seed' is given twice"),
+        ("training: [", "not valid YAML"),
+        ("training: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_refused_files(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer: {lr: 1e-5}")
+    assert load_config(file, ["optimizer.adam_eps=2E-6"]).optimizer.lr == 1e-5
+    assert load_config(file, ["optimizer.adam_eps=2E-6"]).optimizer.adam_eps == 2e-6
+
+
+def test_overrides_win_in_order_and_null_clears(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("training: {seed: 1, pretrained_checkpoint: base}\nlogging:\n")
+    config = load_config(file, ["training.seed=2", "training.seed=3", "training.pretrained_checkpoint=null"])
+    assert (config.training.seed, config.training.pretrained_checkpoint) == (3, None)
+
+
+def test_round_trip_through_plain_data():
+    config = load_config(None, ["model.num_layers=2", "objective.beta=0.5"])
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_the_configuration_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().training.seed = 3

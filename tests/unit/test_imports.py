@@ -1,0 +1,67 @@
+"""The house rules that can be read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports go down only: a package may import those with a smaller number, and itself.
+LEVELS = {
+    "errors": 0,
+    "reporting": 1,
+    "config": 1,
+    "platform": 1,
+    "objectives": 2,
+    "parallel": 2,
+    "models": 3,
+    "checkpoint": 4,
+    "data": 4,
+    "evaluation": 4,
+    "generation": 5,
+    "training": 6,
+}
+
+
+def imported_modules(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(file):
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down_only(file):
+    for module in imported_modules(file):
+        parts = module.split(".")
+        if parts[0] == "megatron_cca" and len(parts) > 1 and parts[1] in LEVELS and room(file) in LEVELS:
+            same = parts[1] == room(file)
+            assert same or LEVELS[parts[1]] < LEVELS[room(file)], f"{file}: imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("torch.cuda", "platform/"),
+        ("nvidia.dali", "data/dali.py"),
+        ("torch_fidelity", "evaluation/fidelity.py"),
+    ],
+)
+def test_what_only_one_place_may_touch(text, allowed):
+    for file in FILES:
+        name = str(file.relative_to(PACKAGE))
+        if not name.startswith(allowed):
+            assert text not in file.read_text(), f"{name} names {text}; only {allowed} may"
+
+
+def test_objectives_know_no_megatron():
+    for file in (PACKAGE / "objectives").glob("*.py"):
+        assert not any(module.startswith("megatron.") for module in imported_modules(file))
