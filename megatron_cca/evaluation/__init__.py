@@ -1,0 +1,1 @@
+"""How good samples are: class accuracy, Inception Score, FID, and the pictures."""
