@@ -3,19 +3,22 @@
 #   torchrun examples/pretrain_cca_emu3.sh [--config FILE] [--set SECTION.KEY=VALUE ...] [--device auto|cpu|cuda]
 #   torchrun --nproc_per_node 2 examples/pretrain_cca_emu3.sh --set parallel.tensor_model_parallel_size=2
 #   bash examples/pretrain_cca_emu3.sh [the same arguments]     (NPROC_PER_NODE processes; default 1)
+# Python reads the bash part as a docstring; bash reads the Python part as a here-document.
 """:"
 set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-python="$here/../.venv/bin/python"
+script="${BASH_SOURCE[0]}"
+python="$(cd "$(dirname "$script")/.." && pwd)/.venv/bin/python"
 [ -x "$python" ] || python=python3
-[ "${NPROC_PER_NODE:-1}" = 1 ] && exec "$python" "${BASH_SOURCE[0]}" "$@"
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "${BASH_SOURCE[0]}" "$@"
-":"""  # fmt: skip
+[ "${NPROC_PER_NODE:-1}" = 1 ] && exec "$python" "$script" "$@"
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "$script" "$@"
+: <<'PYTHON'
+":"""
 
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PYTHON = "the name that ends bash's here-document, on the last line"
 
 try:
     from megatron_cca.training.main import main
@@ -24,3 +27,5 @@ except ModuleNotFoundError as error:
 
 if __name__ == "__main__":
     main(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml")
+
+PYTHON

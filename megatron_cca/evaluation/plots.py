@@ -32,7 +32,9 @@ def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequen
     for axis, column in zip(axes, columns, strict=True):
         axis.imshow(255 - _mosaic(column.images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(column.title, fontsize=10, color=_INK, fontweight="bold", pad=18)
-        axis.text(0.5, 1.015, column.subtitle, fontsize=7.5, color=_GREY, ha="center", va="bottom", transform=axis.transAxes)
+        axis.text(
+            0.5, 1.015, column.subtitle, fontsize=7.5, color=_GREY, ha="center", va="bottom", transform=axis.transAxes
+        )
         axis.set_xticks([])
         axis.set_yticks([])
         for spine in axis.spines.values():

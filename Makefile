@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint format clean
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## set up .venv (the other targets do it by themselves)
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "Python 3.12 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "setting up $(VENV) (torch and friends, about 5 GB; two to five minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[eval,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickstart
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(INSTALLED) ## every test that needs no GPU
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## lint and format checks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend what lint would refuse
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## forget all runs
+	@rm -rf runs

@@ -1,0 +1,191 @@
+"""The program as a user starts it: torchrun, bash, refusals, and what happens when a rank dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.distributed.launch import ROOT, environment, torchrun
+
+SCRIPT = str(ROOT / "examples" / "pretrain_cca_emu3.sh")
+KEYS = {
+    *("step", "loss", "positive_log_ratio", "negative_log_ratio", "margin", "accuracy", "grad_norm", "learning_rate"),
+    *("samples_per_second", "tokens_per_second"),
+}
+
+
+def arguments(data, **settings):
+    """``--set`` arguments of a short run from random weights."""
+    short = {
+        "data.path": data,
+        "training.pretrained_checkpoint": "null",
+        "training.output_dir": "run",
+        "training.train_iters": 3,
+        "training.micro_batch_size": 4,
+        "training.global_batch_size": 16,
+        **{key.replace("__", "."): value for key, value in settings.items()},
+    }
+    return [argument for key, value in short.items() for argument in ("--set", f"{key}={value}")]
+
+
+def plain(*command, cwd, timeout=120):
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_trains_logs_saves_and_continues(digit_shards, tmp_path):
+    first = torchrun(1, SCRIPT, *arguments(digit_shards), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr[-3000:]
+    lines = first.stdout.splitlines()
+    assert lines[0].startswith("cca: emu3-tiny, fp32, TP 1 x PP 1 on 1 process(es)")
+    assert lines[1] == "step-0 log-ratio: exactly 0 (policy - reference, 32 rows, nats)"
+    run = tmp_path / "run"
+    assert [row["step"] for row in rows(run)] == [0, 1, 2]
+    assert set(rows(run)[0]) >= KEYS
+    assert rows(run)[0]["positive_log_ratio"] == rows(run)[0]["negative_log_ratio"] == 0.0
+    assert list((run / "tensorboard").glob("events*"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["training"]["train_iters"] == 3
+    assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert not list((run / "checkpoints").glob(".iter*"))
+
+    again = torchrun(1, SCRIPT, *arguments(digit_shards), cwd=tmp_path)
+    assert (again.returncode, "already at step 3" in again.stdout) == (0, True)
+
+    longer = arguments(digit_shards, training__train_iters=5, parallel__tensor_model_parallel_size=2)
+    resumed = torchrun(2, SCRIPT, *longer, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "continuing at step 3" in resumed.stdout
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
+
+
+def test_bash_takes_a_config_file(digit_shards, tmp_path):
+    (tmp_path / "my.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "objective": {"name": "next_token"},
+                "data": {"path": str(digit_shards)},
+                "training": {"train_iters": 2, "micro_batch_size": 4, "global_batch_size": 8, "output_dir": "mine"},
+                "logging": {"tensorboard": False},
+            }
+        )
+    )
+    done = plain("bash", SCRIPT, "--config", "my.yaml", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logged = rows(tmp_path / "mine")
+    assert len(logged) == 2
+    assert "positive_log_ratio" not in logged[0]
+    assert not (tmp_path / "mine" / "tensorboard").exists()
+
+
+def test_the_default_pretrains_its_base_once(digit_shards, tmp_path):
+    """The path of ``torchrun examples/pretrain_cca_emu3.sh`` without arguments, with short schedules."""
+    short = {"micro_batch_size": 4, "global_batch_size": 8, "train_iters": 2}
+    for name, objective, extra in (("base", "next_token", {}), ("cca", "cca", {"pretrained_checkpoint": "base"})):
+        tree = {
+            "objective": {"name": objective},
+            "data": {"path": str(digit_shards)},
+            "training": {**short, **extra, "output_dir": name},
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    program = "from pathlib import Path\nfrom megatron_cca.training.main import main\n"
+    program += "main(Path('cca.yaml'), Path('base.yaml'), ['--device', 'cpu'])"
+    first = plain(sys.executable, "-c", program, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "next_token: emu3-tiny" in first.stdout
+    assert len(rows(tmp_path / "base")) == len(rows(tmp_path / "cca")) == 2
+    second = plain(sys.executable, "-c", program, cwd=tmp_path)
+    assert "next_token" not in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"training__train_iter": 3}, "training.train_iter: unknown key; did you mean training.train_iters?"),
+        ({"parallel__tensor_model_parallel_size": 3}, "parallel.tensor_model_parallel_size: 3 does not divide"),
+        ({"training__pretrained_checkpoint": "nowhere"}, "training.pretrained_checkpoint: no checkpoint at nowhere"),
+        ({"data__path": "nowhere"}, "data.path: nowhere/manifest.json is missing"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(settings, line, digit_shards, tmp_path):
+    done = plain("bash", SCRIPT, *arguments(digit_shards, **settings), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"megatron_cca: error: {line}")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):
+    done = torchrun(2, SCRIPT, *arguments(digit_shards, parallel__pipeline_model_parallel_size=4), cwd=tmp_path)
+    line = "parallel.tensor_model_parallel_size 1 x parallel.pipeline_model_parallel_size 4 does not divide the 2 proc"
+    assert done.returncode != 0
+    assert f"megatron_cca: error: {line}" in done.stderr.splitlines()[0] + "".join(done.stderr.splitlines()[-4:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option(tmp_path):
+    done = plain(sys.executable, SCRIPT, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--config", "--set", "--device"):
+        assert option in done.stdout
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute(digit_shards, tmp_path):
+    endless = arguments(digit_shards, training__train_iters=100000)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *endless]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+        try:
+            metrics = tmp_path / "run" / "metrics.jsonl"
+            _wait(lambda: metrics.exists() and metrics.stat().st_size > 0, 120)
+            ranks = [child for child in psutil.Process(job.pid).children() if SCRIPT in " ".join(child.cmdline())]
+            assert len(ranks) == 2
+            os.kill(ranks[1].pid, signal.SIGKILL)
+            assert job.wait(timeout=60) != 0
+            assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+        finally:
+            job.kill()
+    assert "Signal 9" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_error_in_sight(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch.distributed as dist, torch\n"
+        "from megatron_cca.reporting import reported_errors\n"
+        "with reported_errors():\n"
+        "    dist.init_process_group('gloo')\n"
+        "    if dist.get_rank() == 1:\n"
+        "        raise RuntimeError('the disk of rank 1 is on fire')\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+    )
+    started = time.monotonic()
+    done = torchrun(2, str(program), cwd=tmp_path, timeout=120)
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60
+    root_cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert "the disk of rank 1 is on fire" in root_cause
+
+
+def _wait(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.2)
+
+
+def test_the_script_is_valid_bash_and_python():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    compile(Path(SCRIPT).read_text(), SCRIPT, "exec")

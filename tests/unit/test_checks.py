@@ -1,0 +1,141 @@
+"""What a run is refused for before any process group is made, and in which words."""
+
+import json
+
+import pytest
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.config import config_to_dict, load_config
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import padded_vocab_size
+from megatron_cca.training.checks import check_run, data_parallel_size
+
+
+def refused(overrides, world_size=1):
+    with pytest.raises(UserError) as error:
+        check_run(load_config(None, overrides), world_size)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["model.name=emu4"], 1, "model.name: unknown preset 'emu4'; known: emu3-8b, emu3-tiny"),
+        (
+            ["parallel.tensor_model_parallel_size=3"],
+            3,
+            "parallel.tensor_model_parallel_size: 3 does not divide num_attention_heads 4; possible: 1, 2, 4",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=4"],
+            4,
+            "parallel.tensor_model_parallel_size: 4 does not divide num_query_groups 2; possible: 1, 2",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=2", "model.padded_vocab_size=457"],
+            2,
+            "parallel.tensor_model_parallel_size: 2 does not divide padded_vocab_size 457; possible: 1",
+        ),
+        (["model.padded_vocab_size=100"], 1, "model.padded_vocab_size: 100 is less than the vocabulary of 456"),
+        (
+            ["parallel.pipeline_model_parallel_size=3"],
+            3,
+            "parallel.pipeline_model_parallel_size: 3 does not divide num_layers 4; possible: 1, 2, 4",
+        ),
+        (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel: needs parallel.tensor_model_parallel"),
+        (
+            ["parallel.tensor_model_parallel_size=2"],
+            3,
+            "parallel.tensor_model_parallel_size 2 x parallel.pipeline_model_parallel_size 1 does not divide the 3",
+        ),
+        (
+            ["training.global_batch_size=100", "training.micro_batch_size=32"],
+            1,
+            "training.global_batch_size: 100 is not a multiple of training.micro_batch_size 32 x data-parallel size 1; "
+            "the nearest that is: 96",
+        ),
+        (["model.hidden_dropout=0.1"], 1, "model.hidden_dropout: must be 0 for objective cca, found 0.1"),
+        (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 32"),
+        (["model.num_query_groups=3"], 1, "model.num_query_groups: 3 does not divide num_attention_heads 4"),
+        (["optimizer.min_lr=1", "optimizer.lr=0.1"], 1, "optimizer.min_lr: 1.0 is more than optimizer.lr 0.1"),
+        (["optimizer.lr_warmup_iters=60"], 1, "optimizer.lr_warmup_iters: must be less than training.train_iters 60"),
+        (["training.pretrained_checkpoint=/nowhere"], 1, "training.pretrained_checkpoint: no checkpoint at /nowhere"),
+        (["reference.checkpoint=/nowhere"], 1, "reference.checkpoint: no checkpoint at /nowhere"),
+    ],
+)
+def test_impossible_runs_are_refused(overrides, world_size, message, tmp_path):
+    assert refused([*overrides, f"training.output_dir={tmp_path}/run"], world_size).startswith(message)
+
+
+def test_dropout_is_fine_for_next_token(tmp_path):
+    overrides = ["model.hidden_dropout=0.1", "objective.name=next_token", f"training.output_dir={tmp_path}"]
+    check_run(load_config(None, overrides), 1)
+
+
+def test_data_parallel_size_is_what_is_left():
+    config = load_config(None, ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"])
+    assert data_parallel_size(config, 8) == 2
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 82), (2, 210), (4, 210), (8, 722)])
+def test_emu3s_vocabulary_is_padded_as_megatron_pads_it(tp, rows):
+    config = load_config(None, ["model.name=emu3-8b"]).model
+    architecture = resolve_architecture(config)
+    assert padded_vocab_size(architecture, config, tp) - architecture.vocabulary.size == rows
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run with a whole checkpoint (its tensors are not read here)."""
+    root = tmp_path / "run" / layout.FOLDER
+    partial = layout.partial_folder(root, 10)
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(b"x" * 100)
+    config = load_config(None, [f"training.output_dir={tmp_path}/run"])
+    layout.finalize(partial, root, 10, {"config": config_to_dict(config)})
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_is_found_by_any_of_its_folders(run_folder):
+    whole = run_folder / layout.FOLDER / "iter_0000010"
+    for path in (run_folder, run_folder / layout.FOLDER, whole):
+        assert layout.resolve(path, "key") == whole
+
+
+def test_half_written_and_damaged_checkpoints_are_named(run_folder):
+    whole = run_folder / layout.FOLDER / "iter_0000010"
+    override = [f"training.pretrained_checkpoint={run_folder}", "training.output_dir=/nowhere/else"]
+    check_run(load_config(None, override), 1)
+    shard = whole / "__0_0.distcp"
+    shard.write_bytes(b"x" * 99)
+    assert "__0_0.distcp has 99 bytes instead of 100: it is truncated" in refused(override)
+    shard.unlink()
+    assert "__0_0.distcp is missing: the checkpoint is incomplete" in refused(override)
+    (whole / layout.SUMMARY).write_text("{")
+    assert "checkpoint.json is damaged" in refused(override)
+    (whole / layout.SUMMARY).unlink()
+    assert "has no checkpoint.json: it is half-written" in refused(override)
+    (whole.parent / layout.LATEST).write_text("soon")
+    assert "holds 'soon' instead of an iteration number" in refused(override)
+
+
+def test_weights_of_another_size_are_refused(run_folder):
+    message = refused([f"training.pretrained_checkpoint={run_folder}", "model.num_layers=2", "training.output_dir=/x"])
+    assert "has num_layers 4, this run's model 2" in message
+
+
+def test_a_run_does_not_continue_as_another_run(run_folder):
+    same = [f"training.output_dir={run_folder}"]
+    check_run(load_config(None, [*same, "training.train_iters=99", "training.micro_batch_size=16"]), 1)
+    message = refused([*same, "objective.beta=0.5"])
+    assert message.startswith("objective.beta: 0.5, but the run in")
+    assert "was started with 0.02" in message
+    assert refused([*same, "training.seed=5"]).startswith("training.seed: 5, but the run in")
+
+
+def test_the_summary_lists_every_file(run_folder):
+    summary = json.loads((run_folder / layout.FOLDER / "iter_0000010" / layout.SUMMARY).read_text())
+    assert summary["files"] == {"__0_0.distcp": 100}
+    assert summary["iteration"] == 10
