@@ -54,7 +54,7 @@ def _train(title: str, config: Path, output: Path, seed: int, overrides: list[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     command += [str(EXAMPLES / "pretrain_cca_emu3.sh"), "--device", "cpu", "--config", str(config)]
     command += [argument for setting in settings for argument in ("--set", setting)]
-    if subprocess.run(command, check=False).returncode != 0:
+    if subprocess.run(command, check=False).returncode != 0:  # noqa: S603 - our own script, no shell
         raise UserError(f"stage {title!r} failed; its message is above")
 
 

@@ -192,8 +192,8 @@ class TokenShards:
                 raise UserError(f"data.path: {path} is missing; tokenize the data again")
             if path.stat().st_size != recorded["bytes"]:
                 raise UserError(
-                    f"data.path: {path} has {path.stat().st_size} bytes instead of {recorded['bytes']}: it is truncated "
-                    "or was changed; tokenize the data again"
+                    f"data.path: {path} has {path.stat().st_size} bytes instead of {recorded['bytes']}: it is "
+                    "truncated or was changed; tokenize the data again"
                 )
 
     def _check_lengths(self) -> None:

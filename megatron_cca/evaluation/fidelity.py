@@ -1,4 +1,4 @@
-"""FID (arXiv 1706.08500) and Inception Score (arXiv 1606.03498), computed by torch-fidelity on any feature extractor."""
+"""FID (arXiv 1706.08500) and Inception Score (arXiv 1606.03498) by torch-fidelity, on any feature extractor."""
 
 from __future__ import annotations
 

@@ -37,10 +37,11 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     _must_divide(
         "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
     )
-    if architecture.hidden_size // architecture.num_attention_heads % 2:
+    channels = architecture.hidden_size // architecture.num_attention_heads
+    if channels % 2:
         raise UserError(
-            f"model.num_attention_heads: {architecture.num_attention_heads} heads of "
-            f"{architecture.hidden_size // architecture.num_attention_heads} channels; rotary embedding needs an even number"
+            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
+            "rotary embedding needs an even number"
         )
     return architecture
 

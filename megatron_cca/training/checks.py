@@ -34,8 +34,8 @@ def check_run(config: Config, world_size: int) -> None:
         for key in ("hidden_dropout", "attention_dropout"):
             if getattr(config.model, key) > 0:
                 raise UserError(
-                    f"model.{key}: must be 0 for objective {config.objective.name}, found {getattr(config.model, key)}: "
-                    "dropout would make policy and reference differ from the first step"
+                    f"model.{key}: must be 0 for objective {config.objective.name}, found "
+                    f"{getattr(config.model, key)}: dropout would make policy and reference differ from the first step"
                 )
     if config.training.pretrained_checkpoint is not None:
         _check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
@@ -53,18 +53,19 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
         raise UserError(
-            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} does not divide the "
-            f"{world_size} processes of this job; start a multiple of {tp * pp} (torchrun --nproc_per_node)"
+            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} does not divide "
+            f"the {world_size} processes of this job; start a multiple of {tp * pp} (torchrun --nproc_per_node)"
         )
     return world_size // (tp * pp)
 
 
 def _check_batch(config: Config, data_parallel: int) -> None:
     micro, whole = config.training.micro_batch_size, config.training.global_batch_size
-    if whole % (micro * data_parallel):
+    unit = micro * data_parallel
+    if whole % unit:
         raise UserError(
-            f"training.global_batch_size: {whole} is not a multiple of training.micro_batch_size {micro} x data-parallel "
-            f"size {data_parallel}; the nearest that is: {max(1, round(whole / (micro * data_parallel))) * micro * data_parallel}"
+            f"training.global_batch_size: {whole} is not a multiple of training.micro_batch_size {micro} x "
+            f"data-parallel size {data_parallel}; the nearest that is: {max(1, round(whole / unit)) * unit}"
         )
 
 

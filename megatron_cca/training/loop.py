@@ -53,7 +53,7 @@ def _loop(run: Run, log: MetricsLog | None) -> None:
             log.write(_row(run, step, report, time.perf_counter() - started))
         at_end = run.iteration == training.train_iters
         if at_end or (training.save_interval and run.iteration % training.save_interval == 0):
-            _save(run, log)
+            save_checkpoint(run, log)
 
 
 def _check_first_step(run: Run, report: StepReport, log: MetricsLog | None) -> None:
@@ -62,8 +62,9 @@ def _check_first_step(run: Run, report: StepReport, log: MetricsLog | None) -> N
     rows = 2 * run.config.training.global_batch_size
     if report.worst_log_ratio != 0.0 and run.config.reference.checkpoint is None:
         raise UserError(
-            f"step-0 log-ratio: {report.worst_log_ratio:g} nats at worst over {rows} rows, must be exactly 0: policy and "
-            "reference have the same weights, so the layers are not deterministic here; try model.transformer_impl=local"
+            f"step-0 log-ratio: {report.worst_log_ratio:g} nats at worst over {rows} rows, must be exactly 0: policy "
+            "and reference have the same weights, so the layers are not deterministic here; try "
+            "model.transformer_impl=local"
         )
     if log is not None:
         exactly = "exactly 0" if report.worst_log_ratio == 0.0 else f"{report.worst_log_ratio:g} at worst"
@@ -82,7 +83,8 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
     }
 
 
-def _save(run: Run, log: MetricsLog | None) -> None:
+def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
+    """Save the run's state at its present step. Collective over all ranks."""
     summary = {
         "config": config_to_dict(run.config),
         "version": __version__,

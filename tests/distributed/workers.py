@@ -19,7 +19,7 @@ from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel import sequence_logps
-from megatron_cca.training.loop import _save
+from megatron_cca.training.loop import save_checkpoint
 from megatron_cca.training.setup import initialize_distributed, set_up
 from megatron_cca.training.step import train_step
 
@@ -63,7 +63,7 @@ def resume(settings):
         if dist.get_rank() == 0:
             Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        _save(run, None)
+        save_checkpoint(run)
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
 
 

@@ -1,0 +1,42 @@
+"""One GPU: training with Transformer Engine's layers and with the local ones, in fp32 and bf16."""
+
+import pytest
+import torch
+
+from megatron_cca.config import load_config
+from tests.distributed.test_layout_parity import CCA
+
+pytestmark = pytest.mark.gpu
+
+
+def train(digit_shards, folder, steps, *overrides):
+    from megatron_cca.data.shards import TokenShards
+    from megatron_cca.models import resolve_architecture
+    from megatron_cca.training.setup import initialize_distributed, set_up
+    from megatron_cca.training.step import train_step
+
+    config = load_config(None, [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}", *overrides])
+    initialize_distributed(config)
+    run = set_up(config, TokenShards(digit_shards, resolve_architecture(config.model).vocabulary))
+    return [train_step(run) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_the_first_log_ratio_is_exactly_0_and_the_loss_falls(precision, implementation, digit_shards, tmp_path):
+    if implementation == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    overrides = [f"training.precision={precision}", f"model.transformer_impl={implementation}"]
+    reports = train(digit_shards, tmp_path, 50, *overrides)
+    assert reports[0].worst_log_ratio == 0.0
+    losses = torch.tensor([report.metrics["loss"] for report in reports])
+    assert losses[-10:].mean() < losses[:10].mean()
+
+
+def test_transformer_engine_agrees_with_the_local_layers(digit_shards, tmp_path):
+    pytest.importorskip("transformer_engine.pytorch")
+    traces = [
+        [report.metrics["loss"] for report in train(digit_shards, tmp_path, 10, f"model.transformer_impl={name}")]
+        for name in ("local", "transformer_engine")
+    ]
+    torch.testing.assert_close(torch.tensor(traces[1]), torch.tensor(traces[0]), rtol=1e-3, atol=0)
