@@ -22,7 +22,7 @@ CFG_SCALES = (0.25, 0.5, 0.75, 1.0, 2.0)
 # (folder, guidance scales); the names in the report follow from both.
 MODELS = (("base", (0.0, *CFG_SCALES)), ("control", (0.0,)), ("cca", (0.0,)))
 PICTURED = ("base", "control", "base+cfg0.5", "base+cfg1", "cca")
-PICTURED_PER_DIGIT = 8
+PICTURED_PER_DIGIT = 6
 
 
 def write_report(output: Path, seed: int, samples: int) -> None:

@@ -6,12 +6,11 @@ Three runs of examples/pretrain_cca_emu3.sh on two processes, as a user would st
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-from report import write_report
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
@@ -36,6 +35,8 @@ def main() -> None:
         _train("3/4 CCA, TP 2, from the same base", cca, output / "cca", arguments.seed, tensor_parallel)
         print("\n== 4/4 sample and judge", flush=True)
         platform.install("cpu")
+        from report import write_report  # it imports Megatron-Core, which the platform must precede
+
         write_report(output, arguments.seed, arguments.samples)
         print(f"\ndone in {time.perf_counter() - started:.0f} s; open {output / 'samples.png'}")
 
@@ -54,7 +55,8 @@ def _train(title: str, config: Path, output: Path, seed: int, overrides: list[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     command += [str(EXAMPLES / "pretrain_cca_emu3.sh"), "--device", "cpu", "--config", str(config)]
     command += [argument for setting in settings for argument in ("--set", setting)]
-    if subprocess.run(command, check=False).returncode != 0:  # noqa: S603 - our own script, no shell
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if subprocess.run(command, env=environment, check=False).returncode != 0:  # noqa: S603 - our own script, no shell
         raise UserError(f"stage {title!r} failed; its message is above")
 
 

@@ -26,8 +26,8 @@ class SampleColumn:
 def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequence[str]) -> None:
     """Models side by side, one row per class; dark ink on white."""
     rows, across = columns[0].images.shape[:2]
-    inches = 0.34
-    figure = Figure(figsize=(len(columns) * (across * inches + 0.35) + 0.5, rows * inches + 1.0), dpi=160)
+    cell, gap, title = 0.4, 0.3, 0.75  # inches
+    figure = Figure(figsize=(len(columns) * (across * cell + gap) + gap, rows * cell + title), dpi=160)
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axis, column in zip(axes, columns, strict=True):
         axis.imshow(255 - _mosaic(column.images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")

@@ -113,7 +113,7 @@ def _draw(
         if forced[position] >= 0:
             token = torch.full((len(requests),), int(forced[position]), device=platform.device())
         else:
-            token = _draw_visual(logits, vocabulary, settings, uniforms[:, position])
+            token = _draw_visual(logits, vocabulary, settings, uniforms[:, position, None].contiguous())
             drawn.append(token - vocabulary.visual_start)
         if position < last_visual:
             logits = [stream.decode(token) for stream in streams]
@@ -139,13 +139,13 @@ def _uniforms(requests: list[ImageRequest], num_tokens: int) -> Tensor:
 def _draw_visual(
     logits: list[Tensor], vocabulary: Emu3Vocabulary, settings: SamplingSettings, uniforms: Tensor
 ) -> Tensor:
-    """Token ids ``[B]`` by inverting the cumulative distribution at ``uniforms`` ``[B]``."""
+    """Token ids ``[B]`` by inverting the cumulative distribution at ``uniforms`` ``[B, 1]``."""
     start = vocabulary.visual_start
     visual = [stream[:, start : start + vocabulary.codebook_size].double() for stream in logits]
     scores = visual[0] if len(visual) == 1 else guided_logits(*visual, settings.guidance_scale)
     cumulative = torch.softmax(scores / settings.temperature, dim=-1).cumsum(dim=-1)
     # The last entry may round to just under 1.
-    codes = torch.searchsorted(cumulative, uniforms[:, None], right=True).squeeze(1)
+    codes = torch.searchsorted(cumulative, uniforms, right=True).squeeze(1)
     return start + codes.clamp(max=vocabulary.codebook_size - 1)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_cca.config import ModelConfig
+from dataclasses import replace
+
+from megatron_cca.config import Config, ModelConfig
 from megatron_cca.errors import UserError
-from megatron_cca.models.architecture import Architecture, with_overrides
+from megatron_cca.models.architecture import Architecture, with_explicit_sizes, with_overrides
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
 
 FAMILIES: dict[str, dict[str, Architecture]] = {
@@ -22,3 +24,8 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
     if config.name not in presets:
         raise UserError(f"model.name: unknown preset {config.name!r}; known: {', '.join(presets)}")
     return with_overrides(presets[config.name], config)
+
+
+def explicit(config: Config) -> Config:
+    """The configuration with the model's preset resolved into sizes: what a checkpoint records."""
+    return replace(config, model=with_explicit_sizes(config.model, resolve_architecture(config.model)))

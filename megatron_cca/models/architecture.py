@@ -46,6 +46,12 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     return architecture
 
 
+def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
+    """The same model with every size written out, so that a later change of a preset cannot change its meaning."""
+    shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
+    return replace(config, **{name: getattr(architecture, name) for name in shared})
+
+
 def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:
     """Rows of the embedding and the LM head: ``model.padded_vocab_size``, or the next multiple that TP can split."""
     if model.padded_vocab_size is not None:

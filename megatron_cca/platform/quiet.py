@@ -14,7 +14,10 @@ _WARNINGS = (
     r"MimoModelConfig is experimental",
     # Megatron's distributed optimizer looks at gradients of views on its buffers on purpose.
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
-    r"`torch\.distributed\._sharded_tensor` will be deprecated",
+    # Megatron's checkpoint reader loads rank by rank through torch's, which remarks on it.
+    r"torch\.distributed is disabled, unavailable or uninitialized",
+    r"The argument order of load has been changed",
+    r"Please use DTensor instead",
 )
 _LOG_RECORDS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, config_from_dict
 from megatron_cca.errors import UserError
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import check_layout
 
 PRETRAINED = "training.pretrained_checkpoint"
@@ -85,7 +85,8 @@ def _check_weights(config: Config, path: str, key: str) -> None:
     saved = config_from_dict(layout.read_summary(folder, key)["config"])
     ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved))
     for name in ours:
-        if ours[name] != theirs[name]:
+        # Rotary positions have no weights: a run may use more of them than the checkpoint's did.
+        if name != "max_position_embeddings" and ours[name] != theirs[name]:
             raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
 
 
@@ -95,7 +96,7 @@ def _check_resume(config: Config) -> None:
         return
     folder = layout.resolve(root, OUTPUT)
     summary = layout.read_summary(folder, OUTPUT)
-    ours, theirs = asdict(config), summary["config"]
+    ours, theirs = asdict(explicit(config)), summary["config"]
     keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
     for section, name in [*keys, *_FIXED_KEYS]:
         if ours[section][name] != theirs.get(section, {}).get(name):

@@ -13,6 +13,7 @@ from megatron_cca.checkpoint import distributed
 from megatron_cca.config import Config, config_to_dict
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
+from megatron_cca.models import explicit
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.setup import Run, initialize_distributed, set_up
 from megatron_cca.training.step import StepReport, train_step
@@ -33,7 +34,7 @@ def train(config: Config, shards: TokenShards) -> None:
         return
     output = Path(config.training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(explicit(config)), sort_keys=False))
     options = {"tensorboard": config.logging.tensorboard, "progress_bar": config.logging.progress_bar}
     with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
         log.say(_headline(run))
@@ -86,7 +87,7 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
 def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
     """Save the run's state at its present step. Collective over all ranks."""
     summary = {
-        "config": config_to_dict(run.config),
+        "config": config_to_dict(explicit(run.config)),
         "version": __version__,
         "vocabulary": run.architecture.vocabulary.fingerprint(),
         "data": run.batches.shards.fingerprint(),

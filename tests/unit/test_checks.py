@@ -7,7 +7,7 @@ import pytest
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import config_to_dict, load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.training.checks import check_run, data_parallel_size
 
@@ -57,7 +57,7 @@ def refused(overrides, world_size=1):
             "the nearest that is: 96",
         ),
         (["model.hidden_dropout=0.1"], 1, "model.hidden_dropout: must be 0 for objective cca, found 0.1"),
-        (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 32"),
+        (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 64"),
         (["model.num_query_groups=3"], 1, "model.num_query_groups: 3 does not divide num_attention_heads 4"),
         (["optimizer.min_lr=1", "optimizer.lr=0.1"], 1, "optimizer.min_lr: 1.0 is more than optimizer.lr 0.1"),
         (["optimizer.lr_warmup_iters=60"], 1, "optimizer.lr_warmup_iters: must be less than training.train_iters 60"),
@@ -94,7 +94,7 @@ def run_folder(tmp_path):
     partial.mkdir(parents=True)
     (partial / "__0_0.distcp").write_bytes(b"x" * 100)
     config = load_config(None, [f"training.output_dir={tmp_path}/run"])
-    layout.finalize(partial, root, 10, {"config": config_to_dict(config)})
+    layout.finalize(partial, root, 10, {"config": config_to_dict(explicit(config))})
     return tmp_path / "run"
 
 
@@ -124,6 +124,8 @@ def test_half_written_and_damaged_checkpoints_are_named(run_folder):
 def test_weights_of_another_size_are_refused(run_folder):
     message = refused([f"training.pretrained_checkpoint={run_folder}", "model.num_layers=2", "training.output_dir=/x"])
     assert "has num_layers 4, this run's model 2" in message
+    longer = [f"training.pretrained_checkpoint={run_folder}", "model.max_position_embeddings=256"]
+    check_run(load_config(None, [*longer, "training.output_dir=/x"]), 1)
 
 
 def test_a_run_does_not_continue_as_another_run(run_folder):

@@ -17,8 +17,8 @@ PRESETS = {
     ),
     "emu3-tiny": Architecture(
         num_layers=4,
-        hidden_size=32,
-        ffn_hidden_size=88,
+        hidden_size=64,
+        ffn_hidden_size=176,
         num_attention_heads=4,
         num_query_groups=2,
         max_position_embeddings=128,
