@@ -12,10 +12,14 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.config import load_config
 from megatron_cca.data.digits import PHRASINGS, captions_of, ensure_digit_shards, load_scans
-from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.text import load_tokenizer
+from megatron_cca.evaluation.digit_judges import DigitJudges
+from megatron_cca.evaluation.fidelity import fidelity
+from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_curves
+from megatron_cca.generation.captions import CaptionPainter
 from megatron_cca.generation.guidance import forwards_per_token
-from megatron_cca.models.emu3.grammar import grid_text
+from megatron_cca.generation.loading import load_for_sampling
+from megatron_cca.training.metrics import read_metrics
+from megatron_cca.training.setup import initialize_distributed
 
 GRID = (4, 4)
 CFG_SCALES = (0.25, 0.5, 0.75, 1.0, 2.0)
@@ -27,11 +31,6 @@ PICTURED_PER_DIGIT = 6
 
 def write_report(output: Path, seed: int, samples: int) -> None:
     """Leave samples.png, training.png and report.json in ``output``, and print the table."""
-    from megatron_cca.evaluation.digit_judges import DigitJudges
-    from megatron_cca.evaluation.fidelity import fidelity
-    from megatron_cca.evaluation.plots import training_curves
-    from megatron_cca.training.metrics import read_metrics
-
     train, held_out = load_scans()
     judges = DigitJudges.train(train.images, train.labels)
     labels = np.arange(samples) % 10
@@ -59,43 +58,30 @@ def write_report(output: Path, seed: int, samples: int) -> None:
 
 def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[float, np.ndarray]]:
     """Per model name its guidance scale and uint8 images ``[N, 8, 8]``; the same captions and seeds for all."""
-    from megatron_cca.generation.loading import load_for_sampling
-    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
-    from megatron_cca.training.setup import initialize_distributed
-
     initialize_distributed(load_config())
-    folder = ensure_digit_shards()
-    tokenizer, codebook = load_tokenizer(folder), PatchCodebook.load(folder)
+    painter = CaptionPainter(ensure_digit_shards(), *GRID)
     phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=len(labels))
     captions = [captions_of(int(label))[phrasing] for label, phrasing in zip(labels, phrasings, strict=True)]
-    requests = [
-        ImageRequest(np.array(tokenizer.encode(caption).ids), seed * 1_000_000 + index)
-        for index, caption in enumerate(captions)
-    ]
-    words = tokenizer.encode(grid_text(*GRID)).ids
     total = len(labels) * sum(len(scales) for _, scales in MODELS)
     drawn = {}
     with tqdm(total=total, unit="image", desc="sampling", disable=None) as bar:
         for model_name, scales in MODELS:
             model, architecture = load_for_sampling(str(output / model_name))
             for scale in scales:
-                settings = SamplingSettings(*GRID, words, guidance_scale=scale)
-                codes = sample_codes(model, architecture.vocabulary, requests, settings, bar.update)
+                options = {"seed": seed, "guidance_scale": scale, "on_progress": bar.update}
                 name = model_name if scale == 0 else f"{model_name}+cfg{scale:g}"
-                drawn[name] = (scale, codebook.decode(codes))
+                drawn[name] = (scale, painter.paint(model, architecture, captions, **options))
     dist.destroy_process_group()
     return drawn
 
 
 def _picture(path: Path, images: dict[str, np.ndarray], rows: list[dict], labels: np.ndarray) -> None:
-    from megatron_cca.evaluation.plots import SampleColumn, sample_sheet
-
     by_name = {row["name"]: row for row in rows}
     columns = []
     for name in PICTURED:
         row = by_name[name]
         passes = "1 forward" if row["forwards_per_token"] == 1 else f"{row['forwards_per_token']} forwards"
-        subtitle = f"{passes} a token, FID {row['fid']:.1f}, accuracy {row['accuracy']:.1%}"
+        subtitle = f"{passes} a token\naccuracy {row['accuracy']:.1%}, FID {row['fid']:.1f}"
         blocks = [images[name][labels == digit][:PICTURED_PER_DIGIT] for digit in range(10)]
         columns.append(SampleColumn(_title(name), subtitle, np.stack(blocks)))
     sample_sheet(path, columns, [str(digit) for digit in range(10)])

@@ -26,12 +26,13 @@ class SampleColumn:
 def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequence[str]) -> None:
     """Models side by side, one row per class; dark ink on white."""
     rows, across = columns[0].images.shape[:2]
-    cell, gap, title = 0.4, 0.3, 0.75  # inches
+    cell, gap, title = 0.4, 0.35, 0.62  # inches
     figure = Figure(figsize=(len(columns) * (across * cell + gap) + gap, rows * cell + title), dpi=160)
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    lines = max(column.subtitle.count("\n") + 1 for column in columns)
     for axis, column in zip(axes, columns, strict=True):
         axis.imshow(255 - _mosaic(column.images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(column.title, fontsize=10, color=_INK, fontweight="bold", pad=18)
+        axis.set_title(column.title, fontsize=10, color=_INK, fontweight="bold", pad=8 + 10 * lines)
         axis.text(
             0.5, 1.015, column.subtitle, fontsize=7.5, color=_GREY, ha="center", va="bottom", transform=axis.transAxes
         )
@@ -91,5 +92,5 @@ def _label(axis: Axes, title: str, unit: str) -> None:
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", facecolor="white")
+    figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
     partial.replace(path)

@@ -22,12 +22,13 @@ from megatron_cca.config import Config
 from megatron_cca.data import digits
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
-from megatron_cca.training.checks import PRETRAINED, REFERENCE
+from megatron_cca.training.checks import OUTPUT, PRETRAINED, REFERENCE
 
 
 @dataclass
@@ -208,7 +209,13 @@ def _resume(run: Run) -> None:
     if iteration is None:
         return
     folder = layout.iteration_folder(run.checkpoints, iteration)
-    distributed.load_training_state(folder, run.policy.module, run.optimizer, "training.output_dir")
+    trained_on = layout.read_summary(folder, OUTPUT)["data"]
+    if trained_on != run.batches.shards.fingerprint():
+        raise UserError(
+            f"data.path: {run.batches.shards.folder} is not the data that the run in "
+            f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
+        )
+    distributed.load_training_state(folder, run.policy.module, run.optimizer, OUTPUT)
     run.iteration = iteration
     run.scheduler.step(increment=iteration)
 

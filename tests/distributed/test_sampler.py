@@ -1,10 +1,14 @@
 """Sampling: the cached path is the training path; seeds decide the image, not batch size or tensor parallelism."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.distributed.launch import run_workers
+from tests.distributed.launch import ROOT, environment, run_workers
 from tests.distributed.test_layout_parity import CCA
 
 PARAMETERS = {"images": 8, "guidance_scale": 0.7, "batch_size": 8}
@@ -91,3 +95,37 @@ def test_drawn_codes_follow_the_models_distribution(model):
     observed = np.append(counts[frequent], counts[~frequent].sum())
     expected = np.append(exact[frequent], exact[~frequent].sum()).astype(float)
     assert chisquare(observed, expected / expected.sum() * observed.sum()).pvalue > 1e-3
+
+
+def generate(*arguments, cwd):
+    tool = str(ROOT / "tools" / "generate.py")
+    command = [sys.executable, tool, "--device", "cpu", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tool_draws_a_picture(checkpoint, digit_shards, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--caption", "a handwritten seven", "--caption", "sept, à la main"]
+    arguments += ["--shards", str(digit_shards), "--images", "3", "--guidance-scale", "0.5", "--output", "drawn.png"]
+    done = generate(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "wrote drawn.png: 6 pictures\n"), done.stderr[-2000:]
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--checkpoint": "nowhere"}, "checkpoint: no checkpoint at nowhere"),
+        ({"--images": "0"}, "--images: must be 1 or more, found 0"),
+        ({"--output": "no/such/folder.png"}, "--output: the folder no/such does not exist"),
+        ({"--guidance-scale": "-1"}, "guidance scale: must be 0 or more and finite, found -1.0"),
+        ({"--caption": "seven " * 100}, "caption 'seven seven"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(change, message, checkpoint, digit_shards, tmp_path):
+    arguments = {"--checkpoint": checkpoint, "--caption": "a", "--output": "drawn.png", "--shards": str(digit_shards)}
+    done = generate(*(word for pair in {**arguments, **change}.items() for word in pair), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron_cca: error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
