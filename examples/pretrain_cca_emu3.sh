@@ -20,12 +20,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PYTHON = "the name that ends bash's here-document, on the last line"
 
-try:
-    from megatron_cca.training.main import main
-except ModuleNotFoundError as error:
-    sys.exit(f"pretrain_cca_emu3.sh: {error.name} is not installed in {sys.executable}; run `make install` first")
-
+# Guarded, since Megatron's checkpoint writer spawns a helper process that imports this file again.
 if __name__ == "__main__":
+    try:
+        from megatron_cca.training.main import main
+    except ModuleNotFoundError as error:
+        sys.exit(f"pretrain_cca_emu3.sh: {error.name} is not installed in {sys.executable}; run `make install` first")
     main(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml")
 
 PYTHON

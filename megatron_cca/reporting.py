@@ -13,6 +13,11 @@ from pathlib import Path
 
 from megatron_cca.errors import UserError
 
+# What a rank is told when another one is gone. It then waits for torchrun to end it, so that the rank where the trouble
+# began stands as the root cause.
+_PEER_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+_PEER_LOST_WAIT_SECONDS = 20.0
+
 # A mistake that every rank sees is told by rank 0 alone; one that only another rank sees is told by it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
 
@@ -31,8 +36,10 @@ def reported_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         _leave(line, status=2)
-    except Exception:
+    except Exception as error:
         rank = os.environ.get("RANK")
+        if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
+            time.sleep(_PEER_LOST_WAIT_SECONDS)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
         _leave(where + traceback.format_exc(), status=1)
 

@@ -70,14 +70,9 @@ def _check_batch(config: Config, data_parallel: int) -> None:
 
 
 def _check_schedule(config: Config) -> None:
-    optimizer, training = config.optimizer, config.training
+    optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"optimizer.min_lr: {optimizer.min_lr} is more than optimizer.lr {optimizer.lr}")
-    if optimizer.lr_warmup_iters >= training.train_iters and optimizer.lr_warmup_iters > 0:
-        raise UserError(
-            f"optimizer.lr_warmup_iters: must be less than training.train_iters {training.train_iters}, "
-            f"found {optimizer.lr_warmup_iters}"
-        )
 
 
 def _check_weights(config: Config, path: str, key: str) -> None:

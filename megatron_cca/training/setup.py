@@ -181,7 +181,8 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         max_lr=options.lr,
         min_lr=options.min_lr,
         lr_warmup_steps=options.lr_warmup_iters,
-        lr_decay_steps=config.training.train_iters,
+        # A trial run may end within the warm-up.
+        lr_decay_steps=max(config.training.train_iters, options.lr_warmup_iters + 1),
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = Path(__file__).with_name("workers.py")
+_RUNS = itertools.count()
 
 
 def environment() -> dict[str, str]:
@@ -24,11 +27,34 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = 240) -> su
     )
 
 
+# Forked from one server that has imported Megatron-Core already: importing it costs more than most tests, and forked
+# ranks share its memory.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.distributed.workers"])
+
+
 def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 240) -> dict:
     """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered."""
+    from tests.distributed import workers
+
     folder.mkdir(parents=True, exist_ok=True)
-    request, answer = folder / f"{worker}_{ranks}.json", folder / f"{worker}_{ranks}_answer.json"
-    request.write_text(json.dumps(settings))
-    done = torchrun(ranks, str(WORKERS), worker, str(request), str(answer), cwd=folder, timeout=timeout)
-    assert done.returncode == 0, f"{worker} on {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    number = next(_RUNS)
+    answer = folder / f"answer{number}.json"
+    arguments = (ranks, str(folder / f"rendezvous{number}"), str(answer))
+    jobs = [
+        _SERVER.Process(target=workers.rank_main, args=(worker, settings, rank, *arguments)) for rank in range(ranks)
+    ]
+    for job in jobs:
+        job.start()
+    deadline = time.monotonic() + timeout
+    while any(job.is_alive() for job in jobs) and not any(job.exitcode for job in jobs):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    outcome = [job.exitcode for job in jobs]
+    for job in jobs:
+        job.kill()
+        job.join()
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob(f"{answer.name}.rank*")))
+    assert outcome == [0] * ranks, f"{worker} on {ranks} ranks ended with {outcome} (None: still running):\n{errors}"
     return json.loads(answer.read_text())

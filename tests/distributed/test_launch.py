@@ -63,8 +63,8 @@ def test_torchrun_trains_logs_saves_and_continues(digit_shards, tmp_path):
     again = torchrun(1, SCRIPT, *arguments(digit_shards), cwd=tmp_path)
     assert (again.returncode, "already at step 3" in again.stdout) == (0, True)
 
-    longer = arguments(digit_shards, training__train_iters=5, parallel__tensor_model_parallel_size=2)
-    resumed = torchrun(2, SCRIPT, *longer, cwd=tmp_path)
+    longer = arguments(digit_shards, training__train_iters=5, training__micro_batch_size=2)
+    resumed = torchrun(1, SCRIPT, *longer, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "continuing at step 3" in resumed.stdout
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
@@ -143,7 +143,7 @@ def test_help_names_every_option(tmp_path):
 
 
 def test_a_killed_rank_ends_the_job_within_a_minute(digit_shards, tmp_path):
-    endless = arguments(digit_shards, training__train_iters=100000)
+    endless = arguments(digit_shards, training__train_iters=100000, parallel__tensor_model_parallel_size=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *endless]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)

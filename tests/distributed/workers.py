@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import traceback
 from pathlib import Path
 
 from megatron_cca import platform
@@ -119,11 +119,15 @@ def sampled(settings):
     return drawn.tolist()
 
 
-if __name__ == "__main__":
-    worker, request, answer = sys.argv[1:]
-    dist.init_process_group("gloo")
-    result = globals()[worker](json.loads(Path(request).read_text()))
-    if dist.get_rank() == 0:
-        Path(answer).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+def rank_main(worker, settings, rank, ranks, rendezvous, answer):
+    """The entry point of one rank: join, work, leave what rank 0 found (or what went wrong) in a file."""
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+        result = globals()[worker](settings)
+        if rank == 0:
+            Path(answer).write_text(json.dumps(result))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(f"{answer}.rank{rank}").write_text(traceback.format_exc())
+        raise

@@ -60,7 +60,6 @@ def refused(overrides, world_size=1):
         (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 64"),
         (["model.num_query_groups=3"], 1, "model.num_query_groups: 3 does not divide num_attention_heads 4"),
         (["optimizer.min_lr=1", "optimizer.lr=0.1"], 1, "optimizer.min_lr: 1.0 is more than optimizer.lr 0.1"),
-        (["optimizer.lr_warmup_iters=60"], 1, "optimizer.lr_warmup_iters: must be less than training.train_iters 60"),
         (["training.pretrained_checkpoint=/nowhere"], 1, "training.pretrained_checkpoint: no checkpoint at /nowhere"),
         (["reference.checkpoint=/nowhere"], 1, "reference.checkpoint: no checkpoint at /nowhere"),
     ],
