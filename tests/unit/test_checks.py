@@ -1,6 +1,7 @@
 """What a run is refused for before any process group is made, and in which words."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +141,15 @@ def test_the_summary_lists_every_file(run_folder):
     summary = json.loads((run_folder / layout.FOLDER / "iter_0000010" / layout.SUMMARY).read_text())
     assert summary["files"] == {"__0_0.distcp": 100}
     assert summary["iteration"] == 10
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_every_example_can_run_on_eight_ranks(file, tmp_path):
+    overrides = ["training.pretrained_checkpoint=null", f"training.output_dir={tmp_path}"]
+    config = load_config(file, overrides)
+    if config.model.name == "emu3-tiny":
+        config = load_config(file, [*overrides, "parallel.tensor_model_parallel_size=2"])
+    check_run(config, 8)
