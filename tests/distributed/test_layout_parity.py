@@ -106,21 +106,12 @@ def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initi
 @pytest.fixture(scope="module")
 def initial_weights():
     """The weights that the workers start from, as a plain dict."""
-    from megatron_cca.models.gpt import build_gpt
-    from megatron_cca.models.initialization import initialize_by_name
-    from megatron_cca.training.setup import initialize_distributed
+    from megatron_cca.training.setup import build_stage, initialize_distributed
 
     config = load_config(None, CCA)
     architecture = resolve_architecture(config.model)
     initialize_distributed(config)
-    model = build_gpt(architecture, config.model, config.parallel, "fp32")
-    initialize_by_name(
-        model,
-        seed=config.training.seed,
-        std=config.model.init_method_std,
-        num_layers=architecture.num_layers,
-        vocab_size=architecture.vocabulary.size,
-    )
+    model = build_stage(config, architecture, None, "training.pretrained_checkpoint")
     return config, architecture, {name: value.detach() for name, value in model.named_parameters()}
 
 
