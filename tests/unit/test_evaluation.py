@@ -99,3 +99,33 @@ def test_pictures_are_written_whole(scans, tmp_path):
             pixels = np.asarray(image.convert("L"))
         assert min(pixels.shape) > 300
         assert pixels.std() > 5
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L")).copy()
+
+
+def test_pictures_show_their_images_and_every_curve(scans, tmp_path):
+    sheets, curves = [], []
+    for digit in (0, 1):
+        blocks = np.stack([scans[0].images[scans[0].labels == digit][:4]])
+        sample_sheet(tmp_path / "samples.png", [SampleColumn("model", "how", blocks)], ["row"])
+        sheets.append(pixels(tmp_path / "samples.png"))
+    assert sheets[0].shape == sheets[1].shape
+    assert (sheets[0] != sheets[1]).any()
+    names = ("positive_log_ratio", "negative_log_ratio", "margin", "loss")
+    for changed in (None, *names):
+        rows = [{"step": step, **{name: step**2 if name == changed else step for name in names}} for step in range(4)]
+        training_curves(tmp_path / "training.png", rows)
+        curves.append(pixels(tmp_path / "training.png"))
+    assert all(curve.shape != curves[0].shape or (curve != curves[0]).any() for curve in curves[1:])
+
+
+def test_the_judges_are_a_function_of_their_seed(scans):
+    train = scans[0]
+    few = train.images[:200], train.labels[:200]
+    first, again, other = (DigitJudges.train(*few, seed=seed) for seed in (0, 0, 1))
+    images = torch.from_numpy(train.images[:5])[:, None]
+    assert torch.equal(first.cnn(images)[1], again.cnn(images)[1])
+    assert not torch.equal(first.cnn(images)[1], other.cnn(images)[1])
