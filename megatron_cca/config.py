@@ -65,7 +65,8 @@ class ParallelConfig:
 class ObjectiveConfig:
     """Section ``objective``."""
 
-    name: Literal["next_token", "cca"] = "cca"
+    name: Literal["next_token", "cca", "dpo", "unlearning"] = "cca"
+    """``dpo`` (takes beta) and ``unlearning`` (takes negative_weight) are the ablations of the paper's Table 3."""
     beta: PositiveFloat = 0.02
     """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
     negative_weight: PositiveFloat = 1.0

@@ -7,10 +7,14 @@ line below.
 
 from megatron_cca.objectives.batches import ObjectiveResult, PairLogps, SequenceLogps
 from megatron_cca.objectives.cca import CCA
+from megatron_cca.objectives.dpo import DPO
 from megatron_cca.objectives.next_token import NextToken
+from megatron_cca.objectives.unlearning import Unlearning
 
 OBJECTIVES = {
     "cca": CCA,
+    "dpo": DPO,
+    "unlearning": Unlearning,
     "next_token": NextToken,
 }
 

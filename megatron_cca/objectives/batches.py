@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_cca.errors import UserError
+
 
 @dataclass(frozen=True)
 class PairLogps:
@@ -31,6 +33,34 @@ class PairLogps:
         """log(p_theta / p_phi) of positives and negatives, float ``[B]`` each."""
         return self.policy_positive - self.reference_positive, self.policy_negative - self.reference_negative
 
+    def negative_signs_and_weights(self, negative_weight: float) -> tuple[Tensor, Tensor]:
+        """The authors' row rules: sign and weight of each row's negative term, float ``[B]`` each.
+
+        -1 and ``negative_weight`` for a true negative; +1 and 1 where the "negative" counts as a positive, which keeps
+        the unconditional model intact.
+        """
+        flagged, dtype = self.negative_is_positive, self.policy_negative.dtype
+        return torch.where(flagged, 1.0, -1.0).to(dtype), torch.where(flagged, 1.0, negative_weight).to(dtype)
+
+    @torch.no_grad()
+    def metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """What every objective on pairs reports, scalars, in nats.
+
+        ``positive_log_ratio`` is the mean over all rows; ``negative_log_ratio``, ``margin`` (mean positive minus
+        negative log-ratio) and ``accuracy`` (share with positive > negative) are over the rows with a true negative;
+        ``positive_as_negative`` is the share of the other rows.
+        """
+        positive, negative = self.log_ratios()
+        true_negative = ~self.negative_is_positive
+        return {
+            "loss": loss.detach(),
+            "positive_log_ratio": positive.mean(),
+            "negative_log_ratio": _masked_mean(negative, true_negative),
+            "margin": _masked_mean(positive - negative, true_negative),
+            "accuracy": _masked_mean((positive > negative).to(positive.dtype), true_negative),
+            "positive_as_negative": self.negative_is_positive.to(positive.dtype).mean(),
+        }
+
 
 @dataclass(frozen=True)
 class SequenceLogps:
@@ -54,7 +84,14 @@ class ObjectiveResult:
     metrics: dict[str, Tensor]
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def must_be_positive(objective: object, *keys: str) -> None:
+    """Refuse an objective whose settings ``keys`` are not all above 0; raises :class:`UserError` naming the first."""
+    for key in keys:
+        if not getattr(objective, key) > 0:
+            raise UserError(f"objective.{key}: must be greater than 0, found {getattr(objective, key)}")
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask`` holds; 0 where it holds nowhere. Both ``[B]``; returns a scalar."""
     weights = mask.to(values.dtype)
     return (torch.where(mask, values, torch.zeros_like(values))).sum() / weights.sum().clamp(min=1)

@@ -1,17 +1,27 @@
 """Log-probabilities of target tokens, straight from hidden states, without ever holding the logits.
 
-A chunk of tokens at a time goes through the LM head. The softmax's maximum, its sum of exponentials and the target's
-logit are reduced over the tensor-parallel group; backward recomputes the chunk. Vocabulary rows past ``vocab_size``
-(padding) take no part, so the result does not depend on how the vocabulary was padded for a layout.
+The LM head is applied tile by tile: a chunk of tokens times a block of words. Each token keeps three numbers, the
+largest logit, the sum of exponentials and the target's logit, which are reduced over the tensor-parallel group once at
+the end; backward recomputes the tiles. Words past ``vocab_size`` (padding) are never computed, so the result does not
+depend on how the vocabulary was padded for a layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_cca.parallel import softmax_tiles
 
 DEFAULT_CHUNK_SIZE = 1024
+
+# Words in a tile: on a CPU the tile stays in cache, on a GPU it is wide enough to fill the machine. Both measured or
+# bounded in benchmarks/logps.md.
+_TILE_WIDTH = {"cpu": 2048, "cuda": 16384}
 
 
 def sequence_logps(
@@ -26,18 +36,27 @@ def sequence_logps(
 ) -> Tensor:
     """Sum over masked-in positions of log p(target | prefix); float32 ``[B]``, nats.
 
+    Differentiable in ``hidden`` and ``weight``. Where ``weight`` has a ``main_grad`` (Megatron's data parallelism),
+    its gradient is added there, in that dtype, as Megatron's own fused layers do; ``weight.grad`` gets a placeholder
+    that Megatron ignores. Elsewhere it is summed in fp32 and cast to the weight's dtype once.
+
     Args:
-        hidden: ``[S, B, H]``, the full sequence on every tensor-parallel rank.
-        weight: ``[V_local, H]``, this rank's rows of the LM head.
-        targets: int64 ``[B, S]``; ``targets[b, s]`` is predicted by ``hidden[s, b]``.
+        hidden: ``[S, B, H]``, fp32, bf16 or fp16; the full sequence on every tensor-parallel rank. Its gradient is
+            complete on every rank (summed over the group).
+        weight: ``[V_local, H]``, this rank's rows of the LM head, of the same dtype; as many on every rank.
+        targets: int64 ``[B, S]``; ``targets[b, s]`` is predicted by ``hidden[s, b]``. Ignored where masked out.
         mask: bool ``[B, S]``; only these positions are computed at all.
         tp_group: the tensor-parallel group; None where the head is whole.
         vocab_size: the true size; rows at or past it never take part.
-        chunk_size: tokens in one pass through the head.
+        chunk_size: tokens in a tile; memory beyond inputs and gradients grows with it.
+
+    Raises:
+        ValueError: a target outside the vocabulary where the mask is on (names position and id), shapes or dtypes that
+            do not fit, a chunk size below 1, shards that do not add up to the vocabulary.
     """
-    return token_logps(
-        hidden, weight, targets, mask, tp_group=tp_group, vocab_size=vocab_size, chunk_size=chunk_size
-    ).sum(dim=1)
+    options = {"tp_group": tp_group, "vocab_size": vocab_size, "chunk_size": chunk_size}
+    # Thousands of terms: the sum itself must not be what limits the log-ratio.
+    return token_logps(hidden, weight, targets, mask, **options).double().sum(dim=1).float()
 
 
 def token_logps(
@@ -51,88 +70,204 @@ def token_logps(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> Tensor:
     """Per-token variant of :func:`sequence_logps`: float32 ``[B, S]``, 0 where masked out."""
+    _check_shapes(hidden, weight, targets, mask, chunk_size)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
-    selected = hidden.reshape(-1, hidden.size(-1)).index_select(0, positions)
-    selected_targets = targets.t().reshape(-1).index_select(0, positions)
-    logps = _SelectedLogps.apply(selected, weight, selected_targets, tp_group, vocab_size, chunk_size)
+    words = targets.t().reshape(-1).index_select(0, positions)
+    _check_targets(words, positions, mask.size(0), vocab_size)
+    flat_hidden = hidden.reshape(-1, hidden.size(-1))
+    logps = _SelectedLogps.apply(flat_hidden, weight, positions, words, tp_group, vocab_size, chunk_size)
     flat = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
 
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size}, must be 1 or more")
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)}, must be [S, B, H]")
+    length, batch, width = hidden.shape
+    if weight.dim() != 2 or weight.size(1) != width:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, must be [V_local, {width}] to fit hidden")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: {weight.dtype}, must be hidden's {hidden.dtype}")
+    for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool)):
+        if tuple(tensor.shape) != (batch, length):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, must be [B, S] = ({batch}, {length}) to fit hidden")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: {tensor.dtype}, must be {dtype}")
+
+
+def _check_targets(words: Tensor, positions: Tensor, batch: int, vocab_size: int) -> None:
+    outside = (words < 0) | (words >= vocab_size)
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        token, row = divmod(int(positions[first]), batch)
+        raise ValueError(
+            f"targets: id {int(words[first])} at row {row}, position {token}, must be 0 to {vocab_size - 1} "
+            "where the mask is on"
+        )
+
+
 class _SelectedLogps(torch.autograd.Function):
-    """Chunked vocab-parallel log-probabilities of N selected tokens: ``[N, H] -> [N]``."""
+    """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and words ``[N]`` -> fp32 ``[N]``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tp_group, vocab_size, chunk_size):
-        shard = _VocabShard(weight, tp_group, vocab_size)
-        logps = torch.empty(hidden.size(0), dtype=torch.float32, device=hidden.device)
-        log_normalisers = torch.empty_like(logps)
-        for rows in _chunks(hidden.size(0), chunk_size):
-            logits = shard.logits(hidden[rows])
-            peak = shard.reduce(logits.amax(dim=-1), dist.ReduceOp.MAX)
-            sums = torch.stack([logits.sub(peak[:, None]).exp_().sum(-1), shard.gather_target(logits, targets[rows])])
-            sum_exp, target_logits = shard.reduce(sums, dist.ReduceOp.SUM)
-            log_normalisers[rows] = peak + sum_exp.log()
-            logps[rows] = target_logits - log_normalisers[rows]
-        ctx.save_for_backward(hidden, weight, targets, log_normalisers)
+    def forward(ctx, hidden, weight, positions, words, tp_group, vocab_size, chunk_size):
+        head = _HeadShard(weight, words, tp_group, vocab_size, chunk_size)
+        selected = hidden.index_select(0, positions)
+        peak = selected.new_full((words.numel(),), -torch.inf, dtype=head.sum_dtype)
+        sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
+        for block in head.blocks():
+            for rows in head.chunks():
+                head.operations.absorb(
+                    head.logits(selected[rows], block),
+                    head.local_targets(rows, block),
+                    *(peak[rows], sum_exp[rows], target_logits[rows]),
+                )
+        peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
+        ctx.save_for_backward(hidden, weight, positions, words, peak, sum_exp)
         ctx.settings = (tp_group, vocab_size, chunk_size)
-        return logps
+        # In this order: the logits may be huge and nearly equal.
+        return (target_logits - peak).sub_(sum_exp.log()).float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, weight, targets, log_normalisers = ctx.saved_tensors
-        tp_group, vocab_size, chunk_size = ctx.settings
-        shard = _VocabShard(weight, tp_group, vocab_size)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.size(0), chunk_size):
-            probabilities = shard.logits(hidden[rows]).sub_(log_normalisers[rows, None]).exp_()
-            grad_logits = probabilities.neg_()
-            shard.add_one_at_target(grad_logits, targets[rows])
-            grad_logits.mul_(grad_logps[rows, None])
-            grad_logits = grad_logits.to(weight.dtype)
-            grad_weight += grad_logits.t() @ hidden[rows]
-            grad_hidden[rows] = grad_logits @ weight
-        # Each rank's rows of the head give a part of the gradient of the hidden states, which are the same everywhere.
-        return shard.reduce(grad_hidden, dist.ReduceOp.SUM), grad_weight.to(weight.dtype), None, None, None, None
+        hidden, weight, positions, words, peak, sum_exp = ctx.saved_tensors
+        head = _HeadShard(weight, words, *ctx.settings)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        selected = hidden.index_select(0, positions)
+        upstream = grad_logps.to(head.sum_dtype).neg()[:, None]
+        scaled = (upstream * selected).to(selected.dtype)
+        grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype)
+        head_gradient = _HeadGradient(weight, head.sum_dtype) if wants_weight else None
+        for block in head.blocks():
+            columns = head.operand(weight[block])
+            for rows in head.chunks():
+                gradient = head.operations.probabilities_minus_target(
+                    head.logits(selected[rows], block),
+                    head.local_targets(rows, block),
+                    *(peak[rows], sum_exp[rows], columns.dtype),
+                )
+                if wants_hidden:
+                    _add_product(grad_selected[rows], gradient, columns)
+                if wants_weight:
+                    head_gradient.add(block, gradient, head.operand(scaled[rows]))
+            if wants_weight:
+                head_gradient.finish(block)
+        grad_hidden = None
+        if wants_hidden:
+            # Each rank's rows of the head give a part of the gradient of hidden states that are the same everywhere.
+            grad_selected = head.all_reduce(grad_selected.mul_(upstream), dist.ReduceOp.SUM)
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
+        return grad_hidden, head_gradient.result() if wants_weight else None, None, None, None, None, None
 
 
-class _VocabShard:
-    """This rank's rows of the LM head and what it takes to reduce over the others'."""
+class _HeadShard:
+    """This rank's rows of the LM head, applied to N tokens in tiles, and the reductions over the other ranks."""
 
-    def __init__(self, weight: Tensor, tp_group: dist.ProcessGroup | None, vocab_size: int) -> None:
-        self.weight = weight
+    def __init__(
+        self, weight: Tensor, words: Tensor, tp_group: dist.ProcessGroup | None, vocab_size: int, chunk_size: int
+    ) -> None:
+        self.weight, self.words, self.vocab_size, self.chunk_size = weight, words, vocab_size, chunk_size
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
-        self.start = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
-        self.num_valid = min(max(vocab_size - self.start, 0), weight.size(0))
+        self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
+        self.num_words = min(max(vocab_size - self.first_word, 0), weight.size(0))
+        self.sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.operations = softmax_tiles.operations_for(weight.device)
+        self._workspace: Tensor | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 ``[n, V_local]``, minus infinity at padding rows."""
-        logits = (hidden @ self.weight.t()).float()
-        logits[:, self.num_valid :] = -torch.inf
-        return logits
+    def blocks(self) -> Iterator[slice]:
+        """Slices of this rank's true words, one tile wide."""
+        return _slices(self.num_words, _TILE_WIDTH[self.weight.device.type])
 
-    def _local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        local = targets - self.start
-        here = (local >= 0) & (local < self.num_valid)
-        return torch.where(here, local, torch.zeros_like(local)), here
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the tokens, one tile high."""
+        return _slices(self.words.numel(), self.chunk_size)
 
-    def gather_target(self, logits: Tensor, targets: Tensor) -> Tensor:
-        local, here = self._local_targets(targets)
-        values = logits.gather(1, local[:, None]).squeeze(1)
-        return torch.where(here, values, torch.zeros_like(values))
+    def local_targets(self, rows: slice, block: slice) -> Tensor:
+        """The targets as columns of a block; outside of it where the target is another block's or rank's."""
+        return self.words[rows] - (self.first_word + block.start)
 
-    def add_one_at_target(self, grad_logits: Tensor, targets: Tensor) -> None:
-        local, here = self._local_targets(targets)
-        grad_logits.scatter_add_(1, local[:, None], here.to(grad_logits.dtype)[:, None])
+    def operand(self, tensor: Tensor) -> Tensor:
+        """A factor of a product: half precision stays so on a GPU, whose products sum in fp32; a CPU's do not."""
+        return tensor if tensor.is_cuda else tensor.to(self.sum_dtype)
 
-    def reduce(self, tensor: Tensor, op) -> Tensor:
+    def logits(self, tokens: Tensor, block: slice) -> Tensor:
+        """The tile ``[n, width]`` in fp32 or better; it lives until the next call."""
+        tokens, columns = self.operand(tokens), self.operand(self.weight[block]).t()
+        if tokens.dtype != self.sum_dtype:
+            return torch.mm(tokens, columns, out_dtype=self.sum_dtype)
+        rows, width = tokens.size(0), columns.size(1)
+        if self._workspace is None:
+            # Reused, because on a CPU fresh pages cost as much as the arithmetic.
+            self._workspace = tokens.new_empty(rows * width)
+        return torch.mm(tokens, columns, out=self._workspace[: rows * width].view(rows, width))
+
+    def reduce_statistics(self, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three numbers of each token over the whole vocabulary; refuses shards that do not add up to it."""
+        # The shard's size rides along, so that the check costs no collective of its own.
+        own_rows = peak.new_tensor([self.weight.size(0), -self.weight.size(0)])
+        joined = self.all_reduce(torch.cat([peak, own_rows]), dist.ReduceOp.MAX)
+        self._check_shards(largest=int(joined[-2]), smallest=-int(joined[-1]))
+        sums = torch.stack([sum_exp * (peak - joined[:-2]).exp(), target_logits])
+        return joined[:-2].clone(), *self.all_reduce(sums, dist.ReduceOp.SUM)
+
+    def _check_shards(self, largest: int, smallest: int) -> None:
+        ranks = self.tp_group.size() if self.tp_group is not None else 1
+        if largest != smallest:
+            raise ValueError(f"weight: shards of {smallest} to {largest} rows, must be equal on all {ranks} ranks")
+        if largest * ranks < self.vocab_size:
+            raise ValueError(
+                f"weight: {largest} rows on each of {ranks} rank(s) are {largest * ranks} words, must be at least "
+                f"vocab_size {self.vocab_size}"
+            )
+
+    def all_reduce(self, tensor: Tensor, op) -> Tensor:
+        """In place over the tensor-parallel group, if there is one."""
         if self.tp_group is not None:
-            tensor = tensor.contiguous()
             dist.all_reduce(tensor, op=op, group=self.tp_group)
         return tensor
 
 
-def _chunks(total: int, size: int):
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+class _HeadGradient:
+    """Sums the gradient of the head's rows block by block, in fp32 or straight into Megatron's ``main_grad``."""
+
+    def __init__(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
+        self._weight, self._sum_dtype = weight, sum_dtype
+        main_grad = getattr(weight, "main_grad", None)
+        self._is_main = main_grad is not None
+        self._whole = main_grad if self._is_main else torch.zeros_like(weight)
+        self._block: Tensor | None = None
+
+    def add(self, block: slice, gradient: Tensor, scaled: Tensor) -> None:
+        """Add one tile's part, ``gradient.t() @ scaled``, to the block."""
+        if self._block is None:
+            whole = self._whole[block]
+            self._block = whole if whole.dtype == self._sum_dtype else torch.zeros_like(whole, dtype=self._sum_dtype)
+        _add_product(self._block, gradient.t(), scaled)
+
+    def finish(self, block: slice) -> None:
+        """All tiles of the block are in."""
+        if self._block is not None and self._block.dtype != self._whole.dtype:
+            self._whole[block] += self._block
+        self._block = None
+
+    def result(self) -> Tensor:
+        """What backward returns for the weight."""
+        if not self._is_main:
+            return self._whole
+        # Megatron's hook must find a gradient, and must not add it: the protocol of its fused linear layers.
+        self._weight.grad_added_to_main_grad = True
+        return torch.empty_like(self._weight)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -22,6 +22,7 @@ from megatron_cca.parallel import sequence_logps
 from megatron_cca.training.loop import save_checkpoint
 from megatron_cca.training.setup import initialize_distributed, set_up
 from megatron_cca.training.step import train_step
+from tests.references.dense_logps import dense_token_logps, worst_relative_error
 
 
 def _start(overrides):
@@ -68,39 +69,58 @@ def resume(settings):
 
 
 def vocab_parallel_logps(settings):
-    """Values and gradients of sequence_logps over the whole job as one tensor-parallel group."""
+    """Worst relative errors of sequence_logps over the whole job as one tensor-parallel group, by case."""
+    return {name: _vocab_parallel_case(**case) for name, case in settings["cases"].items()}
+
+
+def _vocab_parallel_case(length, batch, width, vocabulary, padded, chunk_size, mask, dtype="float32", scale=1.0):
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(0)
-    length, batch, width, vocabulary, padded = (settings[key] for key in ("S", "B", "H", "V", "padded"))
-    hidden = torch.randn(length, batch, width, generator=generator).requires_grad_()
-    whole = torch.randn(padded, width, generator=generator)
-    weight = whole.chunk(ranks)[rank].clone().requires_grad_()
+    hidden = (scale * torch.randn(length, batch, width, generator=generator)).to(getattr(torch, dtype))
+    whole = torch.randn(padded, width, generator=generator).to(hidden.dtype)
+    hidden, weight = hidden.requires_grad_(), whole.chunk(ranks)[rank].clone().requires_grad_()
     border = padded // ranks
     targets = torch.randint(0, vocabulary, (batch, length), generator=generator)
     # Targets on the borders of the shards, and the last true word.
     edges = [edge for edge in (0, border - 1, border, 2 * border - 1, vocabulary - 1) if edge < vocabulary]
     targets[0, : len(edges)] = torch.tensor(edges)
-    mask = torch.rand(batch, length, generator=generator) < 0.7
-    mask[0] = True
-    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, vocab_size=vocabulary, chunk_size=5)
+    masks = {"full": torch.ones(batch, length), "empty": torch.zeros(batch, length)}
+    masks["ragged"] = (torch.rand(batch, length, generator=generator) < 0.7).float()
+    masks["ragged"][0] = 1
+    mask = masks[mask].bool()
+    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, vocab_size=vocabulary, chunk_size=chunk_size)
     upstream = torch.randn(batch, generator=generator)
     logps.backward(upstream)
     weight_grads = [torch.empty_like(weight) for _ in range(ranks)]
     dist.all_gather(weight_grads, weight.grad)
     # The oracle, on every rank.
-    hidden64, weight64 = hidden.detach().double().requires_grad_(), whole.double().requires_grad_()
-    logits = hidden64.transpose(0, 1) @ weight64[:vocabulary].t()
-    dense = (logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1) * mask).sum(1)
+    hidden64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, whole))
+    dense = dense_token_logps(hidden64, weight64, targets, mask, vocabulary).sum(1)
     dense.backward(upstream.double())
     return {
-        "logps": _worst(logps, dense),
-        "hidden": _worst(hidden.grad, hidden64.grad),
-        "weight": _worst(torch.cat(weight_grads), weight64.grad),
+        "logps": worst_relative_error(logps, dense),
+        "hidden": worst_relative_error(hidden.grad, hidden64.grad),
+        "weight": worst_relative_error(torch.cat(weight_grads), weight64.grad),
     }
 
 
-def _worst(found, expected):
-    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+def refused_shards(settings):
+    """What sequence_logps says to heads that are not this vocabulary's shards, on rank 0."""
+    messages = []
+    for rows in settings["rows"]:
+        try:
+            sequence_logps(
+                torch.zeros(3, 1, 4),
+                torch.zeros(rows[dist.get_rank()], 4),
+                torch.zeros(1, 3, dtype=torch.int64),
+                torch.ones(1, 3, dtype=torch.bool),
+                tp_group=dist.group.WORLD,
+                vocab_size=settings["vocabulary"],
+            )
+            messages.append("accepted")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 def sampled(settings):

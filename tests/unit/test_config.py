@@ -23,7 +23,7 @@ from megatron_cca.errors import UserError
         ("objective.beta=-0.1", "objective.beta: input should be greater than 0, found -0.1"),
         ("objective.beta=.nan", "objective.beta: input should be a finite number"),
         ("objective.negative_weight=0", "objective.negative_weight: input should be greater than 0, found 0"),
-        ("objective.name=ccaa", "objective.name: input should be 'next_token' or 'cca', found 'ccaa'"),
+        ("objective.name=ccaa", "objective.name: input should be 'next_token', 'cca', 'dpo' or 'unlearning'"),
         ("model.num_layers=x", "model.num_layers: input should be a valid integer, found 'x'"),
         ("parallel.tensor_model_parallel_size=-1", "parallel.tensor_model_parallel_size: input should be greater"),
         ("data.path=[1", "--set data.path=[1: the value is not valid YAML"),

@@ -101,6 +101,60 @@ def test_cca_refuses_what_is_not_positive(key, value):
         OBJECTIVES["cca"](**settings)
 
 
+def table_3_oracle(name: str, pairs: PairLogps, beta: float, weight: float) -> float:
+    total = 0.0
+    columns = [getattr(pairs, field).double().tolist() for field in PairLogps.__dataclass_fields__]
+    for policy_pos, policy_neg, reference_pos, reference_neg, flagged in zip(*columns, strict=True):
+        positive, negative = policy_pos - reference_pos, policy_neg - reference_neg
+        if name == "dpo":
+            total += math.log1p(math.exp(-beta * (positive - negative)))
+        else:
+            total += (-positive + (-negative if flagged else weight * negative)) / max(weight, 1.0)
+    return total / len(columns[0])
+
+
+def build(name, beta, weight):
+    settings = {"beta": beta, "negative_weight": weight}
+    return OBJECTIVES[name](**{key: settings[key] for key in OBJECTIVES[name].__dataclass_fields__})
+
+
+@pytest.mark.parametrize("name", ["dpo", "unlearning"])
+@pytest.mark.parametrize(("beta", "weight"), [(0.02, 0.3), (0.5, 50.0)])
+@pytest.mark.parametrize("flagged_share", [0.0, 0.3, 1.0])
+def test_the_ablations_equal_their_formulas(name, beta, weight, flagged_share):
+    pairs = random_pairs(flagged_share=flagged_share)
+    result = build(name, beta, weight)(pairs)
+    assert result.loss.item() == pytest.approx(table_3_oracle(name, pairs, beta, weight), rel=1e-5)
+    cca = OBJECTIVES["cca"](beta=beta, negative_weight=weight)(pairs)
+    assert {**result.metrics, "loss": 0} == {**cca.metrics, "loss": 0}
+
+
+@pytest.mark.parametrize("name", ["dpo", "unlearning"])
+def test_the_ablations_gradients_equal_finite_differences(name):
+    pairs = random_pairs(rows=6, dtype=torch.float64)
+    policy = [pairs.policy_positive.requires_grad_(), pairs.policy_negative.requires_grad_()]
+
+    def loss(positive, negative):
+        rest = (pairs.reference_positive, pairs.reference_negative, pairs.negative_is_positive)
+        return build(name, 0.1, 3.0)(PairLogps(positive, negative, *rest)).loss
+
+    assert torch.autograd.gradcheck(loss, policy)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("dpo", math.log(2)), ("unlearning", 0.0)])
+def test_the_ablations_at_step_0(name, expected):
+    pairs = random_pairs()
+    logps = (pairs.policy_positive, pairs.policy_negative)
+    result = build(name, 0.1, 3.0)(PairLogps(*logps, *logps, pairs.negative_is_positive))
+    assert result.loss.item() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(("name", "key"), [("dpo", "beta"), ("unlearning", "negative_weight")])
+def test_the_ablations_refuse_what_is_not_positive(name, key):
+    with pytest.raises(UserError, match=rf"objective\.{key}: must be greater than 0, found 0"):
+        OBJECTIVES[name](**{key: 0.0})
+
+
 def test_next_token_is_the_mean_over_all_image_tokens_however_the_batch_is_cut():
     logps = torch.tensor([-10.0, -20.0, -30.0, -40.0])
     tokens = torch.tensor([10.0, 10.0, 20.0, 40.0])

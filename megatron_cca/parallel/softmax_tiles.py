@@ -1,0 +1,65 @@
+"""What the log-probability kernel does to a tile of logits: absorb it into running statistics, turn it into a gradient.
+
+A tile is fp32 (or fp64) ``[n, width]``: the logits of n tokens for ``width`` neighbouring words. ``local_targets`` is
+int64 ``[n]``, the target's column, which is outside ``0 .. width - 1`` where the target is in another tile. This module
+is the plain version, which runs everywhere; ``triton_tiles`` has the same two functions with one pass over the tile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def operations_for(device: torch.device) -> ModuleType:
+    """The module to use for tensors on ``device``: the fused one on a GPU with Triton, else this one."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("megatron_cca.parallel.triton_tiles")
+    return sys.modules[__name__]
+
+
+def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> None:
+    """Take a tile into the running softmax of its tokens (online softmax, arXiv 1805.02867). Overwrites ``logits``.
+
+    Args:
+        logits: the tile; destroyed.
+        local_targets: int64 ``[n]``.
+        peak: ``[n]``, updated: the largest logit so far; minus infinity before the first tile.
+        sum_exp: ``[n]``, updated: the sum of exp(logit - peak) so far.
+        target_logits: ``[n]``, updated where the target is in this tile.
+    """
+    column, inside = _columns(local_targets, logits.size(1))
+    torch.where(inside, logits.gather(1, column).squeeze(1), target_logits, out=target_logits)
+    higher = torch.maximum(peak, logits.amax(dim=1))
+    sum_exp.mul_(peak.sub_(higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(dim=1))
+    peak.copy_(higher)
+
+
+def probabilities_minus_target(
+    logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``softmax(logits) - onehot(target)`` for one tile, in ``dtype``. Overwrites ``logits``.
+
+    Args:
+        logits: the tile; destroyed.
+        local_targets: int64 ``[n]``.
+        peak: ``[n]``, the largest logit over all words.
+        sum_exp: ``[n]``, the sum of exp(logit - peak) over all words.
+        dtype: of the result.
+    """
+    # exp(logit - peak) / sum_exp rather than exp(logit - logsumexp): beside a logit of 1e4 the latter loses its digits.
+    probabilities = logits.sub_(peak[:, None]).exp_().mul_(sum_exp.reciprocal()[:, None])
+    column, inside = _columns(local_targets, logits.size(1))
+    probabilities.scatter_add_(1, column, -inside.to(logits.dtype)[:, None])
+    return probabilities.to(dtype)
+
+
+def _columns(local_targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """A valid column ``[n, 1]`` for every token, and whether ``[n]`` it is the target's."""
+    inside = (local_targets >= 0) & (local_targets < width)
+    return local_targets.clamp(0, width - 1)[:, None], inside
