@@ -58,6 +58,10 @@ class ParallelConfig:
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks on each pipeline rank (the interleaved schedule); null or 1 means one."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence, in Megatron's zigzag order."""
     sequence_parallel: bool = False
 
 
@@ -121,6 +125,13 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 256
     seed: NonNegativeInt = 1234
     precision: Literal["fp32", "bf16"] = "fp32"
+    logps_chunk_size: PositiveInt = 1024
+    """Tokens that pass through the LM head at a time, in the policy and in the reference."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """``full`` recomputes whole layers in backward, ``selective`` only core attention; null keeps all activations."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """For ``full``: groups of ``recompute_num_layers`` layers, or that many single layers on each model chunk."""
+    recompute_num_layers: PositiveInt = 1
     output_dir: str = "runs/emu3_tiny_cca"
     """Holds metrics.jsonl, TensorBoard events, config.yaml and checkpoints/."""
     pretrained_checkpoint: str | None = None

@@ -17,13 +17,13 @@ from megatron_cca.errors import UserError
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(root: Path, iteration: int, model: torch.nn.Module, optimizer, summary: dict) -> None:
+def save(root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict) -> None:
     """Write model and optimizer; collective over all ranks.
 
     Args:
         root: the run's ``checkpoints`` folder.
         iteration: number of completed steps.
-        model: this rank's pipeline stage, without DDP.
+        chunks: this rank's model chunks, without DDP.
         optimizer: Megatron's optimizer.
         summary: plain data kept in ``checkpoint.json``.
     """
@@ -32,34 +32,40 @@ def save(root: Path, iteration: int, model: torch.nn.Module, optimizer, summary:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state_dict(model, optimizer, is_loading=False), str(partial))
+    dist_checkpointing.save(_state_dict(chunks, optimizer, is_loading=False), str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
         layout.finalize(partial, root, iteration, summary)
     dist.barrier()
 
 
-def load_weights(folder: Path, model: torch.nn.Module, key: str) -> None:
-    """Fill a pipeline stage from a whole checkpoint; collective over all ranks.
+def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
+    """Fill this rank's model chunks from a whole checkpoint; collective over all ranks.
 
     Raises:
         UserError: tensors missing or misshapen; ``key`` says which configuration key named the checkpoint.
     """
-    model.load_state_dict(_load(_state_dict(model), folder, key)["model"])
+    _fill(chunks, _load(_state_dict(chunks), folder, key))
 
 
-def load_training_state(folder: Path, model: torch.nn.Module, optimizer, key: str) -> None:
-    """Fill model and optimizer from a checkpoint of any layout; collective over all ranks."""
-    state = _load(_state_dict(model, optimizer, is_loading=True), folder, key)
-    model.load_state_dict(state["model"])
+def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
+    """Fill model chunks and optimizer from a checkpoint of any layout; collective over all ranks."""
+    state = _load(_state_dict(chunks, optimizer, is_loading=True), folder, key)
+    _fill(chunks, state)
     optimizer.load_state_dict(state["optimizer"])
 
 
-def _state_dict(model: torch.nn.Module, optimizer=None, is_loading: bool = True) -> dict:
-    state = {"model": model.sharded_state_dict(metadata=_METADATA)}
+def _state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
+    # The tensors carry global names, so that a chunk's place in this dict does not bind the checkpoint to a layout.
+    state = {f"model{index}": chunk.sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     return state
+
+
+def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{index}"])
 
 
 def _load(template: dict, folder: Path, key: str) -> dict:

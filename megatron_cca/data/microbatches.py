@@ -64,7 +64,7 @@ class BatchBuilder:
         global_batch_size, micro_batch_size: in samples.
         condition_dropout: probability of an emptied caption.
         seed: of the run.
-        sequence_multiple: S is a multiple of this (the tensor-parallel size under sequence parallelism).
+        sequence_multiple: S is a multiple of this, so that ranks can share a sequence equally.
         max_sequence_length: the model's limit.
     """
 

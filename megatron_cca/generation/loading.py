@@ -33,6 +33,6 @@ def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
     except UserError as error:
         raise UserError(f"{key}: {folder} cannot be sampled on {dist.get_world_size()} ranks: {error}") from None
     model_config = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0)
-    model = build_gpt(architecture, model_config, parallel, config.training.precision)
-    distributed.load_weights(folder, model, key)
-    return model.requires_grad_(False), architecture
+    chunks = build_gpt(architecture, model_config, parallel, config.training)
+    distributed.load_weights(folder, chunks, key)
+    return chunks[0].requires_grad_(False), architecture

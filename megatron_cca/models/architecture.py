@@ -80,6 +80,14 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
     ):
         _must_divide("parallel.tensor_model_parallel_size", tp, name, size)
     _must_divide("parallel.pipeline_model_parallel_size", pp, "num_layers", architecture.num_layers)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    if chunks > 1 and pp == 1:
+        raise UserError(
+            "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size of 2 or more, "
+            "found 1"
+        )
+    per_rank = architecture.num_layers // pp
+    _must_divide("parallel.virtual_pipeline_model_parallel_size", chunks, "the layers of a pipeline rank,", per_rank)
     if parallel.sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size of 2 or more, found 1")
 

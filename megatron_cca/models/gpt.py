@@ -5,25 +5,31 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_cca import platform
-from megatron_cca.config import ModelConfig, ParallelConfig
+from megatron_cca.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.layer_specs import layer_spec
 from megatron_cca.parallel import sequence_logps
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, precision: str
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> TransformerConfig:
     """Megatron's configuration of the decoder; a fresh object on each call, since DDP hangs its hooks on it."""
     on_gpu = platform.current().is_cuda
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    interleaved = num_model_chunks(parallel) > 1
+    recompute_layers = training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -39,10 +45,19 @@ def transformer_config(
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_model_chunks(parallel) if interleaved else None,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        # With two pipeline ranks both neighbours are the same rank, and Megatron's batched send/receive, which matches
+        # messages by their order alone, then mixes up the two directions without a word.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method if recompute_layers else None,
+        recompute_num_layers=training.recompute_num_layers if recompute_layers else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=precision == "bf16",
+        bf16=dtype == torch.bfloat16,
         # The weights are filled by name afterwards (checkpoint or initialization.py), alike for every layout.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -55,48 +70,77 @@ def transformer_config(
     )
 
 
-def build_gpt(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, precision: str
-) -> torch.nn.Module:
-    """This rank's pipeline stage, on its device, with uninitialised weights.
+def num_model_chunks(parallel: ParallelConfig) -> int:
+    """Model chunks on each pipeline rank: 1, or more under the interleaved schedule."""
+    return parallel.virtual_pipeline_model_parallel_size or 1
 
-    Model parallelism must be initialised. In bf16 the model is wrapped in Megatron's ``Float16Module``.
+
+def build_gpt(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> list[torch.nn.Module]:
+    """This rank's model chunks, on its device, with uninitialised weights: one, or more under interleaving.
+
+    Model parallelism must be initialised. In bf16 each chunk is wrapped in Megatron's ``Float16Module``. The chunks
+    share one configuration, as Megatron's schedules expect.
     """
-    config = transformer_config(architecture, model, parallel, precision)
+    config = transformer_config(architecture, model, parallel, training)
+    chunks = num_model_chunks(parallel)
+    stages = range(chunks) if chunks > 1 else [None]
+    return [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    vp_stage: int | None,
+) -> torch.nn.Module:
+    pipeline_chunks = parallel.pipeline_model_parallel_size * num_model_chunks(parallel)
+    place = {"ignore_virtual": False, "vp_stage": vp_stage}
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(
-            model.transformer_impl, architecture.num_layers // parallel.pipeline_model_parallel_size
-        ),
+        transformer_layer_spec=layer_spec(model.transformer_impl, architecture.num_layers // pipeline_chunks),
         vocab_size=padded_vocab_size(architecture, model, parallel.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
+        vp_stage=vp_stage,
     ).to(platform.device())
-    return Float16Module(config, gpt) if precision == "bf16" else gpt
+    return Float16Module(config, gpt) if config.bf16 else gpt
 
 
-def image_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, vocab_size: int) -> Tensor:
-    """One forward pass of a pipeline stage.
+def image_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: int) -> Tensor:
+    """One forward pass of a model chunk.
 
     Args:
-        model: a stage from :func:`build_gpt`, bare or wrapped in DDP.
-        tokens: int64 ``[B, S]``.
+        model: a chunk from :func:`build_gpt`, bare or wrapped in DDP.
+        tokens: int64 ``[B, S]``, the whole sequences also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
         mask: bool ``[B, S]``, true where the target is an image token.
-        vocab_size: the true vocabulary size.
+        head: ``vocab_size`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
-        On the last pipeline stage the log-probability of each row's image tokens, float32 ``[B]``; on earlier stages
-        the hidden states that Megatron's schedule sends on.
+        On the last chunk of the pipeline the log-probability of each row's image tokens, float32 ``[B]``, the same on
+        all tensor- and context-parallel ranks; on earlier chunks the hidden states that Megatron's schedule sends on.
     """
+    tokens, targets, mask = _on_this_context_rank(tokens, targets, mask)
+    # Rotary positions are the index in the whole sequence, whatever these say; Megatron wants the argument.
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    context = {"targets": targets, "mask": mask, "vocab_size": vocab_size}
+    context = {"targets": targets, "mask": mask, **head}
     return model(tokens, positions, None, output_processor=_logps_head, output_processor_context=context)
+
+
+def _on_this_context_rank(*batch: Tensor) -> tuple[Tensor, ...]:
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return batch
+    parts = get_batch_on_this_cp_rank(dict(enumerate(batch)), is_hybrid_cp=False, cp_group=group)
+    return tuple(parts[index] for index in range(len(batch)))
 
 
 def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, **_unused) -> Tensor:
@@ -104,4 +148,9 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
     if config.sequence_parallel:
         # sequence_logps returns the whole gradient of its input on every rank; summing again would double it.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-    return sequence_logps(hidden_states, output_layer.weight, tp_group=tp_group, **context)
+    logps = sequence_logps(hidden_states, output_layer.weight, tp_group=tp_group, **context)
+    if config.context_parallel_size == 1:
+        return logps
+    # Each rank has summed its own part of the sequence. Its gradient is its own too: Megatron's data parallelism sums
+    # parameter gradients over these ranks.
+    return reduce_from_tensor_model_parallel_region(logps, parallel_state.get_context_parallel_group())

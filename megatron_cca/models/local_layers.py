@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 
@@ -27,7 +30,11 @@ class RMSNorm(torch.nn.Module):
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Core attention on torch's fused kernels: never an S x S score matrix where the device has a flash kernel."""
+    """Core attention on torch's fused kernels: never an S x S score matrix where the device has a flash kernel.
+
+    Under context parallelism the keys and values of all ranks are gathered (as in Llama 3, arXiv 2407.21783, section
+    3.3.2) and each rank attends from its own two pieces of the sequence.
+    """
 
     def __init__(
         self,
@@ -40,9 +47,10 @@ class ScaledDotProductAttention(torch.nn.Module):
         **_unused,
     ) -> None:
         super().__init__()
-        assert attention_type == "self" and config.context_parallel_size == 1
+        assert attention_type == "self"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.context_parallel_size = config.context_parallel_size
 
     def forward(
         self,
@@ -56,7 +64,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         """Causal attention, or attention to the whole cache when one new token is decoded.
 
         Args:
-            query: ``[S, B, heads, D]``.
+            query: ``[S, B, heads, D]``; under context parallelism S is this rank's part.
             key: ``[T, B, groups, D]``; value likewise.
             attention_mask: unused; padding is on the right, where causality already hides it.
             attn_mask_type: ``no_mask`` while decoding with a cache, causal otherwise.
@@ -66,14 +74,37 @@ class ScaledDotProductAttention(torch.nn.Module):
         """
         causal = attn_mask_type != AttnMaskType.no_mask
         assert causal or query.size(0) == 1, "without a mask only a single new token may attend to the cache"
+        if self.context_parallel_size > 1:
+            return self._over_context_ranks(query, key, value)
+        return self._attend(query, key, value, is_causal=causal)
+
+    def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        key, value = (_whole_sequence(tensor, group) for tensor in (key, value))
+        rank, pieces = group.rank(), 2 * group.size()
+        outputs = []
+        for piece, own in zip((rank, pieces - 1 - rank), query.chunk(2), strict=True):
+            seen = own.size(0) * (piece + 1)
+            mask = causal_lower_right(own.size(0), seen)
+            outputs.append(self._attend(own, key[:seen], value[:seen], attn_mask=mask))
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=causal,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
+            **mask,
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The sequence ``[S, ...]`` from each rank's two pieces of it; rank r holds pieces r and 2 * size - 1 - r."""
+    gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
+    pieces = gathered.chunk(2 * group.size())
+    return torch.cat([*pieces[::2], *pieces[1::2][::-1]])

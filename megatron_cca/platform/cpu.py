@@ -31,6 +31,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "transformer.utils",
     "dist_checkpointing.exchange_utils",
     "dist_checkpointing.strategies.state_dict_saver",
+    "models.common.embeddings.rope_utils",
 )
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "full", "arange")
 _GPU_ONLY_PACKAGES = ("transformer_engine", "apex")
@@ -112,6 +113,8 @@ def _on_cpu(factory: Any) -> Any:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = _CPU
+        # Pinning asks the CUDA driver, which is not there.
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

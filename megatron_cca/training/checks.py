@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def check_run(config: Config, world_size: int) -> None:
     """
     architecture = resolve_architecture(config.model)
     check_layout(architecture, config.model, config.parallel)
-    _check_batch(config, data_parallel_size(config, world_size))
+    data_parallel = data_parallel_size(config, world_size)
+    _check_batch(config, data_parallel)
+    _check_interleaving(config, data_parallel)
     _check_schedule(config)
     if config.objective.name != "next_token":
         for key in ("hidden_dropout", "attention_dropout"):
@@ -45,18 +48,23 @@ def check_run(config: Config, world_size: int) -> None:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """What the world size leaves after tensor and pipeline parallelism.
+    """What the world size leaves after tensor, pipeline and context parallelism.
 
     Raises:
-        UserError: a world size that is not a multiple of TP x PP.
+        UserError: a world size that is not a multiple of TP x PP x CP.
     """
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    if config.parallel.context_parallel_size > 1:
+        names.append("context_parallel_size")
+    sizes = {name: getattr(config.parallel, name) for name in names}
+    unit = math.prod(sizes.values())
+    if world_size % unit:
+        product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items())
         raise UserError(
-            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} does not divide "
-            f"the {world_size} processes of this job; start a multiple of {tp * pp} (torchrun --nproc_per_node)"
+            f"{product} does not divide the {world_size} processes of this job; start a multiple of {unit} "
+            "(torchrun --nproc_per_node)"
         )
-    return world_size // (tp * pp)
+    return world_size // unit
 
 
 def _check_batch(config: Config, data_parallel: int) -> None:
@@ -66,6 +74,19 @@ def _check_batch(config: Config, data_parallel: int) -> None:
         raise UserError(
             f"training.global_batch_size: {whole} is not a multiple of training.micro_batch_size {micro} x "
             f"data-parallel size {data_parallel}; the nearest that is: {max(1, round(whole / unit)) * unit}"
+        )
+
+
+def _check_interleaving(config: Config, data_parallel: int) -> None:
+    if (config.parallel.virtual_pipeline_model_parallel_size or 1) == 1:
+        return
+    pp, whole = config.parallel.pipeline_model_parallel_size, config.training.global_batch_size
+    microbatches = whole // (config.training.micro_batch_size * data_parallel)
+    if microbatches % pp:
+        raise UserError(
+            f"training.global_batch_size: {whole} gives each rank {microbatches} microbatches; with "
+            "parallel.virtual_pipeline_model_parallel_size their number must be a multiple of "
+            f"parallel.pipeline_model_parallel_size {pp}, so the batch one of {whole // microbatches * pp}"
         )
 
 

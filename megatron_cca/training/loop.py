@@ -14,6 +14,7 @@ from megatron_cca.config import Config, config_to_dict
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
+from megatron_cca.models.gpt import num_model_chunks
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.setup import Run, initialize_distributed, set_up
 from megatron_cca.training.step import StepReport, train_step
@@ -92,7 +93,7 @@ def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
         "vocabulary": run.architecture.vocabulary.fingerprint(),
         "data": run.batches.shards.fingerprint(),
     }
-    distributed.save(run.checkpoints, run.iteration, run.policy.module, run.optimizer, summary)
+    distributed.save(run.checkpoints, run.iteration, run.policy_chunks, run.optimizer, summary)
     if log is not None:
         log.say(f"saved {run.checkpoints} at step {run.iteration}")
 
@@ -100,10 +101,12 @@ def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
 def _headline(run: Run) -> str:
     config = run.config
     parallel = config.parallel
-    layout = (
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
-        f"on {dist.get_world_size()} process(es), {platform.device_name()}"
-    )
+    sizes = [f"TP {parallel.tensor_model_parallel_size}", f"PP {parallel.pipeline_model_parallel_size}"]
+    if num_model_chunks(parallel) > 1:
+        sizes.append(f"VPP {num_model_chunks(parallel)}")
+    if parallel.context_parallel_size > 1:
+        sizes.append(f"CP {parallel.context_parallel_size}")
+    layout = f"{' x '.join(sizes)} on {dist.get_world_size()} process(es), {platform.device_name()}"
     resumed = f", continuing at step {run.iteration}" if run.iteration else ""
     return f"{config.objective.name}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
 

@@ -18,14 +18,14 @@ from megatron.core.utils import get_model_config
 
 from megatron_cca import platform
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.config import Config
+from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.data import digits
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.gpt import build_gpt
+from megatron_cca.models.gpt import build_gpt, num_model_chunks
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training.checks import OUTPUT, PRETRAINED, REFERENCE
@@ -39,8 +39,8 @@ class Run:
     architecture: Architecture
     objective: object
     batches: BatchBuilder
-    policy: DistributedDataParallel
-    reference: torch.nn.Module | None
+    policy: list[DistributedDataParallel]
+    reference: list[torch.nn.Module] | None
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int
@@ -49,6 +49,11 @@ class Run:
     def uses_pairs(self) -> bool:
         """Whether the objective contrasts pairs with a reference."""
         return self.objective.batch_type is PairLogps
+
+    @property
+    def policy_chunks(self) -> list[torch.nn.Module]:
+        """The policy's model chunks without DDP."""
+        return [chunk.module for chunk in self.policy]
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +81,8 @@ def initialize_distributed(config: Config) -> None:
         parallel_state.initialize_model_parallel(
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
+            num_model_chunks(parallel) if num_model_chunks(parallel) > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
             create_gloo_process_groups=False,
         )
     model_parallel_cuda_manual_seed(config.training.seed)
@@ -86,8 +93,7 @@ def set_up(config: Config, shards: TokenShards) -> Run:
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
-    stage = build_stage(config, architecture, config.training.pretrained_checkpoint, PRETRAINED)
-    policy = wrap_ddp(stage, config)
+    policy = wrap_ddp(build_chunks(config, architecture, config.training.pretrained_checkpoint, PRETRAINED), config)
     optimizer = build_optimizer(config, policy)
     run = Run(
         config=config,
@@ -110,45 +116,51 @@ def build_objective(config: Config):
     return cls(**{name: getattr(config.objective, name) for name in cls.__dataclass_fields__})
 
 
-def build_stage(config: Config, architecture: Architecture, checkpoint: str | None, key: str) -> torch.nn.Module:
-    """This rank's pipeline stage with weights: from a checkpoint, or drawn from the seed."""
-    stage = build_gpt(architecture, config.model, config.parallel, config.training.precision)
+def build_chunks(config: Config, architecture: Architecture, checkpoint: str | None, key: str) -> list[torch.nn.Module]:
+    """This rank's model chunks with weights: from a checkpoint, or drawn from the seed."""
+    chunks = build_gpt(architecture, config.model, config.parallel, config.training)
     if checkpoint is not None:
-        distributed.load_weights(layout.resolve(checkpoint, key), stage, key)
-    else:
+        distributed.load_weights(layout.resolve(checkpoint, key), chunks, key)
+        return chunks
+    for chunk in chunks:
         initialize_by_name(
-            stage,
+            chunk,
             seed=config.training.seed,
             std=config.model.init_method_std,
             num_layers=architecture.num_layers,
             vocab_size=architecture.vocabulary.size,
         )
-    return stage
+    return chunks
 
 
-def _build_reference(config: Config, architecture: Architecture) -> torch.nn.Module:
+def _build_reference(config: Config, architecture: Architecture) -> list[torch.nn.Module]:
     checkpoint = config.reference.checkpoint or config.training.pretrained_checkpoint
     key = REFERENCE if config.reference.checkpoint else PRETRAINED
-    return build_stage(config, architecture, checkpoint, key).requires_grad_(False)
+    return [chunk.requires_grad_(False) for chunk in build_chunks(config, architecture, checkpoint, key)]
 
 
-def wrap_ddp(stage: torch.nn.Module, config: Config) -> DistributedDataParallel:
-    """Megatron's data parallelism around a stage, with the hooks that its schedules call."""
+def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """Megatron's data parallelism around each chunk, with the hooks that its schedules call."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         check_for_nan_in_grad=True,
     )
-    model_config = get_model_config(stage)
-    policy = DistributedDataParallel(model_config, ddp_config, stage)
+    model_config = get_model_config(chunks[0])
+    policy = [
+        # Later chunks' gradients are ready together, in the first bucket's shadow: Megatron's own choice.
+        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
     model_config.finalize_model_grads_func = finalize_model_grads
     if config.optimizer.overlap_grad_reduce:
-        model_config.no_sync_func = policy.no_sync
+        no_sync = [chunk.no_sync for chunk in policy]
+        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return policy
 
 
-def build_optimizer(config: Config, policy: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW with Megatron's mixed precision and sharding; collective over all ranks."""
     options = config.optimizer
     optimizer = get_megatron_optimizer(
@@ -165,10 +177,10 @@ def build_optimizer(config: Config, policy: DistributedDataParallel) -> Megatron
             params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
             use_distributed_optimizer=options.use_distributed_optimizer,
         ),
-        [policy],
+        policy,
         use_gloo_process_groups=False,
     )
-    get_model_config(policy).grad_scale_func = optimizer.scale_loss
+    get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
@@ -200,9 +212,16 @@ def _batch_builder(config: Config, architecture: Architecture, shards: TokenShar
         micro_batch_size=config.training.micro_batch_size,
         condition_dropout=config.data.condition_dropout,
         seed=config.training.seed,
-        sequence_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        sequence_multiple=_sequence_multiple(parallel),
         max_sequence_length=architecture.max_position_embeddings,
     )
+
+
+def _sequence_multiple(parallel: ParallelConfig) -> int:
+    """What S must be a multiple of, so that every rank holds equally long parts of a sequence."""
+    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
+    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    return context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
 def _resume(run: Run) -> None:
@@ -216,7 +235,7 @@ def _resume(run: Run) -> None:
             f"data.path: {run.batches.shards.folder} is not the data that the run in "
             f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
         )
-    distributed.load_training_state(folder, run.policy.module, run.optimizer, OUTPUT)
+    distributed.load_training_state(folder, run.policy_chunks, run.optimizer, OUTPUT)
     run.iteration = iteration
     run.scheduler.step(increment=iteration)
 

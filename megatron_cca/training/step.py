@@ -60,12 +60,12 @@ def _replay(batch: StepBatch) -> Iterator[tuple[int, Microbatch]]:
     return ((index, microbatch.to(device)) for index, microbatch in enumerate(batch.microbatches))
 
 
-def _schedule(run: Run, batch: StepBatch, model: torch.nn.Module, forward_step, **options) -> list:
+def _schedule(run: Run, batch: StepBatch, chunks: list[torch.nn.Module], forward_step, **options) -> list:
     rows = batch.microbatches[0].tokens.size(0)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=_replay(batch),
-        model=[model],
+        data_iterator=[_replay(batch) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batch.microbatches),
         seq_length=batch.seq_length,
         micro_batch_size=rows,
@@ -75,7 +75,8 @@ def _schedule(run: Run, batch: StepBatch, model: torch.nn.Module, forward_step, 
 
 def _forward(run: Run, microbatches: Iterator, model: torch.nn.Module) -> tuple[int, Microbatch, Tensor]:
     index, rows = next(microbatches)
-    return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, run.architecture.vocabulary.size)
+    head = {"vocab_size": run.architecture.vocabulary.size, "chunk_size": run.config.training.logps_chunk_size}
+    return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **head)
 
 
 def _reference_logps(run: Run, batch: StepBatch) -> dict[int, Tensor]:
@@ -103,7 +104,8 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
         index, microbatch, output = _forward(run, microbatches, model)
         return output, partial(loss, index, microbatch)
 
-    run.policy.zero_grad_buffer()
+    for chunk in run.policy:
+        chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     _schedule(run, batch, run.policy, forward_step, forward_only=False)
     return collected

@@ -30,11 +30,17 @@ CCA = [
 ]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
+VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2"]
+FULL = ["training.recompute_granularity=full"]
 BY_RANKS = {
     1: {
         "one process": [],
         "micro batch 8 x 1": ["training.micro_batch_size=8"],
         "micro batch 1 x 8": ["training.micro_batch_size=1"],
+        "chunks of 7 tokens": ["training.logps_chunk_size=7"],
+        "full recompute": FULL,
+        "selective recompute": ["training.recompute_granularity=selective"],
         "plain optimizer": ["optimizer.use_distributed_optimizer=false"],
     },
     2: {
@@ -44,8 +50,20 @@ BY_RANKS = {
         "PP 2, micro batch 1": [*PP2, "training.micro_batch_size=1"],
         "DP 2": [],
         "DP 2, overlapped": ["optimizer.overlap_grad_reduce=true", "training.micro_batch_size=2"],
+        "PP 2 x VPP 2": VPP2,
+        "PP 2 x VPP 2, overlapped": [*VPP2, "optimizer.overlap_grad_reduce=true"],
+        "CP 2": CP2,
     },
-    4: {"TP 2 x PP 2": [*TP2, *PP2], "PP 2 x DP 2": [*PP2, "training.micro_batch_size=2"]},
+    4: {
+        "TP 2 x PP 2": [*TP2, *PP2],
+        "PP 2 x DP 2": [*PP2, "training.micro_batch_size=2"],
+        "TP 2 + SP x PP 2 x VPP 2": [*TP2, *VPP2, "parallel.sequence_parallel=true"],
+        "TP 2 + SP x CP 2": [*TP2, *CP2, "parallel.sequence_parallel=true"],
+        "PP 2 x CP 2": [*PP2, *CP2],
+        "CP 2 x DP 2": [*CP2, "training.micro_batch_size=2"],
+        "CP 4": ["parallel.context_parallel_size=4"],
+        "PP 4": ["parallel.pipeline_model_parallel_size=4"],
+    },
 }
 LAYOUTS = [name for layouts in BY_RANKS.values() for name in layouts]
 
@@ -106,31 +124,44 @@ def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initi
 @pytest.fixture(scope="module")
 def initial_weights():
     """The weights that the workers start from, as a plain dict."""
-    from megatron_cca.training.setup import build_stage, initialize_distributed
+    from megatron_cca.training.setup import build_chunks, initialize_distributed
 
     config = load_config(None, CCA)
     architecture = resolve_architecture(config.model)
     initialize_distributed(config)
-    model = build_stage(config, architecture, None, "training.pretrained_checkpoint")
+    (model,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
     return config, architecture, {name: value.detach() for name, value in model.named_parameters()}
 
 
 def test_next_token_pretraining_agrees_too(digit_shards, tmp_path):
     common = [*CCA, "objective.name=next_token", f"data.path={digit_shards}"]
     one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": 5}, tmp_path)["a"]
-    two = run_workers(2, "traces", {"common": common, "layouts": {"a": PP2}, "steps": 5}, tmp_path)["a"]
-    torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
-    torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
+    layouts = {"PP 2": PP2, "CP 2": CP2, "PP 2 x VPP 2": VPP2}
+    for two in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 5}, tmp_path).values():
+        torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
+        torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
     assert one[-1]["loss"] < one[0]["loss"]
 
 
-def test_bfloat16_starts_at_exactly_0_and_follows_fp32(digit_shards, tmp_path, cca_traces):
+@pytest.mark.parametrize("ranks", BY_RANKS)
+def test_bfloat16_starts_at_exactly_0_and_follows_fp32(ranks, digit_shards, tmp_path, cca_traces):
     settings = {
         "common": [*CCA, f"data.path={digit_shards}", "training.precision=bf16"],
-        "layouts": {"TP 2": TP2, "PP 2": PP2},
+        "layouts": BY_RANKS[ranks],
         "steps": 5,
     }
-    for trace in run_workers(2, "traces", settings, tmp_path).values():
-        assert trace[0]["worst"] == 0.0
+    for layout, trace in run_workers(ranks, "traces", settings, tmp_path).items():
+        assert trace[0]["worst"] == 0.0, layout
         expected = column(cca_traces["one process"][:5], "loss")
         torch.testing.assert_close(column(trace, "loss"), expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dpo", "unlearning"])
+def test_the_ablations_train_on_every_kind_of_layout(name, digit_shards, tmp_path):
+    common = [*CCA, f"objective.name={name}", f"data.path={digit_shards}"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"one": []}, "steps": 5}, tmp_path)["one"]
+    layouts = {"TP 2": TP2, "PP 2 x VPP 2": VPP2, "CP 2": CP2}
+    for trace in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 5}, tmp_path).values():
+        torch.testing.assert_close(column(trace, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=1e-6)
+        torch.testing.assert_close(column(trace, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
+        assert trace[0]["worst"] == 0.0

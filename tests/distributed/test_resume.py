@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, TP2, column
+from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
 
 BEFORE, AFTER = 4, 6
 LAYOUTS = {
     "DP 2": (2, ["training.micro_batch_size=2"]),
     "TP 2": (2, TP2),
     "PP 2": (2, PP2),
+    "PP 2 x VPP 2": (2, VPP2),
+    "CP 2": (2, CP2),
     "one process": (1, []),
 }
 # Warm-up and decay, so that a schedule that restarts would show.
@@ -45,6 +47,14 @@ def test_resumed_on_any_layout_equals_uninterrupted(layout, uninterrupted, inter
     expected = uninterrupted[BEFORE:]
     for name, tolerance in (("loss", LOSS_RTOL), ("grad_norm", NORM_RTOL), ("learning_rate", 1e-12)):
         torch.testing.assert_close(column(answer["rows"], name), column(expected, name), rtol=tolerance, atol=0)
+
+
+def test_a_run_of_interleaved_chunks_continues_anywhere(uninterrupted, digit_shards, tmp_path):
+    run("PP 2 x VPP 2", tmp_path, BEFORE, digit_shards, save=True)
+    answer = run("TP 2", tmp_path, AFTER, digit_shards)
+    assert answer["before"] == BEFORE
+    expected = column(uninterrupted[BEFORE:], "loss")
+    torch.testing.assert_close(column(answer["rows"], "loss"), expected, rtol=LOSS_RTOL, atol=0)
 
 
 @pytest.mark.parametrize("extra", [["training.precision=bf16"], ["optimizer.use_distributed_optimizer=false"]])

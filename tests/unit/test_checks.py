@@ -57,6 +57,34 @@ def refused(overrides, world_size=1):
             "training.global_batch_size: 100 is not a multiple of training.micro_batch_size 32 x data-parallel size 1; "
             "the nearest that is: 96",
         ),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            1,
+            "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size of 2 or more",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=3"],
+            2,
+            "parallel.virtual_pipeline_model_parallel_size: 3 does not divide the layers of a pipeline rank, 2; "
+            "possible: 1, 2",
+        ),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "training.global_batch_size=96",
+            ],
+            2,
+            "training.global_batch_size: 96 gives each rank 3 microbatches; with "
+            "parallel.virtual_pipeline_model_parallel_size their number must be a multiple of "
+            "parallel.pipeline_model_parallel_size 2, so the batch one of 64",
+        ),
+        (
+            ["parallel.context_parallel_size=2", "parallel.tensor_model_parallel_size=2"],
+            2,
+            "parallel.tensor_model_parallel_size 2 x parallel.pipeline_model_parallel_size 1 x "
+            "parallel.context_parallel_size 2 does not divide the 2 processes of this job; start a multiple of 4",
+        ),
         (["model.hidden_dropout=0.1"], 1, "model.hidden_dropout: must be 0 for objective cca, found 0.1"),
         (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 64"),
         (["model.num_query_groups=3"], 1, "model.num_query_groups: 3 does not divide num_attention_heads 4"),
