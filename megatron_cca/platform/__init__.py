@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -105,13 +106,30 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory_bytes() -> int:
-    """Peak bytes held: the allocator's on a GPU, the process's resident set on a CPU."""
-    if current().is_cuda:
-        return torch.cuda.max_memory_allocated()
-    import resource
+def memory_bytes() -> int:
+    """Bytes held now: by the allocator on a GPU, the process's resident set on a CPU."""
+    return torch.cuda.memory_allocated() if current().is_cuda else resident_bytes()
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def peak_memory_bytes() -> int:
+    """Peak bytes held since the start or :func:`reset_peak_memory`."""
+    return torch.cuda.max_memory_allocated() if current().is_cuda else resident_bytes(peak=True)
+
+
+def reset_peak_memory() -> None:
+    """Let the peak count from now on."""
+    if current().is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """The process's resident set, now or at its peak; needs no :func:`install`."""
+    # Not getrusage: its peak survives exec, so that a process started by a large one would report the parent's.
+    field = "VmHWM" if peak else "VmRSS"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def device_name() -> str:

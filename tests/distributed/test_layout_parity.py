@@ -51,13 +51,18 @@ BY_RANKS = {
         "DP 2": [],
         "DP 2, overlapped": ["optimizer.overlap_grad_reduce=true", "training.micro_batch_size=2"],
         "PP 2 x VPP 2": VPP2,
-        "PP 2 x VPP 2, overlapped": [*VPP2, "optimizer.overlap_grad_reduce=true"],
+        # Enough microbatches that forward and backward messages cross.
+        "PP 2 x VPP 2, micro batch 1": [*VPP2, "training.micro_batch_size=1"],
+        "PP 2 x VPP 2, overlapped": [*VPP2, "optimizer.overlap_grad_reduce=true", "training.micro_batch_size=1"],
         "CP 2": CP2,
     },
     4: {
         "TP 2 x PP 2": [*TP2, *PP2],
         "PP 2 x DP 2": [*PP2, "training.micro_batch_size=2"],
-        "TP 2 + SP x PP 2 x VPP 2": [*TP2, *VPP2, "parallel.sequence_parallel=true"],
+        "TP 2 + SP x PP 2 x VPP 2": [
+            *(*TP2, *VPP2, "parallel.sequence_parallel=true"),
+            "training.micro_batch_size=2",
+        ],
         "TP 2 + SP x CP 2": [*TP2, *CP2, "parallel.sequence_parallel=true"],
         "PP 2 x CP 2": [*PP2, *CP2],
         "CP 2 x DP 2": [*CP2, "training.micro_batch_size=2"],
@@ -141,6 +146,11 @@ def test_next_token_pretraining_agrees_too(digit_shards, tmp_path):
         torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
         torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
     assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_reference_and_policy_use_the_same_chunk_size(digit_shards, tmp_path):
+    overrides = [*CCA, f"data.path={digit_shards}", "training.logps_chunk_size=7", "training.micro_batch_size=8"]
+    assert run_workers(1, "head_chunk_sizes", {"overrides": overrides}, tmp_path) == [7, 7]
 
 
 @pytest.mark.parametrize("ranks", BY_RANKS)

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.training.loop import save_checkpoint
 from megatron_cca.training.setup import initialize_distributed, set_up
@@ -53,6 +53,20 @@ def traces(settings):
         name: _steps(_start(settings["common"] + overrides), settings["steps"])
         for name, overrides in settings["layouts"].items()
     }
+
+
+def head_chunk_sizes(settings):
+    """The chunk sizes that the reference's and the policy's pass of one step used, in order."""
+    used, original = [], gpt.sequence_logps
+
+    def spy(*arguments, **options):
+        used.append(options["chunk_size"])
+        return original(*arguments, **options)
+
+    gpt.sequence_logps = spy
+    _steps(_start(settings["overrides"]), 1)
+    gpt.sequence_logps = original
+    return used
 
 
 def resume(settings):

@@ -1,0 +1,45 @@
+"""What the benchmarks share: a fresh process for every measurement, Markdown tables, the machine's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform as host
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def in_fresh_process(program: str, settings: dict) -> dict:
+    """Run ``program --measure SETTINGS`` and return the JSON object on its last line of output.
+
+    Where the kernel ends it for lack of memory, the answer is ``{"out_of_memory": True}``; any other failure ends the
+    benchmark with the program's own message.
+    """
+    command = [sys.executable, program, "--measure", json.dumps(settings)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own script, no shell
+    if done.returncode in (-9, 137):
+        return {"out_of_memory": True}
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine(device: str) -> str:
+    """The machine in words, for the head of a table."""
+    import torch
+
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, Python {host.python_version()}, torch {torch.__version__}"
+    name = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        host.machine(),
+    )
+    return f"{os.cpu_count()} cores of {name}, Python {host.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,220 @@
+"""A whole CCA step of a small Emu3 with the true vocabulary: this project beside plain transformers and PyTorch.
+
+.venv/bin/python benchmarks/step.py
+
+Both start from the same weights, see the same tokens and take the same optimizer steps; results are kept in step.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import in_fresh_process, machine, markdown_table
+from tqdm import tqdm
+
+from megatron_cca import platform
+
+SIZES = {"hidden_size": 512, "num_layers": 4, "ffn_hidden_size": 1792, "num_attention_heads": 8, "num_query_groups": 2}
+
+
+def main() -> None:
+    """Measure both ways, or, inside a measuring process, one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", type=int, default=24, help="image tokens on a side (the paper: 24)")
+    parser.add_argument("--samples", type=int, default=2, help="images in a step; each is two rows")
+    parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
+    parser.add_argument("--hidden-size", type=int, default=SIZES["hidden_size"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        settings = json.loads(arguments.measure)
+        print(json.dumps(_PARTS[settings.pop("part")](**settings)))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(arguments, folder)
+
+
+def compare(arguments: argparse.Namespace, folder: str) -> None:
+    """Print the table."""
+    overrides = _overrides(arguments, folder)
+    settings = {"overrides": overrides, "folder": folder, "device": arguments.device, "steps": arguments.steps}
+    results = {}
+    for part in tqdm(_PARTS, desc="preparing and measuring", unit="part"):
+        results[part] = in_fresh_process(__file__, {"part": part, **settings})
+    prepared, plain = results.pop("prepare"), results["transformers"]
+    print(
+        f"{machine(arguments.device)}; {prepared['parameters'] / 1e6:.0f} M parameters, "
+        f"{2 * arguments.samples} rows of {prepared['seq_length']} tokens, fp32"
+    )
+    header = ["way", "s/step", "time ratio", "peak GiB", "memory ratio", *(f"loss {i}" for i in range(arguments.steps))]
+    print(markdown_table(header, [_row(way, found, plain) for way, found in results.items()]))
+
+
+def _row(way: str, found: dict, plain: dict) -> list[str]:
+    if "out_of_memory" in found:
+        return [way, "out of memory"]
+    cells = [way, f"{_seconds(found):.2f}", "", f"{found['peak'] / 2**30:.2f}", ""]
+    if "out_of_memory" not in plain:
+        cells[2], cells[4] = f"{_seconds(found) / _seconds(plain):.2f}", f"{found['peak'] / plain['peak']:.2f}"
+    return [*cells, *(f"{loss:.7f}" for loss in found["losses"])]
+
+
+def _seconds(found: dict) -> float:
+    return sum(found["seconds"][1:]) / len(found["seconds"][1:])
+
+
+def _overrides(arguments: argparse.Namespace, folder: str) -> list[str]:
+    sizes = {**SIZES, "hidden_size": arguments.hidden_size}
+    keys = {
+        "model.name": "emu3-8b",
+        **{f"model.{name}": size for name, size in sizes.items()},
+        "model.max_position_embeddings": arguments.grid * (arguments.grid + 1) + 64,
+        "objective.beta": 0.02,
+        "objective.negative_weight": 3.0,
+        "data.path": f"{folder}/shards",
+        "optimizer.lr": 1e-4,
+        "optimizer.weight_decay": 0.1,
+        "training.global_batch_size": arguments.samples,
+        "training.micro_batch_size": arguments.samples,
+        "training.train_iters": arguments.steps,
+        "training.output_dir": f"{folder}/run",
+    }
+    shards = {"grid": arguments.grid, "samples": arguments.samples * arguments.steps}
+    (Path(folder) / "shards.json").write_text(json.dumps(shards))
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
+    """Write random shards, the tokens of every step, and the starting weights under transformers' names."""
+    platform.install(device)
+    from safetensors.torch import save_file
+
+    from megatron_cca.config import load_config
+    from megatron_cca.data.microbatches import BatchBuilder
+    from megatron_cca.data.shards import Sample, write_shards
+    from megatron_cca.models import resolve_architecture
+    from megatron_cca.training.setup import build_chunks, initialize_distributed, open_shards
+
+    config = load_config(None, overrides)
+    architecture = resolve_architecture(config.model)
+    shape = json.loads((Path(folder) / "shards.json").read_text())
+    random = np.random.default_rng(0)
+    samples = (
+        Sample(
+            codes=random.integers(architecture.vocabulary.codebook_size, size=(shape["grid"], shape["grid"])),
+            caption=random.integers(architecture.vocabulary.text_size, size=random.integers(10, 30)),
+        )
+        for _ in range(shape["samples"])
+    )
+    write_shards(Path(config.data.path), samples, architecture.vocabulary, lambda text: [ord(c) for c in text])
+    size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    options = (config.data.condition_dropout, config.training.seed, 1, architecture.max_position_embeddings)
+    batches = BatchBuilder(open_shards(config), True, size, micro, *options)
+    tensors = {}
+    for step in range(steps):
+        (rows,) = batches.build(step, 0, 1).microbatches
+        parts = {"tokens": rows.tokens, "targets": rows.targets, "mask": rows.mask, "flags": rows.negative_is_positive}
+        tensors |= {f"{step}.{name}": tensor for name, tensor in parts.items()}
+    save_file(tensors, f"{folder}/batches.safetensors")
+    initialize_distributed(config)
+    (chunk,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
+    weights = _under_transformers_names({n: p.detach().cpu() for n, p in chunk.named_parameters()}, architecture)
+    save_file(weights, f"{folder}/weights.safetensors")
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return {"parameters": parameters, "seq_length": tensors["0.tokens"].size(1)}
+
+
+def _under_transformers_names(weights: dict, architecture) -> dict:
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    size, vocabulary = architecture.hidden_size // heads, architecture.vocabulary.size
+    renamed = {
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:vocabulary],
+        "model.norm.weight": weights["decoder.final_layernorm.weight"],
+        "lm_head.weight": weights["output_layer.weight"][:vocabulary],
+    }
+    for layer in range(architecture.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        # Megatron: in each group its query heads, then one key head, then one value head.
+        mixed = weights[f"{ours}self_attention.linear_qkv.weight"].view(groups, heads // groups + 2, size, -1)
+        gate, up = weights[f"{ours}mlp.linear_fc1.weight"].chunk(2)
+        renamed |= {
+            f"{theirs}self_attn.q_proj.weight": mixed[:, :-2].reshape(heads * size, -1),
+            f"{theirs}self_attn.k_proj.weight": mixed[:, -2].reshape(groups * size, -1),
+            f"{theirs}self_attn.v_proj.weight": mixed[:, -1].reshape(groups * size, -1),
+            f"{theirs}self_attn.o_proj.weight": weights[f"{ours}self_attention.linear_proj.weight"],
+            f"{theirs}mlp.gate_proj.weight": gate,
+            f"{theirs}mlp.up_proj.weight": up,
+            f"{theirs}mlp.down_proj.weight": weights[f"{ours}mlp.linear_fc2.weight"],
+            f"{theirs}input_layernorm.weight": weights[f"{ours}input_layernorm.weight"],
+            f"{theirs}post_attention_layernorm.weight": weights[f"{ours}pre_mlp_layernorm.weight"],
+        }
+    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
+
+
+def measure_transformers(overrides: list[str], folder: str, device: str, steps: int) -> dict:
+    """Losses, seconds and peak memory of the plain way."""
+    import plain_transformers
+
+    from megatron_cca.config import load_config
+    from megatron_cca.models import resolve_architecture
+
+    config = load_config(None, overrides)
+    architecture, optimizer = resolve_architecture(config.model), config.optimizer
+    sizes = {
+        "vocab_size": architecture.vocabulary.size,
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.ffn_hidden_size,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_query_groups,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "rms_norm_eps": architecture.layernorm_epsilon,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(architecture.rotary_base)},
+    }
+    settings = {
+        "beta": config.objective.beta,
+        "negative_weight": config.objective.negative_weight,
+        "lr": optimizer.lr,
+        "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
+        "eps": optimizer.adam_eps,
+        "weight_decay": optimizer.weight_decay,
+        "clip_grad": optimizer.clip_grad,
+        "device": device,
+    }
+    files = (f"{folder}/weights.safetensors", f"{folder}/batches.safetensors")
+    return plain_transformers.train(*files, sizes, settings)
+
+
+def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> dict:
+    """Losses, seconds and peak memory of this project, in one process."""
+    platform.install(device)
+    from megatron_cca.config import load_config
+    from megatron_cca.training.setup import initialize_distributed, open_shards, set_up
+    from megatron_cca.training.step import train_step
+
+    config = load_config(None, overrides)
+    initialize_distributed(config)
+    run = set_up(config, open_shards(config))
+    losses, seconds = [], []
+    for _ in range(steps):
+        platform.synchronize()
+        started = time.perf_counter()
+        losses.append(train_step(run).metrics["loss"])
+        platform.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return {"losses": losses, "seconds": seconds, "peak": platform.peak_memory_bytes()}
+
+
+_PARTS = {"prepare": prepare, "transformers": measure_transformers, "megatron_cca": measure_ours}
+
+
+if __name__ == "__main__":
+    main()
