@@ -18,12 +18,13 @@ CORE = [
     "pyyaml",
     "tensorboard",
     "tokenizers",
-    "torch>=2.6",
+    "torch>=2.8",
     "tqdm",
 ]
 EXTRAS = {
-    "data": ["datasets", "nvidia-dali-cuda130", "pillow", "transformers"],
+    "data": ["datasets", "nvidia-dali-cuda130", "pillow"],
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
+    "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
     "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
 }

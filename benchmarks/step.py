@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 
-SIZES = {"hidden_size": 512, "num_layers": 4, "ffn_hidden_size": 1792, "num_attention_heads": 8, "num_query_groups": 2}
+# Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
+HEADS = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 2}
+FFN_RATIO = 3.5
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=24, help="image tokens on a side (the paper: 24)")
     parser.add_argument("--samples", type=int, default=2, help="images in a step; each is two rows")
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
-    parser.add_argument("--hidden-size", type=int, default=SIZES["hidden_size"])
+    parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -43,6 +47,8 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, folder: str) -> None:
     """Print the table."""
+    if find_spec("transformers") is None:
+        sys.exit("benchmarks/step.py: transformers is not installed; pip install -e '.[hf]'")
     overrides = _overrides(arguments, folder)
     settings = {"overrides": overrides, "folder": folder, "device": arguments.device, "steps": arguments.steps}
     results = {}
@@ -71,7 +77,8 @@ def _seconds(found: dict) -> float:
 
 
 def _overrides(arguments: argparse.Namespace, folder: str) -> list[str]:
-    sizes = {**SIZES, "hidden_size": arguments.hidden_size}
+    width = arguments.hidden_size
+    sizes = {**HEADS, "hidden_size": width, "ffn_hidden_size": int(FFN_RATIO * width)}
     keys = {
         "model.name": "emu3-8b",
         **{f"model.{name}": size for name, size in sizes.items()},

@@ -137,28 +137,27 @@ class _SelectedLogps(torch.autograd.Function):
         head = _HeadShard(weight, words, *ctx.settings)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         selected = hidden.index_select(0, positions)
-        upstream = grad_logps.to(head.sum_dtype).neg()[:, None]
-        scaled = (upstream * selected).to(selected.dtype)
+        upstream = grad_logps.to(head.sum_dtype).contiguous()
         grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype)
         head_gradient = _HeadGradient(weight, head.sum_dtype) if wants_weight else None
         for block in head.blocks():
             columns = head.operand(weight[block])
             for rows in head.chunks():
-                gradient = head.operations.probabilities_minus_target(
+                gradient = head.operations.logits_gradient(
                     head.logits(selected[rows], block),
                     head.local_targets(rows, block),
-                    *(peak[rows], sum_exp[rows], columns.dtype),
+                    *(peak[rows], sum_exp[rows], upstream[rows], columns.dtype),
                 )
                 if wants_hidden:
                     _add_product(grad_selected[rows], gradient, columns)
                 if wants_weight:
-                    head_gradient.add(block, gradient, head.operand(scaled[rows]))
+                    head_gradient.add(block, gradient, head.operand(selected[rows]))
             if wants_weight:
                 head_gradient.finish(block)
         grad_hidden = None
         if wants_hidden:
             # Each rank's rows of the head give a part of the gradient of hidden states that are the same everywhere.
-            grad_selected = head.all_reduce(grad_selected.mul_(upstream), dist.ReduceOp.SUM)
+            grad_selected = head.all_reduce(grad_selected, dist.ReduceOp.SUM)
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
         return grad_hidden, head_gradient.result() if wants_weight else None, None, None, None, None, None
 
@@ -240,12 +239,12 @@ class _HeadGradient:
         self._whole = main_grad if self._is_main else torch.zeros_like(weight)
         self._block: Tensor | None = None
 
-    def add(self, block: slice, gradient: Tensor, scaled: Tensor) -> None:
-        """Add one tile's part, ``gradient.t() @ scaled``, to the block."""
+    def add(self, block: slice, gradient: Tensor, tokens: Tensor) -> None:
+        """Add one tile's part, ``gradient.t() @ tokens``, to the block."""
         if self._block is None:
             whole = self._whole[block]
             self._block = whole if whole.dtype == self._sum_dtype else torch.zeros_like(whole, dtype=self._sum_dtype)
-        _add_product(self._block, gradient.t(), scaled)
+        _add_product(self._block, gradient.t(), tokens)
 
     def finish(self, block: slice) -> None:
         """All tiles of the block are in."""

@@ -40,23 +40,24 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
     peak.copy_(higher)
 
 
-def probabilities_minus_target(
-    logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, dtype: torch.dtype
+def logits_gradient(
+    logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``softmax(logits) - onehot(target)`` for one tile, in ``dtype``. Overwrites ``logits``.
+    """``upstream * (onehot(target) - softmax(logits))`` for one tile, in ``dtype``. Overwrites ``logits``.
 
     Args:
         logits: the tile; destroyed.
         local_targets: int64 ``[n]``.
         peak: ``[n]``, the largest logit over all words.
         sum_exp: ``[n]``, the sum of exp(logit - peak) over all words.
+        upstream: ``[n]``, the gradient of each token's log-probability.
         dtype: of the result.
     """
     # exp(logit - peak) / sum_exp rather than exp(logit - logsumexp): beside a logit of 1e4 the latter loses its digits.
-    probabilities = logits.sub_(peak[:, None]).exp_().mul_(sum_exp.reciprocal()[:, None])
+    gradient = logits.sub_(peak[:, None]).exp_().mul_((-upstream / sum_exp)[:, None])
     column, inside = _columns(local_targets, logits.size(1))
-    probabilities.scatter_add_(1, column, -inside.to(logits.dtype)[:, None])
-    return probabilities.to(dtype)
+    gradient.scatter_add_(1, column, (upstream * inside)[:, None])
+    return gradient.to(dtype)
 
 
 def _columns(local_targets: Tensor, width: int) -> tuple[Tensor, Tensor]:

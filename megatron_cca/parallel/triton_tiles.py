@@ -22,16 +22,16 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
         )
 
 
-def probabilities_minus_target(
-    logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, dtype: torch.dtype
+def logits_gradient(
+    logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """See :func:`softmax_tiles.probabilities_minus_target`."""
+    """See :func:`softmax_tiles.logits_gradient`."""
     rows, width = logits.shape
     result = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if rows:
         grid = (rows, triton.cdiv(width, _COLUMNS))
-        _probabilities_kernel[grid](
-            *(logits, logits.stride(0), result, result.stride(0), local_targets, peak, sum_exp, width),
+        _gradient_kernel[grid](
+            *(logits, logits.stride(0), result, result.stride(0), local_targets, peak, sum_exp, upstream, width),
             COLUMNS=_COLUMNS,
             num_warps=8,
         )
@@ -58,13 +58,14 @@ def _absorb_kernel(logits, stride, local_targets, peak, sum_exp, target_logits, 
 
 
 @triton.jit
-def _probabilities_kernel(
-    logits, logits_stride, result, result_stride, local_targets, peak, sum_exp, width, COLUMNS: tl.constexpr
+def _gradient_kernel(
+    logits, logits_stride, result, result_stride, local_targets, peak, sum_exp, upstream, width, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     valid = column < width
     tile = tl.load(logits + row * logits_stride + column, mask=valid, other=-float("inf"))
     probabilities = tl.exp(tile - tl.load(peak + row)) / tl.load(sum_exp + row)
-    gradient = tl.where(column == tl.load(local_targets + row), probabilities - 1.0, probabilities)
+    is_target = column == tl.load(local_targets + row)
+    gradient = tl.load(upstream + row) * (tl.where(is_target, 1.0, 0.0) - probabilities)
     tl.store(result + row * result_stride + column, gradient.to(result.dtype.element_ty), mask=valid)

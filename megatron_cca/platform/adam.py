@@ -64,7 +64,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            [torch.tensor(float(steps_before)) for _ in params],
+            [torch.tensor(float(steps_before), device=param.device) for param in params],
+            # One pass; the unfused update makes temporaries as large as two copies of the largest parameter.
+            fused=True,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

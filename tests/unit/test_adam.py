@@ -5,12 +5,12 @@ import torch
 from megatron_cca.platform.adam import GroupStepAdamW
 
 
-def test_twenty_steps_equal_torchs_adamw():
+def test_twenty_steps_equal_torchs_fused_adamw():
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(5, 3, generator=generator), torch.randn(7, generator=generator)]
     ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    optimizers = GroupStepAdamW(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    optimizers = GroupStepAdamW(ours, **settings), torch.optim.AdamW(theirs, fused=True, **settings)
     for _ in range(20):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
