@@ -20,6 +20,7 @@ from tqdm import tqdm
 from megatron_cca import platform
 
 VOCABULARY = 184_622
+# As Megatron pads it for one rank.
 PADDED = 184_704
 
 
@@ -73,16 +74,16 @@ def measure(way: str, tokens: int, hidden_size: int, dtype: str, device: str) ->
     Inputs and both gradient tensors exist beforehand, since every way needs them; ``extra`` is the peak beyond them.
     """
     platform.install(device)
-    function, uses_main_grad = WAYS[way]
+    function = WAYS[way]
     # A small pass first: thread pools, kernels, the libraries' own workspaces.
-    _pass(function, *_inputs(256, hidden_size, dtype, device, uses_main_grad))
-    inputs = _inputs(tokens, hidden_size, dtype, device, uses_main_grad)
+    _pass(function, *_inputs(way, 256, hidden_size, dtype, device))
+    inputs = _inputs(way, tokens, hidden_size, dtype, device)
     before = platform.memory_bytes()
     platform.reset_peak_memory()
     forward, backward, total = _pass(function, *inputs)
     extra = platform.peak_memory_bytes() - before
     hidden, weight = inputs[:2]
-    weight_grad = weight.main_grad if uses_main_grad else weight.grad
+    weight_grad = getattr(weight, "main_grad", weight.grad)
     return {
         "forward": forward,
         "backward": backward,
@@ -94,15 +95,17 @@ def measure(way: str, tokens: int, hidden_size: int, dtype: str, device: str) ->
     }
 
 
-def _inputs(tokens: int, hidden_size: int, dtype: str, device: str, uses_main_grad: bool):
+def _inputs(way: str, tokens: int, hidden_size: int, dtype: str, device: str):
     generator = torch.Generator(device).manual_seed(0)
     kind = {"dtype": getattr(torch, dtype), "device": device, "generator": generator}
     hidden = torch.randn(tokens, 1, hidden_size, **kind).requires_grad_()
-    weight = (torch.randn(PADDED, hidden_size, **kind).mul_(2 * hidden_size**-0.5)).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (1, tokens), device=device, generator=generator)
+    # The other ways have no use for padding rows: cutting them off would cost a copy.
+    rows = PADDED if way in PADDED_WAYS else VOCABULARY
+    weight = (torch.randn(rows, hidden_size, **kind).mul_(2 * hidden_size**-0.5)).requires_grad_()
     mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
     hidden.grad = torch.ones_like(hidden).zero_()  # written to, so that its pages are there
-    if uses_main_grad:
+    if way == MAIN_GRAD_WAY:
         weight.main_grad = torch.ones(weight.shape, dtype=torch.float32, device=device).zero_()
     else:
         weight.grad = torch.ones_like(weight).zero_()
@@ -129,7 +132,7 @@ def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tens
 
 def _dense(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """The authors' way, with no tensor kept longer than autograd needs it."""
-    logits = (hidden.transpose(0, 1) @ weight[:VOCABULARY].t()).float()
+    logits = (hidden.transpose(0, 1) @ weight.t()).float()
     logps = torch.log_softmax(logits, dim=-1)
     del logits
     return (logps.gather(-1, targets[..., None]).squeeze(-1) * mask).sum(1)
@@ -139,8 +142,7 @@ def _megatron(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> 
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     _join_alone()
-    # Without the padding rows, which it does not mask.
-    logits = (hidden @ weight[:VOCABULARY].t()).float()
+    logits = (hidden @ weight.t()).float()
     losses = vocab_parallel_cross_entropy(logits, targets.t().contiguous())
     return -(losses.t() * mask).sum(1)
 
@@ -157,17 +159,19 @@ def _join_alone() -> None:
 def _cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    losses = linear_cross_entropy(hidden.transpose(0, 1), weight[:VOCABULARY], targets, reduction="none")
+    losses = linear_cross_entropy(hidden.transpose(0, 1), weight, targets, reduction="none")
     return -(losses * mask).sum(1)
 
 
-# The function, and whether the head's gradient goes into a main_grad as under Megatron's data parallelism.
-WAYS: dict[str, tuple[Callable[..., Tensor], bool]] = {
-    "dense": (_dense, False),
-    "ours": (_ours, False),
-    "ours, main_grad": (_ours, True),
-    "megatron": (_megatron, False),
-    "cut-cross-entropy": (_cut_cross_entropy, False),
+# The head's gradient goes into a main_grad, as under Megatron's data parallelism.
+MAIN_GRAD_WAY = "ours, main_grad"
+PADDED_WAYS = ("ours", MAIN_GRAD_WAY)
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "dense": _dense,
+    "ours": _ours,
+    MAIN_GRAD_WAY: _ours,
+    "megatron": _megatron,
+    "cut-cross-entropy": _cut_cross_entropy,
 }
 
 
