@@ -250,3 +250,25 @@ def test_the_fused_kernels_equal_the_plain_ones():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "fused and plain agree\n"
+
+
+@pytest.mark.parametrize("architecture", [80, 90], ids=["A100", "H100"])
+def test_the_fused_kernels_compile_without_a_gpu(architecture):
+    pytest.importorskip("triton")
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_cca.parallel import triton_tiles
+
+    tile = {"logits": "*fp32", "stride": "i32"}
+    statistics = {"local_targets": "*i64", "peak": "*fp32", "sum_exp": "*fp32"}
+    last = {"width": "i32", "COLUMNS": "constexpr"}
+    signatures = [(triton_tiles._absorb_kernel, {**tile, **statistics, "target_logits": "*fp32", **last})]
+    for dtype in ("*fp32", "*bf16", "*fp16"):
+        tiles = {"logits": "*fp32", "logits_stride": "i32", "result": dtype, "result_stride": "i32"}
+        signatures.append((triton_tiles._gradient_kernel, {**tiles, **statistics, "upstream": "*fp32", **last}))
+    for kernel, signature in signatures:
+        source = ASTSource(fn=kernel, signature=signature, constexprs={(len(signature) - 1,): 2048})
+        compiled = compile_kernel(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 8})
+        assert compiled.asm["cubin"]
