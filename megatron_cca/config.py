@@ -41,6 +41,10 @@ class ModelConfig:
     num_attention_heads: PositiveInt | None = None
     num_query_groups: PositiveInt | None = None
     max_position_embeddings: PositiveInt | None = None
+    layernorm_epsilon: PositiveFloat | None = None
+    rotary_base: PositiveFloat | None = None
+    vocab_size: PositiveInt | None = None
+    """Not the preset's: the token ids then have no known meaning, and the model can only be converted."""
     make_vocab_size_divisible_by: PositiveInt = 128
     """The vocabulary is padded to a multiple of this times ``tensor_model_parallel_size``."""
     padded_vocab_size: PositiveInt | None = None

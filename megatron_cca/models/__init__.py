@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture, with_explicit_sizes, with_overrides
+from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
+from megatron_cca.models.huggingface import HuggingFaceFormat
 
-FAMILIES: dict[str, dict[str, Architecture]] = {
-    "emu3": EMU3_PRESETS,
+
+@dataclass(frozen=True)
+class Family:
+    """Named sizes, and what its checkpoints look like on Hugging Face."""
+
+    presets: dict[str, Architecture]
+    huggingface: HuggingFaceFormat
+
+
+FAMILIES: dict[str, Family] = {
+    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace()),
 }
 
 
@@ -20,7 +31,7 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
     Raises:
         UserError: an unknown preset.
     """
-    presets = {name: preset for family in FAMILIES.values() for name, preset in family.items()}
+    presets = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
     if config.name not in presets:
         raise UserError(f"model.name: unknown preset {config.name!r}; known: {', '.join(presets)}")
     return with_overrides(presets[config.name], config)
@@ -29,3 +40,8 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
 def explicit(config: Config) -> Config:
     """The configuration with the model's preset resolved into sizes: what a checkpoint records."""
     return replace(config, model=with_explicit_sizes(config.model, resolve_architecture(config.model)))
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a ``model`` section's preset belongs to; the preset must be known."""
+    return next(family for family in FAMILIES.values() if config.name in family.presets)

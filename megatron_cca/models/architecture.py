@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_cca.config import ModelConfig, ParallelConfig
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Architecture:
     num_query_groups: int
     max_position_embeddings: int
     layernorm_epsilon: float
-    rotary_base: int
-    vocabulary: Emu3Vocabulary
+    rotary_base: float
+    vocabulary: Vocabulary
 
 
 def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
@@ -33,6 +33,8 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     names = {field.name for field in fields(config)}
     given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
     architecture = replace(preset, **{name: value for name, value in given.items() if value is not None})
+    if config.vocab_size not in (None, preset.vocabulary.size):
+        architecture = replace(architecture, vocabulary=Vocabulary(config.vocab_size))
     _must_divide("model.num_attention_heads", architecture.num_attention_heads, "hidden_size", architecture.hidden_size)
     _must_divide(
         "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
@@ -49,7 +51,8 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
 def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
     """The same model with every size written out, so that a later change of a preset cannot change its meaning."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
-    return replace(config, **{name: getattr(architecture, name) for name in shared})
+    sizes = {name: getattr(architecture, name) for name in shared}
+    return replace(config, vocab_size=architecture.vocabulary.size, **sizes)
 
 
 def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:

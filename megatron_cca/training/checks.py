@@ -112,11 +112,11 @@ def _check_resume(config: Config) -> None:
         return
     folder = layout.resolve(root, OUTPUT)
     summary = layout.read_summary(folder, OUTPUT)
-    ours, theirs = asdict(explicit(config)), summary["config"]
+    ours, theirs = (asdict(explicit(c)) for c in (config, config_from_dict(summary["config"])))
     keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
     for section, name in [*keys, *_FIXED_KEYS]:
-        if ours[section][name] != theirs.get(section, {}).get(name):
+        if ours[section][name] != theirs[section][name]:
             raise UserError(
                 f"{section}.{name}: {ours[section][name]!r}, but the run in {config.training.output_dir} was started "
-                f"with {theirs.get(section, {}).get(name)!r}; set it so, or choose another training.output_dir"
+                f"with {theirs[section][name]!r}; set it so, or choose another training.output_dir"
             )

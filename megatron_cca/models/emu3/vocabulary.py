@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
+
+from megatron_cca.models.vocabulary import Vocabulary
 
 TINY_TEXT_SIZE = 320
 TINY_CODEBOOK_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Emu3Vocabulary:
+class Emu3Vocabulary(Vocabulary):
     """Which id means what.
 
     Attributes:
@@ -25,7 +24,6 @@ class Emu3Vocabulary:
         visual_start, codebook_size: code k of the image tokenizer is id ``visual_start + k``.
     """
 
-    size: int
     text_size: int
     pad: int
     eol: int
@@ -37,11 +35,6 @@ class Emu3Vocabulary:
     eoi: int
     visual_start: int
     codebook_size: int
-
-    def fingerprint(self) -> str:
-        """A short hash of the whole layout; shards and models that differ in it do not fit."""
-        layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(layout.encode()).hexdigest()[:16]
 
 
 EMU3_VOCABULARY = Emu3Vocabulary(

@@ -1,0 +1,23 @@
+"""The number of token ids of a model; families add which id means what."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids ``0 .. size - 1``, of which nothing else is known.
+
+    Such a model can be converted, but neither trained on images nor sampled.
+    """
+
+    size: int
+
+    def fingerprint(self) -> str:
+        """A short hash of the whole layout; shards and models that differ in it do not fit."""
+        layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(layout.encode()).hexdigest()[:16]

@@ -1,0 +1,227 @@
+"""A declarative map between Megatron's global tensors and Hugging Face's: one table, read in both directions.
+
+Every rule says which rows of which Hugging Face tensors make up a tensor of Megatron's, from top to bottom. Rows are
+never changed, only placed, so that what goes in comes out bit for bit, whatever the dtype. Keys are those of Megatron's
+distributed checkpoints (Transformer Engine's spelling of the norms), where the layers' tensors are stacked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_cca.models.architecture import Architecture
+
+_DIMENSIONS = {
+    "vocab": lambda a: a.vocabulary.size,
+    "hidden": lambda a: a.hidden_size,
+    "ffn": lambda a: a.ffn_hidden_size,
+    "query": lambda a: a.hidden_size,
+    "key": lambda a: a.hidden_size // a.num_attention_heads * a.num_query_groups,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``count`` rows of the Hugging Face tensor ``name``, from row ``start``."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """One tensor of Megatron's (one layer's, where layers are stacked) and where its rows come from.
+
+    Attributes:
+        key: in Megatron's distributed checkpoint.
+        layer: its index on the stacking axis; None for a tensor that is not stacked.
+        parts: Hugging Face's rows, in Megatron's order; padding rows at the end are not among them.
+        columns: of every row; None for a vector.
+        padded: whether rows of zeros follow for a padded vocabulary.
+    """
+
+    key: str
+    layer: int | None
+    parts: tuple[Rows, ...]
+    columns: int | None
+    padded: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows without padding."""
+        return sum(part.count for part in self.parts)
+
+    def cut(self, start: int, stop: int) -> Iterator[Rows]:
+        """The parts of rows ``start .. stop``."""
+        position = 0
+        for part in self.parts:
+            low, high = max(start, position), min(stop, position + part.count)
+            if low < high:
+                yield Rows(part.name, part.start + low - position, high - low)
+            position += part.count
+
+
+@dataclass(frozen=True)
+class Source:
+    """``count`` rows of a Hugging Face tensor from ``start``, as they lie in ``tensor`` from row ``megatron_start``."""
+
+    tensor: MappedTensor
+    megatron_start: int
+    start: int
+    count: int
+
+
+class Rule(Protocol):
+    """One line of a weight map. ``{layer}`` in Hugging Face's names makes it one of every layer."""
+
+    megatron: str
+
+    @property
+    def padded(self) -> bool:
+        """Whether Megatron pads the rows to a size that tensor parallelism can split."""
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Shape of each Hugging Face tensor, by name."""
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """Their rows in Megatron's order."""
+
+
+@dataclass(frozen=True)
+class OneToOne:
+    """The same tensor under two names; ``shape`` names its dimensions (vocab, hidden, ffn, query, key)."""
+
+    megatron: str
+    huggingface: str
+    shape: tuple[str, ...]
+
+    @property
+    def padded(self) -> bool:
+        """See :class:`Rule`."""
+        return self.shape[0] == "vocab"
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """See :class:`Rule`."""
+        return {self.huggingface: tuple(_DIMENSIONS[name](architecture) for name in self.shape)}
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """See :class:`Rule`."""
+        return [Rows(self.huggingface, 0, self.shapes(architecture)[self.huggingface][0])]
+
+
+@dataclass(frozen=True)
+class GroupedQueryQKV:
+    """Query, key and value projections in one: for each query group its query heads, its key head, its value head."""
+
+    megatron: str
+    query: str
+    key: str
+    value: str
+    padded = False
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """See :class:`Rule`."""
+        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
+        return {self.query: (hidden, hidden), self.key: (key, hidden), self.value: (key, hidden)}
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """See :class:`Rule`."""
+        head = architecture.hidden_size // architecture.num_attention_heads
+        queries = architecture.num_attention_heads // architecture.num_query_groups * head
+        return [
+            rows
+            for group in range(architecture.num_query_groups)
+            for rows in (
+                Rows(self.query, group * queries, queries),
+                Rows(self.key, group * head, head),
+                Rows(self.value, group * head, head),
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """A gated MLP's two input projections in one: the gate's rows, then the other's."""
+
+    megatron: str
+    gate: str
+    up: str
+    padded = False
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """See :class:`Rule`."""
+        shape = (architecture.ffn_hidden_size, architecture.hidden_size)
+        return {self.gate: shape, self.up: shape}
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """See :class:`Rule`."""
+        rows = architecture.ffn_hidden_size
+        return [Rows(self.gate, 0, rows), Rows(self.up, 0, rows)]
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """A family's rules, in the order of the forward pass."""
+
+    rules: Sequence[Rule]
+
+    def tensors(self, architecture: Architecture) -> list[MappedTensor]:
+        """Megatron's tensors for these sizes."""
+        return [
+            tensor
+            for rules, layer in self._stages(architecture)
+            for rule in rules
+            for tensor in [_mapped(rule, architecture, layer)]
+        ]
+
+    def huggingface_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Shape of every Hugging Face tensor for these sizes, by name."""
+        return {
+            name.format(layer=layer): shape
+            for rules, layer in self._stages(architecture)
+            for rule in rules
+            for name, shape in rule.shapes(architecture).items()
+        }
+
+    def _stages(self, architecture: Architecture) -> Iterator[tuple[list[Rule], int | None]]:
+        stacked = [index for index, rule in enumerate(self.rules) if _is_stacked(rule)]
+        first, last = stacked[0], stacked[-1] + 1
+        yield list(self.rules[:first]), None
+        for layer in range(architecture.num_layers):
+            yield list(self.rules[first:last]), layer
+        yield list(self.rules[last:]), None
+
+
+def sources(tensors: Sequence[MappedTensor]) -> Mapping[str, list[Source]]:
+    """The map backwards: where each Hugging Face tensor's rows lie, from top to bottom."""
+    found: dict[str, list[Source]] = {}
+    for tensor in tensors:
+        position = 0
+        for part in tensor.parts:
+            found.setdefault(part.name, []).append(Source(tensor, position, part.start, part.count))
+            position += part.count
+    for name, rows in found.items():
+        rows.sort(key=lambda source: source.start)
+        ends = [0, *(source.start + source.count for source in rows)]
+        assert [source.start for source in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
+    return found
+
+
+def _is_stacked(rule: Rule) -> bool:
+    return any("{layer}" in name for name in vars(rule).values() if isinstance(name, str))
+
+
+def _mapped(rule: Rule, architecture: Architecture, layer: int | None) -> MappedTensor:
+    shape = next(iter(rule.shapes(architecture).values()))
+    parts = (Rows(part.name.format(layer=layer), part.start, part.count) for part in rule.parts(architecture))
+    return MappedTensor(
+        key=rule.megatron,
+        layer=layer,
+        parts=tuple(parts),
+        columns=math.prod(shape[1:]) if len(shape) > 1 else None,
+        padded=rule.padded,
+    )
