@@ -18,19 +18,18 @@ from transformers import Emu3ForCausalLM, Emu3TextConfig
 from megatron_cca.platform import resident_bytes
 
 
-def train(weights: str, batches: str, sizes: dict, settings: dict) -> dict:
+def train(model: str, batches: str, settings: dict) -> dict:
     """Losses and seconds of each step, and the peak of memory in bytes.
 
     Args:
-        weights: safetensors file of an ``Emu3ForCausalLM``.
+        model: folder of an ``Emu3ForCausalLM`` in one safetensors file.
         batches: safetensors file with ``{step}.tokens``, ``.targets``, ``.mask`` and ``.flags`` of each step.
-        sizes: arguments of ``Emu3TextConfig``.
         settings: beta, negative_weight, lr, betas, eps, weight_decay, clip_grad, device.
     """
     device = settings["device"]
     with torch.device(device):
-        policy = Emu3ForCausalLM(Emu3TextConfig(**sizes))
-    policy.load_state_dict(load_file(weights, device=device))
+        policy = Emu3ForCausalLM(Emu3TextConfig.from_pretrained(model, attention_dropout=0.0))
+    policy.load_state_dict(load_file(f"{model}/model.safetensors", device=device))
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [

@@ -99,15 +99,19 @@ def _overrides(arguments: argparse.Namespace, folder: str) -> list[str]:
 
 
 def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Write random shards, the tokens of every step, and the starting weights under transformers' names."""
+    """Write random shards, the tokens of every step, and the starting weights in transformers' form."""
     platform.install(device)
     from safetensors.torch import save_file
 
+    from megatron_cca.checkpoint.distributed import save
+    from megatron_cca.checkpoint.huggingface import export_checkpoint
+    from megatron_cca.checkpoint.summary import summarize
     from megatron_cca.config import load_config
     from megatron_cca.data.microbatches import BatchBuilder
     from megatron_cca.data.shards import Sample, write_shards
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.training.setup import build_chunks, initialize_distributed, open_shards
+    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.training.setup import build_chunks, open_shards
 
     config = load_config(None, overrides)
     architecture = resolve_architecture(config.model)
@@ -132,37 +136,10 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     save_file(tensors, f"{folder}/batches.safetensors")
     initialize_distributed(config)
     (chunk,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
-    weights = _under_transformers_names({n: p.detach().cpu() for n, p in chunk.named_parameters()}, architecture)
-    save_file(weights, f"{folder}/weights.safetensors")
-    parameters = sum(tensor.numel() for tensor in weights.values())
+    save(Path(folder) / "start", 0, [chunk], None, summarize(config))
+    export_checkpoint(f"{folder}/start", f"{folder}/transformers", progress_bar=False)
+    parameters = sum(parameter.numel() for parameter in chunk.parameters())
     return {"parameters": parameters, "seq_length": tensors["0.tokens"].size(1)}
-
-
-def _under_transformers_names(weights: dict, architecture) -> dict:
-    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
-    size, vocabulary = architecture.hidden_size // heads, architecture.vocabulary.size
-    renamed = {
-        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:vocabulary],
-        "model.norm.weight": weights["decoder.final_layernorm.weight"],
-        "lm_head.weight": weights["output_layer.weight"][:vocabulary],
-    }
-    for layer in range(architecture.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        # Megatron: in each group its query heads, then one key head, then one value head.
-        mixed = weights[f"{ours}self_attention.linear_qkv.weight"].view(groups, heads // groups + 2, size, -1)
-        gate, up = weights[f"{ours}mlp.linear_fc1.weight"].chunk(2)
-        renamed |= {
-            f"{theirs}self_attn.q_proj.weight": mixed[:, :-2].reshape(heads * size, -1),
-            f"{theirs}self_attn.k_proj.weight": mixed[:, -2].reshape(groups * size, -1),
-            f"{theirs}self_attn.v_proj.weight": mixed[:, -1].reshape(groups * size, -1),
-            f"{theirs}self_attn.o_proj.weight": weights[f"{ours}self_attention.linear_proj.weight"],
-            f"{theirs}mlp.gate_proj.weight": gate,
-            f"{theirs}mlp.up_proj.weight": up,
-            f"{theirs}mlp.down_proj.weight": weights[f"{ours}mlp.linear_fc2.weight"],
-            f"{theirs}input_layernorm.weight": weights[f"{ours}input_layernorm.weight"],
-            f"{theirs}post_attention_layernorm.weight": weights[f"{ours}pre_mlp_layernorm.weight"],
-        }
-    return {name: tensor.contiguous().clone() for name, tensor in renamed.items()}
 
 
 def measure_transformers(overrides: list[str], folder: str, device: str, steps: int) -> dict:
@@ -170,22 +147,9 @@ def measure_transformers(overrides: list[str], folder: str, device: str, steps: 
     import plain_transformers
 
     from megatron_cca.config import load_config
-    from megatron_cca.models import resolve_architecture
 
     config = load_config(None, overrides)
-    architecture, optimizer = resolve_architecture(config.model), config.optimizer
-    sizes = {
-        "vocab_size": architecture.vocabulary.size,
-        "hidden_size": architecture.hidden_size,
-        "intermediate_size": architecture.ffn_hidden_size,
-        "num_hidden_layers": architecture.num_layers,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_query_groups,
-        "max_position_embeddings": architecture.max_position_embeddings,
-        "rms_norm_eps": architecture.layernorm_epsilon,
-        "attention_dropout": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(architecture.rotary_base)},
-    }
+    optimizer = config.optimizer
     settings = {
         "beta": config.objective.beta,
         "negative_weight": config.objective.negative_weight,
@@ -196,15 +160,15 @@ def measure_transformers(overrides: list[str], folder: str, device: str, steps: 
         "clip_grad": optimizer.clip_grad,
         "device": device,
     }
-    files = (f"{folder}/weights.safetensors", f"{folder}/batches.safetensors")
-    return plain_transformers.train(*files, sizes, settings)
+    return plain_transformers.train(f"{folder}/transformers", f"{folder}/batches.safetensors", settings)
 
 
 def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Losses, seconds and peak memory of this project, in one process."""
     platform.install(device)
     from megatron_cca.config import load_config
-    from megatron_cca.training.setup import initialize_distributed, open_shards, set_up
+    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.training.setup import open_shards, set_up
     from megatron_cca.training.step import train_step
 
     config = load_config(None, overrides)

@@ -57,7 +57,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from megatron_cca.evaluation.plots import SampleColumn, sample_sheet
     from megatron_cca.generation.captions import CaptionPainter
     from megatron_cca.generation.loading import load_for_sampling
-    from megatron_cca.training.setup import initialize_distributed
+    from megatron_cca.parallel.process_groups import initialize_distributed
 
     initialize_distributed(load_config())
     model, architecture = load_for_sampling(arguments.checkpoint)

@@ -18,8 +18,8 @@ from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_c
 from megatron_cca.generation.captions import CaptionPainter
 from megatron_cca.generation.guidance import forwards_per_token
 from megatron_cca.generation.loading import load_for_sampling
+from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.metrics import read_metrics
-from megatron_cca.training.setup import initialize_distributed
 
 GRID = (4, 4)
 CFG_SCALES = (0.25, 0.5, 0.75, 1.0, 2.0)

@@ -9,15 +9,20 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 
 # The one sharding of the optimizer's state that any other TP x PP x DP can load.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save(root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict) -> None:
+def save(
+    root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict, start: Path | None = None
+) -> None:
     """Write model and optimizer; collective over all ranks.
 
     Args:
@@ -26,6 +31,7 @@ def save(root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, s
         chunks: this rank's model chunks, without DDP.
         optimizer: Megatron's optimizer.
         summary: plain data kept in ``checkpoint.json``.
+        start: the checkpoint that training started from; what it keeps from Hugging Face is kept along.
     """
     partial = layout.partial_folder(root, iteration)
     if dist.get_rank() == 0:
@@ -35,6 +41,7 @@ def save(root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, s
     dist_checkpointing.save(_state_dict(chunks, optimizer, is_loading=False), str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
+        layout.keep_companions(root, start, partial)
         layout.finalize(partial, root, iteration, summary)
     dist.barrier()
 
@@ -69,7 +76,45 @@ def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
 
 
 def _load(template: dict, folder: Path, key: str) -> dict:
+    stored = StoredTensors(folder, key)
+    absent = {}
+    for name in [name for name in template if name != "optimizer"]:
+        _check_fit(template[name], stored, key)
+        template[name], absent[name] = without_absent_extra_states(template[name], stored)
     try:
-        return dist_checkpointing.load(template, str(folder))
+        state = dist_checkpointing.load(template, str(folder))
     except CheckpointingException as error:
         raise UserError(f"{key}: {folder} does not fit this model: {str(error).splitlines()[0]}") from None
+    for name, names in absent.items():
+        state[name] |= dict.fromkeys(names)
+    return state
+
+
+def without_absent_extra_states(state: dict, stored: StoredTensors) -> tuple[dict, list[str]]:
+    """A chunk's sharded state without the extra states that a checkpoint does not have, and their names.
+
+    Transformer Engine keeps FP8 scales in them and local layers nothing, so that a checkpoint from Hugging Face or from
+    the other kind of layers lacks some; both kinds take None for "start afresh".
+    """
+    absent = [
+        name
+        for name, item in state.items()
+        if isinstance(item, ShardedObject) and name.endswith("_extra_state") and item.unique_key not in stored.objects
+    ]
+    return {name: item for name, item in state.items() if name not in absent}, absent
+
+
+def _check_fit(state: dict, stored: StoredTensors, key: str) -> None:
+    for item in state.values():
+        shards = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
+        for shard in shards:
+            if not isinstance(shard, ShardedTensor):
+                continue
+            if shard.key not in stored:
+                raise UserError(f"{key}: {stored.folder} lacks tensor {shard.key}; choose another checkpoint")
+            found = stored.shape(shard.key)
+            if found != tuple(shard.global_shape) and not shard.allow_shape_mismatch:
+                raise UserError(
+                    f"{key}: tensor {shard.key} in {stored.folder} has shape {list(found)}, this model's has "
+                    f"{list(shard.global_shape)}"
+                )

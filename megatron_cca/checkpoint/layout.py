@@ -2,6 +2,8 @@
 
     <run>/checkpoints/iter_0000060/            Megatron's distributed checkpoint
     <run>/checkpoints/iter_0000060/checkpoint.json   what it is, and the size of every file
+    <run>/checkpoints/iter_0000060/huggingface/      what came along from Hugging Face: config, tokenizer, ...
+    <run>/checkpoints/iter_0000060/huggingface_parts/  and the tensors that are not the decoder's
     <run>/checkpoints/latest_checkpointed_iteration.txt
 
 A checkpoint is written under a hidden name and renamed when complete; the latest-file moves last.
@@ -18,6 +20,7 @@ from megatron_cca.errors import UserError
 LATEST = "latest_checkpointed_iteration.txt"
 SUMMARY = "checkpoint.json"
 FOLDER = "checkpoints"
+COMPANION_FILES, COMPANION_TENSORS = "huggingface", "huggingface_parts"
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -41,6 +44,26 @@ def finalize(partial: Path, root: Path, iteration: int, summary: dict) -> None:
     marker = root / f".{LATEST}"
     marker.write_text(f"{iteration}\n")
     marker.replace(root / LATEST)
+
+
+def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> None:
+    """Give a checkpoint what the run keeps from Hugging Face, by hard links where the file system has them.
+
+    It is taken from the run's newest checkpoint, so that the one it started from may go once there is another; a folder
+    that is gone is no reason to lose a checkpoint.
+    """
+    newest = latest_iteration(root)
+    origins = [*([] if newest is None else [iteration_folder(root, newest)]), *([] if start is None else [start])]
+    origin = next((folder for folder in origins if (folder / COMPANION_FILES).is_dir()), None)
+    if origin is None:
+        return
+    for name in (COMPANION_FILES, COMPANION_TENSORS):
+        for path in (origin / name).glob("*"):
+            (checkpoint / name).mkdir(exist_ok=True)
+            try:
+                (checkpoint / name / path.name).hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, checkpoint / name / path.name)
 
 
 def latest_iteration(root: Path) -> int | None:

@@ -12,6 +12,7 @@ from megatron_cca.config import ParallelConfig, config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.models.gpt import build_gpt
 
 
@@ -27,6 +28,11 @@ def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
     folder = layout.resolve(checkpoint, key)
     config = config_from_dict(layout.read_summary(folder, key)["config"])
     architecture = resolve_architecture(config.model)
+    if not isinstance(architecture.vocabulary, Emu3Vocabulary):
+        raise UserError(
+            f"{key}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
+            "nothing can be drawn with it"
+        )
     parallel = ParallelConfig(tensor_model_parallel_size=dist.get_world_size())
     try:
         check_layout(architecture, config.model, parallel)

@@ -81,7 +81,7 @@ def build_gpt(
     """This rank's model chunks, on its device, with uninitialised weights: one, or more under interleaving.
 
     Model parallelism must be initialised. In bf16 each chunk is wrapped in Megatron's ``Float16Module``. The chunks
-    share one configuration, as Megatron's schedules expect.
+    share one configuration, as Megatron's schedules expect. Under ``torch.device("meta")`` the weights stay there.
     """
     config = transformer_config(architecture, model, parallel, training)
     chunks = num_model_chunks(parallel)
@@ -110,7 +110,9 @@ def _build_chunk(
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
-    ).to(platform.device())
+    )
+    if not next(gpt.parameters()).is_meta:
+        gpt = gpt.to(platform.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
 
 

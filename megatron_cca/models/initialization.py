@@ -19,7 +19,7 @@ _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 @torch.no_grad()
 def initialize_by_name(model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
     """Fill a pipeline stage: norms with ones, other weights with N(0, std), rows past ``vocab_size`` with zeros."""
-    shards = _collect_shards(model.sharded_state_dict())
+    shards = sharded_tensors(model.sharded_state_dict())
     for shard in shards:
         if "layernorm" in shard.key or "layer_norm" in shard.key:
             shard.data.fill_(1.0)
@@ -28,14 +28,15 @@ def initialize_by_name(model: torch.nn.Module, *, seed: int, std: float, num_lay
         shard.data.copy_(scale * _whole_tensor_part(shard, seed, vocab_size).view_as(shard.data))
 
 
-def _collect_shards(tree) -> list[ShardedTensor]:
+def sharded_tensors(tree) -> list[ShardedTensor]:
+    """Every sharded tensor in a sharded state; their data are views of the parameters."""
     if isinstance(tree, ShardedTensor):
         return [tree]
     if isinstance(tree, ShardedTensorFactory):
-        return _collect_shards(tree.build())
+        return sharded_tensors(tree.build())
     if isinstance(tree, dict):
         tree = list(tree.values())
-    return [shard for item in tree for shard in _collect_shards(item)] if isinstance(tree, list) else []
+    return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
 
 
 def _whole_tensor_part(shard: ShardedTensor, seed: int, vocab_size: int) -> Tensor:

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from megatron_cca import __version__, platform
+from megatron_cca import platform
 from megatron_cca.checkpoint import distributed
+from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import Config, config_to_dict
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
+from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.metrics import MetricsLog
-from megatron_cca.training.setup import Run, initialize_distributed, set_up
+from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step
 
 
@@ -87,13 +89,8 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
 
 def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
     """Save the run's state at its present step. Collective over all ranks."""
-    summary = {
-        "config": config_to_dict(explicit(run.config)),
-        "version": __version__,
-        "vocabulary": run.architecture.vocabulary.fingerprint(),
-        "data": run.batches.shards.fingerprint(),
-    }
-    distributed.save(run.checkpoints, run.iteration, run.policy_chunks, run.optimizer, summary)
+    summary = summarize(run.config, run.batches.shards.fingerprint())
+    distributed.save(run.checkpoints, run.iteration, run.policy_chunks, run.optimizer, summary, run.start)
     if log is not None:
         log.say(f"saved {run.checkpoints} at step {run.iteration}")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -16,7 +14,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
-from megatron_cca import platform
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.data import digits
@@ -25,7 +22,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.gpt import build_gpt, num_model_chunks
+from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training.checks import OUTPUT, PRETRAINED, REFERENCE
@@ -44,6 +41,8 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int
+    start: Path | None
+    """The checkpoint that the weights came from before the first step."""
 
     @property
     def uses_pairs(self) -> bool:
@@ -71,29 +70,13 @@ def open_shards(config: Config) -> TokenShards:
     return TokenShards(folder, resolve_architecture(config.model).vocabulary)
 
 
-def initialize_distributed(config: Config) -> None:
-    """Join the job and split it into Megatron's groups; idempotent for one layout."""
-    parallel = config.parallel
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
-        dist.init_process_group(timeout=timeout, **platform.process_group_options())
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            num_model_chunks(parallel) if num_model_chunks(parallel) > 1 else None,
-            context_parallel_size=parallel.context_parallel_size,
-            create_gloo_process_groups=False,
-        )
-    model_parallel_cuda_manual_seed(config.training.seed)
-
-
 def set_up(config: Config, shards: TokenShards) -> Run:
     """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks."""
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
-    policy = wrap_ddp(build_chunks(config, architecture, config.training.pretrained_checkpoint, PRETRAINED), config)
+    pretrained = config.training.pretrained_checkpoint
+    policy = wrap_ddp(build_chunks(config, architecture, pretrained, PRETRAINED), config)
     optimizer = build_optimizer(config, policy)
     run = Run(
         config=config,
@@ -105,6 +88,7 @@ def set_up(config: Config, shards: TokenShards) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         iteration=0,
+        start=layout.resolve(pretrained, PRETRAINED) if pretrained is not None else None,
     )
     _resume(run)
     return run

@@ -129,7 +129,8 @@ def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initi
 @pytest.fixture(scope="module")
 def initial_weights():
     """The weights that the workers start from, as a plain dict."""
-    from megatron_cca.training.setup import build_chunks, initialize_distributed
+    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.training.setup import build_chunks
 
     config = load_config(None, CCA)
     architecture = resolve_architecture(config.model)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cca.checkpoint.huggingface import import_checkpoint
 from tests.distributed.launch import ROOT, environment, run_workers
 from tests.distributed.test_layout_parity import CCA
+from tests.references.huggingface import save_emu3
 
 PARAMETERS = {"images": 8, "guidance_scale": 0.7, "batch_size": 8}
 
@@ -43,7 +45,7 @@ def test_the_guidance_scale_changes_them(checkpoint, one_process, tmp_path):
 def model(checkpoint):
     from megatron_cca.config import load_config
     from megatron_cca.generation.loading import load_for_sampling
-    from megatron_cca.training.setup import initialize_distributed
+    from megatron_cca.parallel.process_groups import initialize_distributed
 
     initialize_distributed(load_config())
     return load_for_sampling(checkpoint)
@@ -129,3 +131,11 @@ def test_the_tool_refuses_in_one_line(change, message, checkpoint, digit_shards,
     assert done.stderr.startswith(f"megatron_cca: error: {message}")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_image_tokens_are_not_known_is_refused(digit_shards, tmp_path):
+    import_checkpoint(save_emu3(tmp_path / "hf", "Emu3ForCausalLM", vocab_size=1000), tmp_path / "megatron")
+    arguments = ["--checkpoint", "megatron", "--caption", "a", "--output", "drawn.png", "--shards", str(digit_shards)]
+    done = generate(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has a vocabulary of 1000, whose image tokens are not known; nothing can be drawn with it" in done.stderr

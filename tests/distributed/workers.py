@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_cca import platform
@@ -13,14 +14,18 @@ platform.install("cpu")
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from megatron_cca.checkpoint import layout
-from megatron_cca.config import load_config
+from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.summary import summarize
+from megatron_cca.config import config_from_dict, load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.parallel import sequence_logps
+from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.loop import save_checkpoint
-from megatron_cca.training.setup import initialize_distributed, set_up
+from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 
@@ -151,6 +156,69 @@ def sampled(settings):
     options = {"guidance_scale": settings["guidance_scale"], "batch_size": settings["batch_size"]}
     drawn = sample_codes(model, architecture.vocabulary, requests, SamplingSettings(4, 4, [1, 2, 3], **options))
     return drawn.tolist()
+
+
+def _loaded(checkpoint, overrides):
+    """A checkpoint's model on the layout of ``overrides``, in the precision that they name."""
+    folder = layout.resolve(checkpoint, "checkpoint")
+    saved = config_from_dict(layout.read_summary(folder, "checkpoint")["config"])
+    config = replace(load_config(None, overrides), model=saved.model)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    initialize_distributed(config)
+    architecture = resolve_architecture(config.model)
+    chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
+    distributed.load_weights(folder, chunks, "checkpoint")
+    return architecture, config, [chunk.eval() for chunk in chunks]
+
+
+@torch.no_grad()
+def _whole_logits(chunks, tokens, vocab_size):
+    """float32 [B, S, V] on every rank, through Megatron's own schedule."""
+    length = tokens.size(1)
+    # Sequence parallelism wants an even length; what follows a token does not reach it.
+    tokens = torch.nn.functional.pad(tokens, (0, length % 2))
+
+    def forward_step(data, model):
+        output = model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
+        return output, lambda logits, non_loss_data: gather_from_tensor_model_parallel_region(logits)
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None for _ in chunks],
+        model=chunks,
+        num_microbatches=parallel_state.get_pipeline_model_parallel_world_size(),
+        seq_length=tokens.size(1),
+        micro_batch_size=tokens.size(0),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    logits = found[0][..., :vocab_size].contiguous() if found else torch.empty(*tokens.shape, vocab_size)
+    last, group = parallel_state.get_pipeline_model_parallel_last_rank, parallel_state.get_pipeline_model_parallel_group
+    dist.broadcast(logits, src=last(), group=group())
+    return logits[:, :length]
+
+
+def continuations(settings):
+    """For each layout: the logits of ``settings["tokens"]``, and the greedy continuation of its rows."""
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        architecture, _, chunks = _loaded(settings["checkpoint"], overrides)
+        tokens = torch.tensor(settings["tokens"])
+        logits = _whole_logits(chunks, tokens, architecture.vocabulary.size)
+        answers[name] = {"logits": logits.tolist()}
+        for _ in range(settings["new_tokens"]):
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+            logits = _whole_logits(chunks, tokens, architecture.vocabulary.size)
+        answers[name]["tokens"] = tokens.tolist()
+    return answers
+
+
+def resaved(settings):
+    """Load a checkpoint on a layout and save it again from there."""
+    _, config, chunks = _loaded(settings["checkpoint"], settings["overrides"])
+    start = layout.resolve(settings["checkpoint"], "checkpoint")
+    distributed.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
 
 
 def rank_main(worker, settings, rank, ranks, rendezvous, answer):

@@ -1,0 +1,172 @@
+"""Import and export of a random Emu3 at its true size (8.5 billion parameters, bf16, 17 GB) beside ``cp -r``.
+
+.venv/bin/python benchmarks/convert.py --folder /tmp/convert
+
+Needs 53 GB of disk there, and leaves them to look at. Results are kept in convert.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from measuring import in_fresh_process, machine, markdown_table
+from tqdm import tqdm
+
+from megatron_cca import platform
+from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
+from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.config import ModelConfig
+from megatron_cca.models import FAMILIES, resolve_architecture
+
+COPY = "copy"
+
+
+def main() -> None:
+    """Measure every part, or, inside a measuring process, one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="an empty or new folder on the disk to measure")
+    parser.add_argument("--layers", type=int, default=32, help="fewer than Emu3's 32 for a trial")
+    parser.add_argument("--logits", action="store_true", help="also compare Megatron's logits with transformers'")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        settings = json.loads(arguments.measure)
+        print(json.dumps(_measured(settings)))
+        return
+    if arguments.folder is None or (arguments.folder.is_dir() and any(arguments.folder.iterdir())):
+        parser.error("--folder: give an empty or new folder")
+    compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder / "hf", arguments.layers)
+    size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
+    parts = ["copy", "import", "export", "tensors", *(["logits"] if arguments.logits else [])]
+    found = {}
+    for part in tqdm(parts, desc="measuring", unit="part"):
+        _forget_cached_files()
+        found[part] = in_fresh_process(__file__, {"part": part, "folder": str(folder)})
+    print(f"{machine('cpu')}; {size / 1e9:.2f} GB; file cache dropped before each part")
+    header = ["part", "seconds", "GB/s", "time / cp -r", "peak memory GB", "result"]
+    copy = found["copy"]["seconds"]
+    rows = [
+        [
+            part,
+            f"{row['seconds']:.0f}",
+            f"{size / 1e9 / row['seconds']:.2f}",
+            f"{row['seconds'] / copy:.2f}",
+            f"{row['peak'] / 1e9:.2f}",
+            row["result"],
+        ]
+        for part, row in found.items()
+    ]
+    print(markdown_table(header, rows))
+
+
+def prepare(folder: Path, layers: int) -> None:
+    """Write a random Emu3 in its original form, sharded as on the Hub."""
+    architecture = resolve_architecture(ModelConfig(name="emu3-8b", num_layers=layers))
+    family = FAMILIES["emu3"].huggingface
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    shapes = family.weights.huggingface_shapes(architecture)
+    total = sum(num_bytes(shape, torch.bfloat16) for shape in shapes.values())
+    with ByteProgress("random weights", total, shown=True) as progress:
+        tensors = [
+            OutgoingTensor(name, shape, torch.bfloat16, progress.watch(_random(shape, generator)))
+            for name, shape in shapes.items()
+        ]
+        write_safetensors(folder, tensors)
+    config = family.write_config(None, architecture, "bfloat16", "original")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
+    for start, stop in row_ranges(shape, torch.bfloat16):
+        rows = torch.empty((stop - start, *shape[1:]), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        # Norms near one, as in a trained model.
+        yield rows if len(shape) > 1 else rows + 1
+
+
+def _forget_cached_files() -> None:
+    subprocess.run(["sync"], check=True)  # noqa: S607
+    cache = Path("/proc/sys/vm/drop_caches")
+    try:
+        cache.write_text("3")
+    except OSError:
+        print(f"{cache} cannot be written: files may come from memory; run as root for a cold start")
+
+
+def _measured(settings: dict) -> dict:
+    folder = Path(settings["folder"])
+    started = time.perf_counter()
+    result = _PARTS[settings["part"]](folder)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder / COPY, ignore_errors=True)
+    return {"seconds": seconds, "peak": platform.resident_bytes(peak=True), "result": result}
+
+
+def _copy(folder: Path) -> str:
+    subprocess.run(["cp", "-r", folder / "hf", folder / COPY], check=True)  # noqa: S603, S607
+    return ""
+
+
+def _import(folder: Path) -> str:
+    from megatron_cca.checkpoint.huggingface import import_checkpoint
+
+    import_checkpoint(folder / "hf", folder / "megatron", progress_bar=False)
+    return ""
+
+
+def _export(folder: Path) -> str:
+    from megatron_cca.checkpoint.huggingface import export_checkpoint
+
+    export_checkpoint(folder / "megatron", folder / "exported", progress_bar=False)
+    return ""
+
+
+def _compare_tensors(folder: Path) -> str:
+    from megatron_cca.checkpoint.huggingface import compare_tensors, open_both
+
+    both = compare_tensors(*open_both(folder / "exported", folder / "megatron"), progress_bar=False)
+    files = sorted(path.name for path in (folder / "hf").glob("*.safetensors"))
+    same = all(_same_bytes(folder / "hf" / name, folder / "exported" / name) for name in files)
+    return f"{both.compared} tensors, {len(both.differences)} differ; exported files {'' if same else 'NOT '}identical"
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return subprocess.run(["cmp", "-s", one, other]).returncode == 0  # noqa: S603, S607
+
+
+def _compare_logits(folder: Path) -> str:
+    from megatron_cca.checkpoint.huggingface import compare_logits, open_both
+
+    found = compare_logits(*open_both(folder / "hf", folder / "megatron"))
+    return (
+        f"{found.shape}: greatest difference {found.max_absolute:.1e}, {found.max_relative:.1e} of the largest logit, "
+        f"top-1 {found.top1_agreement:.1%}"
+    )
+
+
+_PARTS = {
+    "copy": _copy,
+    "import": _import,
+    "export": _export,
+    "tensors": _compare_tensors,
+    "logits": _compare_logits,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Hugging Face -> Megatron, piece by piece."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
+from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, companion_files
+from megatron_cca.checkpoint.output import check_apart, check_output, staging
+from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.summary import summarize
+from megatron_cca.config import ParallelConfig, load_config
+from megatron_cca.models.architecture import check_layout, padded_vocab_size
+from megatron_cca.models.weight_map import MappedTensor
+
+OPTION = "--hf"
+
+
+def import_checkpoint(
+    hf: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    parallel: ParallelConfig | None = None,
+    progress_bar: bool = True,
+) -> Path:
+    """Turn a Hugging Face folder into a Megatron distributed checkpoint, bit for bit.
+
+    What comes out binds no layout: it loads at any TP x PP x VPP. Tokenizer, configurations and the image tokenizer are
+    kept beside the weights and follow the model through training to :func:`export_checkpoint`.
+
+    Args:
+        hf: a folder of a known family, in any of its forms, with safetensors.
+        output: an empty or new folder; it then holds ``iter_0000000`` and can be named in
+            ``training.pretrained_checkpoint``.
+        overwrite: replace a former import in ``output``.
+        parallel: a layout that the model is meant for, so that one it cannot take is refused now and not on a cluster.
+        progress_bar: show one on a terminal.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: see :class:`HuggingFaceCheckpoint`; an output that holds something else; a full disk.
+    """
+    source, output = HuggingFaceCheckpoint(Path(hf), OPTION), Path(output)
+    check_layout(source.architecture, source.model, parallel or ParallelConfig())
+    partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
+    check_apart(output, source.folder, OPTION)
+    former = {layout.LATEST, final.name}
+    check_output(output, partial_folder, overwrite=overwrite, replaceable=lambda names: names <= former)
+    pieces = [piece for tensor in source.format.weights.tensors(source.architecture) for piece in _cut(source, tensor)]
+    companions = [
+        OutgoingTensor(bare, info.shape, info.dtype, source.files.pieces(name))
+        for bare, name in sorted(source.companions.items())
+        for info in [source.files.tensors[name]]
+    ]
+    total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
+    with staging(partial_folder, total), ByteProgress("importing", total, shown=progress_bar) as progress:
+        save_pieces(partial_folder, [replace(piece, read=progress.watched(piece.read)) for piece in pieces])
+        _copy_files(source.folder, partial_folder / layout.COMPANION_FILES)
+        if companions:
+            folder = partial_folder / layout.COMPANION_TENSORS
+            folder.mkdir()
+            write_safetensors(folder, [replace(c, pieces=progress.watch(c.pieces)) for c in companions])
+        layout.finalize(partial_folder, output, 0, _summary(source))
+    return final
+
+
+def _cut(source: HuggingFaceCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
+    rows = padded_vocab_size(source.architecture, source.model, 1) if tensor.padded else tensor.num_rows
+    shape = (rows,) if tensor.columns is None else (rows, tensor.columns)
+    stack, layer = ((), ()) if tensor.layer is None else ((source.architecture.num_layers,), (tensor.layer,))
+    for start, stop in row_ranges(shape, source.dtype):
+        yield Piece(
+            key=tensor.key,
+            global_shape=(*stack, *shape),
+            offsets=(*layer, start, *(0 for _ in shape[1:])),
+            sizes=(*(1 for _ in layer), stop - start, *shape[1:]),
+            dtype=source.dtype,
+            read=partial(_gather, source, tensor, start, stop),
+        )
+
+
+def _gather(source: HuggingFaceCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
+    """Rows of a Megatron tensor; rows past the last one are padding, zeros."""
+    parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
+    padding = stop - start - sum(part.size(0) for part in parts)
+    if padding:
+        shape = (padding,) if tensor.columns is None else (padding, tensor.columns)
+        parts.append(torch.zeros(shape, dtype=source.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _copy_files(folder: Path, to: Path) -> None:
+    to.mkdir()
+    for path in companion_files(folder):
+        shutil.copyfile(path, to / path.name)
+
+
+def _summary(source: HuggingFaceCheckpoint) -> dict:
+    config = load_config()
+    config = replace(config, model=source.model, training=replace(config.training, precision=source.precision))
+    return {**summarize(config), "imported_from": {"folder": str(source.folder), "form": source.form}}

@@ -1,0 +1,207 @@
+"""Safetensors folders, one file or several with an index: read from memory maps, written piece by piece."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return num_bytes(self.shape, self.dtype)
+
+
+class SafetensorsFolder:
+    """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
+
+    Args:
+        folder: where they lie.
+        option: the command-line option that named the folder, for messages.
+
+    Raises:
+        UserError: a missing, truncated or unreadable file, a tensor that is not where the index says; names it.
+    """
+
+    def __init__(self, folder: Path, option: str) -> None:
+        self.option = option
+        self.tensors = self._scan_index(folder) if (folder / INDEX).is_file() else self._scan_single(folder)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start .. stop`` as a view of a memory map that lives as long as the tensor; the whole of a scalar."""
+        info = self.tensors[name]
+        # Opened each time: a map that stays open keeps every page that was ever read in the resident set.
+        with safe_open(info.file, framework="pt") as file:
+            return file.get_slice(name)[start:stop] if info.shape else file.get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A whole tensor, piece by piece."""
+        info = self.tensors[name]
+        return (self.read(name, start, stop) for start, stop in row_ranges(info.shape, info.dtype))
+
+    def _scan_single(self, folder: Path) -> dict[str, TensorInfo]:
+        if not (folder / SINGLE).is_file():
+            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+            other = f" ({pickled[0]} is a pickle, which is not read; save it as safetensors)" if pickled else ""
+            raise UserError(f"{self.option}: {folder} has neither {SINGLE} nor {INDEX}{other}")
+        return self._scan_file(folder / SINGLE)
+
+    def _scan_index(self, folder: Path) -> dict[str, TensorInfo]:
+        path = folder / INDEX
+        try:
+            wanted = json.loads(path.read_text())["weight_map"]
+            files = sorted(set(wanted.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.option}: {path} is damaged: expected JSON with a weight_map") from None
+        for file in files:
+            if Path(file).name != file:
+                raise UserError(f"{self.option}: {path} names {file!r}, which is not a file of the same folder")
+            if not (folder / file).is_file():
+                raise UserError(f"{self.option}: {folder / file} is missing, but {INDEX} names it")
+        found = {}
+        for file in files:
+            for name, info in self._scan_file(folder / file).items():
+                if name in found:
+                    raise UserError(f"{self.option}: tensor {name} is in {found[name].file.name} and in {file}")
+                found[name] = info
+        for name, file in wanted.items():
+            if name not in found or found[name].file.name != file:
+                raise UserError(f"{self.option}: tensor {name} is not in {folder / file}, where {INDEX} says it is")
+        return found
+
+    def _scan_file(self, path: Path) -> dict[str, TensorInfo]:
+        found = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                    part = file.get_slice(name)
+                    dtype = part.get_dtype()
+                    if dtype not in _DTYPES:
+                        raise UserError(f"{self.option}: tensor {name} in {path} has dtype {dtype}, which is not known")
+                    found[name] = TensorInfo(path, tuple(part.get_shape()), _DTYPES[dtype])
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.option}: {path} is truncated or not a safetensors file: {str(error).splitlines()[0]}"
+            ) from None
+        return found
+
+
+@dataclass(frozen=True)
+class OutgoingTensor:
+    """A tensor to be written, and how to get it piece by piece, from the first row to the last."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Iterable[Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return num_bytes(self.shape, self.dtype)
+
+
+def write_safetensors(folder: Path, tensors: Iterable[OutgoingTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write ``model.safetensors``, or shards of at most ``max_shard_bytes`` with an index, as transformers does.
+
+    ``safetensors.torch.save_file`` takes whole tensors in memory; this holds one piece at a time.
+
+    Raises:
+        OSError: from the file system, such as a full disk.
+    """
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_file(folder / SINGLE, shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    size = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _split(tensors: Iterable[OutgoingTensor], max_shard_bytes: int) -> list[list[OutgoingTensor]]:
+    shards: list[list[OutgoingTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+def _write_file(path: Path, tensors: list[OutgoingTensor]) -> None:
+    # Wide dtypes first, so that every tensor begins on a multiple of its own width.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header = json.dumps(_header(tensors), separators=(",", ":")).encode()
+    # The format wants the data to begin on a multiple of eight.
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for tensor in tensors:
+            _write_tensor(file, tensor)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(tensors: list[OutgoingTensor]) -> Mapping:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.num_bytes
+        offsets = [position, end]
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        position = end
+    return header
+
+
+def _write_tensor(file: BinaryIO, tensor: OutgoingTensor) -> None:
+    written = 0
+    for piece in tensor.pieces:
+        assert piece.dtype == tensor.dtype, f"{tensor.name}: {piece.dtype} instead of {tensor.dtype}"
+        file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        written += piece.numel()
+    assert written == math.prod(tensor.shape), f"{tensor.name}: {written} of {math.prod(tensor.shape)} elements"

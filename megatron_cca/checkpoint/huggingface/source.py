@@ -1,0 +1,157 @@
+"""A Hugging Face folder that has been recognised and checked: its configuration, its tensors under the map's names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
+from megatron_cca.config import ModelConfig
+from megatron_cca.errors import UserError
+from megatron_cca.models import FAMILIES, resolve_architecture
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
+
+CONFIG = "config.json"
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+# What is not copied along: weights in any format, and their index.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
+
+
+class HuggingFaceCheckpoint:
+    """A folder with ``config.json`` and safetensors of a known family, in either of its forms.
+
+    Attributes:
+        folder, config, format, form: what it is.
+        model: its sizes as a ``model`` section; ``architecture``: the same, resolved.
+        dtype: of all the decoder's tensors.
+        companions: tensors beside the decoder, by the name that does not depend on the form.
+
+    Raises:
+        UserError: not of a known family, a size that Megatron cannot have, missing, extra or misshapen tensors, mixed
+            or unsuitable dtypes, damaged files; names the key, tensor or file.
+    """
+
+    def __init__(self, folder: Path, option: str) -> None:
+        self.folder, self.option = folder, option
+        self.config = read_config(folder, option)
+        self.format = recognise(self.config, folder, option)
+        self.form = self.format.form(self.config)
+        self.model, self.architecture = self._sizes()
+        self.files = SafetensorsFolder(folder, option)
+        self.naming = recognise_naming(self.format.namings, self.files.tensors)
+        self._check_tensors()
+        self.companions = {
+            bare: name for name in self.files.tensors if (bare := self.naming.companion(name)) is not None
+        }
+        self._check_companions()
+        self.dtype = self._one_dtype()
+
+    @property
+    def precision(self) -> str:
+        """``training.precision`` of the same width."""
+        return _PRECISIONS[self.dtype]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a decoder's tensor under its name in the weight map."""
+        return self.files.read(self.naming.on_disk(name), start, stop)
+
+    def _sizes(self) -> tuple[ModelConfig, Architecture]:
+        try:
+            model = self.format.read_model_config(self.config)
+            return model, resolve_architecture(model)
+        except UserError as error:
+            raise UserError(f"{self.option}: {self.folder / CONFIG}: {error}") from None
+
+    def _check_tensors(self) -> None:
+        shapes = self.format.weights.huggingface_shapes(self.architecture)
+        wanted = {self.naming.on_disk(name): shape for name, shape in shapes.items()}
+        extra = [n for n in self.files.tensors if n not in wanted and self.naming.companion(n) is None]
+        self._check_against(wanted, extra)
+
+    def _check_companions(self) -> None:
+        wanted = self.format.companion_shapes(self.config)
+        if wanted is None:
+            return
+        prefix = self.naming.companion_prefix
+        self._check_against(
+            {f"{prefix}{name}": shape for name, shape in wanted.items()},
+            sorted(f"{prefix}{name}" for name in self.companions.keys() - wanted.keys()),
+        )
+
+    def _check_against(self, wanted: dict[str, tuple[int, ...]], extra: list[str]) -> None:
+        found = self.files.tensors
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise UserError(f"{self.option}: {self.folder} lacks tensor {missing[0]}{_and_more(missing)}")
+        if extra:
+            raise UserError(
+                f"{self.option}: tensor {extra[0]} in {found[extra[0]].file}{_and_more(extra)} belongs to no model of "
+                f"this family with the sizes in {CONFIG}"
+            )
+        for name, shape in wanted.items():
+            if found[name].shape != shape:
+                raise UserError(
+                    f"{self.option}: tensor {name} in {found[name].file} has shape {list(found[name].shape)}, "
+                    f"{CONFIG} wants {list(shape)}"
+                )
+
+    def _one_dtype(self) -> torch.dtype:
+        names = [self.naming.on_disk(name) for name in self.format.weights.huggingface_shapes(self.architecture)]
+        dtype = self.files.tensors[names[0]].dtype
+        for name in names:
+            found = self.files.tensors[name].dtype
+            if found != dtype:
+                raise UserError(f"{self.option}: tensor {name} is {found}, {names[0]} is {dtype}; they must be alike")
+        if dtype not in _PRECISIONS:
+            raise UserError(f"{self.option}: {self.folder} is in {dtype}; models here are in float32 or bfloat16")
+        return dtype
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def read_config(folder: Path, option: str) -> Json:
+    """The contents of ``config.json``; raises :class:`UserError` where there is none or it is damaged."""
+    if not folder.is_dir():
+        raise UserError(f"{option}: no folder at {folder}; hf download ORG/NAME --local-dir {folder} makes one")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{option}: {folder} has no {CONFIG}; give a folder as from_pretrained takes it")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{option}: {path} is not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{option}: {path} holds a {type(config).__name__} instead of an object")
+    return config
+
+
+def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
+    """The family that a configuration belongs to; raises :class:`UserError` that says what it is otherwise."""
+    kind = config.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.huggingface.model_types:
+            return family.huggingface
+    architectures = ", ".join(config.get("architectures") or ["no architectures named"])
+    raise UserError(
+        f"{option}: {folder / CONFIG}: model_type {kind!r} ({architectures}) is not of a family known here "
+        f"({', '.join(FAMILIES)})"
+    )
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Files that travel along as they are: configurations, tokenizers, remote code; no weights, nothing hidden."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+    )

@@ -1,0 +1,70 @@
+"""A Megatron checkpoint seen through its family's weight map: its rows under Hugging Face's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.config import Config, config_from_dict
+from megatron_cca.errors import UserError
+from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.weight_map import sources
+
+
+class MegatronCheckpoint:
+    """A whole checkpoint, imported or trained, on whatever layout.
+
+    Attributes:
+        folder, config, architecture: where and what it is.
+        format: of its family on Hugging Face.
+        shapes: of every Hugging Face tensor of the decoder, by the weight map's name.
+        dtype: of all of them.
+
+    Raises:
+        UserError: no whole checkpoint, or tensors that do not fit its own sizes; names the file or tensor.
+    """
+
+    def __init__(self, path: str | Path, option: str) -> None:
+        self.option = option
+        self.folder = layout.resolve(path, option)
+        self.config: Config = config_from_dict(layout.read_summary(self.folder, option)["config"])
+        self.architecture = resolve_architecture(self.config.model)
+        self.format = family_of(self.config.model).huggingface
+        self.shapes = self.format.weights.huggingface_shapes(self.architecture)
+        self._stored = StoredTensors(self.folder, option)
+        self._tensors = self.format.weights.tensors(self.architecture)
+        self._sources = sources(self._tensors)
+        self.dtype = self._checked_dtype()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start .. stop`` of the Hugging Face tensor that the weight map calls ``name``."""
+        parts = []
+        for source in self._sources[name]:
+            low, high = max(start, source.start), min(stop, source.start + source.count)
+            if low < high:
+                shift = source.megatron_start - source.start
+                parts.append(self._stored.read(source.tensor.key, source.tensor.layer, low + shift, high + shift))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _checked_dtype(self) -> torch.dtype:
+        first = self._tensors[0].key
+        for tensor in self._tensors:
+            if tensor.key not in self._stored:
+                raise UserError(f"{self.option}: {self.folder} lacks tensor {tensor.key}; choose another checkpoint")
+            found, rows = self._stored.shape(tensor.key), (tensor.num_rows,)
+            if tensor.layer is not None:
+                rows = (self.architecture.num_layers, *rows)
+            wanted = (*rows, tensor.columns) if tensor.columns else rows
+            fits = found == wanted or (tensor.padded and found[0] >= wanted[0] and found[1:] == wanted[1:])
+            if not fits:
+                raise UserError(
+                    f"{self.option}: tensor {tensor.key} in {self.folder} has shape {list(found)}, its sizes want "
+                    f"{list(wanted)}"
+                )
+            if self._stored.dtype(tensor.key) != self._stored.dtype(first):
+                raise UserError(f"{self.option}: tensor {tensor.key} in {self.folder} has another dtype than {first}")
+        return self._stored.dtype(first)

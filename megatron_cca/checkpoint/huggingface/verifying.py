@@ -1,0 +1,170 @@
+"""Prove that a Hugging Face folder and a Megatron checkpoint are the same model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cca import platform
+from megatron_cca.checkpoint.huggingface.exporting import OPTION as CHECKPOINT_OPTION
+from megatron_cca.checkpoint.huggingface.importing import OPTION as HF_OPTION
+from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.checkpoint.huggingface.template import template_from_checkpoint
+from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.errors import UserError
+from megatron_cca.models.architecture import check_layout
+
+# Of the largest logit: two correct fp32 implementations add up thousands of products in different orders.
+RELATIVE_TOLERANCE = 1e-4
+_SAME_WIDTH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """How many tensors were compared, and what differs, a line each."""
+
+    compared: int
+    differences: tuple[str, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every bit is the same."""
+        return not self.differences
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Megatron's logits against transformers', both in fp32.
+
+    Attributes:
+        max_absolute: greatest difference.
+        max_relative: the same, over the greatest of transformers' logits in absolute value.
+        top1_agreement: share of positions where both put the same token first.
+        shape: of the compared logits.
+    """
+
+    max_absolute: float
+    max_relative: float
+    top1_agreement: float
+    shape: tuple[int, ...]
+
+    @property
+    def agree(self) -> bool:
+        """Whether the difference is what fp32's rounding explains."""
+        return self.max_relative <= RELATIVE_TOLERANCE
+
+
+def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckpoint, MegatronCheckpoint]:
+    """Recognise and check both sides.
+
+    Raises:
+        UserError: what either refuses; sizes that differ.
+    """
+    source, target = HuggingFaceCheckpoint(Path(hf), HF_OPTION), MegatronCheckpoint(checkpoint, CHECKPOINT_OPTION)
+    ours, theirs = vars(target.architecture), vars(source.architecture)
+    for name in ours:
+        if name == "vocabulary":
+            if ours[name].size != theirs[name].size:
+                raise UserError(
+                    f"{CHECKPOINT_OPTION}: {target.folder} has {ours[name].size} words, {source.folder} "
+                    f"{theirs[name].size}"
+                )
+        elif ours[name] != theirs[name]:
+            raise UserError(
+                f"{CHECKPOINT_OPTION}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
+            )
+    return source, target
+
+
+def compare_tensors(
+    source: HuggingFaceCheckpoint, target: MegatronCheckpoint, *, progress_bar: bool = True
+) -> TensorComparison:
+    """Every tensor bit for bit, the image tokenizer's included where the Hugging Face folder has one."""
+    kept = template_from_checkpoint(target.folder, target.option)
+    differences = []
+    total = sum(num_bytes(shape, source.dtype) for shape in target.shapes.values())
+    total += sum(source.files.tensors[name].num_bytes for name in source.companions.values())
+    with ByteProgress("comparing", total, shown=progress_bar) as progress:
+        for name, shape in target.shapes.items():
+            for start, stop in row_ranges(shape, source.dtype):
+                theirs, ours = source.read(name, start, stop), target.read(name, start, stop)
+                progress.count(theirs)
+                difference = _difference(theirs, ours, start)
+                if difference:
+                    differences.append(f"{source.naming.on_disk(name)}: {difference}")
+                    break
+        for bare, name in source.companions.items():
+            if bare not in (kept.names or {}):
+                differences.append(f"{name}: not in the checkpoint")
+                continue
+            if source.files.tensors[name].shape != kept.tensors.tensors[kept.names[bare]].shape:
+                differences.append(f"{name}: another shape in the checkpoint")
+                continue
+            pieces = zip(source.files.pieces(name), kept.tensors.pieces(kept.names[bare]), strict=True)
+            found = [_difference(theirs, ours, 0) for theirs, ours in pieces]
+            differences += [f"{name}: {difference}" for difference in found if difference][:1]
+    return TensorComparison(len(target.shapes) + len(source.companions), tuple(differences))
+
+
+def _difference(theirs: Tensor, ours: Tensor, first_row: int) -> str | None:
+    if theirs.dtype != ours.dtype or theirs.shape != ours.shape:
+        return f"{theirs.dtype} {list(theirs.shape)} there, {ours.dtype} {list(ours.shape)} in the checkpoint"
+    # As integers: the same bits, also where they are not numbers.
+    integer = _SAME_WIDTH_INTEGERS[theirs.dtype.itemsize]
+    unequal = theirs.contiguous().view(integer) != ours.contiguous().view(integer)
+    if not unequal.any():
+        return None
+    row = int(unequal.reshape(unequal.size(0), -1).any(1).nonzero()[0]) if unequal.dim() else 0
+    return f"{int(unequal.sum())} elements differ, the first in row {first_row + row}"
+
+
+def compare_logits(
+    source: HuggingFaceCheckpoint,
+    target: MegatronCheckpoint,
+    *,
+    rows: int = 2,
+    length: int = 64,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> LogitComparison | None:
+    """Both models on random tokens, in fp32, one layer at a time.
+
+    Collective over all ranks of the job, over which Megatron's model is split by tensor parallelism.
+
+    Args:
+        source, target: from :func:`open_both`.
+        rows, length: of the random sequences; the length is cut to what the model has positions for.
+        seed: of the tokens.
+        progress_bar: show them on a terminal.
+
+    Returns:
+        The comparison on rank 0, None on other ranks.
+
+    Raises:
+        UserError: a model that this many ranks cannot split.
+    """
+    platform.current()
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    import torch.distributed as dist
+
+    from megatron_cca.checkpoint.huggingface.logits import megatron_logits, transformers_logits, verification_config
+    from megatron_cca.parallel.process_groups import initialize_distributed
+
+    config = verification_config(target)
+    check_layout(target.architecture, config.model, config.parallel)
+    initialize_distributed(config)
+    architecture = target.architecture
+    shape = (rows, min(length, architecture.max_position_embeddings))
+    tokens = torch.randint(0, architecture.vocabulary.size, shape, generator=torch.Generator().manual_seed(seed))
+    ours = megatron_logits(target, tokens, progress_bar=progress_bar)
+    if dist.get_rank() != 0:
+        return None
+    theirs = transformers_logits(source, tokens, progress_bar=progress_bar)
+    worst = (ours - theirs).abs().max().item()
+    same_top = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    return LogitComparison(worst, worst / theirs.abs().max().item(), same_top, tuple(theirs.shape))

@@ -1,0 +1,96 @@
+"""Write a Megatron distributed checkpoint piece by piece: no model, no process group, one piece in memory at a time.
+
+torch.distributed.checkpoint asks a planner for every item just before it writes it; here the answer is read then.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+# How Megatron-Core 0.19 marks the format (dist_checkpointing/core.py), and where it keeps what is not sharded.
+_FORMAT_FILE, _FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON_STATE = "common_state/shard_0_1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a global tensor, and how to get it.
+
+    Attributes:
+        key: the global tensor.
+        global_shape: its shape.
+        offsets, sizes: of the block.
+        read: returns the block's data; called once.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def save_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Write ``pieces`` as a checkpoint into an existing folder.
+
+    Raises:
+        OSError: from the file system, such as a full disk.
+    """
+    checksums = torch.serialization.get_crc32_options()
+    # zip's checksums would take longer than everything else, and no reader looks at them.
+    torch.serialization.set_crc32_options(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_PiecePlanner(pieces), no_dist=True)
+    except CheckpointException as error:
+        raise _cause(next(iter(error.failures.values()))[0]) from None
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+    (folder / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the file system said, where torch's zip writer has put an error of its own on top."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
+
+
+class _PiecePlanner(dcp.DefaultSavePlanner):
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = {MetadataIndex(piece.key, piece.offsets): piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
+        self.plan = SavePlan([common, *(_write_item(index, piece) for index, piece in self._pieces.items())])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            nothing = io.BytesIO()
+            torch.save([{}], nothing)
+            return nothing
+        piece = self._pieces[write_item.index]
+        return piece.read().view(piece.sizes)
+
+
+def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.global_shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)

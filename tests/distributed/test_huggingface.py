@@ -1,0 +1,242 @@
+"""Emu3 from Hugging Face on every layout and back: the oracle is transformers itself."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+from megatron_cca.errors import UserError
+from tests.distributed.launch import ROOT, environment, run_workers, torchrun
+from tests.distributed.test_layout_parity import PP2, TP2, VPP2
+from tests.references.huggingface import assert_same_bits, load_tensors, save_emu3
+
+TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
+PROMPTS = torch.randint(0, 456, (3, 20), generator=torch.Generator().manual_seed(0))
+NEW_TOKENS = 64
+BY_RANKS = {
+    1: {"one process": []},
+    2: {"TP 2": TP2, "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"], "PP 2": PP2, "PP 2 x VPP 2": VPP2},
+    4: {"TP 2 x PP 2": [*TP2, *PP2]},
+}
+
+
+@pytest.fixture(scope="module", params=["original repository", "transformers"])
+def imported(request, tmp_path_factory):
+    """A Hugging Face folder and its import."""
+    folder = tmp_path_factory.mktemp("imported")
+    hf = save_emu3(folder / "hf", request.param)
+    import_checkpoint(hf, folder / "megatron", progress_bar=False)
+    return hf, folder / "megatron"
+
+
+def in_plain_transformers(folder, tokens=PROMPTS):
+    """Logits of the prompts, and their greedy continuation, by nothing but transformers."""
+    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
+
+    composite = "text_config" in json.loads((folder / "config.json").read_text())
+    cls = Emu3ForConditionalGeneration if composite else Emu3ForCausalLM
+    model = cls.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    continued = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
+    return logits, continued
+
+
+def on_layouts(ranks, checkpoint, folder, layouts=None):
+    settings = {"checkpoint": str(checkpoint), "tokens": PROMPTS.tolist(), "new_tokens": NEW_TOKENS}
+    return run_workers(ranks, "continuations", {**settings, "layouts": layouts or BY_RANKS[ranks]}, folder)
+
+
+@pytest.mark.parametrize("ranks", BY_RANKS)
+def test_logits_and_greedy_tokens_are_transformers(ranks, imported, tmp_path):
+    hf, checkpoint = imported
+    logits, continued = in_plain_transformers(hf)
+    for name, found in on_layouts(ranks, checkpoint, tmp_path).items():
+        worst = (torch.tensor(found["logits"]) - logits).abs().max().item()
+        assert worst <= 1e-5, f"{name}: {worst}"
+        assert found["tokens"] == continued.tolist(), name
+
+
+def resave_and_export(ranks, name, overrides, checkpoint, folder):
+    (folder / name).mkdir()
+    settings = {"checkpoint": str(checkpoint), "overrides": overrides, "output": str(folder / name)}
+    run_workers(ranks, "resaved", settings, folder / f"answers {name}")
+    return export_checkpoint(folder / name, folder / f"back from {name}", progress_bar=False)
+
+
+def assert_same_folder(back, hf):
+    assert_same_bits(load_tensors(back), load_tensors(hf))
+    for name in ("config.json", "emu3.tiktoken", "tokenizer_config.json", "generation_config.json"):
+        assert (back / name).read_bytes() == (hf / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", ["Emu3ForCausalLM", "transformers"])
+def test_there_through_another_layout_and_back_is_bit_for_bit(form, precision, tmp_path):
+    hf = save_emu3(tmp_path / "hf", form, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    overrides = [*TP2, *PP2, f"training.precision={precision}"]
+    assert_same_folder(resave_and_export(4, "TP 2 x PP 2", overrides, tmp_path / "megatron", tmp_path), hf)
+
+
+def test_from_layout_to_layout_nothing_changes(imported, tmp_path):
+    hf, checkpoint = imported
+    for ranks, name, overrides in ((2, "PP 2 x VPP 2", VPP2), (2, "TP 2", TP2), (1, "one process", [])):
+        assert_same_folder(resave_and_export(ranks, name, overrides, checkpoint, tmp_path), hf)
+        checkpoint = tmp_path / name
+
+
+@pytest.mark.parametrize("form", ["original repository", "transformers"])
+def test_a_fine_tuned_model_speaks_alike_in_plain_transformers(form, digit_shards, tmp_path):
+    hf = save_emu3(tmp_path / "hf", form)
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    overrides = [
+        f"data.path={digit_shards}",
+        f"training.output_dir={tmp_path}/run",
+        f"training.pretrained_checkpoint={tmp_path}/megatron",
+        "training.global_batch_size=8",
+        "training.micro_batch_size=4",
+        "optimizer.lr=1e-3",
+        *TP2,
+    ]
+    rows = run_workers(2, "resume", {"overrides": overrides, "steps": 5, "save": True}, tmp_path)["rows"]
+    assert rows[0]["worst"] == 0.0
+    back = export_checkpoint(tmp_path / "run", tmp_path / "back", progress_bar=False)
+    before, after = load_tensors(hf), load_tensors(back)
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before if "proj" in name and "vq" not in name)
+    logits, continued = in_plain_transformers(back)
+    found = on_layouts(1, tmp_path / "run", tmp_path)["one process"]
+    assert (torch.tensor(found["logits"]) - logits).abs().max() <= 1e-5
+    assert found["tokens"] == continued.tolist()
+    assert continued.tolist() != in_plain_transformers(hf)[1].tolist()
+
+
+def test_a_run_that_started_here_is_exported_too(digit_shards, tmp_path):
+    overrides = [f"data.path={digit_shards}", f"training.output_dir={tmp_path}/run", "training.global_batch_size=32"]
+    run_workers(1, "resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
+    back = export_checkpoint(tmp_path / "run", tmp_path / "back", progress_bar=False)
+    logits, continued = in_plain_transformers(back)
+    found = on_layouts(1, tmp_path / "run", tmp_path)["one process"]
+    assert (torch.tensor(found["logits"]) - logits).abs().max() <= 1e-5
+    assert found["tokens"] == continued.tolist()
+
+
+# The tool, in fresh processes.
+
+
+def convert(*arguments, cwd):
+    command = [sys.executable, TOOL, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tool_imports_verifies_and_exports(tmp_path):
+    hf = save_emu3(tmp_path / "hf", "transformers", dtype=torch.bfloat16)
+    done = convert("import", "--hf", hf, "--output", "megatron", cwd=tmp_path)
+    expected = "wrote megatron/iter_0000000; use it as training.pretrained_checkpoint=megatron\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+    done = convert("export", "--checkpoint", "megatron", "--output", "back", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote back\n", "")
+    assert_same_bits(load_tensors(tmp_path / "back"), load_tensors(hf))
+    done = convert("verify", "--hf", "back", "--checkpoint", "megatron", "--device", "cpu", cwd=tmp_path)
+    count = len(load_tensors(hf))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert lines[0] == f"tensors: {count} of {count} identical bit for bit"
+    assert lines[1].startswith("logits:  2 x 64 x 456 in fp32, greatest difference ")
+    assert lines[1].endswith("top-1 agreement 100.0%")
+    assert lines[2] == "verdict: the same model"
+
+
+def test_verify_finds_a_single_changed_number(imported, tmp_path):
+    hf, checkpoint = imported
+    name = "model.layers.1.self_attn.k_proj.weight"
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in hf.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    found = load_file(changed / "model.safetensors")
+    on_disk = name if name in found else f"text_model.{name}"
+    found[on_disk].view(-1)[3] *= 1.5
+    save_file(found, changed / "model.safetensors", metadata={"format": "pt"})
+    done = convert("verify", "--hf", changed, "--checkpoint", checkpoint, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert f"  {on_disk}: 1 elements differ, the first in row " in done.stdout
+    assert done.stdout.endswith("verdict: NOT the same model\n")
+
+
+def test_verify_takes_any_number_of_ranks_that_can_split_the_model(tmp_path):
+    hf, checkpoint = save_emu3(tmp_path / "hf", "Emu3ForCausalLM"), tmp_path / "megatron"
+    import_checkpoint(hf, checkpoint, progress_bar=False)
+    command = [TOOL, "verify", "--hf", str(hf), "--checkpoint", str(checkpoint), "--device", "cpu"]
+    done = torchrun(2, *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("verdict: the same model\n")
+    done = torchrun(3, *command, cwd=tmp_path)
+    assert done.returncode != 0
+    wanted = "parallel.tensor_model_parallel_size: 3 does not divide num_attention_heads 4; possible: 1, 2, 4"
+    assert wanted in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "--hf", "nowhere", "--output", "out"], "--hf: no folder at nowhere"),
+        (["export", "--checkpoint", "nowhere", "--output", "out"], "--checkpoint: no checkpoint at nowhere"),
+        (["verify", "--hf", ".", "--checkpoint", ".", "--rows", "0"], "--rows: must be 1 or more, found 0"),
+        (["verify", "--hf", ".", "--checkpoint", "."], "--hf: . has no config.json"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(arguments, message, tmp_path):
+    done = convert(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron_cca: error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from megatron_cca.checkpoint import huggingface
+from megatron_cca.checkpoint.huggingface import source, target
+
+cls = source.HuggingFaceCheckpoint if sys.argv[1] == "import" else target.MegatronCheckpoint
+original = cls.read
+
+def slow(self, name, start, stop):
+    if "layers.3" in name:
+        print("midway", flush=True)
+        time.sleep(60)
+    return original(self, name, start, stop)
+
+cls.read = slow
+getattr(huggingface, sys.argv[1] + "_checkpoint")(sys.argv[2], sys.argv[3], progress_bar=False)
+"""
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_killed_conversion_does_not_look_whole_and_can_be_repeated(verb, imported, tmp_path):
+    start, output = imported[verb == "export"], tmp_path / "output"
+    command = [sys.executable, "-c", KILLED, verb, str(start), str(output)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "midway\n"
+        process.send_signal(signal.SIGKILL)
+    assert any(path.stat().st_size > 10_000 for path in output.rglob("*") if path.is_file())
+    assert not (output / "config.json").exists()
+    with pytest.raises(UserError):
+        layout.resolve(output, "checkpoint")
+    if verb == "import":
+        folder = import_checkpoint(start, output, progress_bar=False)
+        assert sorted(path.name for path in output.iterdir()) == ["iter_0000000", layout.LATEST]
+        assert layout.resolve(output, "checkpoint") == folder
+    else:
+        export_checkpoint(start, output, progress_bar=False)
+        assert_same_bits(load_tensors(output), load_tensors(imported[0]))
+        assert not (output / ".partial").exists()

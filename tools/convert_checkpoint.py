@@ -1,0 +1,163 @@
+"""Bring checkpoints in from Hugging Face and out again, and prove that nothing was lost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_cca import platform
+from megatron_cca.errors import UserError
+from megatron_cca.reporting import reported_errors
+
+if TYPE_CHECKING:
+    from megatron_cca.checkpoint.huggingface import TensorComparison
+
+_EXAMPLES = """examples:
+  python tools/convert_checkpoint.py import --hf Emu3-Gen --output checkpoints/emu3_8b
+  python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
+  python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
+"""
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
+_LAYOUT_HELP = "refuse a model that cannot be split so; the output itself loads at any layout (default 1)"
+
+
+def main() -> None:
+    """Parse the command line and convert or verify; ``verify`` exits with 1 where the two sides differ."""
+    arguments = _parser().parse_args()
+    with reported_errors():
+        try:
+            status = arguments.run(arguments)
+        except ModuleNotFoundError as error:
+            if error.name not in ("safetensors", "transformers"):
+                raise
+            raise UserError(f"{error.name} is not installed; pip install -e '.[hf]'") from None
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="import|export|verify")
+    hf = {"type": Path, "required": True, "metavar": "DIR", "help": "Hugging Face folder with safetensors, either form"}
+    checkpoint = {"required": True, "metavar": "DIR", "help": "a run folder, an import's output, or an iter_ folder"}
+    output = {"type": Path, "required": True, "metavar": "DIR", "help": "an empty or new folder"}
+
+    command = _command(commands, "import", _import, "Hugging Face -> Megatron distributed checkpoint")
+    command.add_argument("--hf", **hf)
+    command.add_argument("--output", **output)
+    command.add_argument("--overwrite", action="store_true", help="replace a former import in --output")
+    for size in _LAYOUT:
+        command.add_argument(f"--{size.replace('_', '-')}", type=int, default=1, metavar="N", help=_LAYOUT_HELP)
+
+    command = _command(commands, "export", _export, "Megatron distributed checkpoint -> Hugging Face")
+    command.add_argument("--checkpoint", **checkpoint)
+    command.add_argument("--output", **output)
+    command.add_argument(
+        "--format",
+        choices=("transformers", "original"),
+        help="transformers: text model and image tokenizer in one folder; original: the decoder alone, as in Emu3's "
+        "own repositories (default: the form that the checkpoint was imported from, else original)",
+    )
+    command.add_argument(
+        "--hf-template",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder whose configuration, tokenizer and image tokenizer go along (default: what was kept "
+        "since the import)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace a former export in --output")
+
+    command = _command(
+        commands,
+        "verify",
+        _verify,
+        "compare every tensor bit for bit, then Megatron's logits with transformers' in fp32, a layer at a time; exit "
+        "status 1 if they differ; under torchrun Megatron's side is tensor-parallel",
+    )
+    command.add_argument("--hf", **hf)
+    command.add_argument("--checkpoint", **checkpoint)
+    command.add_argument("--rows", type=int, default=2, metavar="N", help="random token sequences (default 2)")
+    command.add_argument("--length", type=int, default=64, metavar="N", help="tokens in each (default 64)")
+    command.add_argument("--seed", type=int, default=0, help="of the tokens")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of Megatron's side")
+    return parser
+
+
+def _command(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text.split(";")[0], description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megatron_cca.checkpoint.huggingface import import_checkpoint
+    from megatron_cca.config import load_config
+
+    sizes = {f"parallel.{name}": getattr(arguments, name) for name in _LAYOUT}
+    parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel
+    folder = import_checkpoint(arguments.hf, arguments.output, overwrite=arguments.overwrite, parallel=parallel)
+    print(f"wrote {folder}; use it as training.pretrained_checkpoint={arguments.output}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megatron_cca.checkpoint.huggingface import export_checkpoint
+
+    folder = export_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        form=arguments.format,
+        template=arguments.hf_template,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {folder}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
+
+    for option in ("rows", "length"):
+        if getattr(arguments, option) < 1:
+            raise UserError(f"--{option}: must be 1 or more, found {getattr(arguments, option)}")
+    try:
+        platform.install(arguments.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    source, target = open_both(arguments.hf, arguments.checkpoint)
+    is_first = os.environ.get("RANK", "0") == "0"
+    identical = is_first and _say_tensors(compare_tensors(source, target))
+    logits = compare_logits(source, target, rows=arguments.rows, length=arguments.length, seed=arguments.seed)
+    dist.destroy_process_group()
+    if logits is None:
+        return 0
+    print(
+        f"logits:  {' x '.join(map(str, logits.shape))} in fp32, greatest difference {logits.max_absolute:.2e} "
+        f"({logits.max_relative:.2e} of the largest logit), top-1 agreement {logits.top1_agreement:.1%}"
+    )
+    good = identical and logits.agree
+    print(f"verdict: {'the same model' if good else 'NOT the same model'}")
+    return 0 if good else 1
+
+
+def _say_tensors(tensors: TensorComparison) -> bool:
+    for difference in tensors.differences[:20]:
+        print(f"  {difference}")
+    same = tensors.compared - len(tensors.differences)
+    print(f"tensors: {same} of {tensors.compared} identical bit for bit", flush=True)
+    return tensors.identical
+
+
+if __name__ == "__main__":
+    main()
