@@ -45,12 +45,13 @@ def save_emu3(folder: Path, form: str, *, dtype=torch.float32, seed: int = 0, sh
         _composite({**SIZES, **sizes}).to(dtype).save_pretrained(
             folder, max_shard_size=shard, save_original_format=form == "transformers"
         )
+        _processor().save_pretrained(folder)
     else:
         text = Emu3TextConfig(**{**SIZES, **sizes})
         _perturbed(Emu3ForCausalLM(text)).to(dtype).save_pretrained(folder, max_shard_size=shard)
         if form == "original repository":
             _as_in_the_repository(folder, str(dtype).removeprefix("torch."))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Emu3Tokenizer"}\n')
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Emu3Tokenizer"}\n')
     (folder / "emu3.tiktoken").write_bytes(b"IQ== 0\nIg== 1\n")
     return folder
 
@@ -60,6 +61,25 @@ def _composite(sizes):
 
     words = {f"word {index}": index for index in range(sizes["vocab_size"] - 1)} | {"<image>": sizes["vocab_size"] - 1}
     return _perturbed(Emu3ForConditionalGeneration(Emu3Config(text_config=sizes, vq_config=_VQ, vocabulary_map=words)))
+
+
+def _processor():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Emu3ImageProcessor, Emu3Processor, PreTrainedTokenizerFast
+
+    unknown = "<unk>"
+    special = {
+        "image_token": "<image>",
+        "boi_token": "<|image start|>",
+        "eoi_token": "<|image end|>",
+        "image_wrapper_token": "<|image token|>",
+        "eof_token": "<|extra_200|>",
+    }
+    words = {word: index for index, word in enumerate([unknown, "a", "handwritten", "seven", *special.values()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown, extra_special_tokens=special)
+    return Emu3Processor(Emu3ImageProcessor(), fast, chat_template="{{ messages }}")
 
 
 def _perturbed(model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint import layout, output
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import ParallelConfig, config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
@@ -70,7 +72,7 @@ def test_names_in_memory_come_back_as_transformers_writes_them(hub, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_comes_back_loads_with_from_pretrained_at_once(form, hub, tmp_path):
-    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
+    from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration, Emu3Processor, GenerationConfig
 
     hf = hub(form)
     back = convert(hf, tmp_path)
@@ -81,6 +83,9 @@ def test_what_comes_back_loads_with_from_pretrained_at_once(form, hub, tmp_path)
             cls.from_pretrained(folder, dtype=torch.float32)(input_ids=tokens).logits for folder in (hf, back)
         )
     assert torch.equal(one, other)
+    assert GenerationConfig.from_pretrained(back).eos_token_id == 324
+    if form.startswith("transformers"):
+        assert Emu3Processor.from_pretrained(back).tokenizer("a seven").input_ids == [1, 3]
 
 
 @pytest.mark.parametrize("form", FORMS[:3])
@@ -130,6 +135,14 @@ def test_a_form_without_its_parts_is_refused(hub, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_padding_rows_are_zeros(hub, tmp_path):
+    stored = StoredTensors(import_checkpoint(hub("Emu3ForCausalLM"), tmp_path / "megatron", progress_bar=False), "")
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert stored.shape(key) == (512, 64)
+        assert not stored.read(key, None, 456, 512).any()
+        assert stored.read(key, None, 455, 456).any()
+
+
 def test_what_travels_along_outlives_the_checkpoint_that_training_started_from(hub, tmp_path):
     start = import_checkpoint(hub("transformers"), tmp_path / "megatron", progress_bar=False)
     names = sorted(str(p.relative_to(start)) for p in start.glob("huggingface*/*"))
@@ -144,6 +157,43 @@ def test_what_travels_along_outlives_the_checkpoint_that_training_started_from(h
         kept = layout.iteration_folder(run, iteration)
         assert sorted(str(p.relative_to(kept)) for p in kept.glob("huggingface*/*")) == names
         shutil.rmtree(start, ignore_errors=True)
+
+
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_a_templates_sizes_give_way_to_the_checkpoints(form, hub, tmp_path):
+    hf = hub(form)
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    template = Path(shutil.copytree(hf, tmp_path / "template"))
+    config = json.loads((template / "config.json").read_text())
+    text = config.get("text_config", config)
+    wanted = {**text}
+    text |= {"num_hidden_layers": 2, "hidden_size": 32, "rms_norm_eps": 0.5, "vocab_size": 9}
+    if "rope_theta" in text:
+        text["rope_theta"] = 5.0
+    else:
+        text["rope_parameters"] = {**text["rope_parameters"], "rope_theta": 5.0}
+    (template / "config.json").write_text(json.dumps({**config, "kept": "from the template"}))
+    back = export_checkpoint(tmp_path / "megatron", tmp_path / "back", template=template, progress_bar=False)
+    found = json.loads((back / "config.json").read_text())
+    assert found.pop("kept") == "from the template"
+    assert found.get("text_config", found) == wanted
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_an_export_that_is_cut_short_at_the_very_end_does_not_look_whole(moves, hub, tmp_path, monkeypatch):
+    hf = hub("Emu3ForCausalLM")
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    back = export_checkpoint(tmp_path / "megatron", tmp_path / "back", progress_bar=False)
+    left = iter([None] * moves)
+    with monkeypatch.context() as patched:
+        # As a kill would: nothing is tidied up either.
+        patched.setattr(Path, "replace", lambda path, to: (next(left), path.rename(to)))
+        patched.setattr(output.shutil, "rmtree", lambda *arguments, **options: None)
+        with pytest.raises(StopIteration):
+            export_checkpoint(tmp_path / "megatron", back, overwrite=True, progress_bar=False)
+    assert not (back / "config.json").exists()
+    export_checkpoint(tmp_path / "megatron", back, overwrite=True, progress_bar=False)
+    assert_same_bits(load_tensors(back), load_tensors(hf))
 
 
 # Refusals: one line that names the tensor, key or file, and nothing left behind.
@@ -385,10 +435,27 @@ def test_differences_are_named(hf, tmp_path):
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
     edit(hf, lambda found: found[UP][7].neg_())
     found = compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False)
-    assert found.differences == (f"{UP}: 64 elements differ, the first in row 7",)
+    assert found.differences == (f"{UP}: 64 of 11264 elements differ, the first in row 7",)
     edit_config(hf, max_position_embeddings=99)
     with pytest.raises(UserError, match=r"has max_position_embeddings 128, .* 99"):
         open_both(hf, tmp_path / "megatron")
+
+
+def test_differences_in_the_image_tokenizer_are_named(hub, tmp_path):
+    hf = Path(shutil.copytree(hub("transformers"), tmp_path / "hf"))
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    name = "vqmodel.encoder.conv_in.weight"
+    edit(hf, lambda found: found[name][3].neg_())
+    found = compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False)
+    assert len(found.differences) == 1
+    assert re.fullmatch(rf"{name}: \d+ of \d+ elements differ, the first in row 3", found.differences[0])
+    (folder,) = (tmp_path / "megatron").glob("iter_*")
+    shutil.rmtree(folder / layout.COMPANION_TENSORS)
+    summary = json.loads((folder / layout.SUMMARY).read_text())
+    kept = {name: size for name, size in summary["files"].items() if not name.startswith(layout.COMPANION_TENSORS)}
+    (folder / layout.SUMMARY).write_text(json.dumps({**summary, "files": kept}))
+    found = compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False)
+    assert f"{name}: not in the checkpoint" in found.differences
 
 
 def test_an_import_needs_no_transformers_for_the_original_form(hf, tmp_path):

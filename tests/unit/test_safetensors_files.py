@@ -39,6 +39,16 @@ def test_one_file_is_what_the_library_reads(piece_bytes, tmp_path):
     )
 
 
+def test_every_tensor_begins_on_a_multiple_of_its_width(tmp_path):
+    for extra in ("", "x", "xy", "xyz"):  # whatever the header's length
+        write_safetensors(tmp_path, outgoing({f"flags{extra}": TENSORS["flags"], **TENSORS}, 40))
+        data = (tmp_path / "model.safetensors").read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        for name, tensor in TENSORS.items():
+            assert (begin + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0, name
+
+
 def test_shards_are_what_the_index_says(tmp_path):
     write_safetensors(tmp_path, outgoing(TENSORS, 40), max_shard_bytes=150)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -104,6 +114,13 @@ def test_a_shard_that_is_only_its_first_bytes_is_named(sharded):
 def test_a_tensor_that_is_elsewhere_is_named(sharded):
     edit_index(sharded, lambda index: index["weight_map"].update({"ghost": index["weight_map"]["a"]}))
     assert "tensor ghost is not in" in refused(sharded)
+
+
+def test_a_tensor_in_two_files_is_named(sharded):
+    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: TENSORS[name]}, second)
+    assert refused(sharded) == f"--hf: tensor {name} is in {first.name} and in {second.name}"
 
 
 def test_an_index_cannot_lead_out_of_the_folder(sharded):

@@ -52,6 +52,14 @@ def test_a_chunk_is_read_once_for_neighbouring_rows(folder, monkeypatch):
     assert len(loads) == 1
 
 
+def test_rows_that_nobody_wrote_are_not_made_up(tmp_path):
+    save_pieces(tmp_path, [piece("plain", PLAIN, (0, 0), (7, 4))])
+    stored = StoredTensors(tmp_path, "--checkpoint")
+    assert torch.equal(stored.read("plain", None, 2, 7), PLAIN[2:7])
+    with pytest.raises(UserError, match="does not hold all of plain; choose another checkpoint"):
+        stored.read("plain", None, 5, 8)
+
+
 def test_damaged_data_is_named(folder):
     (file,) = folder.glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

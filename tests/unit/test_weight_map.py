@@ -7,7 +7,7 @@ import torch
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.weight_map import sources
+from megatron_cca.models.weight_map import MappedTensor, Rows, sources
 
 WEIGHTS = FAMILIES["emu3"].huggingface.weights
 
@@ -64,3 +64,13 @@ def test_a_cut_is_part_of_the_whole():
         parts = [weights[r.name][r.start : r.start + r.count] for r in tensor.cut(start, stop)]
         assert torch.equal(torch.cat(parts), whole[start:stop])
     assert list(tensor.cut(tensor.num_rows, tensor.num_rows + 9)) == []
+
+
+def test_rows_may_lie_in_any_order_but_none_may_be_left_out():
+    def tensor(*parts):
+        return MappedTensor("merged", None, parts, columns=4, padded=False)
+
+    found = sources([tensor(Rows("a", 2, 3), Rows("b", 0, 1), Rows("a", 0, 2))])["a"]
+    assert [(source.start, source.count, source.megatron_start) for source in found] == [(0, 2, 4), (2, 3, 0)]
+    with pytest.raises(AssertionError, match="leaves rows of a out"):
+        sources([tensor(Rows("a", 2, 3), Rows("a", 0, 1))])

@@ -53,7 +53,8 @@ def export_checkpoint(
     source, output = MegatronCheckpoint(checkpoint, OPTION), Path(output)
     partial = output / ".partial"
     check_apart(output, source.folder, OPTION)
-    check_output(output, partial, overwrite=overwrite, replaceable=lambda names: CONFIG in names)
+    is_ours = partial.is_dir()
+    check_output(output, partial, overwrite=overwrite, replaceable=lambda names: CONFIG in names or is_ours)
     if template is None:
         along = template_from_checkpoint(source.folder, OPTION)
     else:

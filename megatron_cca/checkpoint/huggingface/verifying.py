@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +17,15 @@ from megatron_cca.checkpoint.huggingface.importing import OPTION as HF_OPTION
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
-from megatron_cca.checkpoint.huggingface.template import template_from_checkpoint
+from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import check_layout
 
 # Of the largest logit: two correct fp32 implementations add up thousands of products in different orders.
 RELATIVE_TOLERANCE = 1e-4
+Read = Callable[[int, int], Tensor]
+
 _SAME_WIDTH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -86,41 +91,54 @@ def compare_tensors(
 ) -> TensorComparison:
     """Every tensor bit for bit, the image tokenizer's included where the Hugging Face folder has one."""
     kept = template_from_checkpoint(target.folder, target.option)
-    differences = []
     total = sum(num_bytes(shape, source.dtype) for shape in target.shapes.values())
     total += sum(source.files.tensors[name].num_bytes for name in source.companions.values())
     with ByteProgress("comparing", total, shown=progress_bar) as progress:
-        for name, shape in target.shapes.items():
-            for start, stop in row_ranges(shape, source.dtype):
-                theirs, ours = source.read(name, start, stop), target.read(name, start, stop)
-                progress.count(theirs)
-                difference = _difference(theirs, ours, start)
-                if difference:
-                    differences.append(f"{source.naming.on_disk(name)}: {difference}")
-                    break
-        for bare, name in source.companions.items():
-            if bare not in (kept.names or {}):
-                differences.append(f"{name}: not in the checkpoint")
-                continue
-            if source.files.tensors[name].shape != kept.tensors.tensors[kept.names[bare]].shape:
-                differences.append(f"{name}: another shape in the checkpoint")
-                continue
-            pieces = zip(source.files.pieces(name), kept.tensors.pieces(kept.names[bare]), strict=True)
-            found = [_difference(theirs, ours, 0) for theirs, ours in pieces]
-            differences += [f"{name}: {difference}" for difference in found if difference][:1]
-    return TensorComparison(len(target.shapes) + len(source.companions), tuple(differences))
+        found = [
+            *(_decoder_difference(source, target, name, progress) for name in target.shapes),
+            *(_companion_difference(source, kept, bare, progress) for bare in source.companions),
+        ]
+    return TensorComparison(len(found), tuple(difference for difference in found if difference))
 
 
-def _difference(theirs: Tensor, ours: Tensor, first_row: int) -> str | None:
-    if theirs.dtype != ours.dtype or theirs.shape != ours.shape:
-        return f"{theirs.dtype} {list(theirs.shape)} there, {ours.dtype} {list(ours.shape)} in the checkpoint"
+def _decoder_difference(
+    source: HuggingFaceCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
+) -> str | None:
+    shape, on_disk = target.shapes[name], source.naming.on_disk(name)
+    if source.dtype != target.dtype:
+        return f"{on_disk}: {source.dtype} there, {target.dtype} in the checkpoint"
+    theirs, ours = partial(source.read, name), partial(target.read, name)
+    return _difference(on_disk, shape, source.dtype, theirs, ours, progress)
+
+
+def _companion_difference(
+    source: HuggingFaceCheckpoint, kept: Template, bare: str, progress: ByteProgress
+) -> str | None:
+    name = source.companions[bare]
+    if bare not in (kept.names or {}):
+        return f"{name}: not in the checkpoint"
+    theirs, ours = source.files.tensors[name], kept.tensors.tensors[kept.names[bare]]
+    if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
+        there, here = (f"{info.dtype} {list(info.shape)}" for info in (theirs, ours))
+        return f"{name}: {there} there, {here} in the checkpoint"
+    read, read_kept = partial(source.files.read, name), partial(kept.tensors.read, kept.names[bare])
+    return _difference(name, theirs.shape, theirs.dtype, read, read_kept, progress)
+
+
+def _difference(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, theirs: Read, ours: Read, progress: ByteProgress
+) -> str | None:
     # As integers: the same bits, also where they are not numbers.
-    integer = _SAME_WIDTH_INTEGERS[theirs.dtype.itemsize]
-    unequal = theirs.contiguous().view(integer) != ours.contiguous().view(integer)
-    if not unequal.any():
-        return None
-    row = int(unequal.reshape(unequal.size(0), -1).any(1).nonzero()[0]) if unequal.dim() else 0
-    return f"{int(unequal.sum())} elements differ, the first in row {first_row + row}"
+    integer = _SAME_WIDTH_INTEGERS[dtype.itemsize]
+    count, first_row = 0, None
+    for start, stop in row_ranges(shape, dtype):
+        piece = theirs(start, stop)
+        unequal = (piece.contiguous().view(integer) != ours(start, stop).contiguous().view(integer)).flatten()
+        progress.count(piece)
+        if first_row is None and unequal.any():
+            first_row = start + int(unequal.nonzero()[0]) // math.prod(shape[1:])
+        count += int(unequal.sum())
+    return f"{name}: {count} of {math.prod(shape)} elements differ, the first in row {first_row}" if count else None
 
 
 def compare_logits(
