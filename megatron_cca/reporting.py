@@ -26,6 +26,8 @@ _OTHER_RANKS_WAIT_SECONDS = 5.0
 def reported_errors() -> Iterator[None]:
     """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
 
+    An interruption (Ctrl-C) is one line with status 130.
+
     Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
     words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
     """
@@ -36,6 +38,8 @@ def reported_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
         _leave(line, status=2)
+    except KeyboardInterrupt:
+        _leave("megatron_cca: interrupted", status=130)
     except Exception as error:
         rank = os.environ.get("RANK")
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):

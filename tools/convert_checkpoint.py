@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ _EXAMPLES = """examples:
   python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
   python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
 """
+_DIFFERENT, _MAX_TOKENS = 3, 10_000
 _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -30,8 +32,11 @@ _LAYOUT_HELP = "refuse a model that cannot be split so; the output itself loads 
 
 
 def main() -> None:
-    """Parse the command line and convert or verify; ``verify`` exits with 1 where the two sides differ."""
+    """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
     arguments = _parser().parse_args()
+    # As Ctrl-C does, so that what is half-written goes.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     with reported_errors():
         try:
             status = arguments.run(arguments)
@@ -39,6 +44,8 @@ def main() -> None:
             if error.name not in ("safetensors", "transformers"):
                 raise
             raise UserError(f"{error.name} is not installed; pip install -e '.[hf]'") from None
+        except OSError as error:
+            raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
     sys.exit(status)
 
 
@@ -47,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="import|export|verify")
-    hf = {"type": Path, "required": True, "metavar": "DIR", "help": "Hugging Face folder with safetensors, either form"}
-    checkpoint = {"required": True, "metavar": "DIR", "help": "a run folder, an import's output, or an iter_ folder"}
-    output = {"type": Path, "required": True, "metavar": "DIR", "help": "an empty or new folder"}
+    folder = {"type": lambda text: Path(text).expanduser(), "metavar": "DIR"}
+    hf = {**folder, "required": True, "help": "Hugging Face folder with safetensors, either form"}
+    checkpoint = {**folder, "required": True, "help": "a run folder, an import's output, or an iter_ folder"}
+    output = {**folder, "required": True, "help": "an empty or new folder"}
 
     command = _command(commands, "import", _import, "Hugging Face -> Megatron distributed checkpoint")
     command.add_argument("--hf", **hf)
@@ -65,23 +73,22 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("transformers", "original"),
         help="transformers: text model and image tokenizer in one folder; original: the decoder alone, as in Emu3's "
-        "own repositories (default: the form that the checkpoint was imported from, else original)",
+        "own repositories (default: the template's, else the form that it was imported from, else original)",
     )
     command.add_argument(
         "--hf-template",
-        type=Path,
-        metavar="DIR",
+        **folder,
         help="Hugging Face folder whose configuration, tokenizer and image tokenizer go along (default: what was kept "
         "since the import)",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace a former export in --output")
+    command.add_argument("--overwrite", action="store_true", help="replace a former export in --output, nothing else")
 
     command = _command(
         commands,
         "verify",
         _verify,
         "compare every tensor bit for bit, then Megatron's logits with transformers' in fp32, a layer at a time; exit "
-        "status 1 if they differ; under torchrun Megatron's side is tensor-parallel",
+        "status 3 if they differ; under torchrun Megatron's side is tensor-parallel",
     )
     command.add_argument("--hf", **hf)
     command.add_argument("--checkpoint", **checkpoint)
@@ -98,7 +105,13 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
     return command
 
 
+def _must_be_alone() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("import and export run in one process; call them with python instead of torchrun")
+
+
 def _import(arguments: argparse.Namespace) -> int:
+    _must_be_alone()
     from megatron_cca.checkpoint.huggingface import import_checkpoint
     from megatron_cca.config import load_config
 
@@ -110,6 +123,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    _must_be_alone()
     from megatron_cca.checkpoint.huggingface import export_checkpoint
 
     folder = export_checkpoint(
@@ -131,6 +145,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     for option in ("rows", "length"):
         if getattr(arguments, option) < 1:
             raise UserError(f"--{option}: must be 1 or more, found {getattr(arguments, option)}")
+    if arguments.rows * arguments.length > _MAX_TOKENS:
+        raise UserError(f"--rows x --length: at most {_MAX_TOKENS} tokens, found {arguments.rows * arguments.length}")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed: must be between 0 and 2**63 - 1, found {arguments.seed}")
     try:
         platform.install(arguments.device)
     except ValueError as error:
@@ -146,9 +164,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         f"logits:  {' x '.join(map(str, logits.shape))} in fp32, greatest difference {logits.max_absolute:.2e} "
         f"({logits.max_relative:.2e} of the largest logit), top-1 agreement {logits.top1_agreement:.1%}"
     )
+    if not logits.finite:
+        print("logits:  not all are finite: the weights hold infinities or what is not a number")
     good = identical and logits.agree
     print(f"verdict: {'the same model' if good else 'NOT the same model'}")
-    return 0 if good else 1
+    return 0 if good else _DIFFERENT
 
 
 def _say_tensors(tensors: TensorComparison) -> bool:

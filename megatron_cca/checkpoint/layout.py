@@ -12,6 +12,7 @@ A checkpoint is written under a hidden name and renamed when complete; the lates
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -33,17 +34,29 @@ def partial_folder(root: Path, iteration: int) -> Path:
     return root / f".iter_{iteration:07d}.partial"
 
 
+def _former_folder(root: Path, iteration: int) -> Path:
+    return root / f".iter_{iteration:07d}.former"
+
+
+def own_names(root: Path, iteration: int) -> set[str]:
+    """Every name that a checkpoint of this iteration, finished or interrupted, may have below ``root``."""
+    folders = (iteration_folder(root, iteration), partial_folder(root, iteration), _former_folder(root, iteration))
+    return {LATEST, f".{LATEST}", *(folder.name for folder in folders)}
+
+
 def finalize(partial: Path, root: Path, iteration: int, summary: dict) -> None:
     """Turn a written folder into the newest checkpoint: record its files, rename it, move the latest-file."""
     files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
     (partial / SUMMARY).write_text(json.dumps({**summary, "iteration": iteration, "files": files}, indent=1))
-    final = iteration_folder(root, iteration)
+    final, former = iteration_folder(root, iteration), _former_folder(root, iteration)
+    shutil.rmtree(former, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(former)
     partial.rename(final)
     marker = root / f".{LATEST}"
     marker.write_text(f"{iteration}\n")
     marker.replace(root / LATEST)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> None:
@@ -75,8 +88,8 @@ def latest_iteration(root: Path) -> int | None:
     marker = root / LATEST
     if not marker.is_file():
         return None
-    text = marker.read_text().strip()
-    if not text.isdigit():
+    text = marker.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[0-9]{1,12}", text):
         raise UserError(f"{marker}: holds {text[:40]!r} instead of an iteration number")
     return int(text)
 
@@ -117,7 +130,7 @@ def read_summary(folder: Path, key: str) -> dict:
     try:
         summary = json.loads(path.read_text())
         files = summary["files"].items()
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{key}: {path} is damaged; choose another checkpoint") from None
     for name, size in files:
         file = folder / name

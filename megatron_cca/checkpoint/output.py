@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from megatron_cca.errors import UserError
 
 OPTION = "--output"
 
 
-def check_output(output: Path, partial: Path, *, overwrite: bool, replaceable: Callable[[set[str]], bool]) -> None:
-    """Refuse a folder that holds something which is not to be replaced.
+def check_output(output: Path, former: Collection[str], unfinished: Collection[str], *, overwrite: bool) -> None:
+    """Refuse a claimed folder that holds something which is not to be replaced.
 
     Args:
         output: the folder that the user named.
-        partial: where an interrupted attempt may have left something; does not count.
+        former: what a former output of the same kind consists of; only that may be replaced.
+        unfinished: names under which an interrupted attempt may have left something; they do not count.
         overwrite: whether the user allows replacing.
-        replaceable: told the names in the folder, whether they are a former output of the same kind.
 
     Raises:
         UserError: names the folder and what it holds.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{OPTION}: {output} is a file; give a folder")
-    names = {path.name for path in output.iterdir()} - {partial.name} if output.is_dir() else set()
-    if not names:
-        return
-    some = f"{sorted(names)[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-    if not overwrite:
-        raise UserError(f"{OPTION}: {output} already holds {some}; give an empty folder or --overwrite")
-    if not replaceable(names):
+    found = {path.name for path in output.iterdir()} - {*unfinished}
+    names = sorted(found, key=lambda name: (name.startswith("."), name))
+    if names and not overwrite:
+        raise UserError(f"{OPTION}: {output} already holds {_some(names)}; give an empty folder or --overwrite")
+    foreign = [name for name in names if name not in former]
+    if foreign:
         raise UserError(
-            f"{OPTION}: {output} holds {some}: not what --overwrite is meant to replace; give another folder"
+            f"{OPTION}: {output} holds {_some(foreign)}: not what --overwrite is meant to replace; give another folder"
         )
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
 
 
 def check_apart(output: Path, source: Path, option: str) -> None:
@@ -47,35 +52,61 @@ def check_apart(output: Path, source: Path, option: str) -> None:
 
 
 @contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Keep other processes from writing into the folder meanwhile; it is made if there is none, and goes if left empty.
+
+    Raises:
+        UserError: another process has claimed it, or it cannot be made.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{OPTION}: {output} is a file; give a folder")
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    with _file_system_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{OPTION}: another process is writing into {output}; wait for it") from None
+        except OSError:
+            pass  # a network file system without locks for folders
+        yield
+    finally:
+        os.close(handle)
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
 def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
-    """Make an empty folder to write in; it disappears again if the block fails.
+    """Make an empty folder to write in, inside a claimed one; it disappears again if the block fails.
 
     Raises:
         UserError: too little space, or anything the file system refuses; names the folder or file.
     """
-    missing = [folder for folder in (partial.parent, *partial.parent.parents) if not folder.exists()]
     try:
+        with _file_system_errors(partial.parent):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            free = shutil.disk_usage(partial).free
+            if free < needed_bytes:
+                free, needed = (tqdm.format_sizeof(size, "B") for size in (free, needed_bytes))
+                raise UserError(f"{OPTION}: the disk of {partial.parent} has {free} free, {needed} are needed")
+            yield
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed_bytes:
-            raise UserError(
-                f"{OPTION}: the disk of {partial.parent} has {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB are "
-                "needed"
-            )
-        yield
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(_told(error, partial)) from None
         raise
 
 
-def _told(error: OSError, partial: Path) -> str:
-    where = error.filename or partial.parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{OPTION}: the disk of {partial.parent} is full ({error.strerror}); free some space or give another"
-    return f"{OPTION}: cannot write {where}: {error.strerror or error}"
+@contextmanager
+def _file_system_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{OPTION}: the disk of {output} is full ({error.strerror}); free some space or give another"
+            ) from None
+        raise UserError(f"{error.filename or output}: {error.strerror or error}") from None

@@ -70,7 +70,8 @@ def read_index(folder: Path, key: str) -> Metadata:
         raise UserError(f"{key}: {path} is missing: not a Megatron distributed checkpoint; choose another") from None
     except Exception as error:
         raise UserError(f"{key}: {path} is damaged or not a checkpoint's index: {error}") from None
-    if not isinstance(index, Metadata):
+    tables = (getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None))
+    if not isinstance(index, Metadata) or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{key}: {path} is not a checkpoint's index; choose another checkpoint")
     return index
 

@@ -64,9 +64,9 @@ def save_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the file system said, where torch's zip writer has put an error of its own on top."""
+    """What the file system said, or an interruption, where torch's zip writer has put an error of its own on top."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
+    while found is not None and isinstance(found, Exception) and not isinstance(found, OSError):
         found = found.__context__
     return found or error
 

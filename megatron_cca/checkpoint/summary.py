@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_cca import __version__
-from megatron_cca.config import Config, config_to_dict
+from megatron_cca.checkpoint import layout
+from megatron_cca.config import Config, config_from_dict, config_to_dict
+from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 
 
@@ -20,3 +24,22 @@ def summarize(config: Config, data: str | None = None) -> dict:
         "vocabulary": resolve_architecture(config.model).vocabulary.fingerprint(),
         "data": data,
     }
+
+
+def saved_config(folder: Path, key: str) -> Config:
+    """The configuration that a whole checkpoint names.
+
+    Args:
+        folder: the checkpoint's own folder.
+        key: where the user named it, for messages.
+
+    Raises:
+        UserError: not a whole checkpoint, or one whose configuration is damaged; names the file.
+    """
+    saved = layout.read_summary(folder, key).get("config")
+    if not isinstance(saved, dict):
+        raise UserError(f"{key}: {folder / layout.SUMMARY} is damaged: it has no config; choose another checkpoint")
+    try:
+        return explicit(config_from_dict(saved))
+    except UserError as error:
+        raise UserError(f"{key}: {folder / layout.SUMMARY}: {error}") from None

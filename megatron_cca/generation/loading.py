@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.config import ParallelConfig, config_from_dict
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
@@ -26,7 +27,7 @@ def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
     """
     key = "checkpoint"
     folder = layout.resolve(checkpoint, key)
-    config = config_from_dict(layout.read_summary(folder, key)["config"])
+    config = saved_config(folder, key)
     architecture = resolve_architecture(config.model)
     if not isinstance(architecture.vocabulary, Emu3Vocabulary):
         raise UserError(

@@ -51,7 +51,11 @@ class Naming:
 def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
     """The naming that knows most of these names."""
     names = list(names)
-    return max(namings, key=lambda naming: sum(naming.mapped(name) is not None for name in names))
+
+    def known(naming: Naming) -> int:
+        return sum(naming.mapped(name) is not None or naming.companion(name) is not None for name in names)
+
+    return max(namings, key=known)
 
 
 class HuggingFaceFormat(Protocol):
@@ -91,7 +95,15 @@ class HuggingFaceFormat(Protocol):
         """
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of the tensors that travel along, by name without prefix; None where the form has none."""
+        """Shapes of the tensors that travel along, by name without prefix; None where the form has none.
+
+        Raises:
+            UserError: what transformers says about a configuration that it does not take.
+        """
 
     def transformers_model(self, config: Json):
-        """transformers' own decoder for a configuration, on the meta device but for its buffers, in evaluation mode."""
+        """transformers' own decoder for a configuration, on the meta device but for its buffers, in evaluation mode.
+
+        Raises:
+            UserError: what transformers says about a configuration that it does not take.
+        """

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.config import Config, config_from_dict
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import check_layout
@@ -98,8 +99,7 @@ def _check_schedule(config: Config) -> None:
 
 def _check_weights(config: Config, path: str, key: str) -> None:
     folder = layout.resolve(path, key)
-    saved = config_from_dict(layout.read_summary(folder, key)["config"])
-    ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved))
+    ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
     for name in ours:
         # Rotary positions have no weights: a run may use more of them than the checkpoint's did.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:
@@ -111,8 +111,7 @@ def _check_resume(config: Config) -> None:
     if layout.latest_iteration(root) is None:
         return
     folder = layout.resolve(root, OUTPUT)
-    summary = layout.read_summary(folder, OUTPUT)
-    ours, theirs = (asdict(explicit(c)) for c in (config, config_from_dict(summary["config"])))
+    ours, theirs = asdict(explicit(config)), asdict(saved_config(folder, OUTPUT))
     keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
     for section, name in [*keys, *_FIXED_KEYS]:
         if ours[section][name] != theirs[section][name]:

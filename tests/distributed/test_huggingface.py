@@ -167,7 +167,7 @@ def test_verify_finds_a_single_changed_number(imported, tmp_path):
     found[on_disk].view(-1)[3] *= 1.5
     save_file(found, changed / "model.safetensors", metadata={"format": "pt"})
     done = convert("verify", "--hf", changed, "--checkpoint", checkpoint, "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert f"  {on_disk}: 1 of 2048 elements differ, the first in row " in done.stdout
     assert done.stdout.endswith("verdict: NOT the same model\n")
 
@@ -202,13 +202,9 @@ def test_the_tool_refuses_in_one_line(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-KILLED = """
-import sys, time
-from megatron_cca.checkpoint import huggingface
+SLOW = """
+import runpy, sys, time
 from megatron_cca.checkpoint.huggingface import source, target
-
-cls = source.HuggingFaceCheckpoint if sys.argv[1] == "import" else target.MegatronCheckpoint
-original = cls.read
 
 def slow(self, name, start, stop):
     if "layers.3" in name:
@@ -216,18 +212,36 @@ def slow(self, name, start, stop):
         time.sleep(60)
     return original(self, name, start, stop)
 
-cls.read = slow
-getattr(huggingface, sys.argv[1] + "_checkpoint")(sys.argv[2], sys.argv[3], progress_bar=False)
+cls = source.HuggingFaceCheckpoint if sys.argv[2] == "import" else target.MegatronCheckpoint
+original, cls.read = cls.read, slow
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def stopped_midway(verb, start, output, sign):
+    """What the tool prints and how it ends when a signal reaches it in the middle."""
+    options = ["--hf" if verb == "import" else "--checkpoint", str(start), "--output", str(output)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SLOW, TOOL, verb, *options], env=environment(), **pipes) as process:
+        assert process.stdout.readline() == "midway\n"
+        process.send_signal(sign)
+        told = process.communicate(timeout=30)[1]
+    return process.returncode, told
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_an_interrupted_conversion_says_so_and_leaves_nothing(verb, sign, imported, tmp_path):
+    status, told = stopped_midway(verb, imported[verb == "export"], tmp_path / "output", sign)
+    assert (status, told) == (130, "megatron_cca: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_a_killed_conversion_does_not_look_whole_and_can_be_repeated(verb, imported, tmp_path):
     start, output = imported[verb == "export"], tmp_path / "output"
-    command = [sys.executable, "-c", KILLED, verb, str(start), str(output)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "midway\n"
-        process.send_signal(signal.SIGKILL)
+    assert stopped_midway(verb, start, output, signal.SIGKILL)[0] == -signal.SIGKILL
     assert any(path.stat().st_size > 10_000 for path in output.rglob("*") if path.is_file())
     assert not (output / "config.json").exists()
     with pytest.raises(UserError):

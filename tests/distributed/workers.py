@@ -18,8 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config import config_from_dict, load_config
+from megatron_cca.checkpoint.summary import saved_config, summarize
+from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.parallel import sequence_logps
@@ -161,7 +161,7 @@ def sampled(settings):
 def _loaded(checkpoint, overrides):
     """A checkpoint's model on the layout of ``overrides``, in the precision that they name."""
     folder = layout.resolve(checkpoint, "checkpoint")
-    saved = config_from_dict(layout.read_summary(folder, "checkpoint")["config"])
+    saved = saved_config(folder, "checkpoint")
     config = replace(load_config(None, overrides), model=saved.model)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

@@ -36,14 +36,14 @@ def test_an_import_loads_into_either_layers(implementation, tolerance, imported)
     from transformers import Emu3ForCausalLM
 
     from megatron_cca.checkpoint import distributed, layout
-    from megatron_cca.config import config_from_dict
+    from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.gpt import build_gpt
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     hf, checkpoint = imported
     folder = layout.resolve(checkpoint, "checkpoint")
-    config = config_from_dict(layout.read_summary(folder, "checkpoint")["config"])
+    config = saved_config(folder, "checkpoint")
     initialize_distributed(config)
     architecture = resolve_architecture(config.model)
     model = replace(config.model, transformer_impl=implementation, hidden_dropout=0.0, attention_dropout=0.0)

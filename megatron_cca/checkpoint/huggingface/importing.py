@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,17 @@ import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface import options
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, companion_files
-from megatron_cca.checkpoint.output import check_apart, check_output, staging
+from megatron_cca.checkpoint.output import check_apart, check_output, claimed, staging
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import ParallelConfig, load_config
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
-
-OPTION = "--hf"
 
 
 def import_checkpoint(
@@ -53,12 +53,10 @@ def import_checkpoint(
     Raises:
         UserError: see :class:`HuggingFaceCheckpoint`; an output that holds something else; a full disk.
     """
-    source, output = HuggingFaceCheckpoint(Path(hf), OPTION), Path(output)
+    source, output = HuggingFaceCheckpoint(Path(hf), options.HF), Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
-    check_apart(output, source.folder, OPTION)
-    former = {layout.LATEST, final.name}
-    check_output(output, partial_folder, overwrite=overwrite, replaceable=lambda names: names <= former)
+    check_apart(output, source.folder, options.HF)
     pieces = [piece for tensor in source.format.weights.tensors(source.architecture) for piece in _cut(source, tensor)]
     companions = [
         OutgoingTensor(bare, info.shape, info.dtype, source.files.pieces(name))
@@ -66,7 +64,12 @@ def import_checkpoint(
         for info in [source.files.tensors[name]]
     ]
     total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
-    with staging(partial_folder, total), ByteProgress("importing", total, shown=progress_bar) as progress:
+    with ExitStack() as stack:
+        stack.enter_context(claimed(output))
+        unfinished = layout.own_names(output, 0) - {layout.LATEST, final.name}
+        check_output(output, {layout.LATEST, final.name}, unfinished, overwrite=overwrite)
+        stack.enter_context(staging(partial_folder, total))
+        progress = stack.enter_context(ByteProgress("importing", total, shown=progress_bar))
         save_pieces(partial_folder, [replace(piece, read=progress.watched(piece.read)) for piece in pieces])
         _copy_files(source.folder, partial_folder / layout.COMPANION_FILES)
         if companions:

@@ -23,6 +23,7 @@ from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.errors import UserError
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import sharded_tensors
 
@@ -32,7 +33,10 @@ Fill = Callable[[str, torch.nn.Module], None]
 @torch.no_grad()
 def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
     """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from transformers' decoder on the CPU."""
-    model = source.format.transformers_model(source.config)
+    try:
+        model = source.format.transformers_model(source.config)
+    except UserError as error:
+        raise UserError(f"{source.option}: {source.folder}: {error}") from None
 
     def fill(prefix: str, module: torch.nn.Module) -> None:
         for name, parameter in module.named_parameters():

@@ -62,7 +62,9 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path, option: str) -> None:
         self.option = option
-        self.tensors = self._scan_index(folder) if (folder / INDEX).is_file() else self._scan_single(folder)
+        # In transformers' order: a folder may have both.
+        has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+        self.tensors = self._scan_index(folder) if has_index else self._scan_single(folder)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start .. stop`` as a view of a memory map that lives as long as the tensor; the whole of a scalar."""
@@ -78,9 +80,7 @@ class SafetensorsFolder:
 
     def _scan_single(self, folder: Path) -> dict[str, TensorInfo]:
         if not (folder / SINGLE).is_file():
-            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-            other = f" ({pickled[0]} is a pickle, which is not read; save it as safetensors)" if pickled else ""
-            raise UserError(f"{self.option}: {folder} has neither {SINGLE} nor {INDEX}{other}")
+            raise UserError(f"{self.option}: {folder} has neither {SINGLE} nor {INDEX}{_what_else(folder)}")
         return self._scan_file(folder / SINGLE)
 
     def _scan_index(self, folder: Path) -> dict[str, TensorInfo]:
@@ -88,7 +88,9 @@ class SafetensorsFolder:
         try:
             wanted = json.loads(path.read_text())["weight_map"]
             files = sorted(set(wanted.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if not all(isinstance(file, str) for file in files):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.option}: {path} is damaged: expected JSON with a weight_map") from None
         for file in files:
             if Path(file).name != file:
@@ -108,6 +110,8 @@ class SafetensorsFolder:
 
     def _scan_file(self, path: Path) -> dict[str, TensorInfo]:
         found = {}
+        with path.open("rb"):
+            pass  # safetensors calls a file that may not be read a missing one
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
@@ -121,6 +125,21 @@ class SafetensorsFolder:
                 f"{self.option}: {path} is truncated or not a safetensors file: {str(error).splitlines()[0]}"
             ) from None
         return found
+
+
+def _what_else(folder: Path) -> str:
+    """A hint at what a folder holds instead of safetensors under their usual names."""
+    for patterns, hint in (
+        (("model-*.safetensors",), "is a part; the index that belongs to it is missing"),
+        (("adapter_model.*",), "is an adapter; merge it into its base first"),
+        (("*.safetensors",), "has another name; from_pretrained would not take it either"),
+        (("*.bin", "*.pt", "*.pth"), "is a pickle, which is not read; save it as safetensors"),
+        (("*.gguf",), "is not read; give the safetensors that it was made from"),
+    ):
+        names = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        if names:
+            return f" ({names[0]} {hint})"
+    return ""
 
 
 @dataclass(frozen=True)

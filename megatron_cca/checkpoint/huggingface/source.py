@@ -44,6 +44,7 @@ class HuggingFaceCheckpoint:
         self.model, self.architecture = self._sizes()
         self.files = SafetensorsFolder(folder, option)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
+        self._check_form()
         self._check_tensors()
         self.companions = {
             bare: name for name in self.files.tensors if (bare := self.naming.companion(name)) is not None
@@ -67,6 +68,16 @@ class HuggingFaceCheckpoint:
         except UserError as error:
             raise UserError(f"{self.option}: {self.folder / CONFIG}: {error}") from None
 
+    def _check_form(self) -> None:
+        if self.naming.form != self.form:
+            raise UserError(
+                f"{self.option}: {self.folder / CONFIG} is of the {self.form} form, but the tensors beside it are "
+                f"named as in the {self.naming.form} form; give a folder of which both are of one"
+            )
+        layers, tensors = self.architecture.num_layers, len(self.files.tensors)
+        if layers > tensors:
+            raise UserError(f"{self.option}: {self.folder / CONFIG} wants {layers} layers, there are {tensors} tensors")
+
     def _check_tensors(self) -> None:
         shapes = self.format.weights.huggingface_shapes(self.architecture)
         wanted = {self.naming.on_disk(name): shape for name, shape in shapes.items()}
@@ -74,7 +85,10 @@ class HuggingFaceCheckpoint:
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
-        wanted = self.format.companion_shapes(self.config)
+        try:
+            wanted = self.format.companion_shapes(self.config)
+        except UserError as error:
+            raise UserError(f"{self.option}: {self.folder / CONFIG}: {error}") from None
         if wanted is None:
             return
         prefix = self.naming.companion_prefix
@@ -122,10 +136,12 @@ def read_config(folder: Path, option: str) -> Json:
         raise UserError(f"{option}: no folder at {folder}; hf download ORG/NAME --local-dir {folder} makes one")
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{option}: {folder} has no {CONFIG}; give a folder as from_pretrained takes it")
+        what = "an adapter; merge it into its base first" if (folder / "adapter_config.json").is_file() else None
+        hint = f"it is {what}" if what else "give a folder as from_pretrained takes it"
+        raise UserError(f"{option}: {folder} has no {CONFIG}; {hint}")
     try:
         config = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{option}: {path} is not valid JSON") from None
     if not isinstance(config, dict):
         raise UserError(f"{option}: {path} holds a {type(config).__name__} instead of an object")
@@ -136,21 +152,23 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
     """The family that a configuration belongs to; raises :class:`UserError` that says what it is otherwise."""
     kind = config.get("model_type")
     for family in FAMILIES.values():
-        if kind in family.huggingface.model_types:
+        if isinstance(kind, str) and kind in family.huggingface.model_types:
             return family.huggingface
-    architectures = ", ".join(config.get("architectures") or ["no architectures named"])
     raise UserError(
-        f"{option}: {folder / CONFIG}: model_type {kind!r} ({architectures}) is not of a family known here "
-        f"({', '.join(FAMILIES)})"
+        f"{option}: {folder / CONFIG}: model_type {kind!r} (architectures {config.get('architectures')}) is not of a "
+        f"family known here ({', '.join(FAMILIES)})"
     )
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Files that travel along as they are: configurations, tokenizers, remote code; no weights, nothing hidden."""
+    """Files that travel along as they are: configurations, tokenizers, remote code; no weights, nothing hidden.
+
+    Subfolders stay behind. A link to nothing is listed: copying it fails, instead of losing a tokenizer in silence.
+    """
     return sorted(
         path
         for path in folder.iterdir()
-        if path.is_file()
+        if not path.is_dir()
         and not path.name.startswith(".")
         and path.suffix not in _WEIGHTS
         and not path.name.endswith(".index.json")

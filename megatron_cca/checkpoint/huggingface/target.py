@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
-from megatron_cca.config import Config, config_from_dict
+from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.weight_map import sources
@@ -31,7 +31,7 @@ class MegatronCheckpoint:
     def __init__(self, path: str | Path, option: str) -> None:
         self.option = option
         self.folder = layout.resolve(path, option)
-        self.config: Config = config_from_dict(layout.read_summary(self.folder, option)["config"])
+        self.config = saved_config(self.folder, option)
         self.architecture = resolve_architecture(self.config.model)
         self.format = family_of(self.config.model).huggingface
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
@@ -58,7 +58,7 @@ class MegatronCheckpoint:
             found, rows = self._stored.shape(tensor.key), (tensor.num_rows,)
             if tensor.layer is not None:
                 rows = (self.architecture.num_layers, *rows)
-            wanted = (*rows, tensor.columns) if tensor.columns else rows
+            wanted = (*rows, tensor.columns) if tensor.columns is not None else rows
             fits = found == wanted or (tensor.padded and found[0] >= wanted[0] and found[1:] == wanted[1:])
             if not fits:
                 raise UserError(
@@ -67,4 +67,7 @@ class MegatronCheckpoint:
                 )
             if self._stored.dtype(tensor.key) != self._stored.dtype(first):
                 raise UserError(f"{self.option}: tensor {tensor.key} in {self.folder} has another dtype than {first}")
-        return self._stored.dtype(first)
+        dtype = self._stored.dtype(first)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(f"{self.option}: {self.folder} is in {dtype}; models here are in float32 or bfloat16")
+        return dtype

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca import platform
-from megatron_cca.checkpoint.huggingface.exporting import OPTION as CHECKPOINT_OPTION
-from megatron_cca.checkpoint.huggingface.importing import OPTION as HF_OPTION
+from megatron_cca.checkpoint.huggingface import options
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
@@ -22,10 +21,10 @@ from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import check_layout
 
-# Of the largest logit: two correct fp32 implementations add up thousands of products in different orders.
-RELATIVE_TOLERANCE = 1e-4
 Read = Callable[[int, int], Tensor]
 
+# Of the largest logit: two correct fp32 implementations add up thousands of products in different orders.
+RELATIVE_TOLERANCE = 1e-4
 _SAME_WIDTH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,18 +49,20 @@ class LogitComparison:
         max_absolute: greatest difference.
         max_relative: the same, over the greatest of transformers' logits in absolute value.
         top1_agreement: share of positions where both put the same token first.
+        finite: whether all of both are numbers; if not, the other figures mean nothing.
         shape: of the compared logits.
     """
 
     max_absolute: float
     max_relative: float
     top1_agreement: float
+    finite: bool
     shape: tuple[int, ...]
 
     @property
     def agree(self) -> bool:
         """Whether the difference is what fp32's rounding explains."""
-        return self.max_relative <= RELATIVE_TOLERANCE
+        return self.finite and self.max_relative <= RELATIVE_TOLERANCE
 
 
 def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckpoint, MegatronCheckpoint]:
@@ -70,18 +71,18 @@ def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckp
     Raises:
         UserError: what either refuses; sizes that differ.
     """
-    source, target = HuggingFaceCheckpoint(Path(hf), HF_OPTION), MegatronCheckpoint(checkpoint, CHECKPOINT_OPTION)
+    source, target = HuggingFaceCheckpoint(Path(hf), options.HF), MegatronCheckpoint(checkpoint, options.CHECKPOINT)
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
             if ours[name].size != theirs[name].size:
                 raise UserError(
-                    f"{CHECKPOINT_OPTION}: {target.folder} has {ours[name].size} words, {source.folder} "
+                    f"{options.CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} "
                     f"{theirs[name].size}"
                 )
         elif ours[name] != theirs[name]:
             raise UserError(
-                f"{CHECKPOINT_OPTION}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
+                f"{options.CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
             )
     return source, target
 
@@ -115,7 +116,7 @@ def _companion_difference(
     source: HuggingFaceCheckpoint, kept: Template, bare: str, progress: ByteProgress
 ) -> str | None:
     name = source.companions[bare]
-    if bare not in (kept.names or {}):
+    if bare not in kept.names:
         return f"{name}: not in the checkpoint"
     theirs, ours = source.files.tensors[name], kept.tensors.tensors[kept.names[bare]]
     if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
@@ -164,7 +165,7 @@ def compare_logits(
         The comparison on rank 0, None on other ranks.
 
     Raises:
-        UserError: a model that this many ranks cannot split.
+        UserError: a model that this many ranks cannot split, a configuration that transformers does not take.
     """
     platform.current()
     # Imported late: Megatron-Core must not be imported before the platform is installed.
@@ -183,6 +184,7 @@ def compare_logits(
     if dist.get_rank() != 0:
         return None
     theirs = transformers_logits(source, tokens, progress_bar=progress_bar)
-    worst = (ours - theirs).abs().max().item()
+    worst, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     same_top = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-    return LogitComparison(worst, worst / theirs.abs().max().item(), same_top, tuple(theirs.shape))
+    finite = bool(ours.isfinite().all() and theirs.isfinite().all())
+    return LogitComparison(worst, worst / largest if worst else 0.0, same_top, finite, tuple(theirs.shape))

@@ -8,7 +8,9 @@ transformers  ``Emu3ForConditionalGeneration``: the decoder as ``text_model`` an
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
@@ -73,14 +75,11 @@ class Emu3HuggingFace:
         sizes = {ours: text.get(theirs, getattr(_RELEASED, ours)) for ours, theirs in _SIZES.items()}
         sizes["vocab_size"] = text.get("vocab_size", _RELEASED.vocabulary.size)
         for ours, size in sizes.items():
-            number = int | float if ours == "layernorm_epsilon" else int
-            if isinstance(size, bool) or not isinstance(size, number) or size <= 0:
-                raise UserError(f"{_SIZES.get(ours, ours)}: must be a positive number, found {size!r}")
-        head_size = sizes["hidden_size"] // sizes["num_attention_heads"]
-        if text.get("head_dim") not in (None, head_size):
-            raise UserError(
-                f"head_dim: {text['head_dim']} is not hidden_size / num_attention_heads, {head_size}: not an Emu3"
-            )
+            if ours == "layernorm_epsilon":
+                _must_be_positive(_SIZES[ours], size)
+            elif isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+                raise UserError(f"{_SIZES.get(ours, ours)}: must be a positive integer, found {size!r}")
+        _check_heads(text, sizes)
         presets = [name for name, preset in PRESETS.items() if preset.vocabulary.size == sizes["vocab_size"]]
         return ModelConfig(name=[*presets, "emu3-8b"][0], rotary_base=_rotary_base(text), **sizes)
 
@@ -90,6 +89,8 @@ class Emu3HuggingFace:
         text = _text_section(config)
         for ours, theirs in _SIZES.items():
             _write(text, theirs, getattr(architecture, ours), getattr(_RELEASED, ours))
+        if text.get("head_dim") is not None:
+            text["head_dim"] = architecture.hidden_size // architecture.num_attention_heads
         _write(text, "vocab_size", architecture.vocabulary.size, _RELEASED.vocabulary.size)
         if _rotary_base(text) != architecture.rotary_base:
             _write_rotary_base(text, architecture.rotary_base)
@@ -105,11 +106,8 @@ class Emu3HuggingFace:
         if template is not None and self.form(template) == form:
             return copy.deepcopy(template)
         if form == TRANSFORMERS:
-            raise UserError(
-                "--format transformers: the image tokenizer (vqmodel) is missing; give --hf-template with a folder in "
-                "that form"
-            )
-        text = copy.deepcopy(template["text_config"]) if template is not None else _fresh_text_section(architecture)
+            raise UserError("the image tokenizer (vqmodel) is missing; give a template in that form")
+        text = copy.deepcopy(_text_section(template)) if template is not None else _fresh_text_section(architecture)
         return {**text, "architectures": ["Emu3ForCausalLM"], "model_type": "emu3_text_model"}
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
@@ -119,7 +117,7 @@ class Emu3HuggingFace:
         import torch
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
-        with torch.device("meta"):
+        with _naming_the_key("vq_config"), torch.device("meta"):
             tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**config.get("vq_config", {})))
         return {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
 
@@ -129,24 +127,68 @@ class Emu3HuggingFace:
         from transformers import Emu3ForCausalLM, Emu3TextConfig
 
         left_out = ("model_type", "auto_map", "dtype", "torch_dtype")
-        settings = Emu3TextConfig(**{key: value for key, value in _text_section(config).items() if key not in left_out})
-        with torch.device("meta"):
-            model = Emu3ForCausalLM(settings)
-        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+        text = _text_section(config)
+        kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
+        with _naming_the_key("config.json"):
+            # JSON has one kind of number; transformers wants a fraction here.
+            epsilon = float(text.get("rms_norm_eps", _RELEASED.layernorm_epsilon))
+            settings = Emu3TextConfig(**kept | {"rms_norm_eps": epsilon})
+            with torch.device("meta"):
+                model = Emu3ForCausalLM(settings)
+            model.model.rotary_emb = type(model.model.rotary_emb)(settings)
         return model.eval()
 
 
+@contextmanager
+def _naming_the_key(key: str) -> Iterator[None]:
+    """Turn whatever transformers raises while it builds something into one line."""
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}: transformers does not take it: {why}") from None
+
+
 def _text_section(config: Json) -> Json:
-    return config.get("text_config", config)
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise UserError(f"text_config: must be an object, found {text!r}")
+    return text
+
+
+def _rope(text: Mapping) -> Mapping:
+    rope = text.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters: must be an object, found {rope!r}")
+    return rope
+
+
+def _must_be_positive(key: str, number: object) -> None:
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number) or number <= 0:
+        raise UserError(f"{key}: must be a positive number, found {number!r}")
+
+
+def _check_heads(text: Mapping, sizes: Mapping) -> None:
+    hidden, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups"))
+    if hidden % heads:
+        raise UserError(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
+    if heads % groups:
+        raise UserError(f"num_key_value_heads: {groups} does not divide num_attention_heads {heads}")
+    if text.get("head_dim") not in (None, hidden // heads):
+        raise UserError(
+            f"head_dim: {text['head_dim']} is not hidden_size / num_attention_heads, {hidden // heads}: not an Emu3"
+        )
 
 
 def _check_switches(text: Mapping) -> None:
     for key, allowed in _FIXED.items():
         if key in text and text[key] not in allowed:
             raise UserError(f"{key}: {text[key]!r} is not what Emu3 has, {allowed[0]!r}")
-    kind = (text.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind != "default":
-        raise UserError(f"rope_parameters.rope_type: {kind!r} is not what Emu3 has, 'default'")
+    for key in ("rope_type", "type"):  # the second is the older spelling
+        kind = _rope(text).get(key, "default")
+        if kind != "default":
+            raise UserError(f"rope_parameters.{key}: {kind!r} is not what Emu3 has, 'default'")
 
 
 def _write(text: Json, key: str, value: float, default: float) -> None:
@@ -156,8 +198,11 @@ def _write(text: Json, key: str, value: float, default: float) -> None:
 
 
 def _rotary_base(text: Mapping) -> float:
-    base = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
-    return float(_RELEASED.rotary_base if base is None else base)
+    base = _rope(text).get("rope_theta", text.get("rope_theta"))
+    if base is None:
+        return float(_RELEASED.rotary_base)
+    _must_be_positive("rope_theta", base)
+    return float(base)
 
 
 def _write_rotary_base(text: Json, base: float) -> None:
@@ -173,8 +218,8 @@ def _fresh_text_section(architecture: Architecture) -> Json:
     vocabulary = architecture.vocabulary
     if not isinstance(vocabulary, Emu3Vocabulary):
         raise UserError(
-            f"--checkpoint: the meaning of its {vocabulary.size} token ids is not known here; give --hf-template with "
-            "the folder that it came from"
+            f"the meaning of its {vocabulary.size} token ids is not known here; give the folder that it came from as a "
+            "template"
         )
     return {
         "hidden_act": "silu",
