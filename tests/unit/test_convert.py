@@ -423,6 +423,16 @@ def test_no_export_of_this_tool_is_overwritten(hf, tmp_path):
     assert_same_bits(load_tensors(other), load_tensors(hf))
 
 
+@pytest.mark.parametrize("files", [["../hf/model.safetensors"], [3], "config.json", None])
+def test_a_forged_list_of_files_cannot_reach_others(files, hf, tmp_path):
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    other = Path(shutil.copytree(hf, tmp_path / "other"))
+    (other / placing.RECORD).write_text(json.dumps({"files": files}))
+    with pytest.raises(UserError, match="not what --overwrite is meant to replace"):
+        export_checkpoint(tmp_path / "megatron", other, overwrite=True)
+    assert placing.listed(other) == []
+
+
 def test_two_do_not_write_into_one_folder(hf, tmp_path):
     busy = pytest.raises(UserError, match=r"another process is writing into .*megatron; wait for it")
     with output.claimed(tmp_path / "megatron"), busy:

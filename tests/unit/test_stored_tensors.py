@@ -60,6 +60,20 @@ def test_rows_that_nobody_wrote_are_not_made_up(tmp_path):
         stored.read("plain", None, 5, 8)
 
 
+@pytest.mark.parametrize("inner", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_torchs_writer_hides_comes_out(inner, tmp_path):
+    """Its zip file cannot be closed after an error inside, and says only that."""
+
+    def read():
+        try:
+            raise inner
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(type(inner)):
+        save_pieces(tmp_path, [Piece("plain", (10, 4), (0, 0), (10, 4), PLAIN.dtype, read)])
+
+
 def test_damaged_data_is_named(folder):
     (file,) = folder.glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
