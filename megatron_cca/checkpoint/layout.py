@@ -52,7 +52,12 @@ def finalize(partial: Path, root: Path, iteration: int, summary: dict) -> None:
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
         final.rename(former)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if former.exists():
+            former.rename(final)
+        raise
     marker = root / f".{LATEST}"
     marker.write_text(f"{iteration}\n")
     marker.replace(root / LATEST)

@@ -174,7 +174,8 @@ def test_a_templates_sizes_give_way_to_the_checkpoints(form, hub, tmp_path):
     config = json.loads((template / "config.json").read_text())
     text = config.get("text_config", config)
     wanted = {**text}
-    text |= {"num_hidden_layers": 2, "hidden_size": 32, "rms_norm_eps": 0.5, "vocab_size": 9}
+    text |= {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8, "rms_norm_eps": 0.5, "vocab_size": 9}
+    wanted["head_dim"] = 16
     if "rope_theta" in text:
         text["rope_theta"] = 5.0
     else:
@@ -239,6 +240,32 @@ def test_a_first_export_that_is_cut_short_leaves_nothing(replacing, tmp_path, mo
     with pytest.raises(RuntimeError, match="no further"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "new", progress_bar=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_import_that_cannot_take_the_formers_place_leaves_it(hub, tmp_path, monkeypatch):
+    folder = import_checkpoint(hub("Emu3ForCausalLM"), tmp_path / "megatron", progress_bar=False)
+    rename = Path.rename
+
+    def fail(path, to):
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(UserError, match="Input/output error"):
+            import_checkpoint(hub("Emu3ForCausalLM", seed=1), tmp_path / "megatron", overwrite=True, progress_bar=False)
+    assert compare_tensors(*open_both(hub("Emu3ForCausalLM"), folder), progress_bar=False).identical
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, layout.LATEST]
+
+
+def test_an_import_killed_at_any_of_its_last_moves_can_be_repeated(hub, tmp_path):
+    for name in layout.own_names(tmp_path / "megatron", 0) - {layout.LATEST, "iter_0000000"}:
+        left = tmp_path / "megatron" / name
+        left.parent.mkdir(exist_ok=True)
+        left.write_text("0\n") if name.endswith(".txt") else left.mkdir()
+    import_checkpoint(hub("Emu3ForCausalLM"), tmp_path / "megatron", progress_bar=False)
+    assert sorted(path.name for path in (tmp_path / "megatron").iterdir()) == ["iter_0000000", layout.LATEST]
 
 
 # Refusals: one line that names the tensor, key or file, and nothing left behind.
