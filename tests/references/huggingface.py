@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+from megatron_cca.errors import UserError
 
 # The digits' vocabulary, so that such a model can be trained on them too.
 SIZES = {
@@ -33,6 +38,7 @@ _VQ = {
     "attn_resolutions": [],
     "hidden_size": 32,
 }
+UP_PROJ = "model.layers.2.mlp.up_proj.weight"
 FORMS = ("original repository", "Emu3ForCausalLM", "transformers", "transformers, names in memory")
 
 
@@ -118,3 +124,33 @@ def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
     for name, tensor in theirs.items():
         assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (ours[name], tensor))), name
+
+
+def convert(hf: Path, folder: Path, **options) -> Path:
+    """There and back again, below ``folder``."""
+    import_checkpoint(hf, folder / "megatron", progress_bar=False)
+    return export_checkpoint(folder / "megatron", folder / "back", progress_bar=False, **options)
+
+
+def refused(hf: Path, folder: Path, **options) -> str:
+    """What an import says when it refuses ``hf``: one line, and nothing left in ``folder``."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError) as error:
+        import_checkpoint(hf, folder / "megatron", progress_bar=False, **options)
+    assert "\n" not in str(error.value)
+    assert sorted(folder.rglob("*")) == before
+    return str(error.value)
+
+
+def edit_tensors(hf: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Let ``change`` alter the tensors of a folder with one file."""
+    file = hf / "model.safetensors"
+    found = load_file(file)
+    change(found)
+    save_file(found, file, metadata={"format": "pt"})
+
+
+def edit_config(hf: Path, **values) -> None:
+    """Set keys of ``config.json``."""
+    path = hf / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -1,0 +1,30 @@
+"""Fixtures of the unit tests."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.references.huggingface import save_emu3
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Each form and dtype, saved once: name -> folder."""
+    root = tmp_path_factory.mktemp("hub")
+    found = {}
+
+    def get(form, dtype="float32", **options):
+        key = (form, dtype, *options.items())
+        if key not in found:
+            found[key] = save_emu3(root / str(len(found)), form, dtype=getattr(torch, dtype), **options)
+        return found[key]
+
+    return get
+
+
+@pytest.fixture
+def hf(hub, tmp_path):
+    """A small original-form folder that may be spoilt."""
+    return Path(shutil.copytree(hub("Emu3ForCausalLM"), tmp_path / "hf"))
