@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from megatron_cca.checkpoint.huggingface import (
     export_checkpoint,
     import_checkpoint,
     open_both,
+    verifying,
 )
+from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import config_from_dict
 from megatron_cca.errors import UserError
@@ -189,6 +192,21 @@ def test_differences_are_named(hf, tmp_path):
     edit_config(hf, max_position_embeddings=99)
     with pytest.raises(UserError, match=r"has max_position_embeddings 128, .* 99"):
         open_both(hf, tmp_path / "megatron")
+
+
+def test_differences_are_counted_over_all_pieces(hf, tmp_path, monkeypatch):
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    edit_tensors(hf, lambda found: found[UP_PROJ][70:170:10].neg_())
+    monkeypatch.setattr(verifying, "row_ranges", partial(row_ranges, piece_bytes=10_000))
+    found = compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False)
+    assert found.differences == (f"{UP_PROJ}: 640 of 11264 elements differ, the first in row 70",)
+
+
+def test_the_same_numbers_in_another_width_are_not_the_same(hf, hub, tmp_path):
+    import_checkpoint(hub("Emu3ForCausalLM", "bfloat16"), tmp_path / "megatron", progress_bar=False)
+    found = compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False)
+    assert len(found.differences) == found.compared
+    assert f"{UP_PROJ}: torch.float32 there, torch.bfloat16 in the checkpoint" in found.differences
 
 
 def test_differences_in_the_image_tokenizer_are_named(hub, tmp_path):

@@ -1,17 +1,20 @@
 """What conversions refuse: one line that names the tensor, key or file, and nothing left behind."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import (
     export_checkpoint,
     import_checkpoint,
 )
+from megatron_cca.checkpoint.stored_tensors import INDEX, read_index
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
 from tests.references.huggingface import (
@@ -215,3 +218,45 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused(hf, tmp_path):
     (folder / layout.SUMMARY).write_text(json.dumps(summary))
     with pytest.raises(UserError, match=r"decoder.layers.\S+ in .* has shape \[4, 64\], its sizes want \[5, 64\]"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is damaged; choose another checkpoint"),
+        ('{"files": {}}', "is damaged: it has no config; choose another checkpoint"),
+        ('{"files": {}, "config": []}', "is damaged: it has no config; choose another checkpoint"),
+        ('{"files": {}, "config": {"model": {"name": "foo"}}}', "model.name: unknown preset 'foo'"),
+        ('{"files": {}, "config": {"model": 3}}', "model"),
+        ('{"files": ' + "[" * 100_000, "is damaged; choose another checkpoint"),
+    ],
+)
+def test_a_damaged_summary_is_named(content, message, hf, tmp_path):
+    folder = import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    (folder / layout.SUMMARY).write_text(content)
+    with pytest.raises(UserError) as error:
+        export_checkpoint(folder, tmp_path / "back")
+    assert str(error.value).startswith(f"--checkpoint: {folder / layout.SUMMARY}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "²", "12345678901234567890", "../x"])
+def test_a_damaged_latest_file_is_named(content, hf, tmp_path):
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    (tmp_path / "megatron" / layout.LATEST).write_text(content)
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt: holds .* instead of an iteration number"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+
+
+def test_a_checkpoint_in_another_width_is_refused(hf, tmp_path):
+    folder = import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    index = read_index(folder, "")
+    for found in index.state_dict_metadata.values():
+        if isinstance(found, TensorStorageMetadata):
+            found.properties.dtype = torch.float16
+    summary = json.loads((folder / layout.SUMMARY).read_text())
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    summary["files"][INDEX] = (folder / INDEX).stat().st_size
+    (folder / layout.SUMMARY).write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"is in torch.float16; models here are in float32 or bfloat16"):
+        export_checkpoint(folder, tmp_path / "back")

@@ -103,6 +103,15 @@ def test_other_indexes_are_refused(content, folder):
         read_index(folder, "--checkpoint")
 
 
+@pytest.mark.parametrize("table", ["state_dict_metadata", "storage_data"])
+def test_an_index_without_its_tables_is_refused(table, folder):
+    index = read_index(folder, "--checkpoint")
+    setattr(index, table, None)
+    (folder / INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="is not a checkpoint's index; choose another checkpoint"):
+        read_index(folder, "--checkpoint")
+
+
 def test_no_index_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"\.metadata is missing: not a Megatron distributed checkpoint"):
         read_index(tmp_path, "--checkpoint")
