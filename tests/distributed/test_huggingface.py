@@ -14,7 +14,7 @@ from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkp
 from megatron_cca.errors import UserError
 from tests.distributed.launch import ROOT, environment, run_workers, torchrun
 from tests.distributed.test_layout_parity import PP2, TP2, VPP2
-from tests.references.huggingface import assert_same_bits, load_tensors, save_emu3
+from tests.references.huggingface import assert_same_bits, edit_tensors, load_tensors, save_emu3
 
 TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
 PROMPTS = torch.randint(0, 456, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -169,6 +169,16 @@ def test_verify_finds_a_single_changed_number(imported, tmp_path):
     done = convert("verify", "--hf", changed, "--checkpoint", checkpoint, "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
     assert f"  {on_disk}: 1 of 2048 elements differ, the first in row " in done.stdout
+    assert done.stdout.endswith("verdict: NOT the same model\n")
+
+
+def test_verify_of_logits_that_are_all_zero_has_a_verdict(tmp_path):
+    hf = save_emu3(tmp_path / "hf", "Emu3ForCausalLM")
+    import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
+    edit_tensors(hf, lambda found: found["lm_head.weight"].zero_())
+    done = convert("verify", "--hf", hf, "--checkpoint", "megatron", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "(inf of the largest logit)" in done.stdout
     assert done.stdout.endswith("verdict: NOT the same model\n")
 
 

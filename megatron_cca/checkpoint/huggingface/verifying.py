@@ -187,4 +187,5 @@ def compare_logits(
     worst, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     same_top = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     finite = bool(ours.isfinite().all() and theirs.isfinite().all())
-    return LogitComparison(worst, worst / largest if worst else 0.0, same_top, finite, tuple(theirs.shape))
+    relative = worst / largest if largest else math.inf
+    return LogitComparison(worst, relative if worst else 0.0, same_top, finite, tuple(theirs.shape))
