@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_cca import __version__
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, config_from_dict, config_to_dict
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
 
 
@@ -39,7 +39,5 @@ def saved_config(folder: Path, key: str) -> Config:
     saved = layout.read_summary(folder, key).get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{key}: {folder / layout.SUMMARY} is damaged: it has no config; choose another checkpoint")
-    try:
+    with said_of(f"{key}: {folder / layout.SUMMARY}"):
         return explicit(config_from_dict(saved))
-    except UserError as error:
-        raise UserError(f"{key}: {folder / layout.SUMMARY}: {error}") from None

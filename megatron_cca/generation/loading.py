@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ParallelConfig
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
@@ -35,10 +35,8 @@ def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
             "nothing can be drawn with it"
         )
     parallel = ParallelConfig(tensor_model_parallel_size=dist.get_world_size())
-    try:
+    with said_of(f"{key}: {folder} cannot be sampled on {dist.get_world_size()} ranks"):
         check_layout(architecture, config.model, parallel)
-    except UserError as error:
-        raise UserError(f"{key}: {folder} cannot be sampled on {dist.get_world_size()} ranks: {error}") from None
     model_config = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0)
     chunks = build_gpt(architecture, model_config, parallel, config.training)
     distributed.load_weights(folder, chunks, key)

@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_cca.checkpoint.huggingface import options, placing
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import CONFIG
+from megatron_cca.checkpoint.huggingface.source import CONFIG, check_shape
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint, template_from_folder
 from megatron_cca.checkpoint.output import check_apart, check_output, claimed, staging
 from megatron_cca.checkpoint.pieces import row_ranges
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
 
 
@@ -102,10 +102,8 @@ def _pieces(source: MegatronCheckpoint, name: str) -> Iterator[Tensor]:
 
 
 def _companions(along: Template, naming: Naming, format: HuggingFaceFormat, config: Json) -> list[OutgoingTensor]:
-    try:
+    with said_of(f"{along.option}: {along.config_file}"):
         wanted = format.companion_shapes(config) or {}
-    except UserError as error:
-        raise UserError(f"{along.option}: {along.config_file}: {error}") from None
     missing = sorted(wanted.keys() - along.names.keys())
     if missing:
         raise UserError(
@@ -122,11 +120,7 @@ def _companions(along: Template, naming: Naming, format: HuggingFaceFormat, conf
 def _companion(along: Template, bare: str, shape: tuple[int, ...], on_disk: str) -> OutgoingTensor:
     name = along.names[bare]
     info = along.tensors.tensors[name]
-    if info.shape != shape:
-        raise UserError(
-            f"{along.option}: tensor {name} in {info.file} has shape {list(info.shape)}, {along.config_file} wants "
-            f"{list(shape)}"
-        )
+    check_shape(name, info, shape, along.option)
     return OutgoingTensor(on_disk, shape, info.dtype, along.tensors.pieces(name))
 
 

@@ -23,7 +23,7 @@ from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.errors import UserError
+from megatron_cca.errors import said_of
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import sharded_tensors
 
@@ -33,10 +33,8 @@ Fill = Callable[[str, torch.nn.Module], None]
 @torch.no_grad()
 def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
     """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from transformers' decoder on the CPU."""
-    try:
+    with said_of(f"{source.option}: {source.folder}"):
         model = source.format.transformers_model(source.config)
-    except UserError as error:
-        raise UserError(f"{source.option}: {source.folder}: {error}") from None
 
     def fill(prefix: str, module: torch.nn.Module) -> None:
         for name, parameter in module.named_parameters():
@@ -54,14 +52,14 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_
 
     Process groups must be initialised by :func:`verification_config`'s layout.
     """
-    config, stored = verification_config(checkpoint), StoredTensors(checkpoint.folder, checkpoint.option)
+    config = verification_config(checkpoint)
     with torch.device("meta"):
         (model,) = build_gpt(checkpoint.architecture, config.model, config.parallel, config.training)
 
     def fill(prefix: str, module: torch.nn.Module) -> None:
         state = {name: value for name, value in model.sharded_state_dict().items() if name.startswith(f"{prefix}.")}
         for shard in sharded_tensors(state):
-            _fill_shard(shard, stored)
+            _fill_shard(shard, checkpoint.stored)
 
     parts = _parts(model, "embedding", "decoder.layers", "decoder.final_layernorm", "output_layer")
     tokens = tokens.to(platform.device())

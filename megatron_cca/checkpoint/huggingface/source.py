@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
+from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
@@ -62,11 +62,9 @@ class HuggingFaceCheckpoint:
         return self.files.read(self.naming.on_disk(name), start, stop)
 
     def _sizes(self) -> tuple[ModelConfig, Architecture]:
-        try:
+        with said_of(f"{self.option}: {self.folder / CONFIG}"):
             model = self.format.read_model_config(self.config)
             return model, resolve_architecture(model)
-        except UserError as error:
-            raise UserError(f"{self.option}: {self.folder / CONFIG}: {error}") from None
 
     def _check_form(self) -> None:
         if self.naming.form != self.form:
@@ -85,10 +83,8 @@ class HuggingFaceCheckpoint:
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
-        try:
+        with said_of(f"{self.option}: {self.folder / CONFIG}"):
             wanted = self.format.companion_shapes(self.config)
-        except UserError as error:
-            raise UserError(f"{self.option}: {self.folder / CONFIG}: {error}") from None
         if wanted is None:
             return
         prefix = self.naming.companion_prefix
@@ -108,11 +104,7 @@ class HuggingFaceCheckpoint:
                 f"this family with the sizes in {CONFIG}"
             )
         for name, shape in wanted.items():
-            if found[name].shape != shape:
-                raise UserError(
-                    f"{self.option}: tensor {name} in {found[name].file} has shape {list(found[name].shape)}, "
-                    f"{CONFIG} wants {list(shape)}"
-                )
+            check_shape(name, found[name], shape, self.option)
 
     def _one_dtype(self) -> torch.dtype:
         names = [self.naming.on_disk(name) for name in self.format.weights.huggingface_shapes(self.architecture)]
@@ -121,9 +113,22 @@ class HuggingFaceCheckpoint:
             found = self.files.tensors[name].dtype
             if found != dtype:
                 raise UserError(f"{self.option}: tensor {name} is {found}, {names[0]} is {dtype}; they must be alike")
-        if dtype not in _PRECISIONS:
-            raise UserError(f"{self.option}: {self.folder} is in {dtype}; models here are in float32 or bfloat16")
+        check_dtype(dtype, self.folder, self.option)
         return dtype
+
+
+def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
+    """Raise :class:`UserError` for a tensor of another shape than its ``config.json`` wants."""
+    if found.shape != shape:
+        raise UserError(
+            f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
+        )
+
+
+def check_dtype(dtype: torch.dtype, folder: Path, option: str) -> None:
+    """Raise :class:`UserError` for weights in a dtype that no model here has."""
+    if dtype not in _PRECISIONS:
+        raise UserError(f"{option}: {folder} is in {dtype}; models here are in float32 or bfloat16")
 
 
 def _and_more(names: list[str]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface.source import check_dtype
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
@@ -21,6 +22,7 @@ class MegatronCheckpoint:
     Attributes:
         folder, config, architecture: where and what it is.
         format: of its family on Hugging Face.
+        stored: its tensors as Megatron names them.
         shapes: of every Hugging Face tensor of the decoder, by the weight map's name.
         dtype: of all of them.
 
@@ -35,7 +37,7 @@ class MegatronCheckpoint:
         self.architecture = resolve_architecture(self.config.model)
         self.format = family_of(self.config.model).huggingface
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
-        self._stored = StoredTensors(self.folder, option)
+        self.stored = StoredTensors(self.folder, option)
         self._tensors = self.format.weights.tensors(self.architecture)
         self._sources = sources(self._tensors)
         self.dtype = self._checked_dtype()
@@ -47,15 +49,15 @@ class MegatronCheckpoint:
             low, high = max(start, source.start), min(stop, source.start + source.count)
             if low < high:
                 shift = source.megatron_start - source.start
-                parts.append(self._stored.read(source.tensor.key, source.tensor.layer, low + shift, high + shift))
+                parts.append(self.stored.read(source.tensor.key, source.tensor.layer, low + shift, high + shift))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _checked_dtype(self) -> torch.dtype:
         first = self._tensors[0].key
         for tensor in self._tensors:
-            if tensor.key not in self._stored:
+            if tensor.key not in self.stored:
                 raise UserError(f"{self.option}: {self.folder} lacks tensor {tensor.key}; choose another checkpoint")
-            found, rows = self._stored.shape(tensor.key), (tensor.num_rows,)
+            found, rows = self.stored.shape(tensor.key), (tensor.num_rows,)
             if tensor.layer is not None:
                 rows = (self.architecture.num_layers, *rows)
             wanted = (*rows, tensor.columns) if tensor.columns is not None else rows
@@ -65,9 +67,8 @@ class MegatronCheckpoint:
                     f"{self.option}: tensor {tensor.key} in {self.folder} has shape {list(found)}, its sizes want "
                     f"{list(wanted)}"
                 )
-            if self._stored.dtype(tensor.key) != self._stored.dtype(first):
+            if self.stored.dtype(tensor.key) != self.stored.dtype(first):
                 raise UserError(f"{self.option}: tensor {tensor.key} in {self.folder} has another dtype than {first}")
-        dtype = self._stored.dtype(first)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise UserError(f"{self.option}: {self.folder} is in {dtype}; models here are in float32 or bfloat16")
+        dtype = self.stored.dtype(first)
+        check_dtype(dtype, self.folder, self.option)
         return dtype

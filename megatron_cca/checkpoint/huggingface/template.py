@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface.safetensors_files import INDEX, SINGLE, SafetensorsFolder
 from megatron_cca.checkpoint.huggingface.source import CONFIG, companion_files, read_config, recognise
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
 
 
@@ -67,9 +67,7 @@ def _template(
     option: str, folder: Path, config: Json, tensors: SafetensorsFolder | None, names: Mapping[str, str]
 ) -> Template:
     format = recognise(config, folder, option)
-    try:
+    with said_of(f"{option}: {folder / CONFIG}"):
         format.read_model_config(config)
-    except UserError as error:
-        raise UserError(f"{option}: {folder / CONFIG}: {error}") from None
     files = tuple(path for path in companion_files(folder) if path.name != CONFIG)
     return Template(option, config, folder / CONFIG, files, tensors, names)
