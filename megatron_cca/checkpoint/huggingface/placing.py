@@ -29,8 +29,12 @@ def listed(folder: Path) -> list[str]:
         names = json.loads((folder / RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    mine = isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    mine = isinstance(names, list) and all(_is_file_name(name) for name in names)
     return [*names, RECORD] if mine else []
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def place(output: Path) -> None:
