@@ -20,9 +20,10 @@ CORE = [
     "tokenizers",
     "torch>=2.8",
     "tqdm",
+    "xxhash",
 ]
 EXTRAS = {
-    "data": ["datasets", "nvidia-dali-cuda130", "pillow"],
+    "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],

@@ -1,0 +1,181 @@
+"""Emu3's own lists of tokenised images: {"prefix": folder, "path_list": [names]} and a ``.pth`` for each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_cca.data.sources.files import (
+    is_file,
+    is_folder,
+    names_in,
+    opened_below,
+    own_file,
+    read_below,
+    real_folder,
+)
+from megatron_cca.data.sources.plain_pth import NotPlainError, load_plain
+from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
+from megatron_cca.data.sources.texts import PackedStrings, printable, tidy, unique_names
+from megatron_cca.errors import UserError
+
+FEATURES = "feature"
+# Far beyond any image: 4,096 x 4,096 codes. A forged tensor may claim any size on a few bytes.
+_MAX_CODES = 1 << 24
+_MAX_PTH_BYTES = 1 << 28
+_START_BYTES = 1 << 12
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a list, or a folder with one in it or in its ``list``."""
+    return bool(_lists(path))
+
+
+def _lists(path: Path) -> list[Path]:
+    if is_file(path):
+        return [path] if _looks_like_a_list(path) else []
+    for folder in (path, path / "list"):
+        names = names_in(folder) if is_folder(folder) else []
+        if found := [folder / name for name in names if _looks_like_a_list(folder / name)]:
+            return found
+    return []
+
+
+def _looks_like_a_list(path: Path) -> bool:
+    """By its name and first bytes: the whole may be large."""
+    if path.suffix != ".json" or not is_file(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START_BYTES)
+    except OSError:
+        return False
+    return b'"prefix"' in start or b'"path_list"' in start
+
+
+def open_emu3(path: Path, options: SourceOptions) -> Source:
+    """The source of a list, or of the only list in a folder.
+
+    Raises:
+        UserError: no list or several, a damaged or empty one, or a ``prefix`` that leads nowhere.
+    """
+    path = path if is_file(path) else _only_list(path)
+    prefix, names = _read_list(path)
+    return TokenizedFiles(_found_folder(path, prefix), names)
+
+
+def _only_list(folder: Path) -> Path:
+    lists = _lists(folder)
+    if len(lists) != 1:
+        found = f"several lists ({', '.join(printable(path.name) for path in lists)})" if lists else "no list"
+        raise UserError(f'{folder} holds {found}; give one JSON file with "prefix" and "path_list"')
+    return own_file(real_folder(folder), str(lists[0].relative_to(folder)))
+
+
+def _read_list(path: Path) -> tuple[str, list[str]]:
+    try:
+        found = json.loads(path.read_bytes())
+        prefix, names = found["prefix"], found["path_list"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f'{path} is not a list of Emu3\'s; it needs "prefix" and "path_list"') from None
+    if not isinstance(prefix, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: "prefix" must be a folder and "path_list" a list of file names')
+    if not names:
+        raise UserError(f'{path}: "path_list" is empty; tokenize some images')
+    return prefix, names
+
+
+def _found_folder(path: Path, prefix: str) -> Path:
+    """Where the files lie; people move data, and the list still names the old place."""
+    path = path.absolute()
+    for folder in (path.parent / prefix, path.parent.parent / FEATURES):
+        if is_folder(folder):
+            return real_folder(folder)
+    raise UserError(f'{path}: neither its "prefix" {printable(prefix)} nor {path.parent.parent / FEATURES} is a folder')
+
+
+class TokenizedFiles:
+    """One ``.pth`` for each record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self._root = root
+        self._paths = PackedStrings(names)
+        self._names = PackedStrings(unique_names(names))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name = self._names[index]
+        content = read_below(self._root, self._paths[index], name, _MAX_PTH_BYTES)
+        try:
+            found = load_plain(content)
+        # The file is foreign, and torch's reader raises whatever it stumbles on.
+        except Exception as error:
+            raise Unreadable(name, f"not a .pth of plain data: {_reason(error)}") from None
+        if not isinstance(found, dict) or "images" not in found:
+            raise Unreadable(name, 'not one of Emu3\'s files: it has no "images"')
+        return Record(name, tidy(found.get("texts"), "texts", name), None, (), _codes(found["images"], name))
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`; reads the check sums in each file, not its codes."""
+        digest = hashlib.sha256(self._paths.blob)
+        for index in range(len(self)):
+            try:
+                with opened_below(self._root, self._paths[index], "") as file:
+                    digest.update(_check_sums(file))
+            except Unreadable as error:
+                digest.update(str(error).encode())
+        return digest.hexdigest()[:16]
+
+
+def _check_sums(file: BinaryIO) -> bytes:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return repr([(member.filename, member.CRC) for member in archive.infolist()]).encode()
+    # Torch's old format, or damaged in any way that zipfile does not foresee.
+    except Exception:
+        file.seek(0)
+        return hashlib.sha256(file.read(_MAX_PTH_BYTES)).digest()
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without torch's advice to allow it."""
+    message = str(error)
+    if asked := re.search(r"GLOBAL (\S+)", message):
+        return f"it asks for {printable(asked[1])}, which no tokenised image needs"
+    return printable(message) if isinstance(error, NotPlainError) else "it is damaged or of another format"
+
+
+def _codes(images: Any, name: str) -> np.ndarray:
+    """int64 ``[1, H, W]``."""
+    array = images if isinstance(images, np.ndarray) else _array_of(images, name)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[0] != 1 or not 0 < array.size <= _MAX_CODES:
+        raise Unreadable(name, f'"images" has shape {list(array.shape)}, [height, width] is needed')
+    if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
+        raise Unreadable(name, '"images" has codes that are negative or too large')
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _array_of(tensor: Any, name: str) -> np.ndarray:
+    """An integer tensor as an array."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise Unreadable(name, '"images" must be an array of integers')
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in kinds
+    if not is_plain or tensor.numel() > _MAX_CODES:
+        raise Unreadable(
+            name, f'"images" is a {tensor.dtype} tensor of shape {list(tensor.shape)}, not [height, width]'
+        )
+    return tensor.detach().numpy()

@@ -1,0 +1,146 @@
+"""Folders that Hugging Face's ``datasets`` opens: parquet, arrow, images with metadata, ``save_to_disk``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from megatron_cca.data.sources.files import is_folder, read_below, real_folder
+from megatron_cca.data.sources.hf_files import METADATA, is_saved, open_folder
+from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
+from megatron_cca.data.sources.texts import CAPTION_FIELDS, printable, tidy
+from megatron_cca.data.sources.trees import walked
+from megatron_cca.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Trees of images may have millions of files and no data set among them.
+_LOOKED_AT = 100_000
+_CAPTIONS = (*CAPTION_FIELDS, "prompt")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder was saved by ``datasets``, or has parquet, arrow or a metadata file."""
+    if not is_folder(path):
+        return False
+    if is_saved(path):
+        return True
+    files = islice(walked(path), _LOOKED_AT)
+    return any(PurePosixPath(file).name in METADATA or file.endswith((".parquet", ".arrow")) for file in files)
+
+
+def open_huggingface(path: Path, options: SourceOptions) -> Source:
+    """The source in a folder.
+
+    Raises:
+        UserError: what :func:`~megatron_cca.data.sources.hf_files.open_folder` refuses, or a column that is not there.
+    """
+    if not is_folder(path):
+        raise UserError(f"{path} is not a folder; give the one that holds the data set")
+    root = real_folder(path)
+    dataset, split = open_folder(root, options.split)
+    if not len(dataset):
+        raise UserError(f"{path}: split {split} is empty")
+    return DatasetRows(root, dataset, split, options)
+
+
+class DatasetRows:
+    """The rows of a split, as "train:17" (counted from 0)."""
+
+    def __init__(self, root: Path, dataset: Dataset, split: str, options: SourceOptions) -> None:
+        from datasets import ClassLabel, Image
+
+        self._root = root
+        self._split = printable(split)
+        self._image = _image_column(dataset, options.image_field, root)
+        self._caption = _caption_column(dataset, options.caption_field, root)
+        label = dataset.features[self._caption] if self._caption else None
+        self._label = label if isinstance(label, ClassLabel) else None
+        columns = [self._image, *([self._caption] if self._caption else [])]
+        try:
+            self._rows = dataset.select_columns(columns).cast_column(self._image, Image(decode=False))
+        # datasets and pyarrow have an exception for every type that is no image.
+        except Exception:
+            raise UserError(f"image_field: {root}: column {self._image!r} holds no images; choose another") from None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name = f"{self._split}:{index}"
+        try:
+            row = self._rows[index]
+        # A damaged file under pyarrow.
+        except Exception as error:
+            raise Unreadable(name, f"the row cannot be read: {printable(str(error))}") from None
+        caption, condition = self._text(row[self._caption] if self._caption else None, name)
+        return Record(name, caption, condition, (self._image_bytes(row[self._image], name),))
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`; reads every caption."""
+        digest = hashlib.sha256(repr((self._split, self._image, self._caption, len(self))).encode())
+        rows = self._rows.remove_columns(self._image) if self._caption else None
+        for start in range(0, len(self) if rows is not None else 0, 1000):
+            digest.update(repr(rows[start : start + 1000]).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()[:16]
+
+    def _text(self, value: Any, name: str) -> tuple[str | None, str | None]:
+        """Caption and condition."""
+        if self._label is None:
+            return tidy(value, "caption", name), None
+        if value is None or value < 0:
+            return None, None
+        caption = tidy(self._label.int2str(value), "label", name)
+        return caption, caption
+
+    def _image_bytes(self, value: dict[str, Any] | None, name: str) -> bytes:
+        content, path = (value or {}).get("bytes"), (value or {}).get("path")
+        if content:
+            return content
+        if not path:
+            raise Unreadable(name, "has no image")
+        # datasets makes the paths of a folder of images absolute.
+        inside = os.path.normpath(path).startswith(f"{self._root}/")
+        return read_below(self._root, os.path.relpath(path, self._root) if inside else path, name)
+
+
+def _image_column(dataset: Dataset, field: str | None, root: Path) -> str:
+    from datasets import Image
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    if field is None and not images and "image" in dataset.column_names:
+        images = ["image"]
+    shown = ", ".join(printable(name) for name in dataset.column_names)
+    if field is not None and field not in dataset.column_names:
+        raise UserError(f"image_field: {root} has no column {printable(field)!r}; choose one of {shown}")
+    if field is None and len(images) != 1:
+        found = ", ".join(printable(name) for name in images) or "no column of images"
+        raise UserError(f"image_field: {root} has {found}; choose one of {shown}")
+    return field if field is not None else images[0]
+
+
+def _caption_column(dataset: Dataset, field: str | None, root: Path) -> str | None:
+    """The column with text, else the one with classes; None where there is neither."""
+    from datasets import ClassLabel
+
+    texts = [name for name, feature in dataset.features.items() if _is_text(feature)]
+    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    if field is not None and field not in texts + labels:
+        shown = ", ".join(printable(name) for name in texts + labels) or "none"
+        raise UserError(f"caption_field: {root} has no text in {printable(field)!r}; columns of text: {shown}")
+    if field is not None:
+        return field
+    if found := [name for name in _CAPTIONS if name in texts]:
+        return found[0]
+    if len(labels) > 1:
+        raise UserError(f"caption_field: {root} has several columns of classes; choose one of {', '.join(labels)}")
+    return labels[0] if labels else None
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")

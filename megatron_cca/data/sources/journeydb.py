@@ -1,0 +1,107 @@
+"""JourneyDB: a file of annotations as JSON lines beside the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.data.sources.files import is_folder, names_in, own_file, read_below, real_folder
+from megatron_cca.data.sources.lines import JsonLines
+from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
+from megatron_cca.data.sources.texts import printable, short_hash, tidy
+from megatron_cca.errors import UserError
+
+LISTS = "*anno*repath*.jsonl"
+IMAGES = "imgs"
+CAPTION_FIELDS = ("prompt", "Task2.Caption")
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder, or the ``data/train`` or ``data/valid`` in it, has JourneyDB's annotations."""
+    return any(is_folder(folder) and _lists(folder) for folder in (path, path / "data/train", path / "data/valid"))
+
+
+def _lists(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if Path(name).match(LISTS)]
+
+
+def open_journeydb(path: Path, options: SourceOptions) -> Source:
+    """The source in a folder, or in ``data/<split>`` of it.
+
+    Raises:
+        UserError: no annotations or several, images missing or still packed, a ``caption_field`` that JourneyDB lacks.
+    """
+    field = options.caption_field or CAPTION_FIELDS[0]
+    if field not in CAPTION_FIELDS:
+        raise UserError(f"caption_field: JourneyDB has no {field!r}; choose {' or '.join(CAPTION_FIELDS)}")
+    folder, lists = _found_lists(path, options.split)
+    if len(lists) > 1:
+        raise UserError(f"{folder} has several lists ({', '.join(map(printable, lists))}); choose one by split")
+    _check_images(folder)
+    return JourneyDB(real_folder(folder), lists[0], field)
+
+
+def _found_lists(path: Path, split: str | None) -> tuple[Path, list[str]]:
+    if split is not None and (not split or "/" in split or "\0" in split or split.startswith(".")):
+        raise UserError(f"split: {printable(split)!r} is not the name of a split; choose train or valid")
+    folders = [path, path / "data" / (split or "train")]
+    for folder in folders:
+        lists = _lists(folder) if is_folder(folder) else []
+        if split is not None and folder == path:
+            lists = [name for name in lists if name.startswith(split)]
+        if lists:
+            return folder, lists
+    looked = " and ".join(printable(str(folder)) for folder in folders)
+    raise UserError(f"no {LISTS}{f' of split {printable(split)}' if split else ''} in {looked}")
+
+
+def _check_images(folder: Path) -> None:
+    images = folder / IMAGES
+    if not is_folder(images):
+        raise UserError(f"{images} is missing; the images belong beside the annotations")
+    names = names_in(images)
+    if any(name.endswith((".tgz", ".tar.gz")) for name in names) and not any(
+        is_folder(images / name) for name in names
+    ):
+        raise UserError(f"{images} is still packed; unpack each .tgz in it (tar -xzf FILE -C {IMAGES})")
+
+
+class JourneyDB:
+    """Lines with "img_path", "prompt" and sometimes "Task2"; the prompt is the condition.
+
+    A record is named by its line: names from inside the lines would take a pass over gigabytes of JSON.
+    """
+
+    def __init__(self, root: Path, annotations: str, caption_field: str) -> None:
+        self._images = root / IMAGES
+        if not real_folder(self._images).is_relative_to(root):
+            raise UserError(f"{self._images} leaves the folder by a symbolic link; give the folder that it leads to")
+        self._images = real_folder(self._images)
+        self._field = caption_field
+        self._lines = JsonLines(own_file(root, annotations))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name, found = self._lines.label(index), self._lines.object(index)
+        reference = found.get("img_path")
+        if not isinstance(reference, str) or not reference:
+            raise Unreadable(name, '"img_path" must be a file name')
+        prompt = tidy(found.get("prompt"), "prompt", name)
+        caption = prompt if self._field == "prompt" else _described(found, name)
+        return Record(name, caption, prompt, (read_below(self._images, reference, name),))
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`."""
+        return short_hash(self._lines.digest, self._field)
+
+
+def _described(found: dict[str, Any], name: str) -> str | None:
+    described = found.get("Task2")
+    if described is None:
+        return None
+    if not isinstance(described, dict):
+        raise Unreadable(name, '"Task2" must be an object')
+    return tidy(described.get("Caption"), "Task2.Caption", name)

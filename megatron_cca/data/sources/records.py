@@ -1,0 +1,93 @@
+"""What a source of images and captions is, whatever lies on the disk."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image (or clip) and its caption.
+
+    Attributes:
+        name: unique within the source, stable and printable; for messages.
+        caption: None where there is none. Never empty, no surrounding whitespace, always valid Unicode.
+        condition: records with equal strings have the same condition; None: the caption itself is the condition.
+        frames: encoded image files (JPEG, PNG, WebP, ...), one for a still image, several for a clip; empty where
+            ``codes`` is given. That they decode is not checked.
+        codes: int64 ``[1, H, W]``, not negative: an image that is already tokenised.
+    """
+
+    name: str
+    caption: str | None
+    condition: str | None
+    frames: tuple[bytes, ...]
+    codes: np.ndarray | None = None
+
+
+class Unreadable(Exception):
+    """One record cannot be read; the rest of the source can.
+
+    Attributes:
+        name: the record's name.
+        reason: what is wrong, one line.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Source(Protocol):
+    """Records in an order that is the same on every machine."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Read one record.
+
+        Args:
+            index: from 0; negative ones count from the end, as in a list.
+
+        Raises:
+            Unreadable: this record cannot be read.
+            IndexError: there is no such record.
+        """
+
+    def fingerprint(self) -> str:
+        """A short hash that changes with the list of records and with their captions."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a user may say about a source; None is the layout's default.
+
+    Attributes:
+        caption_field: where the caption stands: a key of a JSON object, or a column.
+        image_field: the column that holds the image.
+        split: which part of a data set that has several.
+    """
+
+    caption_field: str | None = None
+    image_field: str | None = None
+    split: str | None = None
+
+
+def checked_index(index: int, size: int) -> int:
+    """``index`` counted from 0.
+
+    Raises:
+        IndexError: not below ``size``.
+    """
+    found = operator.index(index)
+    if not -size <= found < size:
+        raise IndexError(f"record {found} of {size}")
+    return found % size

@@ -1,0 +1,190 @@
+"""WebDataset: tars whose members belong together by name up to the first dot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cca.data.sources.files import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    is_file,
+    names_in,
+    own_file,
+    real_folder,
+)
+from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
+from megatron_cca.data.sources.tar_index import members
+from megatron_cca.data.sources.texts import PackedStrings, caption_in, decoded, parsed_object, tidy, unique_names
+from megatron_cca.errors import UserError
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+# The columns of the index; of several images in a record the first kind counts.
+_KINDS = (*_IMAGES, "txt", "json", "cls")
+_COLUMN = {kind: column for column, kind in enumerate(_KINDS)}
+_PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_ABSENT = -1
+_LOOKED_AT = 100
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a tar, or a folder with tars."""
+    names = [path.name] if is_file(path) else names_in(path)
+    return any(name.endswith((".tar", *_PACKED)) for name in names)
+
+
+def open_webdataset(path: Path, options: SourceOptions) -> Source:
+    """The source in a tar, or in the tars of a folder.
+
+    Raises:
+        UserError: no tars, a compressed, damaged or unsafe one, none with images, or a ``caption_field`` that no JSON
+            has.
+    """
+    if is_file(path):
+        tars = [path]
+    else:
+        packed = [name for name in names_in(path) if name.endswith(_PACKED)]
+        if packed:
+            raise UserError(f"{path / packed[0]} is compressed, which allows no random access; decompress it")
+        tars = [own_file(real_folder(path), name) for name in names_in(path) if name.endswith(".tar")]
+    if not tars:
+        raise UserError(f"{path} holds no .tar files")
+    source = TarRecords(tars, options.caption_field)
+    source.check_caption_field()
+    return source
+
+
+class TarRecords:
+    """The records of some tars.
+
+    In memory are, for each record, its name, its tar, and where its members lie: int64 ``[N, kinds, 2]``, offset and
+    size, -1 where there is no such member.
+    """
+
+    def __init__(self, tars: list[Path], caption_field: str | None) -> None:
+        self._tars = tars
+        self._field = caption_field
+        places: list[np.ndarray] = []
+        self._names = PackedStrings(unique_names(self._read_index(places)))
+        self._tar_ids = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows in places])
+        self._places = np.concatenate(places)
+        if not (self._places[:, : len(_IMAGES), 0] != _ABSENT).any():
+            raise UserError(f"{tars[0].parent} has no tar with images ({', '.join(_IMAGES)})")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name = self._names[index]
+        image = next((found for kind in _IMAGES if (found := self._read(index, kind, MAX_IMAGE_BYTES))), None)
+        if image is None:
+            raise Unreadable(name, f"has no image ({', '.join(_IMAGES)}), or an empty one")
+        return Record(name, *self._text(index), (image,))
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`; reads every text."""
+        digest = hashlib.sha256(repr(self._field).encode() + self._names.blob + self._places[:, :, 1].tobytes())
+        for index in range(len(self)):
+            for kind in ("txt", "json", "cls"):
+                try:
+                    digest.update(self._read(index, kind, MAX_TEXT_BYTES) or b"")
+                except Unreadable as error:
+                    digest.update(str(error).encode())
+        return digest.hexdigest()[:16]
+
+    def check_caption_field(self) -> None:
+        """Look for the field in the first records.
+
+        Raises:
+            UserError: there are some with JSON, and none has it.
+        """
+        if self._field is None:
+            return
+        rows = np.flatnonzero(self._places[:, _COLUMN["json"], 0] != _ABSENT)[:_LOOKED_AT]
+        if not any(self._field in self._object(int(row), missing_is_empty=True) for row in rows):
+            raise UserError(f"caption_field: no .json in {self._tars[0]} has {self._field!r}; choose a key that it has")
+
+    def _read_index(self, places: list[np.ndarray]) -> Iterator[str]:
+        """Names, tar by tar; appends each tar's rows to ``places``."""
+        for tar in self._tars:
+            keys, rows = _grouped(tar)
+            places.append(rows)
+            yield from (f"{tar.name}/{key}" for key in keys)
+
+    def _read(self, index: int, kind: str, limit: int) -> bytes | None:
+        """The bytes of a record's member of a kind; None where it has none."""
+        name = self._names[index]
+        offset, size = (int(number) for number in self._places[index, _COLUMN[kind]])
+        if offset == _ABSENT:
+            return None
+        if size > limit:
+            raise Unreadable(name, f"its .{kind} has {size} bytes, at most {limit} are read")
+        try:
+            with self._tars[self._tar_ids[index]].open("rb") as file:
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise Unreadable(name, f"the tar cannot be read: {error.strerror}") from None
+        if len(content) != size:
+            raise Unreadable(name, "the tar has become shorter since it was opened")
+        return content
+
+    def _object(self, index: int, missing_is_empty: bool = False) -> dict:
+        try:
+            content = self._read(index, "json", MAX_TEXT_BYTES)
+            return {} if content is None else parsed_object(content, "its .json", self._names[index])
+        except Unreadable:
+            if missing_is_empty:
+                return {}
+            raise
+
+    def _text(self, index: int) -> tuple[str | None, str | None]:
+        """Caption and condition."""
+        name, text = self._names[index], self._read(index, "txt", MAX_TEXT_BYTES)
+        has_json = self._places[index, _COLUMN["json"], 0] != _ABSENT
+        if has_json and (text is None or self._field is not None):
+            caption = caption_in(self._object(index), self._field, name)
+        else:
+            caption = None if text is None else tidy(decoded(text, "its .txt", name), "caption", name)
+        return caption, self._class(index)
+
+    def _class(self, index: int) -> str | None:
+        content = self._read(index, "cls", MAX_TEXT_BYTES)
+        if content is None:
+            return None
+        digits = content.strip()
+        if not digits.isdigit() or len(digits) > 18:
+            raise Unreadable(self._names[index], "its .cls must hold the number of a class")
+        return f"class {int(digits)}"
+
+
+def _grouped(tar: Path) -> tuple[list[str], np.ndarray]:
+    """The keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
+
+    A second member of one key and kind begins another record, as when two folders were put into one tar.
+    """
+    keys: list[str] = []
+    rows: dict[str, int] = {}
+    flat = array("q")
+    taken: set[int] = set()
+    for name, offset, size in members(tar):
+        folder, _, base = name.rpartition("/")
+        stem, _, kind = base.partition(".")
+        column = _COLUMN.get(kind.lower())
+        if not stem or column is None:
+            continue
+        key = f"{folder}/{stem}" if folder else stem
+        if key not in rows or rows[key] * len(_KINDS) + column in taken:
+            rows[key] = len(keys)
+            keys.append(key)
+        taken.add(rows[key] * len(_KINDS) + column)
+        flat.extend((rows[key], column, offset, size))
+    places = np.full((len(keys), len(_KINDS), 2), _ABSENT, dtype=np.int64)
+    found = np.array(flat, dtype=np.int64).reshape(-1, 4)
+    places[found[:, 0], found[:, 1]] = found[:, 2:]
+    return keys, places
