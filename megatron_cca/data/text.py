@@ -1,13 +1,114 @@
-"""A small text tokenizer for laptop-sized vocabularies: byte-level BPE, so that any caption in any script encodes."""
+"""Text tokenizers: captions to ids and back, and the training of small ones for laptop-sized vocabularies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_cca.errors import UserError, said_of
+
 FILE_NAME = "tokenizer.json"
+TIKTOKEN_NAME = "emu3.tiktoken"
+
+# Beyond any caption, and far below the run of blanks (a million) that Emu3's pattern cannot be matched against.
+MAX_CHARACTERS = 100_000
+
+# How Emu3 (baaivision/Emu3, tokenization_emu3.py) cuts text before byte pairs are merged; digits stay single.
+_EMU3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Of tokenizer.json, what turns ordinary text into ids and back.
+_ORDINARY = ("normalizer", "pre_tokenizer", "model", "decoder")
+# Their vocabularies can be without the added tokens; a Unigram's is a list whose places are the ids.
+_MODELS = ("BPE", "WordLevel", "WordPiece")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Ordinary text to ids and back; from :func:`open_text_tokenizer`.
+
+    What looks like a special token is plain text in a caption: no caption has control or visual ids.
+
+    Attributes:
+        size: ids are below it.
+        encode_ordinary, decode_ordinary: by the library that the files belong to.
+        files: what :meth:`save` writes, by name.
+        meaning: what the ids depend on; hashed by :meth:`fingerprint`.
+    """
+
+    size: int
+    encode_ordinary: Callable[[str], list[int]]
+    decode_ordinary: Callable[[list[int]], str]
+    files: dict[str, bytes]
+    meaning: bytes
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a caption, without any begin, end or padding.
+
+        Raises:
+            UserError: a lone surrogate, which is no character; a text of more than ``MAX_CHARACTERS``; one that the
+                tokenizer cannot encode.
+        """
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"a text of {len(text)} characters; at most {MAX_CHARACTERS} are taken")
+        lone = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+        if lone is not None:
+            raise UserError(f"a lone surrogate (U+{ord(text[lone]):04X}) at character {lone + 1}, which is no text")
+        with _in_one_line(f"{next(iter(self.files))} cannot encode {text[:40]!r}"):
+            return self.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Where an id stands for a part of a character only, that comes back as U+FFFD.
+
+        Raises:
+            UserError: an id that is not one of text.
+        """
+        for number in ids:
+            if not 0 <= number < self.size:
+                raise UserError(f"id {number} is not one of text; those are below {self.size}")
+        return self.decode_ordinary([int(number) for number in ids])
+
+    def save(self, folder: str | Path) -> None:
+        """Write its file into a folder, byte for byte as it was read, for :func:`open_text_tokenizer`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+
+    def fingerprint(self) -> str:
+        """A short hash of what the ids depend on: not of added tokens, nor of how the file is laid out."""
+        return hashlib.sha256(self.meaning).hexdigest()[:16]
+
+
+def open_text_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The text tokenizer that a folder holds: ``tokenizer.json``, else the original Emu3's ``emu3.tiktoken``.
+
+    Of ``tokenizer.json`` the normaliser, pre-tokeniser, model and decoder are kept; added tokens, template, truncation
+    and padding are not, nor a dropout of merges. ``emu3.tiktoken`` is used with Emu3's pattern on text in NFC.
+
+    Raises:
+        UserError: no such file, or a damaged one; names it.
+    """
+    folder = Path(folder)
+    for name, read in ((FILE_NAME, _read_json_file), (TIKTOKEN_NAME, _read_tiktoken_file)):
+        path = folder / name
+        with said_of(path):
+            try:
+                if path.is_file():
+                    return read(path.name, path.read_bytes())
+            except OSError as error:
+                raise UserError(f"cannot be read: {error.strerror}") from None
+    raise UserError(f"{folder} holds no text tokenizer: neither {FILE_NAME} nor {TIKTOKEN_NAME}")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -27,3 +128,83 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that a shard folder carries."""
     return Tokenizer.from_file(str(folder / FILE_NAME))
+
+
+def _read_json_file(name: str, content: bytes) -> TextTokenizer:
+    try:
+        found = json.loads(content)
+        model, added = found["model"], found.get("added_tokens") or []
+        vocabulary, special = model["vocab"], {token["content"] for token in added}
+        kind = model.get("type", "BPE")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError("is damaged: expected the JSON of the tokenizers library, with a model's vocab") from None
+    if kind not in _MODELS or not isinstance(vocabulary, dict):
+        raise UserError(f"has a model of type {str(kind)[:40]!r}; those read are {', '.join(_MODELS)}, by name and id")
+    # An added token may be an entry of the model's too, and a text that is cut just so would meet it there.
+    special -= {token for token in special if token == model.get("unk_token")}
+    model = model | {"vocab": {token: number for token, number in vocabulary.items() if token not in special}}
+    if "dropout" in model:
+        model["dropout"] = None
+    kept = {key: found.get(key) for key in _ORDINARY} | {"model": model}
+    tokenizer = _build(kept | {"version": "1.0"})
+    return TextTokenizer(
+        size=max(tokenizer.get_vocab().values(), default=-1) + 1,
+        encode_ordinary=lambda text: tokenizer.encode(text).ids,
+        decode_ordinary=tokenizer.decode,
+        files={name: content},
+        meaning=json.dumps(kept, sort_keys=True).encode(),
+    )
+
+
+def _build(sections: dict[str, Any]) -> Tokenizer:
+    with _in_one_line("the tokenizers library does not take it"):
+        return Tokenizer.from_str(json.dumps(sections))
+
+
+def _read_tiktoken_file(name: str, content: bytes) -> TextTokenizer:
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError("needs tiktoken; pip install tiktoken") from None
+    ranks = _ranks(content)
+    encoding = tiktoken.Encoding("emu3", pat_str=_EMU3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return TextTokenizer(
+        size=len(ranks),
+        encode_ordinary=lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)),
+        decode_ordinary=encoding.decode,
+        files={name: content},
+        meaning=b"\n".join([_EMU3_PATTERN.encode(), *(base64.b64encode(token) for token in ranks)]),
+    )
+
+
+def _ranks(content: bytes) -> dict[bytes, int]:
+    """Token -> id, in the order of ids."""
+    pairs: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            token, rank = line.split() if line else (None, None)
+            if token is not None:
+                pairs[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"line {number} is not a token in base64 and its rank") from None
+    ranks = dict(sorted(pairs.items(), key=lambda pair: pair[1]))
+    if list(ranks.values()) != list(range(len(ranks))):
+        raise UserError(
+            f"the ranks of its {len(ranks)} tokens are not 0 to {len(ranks) - 1}: it is truncated or damaged"
+        )
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise UserError(f"has no token for the single byte {byte}: it is truncated or damaged")
+    return ranks
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer library raises into one line."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the libraries' Rust is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None

@@ -1,0 +1,57 @@
+"""The size in pixels that Emu3 gives an image before it becomes visual tokens.
+
+Two steps of baaivision/Emu3, one after the other: ``train/prepare_data.py`` scales to an area, then the image processor
+rounds the sides to multiples of the tokenizer's factor and keeps the area between two bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+
+# The image processor's own bounds and limit.
+MIN_PIXELS, MAX_PIXELS, MAX_ASPECT = 512 * 512, 1024 * 1024, 5
+
+
+def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, int]:
+    """Height and width, multiples of ``factor``, at which an image is tokenised.
+
+    The bounds never contradict the asked area: the lower is at most ``area``, the upper at least.
+
+    Args:
+        height, width: of the image, in pixels.
+        area: height x width to aim at, in pixels; Emu3's own is 720 * 720.
+        factor: pixels per visual token along a side.
+
+    Raises:
+        ValueError: an image that Emu3's own processor refuses (after the scaling to ``area``), or a number that is not
+            a positive integer; says why.
+    """
+    _check_positive(height=height, width=width, area=area, factor=factor)
+    ratio = (area / (height * width)) ** 0.5
+    height, width = round(height * ratio), round(width * ratio)
+    if min(height, width) < factor:
+        raise ValueError(f"{height} x {width} pixels at an area of {area}: a side is below the {factor} of one token")
+    aspect = max(height, width) / min(height, width)
+    if aspect > MAX_ASPECT:
+        said = math.ceil(aspect * 100) / 100  # rounded up, so that none is said to be 5
+        raise ValueError(f"aspect ratio {said} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
+    return _rounded(height, width, factor, min(MIN_PIXELS, area), max(MAX_PIXELS, area))
+
+
+def _rounded(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    # round() takes halves to the even neighbour, here as there: 67.5 tokens become 68, 73.5 become 74.
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return math.floor(height / shrink / factor) * factor, math.floor(width / shrink / factor) * factor
+    if math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rounded
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 1 <= number < 2**31:
+            raise ValueError(f"{name} must be a positive integer below 2**31, found {str(number)[:40]}")

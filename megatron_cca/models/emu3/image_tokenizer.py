@@ -1,0 +1,254 @@
+"""Emu3's image tokenizer: transformers' ``Emu3VQVAE``, from any folder that holds its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models.emu3.vq_config import CONFIG, normalisation, read_json, recognise, sizes_in
+from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
+
+# transformers crops what it encodes to sizes (along the wrong axes of a clip); nothing here is padded.
+_UNCROPPED = (2**31, 2**31)
+
+
+class Emu3ImageTokenizer:
+    """See :class:`megatron_cca.data.image_tokenizers.ImageTokenizer`; open one with :func:`open_emu3_vq`.
+
+    Args:
+        model: transformers' ``Emu3VQVAE``, on its device and in its dtype.
+        mean, std: per channel, of pixels between 0 and 1.
+        fingerprint: of weights and configuration.
+    """
+
+    kind = "emu3-vq"
+
+    def __init__(self, model: torch.nn.Module, mean: list[float], std: list[float], fingerprint: str) -> None:
+        # In training mode batch norms would use, and change, the statistics of what is encoded.
+        self._model = model.eval().requires_grad_(False)
+        self.spatial_factor = 2 ** (len(model.config.channel_multiplier) - 1)
+        self.temporal_factor = model.config.temporal_downsample_factor
+        self.codebook_size = model.config.codebook_size
+        self._fingerprint = fingerprint
+        device = next(model.parameters()).device
+        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 ``[N, H, W, 3]`` -> int64 ``[N, H / f, W / f]``; clips ``[N, T, H, W, 3]`` -> ``[N, T / t, h, w]``.
+
+        The codes lie where ``pixels`` do. Convolutions and matrix products are never in TF32, nor under autocast.
+
+        Raises:
+            UserError: pixels of another dtype or shape, or sides (or frames) that the factors do not divide.
+        """
+        check_pixels(pixels, self.spatial_factor, self.temporal_factor)
+        if len(pixels) == 0:
+            return pixels.new_zeros(self._code_shape(pixels.shape), dtype=torch.int64)
+        planes = pixels.to(self._mean.device).movedim(-1, -3).contiguous()
+        scaled = (planes.double() * (1 / 255)).float()
+        normalised = (scaled - self._mean) / self._std
+        with (
+            _exactly(self._mean.device.type),
+            _frames_once(self._model.encoder, self.temporal_factor, still=pixels.dim() == 4),
+        ):
+            found = self._model.encode(normalised, image_sizes=[_UNCROPPED] * len(pixels))
+        return torch.stack(list(found.image_tokens)).to(pixels.device)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 ``[N, h, w]`` -> uint8 ``[N, h f, w f, 3]``; ``[N, T', h, w]`` -> ``[N, T' t, h f, w f, 3]``.
+
+        Raises:
+            UserError: codes of another dtype or shape, or outside the codebook.
+        """
+        check_codes(codes, self.codebook_size, self.temporal_factor)
+        if len(codes) == 0:
+            return codes.new_zeros(self._pixel_shape(codes.shape), dtype=torch.uint8)
+        with (
+            _exactly(self._mean.device.type),
+            _frames_once(self._model.decoder, self.temporal_factor, still=codes.dim() == 3),
+        ):
+            found = self._model.decode(codes.to(self._mean.device)).float()
+        levels = (found * self._std + self._mean) * 255
+        return levels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().to(codes.device)
+
+    def fingerprint(self) -> str:
+        """A short hash of weights, sizes and normalisation; the same for every form and device."""
+        return self._fingerprint
+
+    def _code_shape(self, pixels: torch.Size) -> list[int]:
+        *batch, height, width, _ = pixels
+        frames = [batch[1] // self.temporal_factor] if len(batch) == 2 else []
+        return [batch[0], *frames, height // self.spatial_factor, width // self.spatial_factor]
+
+    def _pixel_shape(self, codes: torch.Size) -> list[int]:
+        *batch, height, width = codes
+        frames = [batch[1] * self.temporal_factor] if len(batch) == 2 else []
+        return [batch[0], *frames, height * self.spatial_factor, width * self.spatial_factor, 3]
+
+
+def open_emu3_vq(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Emu3ImageTokenizer:
+    """The image tokenizer in ``folder``, whichever of the three forms it has.
+
+    Pixels are normalised by the ``image_mean`` and ``image_std`` of the folder's image processor. Where that does not
+    say, they are 0.5 in every form: the original processor's defaults, with which the released weights were trained,
+    not those of transformers' processor (CLIP's).
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        device: where it runs.
+        dtype: in which it runs. In bfloat16 some codes differ.
+
+    Raises:
+        UserError: a missing or damaged file; a configuration or tensor that is not this model's; names it.
+    """
+    folder = Path(folder)
+    with said_of(folder / CONFIG):
+        form, section = recognise(read_json(folder / CONFIG))
+    with said_of(folder):
+        stored = stored_tensors(folder, form)
+    with said_of(folder / CONFIG):
+        sizes = sizes_in(section, form, len(stored))
+        model = _build(sizes)
+    mean, std = normalisation(folder)
+    with said_of(folder):
+        state = read_tensors(model, stored)
+    fingerprint = _fingerprint(sizes, [mean, std], state)
+    counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}
+    model.load_state_dict(state | counters, assign=True)
+    return Emu3ImageTokenizer(_placed(model, device, dtype), mean, std, fingerprint)
+
+
+def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> None:
+    """Check that these are images that the factors divide.
+
+    Args:
+        pixels: uint8 ``[N, H, W, 3]``; also clips ``[N, T, H, W, 3]`` where ``temporal_factor`` is not 0.
+        spatial_factor, temporal_factor: of the tokenizer.
+
+    Raises:
+        UserError: if not.
+    """
+    shape = list(pixels.shape)
+    if pixels.dtype != torch.uint8 or len(shape) not in (4, 5 if temporal_factor else 4) or shape[-1] != 3:
+        wanted = "uint8 [N, H, W, 3]" + (" or [N, T, H, W, 3]" if temporal_factor else "")
+        raise UserError(f"pixels: must be {wanted}, found {pixels.dtype} {shape}")
+    for what, size in zip(("height", "width"), shape[-3:-1], strict=True):
+        if size < 1 or size % spatial_factor:
+            raise UserError(f"pixels: {what} {size} is not a multiple of {spatial_factor}")
+    if len(shape) == 5 and (shape[1] < 1 or shape[1] % temporal_factor):
+        raise UserError(f"pixels: {shape[1]} frames are not a multiple of {temporal_factor}")
+
+
+def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None:
+    """Check that these are codes of the codebook.
+
+    Args:
+        codes: int64 ``[N, h, w]``; also of clips, ``[N, T, h, w]``, where ``temporal_factor`` is not 0.
+        codebook_size, temporal_factor: of the tokenizer.
+
+    Raises:
+        UserError: if not.
+    """
+    shape = list(codes.shape)
+    if codes.dtype != torch.int64 or len(shape) not in (3, 4 if temporal_factor else 3) or 0 in shape[1:]:
+        wanted = "int64 [N, h, w]" + (" or [N, T, h, w]" if temporal_factor else "")
+        raise UserError(f"codes: must be {wanted}, found {codes.dtype} {shape}")
+    # Checked here because a lookup outside the table ends a process that runs on a GPU.
+    if codes.numel() and not 0 <= (lowest := int(codes.min())) <= (highest := int(codes.max())) < codebook_size:
+        raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
+
+
+@contextmanager
+def _exactly(device_type: str) -> Iterator[None]:
+    """Full float32: with a few bits fewer (cuDNN takes TF32 by default) an image would get other codes."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    with ExitStack() as undo:
+        undo.enter_context(torch.autocast(device_type, enabled=False))
+        _switch(undo, cudnn, "deterministic", True)
+        _switch(undo, cudnn, "benchmark", False)
+        if hasattr(cudnn, "conv"):  # torch 2.9
+            _switch(undo, cudnn.conv, "fp32_precision", "ieee")
+            _switch(undo, mkldnn.conv, "fp32_precision", "ieee")
+        else:
+            _switch(undo, cudnn, "allow_tf32", False)
+        try:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        except RuntimeError:
+            # torch refuses to say what its older switch is where its newer ones were used.
+            _switch(undo, torch.backends.cuda.matmul, "fp32_precision", "ieee")
+            _switch(undo, mkldnn.matmul, "fp32_precision", "ieee")
+        yield
+
+
+def _switch(undo: ExitStack, place: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, place, name, getattr(place, name))
+    setattr(place, name, value)
+
+
+@contextmanager
+def _frames_once(half: torch.nn.Module, repeats: int, *, still: bool) -> Iterator[None]:
+    """Of the ``repeats`` frames that stand for a still, run the layers of single frames on the first only.
+
+    The encoder's are copies of each other, of the decoder's only the first is kept: the result is the same, in a
+    fraction of the time and memory. Frames lie one after the other in the batch; where their layers end, copies of the
+    first take the places of those left out.
+    """
+
+    def first_only(_, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(frames[::repeats] for frames in given)
+
+    def first_codes_only(_, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return given[0], *(codes[::repeats] for codes in given[1:])
+
+    with ExitStack() as hooks:
+        if still:
+            hooks.enter_context(half.conv_in.register_forward_pre_hook(first_only))
+            for name, layer in half.named_children():
+                if name in ("middle_block", "up_block", "norm_out"):
+                    hooks.enter_context(layer.register_forward_pre_hook(first_codes_only))
+            hooks.enter_context(
+                half.conv_out.register_forward_hook(lambda _, given, found: found.repeat_interleave(repeats, 0))
+            )
+        yield
+
+
+def _build(sizes: dict[str, Any]) -> torch.nn.Module:
+    """On the meta device: without weights, whatever their size."""
+    try:
+        from transformers import Emu3VQVAE, Emu3VQVAEConfig
+    except ImportError:
+        raise UserError("needs transformers; pip install 'megatron-cca[hf]'") from None
+    try:
+        with torch.device("meta"):
+            return Emu3VQVAE(Emu3VQVAEConfig(**sizes))
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"transformers does not take it: {why}") from None
+
+
+def _fingerprint(sizes: Mapping[str, Any], statistics: list[list[float]], state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([sizes, statistics], sort_keys=True).encode())
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def _placed(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    try:
+        return model.to(torch.device(device), dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None

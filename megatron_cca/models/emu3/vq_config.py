@@ -1,0 +1,194 @@
+"""What the folders of Emu3's image tokenizer say of it: which form they have, its sizes, its normalisation.
+
+original    BAAI/Emu3-VisionTokenizer: ``model_type`` "Emu3VisionVQ", tensors named by the original modules.
+saved       what ``Emu3VQVAE.save_pretrained`` writes: ``model_type`` "emu3_vqgan".
+composite   ``Emu3ForConditionalGeneration``: ``vq_config`` within its configuration, and the tensors that begin with
+            ``vqmodel.`` or ``model.vqmodel.``; those of the text model are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.errors import UserError, said_of
+
+CONFIG = "config.json"
+
+# Sizes under transformers' names with the released model's values, and where the original calls them otherwise.
+_RELEASED = {
+    "codebook_size": 32_768,
+    "embed_dim": 4,
+    "latent_channels": 4,
+    "double_latent": False,
+    "in_channels": 3,
+    "out_channels": 3,
+    "temporal_downsample_factor": 4,
+    "base_channels": 256,
+    "channel_multiplier": [1, 2, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [3],
+}
+_ORIGINAL_KEYS = {
+    "latent_channels": "z_channels",
+    "double_latent": "double_z",
+    "base_channels": "ch",
+    "channel_multiplier": "ch_mult",
+}
+
+# From the original's tensor names to transformers', applied one after the other.
+_RENAMED = (
+    (r"^encoder\.down\.", "encoder.down_block.down."),
+    (r"^decoder\.up\.", "decoder.up_block.up."),
+    (r"^(encoder|decoder)\.mid\.", r"\1.middle_block."),
+    (r"\.middle_block\.attn_1\.norm\.", ".middle_block.attn_norm."),
+    (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
+    (r"\.(attn\.\d+|attn_1)\.([qkv])\.", r".\1.\2_proj."),
+    (r"\.(attn\.\d+|attn_1)\.proj_out\.", r".\1.out_proj."),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a form calls things: how the tensors' names begin, and whether the rest is the original's."""
+
+    prefixes: tuple[str, ...]
+    original: bool = False
+
+    def key(self, name: str) -> str:
+        """A key of the configuration as this form spells it."""
+        return _ORIGINAL_KEYS.get(name, name) if self.original else name
+
+    def transformers_name(self, name: str) -> str:
+        """A tensor's name in transformers' model."""
+        for pattern, replacement in _RENAMED if self.original else ():
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise UserError("must hold a JSON object")
+    return found
+
+
+def recognise(config: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
+    """The form, and the section with the sizes."""
+    kind = config.get("model_type")
+    if kind == "Emu3VisionVQ":
+        return Form(("",), original=True), config
+    if kind == "emu3_vqgan":
+        return Form(("",)), config
+    if kind != "emu3" and "vq_config" not in config:
+        raise UserError(
+            f"model_type {repr(kind)[:60]} is not an Emu3 image tokenizer's: Emu3VisionVQ, emu3_vqgan, or emu3 with a "
+            "vq_config"
+        )
+    section = config.get("vq_config", {})
+    if not isinstance(section, dict):
+        raise UserError(f"vq_config: must be an object, found {repr(section)[:60]}")
+    return Form(("vqmodel.", "model.vqmodel.")), section
+
+
+def sizes_in(section: Mapping[str, Any], form: Form, num_tensors: int) -> dict[str, Any]:
+    """By transformers' names, checked as far as transformers does not check them itself in words."""
+    sizes = {name: section.get(form.key(name), released) for name, released in _RELEASED.items()}
+    for name, released in _RELEASED.items():
+        _check_type(form.key(name), sizes[name], released)
+    for name, value in (("double_latent", False), ("in_channels", 3), ("out_channels", 3)):
+        if sizes[name] != value:
+            raise UserError(f"{form.key(name)}: {sizes[name]!r} is not what Emu3 has, {value!r}")
+    if sizes["embed_dim"] != sizes["latent_channels"]:
+        raise UserError(f"embed_dim: {sizes['embed_dim']} differs from {form.key('latent_channels')}; Emu3's do not")
+    factor, levels = sizes["temporal_downsample_factor"], sizes["channel_multiplier"]
+    if factor & (factor - 1):
+        raise UserError(f"temporal_downsample_factor: {factor} is not a power of two")
+    # Before anything is built of them.
+    if factor.bit_length() + len(levels) * sizes["num_res_blocks"] > num_tensors:
+        raise UserError(f"wants more layers than the {num_tensors} tensors beside it make up")
+    return sizes | _attention(section, form, sizes)
+
+
+def _check_type(key: str, value: object, released: object) -> None:
+    if isinstance(released, bool):
+        right, what = isinstance(value, bool), "true or false"
+    elif isinstance(released, int):
+        right, what = _is_size(value, 1), "a positive integer"
+    else:
+        # Levels count from 0, and there may be none with attention.
+        levels = key == "attn_resolutions"
+        right = isinstance(value, list) and all(_is_size(item, 0 if levels else 1) for item in value)
+        right, what = right and (levels or value != []), "a list of integers"
+    if not right:
+        raise UserError(f"{key}: must be {what}, found {repr(value)[:60]}")
+
+
+def _is_size(value: object, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**31
+
+
+def _attention(section: Mapping[str, Any], form: Form, sizes: Mapping[str, Any]) -> dict[str, int]:
+    """transformers' attention has one width at all levels, the original's that of its level."""
+    multipliers = sizes["channel_multiplier"]
+    width = sizes["base_channels"] * multipliers[-1]
+    for level in sizes["attn_resolutions"]:
+        if level < len(multipliers) and multipliers[level] != multipliers[-1]:
+            raise UserError(
+                f"attn_resolutions: level {level} is not as wide as the last, which transformers cannot have"
+            )
+    if form.original:
+        return {"hidden_size": width, "num_attention_heads": 1}
+    given = {key: section.get(key, default) for key, default in (("hidden_size", 1024), ("num_attention_heads", 1))}
+    for key, value in given.items():
+        _check_type(key, value, 1)
+    if given["hidden_size"] != width:
+        raise UserError(f"hidden_size: {given['hidden_size']} is not base_channels x the last multiplier, {width}")
+    return given
+
+
+def normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, from the first of transformers' two files that says something."""
+    for name, section_key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = folder / name
+        if path.is_file():
+            with said_of(path):
+                found = read_json(path)
+                if section_key is None or section_key in found:
+                    return _mean_and_std(found if section_key is None else found[section_key])
+    return [0.5] * 3, [0.5] * 3
+
+
+def _mean_and_std(section: Any) -> tuple[list[float], list[float]]:
+    if not isinstance(section, dict):
+        raise UserError(f"image_processor: must be an object, found {repr(section)[:60]}")
+    for key, value in (("do_rescale", True), ("do_normalize", True), ("rescale_factor", 1 / 255)):
+        found = section.get(key, value)
+        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-6):
+            raise UserError(f"{key}: {repr(found)[:60]} is not what Emu3 has, {value}")
+    return _per_channel(section, "image_mean", -math.inf), _per_channel(section, "image_std", 0.0)
+
+
+def _per_channel(section: Mapping[str, Any], key: str, above: float) -> list[float]:
+    found = section.get(key)
+    numbers = found if isinstance(found, list) else [0.5 if found is None else found] * 3
+    for number in numbers:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not above < number < math.inf or len(numbers) != 3:
+            raise UserError(f"{key}: must be a number or three of them, found {repr(found)[:60]}")
+    return [float(number) for number in numbers]
