@@ -1,0 +1,263 @@
+"""What an encoded image says of itself, read without decoding anything.
+
+Headers are read here and not by Pillow: so a decompression bomb is known before anything is allocated, and Pillow sees
+neither metadata, on which it prints warnings, nor its own global limits. Everything may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+READ_HERE = "JPEG, PNG, WebP and BMP are read"
+_OTHER_FORMATS = (
+    (0, b"GIF8", "a GIF image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (4, b"ftypavi", "an AVIF image"),
+    (4, b"ftyp", "a HEIC image or a video"),
+    (4, b"jP  ", "a JPEG 2000 image"),
+    (0, b"\0\0\1\0", "an icon"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\xff\xd8", "a damaged JPEG image"),
+)
+_JPEG_PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
+_JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC = 0xC4, 0xC8, 0xCC
+_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {_JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC}
+_JPEG_END, _JPEG_SCAN, _JPEG_ADOBE, _JPEG_COMMENT = 0xD9, 0xDA, 0xEE, 0xFE
+
+# Of progressive images; DALI has the same limit. Each is a pass over the whole image.
+_JPEG_MAX_SCANS = 256
+_BMP_UNCOMPRESSED, _BMP_BIT_FIELDS = 0, 3
+_ORIENTATION, _SHORT = 0x0112, 3
+
+
+class Rejected(Exception):
+    """An image that is not used; the message is the reason, in words, for the list of what was skipped."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image may be at most.
+
+    Attributes:
+        max_pixels: height times width.
+        max_bytes: of the encoded file.
+    """
+
+    max_pixels: int = 100_000_000
+    max_bytes: int = 200_000_000
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image.
+
+    Attributes:
+        format: "JPEG", "PNG", "WebP" or "BMP".
+        height, width: in pixels as stored, before ``orientation``.
+        orientation: EXIF's, 1 to 8; 1 where there is none or it is damaged.
+        essential: the file without its metadata.
+    """
+
+    format: str
+    height: int
+    width: int
+    orientation: int
+    essential: bytes
+
+    @property
+    def displayed(self) -> tuple[int, int]:
+        """Height and width once ``orientation`` is applied."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
+    """What the file says of its image; nothing is decoded.
+
+    Raises:
+        Rejected: all that :func:`judge` rejects except damage inside the compressed stream.
+    """
+    if not data:
+        raise Rejected("the file is empty")
+    if len(data) > limits.max_bytes:
+        raise Rejected(f"the file has {len(data)} bytes; at most {limits.max_bytes} are read")
+    name, reader = _reader_of(data)
+    try:
+        header = reader(data)
+    except (struct.error, IndexError):
+        raise Rejected(f"the {name} file is cut short") from None
+    if header.height < 1 or header.width < 1:
+        raise Rejected(f"the {name} image has no pixels: {header.width} x {header.height}")
+    if header.height * header.width > limits.max_pixels:
+        raise Rejected(
+            f"the {name} image is {header.width} x {header.height}; at most {limits.max_pixels} pixels are read"
+        )
+    return header
+
+
+def _reader_of(data: bytes) -> tuple[str, Callable[[bytes], Header]]:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", _jpeg
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG", _png
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP", _webp
+    if data.startswith(b"BM"):
+        return "BMP", _bmp
+    for offset, magic, what in _OTHER_FORMATS:
+        if data.startswith(magic, offset):
+            raise Rejected(f"{what}; only {READ_HERE}")
+    raise Rejected(f"not an image (begins with {data[:8]!r}); only {READ_HERE}")
+
+
+def _jpeg(data: bytes) -> Header:
+    """Segments up to the first scan; the entropy-coded rest must have an end."""
+    orientation, frame, kept = 1, None, [data[:2]]
+    for marker, start, end in _jpeg_segments(data):
+        body = data[start + 4 : end]
+        if marker == 0xE1 and body.startswith(b"Exif\0\0") and orientation == 1:
+            orientation = _exif_orientation(body[6:])
+        if marker in _JPEG_FRAMES:
+            if frame:
+                raise Rejected("the JPEG header is damaged: it describes two frames")
+            frame = _jpeg_frame(marker, body)
+        # JFIF's and Adobe's segments say what the colours mean.
+        if marker in (0xE0, _JPEG_ADOBE) or not (0xE0 <= marker <= 0xEF or marker == _JPEG_COMMENT):
+            kept.append(data[start:end])
+    if frame is None:
+        raise Rejected("the JPEG header is damaged: it describes no frame")
+    if data.find(b"\xff\xd9", end) < 0:
+        raise Rejected("the JPEG file is cut short: it has no end marker")
+    scans = data.count(b"\xff\xda", end) + 1
+    if scans > _JPEG_MAX_SCANS:
+        raise Rejected(f"a JPEG image in {scans} scans; at most {_JPEG_MAX_SCANS} are read")
+    return Header("JPEG", *frame, orientation, b"".join([*kept, data[end:]]))
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment; the scan's header is the last."""
+    position, marker = 2, None
+    while marker != _JPEG_SCAN:
+        if data[position] != 0xFF:
+            raise Rejected(f"the JPEG header is damaged: byte {position} is no marker")
+        while data[position + 1] == 0xFF:
+            position += 1
+        marker = data[position + 1]
+        if marker in (0, 1, _JPEG_END) or 0xD0 <= marker <= 0xD8:
+            raise Rejected(f"the JPEG header is damaged: marker {marker:#04x} at byte {position}")
+        end = position + 2 + struct.unpack_from(">H", data, position + 2)[0]
+        if end < position + 4:
+            raise Rejected(f"the JPEG header is damaged: the segment at byte {position} has no length")
+        yield marker, position, end
+        position = end
+
+
+def _jpeg_frame(marker: int, body: bytes) -> tuple[int, int]:
+    depth, height, width, components = struct.unpack_from(">BHHB", body)
+    if components == 4:
+        raise Rejected("a CMYK or YCCK JPEG image (4 components); save it as RGB")
+    if depth != 8:
+        raise Rejected(f"a {depth}-bit JPEG image; 8 bits are read")
+    if components not in (1, 3) or marker not in _JPEG_PROCESSES:
+        raise Rejected(f"a JPEG image of a kind that is not read (marker {marker:#04x}, {components} components)")
+    return height, width
+
+
+def _png(data: bytes) -> Header:
+    """Every chunk, each with the right checksum, from IHDR to IEND."""
+    kind, position, orientation, kept = None, 8, 1, [data[:8]]
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + length + 12
+        if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise Rejected(f"the PNG file is damaged: wrong checksum at byte {position}")
+        if (kind == b"IHDR") != (position == 8):
+            raise Rejected("the PNG file is damaged: its header is not in the first place")
+        if kind == b"acTL":
+            raise Rejected("an animated PNG image")
+        if kind == b"eXIf":
+            orientation = _exif_orientation(data[position + 8 : end - 4])
+        # A lower-case letter marks what can be left out.
+        if kind[:1].isupper():
+            kept.append(data[position:end])
+        position = end
+    width, height, depth = struct.unpack_from(">IIB", data, 16)
+    if depth > 8:
+        raise Rejected(f"a {depth}-bit PNG image; at most 8 bits are read")
+    return Header("PNG", height, width, orientation, b"".join(kept))
+
+
+def _webp(data: bytes) -> Header:
+    chunks: dict[bytes, bytes] = {}
+    for kind, body in _webp_chunks(data):
+        chunks.setdefault(kind, body)
+    extended = chunks.get(b"VP8X", b"\0")
+    if b"ANIM" in chunks or b"ANMF" in chunks or extended[0] & 0x02:
+        raise Rejected("an animated WebP image")
+    height, width = _webp_size(chunks)
+    orientation = _exif_orientation(chunks.get(b"EXIF", b"").removeprefix(b"Exif\0\0"))
+    return Header("WebP", height, width, orientation, data)
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    end = struct.unpack_from("<I", data, 4)[0] + 8
+    if end > len(data):
+        raise IndexError
+    position = 12
+    while position < end:
+        kind, length = struct.unpack_from("<4sI", data, position)
+        if position + 8 + length > end:
+            raise IndexError
+        yield kind, data[position + 8 : position + 8 + length]
+        position += 8 + length + length % 2
+
+
+def _webp_size(chunks: dict[bytes, bytes]) -> tuple[int, int]:
+    if b"VP8X" in chunks:
+        canvas = chunks[b"VP8X"]
+        return 1 + int.from_bytes(canvas[7:10], "little"), 1 + int.from_bytes(canvas[4:7], "little")
+    if b"VP8L" in chunks:
+        (bits,) = struct.unpack_from("<I", chunks[b"VP8L"], 1)
+        return 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
+    if b"VP8 " in chunks:
+        width, height = struct.unpack_from("<HH", chunks[b"VP8 "], 6)
+        return height & 0x3FFF, width & 0x3FFF
+    raise Rejected("the WebP file is damaged: it holds no image")
+
+
+def _bmp(data: bytes) -> Header:
+    offset, header_size = struct.unpack_from("<II", data, 10)
+    if header_size < 40:
+        raise Rejected(f"a BMP image of a kind that is not read (a header of {header_size} bytes)")
+    width, height, _, depth, compression = struct.unpack_from("<iiHHI", data, 18)
+    if depth not in (1, 4, 8, 24, 32) or compression not in (_BMP_UNCOMPRESSED, _BMP_BIT_FIELDS):
+        raise Rejected(f"a BMP image of a kind that is not read ({depth} bits, compression {compression})")
+    if offset < 14 + header_size:
+        raise Rejected("the BMP header is damaged: its pixels begin inside it")
+    # A negative height says that the rows go from top to bottom; each row fills whole words of 32 bits.
+    if offset + -(-width * depth // 32) * 4 * abs(height) > len(data):
+        raise IndexError
+    return Header("BMP", abs(height), width, 1, data)
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """1 to 8. Like viewers, takes damaged metadata for none: the image can still be whole."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", exif, entry)
+            if tag == _ORIENTATION:
+                return value if kind == _SHORT and 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
