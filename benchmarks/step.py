@@ -107,11 +107,12 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from megatron_cca.checkpoint.huggingface import export_checkpoint
     from megatron_cca.checkpoint.summary import summarize
     from megatron_cca.config import load_config
-    from megatron_cca.data.microbatches import BatchBuilder
-    from megatron_cca.data.shards import Sample, write_shards
+    from megatron_cca.data.shards import write_shards
+    from megatron_cca.data.token_files import Sample
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.process_groups import initialize_distributed
-    from megatron_cca.training.setup import build_chunks, open_shards
+    from megatron_cca.training.batches import open_data, training_batches
+    from megatron_cca.training.setup import build_chunks
 
     config = load_config(None, overrides)
     architecture = resolve_architecture(config.model)
@@ -125,14 +126,12 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
         for _ in range(shape["samples"])
     )
     write_shards(Path(config.data.path), samples, architecture.vocabulary, lambda text: [ord(c) for c in text])
-    size, micro = config.training.global_batch_size, config.training.micro_batch_size
-    options = (config.data.condition_dropout, config.training.seed, 1, architecture.max_position_embeddings)
-    batches = BatchBuilder(open_shards(config), True, size, micro, *options)
+    batches = training_batches(config, open_data(config), with_pairs=True)
     tensors = {}
     for step in range(steps):
         (rows,) = batches.build(step, 0, 1).microbatches
         parts = {"tokens": rows.tokens, "targets": rows.targets, "mask": rows.mask, "flags": rows.negative_is_positive}
-        tensors |= {f"{step}.{name}": tensor for name, tensor in parts.items()}
+        tensors |= {f"{step}.{name}": tensor.contiguous() for name, tensor in parts.items()}
     save_file(tensors, f"{folder}/batches.safetensors")
     initialize_distributed(config)
     (chunk,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
@@ -168,12 +167,13 @@ def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> 
     platform.install(device)
     from megatron_cca.config import load_config
     from megatron_cca.parallel.process_groups import initialize_distributed
-    from megatron_cca.training.setup import open_shards, set_up
+    from megatron_cca.training.batches import open_data
+    from megatron_cca.training.setup import set_up
     from megatron_cca.training.step import train_step
 
     config = load_config(None, overrides)
     initialize_distributed(config)
-    run = set_up(config, open_shards(config))
+    run = set_up(config, open_data(config))
     losses, seconds = [], []
     for _ in range(steps):
         platform.synchronize()

@@ -25,6 +25,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Blend = dict[str, PositiveFloat]
 
 _strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
@@ -95,10 +96,33 @@ class ReferenceConfig:
 class DataConfig:
     """Section ``data``."""
 
-    path: str = "digits"
-    """A folder of token shards. The word ``digits`` stands for scikit-learn's scans, tokenised on first use."""
+    path: str | Blend = "digits"
+    """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: shares of what a run
+    sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use."""
     condition_dropout: Probability = 0.1
     """Share of rows whose caption is emptied (the authors' ``uncond_ratio``)."""
+    length_bucketing: PositiveInt = 1
+    """Of so many steps the samples are sorted by length together, so that less is padded; 1 leaves them as drawn."""
+    pad_to_multiple_of: PositiveInt = 1
+    """Rows are padded to a multiple of this, so that few lengths occur."""
+    prefetch: PositiveInt = 2
+    """Steps that are read ahead."""
+
+
+@_strict
+class ValidationConfig:
+    """Section ``validation``: the objective on samples that are not trained on."""
+
+    interval: NonNegativeInt = 0
+    """Steps between validations; 0 is never."""
+    fraction: Probability = 0.0
+    """Share of every folder in ``data.path`` that is held out."""
+    path: str | Blend | None = None
+    """Shards of their own to validate on instead, spelled as ``data.path``."""
+    iters: PositiveInt | None = None
+    """Global batches of a validation; null is as many as one pass over the samples fills, at least one."""
+    seed: NonNegativeInt = 0
+    """Draws what is held out; the same samples for every run that has the same."""
 
 
 @_strict
@@ -162,6 +186,7 @@ class Config:
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
@@ -248,15 +273,17 @@ def _apply_override(tree: dict, override: str) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of a union such as `str | Blend` each branch that was tried has its say; the one that got farthest was meant.
+    first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {_suggestion(location)}"
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: expected keys below this section, found {first['input']!r}"
-    # A union such as `int | None` adds the branch it tried to the location; the user knows only section and key.
-    return f"{'.'.join(location[:2])}: {_lower_first(first['msg'])}, found {first['input']!r}"
+    # A union also adds the branch it tried to the location; the user knows only section, key, and what stands below.
+    return f"{'.'.join(location[:2] + location[3:])}: {_lower_first(first['msg'])}, found {first['input']!r}"
 
 
 def _suggestion(location: list[str]) -> str:

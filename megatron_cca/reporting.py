@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def reported_errors() -> Iterator[None]:
             time.sleep(_PEER_LOST_WAIT_SECONDS)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
         _leave(where + traceback.format_exc(), status=1)
+
+
+@contextmanager
+def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[None]:
+    """:func:`reported_errors` for a program that writes files: SIGTERM and SIGHUP end it as Ctrl-C does.
+
+    Args:
+        packages: top-level modules that may be missing.
+        extras: what installs them, such as "data,hf".
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    with reported_errors():
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if error.name not in packages:
+                raise
+            raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
+        except OSError as error:
+            raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
 
 
 def _leave(text: str, status: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.reporting import reported_errors
+from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
     from megatron_cca.checkpoint.huggingface import TensorComparison
@@ -34,18 +33,8 @@ _LAYOUT_HELP = "refuse a model that cannot be split so; the output itself loads 
 def main() -> None:
     """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
     arguments = _parser().parse_args()
-    # As Ctrl-C does, so that what is half-written goes.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    with reported_errors():
-        try:
-            status = arguments.run(arguments)
-        except ModuleNotFoundError as error:
-            if error.name not in ("safetensors", "transformers"):
-                raise
-            raise UserError(f"{error.name} is not installed; pip install -e '.[hf]'") from None
-        except OSError as error:
-            raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
+    with reported_tool_errors(("safetensors", "transformers"), "hf"):
+        status = arguments.run(arguments)
     sys.exit(status)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
+from megatron_cca.data.manifest import FILE_NAME as MANIFEST
+from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.shards import Sample, write_shards
+from megatron_cca.data.shards import write_shards
 from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import train_tokenizer
+from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
 
@@ -57,9 +61,21 @@ def ensure_digit_shards(folder: Path = DEFAULT_FOLDER) -> Path:
     """Tokenise the training split into ``folder`` unless that was done before; safe to call from many processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if _is_of_an_earlier_version(folder):
+            shutil.rmtree(folder)
         if not folder.exists():
             _tokenize(folder)
     return folder
+
+
+def _is_of_an_earlier_version(folder: Path) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        read_manifest(folder)
+    except UserError:
+        return True
+    return False
 
 
 def _tokenize(folder: Path) -> None:
@@ -76,7 +92,7 @@ def _tokenize(folder: Path) -> None:
 
     phrasings = np.random.default_rng(0).integers(len(PHRASINGS), size=len(train.labels))
     samples = (
-        Sample(codes, np.array(encode_text(captions_of(label)[phrasing])), int(label))
+        Sample(codes, np.array(encode_text(captions_of(label)[phrasing])), f"digit {label}")
         for codes, label, phrasing in zip(codebook.encode(train.images), train.labels, phrasings, strict=True)
     )
     write_shards(folder, samples, tiny_vocabulary(), encode_text, write_extras)

@@ -1,4 +1,4 @@
-"""From a step number to the token tensors of this data-parallel rank's microbatches."""
+"""From a step number to the token tensors of a data-parallel rank's microbatches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cca.data.pairing import GlobalBatch, global_batch
-from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.pairing import GlobalBatch, Pairing
+from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.grammar import image_ids, prompt_ids, sequence_length
+from megatron_cca.models.emu3.grammar import (
+    image_length,
+    is_visual,
+    prompt_length,
+    write_image_ids,
+    write_prompt_ids,
+)
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 
-_NO_CAPTION = np.empty(0, dtype=np.int64)
+_NO_CAPTION = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -21,20 +28,16 @@ class Microbatch:
     """Rows of one forward pass. With pairs, the first half of the rows is positive and the second negative.
 
     Attributes:
-        tokens: int64 ``[R, S]``.
+        tokens: int64 ``[R, S]``; None on a rank that needs none, as is all but the flags.
         targets: int64 ``[R, S]``, the next token.
         mask: bool ``[R, S]``, true where the target is an image token.
         negative_is_positive: bool ``[R / 2]``, or ``[R]`` without pairs.
     """
 
-    tokens: Tensor
-    targets: Tensor
-    mask: Tensor
+    tokens: Tensor | None
+    targets: Tensor | None
+    mask: Tensor | None
     negative_is_positive: Tensor
-
-    def to(self, device: torch.device) -> Microbatch:
-        """The same microbatch on another device."""
-        return Microbatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -55,102 +58,144 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """Everything about a step but its tokens; cheap, and the same on every rank.
+
+    Attributes:
+        batch: the rows.
+        prompt_lengths: int64 ``[1 or 2, B]``, ids up to and including IMG, positives first.
+        image_lengths: int64 ``[B]``, ids after it.
+        num_visual: int64 ``[B]``, visual tokens among those.
+        seq_length: S.
+    """
+
+    batch: GlobalBatch
+    prompt_lengths: np.ndarray
+    image_lengths: np.ndarray
+    num_visual: np.ndarray
+    seq_length: int
+
+
+@dataclass(frozen=True)
 class BatchBuilder:
     """Builds the batches of a run.
 
     Attributes:
-        shards: the data.
+        data: the tokens.
+        pairing: which samples and conditions a step has.
         with_pairs: whether each sample becomes a positive and a negative row.
-        global_batch_size, micro_batch_size: in samples.
-        condition_dropout: probability of an emptied caption.
-        seed: of the run.
-        sequence_multiple: S is a multiple of this, so that ranks can share a sequence equally.
+        micro_batch_size: in samples.
+        sequence_multiple: S is a multiple of this, so that ranks can share a sequence equally, and few lengths occur.
         max_sequence_length: the model's limit.
     """
 
-    shards: TokenShards
+    data: TokenData
+    pairing: Pairing
     with_pairs: bool
-    global_batch_size: int
     micro_batch_size: int
-    condition_dropout: float
-    seed: int
     sequence_multiple: int
     max_sequence_length: int
 
-    def pairing(self, step: int) -> GlobalBatch:
-        """The step's global batch."""
-        return global_batch(
-            num_samples=len(self.shards),
-            condition_ids=self.shards.condition_ids,
-            global_batch_size=self.global_batch_size,
-            condition_dropout=self.condition_dropout,
-            seed=self.seed,
-            step=step,
-        )
+    @property
+    def rows_per_microbatch(self) -> int:
+        """R."""
+        return self.micro_batch_size * (2 if self.with_pairs else 1)
 
-    def build(self, step: int, data_parallel_rank: int, data_parallel_size: int) -> StepBatch:
-        """The microbatches of a rank.
+    def rows_per_rank(self, data_parallel_size: int) -> int:
+        """Rows of all microbatches of a rank."""
+        per_rank = self.pairing.global_batch_size // data_parallel_size
+        return per_rank * (2 if self.with_pairs else 1)
+
+    def plan(self, step: int) -> StepPlan:
+        """What a step consists of.
 
         Raises:
             UserError: a sample longer than the model's positions; names the sample.
         """
-        batch = self.pairing(step)
-        lengths = self._row_lengths(batch)
-        multiple = self.sequence_multiple
+        batch = self.pairing.at(step)
+        table = self.data.rows(batch.sample_ids)
+        captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
+        caption_lengths = np.where(batch.condition_dropped, 0, np.stack(captions))
+        samples = zip(batch.sample_ids.tolist(), map(tuple, table["grid"].tolist()), strict=True)
+        words = np.array([len(self.data.meta_words(sample, grid)) for sample, grid in samples])
+        frames, heights, widths = table["grid"].astype(np.int64).T
+        prompts, images = prompt_length(caption_lengths, words), image_length(frames, heights, widths)
+        return StepPlan(batch, prompts, images, frames * heights * widths, self._seq_length(batch, prompts + images))
+
+    def sequences(self, plan: StepPlan, data_parallel_rank: int, data_parallel_size: int) -> np.ndarray:
+        """The token ids of a rank's rows, microbatch by microbatch: int32 ``[rows_per_rank, S + 1]``, right-padded.
+
+        Raises:
+            UserError: a damaged sample; names it.
+        """
+        per_rank = self.pairing.global_batch_size // data_parallel_size
+        shape = (per_rank // self.micro_batch_size, -1, self.micro_batch_size, plan.seq_length + 1)
+        ids = np.full(
+            (self.rows_per_rank(data_parallel_size), plan.seq_length + 1), self.data.vocabulary.pad, dtype=np.int32
+        )
+        # [microbatch, positive or negative, sample, position]
+        view = ids.reshape(shape)
+        for index in range(per_rank):
+            place = divmod(index, self.micro_batch_size)
+            self._write_sample(view[place[0], :, place[1]], plan, per_rank * data_parallel_rank + index)
+        return ids
+
+    def assemble(self, plan: StepPlan, ids: Tensor | None, rank: int, size: int, device: torch.device) -> StepBatch:
+        """The batch of a data-parallel rank (``rank`` of ``size``).
+
+        Args:
+            plan: of the step.
+            ids: its :meth:`sequences`, as int64 and on the device; None where the tokens are not needed.
+            rank, size: the data-parallel rank and how many there are.
+            device: where everything else goes.
+        """
+        flags = torch.from_numpy(plan.batch.negative_is_positive).chunk(size)[rank].to(device)
+        flags_by_microbatch = flags.split(self.micro_batch_size)
+        rows = [None] * len(flags_by_microbatch) if ids is None else ids.split(self.rows_per_microbatch)
+        return StepBatch(
+            [_microbatch(self.data.vocabulary, *parts) for parts in zip(rows, flags_by_microbatch, strict=True)],
+            plan.seq_length,
+            mean_num_tokens=float(plan.num_visual.mean()),
+            num_tokens=int((plan.prompt_lengths + plan.image_lengths - 1).sum()),
+        )
+
+    def build(self, step: int, data_parallel_rank: int, data_parallel_size: int) -> StepBatch:
+        """The microbatches of a rank, on the CPU, at once."""
+        plan, place = self.plan(step), (data_parallel_rank, data_parallel_size)
+        ids = torch.from_numpy(self.sequences(plan, *place)).long()
+        return self.assemble(plan, ids, *place, torch.device("cpu"))
+
+    def _caption_ids(self, batch: GlobalBatch) -> list[np.ndarray]:
+        return [batch.sample_ids, batch.negative_ids] if self.with_pairs else [batch.sample_ids]
+
+    def _seq_length(self, batch: GlobalBatch, lengths: np.ndarray) -> int:
         # A token is not an input of its own prediction, hence one less.
-        seq_length = -(-(int(lengths.max()) - 1) // multiple) * multiple
+        seq_length = -(-(int(lengths.max()) - 1) // self.sequence_multiple) * self.sequence_multiple
         if seq_length > self.max_sequence_length:
-            longest = int(batch.sample_ids[int(lengths.max(axis=0).argmax())])
+            longest = self.data.describe(int(batch.sample_ids[int(lengths.max(axis=0).argmax())]))
             raise UserError(
-                f"data.path: sample {longest} needs {seq_length} positions, model.max_position_embeddings is "
+                f"data.path: {longest} needs {seq_length} positions, model.max_position_embeddings is "
                 f"{self.max_sequence_length}; shorten its caption or image, or raise it"
             )
-        grids = self.shards.grids[batch.sample_ids].astype(np.int64)
-        per_rank = self.global_batch_size // data_parallel_size
-        first = per_rank * data_parallel_rank
-        return StepBatch(
-            microbatches=[
-                self._microbatch(batch, slice(start, start + self.micro_batch_size), seq_length)
-                for start in range(first, first + per_rank, self.micro_batch_size)
-            ],
-            seq_length=seq_length,
-            mean_num_tokens=float(grids.prod(axis=1).mean()),
-            num_tokens=int((lengths - 1).sum()),
-        )
+        return seq_length
 
-    def _row_lengths(self, batch: GlobalBatch) -> np.ndarray:
-        """int64 ``[1 or 2, B]``: the length of each row's sequence, positives first."""
-        captions = [batch.sample_ids] + ([batch.negative_ids] if self.with_pairs else [])
-        caption_lengths = np.stack([self.shards.caption_lengths[ids] for ids in captions]).astype(np.int64)
-        caption_lengths[:, batch.condition_dropped] = 0
-        heights, widths = self.shards.grids[batch.sample_ids].astype(np.int64).T
-        words = np.array([len(self.shards.grid_words(sample)) for sample in batch.sample_ids])
-        return sequence_length(caption_lengths, words, heights, widths)
+    def _write_sample(self, ids: np.ndarray, plan: StepPlan, row: int) -> None:
+        """Into int32 ``[1 or 2, S + 1]``; each row keeps its own grid whatever caption it is given."""
+        sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
+        codes = self.data.codes(sample)
+        words = self.data.meta_words(sample, codes.shape)
+        starts, length = plan.prompt_lengths[:, row].tolist(), int(plan.image_lengths[row])
+        image = ids[0, starts[0] : starts[0] + length]
+        write_image_ids(image, vocabulary, codes)
+        for target, captions, start in zip(ids, self._caption_ids(plan.batch), starts, strict=True):
+            dropped = plan.batch.condition_dropped[row]
+            caption = _NO_CAPTION if dropped else self.data.caption(int(captions[row]))
+            write_prompt_ids(target[:start], vocabulary, caption, words)
+            target[start : start + length] = image
 
-    def _microbatch(self, batch: GlobalBatch, rows: slice, seq_length: int) -> Microbatch:
-        captions = [batch.sample_ids] + ([batch.negative_ids] if self.with_pairs else [])
-        sequences = [
-            self._sequence(sample, None if dropped else caption)
-            for ids in captions
-            for sample, caption, dropped in zip(
-                batch.sample_ids[rows], ids[rows], batch.condition_dropped[rows], strict=True
-            )
-        ]
-        tokens = np.full((len(sequences), seq_length + 1), self.shards.vocabulary.pad, dtype=np.int64)
-        mask = np.zeros((len(sequences), seq_length + 1), dtype=bool)
-        for row, (ids, is_image) in enumerate(sequences):
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = is_image
-        return Microbatch(
-            tokens=torch.from_numpy(tokens[:, :-1].copy()),
-            targets=torch.from_numpy(tokens[:, 1:].copy()),
-            mask=torch.from_numpy(mask[:, 1:].copy()),
-            negative_is_positive=torch.from_numpy(batch.negative_is_positive[rows].copy()),
-        )
 
-    def _sequence(self, sample: int, caption_of: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and image mask of one row; the row keeps its own grid whatever caption it is given."""
-        caption = _NO_CAPTION if caption_of is None else self.shards.caption(caption_of)
-        prompt = prompt_ids(self.shards.vocabulary, caption, self.shards.grid_words(sample))
-        image, is_visual = image_ids(self.shards.vocabulary, self.shards.codes(sample))
-        return np.concatenate([prompt, image]), np.concatenate([np.zeros(len(prompt), dtype=bool), is_visual])
+def _microbatch(vocabulary: Emu3Vocabulary, ids: Tensor | None, flags: Tensor) -> Microbatch:
+    if ids is None:
+        return Microbatch(None, None, None, flags)
+    targets = ids[:, 1:]
+    return Microbatch(ids[:, :-1], targets, is_visual(vocabulary, targets), flags)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-# Keeps the streams of one (seed, step) apart.
-_PERMUTATION, _DROPOUT = 0, 1
+from megatron_cca.data.sample_order import SampleOrder
+
+# Keeps the streams of one (seed, step) apart, and from those of data/sample_order.py.
+_DROPOUT, _BUCKETS = 1, 4
+
+RowsOf = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class GlobalBatch:
         sample_ids: int64; the sample whose image (and own caption) the row holds.
         negative_ids: int64; the sample whose caption is the row's negative condition.
         condition_dropped: bool; both conditions of the row are the empty caption.
-        negative_is_positive: bool; the row has no true negative: its condition was dropped, or the whole batch has
-            one condition.
+        negative_is_positive: bool; the row has no true negative: its condition was dropped, or no other condition
+            stands in the whole batch.
     """
 
     sample_ids: np.ndarray
@@ -34,68 +37,75 @@ class GlobalBatch:
     negative_is_positive: np.ndarray
 
 
-def global_batch(
-    *,
-    num_samples: int,
-    condition_ids: Callable[[np.ndarray], np.ndarray],
-    global_batch_size: int,
-    condition_dropout: float,
-    seed: int,
-    step: int,
-) -> GlobalBatch:
-    """Draw the batch of a step.
+@dataclass(frozen=True)
+class Pairing:
+    """How the global batches of a run are drawn.
 
-    Args:
-        num_samples: size of the data set.
-        condition_ids: maps sample ids ``[B]`` to integers that are equal where conditions are the same.
+    Attributes:
+        order: the stream of samples.
+        rows: maps sample ids ``[B]`` to their rows in the data's table (:data:`megatron_cca.data.token_files.SAMPLE`).
         global_batch_size: B.
         condition_dropout: probability that a row's condition is dropped.
+        length_bucketing: of so many steps the samples are sorted by length together, so that less is padded; 1 is off.
         seed: of the run.
-        step: counts from 0.
     """
-    samples = sample_ids(num_samples, global_batch_size, seed, step)
-    negative_rows, has_negative = rolled_negatives(condition_ids(samples))
-    dropped = np.random.default_rng((seed, _DROPOUT, step)).random(global_batch_size) < condition_dropout
-    return GlobalBatch(
-        sample_ids=samples,
-        negative_ids=samples[negative_rows],
-        condition_dropped=dropped,
-        negative_is_positive=dropped | ~has_negative,
-    )
+
+    order: SampleOrder
+    rows: RowsOf
+    global_batch_size: int
+    condition_dropout: float
+    seed: int
+    length_bucketing: int = 1
+
+    def at(self, step: int) -> GlobalBatch:
+        """The batch of a step, which counts from 0."""
+        samples = self._samples(step)
+        table = self.rows(samples)
+        negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"])
+        draws = np.random.default_rng((self.seed, _DROPOUT, step)).random(self.global_batch_size)
+        dropped = draws < self.condition_dropout
+        return GlobalBatch(samples, samples[negative_rows], dropped, dropped | ~has_negative)
+
+    def _samples(self, step: int) -> np.ndarray:
+        size, steps = self.global_batch_size, self.length_bucketing
+        if steps == 1:
+            return self.order.at(np.arange(step * size, (step + 1) * size))
+        window, turn = divmod(step, steps)
+        samples = self.order.at(np.arange(window * steps * size, (window + 1) * steps * size))
+        by_length = np.argsort(_lengths(self.rows(samples)), kind="stable")
+        # Not from short to long: which lengths a step has is drawn anew in every window.
+        bucket = np.random.default_rng((self.seed, _BUCKETS, window)).permutation(steps)[turn]
+        # In the stream's order, so that neighbours, whose captions serve as negatives, are not alike in length.
+        return samples[np.sort(by_length[bucket * size : (bucket + 1) * size])]
 
 
-def sample_ids(num_samples: int, global_batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The samples of a step: a full permutation per epoch, epochs laid end to end; int64 ``[B]``."""
-    positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-    epochs, offsets = np.divmod(positions, num_samples)
-    samples = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        samples[here] = _epoch_permutation(num_samples, seed, int(epoch))[offsets[here]]
-    return samples
+def _lengths(table: np.ndarray) -> np.ndarray:
+    return table["grid"].prod(axis=1, dtype=np.int64) + table["caption_length"]
 
 
-@lru_cache(maxsize=2)
-def _epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, _PERMUTATION, epoch)).permutation(num_samples)
-
-
-def rolled_negatives(conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's negative: the conditions rolled by one, moving on past those equal to the row's own.
+def rolled_negatives(*conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's negative: the rows rolled by one, moving on past those of the row's own condition.
 
     A roll, not a random permutation: a permutation has fixed points, which bias small batches.
 
     Args:
-        conditions: int ``[B]``, equal where conditions are the same.
+        conditions: arrays ``[B]``; two rows have the same condition if they are equal in any of these.
 
     Returns:
-        int64 ``[B]``, the row whose condition is the negative, and bool ``[B]``, whether there is a different one.
+        int64 ``[B]``, the row whose condition is the negative, and bool ``[B]``, whether there is a different one;
+        where there is none, the negative is the row before.
     """
-    size = len(conditions)
-    twice = np.concatenate([conditions, conditions])
-    # Row i takes the last row before it with another condition: the one in front of its run of equal conditions.
-    starts_run = np.ones(2 * size, dtype=bool)
-    starts_run[1:] = twice[1:] != twice[:-1]
-    run_start = np.maximum.accumulate(np.where(starts_run, np.arange(2 * size), 0))[size:]
-    has_negative = np.full(size, bool((conditions != conditions[0]).any()))
-    return np.where(has_negative, (run_start - 1) % size, np.arange(size) - 1) % size, has_negative
+    size = len(conditions[0])
+    rows = np.arange(size)
+    negatives = (rows - 1) % size
+    open_rows = rows
+    for back in range(1, size + 1):
+        candidates = (open_rows - back) % size
+        same = np.logical_or.reduce([ids[candidates] == ids[open_rows] for ids in conditions])
+        negatives[open_rows[~same]] = candidates[~same]
+        open_rows = open_rows[same]
+        if not len(open_rows):
+            break
+    has_negative = np.ones(size, dtype=bool)
+    has_negative[open_rows] = False
+    return negatives, has_negative

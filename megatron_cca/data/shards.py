@@ -1,42 +1,36 @@
-"""A folder of token shards: VQ codes and caption tokens in Megatron's indexed format, with a manifest.
+"""A folder of token shards: written once, then read at random through memory maps, each sample's checksum checked.
 
-codes.bin codes.idx        visual codes, uint16, one sequence of H * W a sample
-captions.bin captions.idx  caption tokens, int32
-grids.npy                  int32 [N, 2], height and width of the code grid
-condition_ids.npy          int64 [N], equal where two samples have the same condition (optional)
+codes.* captions.* samples.npy   the tokens, see :mod:`megatron_cca.data.token_files`
 tokenizer.json codebook.npy ...  what is needed to read the tokens back
-manifest.json              counts, vocabulary fingerprint, grid sizes in words, size and sha256 of every file
+skipped.jsonl                    what was left out when it was tokenised, and why
+manifest.json                    counts, fingerprints, the words for each grid, size and sha256 of every file
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.grammar import grid_text
+from megatron_cca.data.manifest import (
+    FILE_NAME,
+    check_files,
+    fingerprint,
+    grid_key,
+    meta_words,
+    read_manifest,
+    write_manifest,
+)
+from megatron_cca.data.token_files import SAMPLE, TABLE, Sample, TokenWriter, checksum, join_token_files
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models.emu3.grammar import meta_text
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One tokenised image: ``codes`` int ``[H, W]``, ``caption`` int ``[T]``, and an optional condition id."""
-
-    codes: np.ndarray
-    caption: np.ndarray
-    condition_id: int | None = None
+DEFAULT_KEY = "data.path"
 
 
 def write_shards(
@@ -58,149 +52,155 @@ def write_shards(
     Raises:
         UserError: a code or caption token outside the vocabulary; names the sample.
     """
+
+    def write_tokens(partial: Path) -> None:
+        with TokenWriter(partial, vocabulary) as writer:
+            for sample in samples:
+                writer.add(sample)
+        write_extras(partial)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        grids = _write_tokens(partial, samples, vocabulary)
+    _write_folder(folder, partial, write_tokens, vocabulary, encode_text, {})
+
+
+def merge_shards(
+    folder: Path,
+    parts: Sequence[Path],
+    vocabulary: Emu3Vocabulary,
+    encode_text: Callable[[str], list[int]],
+    write_extras: Callable[[Path], None],
+    facts: dict,
+    aside: Path,
+    clip_template: str | None = None,
+) -> None:
+    """Write a shard folder out of the token files of parts, in their order; it appears only when it is whole.
+
+    Args:
+        folder, vocabulary, encode_text, write_extras: as for :func:`write_shards`.
+        parts: folders written by :class:`TokenWriter`.
+        facts: further entries of the manifest.
+        aside: a folder on the same disk to write in until then; it must not exist.
+        clip_template: the meta text of clips, see :func:`megatron_cca.models.emu3.grammar.meta_text`.
+    """
+
+    def write_tokens(partial: Path) -> None:
+        join_token_files(partial, parts)
         write_extras(partial)
-        _write_manifest(partial, grids, vocabulary, encode_text)
+
+    aside.mkdir()
+    _write_folder(folder, aside, write_tokens, vocabulary, encode_text, facts, clip_template)
+
+
+def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
+    try:
+        write_tokens(partial)
+        grids = np.load(partial / TABLE, allow_pickle=False)["grid"]
+        contents = {
+            "num_samples": len(grids),
+            "vocabulary": vocabulary.fingerprint(),
+            "meta_words": _meta_words(grids, encode_text, clip_template),
+            **facts,
+        }
+        write_manifest(partial, contents)
         partial.chmod(0o755)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_tokens(index: int, sample: Sample, vocabulary: Emu3Vocabulary) -> None:
-    for what, tokens, size, of in (
-        ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
-        ("caption token", sample.caption, vocabulary.text_size, "text vocabulary"),
-    ):
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
-            wrong = tokens.max() if tokens.max() >= size else tokens.min()
-            raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
-
-
-def _write_tokens(folder: Path, samples: Iterable[Sample], vocabulary: Emu3Vocabulary) -> np.ndarray:
-    codes = IndexedDatasetBuilder(str(folder / "codes.bin"), dtype=np.uint16)
-    captions = IndexedDatasetBuilder(str(folder / "captions.bin"), dtype=np.int32)
-    grids, condition_ids = [], []
-    for index, sample in enumerate(samples):
-        _check_tokens(index, sample, vocabulary)
-        for builder, tokens in ((codes, sample.codes), (captions, sample.caption)):
-            builder.add_item(torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64).reshape(-1)))
-            builder.end_document()
-        grids.append(sample.codes.shape)
-        condition_ids.append(sample.condition_id)
-    codes.finalize(str(folder / "codes.idx"))
-    captions.finalize(str(folder / "captions.idx"))
-    grid_array = np.array(grids, dtype=np.int32).reshape(-1, 2)
-    np.save(folder / "grids.npy", grid_array)
-    if condition_ids and all(condition is not None for condition in condition_ids):
-        np.save(folder / "condition_ids.npy", np.array(condition_ids, dtype=np.int64))
-    return grid_array
-
-
-def _write_manifest(folder: Path, grids: np.ndarray, vocabulary: Emu3Vocabulary, encode_text) -> None:
-    words = {grid_text(*grid): encode_text(grid_text(*grid)) for grid in np.unique(grids, axis=0).tolist()}
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "num_samples": len(grids),
-        "vocabulary": vocabulary.fingerprint(),
-        "grid_words": words,
-        "files": files,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _meta_words(grids: np.ndarray, encode_text: Callable[[str], list[int]], clip_template: str | None) -> dict:
+    texts = {grid_key(grid): meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
+    return {key: encode_text(text) for key, text in texts.items() if text is not None}
 
 
 class TokenShards:
     """Random access to a shard folder, memory-mapped.
 
+    Args:
+        folder: what :func:`write_shards` wrote.
+        vocabulary: the model's.
+        key: the option that named the folder, for messages.
+
     Raises:
-        UserError: a missing folder or file, a truncated file, another vocabulary, no samples; names the file.
+        UserError: a missing folder or file, a truncated or changed one, another vocabulary, no samples; names the file.
     """
 
-    def __init__(self, folder: str | Path, vocabulary: Emu3Vocabulary) -> None:
+    def __init__(self, folder: str | Path, vocabulary: Emu3Vocabulary, key: str = DEFAULT_KEY) -> None:
         self.folder = Path(folder)
         self.vocabulary = vocabulary
-        self.manifest = self._checked_manifest()
+        self._key = key
+        with said_of(key):
+            self.manifest = read_manifest(self.folder)
+            self._check_vocabulary()
+            self._check_meta_words()
+            check_files(self.folder, self.manifest)
+            if len(self) < 1:
+                raise UserError(f"{self.folder} holds no samples")
+            self.table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+            if self.table.dtype != SAMPLE or self.table.shape != (len(self),):
+                raise UserError(f"{self.folder / TABLE} does not hold {len(self)} samples, as the manifest says")
+            if not self.table["caption_length"].any():
+                raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
         self._codes = IndexedDataset(str(self.folder / "codes"))
         self._captions = IndexedDataset(str(self.folder / "captions"))
-        self.grids = np.load(self.folder / "grids.npy", allow_pickle=False)
-        self.caption_lengths = self._captions.sequence_lengths
-        named = self.folder / "condition_ids.npy"
-        self._condition_ids = np.load(named, allow_pickle=False) if named.name in self.manifest["files"] else None
-        self._check_lengths()
 
     def __len__(self) -> int:
         return self.manifest["num_samples"]
 
     def codes(self, sample: int) -> np.ndarray:
-        """Codebook indices, uint16 ``[H, W]``."""
-        return self._codes[int(sample)].reshape(self.grids[sample])
+        """Codebook indices, uint16 ``[T, H, W]``.
+
+        Raises:
+            UserError: they are not what was written; names file and sample.
+        """
+        row = self.table[sample]
+        return self._checked(self._codes, "codes", sample, row["codes"]).reshape(row["grid"])
 
     def caption(self, sample: int) -> np.ndarray:
-        """Caption tokens, int32 ``[T]``."""
-        return self._captions[int(sample)]
+        """Caption tokens, int32 ``[C]``; raises as :meth:`codes` does."""
+        return self._checked(self._captions, "captions", sample, self.table[sample]["caption"])
 
-    def grid_words(self, sample: int) -> list[int]:
-        """The tokens of "H*W"."""
-        return self.manifest["grid_words"][grid_text(*self.grids[sample].tolist())]
+    def _checked(self, tokens: IndexedDataset, name: str, sample: int, expected: np.uint64) -> np.ndarray:
+        # A copy: Megatron's reader unmaps the file under its arrays when it goes.
+        found = tokens[int(sample)].copy()
+        if checksum(found) != expected:
+            raise UserError(
+                f"{self._key}: {self.folder / name}.bin: sample {sample} is not what was written (its checksum "
+                "differs); the file is damaged, tokenize the data again"
+            )
+        return found
 
-    def condition_ids(self, samples: np.ndarray) -> np.ndarray:
-        """int64 ``[B]``, equal where conditions are the same: the data's own ids, else a hash of the caption."""
-        if self._condition_ids is not None:
-            return self._condition_ids[samples]
-        digests = (hashlib.blake2b(self.caption(sample).tobytes(), digest_size=8).digest() for sample in samples)
-        return np.array([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=np.int64)
+    def meta_words(self, grid: tuple[int, int, int]) -> np.ndarray:
+        """The tokens between BOI and IMG for a grid ``(T, H, W)`` of this data, int32 ``[G]``.
+
+        Raises:
+            UserError: a clip, and nobody said what stands there.
+        """
+        if grid not in self._meta_words:
+            raise UserError(
+                f"{self._key}: {self.folder} holds clips ({grid_key(grid)} codes), and Emu3's authors have not "
+                "published what stands between BOI and IMG of one; tokenize them with --clip-meta, or train on images"
+            )
+        return self._meta_words[grid]
 
     def fingerprint(self) -> str:
         """A short hash of the manifest, which holds the hash of every file."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(self.manifest)
 
-    def _checked_manifest(self) -> dict:
-        path = self.folder / MANIFEST
-        if not path.is_file():
-            raise UserError(f"data.path: {path} is missing; give a folder of token shards, or the word digits")
-        try:
-            manifest = json.loads(path.read_text())
-            version, expected = manifest["format_version"], manifest["files"]
-            fingerprint, num_samples = manifest["vocabulary"], manifest["num_samples"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"data.path: {path} is not a shard manifest ({error}); tokenize the data again") from None
-        if version != FORMAT_VERSION:
-            raise UserError(f"data.path: {path} has format_version {version}; this program reads {FORMAT_VERSION}")
-        if fingerprint != self.vocabulary.fingerprint():
-            raise UserError(
-                f"data.path: {self.folder} was tokenized for another vocabulary ({fingerprint}) than the model's "
-                f"({self.vocabulary.fingerprint()}); tokenize it again for this model"
-            )
-        if num_samples < 1:
-            raise UserError(f"data.path: {self.folder} holds no samples")
-        self._check_sizes(expected)
-        return manifest
-
-    def _check_sizes(self, files: dict) -> None:
-        for name, recorded in files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise UserError(f"data.path: {path} is missing; tokenize the data again")
-            if path.stat().st_size != recorded["bytes"]:
+    def _check_meta_words(self) -> None:
+        self._meta_words = meta_words(self.manifest)
+        for words in self._meta_words.values():
+            if (words >= self.vocabulary.text_size).any():
                 raise UserError(
-                    f"data.path: {path} has {path.stat().st_size} bytes instead of {recorded['bytes']}: it is "
-                    "truncated or was changed; tokenize the data again"
+                    f"{self.folder / FILE_NAME}: meta_words has token {words.max()}, the text vocabulary is "
+                    f"{self.vocabulary.text_size}; tokenize the data again"
                 )
 
-    def _check_lengths(self) -> None:
-        for name, count in (
-            ("codes.idx", len(self._codes)),
-            ("captions.idx", len(self._captions)),
-            ("grids.npy", len(self.grids)),
-        ):
-            if count != len(self):
-                raise UserError(f"data.path: {self.folder / name} has {count} samples, the manifest {len(self)}")
+    def _check_vocabulary(self) -> None:
+        theirs, ours = self.manifest["vocabulary"], self.vocabulary.fingerprint()
+        if theirs != ours:
+            raise UserError(
+                f"{self.folder} was tokenized for another vocabulary ({theirs}) than the model's ({ours}); tokenize it "
+                "again for this model"
+            )

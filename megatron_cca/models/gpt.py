@@ -116,8 +116,10 @@ def _build_chunk(
     return Float16Module(config, gpt) if config.bf16 else gpt
 
 
-def image_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: int) -> Tensor:
-    """One forward pass of a model chunk.
+def image_logps(
+    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: int
+) -> Tensor:
+    """One forward pass of a model chunk. Chunks with neither the first nor the last layers need no tokens.
 
     Args:
         model: a chunk from :func:`build_gpt`, bare or wrapped in DDP.
@@ -130,6 +132,8 @@ def image_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: T
         On the last chunk of the pipeline the log-probability of each row's image tokens, float32 ``[B]``, the same on
         all tensor- and context-parallel ranks; on earlier chunks the hidden states that Megatron's schedule sends on.
     """
+    if tokens is None:
+        return model(None, None, None)
     tokens, targets, mask = _on_this_context_rank(tokens, targets, mask)
     # Rotary positions are the index in the whole sequence, whatever these say; Megatron wants the argument.
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)

@@ -19,7 +19,14 @@ OUTPUT = "training.output_dir"
 
 # A resumed run must not differ in these; layout, logging and the number of steps may.
 _FIXED_SECTIONS = ("model", "objective", "reference", "data")
-_FIXED_KEYS = (("training", "seed"), ("training", "global_batch_size"), ("training", "precision"))
+_FIXED_KEYS = (
+    ("training", "seed"),
+    ("training", "global_batch_size"),
+    ("training", "precision"),
+    ("validation", "fraction"),
+    ("validation", "seed"),
+)
+_FREE_KEYS = {("data", "prefetch"), ("data", "pad_to_multiple_of")}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -34,6 +41,7 @@ def check_run(config: Config, world_size: int) -> None:
     _check_batch(config, data_parallel)
     _check_interleaving(config, data_parallel)
     _check_schedule(config)
+    _check_validation(config)
     if config.objective.name != "next_token":
         for key in ("hidden_dropout", "attention_dropout"):
             if getattr(config.model, key) > 0:
@@ -97,6 +105,20 @@ def _check_schedule(config: Config) -> None:
         raise UserError(f"optimizer.min_lr: {optimizer.min_lr} is more than optimizer.lr {optimizer.lr}")
 
 
+def _check_validation(config: Config) -> None:
+    validation = config.validation
+    for key, path in (("data.path", config.data.path), ("validation.path", validation.path)):
+        if path == {}:
+            raise UserError(f"{key}: names no folder; give one, or several with their weights")
+    if validation.interval and not validation.fraction and validation.path is None:
+        raise UserError(
+            f"validation.interval: {validation.interval}, but nothing to validate on; set validation.fraction (such as "
+            "0.02) or validation.path"
+        )
+    if validation.fraction and validation.path is not None:
+        raise UserError("validation.fraction: of no use beside validation.path; leave one of them out")
+
+
 def _check_weights(config: Config, path: str, key: str) -> None:
     folder = layout.resolve(path, key)
     ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
@@ -114,6 +136,8 @@ def _check_resume(config: Config) -> None:
     ours, theirs = asdict(explicit(config)), asdict(saved_config(folder, OUTPUT))
     keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
     for section, name in [*keys, *_FIXED_KEYS]:
+        if (section, name) in _FREE_KEYS:
+            continue
         if ours[section][name] != theirs[section][name]:
             raise UserError(
                 f"{section}.{name}: {ours[section][name]!r}, but the run in {config.training.output_dir} was started "

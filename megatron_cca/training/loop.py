@@ -12,26 +12,32 @@ from megatron_cca import platform
 from megatron_cca.checkpoint import distributed
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import Config, config_to_dict
-from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.batches import RunData
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.setup import Run, set_up
-from megatron_cca.training.step import StepReport, train_step
+from megatron_cca.training.step import StepReport, train_step, validate
 
 
-def train(config: Config, shards: TokenShards) -> None:
+def train(config: Config, data: RunData) -> None:
     """Train to ``training.train_iters``, continuing from the newest checkpoint in ``training.output_dir``.
 
     Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
     """
     initialize_distributed(config)
-    run = set_up(config, shards)
+    run = set_up(config, data)
     if run.iteration >= config.training.train_iters:
         _say(f"{config.training.output_dir} is already at step {run.iteration}; raise training.train_iters to go on")
         return
+    with run.loader:
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    config = run.config
     if dist.get_rank() != 0:
         _loop(run, None)
         return
@@ -51,10 +57,13 @@ def _loop(run: Run, log: MetricsLog | None) -> None:
         started = time.perf_counter()
         report = train_step(run)
         platform.synchronize()
+        row = _row(run, step, report, time.perf_counter() - started)
         if step == 0:
             _check_first_step(run, report, log)
+        if run.validation is not None and run.iteration % run.config.validation.interval == 0:
+            row |= {f"validation_{name}": value for name, value in validate(run).items()}
         if log is not None:
-            log.write(_row(run, step, report, time.perf_counter() - started))
+            log.write(row)
         at_end = run.iteration == training.train_iters
         if at_end or (training.save_interval and run.iteration % training.save_interval == 0):
             save_checkpoint(run, log)
@@ -83,13 +92,14 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
         "learning_rate": report.learning_rate,
         "samples_per_second": run.config.training.global_batch_size / seconds,
         "tokens_per_second": report.num_tokens / seconds,
+        "data_wait": report.data_wait_seconds / seconds,
         "peak_memory_gib": platform.peak_memory_bytes() / 2**30,
     }
 
 
 def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
     """Save the run's state at its present step. Collective over all ranks."""
-    summary = summarize(run.config, run.batches.shards.fingerprint())
+    summary = summarize(run.config, run.batches.data.fingerprint())
     distributed.save(run.checkpoints, run.iteration, run.policy_chunks, run.optimizer, summary, run.start)
     if log is not None:
         log.say(f"saved {run.checkpoints} at step {run.iteration}")

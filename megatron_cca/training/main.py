@@ -96,10 +96,9 @@ def _train_all(runs: Sequence[Config]) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
+    from megatron_cca.training.batches import open_data
     from megatron_cca.training.loop import train
-    from megatron_cca.training.setup import open_shards
 
     for config in runs:
-        shards = open_shards(config)
-        train(config, shards)
+        train(config, open_data(config))
     dist.destroy_process_group()

@@ -95,6 +95,7 @@ def _short(row: dict[str, float]) -> str:
         "negative_log_ratio": "r-",
         "accuracy": "acc",
         "grad_norm": "gn",
+        "validation_loss": "val",
     }
     values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
     return f"{values}  {row['samples_per_second']:.0f} samples/s"

@@ -15,16 +15,16 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.data import digits
+from megatron_cca.config import Config
+from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
+from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.checks import OUTPUT, PRETRAINED, REFERENCE
 
 
@@ -36,6 +36,8 @@ class Run:
     architecture: Architecture
     objective: object
     batches: BatchBuilder
+    loader: BatchLoader
+    validation: Validation | None
     policy: list[DistributedDataParallel]
     reference: list[torch.nn.Module] | None
     optimizer: MegatronOptimizer
@@ -60,17 +62,7 @@ class Run:
         return Path(self.config.training.output_dir) / layout.FOLDER
 
 
-def open_shards(config: Config) -> TokenShards:
-    """The run's data; tokenises the bundled digits if that is what ``data.path`` asks for.
-
-    Raises:
-        UserError: see :class:`TokenShards`.
-    """
-    folder = digits.ensure_digit_shards() if config.data.path == digits.KEYWORD else Path(config.data.path)
-    return TokenShards(folder, resolve_architecture(config.model).vocabulary)
-
-
-def set_up(config: Config, shards: TokenShards) -> Run:
+def set_up(config: Config, data: RunData) -> Run:
     """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks."""
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
@@ -78,11 +70,14 @@ def set_up(config: Config, shards: TokenShards) -> Run:
     pretrained = config.training.pretrained_checkpoint
     policy = wrap_ddp(build_chunks(config, architecture, pretrained, PRETRAINED), config)
     optimizer = build_optimizer(config, policy)
+    batches = training_batches(config, data, uses_pairs)
     run = Run(
         config=config,
         architecture=architecture,
         objective=objective,
-        batches=_batch_builder(config, architecture, shards, uses_pairs),
+        batches=batches,
+        loader=loader(config, batches),
+        validation=validation_batches(config, data, uses_pairs),
         policy=policy,
         reference=_build_reference(config, architecture) if uses_pairs else None,
         optimizer=optimizer,
@@ -187,36 +182,15 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
     )
 
 
-def _batch_builder(config: Config, architecture: Architecture, shards: TokenShards, uses_pairs: bool) -> BatchBuilder:
-    parallel = config.parallel
-    return BatchBuilder(
-        shards=shards,
-        with_pairs=uses_pairs,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        condition_dropout=config.data.condition_dropout,
-        seed=config.training.seed,
-        sequence_multiple=_sequence_multiple(parallel),
-        max_sequence_length=architecture.max_position_embeddings,
-    )
-
-
-def _sequence_multiple(parallel: ParallelConfig) -> int:
-    """What S must be a multiple of, so that every rank holds equally long parts of a sequence."""
-    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
-    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    return context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-
-
 def _resume(run: Run) -> None:
     iteration = layout.latest_iteration(run.checkpoints)
     if iteration is None:
         return
     folder = layout.iteration_folder(run.checkpoints, iteration)
     trained_on = layout.read_summary(folder, OUTPUT)["data"]
-    if trained_on != run.batches.shards.fingerprint():
+    if trained_on != run.batches.data.fingerprint():
         raise UserError(
-            f"data.path: {run.batches.shards.folder} is not the data that the run in "
+            f"data.path: {run.config.data.path} is not the data that the run in "
             f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
         )
     distributed.load_training_state(folder, run.policy_chunks, run.optimizer, OUTPUT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from megatron_cca import platform
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models.gpt import image_logps
 from megatron_cca.objectives import PairLogps, SequenceLogps
+from megatron_cca.training.batches import loader
 from megatron_cca.training.setup import Run, seed_step
 
 
@@ -29,6 +32,7 @@ class StepReport:
         grad_norm: global norm before clipping.
         learning_rate: of this update.
         num_tokens: non-padding tokens that the policy saw, over the global batch.
+        data_wait_seconds: how long this rank waited for the batch.
     """
 
     metrics: dict[str, float]
@@ -36,6 +40,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    data_wait_seconds: float
 
 
 def train_step(run: Run) -> StepReport:
@@ -43,32 +48,46 @@ def train_step(run: Run) -> StepReport:
     step = run.iteration
     if run.config.model.hidden_dropout > 0 or run.config.model.attention_dropout > 0:
         seed_step(run.config, step)
-    data_parallel = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batch = run.batches.build(step, *data_parallel)
-    reference = _reference_logps(run, batch) if run.uses_pairs else {}
+    started = time.perf_counter()
+    batch = run.loader.get(step)
+    data_wait_seconds = time.perf_counter() - started
+    reference = _forward_logps(run, batch, run.reference) if run.uses_pairs else {}
     rows = _policy_pass(run, batch, reference)
     _, grad_norm, _ = run.optimizer.step()
     learning_rate = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=1)
     run.iteration += 1
     metrics, worst = _global_metrics(run, rows, batch.mean_num_tokens)
-    return StepReport(metrics, worst, float(grad_norm), learning_rate, batch.num_tokens)
+    return StepReport(metrics, worst, float(grad_norm), learning_rate, batch.num_tokens, data_wait_seconds)
 
 
-def _replay(batch: StepBatch) -> Iterator[tuple[int, Microbatch]]:
-    device = platform.device()
-    return ((index, microbatch.to(device)) for index, microbatch in enumerate(batch.microbatches))
+def validate(run: Run) -> dict[str, float]:
+    """The objective's metrics over all validation batches, the same for any layout. Collective over all ranks."""
+    for chunk in run.policy:
+        chunk.eval()
+    with loader(run.config, run.validation.batches) as batches:
+        steps = [_validation_rows(run, batches.get(step)) for step in range(run.validation.iters)]
+    for chunk in run.policy:
+        chunk.train()
+    rows = [row for step, _ in steps for row in step]
+    return _global_metrics(run, rows, fmean(mean_num_tokens for _, mean_num_tokens in steps))[0]
+
+
+def _validation_rows(run: Run, batch: StepBatch) -> tuple[list[PairLogps | SequenceLogps], float]:
+    reference = _forward_logps(run, batch, run.reference) if run.uses_pairs else {}
+    policy = _forward_logps(run, batch, run.policy)
+    microbatches = [(batch.microbatches[index], logps, reference.get(index)) for index, logps in policy.items()]
+    return [_rows(run, batch, *parts) for parts in microbatches], batch.mean_num_tokens
 
 
 def _schedule(run: Run, batch: StepBatch, chunks: list[torch.nn.Module], forward_step, **options) -> list:
-    rows = batch.microbatches[0].tokens.size(0)
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[_replay(batch) for _ in chunks],
+        data_iterator=[iter(enumerate(batch.microbatches)) for _ in chunks],
         model=chunks,
         num_microbatches=len(batch.microbatches),
         seq_length=batch.seq_length,
-        micro_batch_size=rows,
+        micro_batch_size=run.batches.rows_per_microbatch,
         **options,
     )
 
@@ -79,14 +98,14 @@ def _forward(run: Run, microbatches: Iterator, model: torch.nn.Module) -> tuple[
     return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **head)
 
 
-def _reference_logps(run: Run, batch: StepBatch) -> dict[int, Tensor]:
-    """The reference's log-probabilities by microbatch, on the last pipeline stage; empty elsewhere."""
+def _forward_logps(run: Run, batch: StepBatch, chunks: list[torch.nn.Module]) -> dict[int, Tensor]:
+    """A model's log-probabilities by microbatch, on the last pipeline stage; empty elsewhere."""
 
     def forward_step(microbatches, model):
         index, _, output = _forward(run, microbatches, model)
         return output, lambda logps, non_loss_data: (index, logps)
 
-    return dict(_schedule(run, batch, run.reference, forward_step, forward_only=True, collect_non_loss_data=True))
+    return dict(_schedule(run, batch, chunks, forward_step, forward_only=True, collect_non_loss_data=True))
 
 
 def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> list[PairLogps | SequenceLogps]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,17 @@ def test_refusals_are_one_line_and_leave_nothing(settings, line, digit_shards, t
     assert done.stderr.startswith(f"megatron_cca: error: {line}")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_blend_with_validation_runs_on_two_ranks(digit_shards, tmp_path):
+    blend = f"{{{digit_shards}: 0.5, {tmp_path}/more: 0.5}}"
+    shutil.copytree(digit_shards, tmp_path / "more")
+    options = {"validation__interval": 2, "validation__fraction": 0.05, "validation__iters": 1}
+    done = torchrun(2, SCRIPT, *arguments(blend, **options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logged = rows(tmp_path / "run")
+    assert ["validation_loss" in row for row in logged] == [(row["step"] + 1) % 2 == 0 for row in logged]
+    assert all(0 <= row["data_wait"] <= 1 for row in logged)
 
 
 def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):

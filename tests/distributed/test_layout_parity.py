@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron_cca.config import load_config
-from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import resolve_architecture
+from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import run_workers
 from tests.references import emu3
 
@@ -106,8 +105,8 @@ def test_the_log_ratio_of_step_0_is_exactly_0(cca_traces, layout):
 
 def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initial_weights):
     config, architecture, weights = initial_weights
-    shards = TokenShards(digit_shards, architecture.vocabulary)
-    batches = BatchBuilder(shards, True, 8, 8, config.data.condition_dropout, config.training.seed, 1, 128)
+    whole = load_config(None, [*CCA, f"data.path={digit_shards}", "training.micro_batch_size=8"])
+    batches = training_batches(whole, open_data(whole), with_pairs=True)
     trace = emu3.train(
         weights,
         [batches.build(step, 0, 1).microbatches[0] for step in range(STEPS)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import traceback
 from dataclasses import replace
@@ -24,9 +25,10 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.loop import save_checkpoint
 from megatron_cca.training.setup import set_up
-from megatron_cca.training.step import train_step
+from megatron_cca.training.step import train_step, validate
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 
 
@@ -35,8 +37,7 @@ def _start(overrides):
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     initialize_distributed(config)
-    shards = TokenShards(config.data.path, resolve_architecture(config.model).vocabulary)
-    return set_up(config, shards)
+    return set_up(config, open_data(config))
 
 
 def _steps(run, count):
@@ -58,6 +59,70 @@ def traces(settings):
         name: _steps(_start(settings["common"] + overrides), settings["steps"])
         for name, overrides in settings["layouts"].items()
     }
+
+
+def validations(settings):
+    """By layout: the loss of each step, and the validation metrics before the first and after the last."""
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        run = _start(settings["common"] + overrides)
+        before = validate(run) if run.validation else None
+        losses = [train_step(run).metrics["loss"] for _ in range(settings["steps"])]
+        answers[name] = {"before": before, "losses": losses, "after": validate(run) if run.validation else None}
+    return answers
+
+
+def batch_traces(settings):
+    """By layout, for each of ``settings["steps"]``: the global batch as a hash, and which ranks read from disk."""
+    return {
+        name: [_traced(*_loader(settings["common"] + overrides), step) for step in settings["steps"]]
+        for name, overrides in settings["layouts"].items()
+    }
+
+
+def _loader(overrides):
+    config = load_config(None, overrides)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    initialize_distributed(config)
+    return config, loader(config, training_batches(config, open_data(config), with_pairs=True))
+
+
+def _traced(config, batches, step):
+    """Steps one to three from ``step`` on, so that some of them were read ahead."""
+    reads, original = [], TokenShards.codes
+    TokenShards.codes = lambda shards, sample: reads.append(sample) or original(shards, sample)
+    with batches:
+        shares = [_share(batches.get(number)) for number in range(step, step + 3)]
+    TokenShards.codes = original
+    mine = parallel_state.get_data_parallel_rank(), shares, bool(reads)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {"digests": [_digest(everyone, turn) for turn in range(3)], "readers": [reader for *_, reader in everyone]}
+
+
+def _share(batch):
+    """This rank's rows as bytes, sample by sample: tokens of the positive and the negative, targets, mask, flag."""
+    flags = torch.cat([microbatch.negative_is_positive for microbatch in batch.microbatches])
+    if batch.microbatches[0].tokens is None:
+        return None, flags.numpy().tobytes()
+    rows = [
+        torch.stack([getattr(microbatch, name).long() for name in ("tokens", "targets", "mask")], dim=1)
+        for microbatch in batch.microbatches
+    ]
+    pairs = torch.cat([torch.stack(microbatch.chunk(2), dim=1) for microbatch in rows])
+    return pairs.numpy().tobytes(), flags.numpy().tobytes()
+
+
+def _digest(everyone, turn):
+    """Of the whole batch; ranks of one data-parallel rank must agree."""
+    shares = {}
+    for data_parallel_rank, steps, _ in everyone:
+        rows, flags = steps[turn]
+        assert shares.setdefault(("flags", data_parallel_rank), flags) == flags
+        if rows is not None:
+            assert shares.setdefault(("rows", data_parallel_rank), rows) == rows
+    return hashlib.sha256(b"".join(shares[key] for key in sorted(shares))).hexdigest()
 
 
 def head_chunk_sizes(settings):

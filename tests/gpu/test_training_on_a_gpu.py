@@ -10,15 +10,14 @@ pytestmark = pytest.mark.gpu
 
 
 def train(digit_shards, folder, steps, *overrides):
-    from megatron_cca.data.shards import TokenShards
-    from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
     from megatron_cca.training.step import train_step
 
     config = load_config(None, [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}", *overrides])
     initialize_distributed(config)
-    run = set_up(config, TokenShards(digit_shards, resolve_architecture(config.model).vocabulary))
+    run = set_up(config, open_data(config))
     return [train_step(run) for _ in range(steps)]
 
 

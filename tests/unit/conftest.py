@@ -1,6 +1,8 @@
 """Fixtures of the unit tests."""
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,15 @@ def hub(tmp_path_factory):
 def hf(hub, tmp_path):
     """A small original-form folder that may be spoilt."""
     return Path(shutil.copytree(hub("Emu3ForCausalLM"), tmp_path / "hf"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

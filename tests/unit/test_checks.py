@@ -97,6 +97,21 @@ def test_impossible_runs_are_refused(overrides, world_size, message, tmp_path):
     assert refused([*overrides, f"training.output_dir={tmp_path}/run"], world_size).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path={}"], "data.path: names no folder"),
+        (["validation.interval=5"], "validation.interval: 5, but nothing to validate on; set validation.fraction"),
+        (
+            ["validation.fraction=0.1", "validation.path=shards"],
+            "validation.fraction: of no use beside validation.path; leave one of them out",
+        ),
+    ],
+)
+def test_validations_of_nothing_are_refused(overrides, message):
+    assert refused(overrides).startswith(message)
+
+
 def test_dropout_is_fine_for_next_token(tmp_path):
     overrides = ["model.hidden_dropout=0.1", "objective.name=next_token", f"training.output_dir={tmp_path}"]
     check_run(load_config(None, overrides), 1)
@@ -154,6 +169,13 @@ def test_weights_of_another_size_are_refused(run_folder):
     assert "has num_layers 4, this run's model 2" in message
     longer = [f"training.pretrained_checkpoint={run_folder}", "model.max_position_embeddings=256"]
     check_run(load_config(None, [*longer, "training.output_dir=/x"]), 1)
+
+
+def test_what_is_held_out_stays_held_out_and_reading_may_change(run_folder):
+    here = [f"training.output_dir={run_folder}"]
+    check_run(load_config(None, [*here, "data.prefetch=9", "data.pad_to_multiple_of=64"]), 1)
+    for change in ("validation.fraction=0.1", "validation.seed=1", "data.length_bucketing=2"):
+        assert "was started with" in refused([*here, change])
 
 
 def test_a_run_does_not_continue_as_another_run(run_folder):

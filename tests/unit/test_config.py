@@ -26,6 +26,12 @@ from megatron_cca.errors import UserError
         ("objective.name=ccaa", "objective.name: input should be 'next_token', 'cca', 'dpo' or 'unlearning'"),
         ("model.num_layers=x", "model.num_layers: input should be a valid integer, found 'x'"),
         ("parallel.tensor_model_parallel_size=-1", "parallel.tensor_model_parallel_size: input should be greater"),
+        ("data.path=3", "data.path: input should be a valid string, found 3"),
+        ("data.path={a: 0}", "data.path.a: input should be greater than 0, found 0"),
+        ("data.path={a: 1, b: x}", "data.path.b: input should be a valid number, found 'x'"),
+        ("data.prefetch=0", "data.prefetch: input should be greater than or equal to 1, found 0"),
+        ("validation.fraction=1", "validation.fraction: input should be less than 1, found 1"),
+        ("validation.path={a: -1}", "validation.path.a: input should be greater than 0, found -1"),
         ("data.path=[1", "--set data.path=[1: the value is not valid YAML"),
     ],
 )
@@ -75,7 +81,8 @@ def test_overrides_win_in_order_and_null_clears(tmp_path):
 
 
 def test_round_trip_through_plain_data():
-    config = load_config(None, ["model.num_layers=2", "objective.beta=0.5"])
+    config = load_config(None, ["model.num_layers=2", "objective.beta=0.5", "data.path={a: 0.5, b: 2}"])
+    assert config.data.path == {"a": 0.5, "b": 2.0}
     assert config_from_dict(config_to_dict(config)) == config
 
 

@@ -6,28 +6,23 @@ import torch
 
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
-
-VOCABULARY = tiny_vocabulary()
+from tests.references.token_shards import VOCABULARY, pairing, random_samples, token_data, write
 
 
 @pytest.fixture(scope="module")
-def shards(digit_shards):
-    return TokenShards(digit_shards, VOCABULARY)
+def data(tmp_path_factory):
+    return token_data(tmp_path_factory.mktemp("data"), 60, 45, captions=12)
 
 
-def builder(shards, **changes):
-    settings = {
-        "with_pairs": True,
-        "global_batch_size": 16,
-        "micro_batch_size": 4,
-        "condition_dropout": 0.2,
-        "seed": 7,
-        "sequence_multiple": 1,
-        "max_sequence_length": 128,
-    }
-    return BatchBuilder(shards=shards, **{**settings, **changes})
+def builder(data, **changes):
+    own = {name: changes.pop(name) for name in ("with_pairs", "micro_batch_size") if name in changes}
+    limits = {name: changes.pop(name, value) for name, value in LIMITS.items()}
+    return BatchBuilder(data, pairing(data, **changes), **{"with_pairs": True, "micro_batch_size": 4} | own | limits)
+
+
+LIMITS = {"sequence_multiple": 1, "max_sequence_length": 128}
 
 
 def all_rows(batches, data_parallel_size, step=2):
@@ -40,65 +35,81 @@ def all_rows(batches, data_parallel_size, step=2):
 
 
 @pytest.mark.parametrize(("micro", "data_parallel"), [(16, 1), (1, 1), (4, 2), (2, 4), (1, 16)])
-def test_rows_do_not_depend_on_how_the_batch_is_cut(shards, micro, data_parallel):
-    whole = all_rows(builder(shards, micro_batch_size=16), 1)
-    cut = all_rows(builder(shards, micro_batch_size=micro), data_parallel)
+def test_rows_do_not_depend_on_how_the_batch_is_cut(data, micro, data_parallel):
+    whole = all_rows(builder(data, micro_batch_size=16), 1)
+    cut = all_rows(builder(data, micro_batch_size=micro), data_parallel)
     for expected, found in zip(whole, cut, strict=True):
         assert torch.equal(expected, found)
 
 
 def decode(tokens):
-    """Caption ids, and visual codes in order, of one row."""
+    """Caption ids, meta words, and visual codes in order, of one row."""
     tokens = tokens.tolist()
-    caption = tokens[1 : tokens.index(VOCABULARY.boi)]
+    boi, img = tokens.index(VOCABULARY.boi), tokens.index(VOCABULARY.img)
     codes = [token - VOCABULARY.visual_start for token in tokens if token >= VOCABULARY.visual_start]
-    return caption, codes
+    return tokens[1:boi], tokens[boi + 1 : img], codes
 
 
-def test_each_row_has_its_image_under_its_caption(shards):
-    batches = builder(shards)
-    batch = batches.pairing(2)
-    positives, negatives, flags = all_rows(batches, 1)
-    assert batch.condition_dropped.any()
-    assert flags.numpy().tolist() == batch.negative_is_positive.tolist()
-    for row, (sample, other) in enumerate(zip(batch.sample_ids, batch.negative_ids, strict=True)):
-        captions = [shards.caption(sample).tolist(), shards.caption(other).tolist()]
-        if batch.condition_dropped[row]:
-            captions = [[], []]
-        for tokens, caption in zip((positives[row], negatives[row]), captions, strict=True):
-            assert decode(tokens) == (caption, shards.codes(sample).reshape(-1).tolist())
+def test_each_row_has_its_image_under_its_caption(data):
+    batches = builder(data)
+    for step in range(4):
+        batch = batches.pairing.at(step)
+        positives, negatives, flags = all_rows(batches, 1, step)
+        assert flags.numpy().tolist() == batch.negative_is_positive.tolist()
+        for row, (sample, other) in enumerate(zip(batch.sample_ids.tolist(), batch.negative_ids.tolist(), strict=True)):
+            captions = [data.caption(sample).tolist(), data.caption(other).tolist()]
+            if batch.condition_dropped[row]:
+                captions = [[], []]
+            codes = data.codes(sample)
+            words = [ord(letter) for letter in f"{codes.shape[1]}*{codes.shape[2]}"]
+            for tokens, caption in zip((positives[row], negatives[row]), captions, strict=True):
+                assert decode(tokens) == (caption, words, codes.reshape(-1).tolist())
+    assert any(builder(data).pairing.at(step).condition_dropped.any() for step in range(4))
 
 
-def test_the_mask_marks_the_visual_targets_and_nothing_else(shards):
-    step = builder(shards).build(0, 0, 1)
-    for microbatch in step.microbatches:
+def test_the_mask_marks_the_visual_targets_and_nothing_else(data):
+    step = builder(data).build(0, 0, 1)
+    samples = builder(data).pairing.at(0).sample_ids
+    expected = data.rows(samples)["grid"].prod(axis=1)
+    for index, microbatch in enumerate(step.microbatches):
+        assert microbatch.tokens.dtype == microbatch.targets.dtype == torch.int64
         assert torch.equal(microbatch.mask, microbatch.targets >= VOCABULARY.visual_start)
         assert torch.equal(microbatch.tokens[:, 1:], microbatch.targets[:, :-1])
-        assert (microbatch.mask.sum(1) == 16).all()
-    assert step.mean_num_tokens == 16.0
+        assert microbatch.mask.sum(1).tolist() == 2 * expected[4 * index : 4 * index + 4].tolist()
+    assert step.mean_num_tokens == pytest.approx(expected.mean())
 
 
-def test_num_tokens_counts_no_padding(shards):
-    step = builder(shards).build(0, 0, 1)
-    tokens = torch.cat([microbatch.targets for microbatch in step.microbatches])
-    assert step.num_tokens == int((tokens != VOCABULARY.pad).sum())
+def test_rows_are_padded_on_the_right_and_num_tokens_counts_no_padding(data):
+    step = builder(data).build(0, 0, 1)
+    targets = torch.cat([microbatch.targets for microbatch in step.microbatches])
+    is_padding = targets == VOCABULARY.pad
+    assert step.num_tokens == int((~is_padding).sum())
+    assert torch.equal(is_padding, is_padding.cummax(dim=1).values)
+    assert not is_padding.all(dim=0).any()
 
 
-def test_sequence_length_is_the_longest_row_rounded_up(shards):
-    exact = builder(shards).build(0, 0, 1).seq_length
-    assert builder(shards, sequence_multiple=16).build(0, 0, 1).seq_length == -(-exact // 16) * 16
+def test_sequence_length_is_the_longest_row_rounded_up(data):
+    exact = builder(data).build(0, 0, 1).seq_length
+    assert builder(data, sequence_multiple=16).build(0, 0, 1).seq_length == -(-exact // 16) * 16
 
 
-def test_without_pairs_there_is_one_row_a_sample(shards):
-    step = builder(shards, with_pairs=False).build(0, 0, 1)
+def test_without_pairs_there_is_one_row_a_sample(data):
+    step = builder(data, with_pairs=False).build(0, 0, 1)
     assert [microbatch.tokens.size(0) for microbatch in step.microbatches] == [4] * 4
 
 
-def test_a_sample_beyond_the_positions_is_named(shards):
-    with pytest.raises(UserError, match=r"sample \d+ needs \d+ positions, model\.max_position_embeddings is 20"):
-        builder(shards, max_sequence_length=20).build(0, 0, 1)
+def test_a_sample_beyond_the_positions_is_named(data):
+    with pytest.raises(UserError, match=r"sample \d+ of .*shards\d needs \d+ positions, model\.max_position.* is 20;"):
+        builder(data, max_sequence_length=20).build(0, 0, 1)
 
 
-def test_steps_far_ahead_need_no_history(shards):
-    late = builder(shards).build(1_000_000, 0, 1)
+def test_clips_without_words_for_their_size_are_refused(tmp_path):
+    folder = write(tmp_path / "clips", random_samples(20, clips=True))
+    clips = TokenData([TokenShards(folder, VOCABULARY)])
+    with pytest.raises(UserError, match="what stands between BOI and IMG of one"):
+        builder(clips).plan(0)
+
+
+def test_steps_far_ahead_need_no_history(data):
+    late = builder(data, length_bucketing=8).build(1_000_000, 0, 1)
     assert np.isfinite(late.mean_num_tokens)

@@ -17,10 +17,10 @@ from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor
 from megatron_cca.checkpoint.huggingface.source import CONFIG, check_shape
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint, template_from_folder
-from megatron_cca.checkpoint.output import check_apart, check_output, claimed, staging
 from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
+from megatron_cca.output import check_apart, check_output, claimed, staging
 
 
 def export_checkpoint(

@@ -17,13 +17,13 @@ from megatron_cca.checkpoint.huggingface import options
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, companion_files
-from megatron_cca.checkpoint.output import check_apart, check_output, claimed, staging
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import ParallelConfig, load_config
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
+from megatron_cca.output import check_apart, check_output, claimed, staging
 
 
 def import_checkpoint(

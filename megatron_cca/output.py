@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -61,7 +62,7 @@ def claimed(output: Path) -> Iterator[None]:
     if output.exists() and not output.is_dir():
         raise UserError(f"{OPTION}: {output} is a file; give a folder")
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    with _file_system_errors(output):
+    with file_system_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -75,8 +76,10 @@ def claimed(output: Path) -> Iterator[None]:
     finally:
         os.close(handle)
         for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            # Whoever tidies up around it may have been quicker.
+            with contextlib.suppress(FileNotFoundError):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
         UserError: too little space, or anything the file system refuses; names the folder or file.
     """
     try:
-        with _file_system_errors(partial.parent):
+        with file_system_errors(partial.parent):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             free = shutil.disk_usage(partial).free
@@ -101,7 +104,8 @@ def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _file_system_errors(output: Path) -> Iterator[None]:
+def file_system_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses while ``output`` is written into one line; names the folder or file."""
     try:
         yield
     except OSError as error:

@@ -1,0 +1,126 @@
+"""manifest.json of a shard folder: what the tokens mean, and the size and sha256 of every file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cca.data.token_files import TOKEN_FILES
+from megatron_cca.errors import UserError
+
+FORMAT_VERSION = 2
+FILE_NAME = "manifest.json"
+
+Json = dict[str, Any]
+
+# Too large to be hashed whenever a run starts; the samples in them carry checksums of their own.
+_HASHED_ON_READING = {"codes.bin", "captions.bin"}
+_REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files": dict}
+_AGAIN = "tokenize the data again"
+
+
+def write_manifest(folder: Path, contents: Json) -> None:
+    """Write the manifest of a folder that is complete but for it."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != FILE_NAME
+    }
+    text = json.dumps({"format_version": FORMAT_VERSION, **contents, "files": files}, indent=1, ensure_ascii=False)
+    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Json:
+    """The manifest of a shard folder.
+
+    Raises:
+        UserError: none there, damaged, or of another format version; names the file.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{path} is missing; give a folder of token shards, or the word digits")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _check_contents(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a shard manifest ({_reason(error)}); {_AGAIN}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}; this program reads {FORMAT_VERSION}; {_AGAIN}")
+    return manifest
+
+
+def _check_contents(manifest: Json) -> None:
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{key} must be a {kind.__name__}, found {manifest[key]!r}"[:200])
+    for key, ids in manifest["meta_words"].items():
+        if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", key, re.ASCII):
+            raise ValueError(f"meta_words: {key!r} is not a grid such as '1x90x90'")
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise ValueError(f"meta_words: {key}: must be a list of token ids")
+    for name, recorded in manifest["files"].items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"files: {name!r} is not the name of a file in this folder")
+        if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
+            raise ValueError(f"files: {name} needs a number of bytes and a sha256")
+    missing = [name for name in TOKEN_FILES if name not in manifest["files"]]
+    if missing:
+        raise ValueError(f"files: {missing[0]} is not listed")
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def check_files(folder: Path, manifest: Json, *, thoroughly: bool = False) -> None:
+    """Compare the files with the manifest: sizes, and the sha256 of all but the two large ones.
+
+    Args:
+        folder, manifest: as from :func:`read_manifest`.
+        thoroughly: hash the large ones too.
+
+    Raises:
+        UserError: a missing, truncated or changed file; names it.
+    """
+    for name, recorded in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {_AGAIN}")
+        size = path.stat().st_size
+        if size != recorded["bytes"]:
+            raise UserError(
+                f"{path} has {size} bytes instead of {recorded['bytes']}: it is truncated or was changed; {_AGAIN}"
+            )
+        if (thoroughly or name not in _HASHED_ON_READING) and sha256(path) != recorded["sha256"]:
+            raise UserError(f"{path} is not what it was when it was written (its sha256 differs); {_AGAIN}")
+
+
+def fingerprint(contents: Json) -> str:
+    """A short hash of a manifest, which holds the hash of every file."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def grid_key(grid: Iterable[int]) -> str:
+    """How a grid is called in ``meta_words``: "1x90x90"."""
+    return "x".join(map(str, grid))
+
+
+def meta_words(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
+    """The tokens between BOI and IMG by grid ``(T, H, W)``, int32 ``[G]``."""
+    return {
+        tuple(map(int, key.split("x"))): np.array(ids, dtype=np.int32) for key, ids in manifest["meta_words"].items()
+    }

@@ -1,0 +1,83 @@
+"""A thread that runs a DALI pipeline of token batches ahead of the training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from megatron_cca.data.dali import sequence_pipeline
+
+
+def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
+    stopping.set()
+    thread.join()
+
+
+class SequenceFeed:
+    """Runs ``source(0), source(1), ...`` ahead of their use and hands the arrays over on the device, through DALI.
+
+    DALI calls a Python source in the thread that runs the pipeline; a thread of its own keeps that off the training
+    loop.
+
+    Args:
+        source: turn -> int32 ``[rows, S]``; S may differ from turn to turn.
+        rows: of every array.
+        device: where the arrays go.
+        depth: so many turns are run ahead.
+
+    Raises:
+        UserError: DALI is not installed.
+    """
+
+    def __init__(self, source: Callable[[int], np.ndarray], rows: int, device: torch.device, depth: int) -> None:
+        self._source = source
+        self._error: BaseException | None = None
+        self._ready: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopping = threading.Event()
+        pipeline = sequence_pipeline(self._turn, rows, device)
+        self._thread = threading.Thread(target=self._work, args=(pipeline,), name="token batches", daemon=True)
+        self._thread.start()
+        # Also at exit: an interpreter that goes away under a running pipeline aborts.
+        self._stop = weakref.finalize(self, _stop, self._stopping, self._thread)
+
+    def next(self) -> torch.Tensor:
+        """The next array, int64 ``[rows, S]``; raises what ``source`` raised for it."""
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Stop, and forget what was read ahead."""
+        self._stop()
+
+    def _turn(self, turn: int) -> np.ndarray:
+        try:
+            return self._source(turn)
+        except BaseException as error:
+            # DALI raises something of its own instead.
+            self._error = error
+            raise
+
+    def _work(self, pipeline) -> None:
+        while not self._stopping.is_set():
+            try:
+                # A copy: the pipeline's memory is written again on its next run.
+                found = torch.from_dlpack(pipeline.run()[0].as_tensor()).long()
+            except BaseException as error:
+                found = self._error or error
+            self._hand_over(found)
+            if isinstance(found, BaseException):
+                return
+
+    def _hand_over(self, found: torch.Tensor | BaseException) -> None:
+        while not self._stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(found, timeout=0.1)
+                return

@@ -1,0 +1,150 @@
+"""The token files of a shard folder, written one sample at a time and joined from parts.
+
+codes.bin codes.idx        visual codes, uint16, one sequence of T * H * W a sample (Megatron's indexed format)
+captions.bin captions.idx  caption tokens, int32
+samples.npy                one :data:`SAMPLE` for each: grid, caption length, what the condition is, checksums
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+import xxhash
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_cca.errors import UserError
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+
+TABLE = "samples.npy"
+_INDEXED = {"codes": np.uint16, "captions": np.int32}
+TOKEN_FILES = (*(f"{name}{suffix}" for name in _INDEXED for suffix in (".bin", ".idx")), TABLE)
+
+# Frames, height, width of the code grid; tokens of the caption; then three 64-bit hashes (xxh3): of the caption's
+# tokens (its identity and its checksum), of the condition's name (the caption's again if it has none), of the codes.
+SAMPLE = np.dtype(
+    [
+        ("grid", np.int32, 3),
+        ("caption_length", np.int32),
+        ("caption", np.uint64),
+        ("condition", np.uint64),
+        ("codes", np.uint64),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised image or clip.
+
+    Attributes:
+        codes: int ``[H, W]``, or ``[T, H, W]`` for T code frames.
+        caption: int ``[C]``.
+        condition: samples with equal names have the same condition; None: their caption is their condition.
+    """
+
+    codes: np.ndarray
+    caption: np.ndarray
+    condition: str | None = None
+
+
+def checksum(tokens: np.ndarray) -> int:
+    """xxh3 (64 bits) of an array's bytes."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
+
+
+def _name_hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
+
+
+class TokenWriter:
+    """Writes the token files of samples in the order they come; a context manager, whose end finishes them.
+
+    Args:
+        folder: exists, and holds no token files yet.
+        vocabulary: what the tokens mean.
+    """
+
+    def __init__(self, folder: Path, vocabulary: Emu3Vocabulary) -> None:
+        self._folder, self._vocabulary = folder, vocabulary
+        self._rows: list[tuple] = []
+        self._builders = {
+            name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name, dtype in _INDEXED.items()
+        }
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            for builder in self._builders.values():
+                # The error that ended it, a full disk perhaps, is the one to be told.
+                with contextlib.suppress(OSError):
+                    builder.data_file.close()
+
+    def add(self, sample: Sample) -> None:
+        """Write one sample.
+
+        Raises:
+            UserError: a code or caption token outside the vocabulary; names the sample.
+        """
+        _check_tokens(len(self._rows), sample, self._vocabulary)
+        codes = sample.codes.astype(np.uint16).reshape(-1)
+        caption = sample.caption.astype(np.int32)
+        for name, tokens in (("codes", codes), ("captions", caption)):
+            self._builders[name].add_item(torch.from_numpy(tokens))
+            self._builders[name].end_document()
+        grid = (1,) * (3 - sample.codes.ndim) + sample.codes.shape
+        words = checksum(caption)
+        condition = (
+            words
+            if sample.condition is None
+            else xxhash.xxh3_64_intdigest(sample.condition.encode("utf-8", "surrogatepass"))
+        )
+        self._rows.append((grid, len(caption), words, condition, checksum(codes)))
+
+    def _finish(self) -> None:
+        for name, builder in self._builders.items():
+            builder.finalize(str(self._folder / f"{name}.idx"))
+        np.save(self._folder / TABLE, np.array(self._rows, dtype=SAMPLE))
+
+
+def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
+    """Write the token files of all parts, one after the other, into ``folder``."""
+    tables = [np.load(part / TABLE, allow_pickle=False) for part in parts]
+    for name, dtype in _INDEXED.items():
+        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype)
+        with contextlib.closing(builder.data_file):
+            for part, table in zip(parts, tables, strict=True):
+                lengths = table["grid"].prod(axis=1) if name == "codes" else table["caption_length"]
+                _append(builder, part / f"{name}.bin", lengths.tolist())
+        builder.finalize(str(folder / f"{name}.idx"))
+    np.save(folder / TABLE, np.concatenate([np.empty(0, SAMPLE), *tables]))
+
+
+def _append(builder: IndexedDatasetBuilder, path: Path, lengths: list[int]) -> None:
+    # Megatron's add_index does the same, but collects garbage every time: hours for a data set of many parts.
+    first = len(builder.sequence_lengths)
+    builder.sequence_lengths.extend(lengths)
+    builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
+    with path.open("rb") as file:
+        shutil.copyfileobj(file, builder.data_file)
+
+
+def _check_tokens(index: int, sample: Sample, vocabulary: Emu3Vocabulary) -> None:
+    for what, tokens, size, of in (
+        ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
+        ("caption token", sample.caption, vocabulary.text_size, "text vocabulary"),
+    ):
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+            wrong = tokens.max() if tokens.max() >= size else tokens.min()
+            raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")

@@ -1,0 +1,129 @@
+"""From a configuration to the data of a run: what it trains on, what it validates on, and who reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from megatron_cca import platform
+from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.data import digits
+from megatron_cca.data.loader import BatchLoader, Place
+from megatron_cca.data.microbatches import BatchBuilder
+from megatron_cca.data.pairing import Pairing
+from megatron_cca.data.sample_order import SampleOrder, held_out_order, training_order
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.token_data import TokenData
+from megatron_cca.models import resolve_architecture
+
+DATA, VALIDATION = "data.path", "validation.path"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The token shards of a run, opened and checked.
+
+    Attributes:
+        training: what ``data.path`` names.
+        validation: what ``validation.path`` names, or None.
+    """
+
+    training: TokenData
+    validation: TokenData | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Batches that are not trained on, always the same ones: steps 0 to ``iters - 1`` of ``batches``."""
+
+    batches: BatchBuilder
+    iters: int
+
+
+def open_data(config: Config) -> RunData:
+    """Open what the run reads; tokenises the bundled digits if they are asked for.
+
+    Raises:
+        UserError: see :class:`TokenShards`, and :func:`training_order` on what is held out.
+    """
+    path = config.validation.path
+    data = RunData(_open(config, config.data.path, DATA), None if path is None else _open(config, path, VALIDATION))
+    training_order(data.training, 0, config.validation.fraction, config.validation.seed)
+    return data
+
+
+def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
+    blend = {path: 1.0} if isinstance(path, str) else path
+    vocabulary = resolve_architecture(config.model).vocabulary
+    folders = [digits.ensure_digit_shards() if name == digits.KEYWORD else Path(name) for name in blend]
+    return TokenData([TokenShards(folder, vocabulary, key) for folder in folders], list(blend.values()))
+
+
+def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBuilder:
+    """The batches that a run trains on."""
+    held_out = config.validation.fraction, config.validation.seed
+    seed = config.training.seed
+    order = training_order(data.training, seed, *held_out)
+    return _builder(config, data.training, order, seed, with_pairs, config.data.length_bucketing)
+
+
+def validation_batches(config: Config, data: RunData, with_pairs: bool) -> Validation | None:
+    """The batches that a run is judged by, or None if it is not."""
+    validation = config.validation
+    if not validation.interval:
+        return None
+    if data.validation is None:
+        tokens, order = data.training, held_out_order(data.training, validation.fraction, validation.seed)
+    else:
+        tokens, order = data.validation, training_order(data.validation, validation.seed, 0.0, validation.seed)
+    one_pass = sum(len(pool) for pool in order.pools) // config.training.global_batch_size
+    builder = _builder(config, tokens, order, validation.seed, with_pairs, length_bucketing=1)
+    return Validation(builder, validation.iters or max(1, one_pass))
+
+
+def _builder(
+    config: Config, data: TokenData, order: SampleOrder, seed: int, with_pairs: bool, length_bucketing: int
+) -> BatchBuilder:
+    return BatchBuilder(
+        data=data,
+        pairing=Pairing(
+            order=order,
+            rows=data.rows,
+            global_batch_size=config.training.global_batch_size,
+            condition_dropout=config.data.condition_dropout,
+            length_bucketing=length_bucketing,
+            seed=seed,
+        ),
+        with_pairs=with_pairs,
+        micro_batch_size=config.training.micro_batch_size,
+        sequence_multiple=_sequence_multiple(config.parallel, config.data.pad_to_multiple_of),
+        max_sequence_length=resolve_architecture(config.model).max_position_embeddings,
+    )
+
+
+def _sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
+    """What S must be a multiple of, so that every rank holds equally long parts of a sequence."""
+    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
+    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    return math.lcm(context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1), bucket)
+
+
+def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
+    """This rank's reader of batches; Megatron's groups must be initialised."""
+    return BatchLoader(batches, _this_place(), platform.device(), config.data.prefetch)
+
+
+def _this_place() -> Place:
+    stage, stages = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    return Place(
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        needs_tokens=stage in (0, stages - 1),
+        group=parallel_state.get_tensor_and_context_parallel_group(),
+    )
