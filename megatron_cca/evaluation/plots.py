@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,26 @@ def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequen
     axes[0].tick_params(length=0)
     figure.tight_layout(pad=0.6, w_pad=1.2)
     _save(figure, path)
+
+
+def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Images uint8 ``[H, W, 3]`` of any sizes, each over its caption."""
+    across = min(4, len(images))
+    rows = -(-len(images) // across)
+    figure = Figure(figsize=(across * 2.6, rows * 3.1), dpi=130)
+    axes = figure.subplots(rows, across, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest" if max(image.shape) < 64 else "antialiased")
+        lines = textwrap.wrap(caption, 34, max_lines=4, placeholder=" ...") or [""]
+        # A caption may hold dollar signs; they are not mathematics here.
+        axis.set_title("\n".join(lines), fontsize=7, color=_INK, y=-0.04, va="top", parse_math=False)
+    figure.tight_layout(pad=0.8, h_pad=2.2)
+    with warnings.catch_warnings():
+        # The font at hand has not every script's letters; it draws a box then.
+        warnings.filterwarnings("ignore", message="Glyph")
+        _save(figure, path)
 
 
 def _mosaic(images: np.ndarray) -> np.ndarray:

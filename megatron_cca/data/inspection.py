@@ -1,0 +1,139 @@
+"""What a shard folder holds, for people: counts, histograms, some samples as pictures with their captions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
+from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models import FAMILIES
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+
+_PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"
+_BARS, _BAR_WIDTH = 10, 40
+
+
+def open_for_inspection(folder: Path) -> TokenShards:
+    """The shards in ``folder``, for whichever model they are; every file is checked against its checksum.
+
+    Raises:
+        UserError: as :class:`TokenShards` does; a vocabulary that no model here has.
+    """
+    with said_of(_PREFIX):
+        manifest = read_manifest(folder)
+        shards = TokenShards(folder, _vocabulary(folder, manifest), _PREFIX)
+        check_files(folder, manifest, thoroughly=True)
+    return shards
+
+
+def _vocabulary(folder: Path, manifest: Json) -> Emu3Vocabulary:
+    presets = [preset.vocabulary for family in FAMILIES.values() for preset in family.presets.values()]
+    for vocabulary in presets:
+        if vocabulary.fingerprint() == manifest["vocabulary"]:
+            return vocabulary
+    raise UserError(f"{folder / FILE_NAME}: its vocabulary ({manifest['vocabulary']}) is that of no model here")
+
+
+def report(shards: TokenShards) -> str:
+    """Counts and histograms, as text of several lines."""
+    table = shards.table
+    lengths, grids = table["caption_length"], Counter(map(tuple, table["grid"].tolist()))
+    unnamed = int((table["condition"] == table["caption"]).sum())
+    lines = [
+        f"{shards.folder}: {len(shards)} samples, every file as it was written",
+        f"visual codes        {int(table['grid'].prod(axis=1, dtype=np.int64).sum())}",
+        f"caption tokens      {int(lengths.sum(dtype=np.int64))}",
+        f"different captions  {len(np.unique(table['caption']))}",
+        f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
+        f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
+        "tokens per caption",
+        *_bars(_length_bins(lengths)),
+        "code grids (height x width)",
+        *_bars((_grid_name(grid), count) for grid, count in grids.most_common(_BARS)),
+    ]
+    if len(grids) > _BARS:
+        lines.append(f"  and {len(grids) - _BARS} more")
+    return "\n".join(lines)
+
+
+def _grid_name(grid: tuple[int, int, int]) -> str:
+    frames, height, width = grid
+    return f"{height} x {width}" if frames == 1 else f"{frames} frames of {height} x {width}"
+
+
+def _length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
+    counts, edges = np.histogram(
+        lengths, bins=np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BARS + 1).astype(int))
+    )
+    spans = zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True)
+    names = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    return list(zip(names, counts.tolist(), strict=True))
+
+
+def _bars(bins: Iterable[tuple[str, int]]) -> list[str]:
+    bins = list(bins)
+    most, width = max(count for _, count in bins), max(len(name) for name, _ in bins)
+    return [f"  {name:>{width}}  {count:>9}  {'#' * round(_BAR_WIDTH * count / most)}" for name, count in bins]
+
+
+def _reasons(folder: Path) -> str:
+    path = folder / "skipped.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return f", the first: {json.loads(lines[0])['reason']}" if lines else ""
+
+
+def decoded_samples(
+    shards: TokenShards, number: int, seed: int, image_tokenizer: Path | None, device: torch.device
+) -> tuple[list[np.ndarray], list[str]]:
+    """Some samples as people see them.
+
+    Args:
+        shards: opened.
+        number: of samples, at most.
+        seed: draws which.
+        image_tokenizer: its folder; None takes the one that the shards carry or name.
+        device: where images are decoded.
+
+    Returns:
+        Images uint8 ``[H, W, 3]``, the first frame of a clip, and their captions.
+
+    Raises:
+        UserError: no image tokenizer, or another one than the samples were made with.
+    """
+    tokenizer = _image_tokenizer(shards, image_tokenizer, device)
+    text = open_text_tokenizer(shards.folder)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()
+    images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
+    return images, [text.decode(shards.caption(sample).tolist()) for sample in chosen]
+
+
+def _picture(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:
+    codes = torch.from_numpy(codes.astype(np.int64))
+    pixels = tokenizer.decode(codes if len(codes) == 1 else codes[None])
+    return (pixels[0] if len(codes) == 1 else pixels[0, 0]).cpu().numpy()
+
+
+def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.device) -> ImageTokenizer:
+    recorded = shards.manifest.get("image_tokenizer") or {}
+    if folder is None and (shards.folder / CODEBOOK_FILE).is_file():
+        folder = shards.folder
+    if folder is None and not recorded:
+        raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")
+    with said_of(_IMAGE_TOKENIZER):
+        tokenizer = open_image_tokenizer(folder or Path(recorded["folder"]), device)
+        if recorded and tokenizer.fingerprint() != recorded["fingerprint"]:
+            raise UserError(
+                f"{folder or recorded['folder']} is not the one that {shards.folder} was made with; the pictures would "
+                "mean nothing"
+            )
+    return tokenizer

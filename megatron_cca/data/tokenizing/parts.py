@@ -1,0 +1,171 @@
+"""The folder beside the output where finished parts wait to be merged.
+
+OUTPUT.parts/job.json               what is being made; another job is refused
+OUTPUT.parts/000000-001024/         token files of these records, skipped.jsonl and part.json; appears when it is whole
+OUTPUT.parts/rank0/                 what process 0 is writing; locked while it lives
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cca.data.token_files import Sample, TokenWriter
+from megatron_cca.data.tokenizing.samples import Skipped
+from megatron_cca.errors import UserError
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.output import OPTION
+
+SKIPPED, _JOB, _PART = "skipped.jsonl", "job.json", "part.json"
+_WAIT_SECONDS = 120.0
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished part: ``folder``, its records ``start`` to ``stop - 1``, and how many of them gave samples or not."""
+
+    folder: Path
+    start: int
+    stop: int
+    samples: int
+    skipped: int
+
+
+class PartsFolder:
+    """The parts of one output.
+
+    Args:
+        output: the shard folder that they are for.
+        records: of the source.
+        block: records that a process works on at a time.
+    """
+
+    def __init__(self, output: Path, records: int, block: int) -> None:
+        self.folder = output.with_name(f"{output.name}.parts")
+        self._records, self._block = records, block
+        self._read: dict[str, Part] = {}
+
+    def begin(self, job: dict, *, leads: bool) -> None:
+        """Agree with former attempts and other processes on what is being made.
+
+        Args:
+            job: plain data.
+            leads: whether this process writes it down; the others wait for it.
+
+        Raises:
+            UserError: the parts there are another job's; names what differs.
+        """
+        path = self.folder / _JOB
+        if leads and not path.exists():
+            aside = path.with_suffix(".new")
+            aside.write_text(json.dumps(job, indent=1))
+            aside.rename(path)
+        waited_until = time.monotonic() + _WAIT_SECONDS
+        while not path.exists():
+            if time.monotonic() > waited_until:
+                raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
+            time.sleep(0.1)
+        theirs = json.loads(path.read_text())
+        for key in job:
+            if theirs.get(key) != job[key]:
+                raise UserError(
+                    f"{OPTION}: {self.folder} was begun with {key} {theirs.get(key)!r}, not {job[key]!r}; go on as it "
+                    "was begun, or remove that folder"
+                )
+
+    def done(self) -> list[Part]:
+        """The finished parts, in order."""
+        for path in self.folder.glob(f"*-*/{_PART}"):
+            if path.parent.name not in self._read:
+                facts = json.loads(path.read_text())
+                self._read[path.parent.name] = Part(path.parent, **facts)
+        return sorted(self._read.values(), key=lambda part: part.start)
+
+    def todo(self, rank: int, world_size: int) -> Iterator[Span]:
+        """The spans of records that are left for a process: of every ``world_size``-th block what no part covers."""
+        done = self.done()
+        for block in range(rank, -(-self._records // self._block), world_size):
+            position, end = block * self._block, min((block + 1) * self._block, self._records)
+            for part in done:
+                if position <= part.start < end:
+                    if position < part.start:
+                        yield position, part.start
+                    position = part.stop
+            if position < end:
+                yield position, end
+
+    def is_complete(self) -> bool:
+        """Whether every record is in a part.
+
+        Raises:
+            UserError: parts overlap; names one.
+        """
+        position = 0
+        for part in self.done():
+            if part.start < position:
+                raise UserError(f"{OPTION}: {part.folder} repeats records of another part; remove it and start again")
+            if part.start > position:
+                return False
+            position = part.stop
+        return position == self._records
+
+    def scratch(self, rank: int) -> Path:
+        """Where a process writes."""
+        return self.folder / f"rank{rank}"
+
+
+class PartWriter:
+    """Writes one part aside and gives it its name when it is whole; a context manager.
+
+    What is written when the block is interrupted (:class:`KeyboardInterrupt`) becomes a shorter part; any other error
+    leaves nothing.
+    """
+
+    def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: Emu3Vocabulary) -> None:
+        self._parts, self._start = parts, start
+        self._partial = parts.scratch(rank) / "part"
+        self._counts = {"samples": 0, "skipped": 0}
+        # Neither while records are being added, when an interruption may come between the files, nor before the first.
+        self._is_whole = False
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir()
+        self._tokens = TokenWriter(self._partial, vocabulary)
+        self._skips = (self._partial / SKIPPED).open("w", encoding="utf-8")
+
+    def add(self, outcomes: Sequence[Sample | Skipped]) -> None:
+        """The outcomes of the next records, in order."""
+        self._is_whole = False
+        for outcome in outcomes:
+            if isinstance(outcome, Skipped):
+                record = self._start + sum(self._counts.values())
+                line = {"record": record, "name": outcome.name, "reason": outcome.reason}
+                self._skips.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._counts["skipped"] += 1
+            else:
+                self._tokens.add(outcome)
+                self._counts["samples"] += 1
+        self._is_whole = True
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        keeps = self._is_whole and (error is None or isinstance(error, KeyboardInterrupt))
+        try:
+            with self._skips:
+                self._tokens.__exit__(None if keeps else kind, None if keeps else error, trace)
+            if keeps:
+                self._finish()
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _finish(self) -> None:
+        stop = self._start + sum(self._counts.values())
+        (self._partial / _PART).write_text(json.dumps({"start": self._start, "stop": stop, **self._counts}))
+        self._partial.rename(self._parts.folder / f"{self._start:09d}-{stop:09d}")

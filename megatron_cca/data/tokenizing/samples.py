@@ -1,0 +1,167 @@
+"""From records to tokenised samples: read, checked, decoded, encoded; or skipped, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cca.data.dali import ImageDecoder
+from megatron_cca.data.image_headers import Rejected
+from megatron_cca.data.image_tokenizers import ImageTokenizer
+from megatron_cca.data.images import judge
+from megatron_cca.data.sources import Record, Source, Unreadable
+from megatron_cca.data.text import TextTokenizer
+from megatron_cca.data.token_files import Sample
+from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.errors import UserError
+from megatron_cca.models.emu3.image_size import target_size
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that gives no sample."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    """A record whose caption and image headers are in order."""
+
+    record: Record
+    caption: np.ndarray
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A record whose images are decoded; ``pixels`` uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` of a clip."""
+
+    record: Record
+    caption: np.ndarray
+    pixels: Tensor | None
+
+
+class SampleMaker:
+    """Makes samples of a source's records. :meth:`prepare` and :meth:`encode` may run in different threads.
+
+    Args:
+        source: the records.
+        vocabulary: what the tokens are for.
+        image_tokenizer: None where the source holds codes.
+        text_tokenizer: for captions.
+        device: where images are decoded to.
+        settings: of the job.
+
+    Raises:
+        UserError: DALI is missing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        vocabulary: Emu3Vocabulary,
+        image_tokenizer: ImageTokenizer | None,
+        text_tokenizer: TextTokenizer,
+        device: torch.device,
+        settings: TokenizeSettings,
+    ) -> None:
+        self._source, self._vocabulary, self._settings = source, vocabulary, settings
+        self._images, self._text = image_tokenizer, text_tokenizer
+        self._pool = ThreadPoolExecutor(settings.threads)
+        self._decoder = ImageDecoder(device, settings.threads, settings.limits) if image_tokenizer is not None else None
+
+    def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
+        """Read, check and decode; one outcome for each record index."""
+        found = list(self._pool.map(self._captioned, records))
+        wanted = [one for one in found if isinstance(one, _Captioned)]
+        frames = [frame for one in wanted for frame in one.record.frames]
+        sizes = [one.size for one in wanted for _ in one.record.frames]
+        decoded = iter(self._decoder.decode(frames, sizes) if frames else ())
+        return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
+
+    def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
+        """Codes of all images; those of one size go through the tokenizer together."""
+        by_shape: dict[tuple, list[int]] = {}
+        for place, one in enumerate(prepared):
+            if isinstance(one, Prepared) and one.pixels is not None:
+                by_shape.setdefault(tuple(one.pixels.shape), []).append(place)
+        codes: dict[int, np.ndarray] = {}
+        for places in by_shape.values():
+            for start in range(0, len(places), self._settings.batch_size):
+                batch = places[start : start + self._settings.batch_size]
+                encoded = self._images.encode(torch.stack([prepared[place].pixels for place in batch]))
+                codes |= zip(batch, encoded.cpu().numpy(), strict=True)
+        return [
+            one if isinstance(one, Skipped) else self._sample(one, codes.get(place))
+            for place, one in enumerate(prepared)
+        ]
+
+    def _captioned(self, index: int) -> _Captioned | Skipped:
+        try:
+            record = self._source[index]
+        except Unreadable as error:
+            return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
+        try:
+            return _Captioned(record, self._caption(record.caption), self._size(record))
+        except Rejected as error:
+            return Skipped(record.name, str(error))
+
+    def _caption(self, caption: str | None) -> np.ndarray:
+        if caption is None:
+            raise Rejected("it has no caption")
+        try:
+            ids = self._text.encode(caption)
+        except UserError as error:
+            raise Rejected(f"its caption: {error}") from None
+        if not ids:
+            raise Rejected("its caption is empty")
+        if len(ids) > self._settings.max_caption_tokens:
+            raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
+        return np.array(ids, dtype=np.int32)
+
+    def _size(self, record: Record) -> tuple[int, int]:
+        """Height and width that the images are resized to."""
+        if record.codes is not None:
+            if not record.codes.size or record.codes.max() >= self._vocabulary.codebook_size:
+                raise Rejected(f"its codes are not those of a codebook of {self._vocabulary.codebook_size}")
+            return (0, 0)
+        if self._images is None:
+            raise Rejected("it is an image; an image tokenizer is needed for it")
+        self._check_clip(len(record.frames))
+        sizes = {judge(frame, self._settings.limits) for frame in record.frames}
+        if len(sizes) > 1:
+            raise Rejected(f"its frames differ in size: {sorted(sizes)}")
+        try:
+            return target_size(*sizes.pop(), self._settings.area, self._images.spatial_factor)
+        except ValueError as error:
+            raise Rejected(str(error)) from None
+
+    def _check_clip(self, frames: int) -> None:
+        if frames == 1:
+            return
+        if not self._images.temporal_factor:
+            raise Rejected(f"a clip of {frames} frames; this image tokenizer takes single images")
+        if not frames or frames % self._images.temporal_factor:
+            raise Rejected(
+                f"a clip of {frames} frames; frames are tokenised in groups of {self._images.temporal_factor}"
+            )
+
+    def _with_pixels(self, one: _Captioned, decoded) -> Prepared | Skipped:
+        frames = [next(decoded) for _ in one.record.frames]
+        for frame in frames:
+            if isinstance(frame, Rejected):
+                return Skipped(one.record.name, str(frame))
+        if not frames:
+            return Prepared(one.record, one.caption, None)
+        return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
+
+    def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:
+        return Sample(one.record.codes if codes is None else codes, one.caption, one.record.condition)

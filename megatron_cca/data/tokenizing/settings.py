@@ -1,0 +1,46 @@
+"""What a user says about a tokenising job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_cca.data.image_headers import ImageLimits
+from megatron_cca.data.sources import SourceOptions
+
+
+@dataclass(frozen=True)
+class TokenizeSettings:
+    """A job.
+
+    Attributes:
+        source, layout, source_options: where the images and captions are, see :func:`open_source`.
+        output: the shard folder to write.
+        model: the preset whose vocabulary the tokens are for.
+        image_tokenizer: its folder; None for sources that hold codes already.
+        text_tokenizer: its folder.
+        area: images are resized to about this many pixels, keeping their aspect ratio.
+        clip_meta: what stands between BOI and IMG of a clip, see :func:`megatron_cca.models.emu3.grammar.meta_text`.
+        max_caption_tokens: records with longer captions are skipped.
+        max_skipped: share of the records that may be skipped; more end the job.
+        limits: of an image.
+        batch_size: images that go through the image tokenizer together.
+        threads: that read, check and decode images.
+        block: records that one process works on at a time; what a killed process has to do again at most.
+    """
+
+    source: Path
+    output: Path
+    text_tokenizer: Path
+    image_tokenizer: Path | None = None
+    layout: str = "auto"
+    source_options: SourceOptions = field(default_factory=SourceOptions)
+    model: str = "emu3-8b"
+    area: int = 518_400
+    clip_meta: str | None = None
+    max_caption_tokens: int = 1024
+    max_skipped: float = 0.1
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    batch_size: int = 8
+    threads: int = 4
+    block: int = 1024

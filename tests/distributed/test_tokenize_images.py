@@ -1,0 +1,111 @@
+"""tools/tokenize_images.py as a user runs it: on several processes, killed midway, with wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_cca.data.token_files import TOKEN_FILES
+from tests.distributed.launch import ROOT, environment, torchrun
+from tests.references.scans import write_scans
+
+TOOL = str(ROOT / "tools/tokenize_images.py")
+NUMBER = 600
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans") / "images", NUMBER)
+
+
+@pytest.fixture(scope="module")
+def options(scans, digit_shards):
+    tokenizers = ["--image-tokenizer", str(digit_shards), "--text-tokenizer", str(digit_shards)]
+    return ["run", "--source", str(scans), *tokenizers, "--model", "emu3-tiny", "--area", "64", "--block", "50"]
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, TOOL, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+
+
+def digests(folder):
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return {name: files[name]["sha256"] for name in TOKEN_FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(*options, "--output", "shards", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote shards: {NUMBER} samples, " in done.stdout
+    assert "images/s" in done.stdout
+    return folder / "shards"
+
+
+def test_two_processes_make_the_same_shards(options, whole, tmp_path):
+    done = torchrun(2, TOOL, *options, "--output", "shards", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "shards") == digests(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
+    output = tmp_path / "shards"
+    command = [sys.executable, TOOL, *options, "--output", str(output), "--threads", "1"]
+    job = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parts = output.with_name("shards.parts")
+    while len(list(parts.glob("0*"))) < 2 and job.poll() is None:
+        time.sleep(0.01)
+    os.kill(job.pid, number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == (-number if number == signal.SIGKILL else 130)
+    assert not output.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*/part.json")}
+    if number != signal.SIGKILL:
+        assert said.strip() == "megatron_cca: interrupted"
+        assert list((parts).glob("rank*/*")) == []
+    done = run(*options, "--output", str(output), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert digests(output) == digests(whole)
+    assert before
+    assert not parts.exists()
+
+
+def test_a_rank_that_meets_an_error_ends_all(options, tmp_path):
+    done = torchrun(2, TOOL, *options, "--output", "shards", "--max-caption-tokens", "1", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "--source:" in done.stderr
+    assert "--max-skipped 0.1 allows 60" in done.stderr
+    assert not (tmp_path / "shards").exists()
+
+
+def test_inspect_prints_counts_and_draws_a_sheet(whole, tmp_path):
+    done = run("inspect", str(whole), "--picture", "sheet.png", "--samples", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{NUMBER} samples, every file as it was written" in done.stdout
+    assert "4 x 4" in done.stdout
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "PREFIX: nowhere/manifest.json is missing"),
+        (["inspect", "{whole}", "--image-tokenizer", "."], "--image-tokenizer: "),
+        (["run", "--source", "nowhere", "--output", "x", "--text-tokenizer", "."], "--text-tokenizer: "),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, whole, tmp_path):
+    done = run(*(argument.format(whole=whole) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line]
+    assert line.startswith("megatron_cca: error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []

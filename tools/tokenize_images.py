@@ -1,0 +1,213 @@
+"""Turn captioned images into token shards for training, and look at shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_cca import platform
+from megatron_cca.errors import UserError
+from megatron_cca.reporting import reported_tool_errors
+
+_EXAMPLES = """examples:
+  torchrun --nproc_per_node 8 tools/tokenize_images.py run --source journeydb --output shards/train \\
+      --image-tokenizer Emu3-VisionTokenizer --text-tokenizer Emu3-Gen
+  python tools/tokenize_images.py run --source my_images --output shards/mine --model emu3-tiny --area 64 \\
+      --image-tokenizer runs/data/digits --text-tokenizer runs/data/digits
+  python tools/tokenize_images.py inspect shards/train
+"""
+_PACKAGES = ("datasets", "PIL", "safetensors", "tiktoken", "transformers")
+_LAYOUTS = """where the images and captions are. Layouts (recognised from what lies there; else set --layout):
+  captions    captions.jsonl ({"file_name": ..., "caption": ...}), or a .txt beside each image
+  classes     one folder per class, as ImageNet; names from classes.json or LOC_synset_mapping.txt if there is one
+  journeydb   JourneyDB's annotation jsonl beside its imgs/ folders
+  webdataset  tars
+  datasets    what Hugging Face datasets opens from disk: parquet, arrow, imagefolder, save_to_disk
+  emu3        Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)"""
+
+
+def main() -> None:
+    """Parse the command line, then tokenise or inspect."""
+    arguments = _parser().parse_args()
+    with reported_tool_errors(_PACKAGES, "data,hf"):
+        arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="run|inspect")
+    _add_run(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_run(commands) -> None:
+    command = _command(
+        commands,
+        "run",
+        _run,
+        "tokenize a source into a shard folder; under torchrun on several processes or GPUs; the same command goes on "
+        "where an interrupted one stopped (finished parts wait in OUTPUT.parts)",
+    )
+    path = {"type": lambda text: Path(text).expanduser(), "metavar": "DIR"}
+    command.add_argument("--source", **path, required=True, help=_LAYOUTS)
+    command.add_argument("--layout", default="auto", metavar="NAME", help="one of the above (default auto)")
+    command.add_argument(
+        "--caption-field", metavar="NAME", help="JSON key or column of the caption; JourneyDB's is prompt"
+    )
+    command.add_argument("--image-field", metavar="NAME", help="column of the image, in datasets")
+    command.add_argument("--split", metavar="NAME", help="part of a data set that has several (default train)")
+    command.add_argument("--output", **path, required=True, help="the shard folder to write; must not exist")
+    command.add_argument(
+        "--model", default="emu3-8b", metavar="NAME", help="preset whose vocabulary is used (default emu3-8b)"
+    )
+    command.add_argument(
+        "--image-tokenizer",
+        **path,
+        help="Emu3-VisionTokenizer, an Emu3 in transformers' form, or a folder with the demo's codebook.npy",
+    )
+    command.add_argument(
+        "--text-tokenizer", **path, required=True, help="folder of the checkpoint: tokenizer.json or emu3.tiktoken"
+    )
+    command.add_argument(
+        "--area",
+        type=_positive,
+        default=518_400,
+        metavar="PIXELS",
+        help="target area, aspect ratio kept (default 720*720)",
+    )
+    command.add_argument(
+        "--clip-meta",
+        metavar="TEXT",
+        help="what stands between BOI and IMG of a clip, with {frames}, {height}, {width} of the code grid; Emu3's "
+        "authors have not published theirs, so clips cannot be trained on without it",
+    )
+    command.add_argument("--max-caption-tokens", type=_positive, default=1024, metavar="N", help="(default 1024)")
+    command.add_argument(
+        "--max-skipped",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="of the records; more end the job (default 0.1)",
+    )
+    command.add_argument(
+        "--max-pixels", type=_positive, default=100_000_000, metavar="N", help="of an image (default 100000000)"
+    )
+    command.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="images encoded together (default 8)"
+    )
+    command.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="that read and decode")
+    command.add_argument(
+        "--block",
+        type=_positive,
+        default=1024,
+        metavar="N",
+        help="records a killed process repeats at most (default 1024)",
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the image tokenizer")
+
+
+def _add_inspect(commands) -> None:
+    command = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "check every file of a shard folder against its checksum, print counts and histograms of caption length and "
+        "grid, and draw a contact sheet of decoded samples beside their captions",
+    )
+    command.add_argument("shards", type=Path, metavar="PREFIX", help="the shard folder")
+    command.add_argument("--picture", type=Path, metavar="PNG", help="the contact sheet (default: PREFIX.png)")
+    command.add_argument("--samples", type=_positive, default=16, metavar="N", help="on the sheet (default 16)")
+    command.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
+    command.add_argument(
+        "--image-tokenizer", type=Path, metavar="DIR", help="(default: the one that the manifest names)"
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the image tokenizer")
+
+
+def _command(commands, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text.split(";")[0], description=text, formatter_class=argparse.RawTextHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _threads() -> int:
+    """This process's share of the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, found {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, found {share}")
+    return share
+
+
+def _install(choice: platform.DeviceChoice) -> None:
+    try:
+        platform.install(choice)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _install(arguments.device)
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.data.image_headers import ImageLimits
+    from megatron_cca.data.sources import SourceOptions
+    from megatron_cca.data.tokenizing import TokenizeSettings, tokenize
+
+    settings = TokenizeSettings(
+        source=arguments.source,
+        output=arguments.output,
+        text_tokenizer=arguments.text_tokenizer,
+        image_tokenizer=arguments.image_tokenizer,
+        layout=arguments.layout,
+        source_options=SourceOptions(arguments.caption_field, arguments.image_field, arguments.split),
+        model=arguments.model,
+        area=arguments.area,
+        clip_meta=arguments.clip_meta,
+        max_caption_tokens=arguments.max_caption_tokens,
+        max_skipped=arguments.max_skipped,
+        limits=ImageLimits(max_pixels=arguments.max_pixels),
+        batch_size=arguments.batch_size,
+        threads=arguments.threads,
+        block=arguments.block,
+    )
+    place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    result = tokenize(settings, *place, platform.device())
+    if result is not None:
+        skipped = f", {result.skipped} skipped (see skipped.jsonl there)" if result.skipped else ""
+        print(f"wrote {settings.output}: {result.samples} samples{skipped}, {result.images_per_second:.1f} images/s")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    _install(arguments.device)
+    from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
+    from megatron_cca.evaluation.plots import contact_sheet
+
+    shards = open_for_inspection(arguments.shards)
+    print(report(shards), flush=True)
+    picture = arguments.picture or arguments.shards.with_name(f"{arguments.shards.name}.png")
+    device = platform.device()
+    contact_sheet(
+        picture, *decoded_samples(shards, arguments.samples, arguments.seed, arguments.image_tokenizer, device)
+    )
+    print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()
