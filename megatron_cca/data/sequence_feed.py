@@ -36,11 +36,9 @@ class SequenceFeed:
     """
 
     def __init__(self, source: Callable[[int], np.ndarray], rows: int, device: torch.device, depth: int) -> None:
-        self._source = source
-        self._error: BaseException | None = None
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
-        pipeline = sequence_pipeline(self._turn, rows, device)
+        pipeline = sequence_pipeline(source, rows, device)
         self._thread = threading.Thread(target=self._work, args=(pipeline,), name="token batches", daemon=True)
         self._thread.start()
         # Also at exit: an interpreter that goes away under a running pipeline aborts.
@@ -57,21 +55,13 @@ class SequenceFeed:
         """Stop, and forget what was read ahead."""
         self._stop()
 
-    def _turn(self, turn: int) -> np.ndarray:
-        try:
-            return self._source(turn)
-        except BaseException as error:
-            # DALI raises something of its own instead.
-            self._error = error
-            raise
-
     def _work(self, pipeline) -> None:
         while not self._stopping.is_set():
             try:
                 # A copy: the pipeline's memory is written again on its next run.
                 found = torch.from_dlpack(pipeline.run()[0].as_tensor()).long()
             except BaseException as error:
-                found = self._error or error
+                found = error
             self._hand_over(found)
             if isinstance(found, BaseException):
                 return

@@ -105,11 +105,7 @@ class TokenWriter:
             self._builders[name].end_document()
         grid = (1,) * (3 - sample.codes.ndim) + sample.codes.shape
         words = checksum(caption)
-        condition = (
-            words
-            if sample.condition is None
-            else xxhash.xxh3_64_intdigest(sample.condition.encode("utf-8", "surrogatepass"))
-        )
+        condition = words if sample.condition is None else _name_hash(sample.condition)
         self._rows.append((grid, len(caption), words, condition, checksum(codes)))
 
     def _finish(self) -> None:

@@ -191,6 +191,19 @@ def test_a_rank_that_raises_ends_the_job_with_its_error_in_sight(tmp_path):
     assert "the disk of rank 1 is on fire" in root_cause
 
 
+def test_a_damaged_sample_ends_the_job_on_the_ranks_that_did_not_read_it(digit_shards, tmp_path):
+    shards = shutil.copytree(digit_shards, tmp_path / "shards")
+    content = bytearray((shards / "codes.bin").read_bytes())
+    content[1000] ^= 4
+    (shards / "codes.bin").write_bytes(content)
+    options = {"training__train_iters": 1000, "parallel__tensor_model_parallel_size": 2}
+    done = torchrun(2, SCRIPT, *arguments(shards, **options), cwd=tmp_path, timeout=120)
+    assert done.returncode != 0
+    root_cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert "data.path: " in root_cause
+    assert "codes.bin: sample 31 is not what was written" in root_cause
+
+
 def _wait(condition, seconds):
     deadline = time.monotonic() + seconds
     while not condition():

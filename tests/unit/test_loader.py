@@ -31,6 +31,7 @@ def assert_same(found, expected):
     assert found.mean_num_tokens == expected.mean_num_tokens
     for ours, theirs in zip(found.microbatches, expected.microbatches, strict=True):
         for name in TENSORS:
+            assert getattr(ours, name).dtype == getattr(theirs, name).dtype
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 

@@ -120,6 +120,14 @@ def test_bucketing_moves_samples_between_the_steps_of_a_window_and_saves_padding
     assert padding(bucketed, 50) < padding(plain, 50) / 4
 
 
+def test_the_rows_of_a_bucketed_step_are_in_the_streams_order():
+    draw = pairing(global_batch_size=20, length_bucketing=10)
+    place = {sample: position for position, sample in enumerate(draw.order.at(np.arange(200)).tolist())}
+    for step in range(10):
+        places = [place[sample] for sample in draw.at(step).sample_ids.tolist()]
+        assert places == sorted(places)
+
+
 def test_bucketed_steps_do_not_go_from_short_to_long():
     draw = pairing(global_batch_size=20, length_bucketing=10)
     longest = [int(table(draw.at(step).sample_ids)["grid"][:, 1].max()) for step in range(50)]

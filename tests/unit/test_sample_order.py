@@ -47,6 +47,11 @@ def test_a_blend_passes_through_each_pool_in_full_and_keeps_its_shares():
         assert share == pytest.approx(0.25, abs=1 / BLOCK)
 
 
+def test_a_blend_is_mixed_anew_in_every_block():
+    stream = order(10, 10).at(np.arange(2 * BLOCK)) < 10
+    assert (stream[:BLOCK] != stream[BLOCK:]).mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_another_seed_is_another_order_but_the_same_blend():
     sizes, weights = (50, 50), (1.0, 3.0)
     first, other = (order(*sizes, weights=weights, seed=seed).at(np.arange(BLOCK)) for seed in (1, 2))
@@ -69,8 +74,8 @@ def test_held_out_samples_are_never_trained_on_and_do_not_depend_on_the_run(tmp_
 
 
 def test_a_folder_has_the_same_held_out_samples_alone_and_in_a_blend(tmp_path):
-    alone, blended = token_data(tmp_path / "alone", 40), token_data(tmp_path / "blend", 40, 100)
-    assert (held_out_order(alone, 0.2, 0).pools[0] == held_out_order(blended, 0.2, 0).pools[0]).all()
+    alone, blended = token_data(tmp_path / "alone", 40), token_data(tmp_path / "blend", 100, 40)
+    assert (held_out_order(alone, 0.2, 0).pools[0] + 100 == held_out_order(blended, 0.2, 0).pools[1]).all()
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.999])

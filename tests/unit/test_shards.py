@@ -47,6 +47,16 @@ def test_round_trip_of_ragged_samples(small):
     assert shards.meta_words((1, 3, 3)).tolist() == encode_text("3*3")
 
 
+def test_what_was_read_outlives_the_shards(small):
+    folder, samples = small
+    shards = open_shards(folder)
+    arrays = [shards.codes(0), shards.caption(0)]
+    # Else they would point into a file that is no longer mapped.
+    assert all(array.base is None or array.base.base is None for array in arrays)
+    del shards
+    assert (arrays[0] == samples[0].codes).all()
+
+
 def test_a_clip_trains_only_with_words_that_somebody_chose(small, tmp_path):
     folder, samples = small
     with pytest.raises(UserError, match=r"holds clips \(2x2x3 codes\).*have not published"):

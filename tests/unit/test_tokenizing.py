@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_cca import output
-from megatron_cca.data import tokenizing
+from megatron_cca.data import token_files, tokenizing
 from megatron_cca.data.image_tokenizers import PatchImageTokenizer, open_image_tokenizer
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shards import TokenShards, write_shards
@@ -123,6 +123,23 @@ def test_an_interrupted_job_goes_on_without_repeating(settings, expected, interr
     assert tokenize(settings).samples == NUMBER
     # Only what was encoded of the chunk that was cut is encoded twice.
     assert interruptible["images"] == NUMBER + (at - 1) % 8 * 8
+    assert token_bytes(settings.output) == expected
+
+
+def test_an_interruption_between_two_files_keeps_nothing_half(settings, expected, monkeypatch):
+    calls, original = [], token_files.checksum
+
+    def interrupted(tokens):
+        calls.append(1)
+        if len(calls) == 201:  # after the codes of a sample went to their file, before its row is known
+            raise KeyboardInterrupt
+        return original(tokens)
+
+    monkeypatch.setattr(token_files, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(settings)
+    assert [part.stop for part in parts.PartsFolder(settings.output, NUMBER, 40).done()] == [40, 80]
+    tokenize(settings)
     assert token_bytes(settings.output) == expected
 
 
