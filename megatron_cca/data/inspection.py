@@ -50,9 +50,9 @@ def report(shards: TokenShards) -> str:
     lengths, grids = table["caption_length"], Counter(map(tuple, table["grid"].tolist()))
     unnamed = int((table["condition"] == table["caption"]).sum())
     lines = [
-        f"{shards.folder}: {len(shards)} samples, every file as it was written",
-        f"visual codes        {int(table['grid'].prod(axis=1, dtype=np.int64).sum())}",
-        f"caption tokens      {int(lengths.sum(dtype=np.int64))}",
+        f"{shards.folder}: {len(shards):,} samples, every file as it was written",
+        f"visual codes        {int(table['grid'].prod(axis=1, dtype=np.int64).sum()):,}",
+        f"caption tokens      {int(lengths.sum(dtype=np.int64)):,}",
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",

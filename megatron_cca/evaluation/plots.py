@@ -62,10 +62,10 @@ def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[s
         lines = textwrap.wrap(caption, 34, max_lines=4, placeholder=" ...") or [""]
         # A caption may hold dollar signs; they are not mathematics here.
         axis.set_title("\n".join(lines), fontsize=7, color=_INK, y=-0.04, va="top", parse_math=False)
-    figure.tight_layout(pad=0.8, h_pad=2.2)
     with warnings.catch_warnings():
         # The font at hand has not every script's letters; it draws a box then.
         warnings.filterwarnings("ignore", message="Glyph")
+        figure.tight_layout(pad=0.8, h_pad=2.2)
         _save(figure, path)
 
 

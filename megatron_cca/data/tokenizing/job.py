@@ -157,8 +157,8 @@ def _write_parts(job: _Job, rank: int, world_size: int, device: torch.device, pr
 
 def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iterator[list[Prepared | Skipped]]:
     """The span's chunks, each prepared while the one before is in use."""
-    # Cut at multiples of the chunk, so that what is encoded together does not depend on interruptions.
-    edges = [span[0], *range(-(-(span[0] + 1) // _CHUNK) * _CHUNK, span[1], _CHUNK), span[1]]
+    # An interrupted part ends with a chunk, so that what is encoded together does not depend on interruptions.
+    edges = [*range(*span, _CHUNK), span[1]]
     following = ahead.submit(maker.prepare, range(edges[0], edges[1]))
     for start, stop in zip(edges[1:], [*edges[2:], None], strict=True):
         prepared = following.result()
