@@ -58,6 +58,15 @@ class BatchLoader:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def start(self, step: int) -> None:
+        """Begin to read ahead for this step; :meth:`get` does so by itself, but then has to wait the first time."""
+        if not self._place.reads:
+            return
+        self.close()
+        rows = self._batches.rows_per_rank(self._place.data_parallel_size)
+        self._feed = SequenceFeed(lambda turn: self._sequences(step + turn), rows, self._device, self._prefetch)
+        self._next_step = step
+
     def get(self, step: int) -> StepBatch:
         """The batch of a step; steps are best asked for in order. Collective over the place's group.
 
@@ -92,9 +101,7 @@ class BatchLoader:
 
     def _read(self, step: int) -> Tensor:
         if self._feed is None or step != self._next_step:
-            self.close()
-            rows = self._batches.rows_per_rank(self._place.data_parallel_size)
-            self._feed = SequenceFeed(lambda turn: self._sequences(step + turn), rows, self._device, self._prefetch)
+            self.start(step)
         self._next_step = step + 1
         return self._feed.next()
 

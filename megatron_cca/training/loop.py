@@ -29,10 +29,11 @@ def train(config: Config, data: RunData) -> None:
     """
     initialize_distributed(config)
     run = set_up(config, data)
-    if run.iteration >= config.training.train_iters:
-        _say(f"{config.training.output_dir} is already at step {run.iteration}; raise training.train_iters to go on")
-        return
     with run.loader:
+        if run.iteration >= config.training.train_iters:
+            reached = f"{config.training.output_dir} is already at step {run.iteration}"
+            _say(f"{reached}; raise training.train_iters to go on")
+            return
         _train(run)
 
 

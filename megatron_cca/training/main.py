@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,8 @@ def _train_all(runs: Sequence[Config]) -> None:
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.loop import train
 
+    # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
+    sys.setswitchinterval(1e-4)
     for config in runs:
         train(config, open_data(config))
     dist.destroy_process_group()

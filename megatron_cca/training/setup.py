@@ -59,7 +59,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The run's checkpoint folder."""
-        return Path(self.config.training.output_dir) / layout.FOLDER
+        return _checkpoints(self.config)
+
+
+def _checkpoints(config: Config) -> Path:
+    return Path(config.training.output_dir) / layout.FOLDER
 
 
 def set_up(config: Config, data: RunData) -> Run:
@@ -67,16 +71,19 @@ def set_up(config: Config, data: RunData) -> Run:
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
+    batches = training_batches(config, data, uses_pairs)
+    reader = loader(config, batches)
+    # While the models are built, the first batches are read.
+    reader.start(layout.latest_iteration(_checkpoints(config)) or 0)
     pretrained = config.training.pretrained_checkpoint
     policy = wrap_ddp(build_chunks(config, architecture, pretrained, PRETRAINED), config)
     optimizer = build_optimizer(config, policy)
-    batches = training_batches(config, data, uses_pairs)
     run = Run(
         config=config,
         architecture=architecture,
         objective=objective,
         batches=batches,
-        loader=loader(config, batches),
+        loader=reader,
         validation=validation_batches(config, data, uses_pairs),
         policy=policy,
         reference=_build_reference(config, architecture) if uses_pairs else None,
