@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.shards import TokenShards, merge_shards
 from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.token_files import TokenWriter
 from megatron_cca.errors import UserError
-from tests.references.token_shards import VOCABULARY, pairing, random_samples, token_data, write
+from tests.references.token_shards import VOCABULARY, encode_text, pairing, random_samples, token_data, write
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,28 @@ def test_clips_without_words_for_their_size_are_refused(tmp_path):
     clips = TokenData([TokenShards(folder, VOCABULARY)])
     with pytest.raises(UserError, match="what stands between BOI and IMG of one"):
         builder(clips).plan(0)
+
+
+def test_clips_with_words_of_their_own_become_rows_with_a_break_after_every_frame(tmp_path):
+    samples = random_samples(20, clips=True)
+    part = tmp_path / "part"
+    part.mkdir()
+    with TokenWriter(part, VOCABULARY) as writer:
+        for sample in samples:
+            writer.add(sample)
+    how = (VOCABULARY, encode_text, lambda folder: None, {}, tmp_path / "aside", "{frames}x{height}x{width}")
+    merge_shards(tmp_path / "clips", [part], *how)
+    clips = TokenData([TokenShards(tmp_path / "clips", VOCABULARY)])
+    batches = builder(clips)
+    rows = all_rows(batches, 1)[0]
+    for sample, row in zip(batches.pairing.at(2).sample_ids.tolist(), rows, strict=True):
+        _, words, codes = decode(row)
+        assert words == encode_text("2x2x3")
+        assert codes == samples[sample].codes.reshape(-1).tolist()
+        visual = row.tolist()[row.tolist().index(VOCABULARY.img) + 1 :]
+        assert [place for place, token in enumerate(visual) if token == VOCABULARY.eof] == [8, 17]
+        assert [place for place, token in enumerate(visual) if token == VOCABULARY.eol] == [3, 7, 12, 16]
+    assert batches.build(2, 0, 1).mean_num_tokens == 12.0
 
 
 def test_steps_far_ahead_need_no_history(data):
