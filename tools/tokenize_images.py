@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +123,7 @@ def _add_inspect(commands) -> None:
     command.add_argument("shards", type=Path, metavar="PREFIX", help="the shard folder")
     command.add_argument("--picture", type=Path, metavar="PNG", help="the contact sheet (default: PREFIX.png)")
     command.add_argument("--samples", type=_positive, default=16, metavar="N", help="on the sheet (default 16)")
-    command.add_argument("--seed", type=int, default=0, help="which samples (default 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="which samples (default 0)")
     command.add_argument(
         "--image-tokenizer", type=Path, metavar="DIR", help="(default: the one that the manifest names)"
     )
@@ -143,17 +144,22 @@ def _threads() -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, found {number}")
-    return number
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {2**31 - 1}, found {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, found {text!r}")
+    return int(text)
 
 
 def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, found {share}")
-    return share
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, found {text!r}")
 
 
 def _install(choice: platform.DeviceChoice) -> None:
@@ -199,14 +205,23 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
     from megatron_cca.evaluation.plots import contact_sheet
 
+    picture = _picture(arguments)
     shards = open_for_inspection(arguments.shards)
     print(report(shards), flush=True)
-    picture = arguments.picture or arguments.shards.with_name(f"{arguments.shards.name}.png")
     device = platform.device()
     contact_sheet(
         picture, *decoded_samples(shards, arguments.samples, arguments.seed, arguments.image_tokenizer, device)
     )
     print(f"wrote {picture}")
+
+
+def _picture(arguments: argparse.Namespace) -> Path:
+    """Where the contact sheet goes; never in the place of a shard's own file."""
+    folder = arguments.shards.resolve()
+    picture = arguments.picture or folder.with_name(f"{folder.name}.png")
+    if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():
+        raise UserError(f"--picture: {picture} must be a .png in a folder that exists")
+    return picture
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def read_manifest(folder: Path) -> Json:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UserError(f"{path} is missing; give a folder of token shards, or the word digits")
+        raise UserError(f"{path} is missing; give a folder of token shards")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]

@@ -894,6 +894,15 @@ def test_what_is_not_there_or_unknown(tmp_path):
     assert "could be captions or webdataset" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])
+def test_a_list_beside_images_in_sub_folders_says_that_they_are_no_classes(name, tmp_path):
+    write(tmp_path, "images/0.png", A)
+    assert open_source(tmp_path)[0].caption == "images"
+    caption = {"caption": "a picture"} if name == "captions.jsonl" else {"text": "a picture"}
+    write(tmp_path, name, lines({"file_name": "images/0.png", **caption}))
+    assert open_source(tmp_path)[0].caption == "a picture"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_empty_folder_and_a_foreign_file_are_refused(layout, tmp_path):
     name = "line\nbreak"

@@ -307,9 +307,11 @@ def test_emu3s_own_lists_need_no_image_tokenizer(settings, digit_shards, tmp_pat
     assert all((shards.codes(index) == source.codes(index)).all() for index in range(6))
 
 
-def test_images_without_an_image_tokenizer_are_told_so(settings):
+def test_images_without_an_image_tokenizer_are_told_so(settings, tmp_path):
     with pytest.raises(UserError, match="an image tokenizer is needed"):
         tokenize(replace(settings, image_tokenizer=None))
+    # Nothing was finished, so that nothing stays.
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,9 @@ def _check_path(path: Path) -> None:
 
 def _recognised(path: Path) -> str:
     found = [name for name, layout in LAYOUTS.items() if layout.recognises(path)]
+    if len(found) > 1:
+        # Images in sub-folders are classes only where no list beside them says otherwise.
+        found = [name for name in found if name != "classes"]
     if len(found) != 1:
         what = f"could be {' or '.join(found)}" if found else "has no layout known here"
         raise UserError(f"{printable(str(path))} {what}; set the layout to one of {', '.join(LAYOUTS)}")

@@ -73,8 +73,11 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
         UserError: bad input, too many records skipped, a full disk, another job on the same output; one line.
     """
     job = _open(settings, device)
-    with file_system_errors(settings.output), claimed(job.parts.scratch(rank)):
-        job.parts.begin(_description(job), leads=rank == 0)
+    with (
+        file_system_errors(settings.output),
+        claimed(job.parts.scratch(rank)),
+        job.parts.begun(_description(job), leads=rank == 0),
+    ):
         with Progress(job.parts, len(job.source), shown=rank == 0) as progress:
             _write_parts(job, rank, world_size, device, progress)
             if rank != 0:

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,17 @@ class PartsFolder:
                     f"{OPTION}: {self.folder} was begun with {key} {theirs.get(key)!r}, not {job[key]!r}; go on as it "
                     "was begun, or remove that folder"
                 )
+
+    @contextmanager
+    def begun(self, job: dict, *, leads: bool) -> Iterator[None]:
+        """:meth:`begin`; what fails before a part is finished leaves nothing behind."""
+        self.begin(job, leads=leads)
+        try:
+            yield
+        except BaseException:
+            if leads and not self.done():
+                (self.folder / _JOB).unlink(missing_ok=True)
+            raise
 
     def done(self) -> list[Part]:
         """The finished parts, in order."""
