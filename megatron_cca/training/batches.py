@@ -51,6 +51,7 @@ def open_data(config: Config) -> RunData:
     """
     path = config.validation.path
     data = RunData(_open(config, config.data.path, DATA), None if path is None else _open(config, path, VALIDATION))
+    # Refused now, before any process group is made.
     training_order(data.training, 0, config.validation.fraction, config.validation.seed)
     return data
 
