@@ -55,7 +55,7 @@ def test_two_processes_make_the_same_shards(options, whole, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
     output = tmp_path / "shards"
     command = [sys.executable, TOOL, *options, "--output", str(output), "--threads", "1"]
