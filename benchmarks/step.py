@@ -134,7 +134,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
         tensors |= {f"{step}.{name}": tensor.contiguous() for name, tensor in parts.items()}
     save_file(tensors, f"{folder}/batches.safetensors")
     initialize_distributed(config)
-    (chunk,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
+    (chunk,) = build_chunks(config, architecture, config.training, None, "training.pretrained_checkpoint")
     save(Path(folder) / "start", 0, [chunk], None, summarize(config))
     export_checkpoint(f"{folder}/start", f"{folder}/transformers", progress_bar=False)
     parameters = sum(parameter.numel() for parameter in chunk.parameters())

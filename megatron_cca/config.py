@@ -26,6 +26,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Blend = dict[str, PositiveFloat]
+Precision = Literal["fp32", "bf16", "fp8"]
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise"]
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 _strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
@@ -71,6 +74,20 @@ class ParallelConfig:
 
 
 @_strict
+class LoraConfig:
+    """Section ``lora``: train low-rank adapters (arXiv 2106.09685) and leave the model's own weights frozen."""
+
+    dim: PositiveInt | None = None
+    """Rank of the adapters; null trains all weights instead."""
+    alpha: PositiveFloat = 32.0
+    """An adapter's output is scaled with ``alpha / dim``."""
+    target_modules: list[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]] = dataclasses.field(
+        default_factory=lambda: list(LORA_TARGETS)
+    )
+    """Megatron's names of the projections that get one, in every layer."""
+
+
+@_strict
 class ObjectiveConfig:
     """Section ``objective``."""
 
@@ -86,10 +103,24 @@ class ObjectiveConfig:
 class ReferenceConfig:
     """Section ``reference``: the frozen copy that the objective compares with."""
 
-    strategy: Literal["resident"] = "resident"
-    """``resident`` keeps it beside the policy."""
+    strategy: Literal["resident", "offload", "cached", "shared"] = "resident"
+    """``resident`` keeps it beside the policy. ``offload`` keeps it in host memory and streams a layer at a time
+    through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py`` computed. ``shared`` takes
+    the policy with its LoRA adapters off."""
     checkpoint: str | None = None
     """Its weights; null means ``training.pretrained_checkpoint``."""
+    cache: str | None = None
+    """For ``cached``: the folder that ``tools/cache_reference.py`` wrote."""
+    precision: Precision | None = None
+    """Null means the policy's, ``training.precision``."""
+    fp8_recipe: Literal["tensorwise", "blockwise"] | None = None
+    """Null means the policy's; ``tensorwise`` where that is ``delayed``, which a frozen model cannot learn."""
+    fp8_param: bool = False
+    """Keep its weights in FP8, one scale a row, and compute in ``precision`` with what they round to: half the memory
+    of bf16. The LM head and the norms stay as they are."""
+    allow_bias: NonNegativeFloat | None = None
+    """Largest root mean square of beta x log-ratio while policy and reference have the same weights. Null means exactly
+    0 where both take the same path and 0.05 where their precisions differ."""
 
 
 @_strict
@@ -141,6 +172,18 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
+    optimizer_cpu_offload: bool = False
+    """Keep the optimizer's state in host memory and update there."""
+    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the state that ``optimizer_cpu_offload`` moves."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Overlap that update with the copies to and from the host."""
+    use_precision_aware_optimizer: bool = False
+    """Let Transformer Engine's FusedAdam keep its state in the types below; they must be fp32 otherwise."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
 
 
 @_strict
@@ -152,11 +195,21 @@ class TrainingConfig:
     """Image-condition samples in one forward pass of one data-parallel rank (a CCA sample is two rows)."""
     global_batch_size: PositiveInt = 256
     seed: NonNegativeInt = 1234
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
+    """``fp8`` is bf16 with the layers' products in FP8, by Transformer Engine."""
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
+    """``hybrid`` is E4M3 forward and E5M2 backward."""
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    """Where scales come from: the tensor at hand (``tensorwise``, ``blockwise``) or those before it (``delayed``)."""
+    fp8_amax_history_len: PositiveInt = 16
+    """Steps that ``delayed`` looks back on."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     logps_chunk_size: PositiveInt = 1024
     """Tokens that pass through the LM head at a time, in the policy and in the reference."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """``full`` recomputes whole layers in backward, ``selective`` only core attention; null keeps all activations."""
+    """``full`` recomputes whole layers in backward, ``selective`` ``recompute_modules``; null keeps all activations."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] = dataclasses.field(default_factory=lambda: ["core_attn"])
+    """For ``selective``; Megatron's others are for kinds of layers that no family here has."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """For ``full``: groups of ``recompute_num_layers`` layers, or that many single layers on each model chunk."""
     recompute_num_layers: PositiveInt = 1
@@ -183,6 +236,7 @@ class Config:
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -14,7 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
+from megatron_cca.models import lora
 
 # The one sharding of the optimizer's state that any other TP x PP x DP can load.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -49,14 +51,22 @@ def save(
 def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     """Fill this rank's model chunks from a whole checkpoint; collective over all ranks.
 
+    A LoRA run's adapters are merged into the weights, unless the chunks have adapters themselves.
+
     Raises:
         UserError: tensors missing or misshapen; ``key`` says which configuration key named the checkpoint.
     """
+    settings = saved_config(folder, key).lora
+    merged = settings.dim is not None and lora.settings_of(chunks) is None
+    if merged:
+        lora.attach(chunks, settings, seed=None)
     _fill(chunks, _load(_state_dict(chunks), folder, key))
+    if merged:
+        lora.merge(chunks)
 
 
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
-    """Fill model chunks and optimizer from a checkpoint of any layout; collective over all ranks."""
+    """Fill model chunks, with their adapters, and optimizer from any layout's checkpoint; collective over all ranks."""
     state = _load(_state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
     optimizer.load_state_dict(state["optimizer"])

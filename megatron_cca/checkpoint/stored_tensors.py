@@ -101,6 +101,10 @@ class StoredTensors:
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
+    def names(self) -> list[str]:
+        """Keys of all tensors."""
+        return list(self._tensors)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape; layers are stacked on the first axis."""
         return tuple(self._tensors[key].size)

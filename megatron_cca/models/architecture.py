@@ -63,6 +63,15 @@ def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_mod
     return -(-architecture.vocabulary.size // multiple) * multiple
 
 
+def num_parameters(architecture: Architecture) -> int:
+    """Weights of the whole model, without rows that pad the vocabulary."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    head = hidden // architecture.num_attention_heads
+    attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
+    layer = attention + 3 * hidden * ffn + 2 * hidden
+    return architecture.num_layers * layer + 2 * architecture.vocabulary.size * hidden + hidden
+
+
 def check_layout(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that the model cannot take.
 

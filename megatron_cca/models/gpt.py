@@ -18,16 +18,31 @@ from torch.nn.functional import silu
 from megatron_cca import platform
 from megatron_cca.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
-from megatron_cca.models.layer_specs import layer_spec
-from megatron_cca.parallel import sequence_logps
+from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
+from megatron_cca.parallel import sequence_logps, token_logps
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    is_frozen: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of the decoder; a fresh object on each call, since DDP hangs its hooks on it."""
+    """Megatron's configuration of the decoder; a fresh object on each call, since DDP hangs its hooks on it.
+
+    Args:
+        architecture, model, parallel, training: of the run; ``training`` says precision and recomputation.
+        is_frozen: whether the weights will never change.
+
+    Raises:
+        UserError: FP8 where it cannot be computed with.
+    """
+    if training.precision == "fp8":
+        check_fp8_device(training.fp8_recipe)
     on_gpu = platform.current().is_cuda
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
     interleaved = num_model_chunks(parallel) > 1
     recompute_layers = training.recompute_granularity == "full"
     return TransformerConfig(
@@ -53,11 +68,18 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         recompute_granularity=training.recompute_granularity,
+        recompute_modules=list(training.recompute_modules),
         recompute_method=training.recompute_method if recompute_layers else None,
         recompute_num_layers=training.recompute_num_layers if recompute_layers else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp8=training.fp8_format if training.precision == "fp8" else None,
+        fp8_recipe=training.fp8_recipe,
+        fp8_amax_history_len=training.fp8_amax_history_len,
+        fp8_amax_compute_algo=training.fp8_amax_compute_algo,
+        # Transformer Engine would keep an FP8 copy of every weight for good beside a frozen model's own.
+        disable_parameter_transpose_cache=is_frozen,
         # The weights are filled by name afterwards (checkpoint or initialization.py), alike for every layout.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -76,14 +98,20 @@ def num_model_chunks(parallel: ParallelConfig) -> int:
 
 
 def build_gpt(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    is_frozen: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, on its device, with uninitialised weights: one, or more under interleaving.
 
-    Model parallelism must be initialised. In bf16 each chunk is wrapped in Megatron's ``Float16Module``. The chunks
-    share one configuration, as Megatron's schedules expect. Under ``torch.device("meta")`` the weights stay there.
+    Model parallelism must be initialised. Arguments are those of :func:`transformer_config`. But for fp32, each chunk
+    is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules expect.
+    Under ``torch.device("meta")`` the weights stay there.
     """
-    config = transformer_config(architecture, model, parallel, training)
+    config = transformer_config(architecture, model, parallel, training, is_frozen=is_frozen)
     chunks = num_model_chunks(parallel)
     stages = range(chunks) if chunks > 1 else [None]
     return [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
@@ -132,12 +160,27 @@ def image_logps(
         On the last chunk of the pipeline the log-probability of each row's image tokens, float32 ``[B]``, the same on
         all tensor- and context-parallel ranks; on earlier chunks the hidden states that Megatron's schedule sends on.
     """
+    return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
+
+
+def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: int) -> Tensor:
+    """What :func:`image_logps` sums, token by token: float32 ``[B, S]``, 0 where masked out.
+
+    Arguments are those of :func:`image_logps`. Not for context parallelism, where no rank has a whole row.
+    """
+    assert parallel_state.get_context_parallel_group().size() == 1
+    return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
+
+
+def _forward(
+    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **context
+) -> Tensor:
     if tokens is None:
         return model(None, None, None)
     tokens, targets, mask = _on_this_context_rank(tokens, targets, mask)
     # Rotary positions are the index in the whole sequence, whatever these say; Megatron wants the argument.
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-    context = {"targets": targets, "mask": mask, **head}
+    context = {"targets": targets, "mask": mask, **context}
     return model(tokens, positions, None, output_processor=_logps_head, output_processor_context=context)
 
 
@@ -154,7 +197,8 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
     if config.sequence_parallel:
         # sequence_logps returns the whole gradient of its input on every rank; summing again would double it.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-    logps = sequence_logps(hidden_states, output_layer.weight, tp_group=tp_group, **context)
+    logps_of, batch = context["logps_of"], {name: value for name, value in context.items() if name != "logps_of"}
+    logps = logps_of(hidden_states, output_layer.weight, tp_group=tp_group, **batch)
     if config.context_parallel_size == 1:
         return logps
     # Each rank has summed its own part of the sequence. Its gradient is its own too: Megatron's data parallelism sums

@@ -25,7 +25,8 @@ def initialize_by_name(model: torch.nn.Module, *, seed: int, std: float, num_lay
             shard.data.fill_(1.0)
             continue
         scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
-        shard.data.copy_(scale * _whole_tensor_part(shard, seed, vocab_size).view_as(shard.data))
+        rows = vocab_size if "word_embeddings" in shard.key or "output_layer" in shard.key else None
+        shard.data.copy_(scale * standard_normal(shard, seed, rows).view_as(shard.data))
 
 
 def sharded_tensors(tree) -> list[ShardedTensor]:
@@ -39,13 +40,17 @@ def sharded_tensors(tree) -> list[ShardedTensor]:
     return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
 
 
-def _whole_tensor_part(shard: ShardedTensor, seed: int, vocab_size: int) -> Tensor:
-    """Draw the whole tensor (one layer's, where layers are stacked) and return this rank's part."""
+def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
+    """This rank's part of a whole tensor (one layer's, where layers are stacked) of N(0, 1), drawn from seed and name.
+
+    Args:
+        shard: says which tensor and which part; float32 of its ``local_shape`` is returned, on the CPU.
+        seed: of all tensors; each name gives numbers of its own.
+        rows: those after the first so many are zero; None means all are drawn.
+    """
     stacked = shard.prepend_axis_num
     name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
     shape, offset = list(shard.global_shape[stacked:]), shard.global_offset[stacked:]
-    is_vocabulary = "word_embeddings" in shard.key or "output_layer" in shard.key
-    rows = vocab_size if is_vocabulary else shape[0]
     whole = torch.zeros(shape)
     whole[:rows].normal_(generator=_generator(name, seed))
     return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]

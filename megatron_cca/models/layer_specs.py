@@ -39,6 +39,28 @@ def layer_spec(transformer_impl: str, num_layers: int) -> ModuleSpec | Transform
     return get_gpt_layer_with_transformer_engine_spec()
 
 
+def check_fp8_device(recipe: str) -> None:
+    """Refuse FP8 products where they cannot be computed.
+
+    Args:
+        recipe: ``tensorwise``, ``delayed`` or ``blockwise``.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    if not (HAVE_TE and platform.current().is_cuda):
+        raise UserError(
+            "fp8 needs a GPU of the Ada, Hopper or Blackwell generation and the package transformer-engine "
+            "(pip install 'megatron-cca[gpu]'); use bf16 here"
+        )
+    from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available
+
+    is_available = is_fp8_block_scaling_available if recipe == "blockwise" else is_fp8_available
+    available, reason = is_available(return_reason=True)
+    if not available:
+        raise UserError(f"fp8 with recipe {recipe} is not for {platform.device_name()}: {reason} Use bf16 here")
+
+
 def _local_block(num_layers: int) -> TransformerBlockSubmodules:
     submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
     attention = submodules.self_attention

@@ -12,21 +12,33 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.training.reference_checks import check_fp8, check_reference
 
 PRETRAINED = "training.pretrained_checkpoint"
 REFERENCE = "reference.checkpoint"
 OUTPUT = "training.output_dir"
 
+# Keys of ``optimizer`` that Megatron takes only from its precision-aware optimizer.
+STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
 # A resumed run must not differ in these; layout, logging and the number of steps may.
-_FIXED_SECTIONS = ("model", "objective", "reference", "data")
+_FIXED_SECTIONS = ("model", "lora", "objective", "reference", "data")
 _FIXED_KEYS = (
     ("training", "seed"),
     ("training", "global_batch_size"),
     ("training", "precision"),
+    ("training", "fp8_format"),
+    ("training", "fp8_recipe"),
     ("validation", "fraction"),
     ("validation", "seed"),
 )
-_FREE_KEYS = {("data", "prefetch"), ("data", "pad_to_multiple_of")}
+_FREE_KEYS = {
+    ("data", "prefetch"),
+    ("data", "pad_to_multiple_of"),
+    ("reference", "strategy"),
+    ("reference", "cache"),
+    ("reference", "allow_bias"),
+}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -41,8 +53,11 @@ def check_run(config: Config, world_size: int) -> None:
     _check_batch(config, data_parallel)
     _check_interleaving(config, data_parallel)
     _check_schedule(config)
+    _check_optimizer(config)
     _check_validation(config)
+    check_fp8(config)
     if config.objective.name != "next_token":
+        check_reference(config)
         for key in ("hidden_dropout", "attention_dropout"):
             if getattr(config.model, key) > 0:
                 raise UserError(
@@ -103,6 +118,18 @@ def _check_schedule(config: Config) -> None:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"optimizer.min_lr: {optimizer.min_lr} is more than optimizer.lr {optimizer.lr}")
+
+
+def _check_optimizer(config: Config) -> None:
+    options = config.optimizer
+    if options.use_precision_aware_optimizer and not options.use_distributed_optimizer:
+        raise UserError("optimizer.use_precision_aware_optimizer: needs optimizer.use_distributed_optimizer")
+    for key in STATE_DTYPES:
+        value = getattr(options, key)
+        if value != "fp32" and not options.use_precision_aware_optimizer:
+            raise UserError(f"optimizer.{key}: {value} needs optimizer.use_precision_aware_optimizer; set that to true")
+    if options.overlap_cpu_optimizer_d2h_h2d and not options.optimizer_cpu_offload:
+        raise UserError("optimizer.overlap_cpu_optimizer_d2h_h2d: of no use without optimizer.optimizer_cpu_offload")
 
 
 def _check_validation(config: Config) -> None:

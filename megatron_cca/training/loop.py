@@ -12,11 +12,11 @@ from megatron_cca import platform
 from megatron_cca.checkpoint import distributed
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import Config, config_to_dict
-from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import RunData
+from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step, validate
@@ -71,18 +71,11 @@ def _loop(run: Run, log: MetricsLog | None) -> None:
 
 
 def _check_first_step(run: Run, report: StepReport, log: MetricsLog | None) -> None:
-    if report.worst_log_ratio is None:
+    if report.log_ratio is None:
         return
-    rows = 2 * run.config.training.global_batch_size
-    if report.worst_log_ratio != 0.0 and run.config.reference.checkpoint is None:
-        raise UserError(
-            f"step-0 log-ratio: {report.worst_log_ratio:g} nats at worst over {rows} rows, must be exactly 0: policy "
-            "and reference have the same weights, so the layers are not deterministic here; try "
-            "model.transformer_impl=local"
-        )
+    line = judge(run.config, getattr(run.objective, "beta", None), report.log_ratio)
     if log is not None:
-        exactly = "exactly 0" if report.worst_log_ratio == 0.0 else f"{report.worst_log_ratio:g} at worst"
-        log.say(f"step-0 log-ratio: {exactly} (policy - reference, {rows} rows, nats)")
+        log.say(line)
 
 
 def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:

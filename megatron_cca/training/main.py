@@ -98,10 +98,16 @@ def _train_all(runs: Sequence[Config]) -> None:
     import torch.distributed as dist
 
     from megatron_cca.training.batches import open_data
+    from megatron_cca.training.caching import check_cache
+    from megatron_cca.training.device_checks import check_devices
     from megatron_cca.training.loop import train
 
     # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
     sys.setswitchinterval(1e-4)
     for config in runs:
-        train(config, open_data(config))
+        check_devices(config)
+    for config in runs:
+        data = open_data(config)
+        check_cache(config, data)
+        train(config, data)
     dist.destroy_process_group()

@@ -15,17 +15,24 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.config import Config
+from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.errors import UserError
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.fp8_weights import keep_in_fp8
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
+from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
-from megatron_cca.training.checks import OUTPUT, PRETRAINED, REFERENCE
+from megatron_cca.training.forward import LogpsPass
+from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
+from megatron_cca.training.reference_settings import has_own_weights, reference_settings
+
+# Megatron's spelling of an FP8 state is uint8.
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 
 
 @dataclass
@@ -39,7 +46,8 @@ class Run:
     loader: BatchLoader
     validation: Validation | None
     policy: list[DistributedDataParallel]
-    reference: list[torch.nn.Module] | None
+    forward: LogpsPass
+    reference: Reference | None
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int
@@ -75,9 +83,15 @@ def set_up(config: Config, data: RunData) -> Run:
     reader = loader(config, batches)
     # While the models are built, the first batches are read.
     reader.start(layout.latest_iteration(_checkpoints(config)) or 0)
-    pretrained = config.training.pretrained_checkpoint
-    policy = wrap_ddp(build_chunks(config, architecture, pretrained, PRETRAINED), config)
+    forward = LogpsPass(batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size)
+    own = uses_pairs and has_own_weights(config)
+    # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
+    reference = own_reference(config, forward, frozen_chunks(config, architecture)) if own else None
+    policy = _build_policy(config, architecture)
+    if uses_pairs and not own:
+        reference = borrowed_reference(config, forward, policy)
     optimizer = build_optimizer(config, policy)
+    pretrained = config.training.pretrained_checkpoint
     run = Run(
         config=config,
         architecture=architecture,
@@ -86,13 +100,16 @@ def set_up(config: Config, data: RunData) -> Run:
         loader=reader,
         validation=validation_batches(config, data, uses_pairs),
         policy=policy,
-        reference=_build_reference(config, architecture) if uses_pairs else None,
+        forward=forward,
+        reference=reference,
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         iteration=0,
-        start=layout.resolve(pretrained, PRETRAINED) if pretrained is not None else None,
+        start=layout.resolve(pretrained, checks.PRETRAINED) if pretrained is not None else None,
     )
     _resume(run)
+    if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
+        run.forward.settle_scales(run.policy, reader.get(0))
     return run
 
 
@@ -102,9 +119,26 @@ def build_objective(config: Config):
     return cls(**{name: getattr(config.objective, name) for name in cls.__dataclass_fields__})
 
 
-def build_chunks(config: Config, architecture: Architecture, checkpoint: str | None, key: str) -> list[torch.nn.Module]:
-    """This rank's model chunks with weights: from a checkpoint, or drawn from the seed."""
-    chunks = build_gpt(architecture, config.model, config.parallel, config.training)
+def build_chunks(
+    config: Config,
+    architecture: Architecture,
+    training: TrainingConfig,
+    checkpoint: str | None,
+    key: str,
+    *,
+    is_frozen: bool = False,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks with weights: from a checkpoint, or drawn from the seed.
+
+    Args:
+        config: of the run.
+        architecture: of ``config.model``.
+        training: the precision and recomputation to build for; the policy's or the reference's.
+        checkpoint: where the weights come from, or None.
+        key: the configuration key that named it.
+        is_frozen: whether the weights will never change.
+    """
+    chunks = build_gpt(architecture, config.model, config.parallel, training, is_frozen=is_frozen)
     if checkpoint is not None:
         distributed.load_weights(layout.resolve(checkpoint, key), chunks, key)
         return chunks
@@ -119,10 +153,24 @@ def build_chunks(config: Config, architecture: Architecture, checkpoint: str | N
     return chunks
 
 
-def _build_reference(config: Config, architecture: Architecture) -> list[torch.nn.Module]:
-    checkpoint = config.reference.checkpoint or config.training.pretrained_checkpoint
-    key = REFERENCE if config.reference.checkpoint else PRETRAINED
-    return [chunk.requires_grad_(False) for chunk in build_chunks(config, architecture, checkpoint, key)]
+def _build_policy(config: Config, architecture: Architecture) -> list[DistributedDataParallel]:
+    chunks = build_chunks(
+        config, architecture, config.training, config.training.pretrained_checkpoint, checks.PRETRAINED
+    )
+    if config.lora.dim is not None:
+        lora.attach(chunks, config.lora, seed=config.training.seed)
+    return wrap_ddp(chunks, config)
+
+
+def frozen_chunks(config: Config, architecture: Architecture) -> list[torch.nn.Module]:
+    """The reference's own model chunks, as ``reference`` wants them."""
+    own = config.reference.checkpoint
+    key = checks.REFERENCE if own is not None else checks.PRETRAINED
+    checkpoint = own or config.training.pretrained_checkpoint
+    chunks = build_chunks(config, architecture, reference_settings(config), checkpoint, key, is_frozen=True)
+    if config.reference.fp8_param:
+        keep_in_fp8(chunks)
+    return [chunk.requires_grad_(False) for chunk in chunks]
 
 
 def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
@@ -148,7 +196,7 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
 
 def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW with Megatron's mixed precision and sharding; collective over all ranks."""
-    options = config.optimizer
+    options, is_fp32 = config.optimizer, config.training.precision == "fp32"
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -159,9 +207,15 @@ def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> Me
             adam_beta2=options.adam_beta2,
             adam_eps=options.adam_eps,
             clip_grad=options.clip_grad,
-            bf16=config.training.precision == "bf16",
-            params_dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+            bf16=not is_fp32,
+            params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
+            fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
             use_distributed_optimizer=options.use_distributed_optimizer,
+            optimizer_cpu_offload=options.optimizer_cpu_offload,
+            optimizer_offload_fraction=options.optimizer_offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
+            use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+            **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
         ),
         policy,
         use_gloo_process_groups=False,
@@ -194,13 +248,13 @@ def _resume(run: Run) -> None:
     if iteration is None:
         return
     folder = layout.iteration_folder(run.checkpoints, iteration)
-    trained_on = layout.read_summary(folder, OUTPUT)["data"]
+    trained_on = layout.read_summary(folder, checks.OUTPUT)["data"]
     if trained_on != run.batches.data.fingerprint():
         raise UserError(
             f"data.path: {run.config.data.path} is not the data that the run in "
             f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
         )
-    distributed.load_training_state(folder, run.policy_chunks, run.optimizer, OUTPUT)
+    distributed.load_training_state(folder, run.policy_chunks, run.optimizer, checks.OUTPUT)
     run.iteration = iteration
     run.scheduler.step(increment=iteration)
 

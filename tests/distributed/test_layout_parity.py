@@ -40,6 +40,10 @@ BY_RANKS = {
         "chunks of 7 tokens": ["training.logps_chunk_size=7"],
         "full recompute": FULL,
         "selective recompute": ["training.recompute_granularity=selective"],
+        "selective recompute of the MLP, too": [
+            "training.recompute_granularity=selective",
+            "training.recompute_modules=[core_attn, mlp]",
+        ],
         "plain optimizer": ["optimizer.use_distributed_optimizer=false"],
     },
     2: {

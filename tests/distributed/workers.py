@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import traceback
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +19,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from safetensors.torch import load_file
 
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import gpt, resolve_architecture
+from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
+from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
+from megatron_cca.training.caching import cache_reference
 from megatron_cca.training.loop import save_checkpoint
 from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step, validate
@@ -47,7 +54,7 @@ def _steps(run, count):
             **report.metrics,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
-            "worst": report.worst_log_ratio,
+            "worst": report.log_ratio.worst if report.log_ratio else None,
         }
         for report in reports
     ]
@@ -286,6 +293,99 @@ def resaved(settings):
     distributed.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
 
 
+def assert_loaded_weights(settings):
+    """On each layout, every rank's parts of a checkpoint's weights are those of whole tensors in a file."""
+    expected = load_file(settings["expected"])
+    for overrides in settings["layouts"]:
+        _, _, chunks = _loaded(settings["checkpoint"], overrides)
+        for shard in sharded_tensors([chunk.sharded_state_dict() for chunk in chunks]):
+            low, stacked = shard.global_offset, shard.prepend_axis_num
+            sizes = (*(1 for _ in range(stacked)), *shard.local_shape)
+            block = expected[shard.key][tuple(slice(a, a + size) for a, size in zip(low, sizes, strict=True))]
+            assert torch.equal(shard.data.view(sizes), block), (overrides, shard.key)
+
+
+def reference_bias(settings):
+    """A random checkpoint as training.reference_bias measures it, and the same log-probabilities in plain ways."""
+    from megatron_cca.training import reference_bias as bias
+    from megatron_cca.training.setup import build_chunks
+
+    config = load_config(None, settings["overrides"])
+    initialize_distributed(config)
+    chunks = build_chunks(config, resolve_architecture(config.model), config.training, None, "")
+    distributed.save(Path(settings["checkpoint"]), 0, chunks, None, summarize(config))
+    lives, original = [], bias.prefix_logps
+
+    def spy(chunks, *arguments):
+        lives.append([life() is not None for life in models])
+        models.append(weakref.ref(chunks[0]))
+        return original(chunks, *arguments)
+
+    models, bias.prefix_logps = [], spy
+    asked = {name: settings[name] for name in ("checkpoint", "data", "rows", "lengths", "precisions", "seed")}
+    pairs = bias.measure(bias.BiasSettings(**asked))
+    # Layers that give another answer every time.
+    answers = itertools.count()
+    bias.prefix_logps = lambda *arguments: original(*arguments) + 0.25 * next(answers)
+    shaky = bias.measure(bias.BiasSettings(**{**asked, "precisions": ["fp32"]}))
+    bias.prefix_logps = original
+    found = {f"{pair.policy} / {pair.reference}": {} for pair in pairs}
+    for pair in pairs:
+        spread = pair.spread
+        found[f"{pair.policy} / {pair.reference}"][pair.tokens] = [spread.mean, spread.std, spread.worst, spread.rows]
+    plain = {
+        precision + " rounded" * is_rounded: _plain_logps(settings, precision, is_rounded)
+        for precision, is_rounded in itertools.product(("fp32", "bf16"), (False, True))
+    }
+    others = {"lives": lives, "shaky": shaky[0].spread.mean, "token by token": _by_token(settings)}
+    return {"measured": found, "plain": plain, **others}
+
+
+def _plain_logps(settings, precision, is_rounded):
+    """By length, the log-probability of each row as training sums it, with the mask cut to the first tokens."""
+    architecture, _, (chunk,) = _loaded(settings["checkpoint"], [f"training.precision={precision}"])
+    for name, weight in chunk.named_parameters():
+        if is_rounded and weight.dim() == 2 and "output_layer" not in name:
+            weight.data = dequantize_rows(*quantize_rows(weight.data), weight.dtype)
+    head = {"vocab_size": architecture.vocabulary.size, "chunk_size": 7}
+    found = {length: [] for length in settings["lengths"]}
+    with torch.no_grad():
+        for rows, row in itertools.product(_pair_rows(settings), range(2)):
+            # What bf16 rounds to depends on the shape: each row stands alone and ends with its image.
+            end = int(rows.mask[row].nonzero().max()) + 1
+            tokens, targets, mask = (part[row : row + 1, :end] for part in (rows.tokens, rows.targets, rows.mask))
+            for length in settings["lengths"]:
+                cut = mask & (mask.cumsum(1) <= length)
+                found[length] += gpt.image_logps(chunk, tokens, targets, cut, **head).tolist()
+    return found
+
+
+def _pair_rows(settings):
+    """The microbatches of a training run's first step."""
+    keys = {
+        "data.path": settings["data"],
+        "data.condition_dropout": 0.0,
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": settings["rows"] // 2,
+        "training.seed": settings["seed"],
+    }
+    config = load_config(None, [*settings["overrides"], *(f"{key}={value}" for key, value in keys.items())])
+    return training_batches(config, open_data(config), with_pairs=True).build(0, 0, 1).microbatches
+
+
+def _by_token(settings):
+    """Of image_token_logps: the worst error against a loop over rows and tokens, and what stands where masked out."""
+    architecture, _, (chunk,) = _loaded(settings["checkpoint"], ["training.precision=fp32"])
+    rows, vocab_size = _pair_rows(settings)[0], architecture.vocabulary.size
+    with torch.no_grad():
+        found = gpt.image_token_logps(chunk, rows.tokens, rows.targets, rows.mask, vocab_size=vocab_size, chunk_size=7)
+    logps = torch.log_softmax(_whole_logits([chunk], rows.tokens, vocab_size).double(), dim=-1)
+    expected = torch.zeros(rows.mask.shape, dtype=torch.float64)
+    for row, token in rows.mask.nonzero().tolist():
+        expected[row, token] = logps[row, token, rows.targets[row, token]]
+    return {"dtype": str(found.dtype), "error": (found - expected).abs().max().item()}
+
+
 def rank_main(worker, settings, rank, ranks, rendezvous, answer):
     """The entry point of one rank: join, work, leave what rank 0 found (or what went wrong) in a file."""
     try:
@@ -298,3 +398,101 @@ def rank_main(worker, settings, rank, ranks, rendezvous, answer):
     except BaseException:
         Path(f"{answer}.rank{rank}").write_text(traceback.format_exc())
         raise
+
+
+def reference_traces(settings):
+    """By layout and variant: the metrics of each step, and of a validation after the last.
+
+    A variant whose strategy is ``cached`` reads what the same layout computed, or ``settings["cache"]``.
+    """
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        for variant, more in settings["variants"].items():
+            run_overrides = [*settings["common"], *overrides, *more]
+            if "reference.strategy=cached" in run_overrides:
+                folder = settings["cache"] or f"{settings['folder']}/{name}-{variant}".replace(" ", "-")
+                run_overrides.append(f"reference.cache={folder}")
+                if settings["cache"] is None or not Path(folder).exists():
+                    _fill_cache(run_overrides, folder, settings["steps"])
+            run = _start(run_overrides)
+            steps = _steps(run, settings["steps"])
+            answers[f"{name}, {variant}"] = {"steps": steps, "validation": validate(run) if run.validation else None}
+    return answers
+
+
+def _fill_cache(overrides, folder, steps):
+    config = load_config(None, overrides)
+    config = replace(config, reference=replace(config.reference, strategy="resident", cache=None))
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    cache_reference(config, open_data(config), Path(folder), 0, steps)
+    dist.barrier()
+
+
+def broken_offload(settings):
+    """A step, a pass that breaks in the middle of an offloaded model, and three more steps; beside an unbroken run."""
+    unbroken = _steps(_start(settings["overrides"]), 4)
+    run = _start(settings["overrides"])
+    first = _steps(run, 1)
+    before = [parameter.clone() for chunk in run.policy for parameter in chunk.parameters()]
+    layers = [module for chunk in run.reference.streamed.chunks for module in _offloaded_layers(chunk)]
+
+    def fail(*_unused):
+        raise RuntimeError("out of memory")
+
+    hook = layers[len(layers) // 2].mlp.register_forward_pre_hook(fail)
+    try:
+        train_step(run)
+        message = "no error"
+    except RuntimeError as error:
+        message = str(error)
+    hook.remove()
+    after = [parameter for chunk in run.policy for parameter in chunk.parameters()]
+    return {
+        "message": message,
+        "untouched": all(torch.equal(*pair) for pair in zip(before, after, strict=True)),
+        "iteration": run.iteration,
+        "unbroken": unbroken,
+        "broken": first + _steps(run, 3),
+    }
+
+
+def _offloaded_layers(chunk):
+    return getattr(chunk, "module", chunk).decoder.layers
+
+
+def offload_occupancy(settings):
+    """While an offloaded reference ran: the most of its parts that were on the device at once, and how many it has."""
+    run = _start(settings["overrides"])
+    parts = [part for ring in run.reference.streamed._rings for part in ring._parts]
+    occupancy, original = [], Fetcher.start
+
+    def is_here(part):
+        return part._arriving is not None or part._slots[0].data_ptr() != part._host[0].data_ptr()
+
+    def spy(fetcher, host):
+        arriving = original(fetcher, host)
+        # The one that is being asked for is not marked yet.
+        occupancy.append(1 + sum(is_here(part) for part in parts))
+        return arriving
+
+    Fetcher.start = spy
+    _steps(run, 1)
+    Fetcher.start = original
+    return {"parts": len(parts), "most": max(occupancy), "copies": len(occupancy), "left": sum(map(is_here, parts))}
+
+
+def continued_cache(settings):
+    """Compute a cache, delete its second block and shorten nothing else, compute it again; both times as hashes."""
+    folder = Path(settings["folder"])
+    found = []
+    for _ in range(2):
+        _fill_cache(settings["overrides"], folder, settings["steps"])
+        found.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())})
+        first = folder / sorted(found[0])[1]
+        found.append(first.stat().st_mtime_ns)
+        dist.barrier()
+        if dist.get_rank() == 0 and len(found) == 2:
+            (folder / sorted(found[0])[2]).unlink()
+        dist.barrier()
+    return found

@@ -28,7 +28,7 @@ def test_the_first_log_ratio_is_exactly_0_and_the_loss_falls(precision, implemen
         pytest.importorskip("transformer_engine.pytorch")
     overrides = [f"training.precision={precision}", f"model.transformer_impl={implementation}"]
     reports = train(digit_shards, tmp_path, 50, *overrides)
-    assert reports[0].worst_log_ratio == 0.0
+    assert reports[0].log_ratio.worst == 0.0
     losses = torch.tensor([report.metrics["loss"] for report in reports])
     assert losses[-10:].mean() < losses[:10].mean()
 

@@ -10,6 +10,7 @@ from megatron_cca.config import config_to_dict, load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
+from megatron_cca.training import reference_checks
 from megatron_cca.training.checks import check_run, data_parallel_size
 
 
@@ -95,6 +96,101 @@ def refused(overrides, world_size=1):
 )
 def test_impossible_runs_are_refused(overrides, world_size, message, tmp_path):
     assert refused([*overrides, f"training.output_dir={tmp_path}/run"], world_size).startswith(message)
+
+
+SHARED = ["reference.strategy=shared"]
+LORA = ["lora.dim=4"]
+FP8 = ["training.precision=fp8", "data.pad_to_multiple_of=16"]
+EIGHT_B = ["model.name=emu3-8b"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            SHARED,
+            "reference.strategy: shared is the policy with its LoRA adapters off, and this run has none; set lora",
+        ),
+        (
+            [*SHARED, *LORA, "reference.checkpoint=/nowhere"],
+            "reference.checkpoint: /nowhere cannot be shared, since the policy starts from random weights; leave",
+        ),
+        (
+            [*SHARED, *LORA, "reference.precision=bf16"],
+            "reference.precision: a shared reference computes as the policy",
+        ),
+        (
+            [*SHARED, *LORA, "reference.fp8_param=true"],
+            "reference.fp8_param: a shared reference computes as the policy",
+        ),
+        (["reference.strategy=cached"], "reference.cache: missing; compute the log-probabilities with tools/cache_ref"),
+        (["reference.cache=x"], "reference.cache: of no use with reference.strategy resident; set that to cached"),
+        (
+            [*EIGHT_B, "model.num_layers=320", "reference.strategy=offload", "training.global_batch_size=256"],
+            "reference.strategy: offload needs 266G",
+        ),
+        (
+            [*FP8, "model.ffn_hidden_size=40"],
+            "training.precision: fp8 with recipe tensorwise needs widths that are multiples of 16; "
+            "model.ffn_hidden_size is 40",
+        ),
+        (
+            [*EIGHT_B, "training.precision=fp8", "training.micro_batch_size=1"],
+            "data.pad_to_multiple_of: 1, but training.precision fp8 needs microbatches whose tokens are a multiple of "
+            "16 on each rank; with 2 rows use a multiple of 8",
+        ),
+        (
+            [*FP8, "reference.fp8_recipe=blockwise"],
+            "reference.precision: fp8 with recipe blockwise needs widths that are multiples of 128; model.hidden_size",
+        ),
+        (
+            [*FP8, "model.transformer_impl=local"],
+            "model.transformer_impl: training.precision fp8 needs Transformer Eng",
+        ),
+        (
+            ["optimizer.use_precision_aware_optimizer=true", "optimizer.use_distributed_optimizer=false"],
+            "optimizer.use_precision_aware_optimizer: needs optimizer.use_distributed_optimizer",
+        ),
+        (["optimizer.exp_avg_dtype=bf16"], "optimizer.exp_avg_dtype: bf16 needs optimizer.use_precision_aware_optim"),
+        (
+            ["optimizer.overlap_cpu_optimizer_d2h_h2d=true"],
+            "optimizer.overlap_cpu_optimizer_d2h_h2d: of no use without optimizer.optimizer_cpu_offload",
+        ),
+    ],
+)
+def test_references_and_precisions_that_cannot_be_had_are_refused(overrides, message):
+    assert refused(overrides).startswith(message)
+
+
+def test_fp8_on_many_ranks_names_the_share_of_each():
+    overrides = [*FP8, "parallel.tensor_model_parallel_size=2"]
+    message = refused([*overrides, "model.ffn_hidden_size=176"], 2)
+    assert "model.ffn_hidden_size on each of 2 tensor-parallel ranks is 88" in message
+    sizes = ["model.hidden_size=128", "model.ffn_hidden_size=256", "training.micro_batch_size=1"]
+    check_run(load_config(None, [*overrides, *sizes, "parallel.sequence_parallel=true"]), 2)
+    assert "with 2 rows use a multiple of 16" in refused(
+        [*overrides, *sizes, "parallel.sequence_parallel=true", "data.pad_to_multiple_of=8"], 2
+    )
+
+
+def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monkeypatch):
+    overrides = [*EIGHT_B, "reference.strategy=offload", "training.precision=bf16", "training.micro_batch_size=1"]
+    # 8,492,011,520 weights of two bytes.
+    monkeypatch.setattr(reference_checks, "available_host_bytes", lambda: 2 * 8_492_011_520)
+    check_run(load_config(None, overrides), 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "offload needs 31.6GiB of host memory on this machine, 15.8GiB are available" in refused(overrides, 2)
+    check_run(load_config(None, [*overrides, "parallel.tensor_model_parallel_size=2"]), 2)
+    # All but the LM head in one byte.
+    monkeypatch.setattr(reference_checks, "available_host_bytes", lambda: 2 * (8_492_011_520 + 184_622 * 4096))
+    check_run(load_config(None, [*overrides, "reference.fp8_param=true"]), 2)
+
+
+def test_a_run_may_go_on_with_another_reference_strategy(run_folder):
+    here = [f"training.output_dir={run_folder}"]
+    check_run(load_config(None, [*here, "reference.strategy=offload", "reference.allow_bias=1"]), 1)
+    assert "reference.precision: 'bf16', but the run in" in refused([*here, "reference.precision=bf16"])
+    assert "lora.dim: 4, but the run in" in refused([*here, "lora.dim=4"])
 
 
 @pytest.mark.parametrize(

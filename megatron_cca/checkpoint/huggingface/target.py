@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface.adapters import MergedTensors
 from megatron_cca.checkpoint.huggingface.source import check_dtype
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
@@ -22,7 +23,7 @@ class MegatronCheckpoint:
     Attributes:
         folder, config, architecture: where and what it is.
         format: of its family on Hugging Face.
-        stored: its tensors as Megatron names them.
+        stored: its tensors as Megatron names them, a LoRA run's adapters merged into them.
         shapes: of every Hugging Face tensor of the decoder, by the weight map's name.
         dtype: of all of them.
 
@@ -37,7 +38,7 @@ class MegatronCheckpoint:
         self.architecture = resolve_architecture(self.config.model)
         self.format = family_of(self.config.model).huggingface
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
-        self.stored = StoredTensors(self.folder, option)
+        self.stored = self._open()
         self._tensors = self.format.weights.tensors(self.architecture)
         self._sources = sources(self._tensors)
         self.dtype = self._checked_dtype()
@@ -51,6 +52,11 @@ class MegatronCheckpoint:
                 shift = source.megatron_start - source.start
                 parts.append(self.stored.read(source.tensor.key, source.tensor.layer, low + shift, high + shift))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _open(self) -> StoredTensors:
+        if self.config.lora.dim is None:
+            return StoredTensors(self.folder, self.option)
+        return MergedTensors(self.folder, self.option, self.config.lora)
 
     def _checked_dtype(self) -> torch.dtype:
         first = self._tensors[0].key

@@ -1,0 +1,195 @@
+"""Log-probabilities of a frozen reference on disk, by step and row of the global batch.
+
+    <folder>/cache.json                          what they are the log-probabilities of
+    <folder>/training_000000128_000000191.npz    of these steps: float32 [steps, global batch, 2], positives, negatives
+    <folder>/validation_000000000_000000003.npz
+
+A batch is a pure function of (data, seed, step), so that a row needs no name. Each block is written under a hidden name
+and renamed; zip's checksums guard what is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_cca.errors import UserError
+from megatron_cca.output import OPTION, file_system_errors
+
+Split = Literal["training", "validation"]
+BLOCK = 64
+
+_FORMAT = "megatron_cca reference log-probabilities, version 1"
+_MANIFEST = "cache.json"
+_TOOL = "tools/cache_reference.py"
+_KEY = "reference.cache"
+_NO_BLOCK = (Path(), 0)
+
+
+class ReferenceCache:
+    """A folder of log-probabilities, open for reading.
+
+    Args:
+        folder: what ``tools/cache_reference.py`` wrote.
+
+    Attributes:
+        identity: everything that the numbers depend on, by its configuration key or in words.
+        path: what decides on their last bits only.
+
+    Raises:
+        UserError: no such cache, or a damaged manifest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = _read_manifest(folder, _KEY)
+        if manifest is None:
+            raise UserError(f"{_KEY}: {folder} holds no {_MANIFEST}; compute a cache with {_TOOL}")
+        self.identity: dict[str, Any] = manifest["identity"]
+        self.path: dict[str, Any] = manifest["path"]
+        self._block: tuple[tuple[str, int], np.ndarray] | None = None
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Refuse a cache of another run.
+
+        Raises:
+            UserError: names the first thing that differs.
+        """
+        difference = _difference(self.identity, identity)
+        if difference:
+            raise UserError(f"{_KEY}: {self.folder} was computed with {difference}; compute one for it ({_TOOL})")
+
+    def check_steps(self, split: Split, first: int, last: int) -> None:
+        """Refuse a cache that lacks one of the steps ``first .. last - 1``.
+
+        Raises:
+            UserError: says which it has and how to compute the rest.
+        """
+        blocks = finished_blocks(self.folder, split)
+        missing = [step for step in range(first, last) if step >= blocks.get(step // BLOCK, _NO_BLOCK)[1]]
+        if not missing:
+            return
+        raise UserError(
+            f"{_KEY}: {self.folder} holds {split} steps {_ranges(blocks)}, this run needs {first} to {last - 1}; "
+            f"compute the rest with {_TOOL} --steps {missing[0]}:{last}"
+        )
+
+    def read(self, split: Split, step: int) -> np.ndarray:
+        """The log-probabilities of one global batch, nats: float32 ``[B, 2]``, positives and negatives.
+
+        Raises:
+            UserError: a missing or damaged block; names the file.
+        """
+        name = split, step // BLOCK
+        if self._block is None or self._block[0] != name:
+            path, end = finished_blocks(self.folder, split).get(name[1], _NO_BLOCK)
+            if step >= end:
+                raise UserError(f"{_KEY}: {self.folder} lacks {split} step {step}; compute it with {_TOOL}")
+            self._block = name, self._load(path)
+        return self._block[1][step % BLOCK]
+
+    def _load(self, path: Path) -> np.ndarray:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                block = file["logps"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{_KEY}: {path} is missing or damaged ({error}); delete it and run {_TOOL}") from None
+        if block.dtype != np.float32 or block.ndim != 3 or block.shape[2] != 2:
+            raise UserError(f"{_KEY}: {path} is damaged: {block.dtype} {block.shape}; delete it and run {_TOOL}")
+        return block
+
+
+class ReferenceCacheWriter:
+    """Fills a cache block by block; blocks that a former attempt finished stay.
+
+    Args:
+        folder: claimed by this process; empty, or a cache of the same identity and path.
+        identity, path: see :class:`ReferenceCache`.
+
+    Raises:
+        UserError: a folder with something else in it, or with a cache of another run.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], path: Mapping[str, Any]) -> None:
+        self.folder = folder
+        manifest = _read_manifest(folder, OPTION)
+        if manifest is None:
+            held = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            if held:
+                raise UserError(f"{OPTION}: {folder} holds {held[0]}, which is no cache; give an empty or new folder")
+            text = json.dumps({"format": _FORMAT, "identity": dict(identity), "path": dict(path)}, indent=1)
+            _write(folder / _MANIFEST, lambda file: file.write(text.encode()))
+            return
+        difference = _difference({**manifest["identity"], **manifest["path"]}, {**identity, **path})
+        if difference:
+            raise UserError(f"{OPTION}: {folder} holds a cache computed with {difference}; give another folder")
+
+    def write(self, split: Split, first: int, logps: np.ndarray) -> None:
+        """Write a block: float32 ``[steps, B, 2]`` from step ``first``, a multiple of ``BLOCK``, that many at most."""
+        assert first % BLOCK == 0 and len(logps) <= BLOCK and logps.dtype == np.float32
+        shorter = finished_blocks(self.folder, split).get(first // BLOCK)
+        path = self.folder / f"{split}_{first:09d}_{first + len(logps) - 1:09d}.npz"
+        _write(path, lambda file: np.savez(file, logps=logps))
+        if shorter is not None and shorter[0] != path:
+            shorter[0].unlink()
+
+
+def finished_blocks(folder: Path, split: Split) -> dict[int, tuple[Path, int]]:
+    """File and first step past its end of each block, by the block's number."""
+    blocks: dict[int, tuple[Path, int]] = {}
+    for path in sorted(folder.glob(f"{split}_*.npz")):
+        first, last = map(int, path.stem.split("_")[1:])
+        blocks[first // BLOCK] = path, last + 1
+    return blocks
+
+
+def _read_manifest(folder: Path, key: str) -> dict | None:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        whole = manifest["format"] == _FORMAT and {"identity", "path"} <= manifest.keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{key}: {path} is damaged or of another version; compute the cache anew ({_TOOL})")
+    return manifest
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    for name in sorted(theirs.keys() | ours.keys()):
+        old, new = theirs.get(name), ours.get(name)
+        if old != new:
+            return f"{name} {_plain(old)}, not with this run's {_plain(new)}"
+    return ""
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _ranges(blocks: Mapping[int, tuple[Path, int]]) -> str:
+    runs: list[list[int]] = []
+    for number, (_, end) in sorted(blocks.items()):
+        if runs and runs[-1][1] == number * BLOCK:
+            runs[-1][1] = end
+        else:
+            runs.append([number * BLOCK, end])
+    return ", ".join(f"{first} to {end - 1}" for first, end in runs) or "none"
+
+
+def _write(path: Path, fill) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with file_system_errors(path.parent):
+        try:
+            with partial.open("wb") as file:
+                fill(file)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+"""Frozen model chunks that live in host memory and pass through the device a layer at a time.
+
+While one layer computes, the next one's weights are copied in, so that the device holds two at most. Works below any of
+Megatron's schedules: the weights come and go by forward hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_cca.platform.transfers import Arriving, Fetcher, host_copy
+
+
+class StreamedChunks:
+    """Moves model chunks from ``build_gpt`` to host memory for good.
+
+    Args:
+        chunks: on the device; they give up their memory there.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
+        fetcher = Fetcher()
+        self._rings = [_Ring(chunk, fetcher) for chunk in chunks]
+
+    @contextmanager
+    def running(self) -> Iterator[Sequence[torch.nn.Module]]:
+        """The chunks, ready for forward passes; afterwards, whatever happens, the device holds nothing of them."""
+        try:
+            yield self.chunks
+        finally:
+            for ring in self._rings:
+                ring.clear()
+
+
+class _Ring:
+    """A chunk's parts in the order of its forward pass; after the last comes the first, of the next microbatch."""
+
+    def __init__(self, chunk: torch.nn.Module, fetcher: Fetcher) -> None:
+        gpt = getattr(chunk, "module", chunk)
+        self._parts: list[_Part] = []
+        if gpt.pre_process:
+            self._add(_Part([gpt.embedding], fetcher), gpt.embedding, gpt.embedding)
+        for layer in gpt.decoder.layers:
+            self._add(_Part([layer], fetcher), layer, layer)
+        if gpt.post_process:
+            # The head is used without its forward, between the final norm and the end of the model's own forward.
+            norm = gpt.decoder.final_layernorm
+            self._add(_Part([norm, gpt.output_layer], fetcher), norm, gpt)
+
+    def _add(self, part: _Part, first: torch.nn.Module, last: torch.nn.Module) -> None:
+        place = len(self._parts)
+        self._parts.append(part)
+        first.register_forward_pre_hook(lambda *_unused: self._enter(place))
+        last.register_forward_hook(lambda *_unused: part.leave())
+
+    def _enter(self, place: int) -> None:
+        self._parts[place].arrive()
+        following = self._parts[(place + 1) % len(self._parts)]
+        if following is not self._parts[place]:
+            following.start()
+
+    def clear(self) -> None:
+        for part in self._parts:
+            part.leave()
+            part.forget()
+
+
+class _Part:
+    """Modules whose weights come and go together."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module], fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._slots = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._host: list[Tensor] = [host_copy(tensor.detach()) for tensor in self._slots]
+        self._arriving: Arriving | None = None
+        self.leave()
+
+    def start(self) -> None:
+        if self._arriving is None:
+            self._arriving = self._fetcher.start(self._host)
+
+    def arrive(self) -> None:
+        self.start()
+        self._put(self._arriving.wait())
+        self._arriving = None
+
+    def leave(self) -> None:
+        self._put(self._host)
+
+    def forget(self) -> None:
+        if self._arriving is not None:
+            self._arriving.wait()
+        self._arriving = None
+
+    def _put(self, tensors: Sequence[Tensor]) -> None:
+        for slot, tensor in zip(self._slots, tensors, strict=True):
+            slot.data = tensor

@@ -1,0 +1,158 @@
+"""Compute a reference's log-probabilities once, for runs that read them back; and tell whose they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+from megatron_cca.config import Config
+from megatron_cca.data.loader import BatchLoader
+from megatron_cca.data.reference_cache import BLOCK, ReferenceCache, ReferenceCacheWriter, Split, finished_blocks
+from megatron_cca.models import resolve_architecture
+from megatron_cca.output import claimed
+from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training import checks
+from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
+from megatron_cca.training.forward import LogpsPass, gathered_rows
+from megatron_cca.training.log_ratio_gate import numeric_path
+from megatron_cca.training.reference import Reference, own_reference
+from megatron_cca.training.reference_settings import reference_settings
+from megatron_cca.training.setup import frozen_chunks
+
+
+def check_cache(config: Config, data: RunData) -> None:
+    """Refuse a cache that is not of this run's reference, or lacks some of its steps; reads on rank 0 alone.
+
+    Raises:
+        UserError: names what differs or is missing.
+    """
+    if config.objective.name == "next_token" or config.reference.strategy != "cached":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        return
+    cache = ReferenceCache(Path(config.reference.cache))
+    cache.check(cache_identity(config, data))
+    done = layout.latest_iteration(Path(config.training.output_dir) / layout.FOLDER) or 0
+    cache.check_steps("training", done, config.training.train_iters)
+    validation = validation_batches(config, data, with_pairs=True)
+    if validation is not None:
+        cache.check_steps("validation", 0, validation.iters)
+
+
+def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
+    """Everything that a reference's log-probabilities depend on but their last bits; reads all its weights."""
+    own, key = config.reference.checkpoint, checks.REFERENCE
+    if own is None:
+        own, key = config.training.pretrained_checkpoint, checks.PRETRAINED
+    settings = reference_settings(config)
+    architecture = {f"model.{name}": value for name, value in asdict(resolve_architecture(config.model)).items()}
+    vocabulary = architecture.pop("model.vocabulary")["size"]
+    return architecture | {
+        "model.vocab_size": vocabulary,
+        "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
+        "data": data.training.fingerprint(),
+        "training.seed": config.training.seed,
+        "training.global_batch_size": config.training.global_batch_size,
+        "data.condition_dropout": config.data.condition_dropout,
+        "data.length_bucketing": config.data.length_bucketing,
+        "validation data": data.validation.fingerprint() if data.validation is not None else None,
+        "validation.fraction": config.validation.fraction,
+        "validation.seed": config.validation.seed,
+        "reference.precision": settings.precision,
+        "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
+        "reference.fp8_param": config.reference.fp8_param,
+    }
+
+
+def _drawn(config: Config) -> str:
+    return f"drawn from seed {config.training.seed} with std {config.model.init_method_std}"
+
+
+def cache_reference(config: Config, data: RunData, output: Path, first: int, last: int) -> None:
+    """Write the log-probabilities of training steps ``first .. last - 1``, and of every validation batch.
+
+    Collective over all ranks of the job. Blocks that a former attempt finished are kept.
+
+    Args:
+        config: of the run that will use them; ``reference.strategy`` counts as resident unless it is offload.
+        data: of that run.
+        output: a new folder, or a cache of the same run.
+        first, last: the steps; whole blocks of them are computed.
+
+    Raises:
+        UserError: an output folder that holds something else, a full disk, damaged data.
+    """
+    initialize_distributed(config)
+    batches = training_batches(config, data, with_pairs=True)
+    vocab_size = resolve_architecture(config.model).vocabulary.size
+    forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size)
+    with ExitStack() as stack:
+        writer = None
+        if _writes():
+            stack.enter_context(claimed(output))
+            writer = ReferenceCacheWriter(output, cache_identity(config, data), numeric_path(config))
+        reference = own_reference(config, forward, frozen_chunks(config, resolve_architecture(config.model)))
+        validation = validation_batches(config, data, with_pairs=True)
+        splits = [("training", batches, first, last)]
+        if validation is not None:
+            splits.append(("validation", validation.batches, 0, validation.iters))
+        bar = stack.enter_context(_progress(sum(end - begin // BLOCK * BLOCK for _, _, begin, end in splits), writer))
+        for split, source, begin, end in splits:
+            with loader(config, source) as reader:
+                for start in range(begin // BLOCK * BLOCK, end, BLOCK):
+                    stop = min(start + BLOCK, end)
+                    if _is_done(output, split, start, stop):
+                        bar.update(stop - start)
+                        continue
+                    block = _block(reader, reference, split, range(start, stop), bar)
+                    if writer is not None:
+                        writer.write(split, start, block)
+
+
+def _writes() -> bool:
+    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_and_context_parallel_group().rank())
+    return parallel_state.is_pipeline_last_stage() and place == (0, 0)
+
+
+def _is_done(output: Path, split: Split, start: int, stop: int) -> bool:
+    """Whether a former attempt finished the block; as one rank sees it, so that all agree."""
+    block = finished_blocks(output, split).get(start // BLOCK)
+    answer = [block is not None and block[1] >= stop]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _block(reader: BatchLoader, reference: Reference, split: Split, steps: range, bar: tqdm) -> np.ndarray | None:
+    """float32 ``[steps, B, 2]`` on the last stage."""
+    found = []
+    for step in steps:
+        batch = reader.get(step)
+        logps = reference.logps(batch, step, split)
+        if logps:
+            found.append(_global_rows(logps))
+        bar.update()
+    return np.stack(found) if found else None
+
+
+def _global_rows(logps: dict[int, Tensor]) -> np.ndarray:
+    """float32 ``[B, 2]`` of the global batch from this rank's microbatches."""
+    mine = torch.cat([torch.stack(logps[index].chunk(2)) for index in sorted(logps)], dim=1)
+    return gathered_rows(mine).t().float().cpu().numpy()
+
+
+def _progress(steps: int, writer: ReferenceCacheWriter | None) -> tqdm:
+    # Shown by the one who writes; torchrun passes its standard error on.
+    return tqdm(total=steps, desc="caching", unit="step", disable=None if writer else True, file=sys.stderr)

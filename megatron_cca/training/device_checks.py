@@ -1,0 +1,33 @@
+"""What a run is refused for on this machine's device; the platform must be installed."""
+
+from __future__ import annotations
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from megatron_cca import platform
+from megatron_cca.config import Config
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models.layer_specs import check_fp8_device
+from megatron_cca.training.reference_settings import reference_settings
+
+
+def check_devices(config: Config) -> None:
+    """Refuse precisions and optimizer settings that need what is not here.
+
+    Raises:
+        UserError: names the key and what is missing.
+    """
+    settings = {"training.precision": config.training}
+    if config.objective.name != "next_token" and config.reference.strategy != "cached":
+        settings["reference.precision"] = reference_settings(config)
+    for key, one in settings.items():
+        if one.precision == "fp8":
+            with said_of(key):
+                check_fp8_device(one.fp8_recipe)
+    if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
+        raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
+    if config.optimizer.use_precision_aware_optimizer and not (HAVE_TE and platform.current().is_cuda):
+        raise UserError(
+            "optimizer.use_precision_aware_optimizer: needs a GPU and the package transformer-engine "
+            "(pip install 'megatron-cca[gpu]'); leave it out here"
+        )

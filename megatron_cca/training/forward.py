@@ -1,0 +1,98 @@
+"""The one way from a batch to log-probabilities, for policy and reference alike, on Megatron's schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_cca.data.microbatches import Microbatch, StepBatch
+from megatron_cca.models.gpt import image_logps
+
+LossOf = Callable[[int, Microbatch, Tensor], tuple[Tensor, dict]]
+
+
+@dataclass(frozen=True)
+class LogpsPass:
+    """Runs model chunks over a step's microbatches.
+
+    Attributes:
+        rows_per_microbatch: rows of one forward pass.
+        vocab_size: the true one, without padding.
+        chunk_size: tokens that pass through the LM head at a time.
+    """
+
+    rows_per_microbatch: int
+    vocab_size: int
+    chunk_size: int
+
+    def logps(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> dict[int, Tensor]:
+        """Log-probabilities of the image tokens, float32 ``[R]`` by microbatch, on the last stage; empty elsewhere.
+
+        Collective over the pipeline; nothing is kept for a backward pass.
+        """
+
+        def forward_step(microbatches: Iterator, model: torch.nn.Module):
+            index, _, output = self._forward(microbatches, model)
+            return output, lambda logps, non_loss_data: (index, logps)
+
+        with torch.no_grad():
+            return dict(self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True))
+
+    def settle_scales(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> None:
+        """Run once and forget, so that delayed FP8 scaling has seen numbers before the first that counts.
+
+        Transformer Engine looks back only on passes that could have been differentiated. Collective as :meth:`logps`.
+        """
+
+        def forward_step(microbatches: Iterator, model: torch.nn.Module):
+            _, _, output = self._forward(microbatches, model)
+            return output, lambda logps, non_loss_data: None
+
+        with torch.enable_grad():
+            self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True)
+
+    def train(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, loss_of: LossOf) -> None:
+        """Forward and backward of every microbatch.
+
+        Args:
+            chunks: wrapped in DDP, whose gradient buffers take the gradients.
+            batch: this rank's share of a step.
+            loss_of: called on the last stage with a microbatch's number, rows and log-probabilities ``[R]``; returns
+                the scalar loss, and a dict that Megatron hands on.
+        """
+
+        def forward_step(microbatches: Iterator, model: torch.nn.Module):
+            index, rows, output = self._forward(microbatches, model)
+            return output, lambda logps: loss_of(index, rows, logps)
+
+        self._schedule(chunks, batch, forward_step, forward_only=False)
+
+    def _forward(self, microbatches: Iterator, model: torch.nn.Module) -> tuple[int, Microbatch, Tensor]:
+        index, rows = next(microbatches)
+        head = {"vocab_size": self.vocab_size, "chunk_size": self.chunk_size}
+        return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **head)
+
+    def _schedule(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, forward_step, **options) -> list:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(enumerate(batch.microbatches)) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batch.microbatches),
+            seq_length=batch.seq_length,
+            micro_batch_size=self.rows_per_microbatch,
+            **options,
+        )
+
+
+def gathered_rows(mine: Tensor) -> Tensor:
+    """Columns ``[C, rows of the global batch]`` from each data-parallel rank's ``[C, own rows]``, in order."""
+    group = parallel_state.get_data_parallel_group()
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine.contiguous(), group=group)
+    return torch.cat(everyone, dim=1)

@@ -1,0 +1,132 @@
+"""Before the first update policy and reference are one model: whatever log-ratio is measured then is an error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cca import platform
+from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.data.reference_cache import ReferenceCache
+from megatron_cca.errors import UserError
+from megatron_cca.objectives import PairLogps
+from megatron_cca.training.reference_settings import reference_settings, same_weights
+
+# Rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
+DEFAULT_ALLOWED = 0.05
+
+
+@dataclass(frozen=True)
+class LogRatioSpread:
+    """Policy minus reference over the rows of a global batch, positives and negatives alike, nats."""
+
+    mean: float
+    std: float
+    worst: float
+    rows: int
+
+    @property
+    def root_mean_square(self) -> float:
+        """What both a bias and a scatter add to, nats."""
+        return math.hypot(self.mean, self.std)
+
+
+def log_ratio_spread(pairs: PairLogps) -> LogRatioSpread:
+    """Measure all rows of ``pairs``."""
+    ratios = torch.cat(pairs.log_ratios()).double()
+    return LogRatioSpread(
+        ratios.mean().item(), ratios.std(unbiased=False).item(), ratios.abs().max().item(), len(ratios)
+    )
+
+
+def same_path(config: Config) -> bool:
+    """Whether the two forward passes are the same to the last bit as long as the weights are."""
+    if config.reference.fp8_param or _arithmetic(reference_settings(config)) != _arithmetic(config.training):
+        return False
+    # Delayed scaling has moved on between the reference's pass and the policy's.
+    if config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
+        return False
+    if config.reference.strategy != "cached":
+        return True
+    return ReferenceCache(Path(config.reference.cache)).path == numeric_path(config)
+
+
+def numeric_path(config: Config) -> dict[str, Any]:
+    """What the last bits of a log-probability depend on besides weights, data and precision."""
+    parallel, training = config.parallel, config.training
+    return {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "parallel.context_parallel_size": parallel.context_parallel_size,
+        "parallel.sequence_parallel": parallel.sequence_parallel,
+        "training.micro_batch_size": training.micro_batch_size,
+        "training.logps_chunk_size": training.logps_chunk_size,
+        "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
+        "model.transformer_impl": config.model.transformer_impl,
+        "device": platform.device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:
+    """The line to say about the log-ratio at step 0.
+
+    Args:
+        config: of the run.
+        beta: the objective's; None where its gradient does not depend on the reference.
+        spread: of step 0's rows.
+
+    Raises:
+        UserError: it is larger than ``reference.allow_bias`` although the weights are the same.
+    """
+    if spread.worst == 0.0:
+        return f"step-0 log-ratio: exactly 0 (policy - reference, {spread.rows} rows, nats)"
+    measured = (
+        f"step-0 log-ratio: mean {spread.mean:.3g}, sd {spread.std:.3g}, worst {spread.worst:.3g} nats over "
+        f"{spread.rows} rows"
+    )
+    if not same_weights(config) or beta is None:
+        return measured
+    bias = beta * spread.root_mean_square
+    effect = f"{measured}; beta x mean {beta * spread.mean:.3g}, beta x root mean square {bias:.3g}"
+    is_same_path = same_path(config)
+    allowed = config.reference.allow_bias
+    if allowed is None:
+        allowed = 0.0 if is_same_path else DEFAULT_ALLOWED
+    if bias <= allowed:
+        return f"{effect}, {allowed:g} allowed"
+    way_on = f"to go on all the same: --set reference.allow_bias={_rounded_up(bias)}"
+    if is_same_path:
+        raise UserError(
+            f"{effect}: must be exactly 0, since policy and reference have the same weights and precision; the layers "
+            f"are not deterministic here: try model.transformer_impl=local, or, {way_on}"
+        )
+    raise UserError(
+        f"{effect}, only {allowed:g} allowed: {_differs(config)}, which bends the objective; bring their precisions "
+        f"closer, lower objective.beta, or, {way_on}"
+    )
+
+
+def _arithmetic(settings: TrainingConfig) -> tuple:
+    return (settings.precision, settings.fp8_recipe if settings.precision == "fp8" else None)
+
+
+def _differs(config: Config) -> str:
+    policy, reference = _described(config.training), _described(reference_settings(config))
+    if config.reference.fp8_param:
+        reference += " with weights in FP8"
+    where = " from a cache of another layout or machine" if config.reference.strategy == "cached" else ""
+    return f"the policy computes in {policy}, the reference in {reference}{where}"
+
+
+def _described(settings: TrainingConfig) -> str:
+    return f"fp8 ({settings.fp8_recipe})" if settings.precision == "fp8" else settings.precision
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits, so that the threshold which a user copies is not missed by a hair."""
+    scale = 10 ** (1 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * scale * 1.05) / scale:g}"

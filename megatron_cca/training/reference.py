@@ -1,0 +1,104 @@
+"""Four ways to have the frozen reference's log-probabilities at hand; one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_cca import platform
+from megatron_cca.config import Config
+from megatron_cca.data.microbatches import StepBatch
+from megatron_cca.data.reference_cache import ReferenceCache, Split
+from megatron_cca.models import lora
+from megatron_cca.models.streaming import StreamedChunks
+from megatron_cca.training.forward import LogpsPass
+
+
+class Reference(Protocol):
+    """The frozen model that an objective on pairs compares with."""
+
+    def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
+        """Log-probabilities of the image tokens, float32 ``[R]`` by microbatch, on the last stage; empty elsewhere.
+
+        Collective over all ranks of the model.
+
+        Args:
+            batch: this rank's share of a step.
+            step: its number within ``split``.
+            split: which stream of batches it is of.
+        """
+
+
+@dataclass(frozen=True)
+class ResidentReference:
+    """Stays on the device beside the policy."""
+
+    forward: LogpsPass
+    chunks: Sequence[torch.nn.Module]
+
+    def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
+        """See :class:`Reference`."""
+        return self.forward.logps(self.chunks, batch)
+
+
+@dataclass(frozen=True)
+class OffloadedReference:
+    """Lives in host memory and passes through the device a layer at a time."""
+
+    forward: LogpsPass
+    streamed: StreamedChunks
+
+    def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
+        """See :class:`Reference`."""
+        with self.streamed.running() as chunks:
+            return self.forward.logps(chunks, batch)
+
+
+@dataclass(frozen=True)
+class SharedReference:
+    """The policy itself, without its LoRA adapters."""
+
+    forward: LogpsPass
+    policy: Sequence[torch.nn.Module]
+
+    def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
+        """See :class:`Reference`."""
+        with lora.adapters_off(self.policy):
+            return self.forward.logps(self.policy, batch)
+
+
+@dataclass(frozen=True)
+class CachedReference:
+    """Log-probabilities from disk; no model at all."""
+
+    cache: ReferenceCache
+
+    def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
+        """See :class:`Reference`."""
+        if not parallel_state.is_pipeline_last_stage():
+            return {}
+        rows = torch.from_numpy(self.cache.read(split, step)).to(platform.device())
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        microbatches = rows.chunk(size)[rank].chunk(len(batch.microbatches))
+        # A microbatch's positives come first, then its negatives.
+        return {index: microbatch.t().flatten() for index, microbatch in enumerate(microbatches)}
+
+
+def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.Module]) -> Reference:
+    """A reference with frozen chunks of its own, where ``has_own_weights``."""
+    if config.reference.strategy == "offload":
+        return OffloadedReference(forward, StreamedChunks(chunks))
+    return ResidentReference(forward, chunks)
+
+
+def borrowed_reference(config: Config, forward: LogpsPass, policy: Sequence[torch.nn.Module]) -> Reference:
+    """A reference without weights of its own: from disk, or the policy without its adapters."""
+    if config.reference.strategy == "cached":
+        return CachedReference(ReferenceCache(Path(config.reference.cache)))
+    return SharedReference(forward, policy)

@@ -1,0 +1,32 @@
+"""What a configuration says about the reference, with its nulls filled in; no torch, no Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_cca.config import Config, TrainingConfig
+
+
+def has_own_weights(config: Config) -> bool:
+    """Whether the reference is a second model in this job's memory."""
+    return config.reference.strategy in ("resident", "offload")
+
+
+def same_weights(config: Config) -> bool:
+    """Whether policy and reference start from the same weights."""
+    own, pretrained = config.reference.checkpoint, config.training.pretrained_checkpoint
+    return own is None or (pretrained is not None and Path(own).resolve() == Path(pretrained).resolve())
+
+
+def reference_settings(config: Config) -> TrainingConfig:
+    """How the reference's forward pass is to be built: the policy's settings but for precision and recomputation."""
+    own, policy = config.reference, config.training
+    # Delayed scaling learns from earlier passes of training; a frozen model takes its scales from the tensor at hand.
+    inherited = "tensorwise" if policy.fp8_recipe == "delayed" else policy.fp8_recipe
+    return replace(
+        policy,
+        precision=own.precision or policy.precision,
+        fp8_recipe=own.fp8_recipe or inherited,
+        recompute_granularity=None,
+    )

@@ -1,0 +1,107 @@
+"""Every reference strategy gives the same numbers to the last bit; nothing of the policy depends on which it is."""
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_workers
+from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
+
+STEPS = 3
+SHORT = ["training.global_batch_size=4", "training.micro_batch_size=2"]
+VALIDATION = ["validation.interval=9", "validation.fraction=0.01", "validation.iters=2"]
+OFFLOAD, CACHED = ["reference.strategy=offload"], ["reference.strategy=cached"]
+SHARED = ["reference.strategy=shared"]
+LORA = ["lora.dim=4", "optimizer.lr=2e-2"]
+FP8, BF16 = ["reference.fp8_param=true"], ["training.precision=bf16"]
+OTHER = ["reference.precision=bf16"]
+VARIANTS = {"resident": [], "offload": OFFLOAD, "cached": CACHED}
+ADAPTED = {f"LoRA {name}": [*LORA, *overrides] for name, overrides in {**VARIANTS, "shared": SHARED}.items()}
+LOWER = {
+    "FP8 resident": FP8,
+    "FP8 offload": [*FP8, *OFFLOAD],
+    "FP8 cached": [*FP8, *CACHED],
+    "bf16 resident": OTHER,
+    "bf16 offload": [*OTHER, *OFFLOAD],
+    "bf16 cached": [*OTHER, *CACHED],
+    "all in bf16 resident": BF16,
+    "all in bf16 offload": [*BF16, *OFFLOAD],
+}
+JOBS = {
+    1: ({"one process": []}, {**VARIANTS, **ADAPTED, **LOWER}),
+    2: (
+        {
+            "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"],
+            "PP 2": PP2,
+            "PP 2 x VPP 2": VPP2,
+            "DP 2": [],
+            "CP 2": CP2,
+        },
+        {**VARIANTS, **{name: ADAPTED[name] for name in ("LoRA resident", "LoRA shared")}},
+    ),
+}
+EXACT = ["resident", "offload", "cached", *ADAPTED, "all in bf16 resident", "all in bf16 offload"]
+
+
+@pytest.fixture(scope="module")
+def common(digit_shards):
+    return [*CCA, *SHORT, *VALIDATION, f"data.path={digit_shards}"]
+
+
+@pytest.fixture(scope="module")
+def answers(common, tmp_path_factory):
+    found = {}
+    for ranks, (layouts, variants) in JOBS.items():
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        settings = {"common": common, "layouts": layouts, "variants": variants, "steps": STEPS}
+        settings |= {"folder": str(folder), "cache": None}
+        found |= run_workers(ranks, "reference_traces", settings, folder)
+    return found
+
+
+CASES = [(layout, name) for layouts, variants in JOBS.values() for layout in layouts for name in variants]
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_strategies_agree_to_the_last_bit(answers, layout, variant):
+    kind = variant.removesuffix("offload").removesuffix("cached").removesuffix("shared").removesuffix("resident")
+    assert answers[f"{layout}, {variant}"] == answers[f"{layout}, {kind}resident"]
+
+
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_the_log_ratio_of_step_0_is_0_where_weights_and_precision_are_the_same(answers, layout, variant):
+    steps = answers[f"{layout}, {variant}"]["steps"]
+    assert (steps[0]["worst"] == 0.0) == (variant in EXACT)
+    # Weights in FP8 or bf16 are near, not equal.
+    assert steps[0]["worst"] < 5.0
+    assert steps[1]["worst"] > 0.0
+
+
+@pytest.mark.parametrize("layout", [layout for layouts, _ in JOBS.values() for layout in layouts])
+def test_the_log_ratio_of_a_validation_after_training_is_not_0(answers, layout):
+    assert answers[f"{layout}, cached"]["validation"]["positive_log_ratio"] != 0.0
+
+
+def test_a_cache_serves_another_layout(common, answers, tmp_path):
+    settings = {"common": common, "variants": {"cached": CACHED}, "steps": STEPS}
+    settings |= {"folder": str(tmp_path), "cache": str(tmp_path / "cache")}
+    run_workers(2, "reference_traces", {**settings, "layouts": {"TP 2": TP2}}, tmp_path)
+    layouts = {"one process, micro batch 1": ["training.micro_batch_size=1"]}
+    found = run_workers(1, "reference_traces", {**settings, "layouts": layouts}, tmp_path)
+    trace = found["one process, micro batch 1, cached"]["steps"]
+    expected = answers["one process, resident"]["steps"]
+    torch.testing.assert_close(column(trace, "loss"), column(expected, "loss"), rtol=LOSS_RTOL, atol=0)
+    torch.testing.assert_close(column(trace, "grad_norm"), column(expected, "grad_norm"), rtol=NORM_RTOL, atol=0)
+
+
+def test_a_reference_that_fails_leaves_the_policy_alone(common, tmp_path):
+    answer = run_workers(1, "broken_offload", {"overrides": [*common, *OFFLOAD]}, tmp_path)
+    assert answer["message"] == "out of memory"
+    assert answer["untouched"]
+    assert answer["iteration"] == 1
+    assert answer["broken"] == answer["unbroken"]
+
+
+def test_an_offloaded_reference_has_two_parts_on_the_device_at_most(common, tmp_path):
+    answer = run_workers(1, "offload_occupancy", {"overrides": [*common, *OFFLOAD]}, tmp_path)
+    # The embedding, four layers, the head; two microbatches, and the embedding once in vain.
+    assert answer == {"parts": 6, "most": 2, "copies": 13, "left": 0}

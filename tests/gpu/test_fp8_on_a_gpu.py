@@ -1,0 +1,123 @@
+"""One GPU with FP8 and Transformer Engine: recipes, exactness of the reference, training, checkpoints."""
+
+import pytest
+import torch
+
+from megatron_cca.errors import UserError
+from tests.gpu.test_reference_on_a_gpu import BF16, FP8_WEIGHTS, OFFLOAD, numbers, start, trace
+
+pytestmark = pytest.mark.gpu
+te = pytest.importorskip("transformer_engine.pytorch")
+# Blocks of 128 x 128 in every product: 2 x 4 rows of 32 tokens are 256.
+SIZES = [
+    *("model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4", "model.num_query_groups=4"),
+    *("data.pad_to_multiple_of=32", "training.micro_batch_size=4", "training.global_batch_size=8"),
+]
+FP8 = [*SIZES, "training.precision=fp8", "reference.allow_bias=100"]
+IN_BF16 = ["reference.precision=bf16", "model.init_method_std=0.02"]
+RECIPES = ["tensorwise", "delayed", "blockwise"]
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    from megatron_cca.models.layer_specs import check_fp8_device
+
+    try:
+        check_fp8_device(request.param)
+    except UserError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def test_the_layers_products_are_fp8(recipe, digit_shards, tmp_path):
+    """FP8 changes the numbers by more than bf16 does, and by no more than FP8 should."""
+    losses = {}
+    for name, overrides in {
+        "fp32": SIZES,
+        "bf16": [*SIZES, BF16],
+        "fp8": [*FP8, f"training.fp8_recipe={recipe}"],
+    }.items():
+        run = start(digit_shards, tmp_path / name, *overrides)
+        with run.loader:
+            batch = run.loader.get(0)
+            losses[name] = torch.cat(list(run.forward.logps(run.policy, batch).values())).double()
+    errors = {name: (losses[name] - losses["fp32"]).norm() / losses["fp32"].norm() for name in ("bf16", "fp8")}
+    assert errors["bf16"] < errors["fp8"] < 0.1
+
+
+def test_fp8_training_lowers_the_loss(recipe, digit_shards, tmp_path):
+    reports = trace(start(digit_shards, tmp_path, *FP8, f"training.fp8_recipe={recipe}"), 50)
+    losses = torch.tensor([report.metrics["loss"] for report in reports])
+    assert losses.isfinite().all()
+    assert losses[-10:].mean() < losses[:10].mean()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"], indirect=True)
+def test_policy_and_reference_in_fp8_start_from_exactly_0(recipe, digit_shards, tmp_path):
+    """Scales that come from the tensor at hand are right from the first batch on, and the same for both models."""
+    common = [*FP8, f"training.fp8_recipe={recipe}"]
+    resident = numbers(trace(start(digit_shards, tmp_path / "a", *common)))
+    assert resident[0][2] == 0.0
+    assert numbers(trace(start(digit_shards, tmp_path / "b", *common, OFFLOAD))) == resident
+
+
+def test_delayed_scales_have_settled_before_the_first_step(digit_shards, tmp_path):
+    """Without that, weights far below 1 would be rounded with a scale of 1, to nearly nothing."""
+    errors = {}
+    for name in ("tensorwise", "delayed"):
+        reports = trace(start(digit_shards, tmp_path / name, *FP8, f"training.fp8_recipe={name}", *IN_BF16), 1)
+        errors[name] = reports[0].log_ratio.root_mean_square
+    assert errors["delayed"] < 2 * errors["tensorwise"]
+
+
+def test_a_frozen_models_answers_do_not_depend_on_what_it_saw_before(recipe, digit_shards, tmp_path):
+    run = start(digit_shards, tmp_path, *FP8, f"training.fp8_recipe={recipe}")
+    with run.loader:
+        batches = [run.loader.get(step) for step in range(3)]
+    first = run.reference.logps(batches[0], 0)
+    for step, batch in enumerate(batches):
+        run.reference.logps(batch, step)
+    again = run.reference.logps(batches[0], 0)
+    assert all(torch.equal(first[index], again[index]) for index in first)
+
+
+@pytest.mark.parametrize("more", [[], [FP8_WEIGHTS], [FP8_WEIGHTS, OFFLOAD]])
+def test_the_reference_may_be_in_fp8_under_a_bf16_policy(more, digit_shards, tmp_path):
+    common = [*SIZES, BF16, "reference.precision=fp8", "reference.allow_bias=100", *more]
+    reports = trace(start(digit_shards, tmp_path, *common), 2)
+    assert 0.0 < reports[0].log_ratio.worst < 10.0
+
+
+def test_no_fp8_copy_of_a_frozen_weight_stays_behind(digit_shards, tmp_path):
+    run = start(digit_shards, tmp_path, *FP8)
+    trace(run, 2)
+    for chunk in run.reference.chunks:
+        for module in chunk.modules():
+            assert not getattr(module, "_fp8_workspaces", None)
+
+
+@pytest.mark.parametrize("options", [["optimizer.optimizer_cpu_offload=true"], ["precision aware"]])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_memory_saving_optimizers_train_and_resume(options, precision, digit_shards, tmp_path):
+    from megatron_cca.training.loop import save_checkpoint
+
+    if options == ["precision aware"]:
+        options = ["optimizer.use_precision_aware_optimizer=true", "optimizer.main_grads_dtype=bf16"]
+        options += ["optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16"]
+    common = [*SIZES, f"training.precision={precision}", "reference.allow_bias=100", *options]
+    whole = [report.metrics["loss"] for report in trace(start(digit_shards, tmp_path / "whole", *common), 8)]
+    run = start(digit_shards, tmp_path / "cut", *common)
+    first = [report.metrics["loss"] for report in trace(run, 4)]
+    (tmp_path / "cut").mkdir(exist_ok=True)
+    save_checkpoint(run)
+    rest = [report.metrics["loss"] for report in trace(start(digit_shards, tmp_path / "cut", *common), 4)]
+    torch.testing.assert_close(torch.tensor(first + rest), torch.tensor(whole), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_nothing(granularity, digit_shards, tmp_path):
+    common = [*SIZES, BF16]
+    plain = trace(start(digit_shards, tmp_path / "a", *common))
+    recomputed = trace(start(digit_shards, tmp_path / "b", *common, f"training.recompute_granularity={granularity}"))
+    for one, other in zip(plain, recomputed, strict=True):
+        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-4)
