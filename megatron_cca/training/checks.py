@@ -12,7 +12,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import check_layout
-from megatron_cca.training.reference_checks import check_fp8, check_reference
+from megatron_cca.training.reference_checks import check_reference
 
 PRETRAINED = "training.pretrained_checkpoint"
 REFERENCE = "reference.checkpoint"
@@ -55,7 +55,6 @@ def check_run(config: Config, world_size: int) -> None:
     _check_schedule(config)
     _check_optimizer(config)
     _check_validation(config)
-    check_fp8(config)
     if config.objective.name != "next_token":
         check_reference(config)
         for key in ("hidden_dropout", "attention_dropout"):

@@ -8,6 +8,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.layer_specs import check_fp8_device
+from megatron_cca.training.fp8_checks import check_fp8_sizes
 from megatron_cca.training.reference_settings import reference_settings
 
 
@@ -15,7 +16,7 @@ def check_devices(config: Config) -> None:
     """Refuse precisions and optimizer settings that need what is not here.
 
     Raises:
-        UserError: names the key and what is missing.
+        UserError: names the key and what is missing or does not fit.
     """
     settings = {"training.precision": config.training}
     if config.objective.name != "next_token" and config.reference.strategy != "cached":
@@ -24,6 +25,7 @@ def check_devices(config: Config) -> None:
         if one.precision == "fp8":
             with said_of(key):
                 check_fp8_device(one.fp8_recipe)
+            check_fp8_sizes(config, one, key)
     if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
         raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
     if config.optimizer.use_precision_aware_optimizer and not (HAVE_TE and platform.current().is_cuda):

@@ -100,7 +100,6 @@ def test_impossible_runs_are_refused(overrides, world_size, message, tmp_path):
 
 SHARED = ["reference.strategy=shared"]
 LORA = ["lora.dim=4"]
-FP8 = ["training.precision=fp8", "data.pad_to_multiple_of=16"]
 EIGHT_B = ["model.name=emu3-8b"]
 
 
@@ -130,24 +129,6 @@ EIGHT_B = ["model.name=emu3-8b"]
             "reference.strategy: offload needs 266G",
         ),
         (
-            [*FP8, "model.ffn_hidden_size=40"],
-            "training.precision: fp8 with recipe tensorwise needs widths that are multiples of 16; "
-            "model.ffn_hidden_size is 40",
-        ),
-        (
-            [*EIGHT_B, "training.precision=fp8", "training.micro_batch_size=1"],
-            "data.pad_to_multiple_of: 1, but training.precision fp8 needs microbatches whose tokens are a multiple of "
-            "16 on each rank; with 2 rows use a multiple of 8",
-        ),
-        (
-            [*FP8, "reference.fp8_recipe=blockwise"],
-            "reference.precision: fp8 with recipe blockwise needs widths that are multiples of 128; model.hidden_size",
-        ),
-        (
-            [*FP8, "model.transformer_impl=local"],
-            "model.transformer_impl: training.precision fp8 needs Transformer Eng",
-        ),
-        (
             ["optimizer.use_precision_aware_optimizer=true", "optimizer.use_distributed_optimizer=false"],
             "optimizer.use_precision_aware_optimizer: needs optimizer.use_distributed_optimizer",
         ),
@@ -160,17 +141,6 @@ EIGHT_B = ["model.name=emu3-8b"]
 )
 def test_references_and_precisions_that_cannot_be_had_are_refused(overrides, message):
     assert refused(overrides).startswith(message)
-
-
-def test_fp8_on_many_ranks_names_the_share_of_each():
-    overrides = [*FP8, "parallel.tensor_model_parallel_size=2"]
-    message = refused([*overrides, "model.ffn_hidden_size=176"], 2)
-    assert "model.ffn_hidden_size on each of 2 tensor-parallel ranks is 88" in message
-    sizes = ["model.hidden_size=128", "model.ffn_hidden_size=256", "training.micro_batch_size=1"]
-    check_run(load_config(None, [*overrides, *sizes, "parallel.sequence_parallel=true"]), 2)
-    assert "with 2 rows use a multiple of 16" in refused(
-        [*overrides, *sizes, "parallel.sequence_parallel=true", "data.pad_to_multiple_of=8"], 2
-    )
 
 
 def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monkeypatch):
