@@ -138,7 +138,7 @@ def initial_weights():
     config = load_config(None, CCA)
     architecture = resolve_architecture(config.model)
     initialize_distributed(config)
-    (model,) = build_chunks(config, architecture, None, "training.pretrained_checkpoint")
+    (model,) = build_chunks(config, architecture, config.training, None, "training.pretrained_checkpoint")
     return config, architecture, {name: value.detach() for name, value in model.named_parameters()}
 
 
