@@ -1,0 +1,423 @@
+"""Policy and reference with the same weights and different precision: by how much their log-probabilities differ.
+
+The error of each token adds up over an image, and the objective takes the sum, times beta, for what the policy learnt.
+:mod:`megatron_cca.training.log_ratio_gate` stops a run where that is too much; this says so before there is a run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_cca import platform
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config, ReferenceConfig
+from megatron_cca.data import digits
+from megatron_cca.data.microbatches import Microbatch
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.token_data import TokenData
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.gpt import image_token_logps
+from megatron_cca.models.layer_specs import check_fp8_device
+from megatron_cca.objectives import PairLogps
+from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.batches import RunData, training_batches
+from megatron_cca.training.fp8_checks import check_fp8_sizes
+from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread, log_ratio_spread
+from megatron_cca.training.setup import build_chunks, frozen_chunks
+
+# What each wants the length of a row to be a multiple of; see check_fp8_sizes.
+PRECISIONS = {"fp32": 1, "bf16": 1, "fp8-tensorwise": 16, "fp8-blockwise": 128}
+
+DEFAULT_LENGTHS = tuple(2**power for power in range(8, 14))
+
+# The CCA paper (arXiv 2410.09347) has beta 0.02 for images of 576 tokens.
+_PAPER_BETA_TIMES_TOKENS = 0.02 * 576
+
+_IN_FP8 = " with FP8 weights"
+
+CHECKPOINT, DATA = "--checkpoint", "--data"
+
+
+@dataclass(frozen=True)
+class BiasSettings:
+    """What to measure.
+
+    Attributes:
+        checkpoint: a run folder or an iter_ folder.
+        data: a folder of token shards, or the word digits.
+        rows: how many; half of them positives, the others their negatives.
+        lengths: image tokens; None is ``DEFAULT_LENGTHS`` as far as the rows have them, and their whole length.
+        precisions: of ``PRECISIONS``; None is all that can be computed here.
+        seed: draws the rows.
+    """
+
+    checkpoint: str
+    data: str
+    rows: int = 32
+    lengths: Sequence[int] | None = None
+    precisions: Sequence[str] | None = None
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a model computes.
+
+    Attributes:
+        precision: one of ``PRECISIONS``.
+        fp8_param: whether the weights are kept in FP8, as ``reference.fp8_param`` has it.
+    """
+
+    precision: str
+    fp8_param: bool = False
+
+    def __str__(self) -> str:
+        return self.precision.replace("-", " ") + (_IN_FP8 if self.fp8_param else "")
+
+    def keys(self) -> dict[str, str]:
+        """The precision as sections ``training`` and ``reference`` spell it."""
+        precision, _, recipe = self.precision.partition("-")
+        return {"precision": precision, **({"fp8_recipe": recipe} if recipe else {})}
+
+
+@dataclass(frozen=True)
+class PairBias:
+    """The log-ratio of a policy and a reference over the first ``tokens`` image tokens of each row."""
+
+    policy: Variant
+    reference: Variant
+    tokens: int
+    spread: LogRatioSpread
+
+    @property
+    def safe_beta(self) -> float:
+        """The largest beta that a training run accepts without ``reference.allow_bias``; infinite where all is 0."""
+        error = self.spread.root_mean_square
+        return DEFAULT_ALLOWED / error if error else math.inf
+
+
+def measure(settings: BiasSettings) -> list[PairBias]:
+    """Run every model over the same rows, one model after the other, and compare them; in one process.
+
+    Each precision is run as the policy and as the reference, built as a training run builds them. Precisions that were
+    not asked for by name and cannot be computed here are left out, which is said on standard error.
+
+    Returns:
+        A value for each policy, reference and length, in this order.
+
+    Raises:
+        UserError: no such checkpoint, data of another vocabulary, lengths that the rows do not have, a precision that
+            cannot be computed here.
+    """
+    config = _config(settings)
+    data = _open(config, settings.data)
+    precisions = _precisions(config, settings.precisions)
+    multiple = max(PRECISIONS[name] for name in precisions)
+    config = replace(config, data=replace(config.data, pad_to_multiple_of=multiple))
+    rows = training_rows(config, data)
+    lengths = _lengths(settings.lengths, min(int(row.mask.sum()) for row in rows))
+    initialize_distributed(config)
+    policies = [Variant(name) for name in precisions]
+    references = [Variant(name, fp8_param) for fp8_param in (False, True) for name in precisions]
+    runs = [(variant, _policy) for variant in policies] + [(variant, _reference) for variant in references]
+    found = []
+    with tqdm(total=len(runs) * len(rows), unit="row", file=sys.stderr) as bar:
+        for variant, build in runs:
+            bar.set_description(f"{build.__name__[1:]} {variant}")
+            found.append(prefix_logps(build(config, variant), rows, lengths, _head(config), bar))
+            # Should modules hold each other in cycles: the next model wants the room.
+            gc.collect()
+    ours, theirs = found[: len(policies)], found[len(policies) :]
+    return _pairs(dict(zip(policies, ours, strict=True)), dict(zip(references, theirs, strict=True)), lengths)
+
+
+def _config(settings: BiasSettings) -> Config:
+    if settings.rows < 2 or settings.rows % 2:
+        raise UserError(f"--rows: {settings.rows}, must be even and 2 or more: every positive has a negative beside it")
+    folder = layout.resolve(settings.checkpoint, CHECKPOINT)
+    model, config = saved_config(folder, CHECKPOINT).model, Config()
+    # What a checkpoint from a GPU says about layers need not hold here.
+    layers = "local" if model.transformer_impl == "local" else "auto"
+    return replace(
+        config,
+        model=replace(model, hidden_dropout=0.0, attention_dropout=0.0, transformer_impl=layers),
+        data=replace(config.data, condition_dropout=0.0),
+        training=replace(
+            config.training,
+            micro_batch_size=1,
+            global_batch_size=settings.rows // 2,
+            seed=settings.seed,
+            pretrained_checkpoint=str(folder),
+        ),
+    )
+
+
+def _open(config: Config, path: str) -> RunData:
+    folder = digits.ensure_digit_shards() if path == digits.KEYWORD else Path(path)
+    shards = TokenShards(folder, resolve_architecture(config.model).vocabulary, DATA)
+    images = config.training.global_batch_size
+    if len(shards) < images:
+        raise UserError(f"--rows: {2 * images} rows need {images} images, {folder} has {len(shards)}")
+    return RunData(TokenData([shards]), None)
+
+
+def _precisions(config: Config, asked: Sequence[str] | None) -> list[str]:
+    found = []
+    for name in PRECISIONS if asked is None else dict.fromkeys(asked):
+        try:
+            _check_precision(config, name)
+            found.append(name)
+        except UserError as error:
+            if asked is not None:
+                raise UserError(f"--precisions: {name}: {error}") from None
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return found
+
+
+def _check_precision(config: Config, name: str) -> None:
+    if name not in PRECISIONS:
+        raise UserError(f"unknown; known: {', '.join(PRECISIONS)}")
+    if not name.startswith("fp8"):
+        return
+    keys = Variant(name).keys()
+    check_fp8_device(keys["fp8_recipe"])
+    data = replace(config.data, pad_to_multiple_of=PRECISIONS[name])
+    check_fp8_sizes(replace(config, data=data), replace(config.training, **keys), "training.precision")
+
+
+def training_rows(config: Config, data: RunData) -> list[Microbatch]:
+    """The rows of a run's first step, each alone and without what follows its last image token; on the CPU.
+
+    Args:
+        config: of the run; one step has as many images as there are to be positives.
+        data: of the run.
+
+    Returns:
+        Positives and negatives by turns; tensors ``[1, S]`` with S a multiple of ``data.pad_to_multiple_of``.
+    """
+    batches = training_batches(config, data, with_pairs=True)
+    multiple = config.data.pad_to_multiple_of
+    return [
+        _row(microbatch, index, multiple)
+        for microbatch in batches.build(0, 0, 1).microbatches
+        for index in range(batches.rows_per_microbatch)
+    ]
+
+
+def _row(rows: Microbatch, index: int, multiple: int) -> Microbatch:
+    last = int(rows.mask[index].nonzero().max())
+    end = -(-(last + 1) // multiple) * multiple
+    parts = (tensor[index : index + 1, :end] for tensor in (rows.tokens, rows.targets, rows.mask))
+    return Microbatch(*parts, rows.negative_is_positive)
+
+
+def _lengths(asked: Sequence[int] | None, shortest: int) -> list[int]:
+    if asked is None:
+        return sorted({*(length for length in DEFAULT_LENGTHS if length <= shortest), shortest})
+    if min(asked) < 1 or max(asked) > shortest:
+        wrong = min(asked) if min(asked) < 1 else max(asked)
+        raise UserError(
+            f"--lengths: {wrong} is not between 1 and {shortest}, the image tokens of the shortest row here"
+        )
+    return sorted(set(asked))
+
+
+def _head(config: Config) -> dict[str, int]:
+    vocab_size = resolve_architecture(config.model).vocabulary.size
+    return {"vocab_size": vocab_size, "chunk_size": config.training.logps_chunk_size}
+
+
+def _policy(config: Config, variant: Variant) -> list[torch.nn.Module]:
+    training = replace(config.training, **variant.keys())
+    architecture = resolve_architecture(config.model)
+    return build_chunks(config, architecture, training, training.pretrained_checkpoint, CHECKPOINT)
+
+
+def _reference(config: Config, variant: Variant) -> list[torch.nn.Module]:
+    own = ReferenceConfig(fp8_param=variant.fp8_param, **variant.keys())
+    return frozen_chunks(replace(config, reference=own), resolve_architecture(config.model))
+
+
+@torch.no_grad()
+def prefix_logps(
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[Microbatch],
+    lengths: Sequence[int],
+    head: dict[str, int],
+    bar: tqdm | None = None,
+) -> Tensor:
+    """log p of the first image tokens of each row, float64 ``[rows, lengths]``, nats, on the CPU.
+
+    Args:
+        chunks: a model in one piece, from ``build_gpt``.
+        rows: from :func:`training_rows`; one at a time passes through the model.
+        lengths: how many image tokens; at most as many as every row has.
+        head: ``vocab_size`` and ``chunk_size`` of ``sequence_logps``.
+        bar: advanced by each row.
+    """
+    (model,), device, last = chunks, platform.device(), torch.tensor(lengths) - 1
+    found = []
+    for row in rows:
+        batch = (tensor.to(device) for tensor in (row.tokens, row.targets, row.mask))
+        by_token = image_token_logps(model, *batch, **head).cpu()[row.mask]
+        found.append(by_token.double().cumsum(0)[last])
+        if bar is not None:
+            bar.update()
+    return torch.stack(found)
+
+
+def _pairs(policies: dict[Variant, Tensor], references: dict[Variant, Tensor], lengths: list[int]) -> list[PairBias]:
+    return [
+        PairBias(policy, reference, tokens, _spread(ours[:, column], theirs[:, column]))
+        for policy, ours in policies.items()
+        for reference, theirs in references.items()
+        for column, tokens in enumerate(lengths)
+    ]
+
+
+def _spread(policy: Tensor, reference: Tensor) -> LogRatioSpread:
+    rows = (policy[::2], policy[1::2], reference[::2], reference[1::2])
+    return log_ratio_spread(PairLogps(*rows, torch.zeros(len(rows[0]), dtype=torch.bool)))
+
+
+def table(pairs: Sequence[PairBias]) -> str:
+    """All numbers as a Markdown table; a pair that is 0 everywhere is one line."""
+    header = ("policy", "reference", "tokens", "mean", "sd", "rms", "worst", "safe beta")
+    lines = [header, ("---",) * len(header)]
+    for group in _by_pair(pairs):
+        names = (str(group[0].policy), str(group[0].reference))
+        if not any(pair.spread.worst for pair in group):
+            lines.append((*names, "all", *("exactly 0",) * 4, "any"))
+            continue
+        lines += [(*names, f"{pair.tokens:,}", *_numbers(pair.spread), _beta(pair.safe_beta)) for pair in group]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _numbers(spread: LogRatioSpread) -> tuple[str, ...]:
+    return tuple(f"{value:.3g}" for value in (spread.mean, spread.std, spread.root_mean_square, spread.worst))
+
+
+def _by_pair(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
+    groups: dict[tuple[Variant, Variant], list[PairBias]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.policy, pair.reference), []).append(pair)
+    return list(groups.values())
+
+
+def _beta(value: float) -> str:
+    """Two digits, rounded down: the number is a limit."""
+    if math.isinf(value):
+        return "any"
+    scale = 10.0 ** (1 - math.floor(math.log10(value)))
+    return f"{math.floor(value * scale) / scale:.2g}"
+
+
+def conclusions(pairs: Sequence[PairBias], beta: float | None) -> list[str]:
+    """A sentence for each policy and reference, about the longest images measured.
+
+    Args:
+        pairs: from :func:`measure`.
+        beta: the objective's; None takes the paper's, scaled with 1 / tokens.
+    """
+    return [_conclusion(group[-1], beta, all(not pair.spread.worst for pair in group)) for group in _by_pair(pairs)]
+
+
+def _conclusion(pair: PairBias, beta: float | None, is_zero: bool) -> str:
+    reference = f"{Variant(pair.reference.precision)} reference" + (_IN_FP8 if pair.reference.fp8_param else "")
+    who = f"{pair.policy} policy, {reference}"
+    if is_zero:
+        return f"{who}: exactly 0, safe at any beta"
+    mine = _PAPER_BETA_TIMES_TOKENS / pair.tokens if beta is None else beta
+    name = f"the paper's, scaled to that: {mine:.2g}," if beta is None else f"{mine:g}"
+    verdict = f"{name} is {'safe' if mine <= pair.safe_beta else 'not safe'}"
+    line = f"{who}: safe up to beta {_beta(pair.safe_beta)} at {pair.tokens:,} tokens ({verdict})"
+    if pair.policy == pair.reference:
+        line += "; not 0 although both are the same: the layers are not deterministic here"
+    return line
+
+
+def write(path: Path, settings: BiasSettings, pairs: Sequence[PairBias]) -> None:
+    """All numbers as JSON, and a picture of them beside it, with the same name and ``.png``."""
+    found = [
+        {
+            "policy": str(pair.policy),
+            "reference": str(pair.reference),
+            "tokens": pair.tokens,
+            **asdict(pair.spread),
+            "root_mean_square": pair.spread.root_mean_square,
+            "safe_beta": None if math.isinf(pair.safe_beta) else pair.safe_beta,
+        }
+        for pair in pairs
+    ]
+    facts = {**asdict(settings), "device": platform.device_name(), "torch": torch.__version__}
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps({**facts, "allowed": DEFAULT_ALLOWED, "pairs": found}, indent=1))
+    partial.replace(path)
+    _draw(path.with_suffix(".png"), _lines(pairs))
+
+
+def _lines(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
+    """Largest first, without zeros, which a logarithmic axis cannot have, and without the same two the other way."""
+    found: dict[frozenset[Variant], list[PairBias]] = {}
+    for group in _by_pair(pairs):
+        if all(pair.spread.worst for pair in group):
+            found.setdefault(frozenset((group[0].policy, group[0].reference)), group)
+    return sorted(found.values(), key=lambda group: -group[-1].spread.root_mean_square)
+
+
+def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
+    # Measuring needs no matplotlib.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.6), dpi=150)
+    axis = figure.subplots()
+    for group in groups:
+        errors = [pair.spread.root_mean_square for pair in group]
+        line = "--" if group[0].reference.fp8_param else "-"
+        label = f"{group[0].policy} / {group[0].reference}"
+        axis.plot([pair.tokens for pair in group], errors, line, marker="o", markersize=3.5, linewidth=1.5, label=label)
+    if groups:
+        _guides(axis, groups)
+        axis.legend(title="policy / reference", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    tokens = [pair.tokens for pair in groups[0]] if groups else []
+    axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
+    axis.minorticks_off()
+    axis.set_title("log-ratio of models with the same weights", fontsize=10)
+    axis.set_xlabel("image tokens", fontsize=8)
+    axis.set_ylabel("root mean square, nats per image", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    FigureCanvasAgg(figure)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    partial.replace(path)
+
+
+def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
+    """What errors that are independent, and errors that all have one sign, would grow like."""
+    first, last = groups[0][0].tokens, groups[0][-1].tokens
+    if first == last:
+        return
+    logs = [math.log(group[0].spread.root_mean_square) for group in groups]
+    start = math.exp(sum(logs) / len(logs))
+    for power, name in ((0.5, "√n"), (1.0, "n")):
+        end = start * (last / first) ** power
+        axis.plot([first, last], [start, end], color="#6b6b6b", linewidth=0.7, zorder=0)
+        axis.annotate(name, (last, end), xytext=(3, 0), textcoords="offset points", fontsize=8, color="#6b6b6b")
