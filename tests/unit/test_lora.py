@@ -243,4 +243,5 @@ def test_a_projection_that_norms_its_input_gives_the_adapter_the_normed_input():
     for name, pair in adapters(separate).items():
         for ours, theirs in zip(adapters(fused)[name], pair, strict=True):
             assert torch.equal(ours, theirs)
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6 * theirs.grad.abs().max().item())
+            # The two norms round differently; how much, depends on the CPU.
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5 * theirs.grad.abs().max().item())
