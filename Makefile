@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickst
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(INSTALLED) ## every test that needs no GPU
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest
 
 lint: $(INSTALLED) ## lint and format checks
 	@$(BIN)/ruff check .
