@@ -33,7 +33,7 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.distributed.workers"])
 
 
-def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 480) -> dict:
+def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 240) -> dict:
     """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered."""
     from tests.distributed import workers
 
