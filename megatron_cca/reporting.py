@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -77,4 +78,7 @@ def _leave(text: str, status: int) -> None:
     if error_file:
         Path(error_file).parent.mkdir(parents=True, exist_ok=True)
         Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    # Megatron-Core's saving starts one that would outlive this process and hold its output open.
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(status)

@@ -1,51 +1,170 @@
-"""Draw pictures from a checkpoint, guidance-free or with classifier-free guidance."""
+"""Draw images from a checkpoint: guidance-free, with classifier-free guidance, or by contrastive decoding."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError
-from megatron_cca.reporting import reported_errors
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.reporting import reported_tool_errors
+
+if TYPE_CHECKING:
+    from megatron_cca.config import Config
+    from megatron_cca.generation.job import Job
+    from megatron_cca.generation.prompts import Prompt
+
+_EXAMPLES = """examples:
+  python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
+  python tools/generate.py --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
+      --guidance-scale 0.5 --output runs/guided
+  torchrun --nproc_per_node 8 tools/generate.py --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
+      --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
+The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
+"""
+_PACKAGES = ("matplotlib", "PIL", "safetensors", "sklearn", "tiktoken", "transformers")
 
 
 def main() -> None:
-    """Parse the command line and write one PNG."""
-    arguments = _parse()
-    with reported_errors():
-        if arguments.images < 1:
-            raise UserError(f"--images: must be 1 or more, found {arguments.images}")
-        if min(arguments.grid) < 1:
-            raise UserError(f"--grid: height and width must be 1 or more, found {' '.join(map(str, arguments.grid))}")
-        if not arguments.output.parent.is_dir():
-            raise UserError(f"--output: the folder {arguments.output.parent} does not exist")
-        platform.install(arguments.device)
+    """Parse the command line, refuse what cannot be drawn, draw."""
+    arguments = _parser().parse_args()
+    os.environ.setdefault("WORLD_SIZE", "1")
+    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+        _check(arguments)
+        try:
+            platform.install(arguments.device)
+        except ValueError as error:
+            raise UserError(f"--device: {error}") from None
         _generate(arguments)
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Example: python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' "
-        "--output seven.png",
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="a run folder or an iter_ folder")
-    parser.add_argument("--caption", required=True, action="append", help="what to draw; may be repeated")
-    parser.add_argument("--output", type=Path, required=True, help="the PNG to write: a row of pictures a caption")
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="pictures per caption (default 8)")
     parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run folder, an iter_ folder, or a Hugging Face folder"
+    )
+    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="the folder to write")
+    _add_what(parser)
+    _add_how(parser)
+    _add_where(parser)
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to draw")
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument("--caption", action="append", metavar="TEXT", help="a caption; may be repeated")
+    what.add_argument(
+        "--prompts",
+        type=_path,
+        metavar="FILE",
+        help='a caption a line, or .jsonl with {"prompt": ..., "label": ..., "seed": ...}',
+    )
+    what.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="names or numbers of classes, or all (see --class-captions)"
+    )
+    group.add_argument(
+        "--class-captions",
+        type=_path,
+        metavar="FILE",
+        help="a class's caption a line; its number is the label (default: the ten digits, for a model of the digits)",
+    )
+    group.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
+    group.add_argument(
+        "--grid",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="in visual tokens (default: what the model was trained on, if that was one size; 90 90 for Emu3)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="image i of the list has a stream of its own (default 0)")
+    group.add_argument("--prompt-suffix", default="", metavar="TEXT", help="put behind every caption")
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    group.add_argument(
         "--guidance-scale",
         type=float,
         default=0.0,
+        metavar="S",
         help="s in logits = (1 + s) cond - s uncond, as in the CCA paper; 0 (default) is guidance-free, one forward "
-        "pass a token; Emu3's and LlamaGen's own programs call 1 + s the scale",
+        "pass a token; above 0 two. Emu3's and LlamaGen's own programs call 1 + s the scale: their 3 is 2 here",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=int, nargs=2, default=(4, 4), metavar=("H", "W"), help="in visual tokens")
-    parser.add_argument("--shards", type=Path, help="shard folder with tokenizer and codebook (default: the digits')")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args()
+    group.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="caption of the second stream (default: none)"
+    )
+    group.add_argument(
+        "--contrastive-top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="contrastive decoding as in CM3Leon (CD-K): log cond - log uncond, among tokens at least "
+        "--contrastive-alpha times as likely as the K-th likeliest; two forward passes a token (default 0: off)",
+    )
+    group.add_argument("--contrastive-alpha", type=float, default=0.1, metavar="A", help="default 0.1")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="of the visual tokens; 0 (default) is all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="after --top-k; 1 (default) is all")
+    group.add_argument("--best-of", type=int, default=1, metavar="N", help="draw N for each, keep the best (default 1)")
+    group.add_argument(
+        "--scorer",
+        metavar="SPEC",
+        help="for --best-of: clip:FOLDER, or FILE.py:FUNCTION, of images uint8 [N, H, W, 3] and N prompts N numbers",
+    )
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks that share each layer (default: all of the job / pipeline size); the rest are replicas",
+    )
+    group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="default 1")
+    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a replica draws at a time")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: the checkpoint's")
+    group.add_argument("--text-tokenizer", type=_path, metavar="DIR", help="default: what belongs to the checkpoint")
+    group.add_argument(
+        "--image-tokenizer", type=_path, metavar="DIR", help="likewise; Emu3-VisionTokenizer for Emu3-Gen"
+    )
+    group.add_argument("--no-npz", action="store_true", help="do not write samples.npz")
+    group.add_argument("--overwrite", action="store_true", help="replace what a former call wrote into --output")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("images_per_prompt", "best_of", "batch_size", "pipeline_model_parallel_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be 1 or more, found {getattr(arguments, name)}")
+    if arguments.grid is not None and min(arguments.grid) < 1:
+        raise UserError(f"--grid: height and width must be 1 or more, found {' '.join(map(str, arguments.grid))}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed: must be 0 or more, found {arguments.seed}")
+    if (arguments.best_of > 1) != (arguments.scorer is not None):
+        raise UserError("--best-of: goes with --scorer, which says what is best; give both or neither")
+    if arguments.class_captions is not None and arguments.classes is None:
+        raise UserError("--class-captions: of no use without --classes")
+
+
+def _layout(arguments: argparse.Namespace) -> tuple[int, int]:
+    world, pipeline = int(os.environ["WORLD_SIZE"]), arguments.pipeline_model_parallel_size
+    tensor = arguments.tensor_model_parallel_size or max(1, world // pipeline)
+    if tensor < 1 or world % (tensor * pipeline):
+        raise UserError(
+            f"--tensor-model-parallel-size: {tensor} x pipeline size {pipeline} does not divide the {world} processes "
+            "of this job"
+        )
+    return tensor, pipeline
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -53,23 +172,79 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megatron_cca.config import load_config
-    from megatron_cca.data.digits import ensure_digit_shards
-    from megatron_cca.evaluation.plots import SampleColumn, sample_sheet
-    from megatron_cca.generation.captions import CaptionPainter
-    from megatron_cca.generation.loading import load_for_sampling
+    from megatron_cca.generation.best_of import check_scorer, open_scorer
+    from megatron_cca.generation.job import check_job_output, run
+    from megatron_cca.generation.loading import checked_config
+    from megatron_cca.generation.painting import open_painter
     from megatron_cca.parallel.process_groups import initialize_distributed
 
-    initialize_distributed(load_config())
-    model, architecture = load_for_sampling(arguments.checkpoint)
-    painter = CaptionPainter(arguments.shards or ensure_digit_shards(), *arguments.grid)
-    captions = [caption for caption in arguments.caption for _ in range(arguments.images)]
-    scale = arguments.guidance_scale
-    images = painter.paint(model, architecture, captions, seed=arguments.seed, guidance_scale=scale)
-    rows = images.reshape(len(arguments.caption), arguments.images, *images.shape[1:])
-    how = "guidance-free, 1 forward a token" if scale == 0 else f"CFG {scale:g}, 2 forwards a token"
-    sample_sheet(arguments.output, [SampleColumn(arguments.checkpoint, how, rows)], arguments.caption)
-    print(f"wrote {arguments.output}: {len(captions)} pictures")
+    layout = zip(("tensor", "pipeline"), _layout(arguments), strict=True)
+    config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
+    job = _job(arguments, checked_config(arguments.checkpoint, config.parallel))
+    if arguments.scorer is not None:
+        check_scorer(arguments.scorer)
+    if os.environ.get("RANK", "0") == "0":
+        check_job_output(job)
+    initialize_distributed(config)
+    named = {name: getattr(arguments, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
+    painter = open_painter(arguments.checkpoint, **named)
+    scorer = open_scorer(arguments.scorer, platform.device()) if arguments.scorer is not None else None
+    speed = run(job, painter, scorer)
+    if dist.get_rank() == 0:
+        passes = job.settings.forwards_per_token
+        print(
+            f"wrote {arguments.output}: {len(job.prompts)} images, {passes} forward pass{'es' * (passes > 1)} a token, "
+            f"{speed.tokens_per_second:.0f} tokens/s, {speed.images_per_second:.3g} images/s"
+        )
     dist.destroy_process_group()
+
+
+def _job(arguments: argparse.Namespace, saved: Config) -> Job:
+    from megatron_cca.generation.job import Job
+    from megatron_cca.generation.sampler import SamplingSettings
+    from megatron_cca.generation.tokenizers import usual_grid
+
+    with said_of("--grid"):
+        height, width = arguments.grid or usual_grid(saved)
+    names = ("guidance_scale", "contrastive_top_k", "contrastive_alpha", "temperature", "top_k", "top_p", "batch_size")
+    return Job(
+        checkpoint=arguments.checkpoint,
+        prompts=_prompts(arguments, saved),
+        settings=SamplingSettings(height, width, **{name: getattr(arguments, name) for name in names}),
+        output=arguments.output,
+        suffix=arguments.prompt_suffix,
+        negative=arguments.negative_prompt,
+        best_of=arguments.best_of,
+        overwrite=arguments.overwrite,
+        npz=not arguments.no_npz,
+    )
+
+
+def _prompts(arguments: argparse.Namespace, saved: Config) -> list[Prompt]:
+    from megatron_cca.generation.prompts import Prompt, class_prompts, read_prompts, repeated, seeded
+
+    if arguments.prompts is not None:
+        with said_of("--prompts"):
+            prompts = read_prompts(arguments.prompts)
+    elif arguments.classes is not None:
+        captions = _class_captions(arguments.class_captions, saved)
+        with said_of("--classes"):
+            prompts = class_prompts(captions, arguments.classes)
+    else:
+        prompts = [Prompt(caption) for caption in arguments.caption]
+    return seeded(repeated(prompts, arguments.images_per_prompt), arguments.seed)
+
+
+def _class_captions(file: Path | None, saved: Config) -> list[str]:
+    from megatron_cca.data.digits import KEYWORD, PHRASINGS, WORDS
+    from megatron_cca.generation.prompts import read_prompts
+
+    if file is not None:
+        with said_of("--class-captions"):
+            return [prompt.text for prompt in read_prompts(file)]
+    if saved.data.path == KEYWORD:
+        return [PHRASINGS[0].format(word) for word in WORDS]
+    raise UserError("--classes: this model's classes are not known; say them in --class-captions FILE")
 
 
 if __name__ == "__main__":

@@ -73,10 +73,11 @@ def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, 
 
 
 def _state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
+    # Megatron keeps process groups in the metadata that it is given, which outlive their layout there.
     # The tensors carry global names, so that a chunk's place in this dict does not bind the checkpoint to a layout.
-    state = {f"model{index}": chunk.sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)}
+    state = {f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
     return state
 
 

@@ -1,43 +1,107 @@
-"""A model for sampling, from any checkpoint."""
+"""A model for sampling, from a Megatron checkpoint of any layout or from a Hugging Face folder."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.huggingface.loading import load_weights
+from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.config import ParallelConfig
+from megatron_cca.config import Config, ParallelConfig, Precision, load_config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.models.gpt import build_gpt
 
+OPTION = "checkpoint"
 
-def load_for_sampling(checkpoint: str) -> tuple[torch.nn.Module, Architecture]:
-    """The whole model of a checkpoint, split over all ranks of this job by tensor parallelism.
 
-    The process group and Megatron's groups must be initialised with tensor parallelism over all ranks.
+@dataclass(frozen=True)
+class SamplingModel:
+    """A frozen model, split over the ranks of a replica.
+
+    Attributes:
+        chunks: this rank's.
+        architecture: its sizes and vocabulary.
+        config: what the checkpoint says of the run that made it.
+        folder: the checkpoint's own folder, or the Hugging Face folder.
+        is_huggingface: which of the two.
+    """
+
+    chunks: list[torch.nn.Module]
+    architecture: Architecture
+    config: Config
+    folder: Path
+    is_huggingface: bool
+
+
+def is_huggingface(checkpoint: str) -> bool:
+    """Whether a folder is of Hugging Face's form."""
+    return (Path(checkpoint) / CONFIG).is_file()
+
+
+def checked_config(checkpoint: str, parallel: ParallelConfig) -> Config:
+    """What a checkpoint says of itself, after refusing one that cannot be sampled on this layout; needs no job.
 
     Raises:
-        UserError: no whole checkpoint there, or one that this many ranks cannot split.
+        UserError: nothing there, no image tokens, or a layout that cannot split it.
     """
-    key = "checkpoint"
-    folder = layout.resolve(checkpoint, key)
-    config = saved_config(folder, key)
+    _, config, _ = _inspected(checkpoint, parallel)
+    return config
+
+
+def load_for_sampling(checkpoint: str, precision: Precision | None = None) -> SamplingModel:
+    """The model of a checkpoint, split as Megatron's groups say: any TP x PP, whatever layout it was trained on.
+
+    It has Megatron's local layers on every device, and LoRA adapters are merged into its weights. Collective over all
+    ranks; process groups must be initialised.
+
+    Args:
+        checkpoint: a run folder, an ``iter_`` folder, or a Hugging Face folder with safetensors.
+        precision: ``fp32`` or ``bf16``; None means the checkpoint's own, with FP8 as bf16.
+
+    Raises:
+        UserError: no whole checkpoint there, no known image tokens, or a layout that cannot split it.
+    """
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    source, config, architecture = _inspected(checkpoint, parallel)
+    own = "bf16" if config.training.precision == "fp8" else config.training.precision
+    training = replace(config.training, precision=precision or own, recompute_granularity=None)
+    model = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0, transformer_impl="local")
+    chunks = build_gpt(architecture, model, parallel, training, is_frozen=True)
+    if isinstance(source, HuggingFaceCheckpoint):
+        load_weights(source, chunks)
+    else:
+        distributed.load_weights(source, chunks, OPTION)
+    frozen = [chunk.requires_grad_(False) for chunk in chunks]
+    is_folder_of_hf = isinstance(source, HuggingFaceCheckpoint)
+    return SamplingModel(frozen, architecture, config, source.folder if is_folder_of_hf else source, is_folder_of_hf)
+
+
+def _inspected(checkpoint: str, parallel: ParallelConfig) -> tuple[HuggingFaceCheckpoint | Path, Config, Architecture]:
+    if is_huggingface(checkpoint):
+        source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
+        defaults = load_config()
+        config = replace(defaults, model=source.model, training=replace(defaults.training, precision=source.precision))
+        folder = source.folder
+    else:
+        source = folder = layout.resolve(checkpoint, OPTION)
+        config = saved_config(folder, OPTION)
     architecture = resolve_architecture(config.model)
     if not isinstance(architecture.vocabulary, Emu3Vocabulary):
         raise UserError(
-            f"{key}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
+            f"{OPTION}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
             "nothing can be drawn with it"
         )
-    parallel = ParallelConfig(tensor_model_parallel_size=dist.get_world_size())
-    with said_of(f"{key}: {folder} cannot be sampled on {dist.get_world_size()} ranks"):
+    with said_of(f"{OPTION}: {folder} cannot be sampled so"):
         check_layout(architecture, config.model, parallel)
-    model_config = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0)
-    chunks = build_gpt(architecture, model_config, parallel, config.training)
-    distributed.load_weights(folder, chunks, key)
-    return chunks[0].requires_grad_(False), architecture
+    return source, config, architecture

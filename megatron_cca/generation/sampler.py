@@ -1,34 +1,37 @@
-"""Draw images: a KV cache (Megatron's own static inference context), Emu3's grammar forced, one random stream an image.
+"""Draw images: Emu3's grammar forced, one random stream an image.
 
 Only visual tokens are drawn, from the softmax over the visual part of the vocabulary; what the grammar dictates is put
-in. Each image has its own seed, so that it comes out the same in any batch.
+in. Each image has its own seed, so that it comes out the same in any batch and on any layout, up to the rounding of
+logits: a random number that falls within a rounding error of the border between two codes may take either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.generation.guidance import guided_logits
-from megatron_cca.models.emu3.grammar import forced_tokens, prompt_ids
+from megatron_cca.generation.decoder import Decoder, decoding
+from megatron_cca.generation.drawing import drawn_codes
+from megatron_cca.generation.guidance import contrastive_logits, guided_logits
+from megatron_cca.models.emu3.grammar import forced_tokens
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: ``caption`` int ``[T]`` text ids, and the seed of its random stream."""
+    """One image to draw: ``prompt`` int64 ``[P]``, ids up to and including IMG, and the seed of its random stream."""
 
-    caption: np.ndarray
-    seed: int
+    prompt: np.ndarray
+    seed: int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -37,143 +40,182 @@ class SamplingSettings:
 
     Attributes:
         height, width: of the grid of visual tokens.
-        grid_words: text ids of "H*W".
-        guidance_scale: s >= 0 in the paper's convention; 0 is guidance-free, one forward pass a token.
-        temperature: > 0; divides the logits.
+        guidance_scale: s >= 0 in (1 + s) cond - s uncond; 0 is guidance-free, one forward pass a token.
+        contrastive_top_k: k of contrastive decoding, CD-K; 0 switches it off. It takes two passes, as guidance does.
+        contrastive_alpha: its share of the k-th likeliest token's probability that a token must have, in (0, 1].
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from the k likeliest codes; 0 means all.
+        top_p: draw from the likeliest codes that reach this probability, in (0, 1]; 1 means all.
         batch_size: images drawn at a time.
+
+    Raises:
+        UserError: a number out of its range, or guidance and contrastive decoding together.
     """
 
     height: int
     width: int
-    grid_words: Sequence[int]
     guidance_scale: float = 0.0
+    contrastive_top_k: int = 0
+    contrastive_alpha: float = 0.1
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     batch_size: int = 500
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise UserError(f"guidance scale: must be 0 or more and finite, found {self.guidance_scale}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature: must be more than 0 and finite, found {self.temperature}")
+        for name, is_right, wanted in (
+            ("height", self.height >= 1, "1 or more"),
+            ("width", self.width >= 1, "1 or more"),
+            ("guidance scale", 0 <= self.guidance_scale < math.inf, "0 or more and finite"),
+            ("contrastive top-k", self.contrastive_top_k >= 0, "0 or more"),
+            ("contrastive alpha", 0 < self.contrastive_alpha <= 1, "more than 0 and at most 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more and finite"),
+            ("top-k", self.top_k >= 0, "0 or more"),
+            ("top-p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("batch size", self.batch_size >= 1, "1 or more"),
+        ):
+            if not is_right:
+                raise UserError(
+                    f"{name}: must be {wanted}, found {getattr(self, name.replace(' ', '_').replace('-', '_'))}"
+                )
+        if self.guidance_scale > 0 and self.contrastive_top_k > 0:
+            raise UserError("contrastive top-k: does not go with a guidance scale; set one of them to 0")
+
+    @property
+    def forwards_per_token(self) -> int:
+        """Forward passes that one token costs."""
+        return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 
 def sample_codes(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     vocabulary: Emu3Vocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
-    on_progress: Callable[[int], None] = lambda images: None,
+    unconditional: np.ndarray | None = None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Draw one image per request; collective over the tensor-parallel group, which must hold the whole model.
+    """Draw one image per request; collective over the tensor- and pipeline-parallel ranks, which all get the answer.
 
     Args:
-        model: a stage of :func:`megatron_cca.models.gpt.build_gpt` without pipeline or sequence parallelism.
+        chunks: this rank's model chunks, see :class:`Decoder`; left as they were.
         vocabulary: the model's.
         requests: what to draw.
         settings: how to draw it.
-        on_progress: called with the number of images just finished.
+        unconditional: int64 ``[U]``, the prompt of the second stream, with an empty or a negative caption; needed where
+            ``settings`` take two passes a token.
+        on_tokens: called with the number of visual tokens just drawn.
 
     Returns:
         int64 codes ``[N, height, width]``.
     """
-    assert parallel_state.get_pipeline_model_parallel_world_size() == 1
-    was_training = model.training
-    model.eval()
+    assert settings.forwards_per_token == 1 or unconditional is not None
     codes = np.empty((len(requests), settings.height, settings.width), dtype=np.int64)
-    for batch in _equal_length_batches(requests, settings.batch_size):
-        codes[batch] = _draw(model, vocabulary, [requests[index] for index in batch], settings)
-        on_progress(len(batch))
-    model.train(was_training)
+    with decoding(chunks, vocabulary) as decoder:
+        for batch in _batches(requests, settings.batch_size):
+            drawn = _draw(decoder, vocabulary, [requests[index] for index in batch], settings, unconditional, on_tokens)
+            codes[batch] = drawn.reshape(-1, settings.height, settings.width)
     return codes
 
 
-def _equal_length_batches(requests: Sequence[ImageRequest], batch_size: int) -> list[list[int]]:
-    """Request indices in batches of one caption length: rotary positions are the index, so rows must line up."""
-    by_length: dict[int, list[int]] = {}
-    for index, request in enumerate(requests):
-        by_length.setdefault(len(request.caption), []).append(index)
-    return [
-        indices[start : start + batch_size]
-        for indices in by_length.values()
-        for start in range(0, len(indices), batch_size)
-    ]
+def _batches(requests: Sequence[ImageRequest], batch_size: int) -> list[list[int]]:
+    """Request indices with prompts of similar length together: equal ones need no mask."""
+    order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-@torch.no_grad()
+class _Group:
+    """Images that pass through the model together: their streams, the conditional one first, and random numbers."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        requests: Sequence[ImageRequest],
+        unconditional: np.ndarray | None,
+        num_new: int,
+    ) -> None:
+        self.decoder = decoder
+        streams = [[request.prompt for request in requests]]
+        if unconditional is not None:
+            streams.append([unconditional] * len(requests))
+        self._prompts = [_filled_up(prompts) for prompts in streams]
+        self._caches = [decoder.new_cache(tokens.size(1) + num_new) for tokens, _ in self._prompts]
+        rows = [np.random.default_rng(request.seed).random(num_new + 1) for request in requests]
+        self.uniforms = torch.from_numpy(np.stack(rows)).to(platform.device())
+
+    def feed_prompts(self) -> None:
+        """Leave in ``logits`` what the streams say of the first token."""
+        pairs = zip(self._caches, self._prompts, strict=True)
+        self.logits = [self.decoder.feed(cache, tokens, counts) for cache, (tokens, counts) in pairs]
+
+    def feed(self, tokens: Tensor) -> None:
+        """One token a row, int64 ``[B]``, the same for all streams."""
+        self.logits = [self.decoder.feed(cache, tokens[:, None]) for cache in self._caches]
+
+
+def _filled_up(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    """int64 ``[B, longest]``, and int64 ``[B]`` lengths; None where all are equal."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.from_numpy(prompt)
+    is_ragged = bool((lengths != lengths[0]).any())
+    return tokens.to(platform.device()), lengths.to(platform.device()) if is_ragged else None
+
+
 def _draw(
-    model: torch.nn.Module, vocabulary: Emu3Vocabulary, requests: list[ImageRequest], settings: SamplingSettings
+    decoder: Decoder,
+    vocabulary: Emu3Vocabulary,
+    requests: Sequence[ImageRequest],
+    settings: SamplingSettings,
+    unconditional: np.ndarray | None,
+    on_tokens: Callable[[int], None],
 ) -> np.ndarray:
+    """int64 ``[B, height * width]``."""
     forced = forced_tokens(vocabulary, settings.height, settings.width)
     last_visual = int(np.flatnonzero(forced < 0)[-1])
-    streams = _streams(model, vocabulary, requests, settings, num_new=last_visual)
-    logits = [stream.prefill() for stream in streams]
-    uniforms = _uniforms(requests, last_visual + 1)
+    second = unconditional if settings.forwards_per_token == 2 else None
+    # One group a pipeline stage: while one stage has the first, the next has the second.
+    parts = np.array_split(np.arange(len(requests)), min(len(requests), _pipeline_size()))
+    groups = [_Group(decoder, [requests[index] for index in part], second, last_visual) for part in parts]
+    for group in groups:
+        group.feed_prompts()
     drawn = []
     for position in range(last_visual + 1):
         if forced[position] >= 0:
-            token = torch.full((len(requests),), int(forced[position]), device=platform.device())
+            tokens = torch.full((len(requests),), int(forced[position]), device=platform.device())
         else:
-            token = _draw_visual(logits, vocabulary, settings, uniforms[:, position, None].contiguous())
-            drawn.append(token - vocabulary.visual_start)
+            codes = _agreed_codes(decoder, groups, position, settings)
+            drawn.append(codes)
+            tokens = codes + vocabulary.visual_start
+            on_tokens(len(requests))
         if position < last_visual:
-            logits = [stream.decode(token) for stream in streams]
-    return torch.stack(drawn, dim=1).cpu().numpy().reshape(-1, settings.height, settings.width)
+            for group, part in zip(groups, tokens.tensor_split([p[0] for p in parts[1:]]), strict=True):
+                group.feed(part)
+    return torch.stack(drawn, dim=1).cpu().numpy()
 
 
-def _streams(model, vocabulary, requests, settings, num_new: int) -> list[_Stream]:
-    captions = [[request.caption for request in requests]]
-    if settings.guidance_scale > 0:
-        captions.append([np.empty(0, dtype=np.int64)] * len(requests))
-    prompts = [
-        np.stack([prompt_ids(vocabulary, caption, settings.grid_words) for caption in stream]) for stream in captions
-    ]
-    return [_Stream(model, torch.from_numpy(prompt).to(platform.device()), num_new) for prompt in prompts]
+def _pipeline_size() -> int:
+    return parallel_state.get_pipeline_model_parallel_world_size()
 
 
-def _uniforms(requests: list[ImageRequest], num_tokens: int) -> Tensor:
-    """float64 ``[B, T]`` in [0, 1), each row from its image's own seed."""
-    rows = [np.random.default_rng(request.seed).random(num_tokens) for request in requests]
-    return torch.from_numpy(np.stack(rows)).to(platform.device())
+def _agreed_codes(decoder: Decoder, groups: Sequence[_Group], position: int, settings: SamplingSettings) -> Tensor:
+    """Codes of all groups, int64 ``[B]``: the last pipeline stage draws, and tells the others."""
+    if decoder.is_last_stage:
+        codes = torch.cat([_codes(group.logits, group.uniforms[:, position], settings) for group in groups])
+    else:
+        codes = torch.empty(sum(len(group.uniforms) for group in groups), dtype=torch.int64, device=platform.device())
+    if _pipeline_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(codes, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return codes
 
 
-def _draw_visual(
-    logits: list[Tensor], vocabulary: Emu3Vocabulary, settings: SamplingSettings, uniforms: Tensor
-) -> Tensor:
-    """Token ids ``[B]`` by inverting the cumulative distribution at ``uniforms`` ``[B, 1]``."""
-    start = vocabulary.visual_start
-    visual = [stream[:, start : start + vocabulary.codebook_size].double() for stream in logits]
-    scores = visual[0] if len(visual) == 1 else guided_logits(*visual, settings.guidance_scale)
-    cumulative = torch.softmax(scores / settings.temperature, dim=-1).cumsum(dim=-1)
-    # The last entry may round to just under 1.
-    codes = torch.searchsorted(cumulative, uniforms, right=True).squeeze(1)
-    return start + codes.clamp(max=vocabulary.codebook_size - 1)
-
-
-class _Stream:
-    """One sequence a row with its KV cache: the conditional stream, or guidance's unconditional one."""
-
-    def __init__(self, model: torch.nn.Module, prompts: Tensor, num_new: int) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.context = StaticInferenceContext(prompts.size(0), prompts.size(1) + num_new)
-
-    def prefill(self) -> Tensor:
-        """Feed the prompts; returns the next token's logits, ``[B, V]``."""
-        return self._feed(self.prompts)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Feed one token a row, int64 ``[B]``; returns the next token's logits, ``[B, V]``."""
-        return self._feed(tokens[:, None])
-
-    def _feed(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        logits = self.model(
-            tokens, positions, None, inference_context=self.context, output_processor=_last_position_logits
-        )
-        self.context.sequence_len_offset += tokens.size(1)
-        return logits
-
-
-def _last_position_logits(*, hidden_states: Tensor, output_layer, **_unused) -> Tensor:
-    logits, _ = output_layer(hidden_states[-1:])
-    return gather_from_tensor_model_parallel_region(logits).squeeze(0)
+def _codes(logits: Sequence[Tensor], uniforms: Tensor, settings: SamplingSettings) -> Tensor:
+    if settings.contrastive_top_k > 0:
+        scores = contrastive_logits(*logits, settings.contrastive_top_k, settings.contrastive_alpha)
+    elif settings.guidance_scale > 0:
+        scores = guided_logits(*logits, settings.guidance_scale)
+    else:
+        scores = logits[0]
+    return drawn_codes(scores, uniforms, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)

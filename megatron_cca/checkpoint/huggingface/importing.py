@@ -91,11 +91,11 @@ def _cut(source: HuggingFaceCheckpoint, tensor: MappedTensor) -> Iterator[Piece]
             offsets=(*layer, start, *(0 for _ in shape[1:])),
             sizes=(*(1 for _ in layer), stop - start, *shape[1:]),
             dtype=source.dtype,
-            read=partial(_gather, source, tensor, start, stop),
+            read=partial(gathered_rows, source, tensor, start, stop),
         )
 
 
-def _gather(source: HuggingFaceCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
+def gathered_rows(source: HuggingFaceCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
     """Rows of a Megatron tensor; rows past the last one are padding, zeros."""
     parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
     padding = stop - start - sum(part.size(0) for part in parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.vq_config import CONFIG, normalisation, read_json, recognise, sizes_in
+from megatron_cca.models.emu3.vq_config import CONFIG, Form, normalisation, read_json, recognise, sizes_in
 from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
 
 # transformers crops what it encodes to sizes (along the wrong axes of a clip); nothing here is padded.
@@ -97,7 +97,10 @@ class Emu3ImageTokenizer:
 
 
 def open_emu3_vq(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str | Path | None = None,
 ) -> Emu3ImageTokenizer:
     """The image tokenizer in ``folder``, whichever of the three forms it has.
 
@@ -109,6 +112,7 @@ def open_emu3_vq(
         folder: with ``config.json`` and safetensors.
         device: where it runs.
         dtype: in which it runs. In bfloat16 some codes differ.
+        weights: a folder of their own for the tensors, whose names then have no prefix: as an import keeps them.
 
     Raises:
         UserError: a missing or damaged file; a configuration or tensor that is not this model's; names it.
@@ -116,13 +120,14 @@ def open_emu3_vq(
     folder = Path(folder)
     with said_of(folder / CONFIG):
         form, section = recognise(read_json(folder / CONFIG))
-    with said_of(folder):
-        stored = stored_tensors(folder, form)
+    files = folder if weights is None else Path(weights)
+    with said_of(files):
+        stored = stored_tensors(files, form if weights is None else Form(("",)))
     with said_of(folder / CONFIG):
         sizes = sizes_in(section, form, len(stored))
         model = _build(sizes)
     mean, std = normalisation(folder)
-    with said_of(folder):
+    with said_of(files):
         state = read_tensors(model, stored)
     fingerprint = _fingerprint(sizes, [mean, std], state)
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}

@@ -1,0 +1,154 @@
+"""Model chunks that draw: Megatron's own layers over tensor- and pipeline-parallel ranks, one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn.functional import linear
+
+from megatron_cca import platform
+from megatron_cca.generation.kv_cache import CachedAttention, KVCache
+from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+
+_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+class Decoder:
+    """Feeds tokens to a model and tells the logits of the next visual token; from :func:`decoding`.
+
+    Args:
+        chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`; any TP x PP x VPP, with or without wrappers.
+        vocabulary: the model's.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], vocabulary: Emu3Vocabulary) -> None:
+        self._gpts = [_bare(chunk) for chunk in chunks]
+        self._vocabulary = vocabulary
+        self._attentions: list[CachedAttention] = []
+        self._angles: Tensor | None = None
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the LM head, and so the logits."""
+        return self._gpts[-1].post_process
+
+    def new_cache(self, max_length: int) -> KVCache:
+        """An empty cache for rows of at most ``max_length`` tokens."""
+        if self._angles is None or len(self._angles) < max_length:
+            self._angles = self._gpts[0].rotary_pos_emb.get_emb(max_length)[:, 0, 0].to(platform.device())
+        return KVCache(max_length, self._angles)
+
+    @torch.no_grad()
+    def feed(self, cache: KVCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor | None:
+        """Feed tokens and return what the model makes of the last one. Collective over the model-parallel ranks.
+
+        Args:
+            cache: of these sequences; from :meth:`new_cache`, and grown by every call.
+            tokens: int64 ``[B, S]``: the prompts, filled up on the right; after them one token a row.
+            counts: int64 ``[B]``, how many of a row's tokens are its prompt; None means all.
+
+        Returns:
+            On the last pipeline stage the logits of the visual tokens, float32 ``[B, codebook_size]``; None on others.
+        """
+        cache.begin(tokens, counts)
+        for attention in self._attentions:
+            attention.cache = cache
+        last = tokens.new_full((len(tokens),), tokens.size(1) - 1) if counts is None else counts - 1
+        output = None
+        for gpt in self._gpts:
+            if not gpt.pre_process:
+                gpt.set_input_tensor(_received(gpt, tokens))
+            output = _run(gpt, tokens, last, self._vocabulary)
+            if not gpt.post_process:
+                _send(output)
+        return output if self.is_last_stage else None
+
+
+@contextmanager
+def decoding(chunks: Sequence[torch.nn.Module], vocabulary: Emu3Vocabulary) -> Iterator[Decoder]:
+    """Inside, the chunks draw; afterwards they are as they were before, in training or out of it.
+
+    Not for context parallelism, whose ranks have parts of a sequence only.
+    """
+    assert parallel_state.get_context_parallel_world_size() == 1
+    decoder = Decoder(chunks, vocabulary)
+    with ExitStack() as stack:
+        for gpt in decoder._gpts:
+            for module, name, value in _changes(gpt):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, value)
+            stack.callback(gpt.train, gpt.training)
+            gpt.eval()
+            for layer in gpt.decoder.layers:
+                decoder._attentions.append(_put_cached_attention(layer, stack))
+        yield decoder
+
+
+def _changes(gpt: GPTModel) -> Iterator[tuple[object, str, object]]:
+    """What a model must not do while one token at a time passes through it."""
+    # The cache rotates keys and queries itself.
+    yield gpt, "position_embedding_type", "none"
+    # Too few rows for FP8's products, which want multiples of 16.
+    yield gpt.config, "fp8", None
+    if gpt.config.sequence_parallel:
+        # One token cannot be split over the ranks.
+        yield gpt.config, "sequence_parallel", False
+        for module in gpt.modules():
+            yield from ((module, name, False) for name in _SEQUENCE_PARALLEL if hasattr(module, name))
+
+
+def _put_cached_attention(layer: torch.nn.Module, stack: ExitStack) -> CachedAttention:
+    attention = layer.self_attention
+    former = attention.core_attention
+    cached = CachedAttention(layer.layer_number, getattr(former, "softmax_scale", None))
+    stack.callback(setattr, attention, "core_attention", former)
+    attention.core_attention = cached
+    return cached
+
+
+def _bare(chunk: torch.nn.Module) -> GPTModel:
+    return next(module for module in chunk.modules() if isinstance(module, GPTModel))
+
+
+def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: Emu3Vocabulary) -> Tensor:
+    if gpt.pre_process:
+        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    else:
+        tokens = positions = None
+    context = {"last": last, "vocabulary": vocabulary}
+    return gpt(tokens, positions, None, output_processor=_visual_logits, output_processor_context=context)
+
+
+def _visual_logits(*, hidden_states: Tensor, output_layer, context: dict, **_unused) -> Tensor:
+    """The head's visual rows alone: nothing else can be drawn, and they are a fifth of Emu3's."""
+    last, vocabulary = context["last"], context["vocabulary"]
+    hidden = hidden_states[last, torch.arange(len(last), device=last.device)]
+    group, weight = parallel_state.get_tensor_model_parallel_group(), output_layer.weight
+    first = group.rank() * weight.size(0) - vocabulary.visual_start
+    low, high = max(0, first), min(vocabulary.codebook_size, first + weight.size(0))
+    logits = hidden.new_zeros(len(hidden), vocabulary.codebook_size, dtype=torch.float32)
+    if low < high:
+        logits[:, low:high] = linear(hidden, weight[low - first : high - first])
+    if group.size() > 1:
+        dist.all_reduce(logits, group=group)
+    return logits
+
+
+def _received(gpt: GPTModel, tokens: Tensor) -> Tensor:
+    hidden = torch.empty(
+        (tokens.size(1), tokens.size(0), gpt.config.hidden_size), dtype=gpt.config.params_dtype, device=tokens.device
+    )
+    source = parallel_state.get_pipeline_model_parallel_prev_rank()
+    dist.recv(hidden, source, group=parallel_state.get_pipeline_model_parallel_group())
+    return hidden
+
+
+def _send(hidden: Tensor) -> None:
+    target = parallel_state.get_pipeline_model_parallel_next_rank()
+    dist.send(hidden.contiguous(), target, group=parallel_state.get_pipeline_model_parallel_group())

@@ -1,0 +1,63 @@
+"""What a sampling job leaves behind: PNGs, codes, prompts.jsonl, and the .npz that OpenAI's evaluator takes."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ = (
+    "images",
+    "prompts.jsonl",
+    "codes.npy",
+    "settings.json",
+    "sheet.png",
+    "samples.npz",
+)
+FORMER = frozenset({IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ})
+
+
+def image_name(index: int) -> str:
+    """Where the picture of a prompt lies in the output folder."""
+    return f"{IMAGES}/{index:06d}.png"
+
+
+def write_images(folder: Path, indices: Sequence[int], images: np.ndarray) -> None:
+    """One PNG each, uint8 ``[N, H, W, 3]``, named by the prompts' places."""
+    for index, image in zip(indices, images, strict=True):
+        Image.fromarray(image).save(folder / image_name(index))
+
+
+def read_images(folder: Path, count: int) -> Iterator[np.ndarray]:
+    """The first ``count`` pictures back again, uint8 ``[H, W, 3]``."""
+    for index in range(count):
+        with Image.open(folder / image_name(index)) as image:
+            yield np.asarray(image.convert("RGB"))
+
+
+def write_prompts(folder: Path, rows: Sequence[dict]) -> None:
+    """One JSON object a picture: ``file``, ``prompt``, ``label``, ``seed``, and what else a row has."""
+    lines = (json.dumps({"file": image_name(index), **row}, ensure_ascii=False) for index, row in enumerate(rows))
+    (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_npz(folder: Path, count: int, labels: Sequence[int] | None) -> None:
+    """All pictures in one file, ``arr_0`` uint8 ``[N, H, W, 3]`` and, if there are labels, ``arr_1`` int64 ``[N]``.
+
+    This is what the evaluator of the CCA authors' numbers reads (openai/guided-diffusion, ``evaluations/``). It is
+    written picture by picture, so that 50,000 of them need not fit into memory.
+    """
+    first = next(read_images(folder, 1))
+    with zipfile.ZipFile(folder / NPZ, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in read_images(folder, count):
+                file.write(np.ascontiguousarray(image).tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))

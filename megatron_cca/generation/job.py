@@ -1,0 +1,216 @@
+"""A sampling job over all ranks: replicas of the model share the prompts, and rank 0 puts their pictures together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from megatron_cca import __version__, platform
+from megatron_cca.evaluation.plots import contact_sheet
+from megatron_cca.generation import files
+from megatron_cca.generation.best_of import Scorer, best, candidates
+from megatron_cca.generation.painting import Painter
+from megatron_cca.generation.prompts import Prompt
+from megatron_cca.generation.sampler import ImageRequest, SamplingSettings
+from megatron_cca.output import check_output, claimed, staging
+
+_PARTIAL = ".partial"
+_ON_SHEET = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to draw and where to put it.
+
+    Attributes:
+        checkpoint: as the user named it, for the record.
+        prompts: with seeds.
+        settings: how to draw.
+        output: the folder to write.
+        suffix: put behind every caption.
+        negative: the second stream's caption.
+        best_of: candidates for each prompt.
+        overwrite: whether a former job's output may be replaced.
+        npz: whether to write ``samples.npz``.
+    """
+
+    checkpoint: str
+    prompts: Sequence[Prompt]
+    settings: SamplingSettings
+    output: Path
+    suffix: str = ""
+    negative: str = ""
+    best_of: int = 1
+    overwrite: bool = False
+    npz: bool = True
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of all replicas together, drawing and decoding: visual tokens and pictures kept, a second."""
+
+    tokens_per_second: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One replica's part: places in the list of prompts, codes int64 ``[n, h, w]``, scores of the chosen."""
+
+    places: list[int]
+    codes: list[np.ndarray]
+    scores: list[float]
+
+
+def check_job_output(job: Job) -> None:
+    """Refuse an output folder that holds something else, before a model is loaded; on rank 0.
+
+    Raises:
+        UserError: names what it holds.
+    """
+    with claimed(job.output):
+        check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+
+
+def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
+    """Draw everything; collective over all ranks, which must share a file system.
+
+    Raises:
+        UserError: a caption or grid that does not fit the model; an output that holds something else; a full disk.
+    """
+    texts = [Prompt(prompt.text + job.suffix, prompt.seed) for prompt in job.prompts]
+    requests = painter.requests(texts, job.settings)
+    second = painter.second_prompt(job.settings, job.negative)
+    partial = job.output / _PARTIAL
+    leads = dist.get_rank() == 0
+    with ExitStack() as stack:
+        if leads:
+            stack.enter_context(claimed(job.output))
+            check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+            stack.enter_context(staging(partial, 0))
+            (partial / files.IMAGES).mkdir()
+        dist.barrier()
+        started = time.perf_counter()
+        bar = stack.enter_context(_bar(job) if leads else nullcontext())
+        share = _draw_share(job, painter, scorer, requests, second, partial, bar)
+        shares = _collected(share)
+        seconds = time.perf_counter() - started
+        if leads:
+            bar.close()
+            _finish(job, requests, partial, shares)
+        dist.barrier()
+    kept = len(job.prompts)
+    tokens = kept * job.best_of * job.settings.height * job.settings.width
+    return Speed(tokens / seconds, kept / seconds)
+
+
+def _bar(job: Job) -> tqdm:
+    total = len(job.prompts) * job.best_of * job.settings.height * job.settings.width
+    return tqdm(total=total, unit="token", unit_scale=True, desc=job.output.name, disable=None)
+
+
+def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
+    replicas = parallel_state.get_data_parallel_world_size()
+
+    def on_tokens(count: int) -> None:
+        if bar is not None:
+            bar.update(min(count * replicas, bar.total - bar.n))  # the others draw as fast
+
+    share = _Share([], [], [])
+    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.best_of)):
+        codes = painter.codes(
+            candidates([requests[place] for place in places], job.best_of), job.settings, second, on_tokens
+        )
+        if not _writes():
+            continue
+        images = painter.decoded(codes)
+        if scorer is not None:
+            choice = best(scorer, images, [job.prompts[place].text for place in places], job.best_of)
+            codes, images = codes[choice.indices], images[choice.indices]
+            share.scores.extend(choice.scores.tolist())
+        files.write_images(partial, places, images)
+        share.places.extend(places)
+        share.codes.extend(codes)
+        if bar is not None:
+            bar.set_postfix_str(f"{len(share.places) * replicas} images", refresh=False)
+    return share
+
+
+def _my_batches(count: int, size: int) -> Iterator[list[int]]:
+    group = parallel_state.get_data_parallel_group()
+    mine = list(range(group.rank(), count, group.size()))
+    return (mine[start : start + size] for start in range(0, len(mine), size))
+
+
+def _writes() -> bool:
+    """Whether this rank decodes and writes its replica's pictures."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+
+
+def _collected(share: _Share) -> list[_Share]:
+    everyone: list[_Share | None] = [share]
+    if dist.get_world_size() > 1:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, share)
+    return everyone
+
+
+def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share]) -> None:
+    """Put together what all replicas wrote, and let it appear in the output folder; ``settings.json`` comes last."""
+    count = len(job.prompts)
+    codes = np.empty((count, job.settings.height, job.settings.width), dtype=np.int32)
+    rows = [
+        {"prompt": prompt.text, "label": prompt.label, "seed": prompt.seed, "prompt_ids": request.prompt.tolist()}
+        for prompt, request in zip(job.prompts, requests, strict=True)
+    ]
+    for share in shares:
+        for turn, place in enumerate(share.places):
+            codes[place] = share.codes[turn]
+            if share.scores:
+                rows[place]["score"] = share.scores[turn]
+    np.save(partial / files.CODES, codes)
+    files.write_prompts(partial, rows)
+    labels = [prompt.label for prompt in job.prompts]
+    if job.npz:
+        files.write_npz(partial, count, None if None in labels else labels)
+    shown = min(count, _ON_SHEET)
+    contact_sheet(partial / files.SHEET, list(files.read_images(partial, shown)), [p.text for p in job.prompts[:shown]])
+    (partial / files.SETTINGS).write_text(json.dumps(_record(job), indent=1) + "\n")
+    _place(partial, job.output)
+
+
+def _record(job: Job) -> dict:
+    return {
+        "checkpoint": job.checkpoint,
+        "sampling": asdict(job.settings),
+        "forwards_per_token": job.settings.forwards_per_token,
+        "prompt_suffix": job.suffix,
+        "negative_prompt": job.negative,
+        "best_of": job.best_of,
+        "images": len(job.prompts),
+        "ranks": dist.get_world_size(),
+        "device": platform.device_name(),
+        "version": __version__,
+    }
+
+
+def _place(partial: Path, output: Path) -> None:
+    for name in sorted(files.FORMER):
+        former = output / name
+        shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
+    for name in sorted(files.FORMER, key=lambda name: name == files.SETTINGS):
+        if (partial / name).exists():
+            (partial / name).rename(output / name)
+    partial.rmdir()

@@ -1,0 +1,134 @@
+"""Keys and values of sequences that are being drawn, and the attention that reads them.
+
+Megatron's static inference context keeps keys without their rotation and rotates all of them again for every token, and
+it takes a token's index in the batch for its position. Here keys are rotated once, and each row has its own positions,
+so that prompts of different lengths are drawn together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KVCache:
+    """What one stream of sequences has been fed so far.
+
+    Args:
+        max_length: tokens that a row may hold in the end.
+        angles: float32 ``[>= max_length, D]``, the rotary angle of each position and channel.
+    """
+
+    def __init__(self, max_length: int, angles: Tensor) -> None:
+        self.max_length, self.angles = max_length, angles[:max_length]
+        self.lengths: Tensor | None = None
+        """int64 ``[B]``: tokens fed to each row."""
+        self.longest = 0
+        """Places in use: of the row with most tokens, what fills up the prompts counted in."""
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, tokens: Tensor, counts: Tensor | None) -> None:
+        """Say what is fed next: the prompts at first, then one token a row.
+
+        Args:
+            tokens: int64 ``[B, S]``, filled up on the right; S is 1 but for the first time.
+            counts: int64 ``[B]``, how many of a row's tokens count; None means all.
+        """
+        batch, width = tokens.shape
+        self.is_prompt = self.lengths is None
+        assert self.is_prompt or width == 1, "after the prompts one token a row is fed"
+        if self.is_prompt:
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
+            self._is_ragged = counts is not None and bool((counts != counts[0]).any())
+        self._slots = self.lengths
+        self.lengths = self.lengths + (width if counts is None else counts)
+        # No wait for the device while tokens are drawn: rows grow together.
+        self.longest += width
+        self._set_rotation()
+
+    def _set_rotation(self) -> None:
+        if self.is_prompt:
+            angles = self.angles[: self.longest, None, None]
+        elif self._is_ragged:
+            angles = self.angles[self._slots][None, :, None]
+        else:
+            angles = self.angles[self.longest - 1 : self.longest, None, None]
+        self._rotation = torch.cos(angles), torch.sin(angles)
+        places = torch.arange(self.longest, device=self.angles.device)
+        self._mask = (places <= self._slots[:, None])[:, None, None] if self._is_ragged else None
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Queries or keys ``[S, B, heads, D]`` with their rotary embedding, in their dtype, as Megatron rounds it."""
+        cos, sin = (part.to(x.dtype) for part in self._rotation)
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    def extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what is new in a layer and return all there is, ``[B, groups, T, D]`` each.
+
+        Args:
+            layer: any number that tells the layers of a rank apart.
+            key, value: ``[S, B, groups, D]``; keys rotated.
+        """
+        if layer not in self._layers:
+            _, batch, groups, channels = key.shape
+            shape = (batch, groups, self.max_length, channels)
+            # Zeros, since what a row has not reached is looked at, if only to be masked.
+            self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        for whole, new in zip(self._layers[layer], (key, value), strict=True):
+            new = new.permute(1, 2, 0, 3)
+            if self._is_ragged and not self.is_prompt:
+                whole[torch.arange(len(new), device=new.device), :, self._slots] = new[:, :, 0]
+            else:
+                whole[:, :, self.longest - new.size(2) : self.longest] = new
+        key, value = self._layers[layer]
+        return key[:, :, : self.longest], value[:, :, : self.longest]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool ``[B, 1, 1, T]``, true where a row's new token may look; None if everywhere."""
+        return self._mask
+
+
+class CachedAttention(torch.nn.Module):
+    """Stands in a layer for its core attention while sequences are drawn; ``cache`` is set before each pass."""
+
+    def __init__(self, layer: int, softmax_scale: float | None) -> None:
+        super().__init__()
+        self.layer, self.softmax_scale = layer, softmax_scale
+        self.cache: KVCache | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_unused, **_unused_too) -> Tensor:
+        """Attention of what is fed to itself and all before.
+
+        Args:
+            query: ``[S, B, heads, D]``, without rotary embedding.
+            key: ``[S, B, groups, D]``; value likewise.
+
+        Returns:
+            ``[S, B, heads * D]``.
+        """
+        cache = self.cache
+        query, key = cache.rotated(query), cache.rotated(key)
+        keys, values = cache.extended(self.layer, key, value)
+        attend = self._within_prompts if cache.is_prompt else self._to_the_past
+        return attend(query, keys, values)
+
+    def _within_prompts(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # What fills shorter rows up stands behind them, where causality hides it.
+        query = query.permute(1, 2, 0, 3)
+        is_grouped = query.size(1) != keys.size(1)
+        context = scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=self.softmax_scale, enable_gqa=is_grouped
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _to_the_past(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # The heads of a query group are its queries: nothing is repeated for them.
+        _, batch, heads, channels = query.shape
+        grouped = query.view(batch, keys.size(1), heads // keys.size(1), channels)
+        context = scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=self.cache.mask, scale=self.softmax_scale
+        )
+        return context.reshape(1, batch, heads * channels)

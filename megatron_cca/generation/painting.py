@@ -1,0 +1,184 @@
+"""From captions to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cca import platform
+from megatron_cca.config import Precision
+from megatron_cca.errors import UserError
+from megatron_cca.generation.loading import load_for_sampling
+from megatron_cca.generation.prompts import Prompt
+from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.emu3.grammar import grid_text, image_length, prompt_ids, prompt_length
+
+# Pictures that pass through the image tokenizer together, in tokens: 64 of 16 x 16, one of Emu3's.
+_TOKENS_DECODED = 16_384
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was drawn, in the order of the prompts.
+
+    Attributes:
+        images: uint8 ``[N, H, W, 3]``.
+        codes: int64 ``[N, h, w]``, codebook indices.
+    """
+
+    images: np.ndarray
+    codes: np.ndarray
+
+
+class Painter:
+    """Draws a caption's picture with a model.
+
+    Args:
+        chunks: this rank's model chunks, frozen or in training.
+        architecture: of the model.
+        tokenizers: of the model.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, tokenizers: Tokenizers) -> None:
+        self.chunks, self.architecture, self.tokenizers = chunks, architecture, tokenizers
+
+    def paint(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        *,
+        negative: str = "",
+        on_progress: Progress = lambda images: None,
+    ) -> Pictures:
+        """All pictures, on every rank; data-parallel ranks share the work. Collective over all ranks of the job.
+
+        Args:
+            prompts: with seeds.
+            settings: how to draw.
+            negative: the second stream's caption where there is one; empty for the unconditional one.
+            on_progress: called with the number of pictures just finished, by whichever rank finished them.
+
+        Raises:
+            UserError: a caption that is too long for the model's positions, a grid that does not fit.
+        """
+        group = parallel_state.get_data_parallel_group()
+        mine = range(group.rank(), len(prompts), group.size())
+        requests = self.requests(prompts, settings)
+        second = self.second_prompt(settings, negative)
+        own = [requests[index] for index in mine]
+        drawn = [self._drawn(part, settings, second) for part in _parts(own, settings.batch_size, on_progress)]
+        return _gathered(drawn, len(prompts), settings, group)
+
+    def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
+        """What the sampler is asked for; raises as :meth:`paint` does."""
+        return [ImageRequest(self._prompt_ids(prompt.text, settings), prompt.seed) for prompt in prompts]
+
+    def second_prompt(self, settings: SamplingSettings, negative: str = "") -> np.ndarray | None:
+        """The second stream's prompt, int64 ``[P]``; None where there is one stream; raises as :meth:`paint` does."""
+        return self._prompt_ids(negative, settings) if settings.forwards_per_token == 2 else None
+
+    def codes(
+        self,
+        requests: Sequence[ImageRequest],
+        settings: SamplingSettings,
+        second: np.ndarray | None,
+        on_tokens: Progress = lambda tokens: None,
+    ) -> np.ndarray:
+        """int64 ``[N, h, w]`` for this replica's own requests. Collective over its model-parallel ranks."""
+        return sample_codes(self.chunks, self.architecture.vocabulary, requests, settings, second, on_tokens)
+
+    def decoded(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 ``[N, H, W, 3]`` of codes int64 ``[N, h, w]``."""
+        at_once = max(1, _TOKENS_DECODED // (codes.shape[1] * codes.shape[2]))
+        parts = torch.from_numpy(codes).split(at_once)
+        return np.concatenate([self.tokenizers.images.decode(part).cpu().numpy() for part in parts])
+
+    def _drawn(
+        self, requests: Sequence[ImageRequest], settings: SamplingSettings, second: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        codes = self.codes(requests, settings, second)
+        return self.decoded(codes), codes
+
+    def _prompt_ids(self, text: str, settings: SamplingSettings) -> np.ndarray:
+        words = self.tokenizers.text.encode(grid_text(settings.height, settings.width))
+        caption = self.tokenizers.text.encode(text)
+        self._check_length(text, len(caption), len(words), settings)
+        return prompt_ids(self.architecture.vocabulary, np.array(caption, dtype=np.int64), np.array(words))
+
+    def _check_length(self, text: str, caption: int, words: int, settings: SamplingSettings) -> None:
+        positions = self.architecture.max_position_embeddings
+        fixed = prompt_length(0, words) + image_length(1, settings.height, settings.width)
+        grid = grid_text(settings.height, settings.width)
+        if fixed > positions:
+            raise UserError(f"grid {grid}: takes {fixed} tokens, the model has {positions} positions; take a smaller")
+        if fixed + caption > positions:
+            raise UserError(
+                f"prompt {text[:40]!r}: {caption} tokens, but a grid of {grid} leaves {positions - fixed} of the "
+                f"model's {positions} positions; shorten it by {fixed + caption - positions}"
+            )
+
+
+def open_painter(
+    checkpoint: str,
+    *,
+    text_tokenizer: Path | None = None,
+    image_tokenizer: Path | None = None,
+    precision: Precision | None = None,
+) -> Painter:
+    """A painter for a checkpoint, over all ranks of the job; process groups must be initialised.
+
+    Args:
+        checkpoint: see :func:`load_for_sampling`.
+        text_tokenizer, image_tokenizer: folders; None means those that belong to the checkpoint.
+        precision: of the model; None means the checkpoint's.
+
+    Raises:
+        UserError: see :func:`load_for_sampling` and :func:`open_tokenizers`.
+    """
+    model = load_for_sampling(checkpoint, precision)
+    tokenizers = open_tokenizers(
+        model.folder,
+        model.config,
+        model.architecture.vocabulary,
+        text=text_tokenizer,
+        images=image_tokenizer,
+        device=platform.device(),
+    )
+    return Painter(model.chunks, model.architecture, tokenizers)
+
+
+def _parts(requests: Sequence[ImageRequest], size: int, on_progress: Progress) -> Iterator[Sequence[ImageRequest]]:
+    for start in range(0, len(requests), size):
+        part = requests[start : start + size]
+        yield part
+        on_progress(len(part))
+
+
+def _gathered(
+    drawn: list[tuple[np.ndarray, np.ndarray]], total: int, settings: SamplingSettings, group: dist.ProcessGroup
+) -> Pictures:
+    mine = tuple(np.concatenate(parts) for parts in zip(*drawn, strict=True)) if drawn else None
+    everyone = [mine]
+    if group.size() > 1:
+        everyone = [None] * group.size()
+        dist.all_gather_object(everyone, mine, group=group)
+    images, codes = ([share[place] for share in everyone if share is not None] for place in (0, 1))
+    return Pictures(_interleaved(images, total), _interleaved(codes, total))
+
+
+def _interleaved(shares: Sequence[np.ndarray], total: int) -> np.ndarray:
+    """Rows r, r + size, ... of rank r put back in order."""
+    whole = np.empty((total, *shares[0].shape[1:]), dtype=shares[0].dtype)
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole

@@ -1,0 +1,130 @@
+"""What to draw: captions with their seeds, from a file, from classes, or the demo's digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cca.data.digits import PHRASINGS, captions_of
+from megatron_cca.errors import UserError, said_of
+
+# Image seeds of one run do not meet those of the next.
+_SEEDS_PER_RUN = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image to draw.
+
+    Attributes:
+        text: its caption.
+        seed: of its random stream; None until :func:`seeded`.
+        label: the class that it should show, for judges; None where there is none.
+    """
+
+    text: str
+    seed: int | None = None
+    label: int | None = None
+
+
+def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """The prompts, those without a seed with one that follows from ``seed`` and their place in the list."""
+    return [
+        prompt if prompt.seed is not None else replace(prompt, seed=seed * _SEEDS_PER_RUN + index)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
+    """Each prompt ``times`` times in a row; those that bring a seed of their own count on from it."""
+    return [
+        prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + turn)
+        for prompt in prompts
+        for turn in range(times)
+    ]
+
+
+def digit_prompts(count: int, seed: int) -> list[Prompt]:
+    """The digits in turn, each in one of the phrasings that the demo's model was trained on, with seeds."""
+    phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=count)
+    labels = np.arange(count) % 10
+    prompts = [
+        Prompt(captions_of(int(label))[phrasing], label=int(label))
+        for label, phrasing in zip(labels, phrasings, strict=True)
+    ]
+    return seeded(prompts, seed)
+
+
+def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt]:
+    """One prompt for each class that is wanted.
+
+    Args:
+        captions: of all classes; a class's label is its place.
+        wanted: captions, labels, or the one word ``all``.
+
+    Raises:
+        UserError: a class that is not there; says which are.
+    """
+    is_all = list(wanted) == ["all"]
+    labels = range(len(captions)) if is_all else [_label(captions, name) for name in wanted]
+    return [Prompt(captions[label], label=label) for label in labels]
+
+
+def _label(captions: Sequence[str], name: str) -> int:
+    if name in captions:
+        return list(captions).index(name)
+    if name.isascii() and name.isdigit() and int(name) < len(captions):
+        return int(name)
+    some = ", ".join(captions[:10]) + (", ..." if len(captions) > 10 else "")
+    raise UserError(f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}, or by name {some}")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a file: a text a line, or JSON lines with ``prompt`` and, if wanted, ``label`` and ``seed``.
+
+    Raises:
+        UserError: unreadable, empty, or a line that is not as it should be; names file and line.
+    """
+    with said_of(path):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"{error.strerror}; give a text file or JSON lines") from None
+        except UnicodeDecodeError:
+            raise UserError("is not text in UTF-8") from None
+        read = _json_prompt if path.suffix in (".jsonl", ".json") else _text_prompt
+        prompts = [read(line, number) for number, line in _numbered(lines)]
+        if not prompts:
+            raise UserError("holds no prompt; give one a line")
+        return prompts
+
+
+def _numbered(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _text_prompt(line: str, number: int) -> Prompt:
+    return Prompt(line.strip())
+
+
+def _json_prompt(line: str, number: int) -> Prompt:
+    with said_of(f"line {number}"):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError("is not a JSON object") from None
+        if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+            raise UserError(f'needs a "prompt" that is a text, such as {{"prompt": "a red fox"}}, found {line[:60]!r}')
+        return Prompt(found["prompt"], _whole_number(found, "seed"), _whole_number(found, "label"))
+
+
+def _whole_number(found: dict[str, Any], key: str) -> int | None:
+    value = found.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
+        raise UserError(f"{key}: must be a whole number of 0 or more, found {value!r}")
+    return value
