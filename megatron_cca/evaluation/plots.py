@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_INK, _GREY, _POSITIVE, _NEGATIVE, _ACCENT = "#1b1b1b", "#6b6b6b", "#1f6fb2", "#c8553d", "#2a9d6f"
+INK, GREY, _POSITIVE, _NEGATIVE, _ACCENT = "#1b1b1b", "#6b6b6b", "#1f6fb2", "#c8553d", "#2a9d6f"
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequen
     lines = max(column.subtitle.count("\n") + 1 for column in columns)
     for axis, column in zip(axes, columns, strict=True):
         axis.imshow(255 - _mosaic(column.images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(column.title, fontsize=10, color=_INK, fontweight="bold", pad=8 + 10 * lines)
+        axis.set_title(column.title, fontsize=10, color=INK, fontweight="bold", pad=8 + 10 * lines)
         axis.text(
-            0.5, 1.015, column.subtitle, fontsize=7.5, color=_GREY, ha="center", va="bottom", transform=axis.transAxes
+            0.5, 1.015, column.subtitle, fontsize=7.5, color=GREY, ha="center", va="bottom", transform=axis.transAxes
         )
         axis.set_xticks([])
         axis.set_yticks([])
         for spine in axis.spines.values():
             spine.set_visible(False)
     pitch = columns[0].images.shape[2] + 1
-    axes[0].set_yticks(np.arange(rows) * pitch + pitch / 2, row_labels, fontsize=9, color=_GREY)
+    axes[0].set_yticks(np.arange(rows) * pitch + pitch / 2, row_labels, fontsize=9, color=GREY)
     axes[0].tick_params(length=0)
     figure.tight_layout(pad=0.6, w_pad=1.2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
@@ -61,12 +61,12 @@ def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[s
         axis.imshow(image, interpolation="nearest" if max(image.shape) < 64 else "antialiased")
         lines = textwrap.wrap(caption, 34, max_lines=4, placeholder=" ...") or [""]
         # A caption may hold dollar signs; they are not mathematics here.
-        axis.set_title("\n".join(lines), fontsize=7, color=_INK, y=-0.04, va="top", parse_math=False)
+        axis.set_title("\n".join(lines), fontsize=7, color=INK, y=-0.04, va="top", parse_math=False)
     with warnings.catch_warnings():
         # The font at hand has not every script's letters; it draws a box then.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.tight_layout(pad=0.8, h_pad=2.2)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _mosaic(images: np.ndarray) -> np.ndarray:
@@ -85,15 +85,15 @@ def training_curves(path: Path, metrics: Sequence[dict[str, float]]) -> None:
     ratios, margin, loss = figure.subplots(1, 3)
     _curve(ratios, metrics, "positive_log_ratio", "matched pairs", _POSITIVE)
     _curve(ratios, metrics, "negative_log_ratio", "mismatched pairs", _NEGATIVE)
-    ratios.axhline(0, color=_GREY, linewidth=0.6)
+    ratios.axhline(0, color=GREY, linewidth=0.6)
     _label(ratios, "log-ratio policy / reference", "nats per image")
     ratios.legend(frameon=False, fontsize=8)
     _curve(margin, metrics, "margin", "margin", _ACCENT)
     _label(margin, "margin: matched - mismatched", "nats per image")
-    _curve(loss, metrics, "loss", "loss", _INK)
+    _curve(loss, metrics, "loss", "loss", INK)
     _label(loss, "loss", "nats")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: str, colour: str) -> None:
@@ -102,16 +102,17 @@ def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: st
 
 
 def _label(axis: Axes, title: str, unit: str) -> None:
-    axis.set_title(title, fontsize=10, color=_INK)
-    axis.set_xlabel("step", fontsize=8, color=_GREY)
-    axis.set_ylabel(unit, fontsize=8, color=_GREY)
-    axis.tick_params(labelsize=8, colors=_GREY)
+    axis.set_title(title, fontsize=10, color=INK)
+    axis.set_xlabel("step", fontsize=8, color=GREY)
+    axis.set_ylabel(unit, fontsize=8, color=GREY)
+    axis.tick_params(labelsize=8, colors=GREY)
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG on white; under its name it is whole or not there."""
     FigureCanvasAgg(figure)
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)

@@ -1,0 +1,107 @@
+"""What may be named as a set of images, which files a folder holds, in which order, and what is written beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cca.errors import UserError, said_of
+
+PROMPTS = "prompts.jsonl"
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+# In place of a path: scikit-learn's scans, those for training and the others.
+DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder; ``labels`` int64 ``[N]`` and ``prompts``, where every image has one."""
+
+    folder: Path
+    files: list[Path]
+    labels: np.ndarray | None = None
+    prompts: list[str] | None = None
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse what cannot be a set of images; nothing is read.
+
+    Raises:
+        UserError: names it and what it might be.
+    """
+    if str(path) in WORDS:
+        return
+    what = Path(path).expanduser()
+    if not what.exists():
+        raise UserError(f"{path}: does not exist; give a folder of images, an .npz, {DIGITS} or {HELD_OUT}")
+    if what.is_file() and what.suffix != ".npz":
+        raise UserError(f"{path}: is a file, but no .npz; give a folder of images or an .npz")
+
+
+def list_folder(folder: Path) -> Listing:
+    """The images of a folder: as its ``prompts.jsonl`` lists them, else all there and one level below, by name.
+
+    Raises:
+        UserError: no images; a line of ``prompts.jsonl`` that is damaged or names a missing file; labels or prompts for
+            some of the images only.
+    """
+    if (folder / PROMPTS).is_file():
+        return _listed(folder)
+    files = [
+        file
+        for pattern in ("*", "*/*")
+        for file in folder.glob(pattern)
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
+    if not files:
+        raise UserError(f"{folder}: holds no PNG or JPEG files, neither there nor one level below")
+    return Listing(folder, sorted(files))
+
+
+def _listed(folder: Path) -> Listing:
+    files, labels, prompts = [], [], []
+    for number, line in enumerate((folder / PROMPTS).read_bytes().splitlines(), 1):
+        if line.strip():
+            with said_of(f"{folder / PROMPTS}: line {number}"):
+                record = _record(line)
+                files.append(_existing(folder, record["file"]))
+            labels.append(record.get("label"))
+            prompts.append(record.get("prompt"))
+    if not files:
+        raise UserError(f"{folder / PROMPTS}: lists no images")
+    for name, values in (("label", labels), ("prompt", prompts)):
+        known = sum(value is not None for value in values)
+        if known not in (0, len(values)):
+            raise UserError(
+                f"{folder / PROMPTS}: {known} of {len(values)} images have a {name}; give it for all or none"
+            )
+    return Listing(
+        folder,
+        files,
+        np.array(labels, dtype=np.int64) if labels[0] is not None else None,
+        prompts if prompts[0] is not None else None,
+    )
+
+
+def _record(line: bytes) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("file"), str):
+        raise UserError('must be an object with "file"')
+    label, prompt = record.get("label"), record.get("prompt")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        raise UserError(f'"label" must be a whole number or null, found {label!r}')
+    if prompt is not None and not isinstance(prompt, str):
+        raise UserError(f'"prompt" must be a string or null, found {prompt!r}')
+    return record
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise UserError(f"{name} is missing in {folder}")
+    return folder / name

@@ -1,0 +1,122 @@
+"""Which metrics there are, how they are set, and how many images each wants; knows neither torch nor torch-fidelity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megatron_cca.errors import UserError
+
+METRICS: tuple[str, ...] = ("fid", "inception_score", "kid", "precision", "recall", "sfid")
+TITLES = {
+    "fid": "FID",
+    "inception_score": "Inception Score",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "sfid": "sFID",
+}
+Part = Literal["features", "logits", "spatial"]
+# What of an extractor's answer each metric is computed on.
+PART_OF: dict[str, Part] = {
+    "fid": "features",
+    "inception_score": "logits",
+    "kid": "features",
+    "precision": "features",
+    "recall": "features",
+    "sfid": "spatial",
+}
+
+
+# Those that need nothing of the reference but a mean and a covariance.
+MOMENT_METRICS = ("fid", "sfid")
+
+
+@dataclass(frozen=True)
+class FidelitySettings:
+    """How samples are held against a reference.
+
+    Attributes:
+        metrics: of ``METRICS``.
+        kid_subsets, kid_subset_size: KID is the mean over so many random subsets of so many images of each set.
+        neighborhood: k of the k-th nearest neighbour in precision and recall.
+        inception_score_splits: parts whose scores are averaged. One by default: with few samples, splits of a tenth
+            bias the score; with 50,000 the field takes 10.
+        batch_size: images that the extractor sees together.
+
+    Raises:
+        UserError: an unknown metric, a number that is too small.
+    """
+
+    metrics: tuple[str, ...] = ("fid", "inception_score")
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    neighborhood: int = 3
+    inception_score_splits: int = 1
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise UserError(f"metrics: {metric!r} is unknown; known: {', '.join(METRICS)}")
+        least = {
+            "kid_subsets": 1,
+            "kid_subset_size": 2,
+            "neighborhood": 1,
+            "inception_score_splits": 1,
+            "batch_size": 1,
+        }
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"{name}: must be {bound} or more, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images there are; ``moments`` are the parts of which the reference brings mean and covariance along."""
+
+    samples: int
+    reference: int
+    moments: frozenset[str] = frozenset()
+
+
+class Obstacle(NamedTuple):
+    """Why a metric cannot be computed: ``side`` is samples, reference or extractor; ``reason`` is for people."""
+
+    side: str
+    reason: str
+
+
+def obstacle(metric: str, counts: Counts, widths: dict[str, int], settings: FidelitySettings) -> Obstacle | None:
+    """What stands in a metric's way, and how many images it wants; None if it can be computed.
+
+    Args:
+        metric: of ``METRICS``.
+        counts: images at hand.
+        widths: of the parts that the extractor gives, such as ``{"features": 2048, "logits": 1008}``.
+        settings: subset size, neighbourhood and splits.
+    """
+    part = PART_OF[metric]
+    if part not in widths:
+        what = "spatial features" if part == "spatial" else part
+        return Obstacle("extractor", f"gives no {what}, on which {TITLES[metric]} is computed")
+    wanted, how = _wanted(metric, widths[part], settings)
+    sides = [("samples", counts.samples)]
+    if metric != "inception_score" and not (metric in MOMENT_METRICS and part in counts.moments):
+        sides.append(("reference", counts.reference))
+    for side, count in sides:
+        if count < wanted:
+            return Obstacle(side, f"{count} images are too few for {TITLES[metric]} {how}; it wants {wanted} or more")
+    return None
+
+
+def _wanted(metric: str, width: int, settings: FidelitySettings) -> tuple[int, str]:
+    if metric in MOMENT_METRICS:
+        # Fewer leave the covariance singular, and the distance says more about their number than about the images.
+        return width + 1, f"on {width} features"
+    if metric == "kid":
+        return settings.kid_subset_size, f"with kid_subset_size {settings.kid_subset_size}"
+    if metric == "inception_score":
+        splits = settings.inception_score_splits
+        return 2 * splits, f"in {splits} splits" if splits > 1 else "of their spread over classes"
+    return settings.neighborhood + 1, f"with neighborhood {settings.neighborhood}"

@@ -1,0 +1,61 @@
+"""The user's own functions, named as ``FILE.py:FUNCTION``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_cca.errors import UserError
+
+
+def is_function_spec(spec: str) -> bool:
+    """Whether a name is of the form ``FILE.py:FUNCTION``."""
+    file, separator, _ = spec.rpartition(":")
+    return bool(separator) and file.endswith(".py")
+
+
+def load_function(spec: str, option: str) -> Callable:
+    """Run a Python file and hand out one of its functions.
+
+    Args:
+        spec: ``FILE.py:FUNCTION``. The file is run once a process, as an import would.
+        option: where the user named it, for messages.
+
+    Raises:
+        UserError: not of this form, no such file, a file that fails when it is run, no such function in it.
+    """
+    if not is_function_spec(spec):
+        raise UserError(f"{option}: {spec!r} is not of the form FILE.py:FUNCTION")
+    name, _, function = spec.rpartition(":")
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"{option}: the file {file} does not exist")
+    module = _run(file, option)
+    if not hasattr(module, function):
+        raise UserError(f"{option}: {file} defines no {function!r}")
+    if not callable(getattr(module, function)):
+        raise UserError(f"{option}: {function!r} in {file} is not a function")
+    return getattr(module, function)
+
+
+def _run(file: Path, option: str) -> object:
+    path = file.resolve()
+    # Below its own name in sys.modules, where dataclasses and pickle look for it, and in nobody's way.
+    name = f"_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option}: {file} cannot be run: {type(error).__name__}: {reason}") from None
+    return module
