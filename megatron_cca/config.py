@@ -228,6 +228,17 @@ class LoggingConfig:
 
     tensorboard: bool = True
     progress_bar: bool = True
+    sample_interval: NonNegativeInt = 0
+    """Steps between pictures that the policy draws, guidance-free, of the same prompts and random numbers; they go to
+    TensorBoard and to ``samples/`` in the run's folder. 0 is never."""
+    sample_prompts: str | None = None
+    """A caption a line, or .jsonl; null means the ten digits, where they are the data."""
+    sample_grid: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """Height and width in visual tokens; null means those of the training data, if all are of one size."""
+    text_tokenizer: str | None = None
+    """Its folder; null means the one that came with ``training.pretrained_checkpoint`` or the data."""
+    image_tokenizer: str | None = None
+    """Likewise, to turn codes into pictures."""
 
 
 @_strict
@@ -277,7 +288,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
     """
-    tree = _read_yaml(Path(path)) if path is not None else {}
+    tree = {}
+    if path is not None:
+        read = read_yaml(Path(path), "--config", f"sections {', '.join(SECTIONS)}")
+        tree = {section: {} if keys is None else keys for section, keys in read.items()}
     for override in overrides:
         _apply_override(tree, override)
     return config_from_dict(tree)
@@ -297,18 +311,26 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, option: str, expected: str) -> dict[Any, Any]:
+    """The mapping that a YAML file holds; an empty file's is empty.
+
+    Args:
+        path: the file.
+        option: where the user named it, for messages.
+        expected: what the file should hold, for messages.
+
+    Raises:
+        UserError: unreadable, not YAML, a key given twice, or no mapping; in one line.
+    """
     try:
         tree = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}; give a YAML file") from None
+        raise UserError(f"{option} {path}: {error.strerror or error}; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: expected sections {', '.join(SECTIONS)}, found a {type(tree).__name__}")
-    return {section: {} if keys is None else keys for section, keys in tree.items()}
+        raise UserError(f"{option} {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{option} {path}: expected {expected}, found a {type(tree).__name__}")
+    return tree or {}
 
 
 def _apply_override(tree: dict, override: str) -> None:

@@ -55,6 +55,7 @@ def check_run(config: Config, world_size: int) -> None:
     _check_schedule(config)
     _check_optimizer(config)
     _check_validation(config)
+    _check_pictures(config)
     if config.objective.name != "next_token":
         check_reference(config)
         for key in ("hidden_dropout", "attention_dropout"):
@@ -143,6 +144,22 @@ def _check_validation(config: Config) -> None:
         )
     if validation.fraction and validation.path is not None:
         raise UserError("validation.fraction: of no use beside validation.path; leave one of them out")
+
+
+def _check_pictures(config: Config) -> None:
+    if not config.logging.sample_interval:
+        return
+    if config.parallel.context_parallel_size > 1:
+        raise UserError(
+            "logging.sample_interval: pictures cannot be drawn with parallel.context_parallel_size "
+            f"{config.parallel.context_parallel_size}, whose ranks have parts of a sequence only; set one of them to "
+            "0 or 1"
+        )
+    prompts = config.logging.sample_prompts
+    if prompts is None and config.data.path != "digits":
+        raise UserError("logging.sample_prompts: name a file with captions, one a line, for logging.sample_interval")
+    if prompts is not None and not Path(prompts).is_file():
+        raise UserError(f"logging.sample_prompts: no file at {prompts}; give a text file with a caption a line")
 
 
 def _check_weights(config: Config, path: str, key: str) -> None:

@@ -18,6 +18,7 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import RunData
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
+from megatron_cca.training.pictures import open_pictures
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step, validate
 
@@ -53,6 +54,9 @@ def _train(run: Run) -> None:
 
 def _loop(run: Run, log: MetricsLog | None) -> None:
     training = run.config.training
+    pictures = open_pictures(run)
+    if pictures is not None and run.iteration == 0:
+        pictures.draw(0, log)
     while run.iteration < training.train_iters:
         step = run.iteration
         started = time.perf_counter()
@@ -65,6 +69,8 @@ def _loop(run: Run, log: MetricsLog | None) -> None:
             row |= {f"validation_{name}": value for name, value in validate(run).items()}
         if log is not None:
             log.write(row)
+        if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:
+            pictures.draw(run.iteration, log)
         at_end = run.iteration == training.train_iters
         if at_end or (training.save_interval and run.iteration % training.save_interval == 0):
             save_checkpoint(run, log)

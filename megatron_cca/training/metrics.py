@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
@@ -64,6 +66,12 @@ class MetricsLog:
         done = row["step"] + 1
         if self._bar.disable and (done % self._every == 0 or done == self._train_iters):
             self.say(f"step {done}/{self._train_iters}  {_short(row)}")
+
+    def show(self, name: str, picture: Path, step: int) -> None:
+        """Hand a PNG to TensorBoard; it stays where it is."""
+        if self._tensorboard is not None:
+            with Image.open(picture) as image:
+                self._tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar."""

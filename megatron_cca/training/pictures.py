@@ -1,0 +1,90 @@
+"""What the policy draws while it is trained: the same prompts with the same random numbers, every so many steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_cca import platform
+from megatron_cca.data.digits import PHRASINGS, WORDS
+from megatron_cca.errors import said_of
+from megatron_cca.evaluation.plots import contact_sheet
+from megatron_cca.generation.painting import Painter, Pictures
+from megatron_cca.generation.prompts import Prompt, read_prompts, seeded
+from megatron_cca.generation.sampler import SamplingSettings
+from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
+from megatron_cca.training.metrics import MetricsLog
+from megatron_cca.training.setup import Run
+
+FOLDER = "samples"
+_BATCH = 16
+
+
+class SamplePictures:
+    """Draws with a run's policy and leaves everything of the run as it was.
+
+    Args:
+        painter: with the policy's own chunks.
+        prompts: with seeds.
+        settings: guidance-free.
+        folder: where the PNGs go.
+    """
+
+    def __init__(self, painter: Painter, prompts: list[Prompt], settings: SamplingSettings, folder: Path) -> None:
+        self._painter, self._prompts, self._settings, self._folder = painter, prompts, settings, folder
+        # Prompts that do not fit are refused before the first step, not at the first picture.
+        painter.requests(prompts, settings)
+
+    def paint(self) -> Pictures:
+        """All prompts' pictures, on every rank. Collective over all ranks of the job."""
+        return self._painter.paint(self._prompts, self._settings)
+
+    def draw(self, step: int, log: MetricsLog | None) -> None:
+        """Put them into one PNG. Collective over all ranks of the job.
+
+        Args:
+            step: completed steps.
+            log: on rank 0, where the picture goes.
+        """
+        pictures = self.paint()
+        if log is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{step:07d}.png"
+        contact_sheet(path, list(pictures.images), [prompt.text for prompt in self._prompts])
+        log.show(FOLDER, path, step)
+
+
+def open_pictures(run: Run) -> SamplePictures | None:
+    """What draws a run's pictures; None where ``logging.sample_interval`` is 0. Collective over all ranks.
+
+    Raises:
+        UserError: unreadable prompts or ones that do not fit, no tokenizers, images of several sizes and no grid.
+    """
+    config = run.config
+    if not config.logging.sample_interval:
+        return None
+    with said_of("logging.sample_grid"):
+        height, width = config.logging.sample_grid or usual_grid(config)
+    tokenizers = open_tokenizers(
+        run.start or Path(config.training.output_dir),
+        config,
+        run.architecture.vocabulary,
+        text=_path(config.logging.text_tokenizer),
+        images=_path(config.logging.image_tokenizer),
+        device=platform.device(),
+        options=("logging.text_tokenizer", "logging.image_tokenizer"),
+    )
+    painter = Painter(run.policy_chunks, run.architecture, tokenizers)
+    settings = SamplingSettings(height, width, batch_size=_BATCH)
+    with said_of("logging.sample_prompts"):
+        return SamplePictures(painter, _prompts(run), settings, Path(config.training.output_dir) / FOLDER)
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    file = run.config.logging.sample_prompts
+    prompts = [Prompt(PHRASINGS[0].format(word)) for word in WORDS] if file is None else read_prompts(Path(file))
+    return seeded(prompts, run.config.training.seed)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name).expanduser()
