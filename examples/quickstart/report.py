@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from megatron_cca import __version__
 from megatron_cca.config import load_config
-from megatron_cca.data.digits import PHRASINGS, captions_of, ensure_digit_shards, load_scans
+from megatron_cca.data.digits import load_scans
 from megatron_cca.evaluation.digit_judges import DigitJudges
 from megatron_cca.evaluation.fidelity import fidelity
 from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_curves
-from megatron_cca.generation.captions import CaptionPainter
 from megatron_cca.generation.guidance import forwards_per_token
-from megatron_cca.generation.loading import load_for_sampling
+from megatron_cca.generation.painting import open_painter
+from megatron_cca.generation.prompts import digit_prompts
+from megatron_cca.generation.sampler import SamplingSettings
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.metrics import read_metrics
 
@@ -59,18 +60,16 @@ def write_report(output: Path, seed: int, samples: int) -> None:
 def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[float, np.ndarray]]:
     """Per model name its guidance scale and uint8 images ``[N, 8, 8]``; the same captions and seeds for all."""
     initialize_distributed(load_config())
-    painter = CaptionPainter(ensure_digit_shards(), *GRID)
-    phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=len(labels))
-    captions = [captions_of(int(label))[phrasing] for label, phrasing in zip(labels, phrasings, strict=True)]
+    prompts = digit_prompts(len(labels), seed)
     total = len(labels) * sum(len(scales) for _, scales in MODELS)
     drawn = {}
     with tqdm(total=total, unit="image", desc="sampling", disable=None) as bar:
         for model_name, scales in MODELS:
-            model, architecture = load_for_sampling(str(output / model_name))
+            painter = open_painter(str(output / model_name))
             for scale in scales:
-                options = {"seed": seed, "guidance_scale": scale, "on_progress": bar.update}
+                pictures = painter.paint(prompts, SamplingSettings(*GRID, scale), on_progress=bar.update)
                 name = model_name if scale == 0 else f"{model_name}+cfg{scale:g}"
-                drawn[name] = (scale, painter.paint(model, architecture, captions, **options))
+                drawn[name] = (scale, pictures.images[..., 0])
     dist.destroy_process_group()
     return drawn
 

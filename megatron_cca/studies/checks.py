@@ -1,0 +1,175 @@
+"""Everything about a study that can be refused before anything of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config, ModelConfig
+from megatron_cca.data.digits import KEYWORD
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.evaluation.classifiers import check_classifier
+from megatron_cca.evaluation.extractors import check_extractor
+from megatron_cca.evaluation.listings import check_path
+from megatron_cca.generation.prompts import read_prompts
+from megatron_cca.models import resolve_architecture
+from megatron_cca.studies.compute import run_units, units_per_sample
+from megatron_cca.studies.plot_checks import check_plots
+from megatron_cca.studies.settings import Keys, StudySettings
+from megatron_cca.studies.study import Method, Study
+from megatron_cca.training.checks import check_run
+
+CONTROL = "control"
+# How much the training of one method may cost more than another's.
+TOLERANCE = 0.05
+
+
+def check_study(study: Study, world_size: int) -> None:
+    """Refuse a study that compares what cannot be compared, or that cannot run.
+
+    Args:
+        study: from :func:`open_study`.
+        world_size: processes that work on a task together.
+
+    Raises:
+        UserError: one line that names file and key.
+    """
+    with said_of(study.path):
+        _check_seeds(study.settings)
+        _check_control(study)
+        _check_trials(study)
+        _check_judging(study.settings)
+    _check_runs(study, world_size)
+    with said_of(study.path):
+        _check_equal_compute(study)
+        check_plots(study)
+
+
+def variants(method: Method) -> Iterator[Keys]:
+    """All settings that a method may be run at."""
+    for trial in method.trials:
+        yield trial
+        for swept in method.sweep:
+            yield {**trial, **swept}
+
+
+def _check_seeds(settings: StudySettings) -> None:
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise UserError(f"seeds: {settings.seeds} has one twice; give different ones")
+    if settings.tuning_seed in settings.seeds:
+        raise UserError(
+            f"tuning_seed: {settings.tuning_seed} is one of seeds; take another, so that no result is tuned on itself"
+        )
+
+
+def _check_control(study: Study) -> None:
+    control = study.methods.get(CONTROL)
+    if control is None or control.config is None or control.config.objective.name != "next_token":
+        raise UserError(
+            f"methods.{CONTROL}: every study needs it: further training of the base with objective next_token, at the "
+            "other methods' cost"
+        )
+
+
+def _check_trials(study: Study) -> None:
+    for method in study.tuned:
+        if len(method.trials) != study.settings.trials:
+            raise UserError(
+                f"methods.{method.name}.tune: {len(method.trials)} settings, but trials is {study.settings.trials}; "
+                "every method is tried at equally many"
+            )
+        for part, settings in (("tune", method.trials), ("sweep", method.sweep)):
+            seen = [repr(values) for values in settings]
+            if len(set(seen)) < len(seen):
+                raise UserError(f"methods.{method.name}.{part}: a value is given twice; leave one of them out")
+
+
+def _check_judging(settings: StudySettings) -> None:
+    if "fid" not in settings.metrics:
+        raise UserError("metrics: fid is missing, by which a collapse is told")
+    if settings.tune_by not in (*settings.metrics, "accuracy"):
+        raise UserError(f"tune_by: {settings.tune_by} is not among metrics; add it")
+    if settings.classifier is None and settings.tune_by == "accuracy":
+        raise UserError("tune_by: accuracy needs a classifier")
+    with said_of("reference"):
+        check_path(settings.reference)
+    with said_of("extractor"):
+        check_extractor(settings.extractor, settings.inception_weights and Path(settings.inception_weights))
+    if settings.classifier is not None:
+        with said_of("classifier"):
+            check_classifier(settings.classifier)
+    _check_prompts(settings)
+
+
+def _check_prompts(settings: StudySettings) -> None:
+    if settings.prompts == KEYWORD:
+        return
+    with said_of("prompts"):
+        prompts = read_prompts(Path(settings.prompts))
+    if settings.classifier is not None and any(prompt.label is None for prompt in prompts):
+        raise UserError("classifier: needs a label with every prompt; add them, or set classifier to null")
+
+
+def _check_runs(study: Study, world_size: int) -> None:
+    first = None
+    for where, config in _configs(study):
+        with said_of(where):
+            # The base does not exist yet, and it is the same model.
+            check_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
+            if first is not None and config.parallel != first.parallel:
+                raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
+            _check_model(study, config.model)
+        first = first or config
+
+
+def _configs(study: Study) -> Iterator[tuple[str, Config]]:
+    if study.base is not None:
+        yield f"{study.path}: base", study.base
+    for method in study.tuned:
+        for values in variants(method):
+            config = method.point(values).config
+            if config is not None:
+                yield method.where, config
+
+
+def _check_model(study: Study, model: ModelConfig) -> None:
+    given = study.settings.base.checkpoint
+    if given is not None:
+        folder = layout.resolve(given, "base.checkpoint")
+        base = saved_config(folder, "base.checkpoint").model
+    else:
+        base = study.base.model
+    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, base))
+    for name in ours:
+        # Rotary positions have no weights: a run may use more of them than its base did.
+        if name != "max_position_embeddings" and ours[name] != theirs[name]:
+            raise UserError(
+                f"model: {name} is {ours[name]}, the base's {theirs[name]}; every method starts from the base"
+            )
+
+
+def _check_equal_compute(study: Study) -> None:
+    costs = [
+        (run_units(config), method.name, config)
+        for method in study.tuned
+        for config in (method.point(values).config for values in variants(method))
+        if config is not None
+    ]
+    (least, one, cheapest), (most, other, dearest) = (pick(costs, key=lambda cost: cost[0]) for pick in (min, max))
+    if most > (1 + TOLERANCE) * least:
+        steps = round(least / (dearest.training.global_batch_size * units_per_sample(dearest)))
+        raise UserError(
+            f"methods.{other}: costs {_cost(dearest)}, methods.{one} {_cost(cheapest)}; all training must cost the "
+            f"same within {TOLERANCE:.0%}: {steps} steps would"
+        )
+
+
+def _cost(config: Config) -> str:
+    training = config.training
+    return (
+        f"{training.train_iters} steps x {training.global_batch_size} samples x {units_per_sample(config)} passes = "
+        f"{run_units(config)}"
+    )

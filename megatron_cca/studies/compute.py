@@ -1,0 +1,23 @@
+"""What a training run costs, in passes of one row through the model: a forward is 1, its backward 2."""
+
+from __future__ import annotations
+
+from megatron_cca.config import Config
+
+_FORWARD, _FORWARD_BACKWARD = 1, 3
+# A pair's two rows pass through the policy, forward and backward, and through the reference, forward.
+_ROWS_OF_A_PAIR = 2
+
+
+def units_per_sample(config: Config) -> int:
+    """3 for next-token training, 8 for every objective that compares pairs with a reference."""
+    if config.objective.name == "next_token":
+        return _FORWARD_BACKWARD
+    return _ROWS_OF_A_PAIR * (_FORWARD_BACKWARD + _FORWARD)
+
+
+def run_units(config: Config | None) -> int:
+    """Of a whole run; 0 where nothing is trained."""
+    if config is None:
+        return 0
+    return config.training.train_iters * config.training.global_batch_size * units_per_sample(config)

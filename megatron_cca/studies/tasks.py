@@ -1,0 +1,108 @@
+"""What a study consists of: training runs, and sets of samples that are drawn and judged; each has a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.config import Config
+from megatron_cca.studies.settings import SamplingConfig
+
+RESULT = "result.json"
+LOG = "log.txt"
+FINISHED, FAILED = "finished", "failed"
+
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run.
+
+    Attributes:
+        title: for people.
+        folder: its ``training.output_dir``.
+        config: ready to be run.
+        after: the run that makes its base; None where that is there already.
+    """
+
+    title: str = field(compare=False)
+    folder: Path
+    config: Config = field(hash=False)
+    after: Training | None = None
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What samples are asked for and held against; see :class:`StudySettings`."""
+
+    prompts: str
+    reference: str
+    extractor: str
+    inception_weights: str | None
+    classifier: str | None
+    metrics: tuple[str, ...]
+    inception_score_splits: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A set of samples of one model.
+
+    Attributes:
+        title: for people.
+        folder: for its judgement and images.
+        checkpoint: of the model.
+        after: the run that makes it; None where it is there already.
+        layout: a configuration of the layout to draw on.
+        count: how many.
+        seed: of prompts and random streams.
+    """
+
+    title: str = field(compare=False)
+    folder: Path
+    checkpoint: str
+    after: Training | None
+    layout: Config = field(hash=False)
+    sampling: SamplingConfig
+    judging: Judging
+    count: int
+    seed: int
+    keep_images: bool = field(compare=False)
+
+
+Task = Training | Sampling
+
+
+def outcome_of(task: Task) -> Outcome | None:
+    """How a task ended: its result file's contents, with ``status`` and, of a failed one, ``reason``; None before that.
+
+    Samples of a model whose training failed have failed with it.
+    """
+    if task.after is not None:
+        before = outcome_of(task.after)
+        if before is not None and before["status"] == FAILED:
+            return before if isinstance(task, Sampling) else {**before, "reason": f"its base: {before['reason']}"}
+    path = task.folder / RESULT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_outcome(task: Task, outcome: Mapping[str, Any]) -> None:
+    """Leave a task's result in its folder; it is whole or not there."""
+    write_json(task.folder / RESULT, outcome)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Under its name the file is whole or what it was before."""
+    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under its name the file is whole or what it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

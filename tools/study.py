@@ -1,0 +1,41 @@
+"""Run a study: methods compared at equal budget over several seeds, from one YAML file to a table and its plots."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_cca.errors import UserError
+from megatron_cca.reporting import reported_tool_errors
+
+
+def main() -> None:
+    """Parse the command line, do what is missing, write the results."""
+    arguments = _parse()
+    with reported_tool_errors(("sklearn", "matplotlib", "torch_fidelity"), "eval"):
+        if arguments.workers < 1:
+            raise UserError(f"--workers: must be 1 or more, found {arguments.workers}")
+        # Imported late, for the options above are told in no time.
+        from megatron_cca.studies.program import run_study
+
+        run_study(arguments.study, arguments.output, arguments.workers, arguments.device)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Example: python tools/study.py --study examples/studies/figure4.yaml --workers 2. The same command "
+        "goes on where it was interrupted. Studies with the same --output share their runs. Under torchrun all "
+        "processes do each run together, laid out as the file's parallel keys say.",
+    )
+    parser.add_argument("--study", required=True, type=Path, metavar="FILE", help="the YAML file of the study")
+    parser.add_argument("--output", type=Path, default=Path("runs/studies"), help="folder of all runs and results")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that do runs side by side (default 1)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
