@@ -6,8 +6,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +33,34 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = 240) -> su
 # ranks share its memory.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.distributed.workers"])
+
+
+def run_tool(script: Path, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Run a program of ours on one process as ``python SCRIPT ARGUMENTS`` does, but forked from the same server."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / stream for stream in ("out", "err")]
+        job = _SERVER.Process(
+            target=_program, args=(str(script), list(map(str, arguments)), str(cwd), *map(str, files))
+        )
+        job.start()
+        job.join(timeout)
+        if job.exitcode is None:
+            job.kill()
+            job.join()
+            raise subprocess.TimeoutExpired(str(script), timeout)
+        return subprocess.CompletedProcess(
+            [str(script), *arguments], job.exitcode, *(file.read_text() for file in files)
+        )
+
+
+def _program(script: str, arguments: list[str], cwd: str, *files: str) -> None:
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ |= environment()
+    os.chdir(cwd)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+    sys.stdout.flush()
 
 
 def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 240) -> dict:

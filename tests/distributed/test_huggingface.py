@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from megatron_cca.errors import UserError
-from tests.distributed.launch import ROOT, environment, run_workers, torchrun
+from tests.distributed.launch import ROOT, environment, run_tool, run_workers, torchrun
 from tests.distributed.test_layout_parity import PP2, TP2, VPP2
 from tests.references.huggingface import assert_same_bits, edit_tensors, load_tensors, save_emu3
 
@@ -133,8 +133,7 @@ def test_a_run_that_started_here_is_exported_too(digit_shards, tmp_path):
 
 
 def convert(*arguments, cwd):
-    command = [sys.executable, TOOL, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    return run_tool(TOOL, *arguments, cwd=cwd)
 
 
 def test_the_tool_imports_verifies_and_exports(tmp_path):

@@ -97,8 +97,9 @@ def test_a_new_run_starts_from_what_was_trained(interrupted, digit_shards, tmp_p
 
 
 def test_it_is_sampled_alike_under_tensor_parallelism(interrupted, tmp_path):
-    settings = {"checkpoint": str(interrupted / "run"), "images": 2, "guidance_scale": 0.5, "batch_size": 2}
-    assert run_workers(1, "sampled", settings, tmp_path) == run_workers(2, "sampled", settings, tmp_path)
+    settings = {"checkpoint": str(interrupted / "run"), "options": {"guidance_scale": 0.5, "batch_size": 2}}
+    alone = run_workers(1, "sampled", {**settings, "layouts": {"codes": []}}, tmp_path)
+    assert run_workers(2, "sampled", {**settings, "layouts": {"codes": TP2}}, tmp_path) == alone
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

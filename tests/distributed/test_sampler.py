@@ -1,19 +1,17 @@
-"""Sampling: the cached path is the training path; seeds decide the image, not batch size or tensor parallelism."""
+"""Sampling: the cached path is the training path; seeds decide the image, not batch size, layout or neighbours."""
 
-import subprocess
-import sys
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from megatron_cca.checkpoint.huggingface import import_checkpoint
-from tests.distributed.launch import ROOT, environment, run_workers
+from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA
-from tests.references.huggingface import save_emu3
 
-PARAMETERS = {"images": 8, "guidance_scale": 0.7, "batch_size": 8}
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+GUIDED = {"guidance_scale": 0.7, "batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +24,48 @@ def checkpoint(digit_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process(checkpoint, tmp_path_factory):
-    settings = {**PARAMETERS, "checkpoint": checkpoint}
-    return run_workers(1, "sampled", settings, tmp_path_factory.mktemp("one"))
+    return drawn(1, checkpoint, tmp_path_factory.mktemp("one"), {"one": []})["one"]
 
 
-def test_batch_size_and_tensor_parallelism_do_not_change_the_images(checkpoint, one_process, tmp_path):
-    small_batches = run_workers(1, "sampled", {**PARAMETERS, "checkpoint": checkpoint, "batch_size": 1}, tmp_path)
-    assert small_batches == one_process
-    assert run_workers(2, "sampled", {**PARAMETERS, "checkpoint": checkpoint}, tmp_path) == one_process
+def drawn(ranks, checkpoint, folder, layouts, **options):
+    settings = {"checkpoint": checkpoint, "layouts": layouts, "options": {**GUIDED, **options}}
+    return run_workers(ranks, "sampled", settings, folder)
 
 
-def test_the_guidance_scale_changes_them(checkpoint, one_process, tmp_path):
-    settings = {**PARAMETERS, "checkpoint": checkpoint, "guidance_scale": 0.0}
-    assert run_workers(1, "sampled", settings, tmp_path) != one_process
+def test_neither_batch_size_nor_layout_changes_the_images(checkpoint, one_process, tmp_path):
+    """Prompts of three lengths: alone, in one ragged batch, in batches of three, on two and four ranks."""
+    assert drawn(1, checkpoint, tmp_path, {"alone": []}, batch_size=1)["alone"] == one_process
+    assert drawn(1, checkpoint, tmp_path, {"threes": []}, batch_size=3)["threes"] == one_process
+    two = drawn(2, checkpoint, tmp_path, {"TP 2": TP2, "PP 2": PP2})
+    assert two == dict.fromkeys(two, one_process)
+    four = drawn(4, checkpoint, tmp_path, {"TP 2 x PP 2": [*TP2, *PP2], "TP 2 x DP 2": TP2})
+    assert four == dict.fromkeys(four, one_process)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 0.0, "contrastive_top_k": 8},
+        {"temperature": 0.5},
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"top_p": 0.3},
+    ],
+)
+def test_every_setting_changes_them(options, checkpoint, one_process, tmp_path):
+    assert drawn(1, checkpoint, tmp_path, {"one": []}, **options)["one"] != one_process
+
+
+def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
+    """Megatron's schedule without a cache is the oracle; prompts of unequal lengths, then token by token."""
+    found = run_workers(1, "cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": {"one": []}}, tmp_path)
+    layouts = {"TP 2": TP2, "PP 2": PP2}
+    found |= run_workers(2, "cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": layouts}, tmp_path)
+    for name, (difference, largest, afterwards) in found.items():
+        assert largest > 0.01, name
+        assert difference < 1e-5, name
+        assert afterwards == 0, f"{name}: the model is not as it was before it drew"
 
 
 @pytest.fixture(scope="module")
@@ -51,91 +78,121 @@ def model(checkpoint):
     return load_for_sampling(checkpoint)
 
 
-def test_cached_logits_equal_the_whole_forward_pass(model):
-    from megatron_cca.generation.sampler import _Stream
-
-    gpt, architecture = model
-    gpt.eval()
-    tokens = torch.randint(0, architecture.vocabulary.size, (3, 20), generator=torch.Generator().manual_seed(0))
+def whole_logits(model, ids):
+    tokens = torch.tensor(ids)
     with torch.no_grad():
-        whole = gpt(tokens, torch.arange(20).expand(3, -1), None)
-        stream = _Stream(gpt, tokens[:, :6], num_new=14)
-        cached = [stream.prefill()] + [stream.decode(tokens[:, position]) for position in range(6, 20)]
-    torch.testing.assert_close(torch.stack(cached, 1), whole[:, 5:], rtol=1e-5, atol=1e-5)
+        return model.chunks[0](tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
 
 
 def test_megatrons_logits_equal_the_plain_reference(model):
     from tests.references import emu3
 
-    gpt, architecture = model
-    tokens = torch.randint(0, architecture.vocabulary.size, (3, 20), generator=torch.Generator().manual_seed(1))
-    weights = {name: value.detach() for name, value in gpt.named_parameters()}
+    size = model.architecture.vocabulary.size
+    tokens = torch.randint(0, size, (3, 20), generator=torch.Generator().manual_seed(1))
+    weights = {name: value.detach() for name, value in model.chunks[0].named_parameters()}
     with torch.no_grad():
-        ours = gpt(tokens, torch.arange(20).expand(3, -1), None)[..., : architecture.vocabulary.size]
-        plain = emu3.logits(weights, tokens, architecture)
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+        plain = emu3.logits(weights, tokens, model.architecture)
+    torch.testing.assert_close(whole_logits(model, tokens.tolist())[..., :size], plain, rtol=1e-5, atol=1e-5)
 
 
-def test_drawn_codes_follow_the_models_distribution(model):
-    """First token of 4,000 images against its exact probabilities: chi-square over the frequent codes."""
-    from scipy.stats import chisquare
-
-    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
-    from megatron_cca.models.emu3.grammar import prompt_ids
-
-    gpt, architecture = model
-    vocabulary, words, caption = architecture.vocabulary, [1, 2, 3], np.array([9, 8])
-    codes = sample_codes(
-        gpt, vocabulary, [ImageRequest(caption, seed) for seed in range(4000)], SamplingSettings(1, 1, words)
-    ).reshape(-1)
-    prompt = torch.from_numpy(prompt_ids(vocabulary, caption, words))[None]
-    with torch.no_grad():
-        logits = gpt(prompt, torch.arange(prompt.size(1))[None], None)[0, -1]
-    exact = logits[vocabulary.visual_start : vocabulary.visual_start + vocabulary.codebook_size].softmax(-1).numpy()
-    counts = np.bincount(codes, minlength=vocabulary.codebook_size)
-    frequent = exact * 4000 > 5
-    observed = np.append(counts[frequent], counts[~frequent].sum())
-    expected = np.append(exact[frequent], exact[~frequent].sum()).astype(float)
-    assert chisquare(observed, expected / expected.sum() * observed.sum()).pvalue > 1e-3
-
-
-def generate(*arguments, cwd):
-    tool = str(ROOT / "tools" / "generate.py")
-    command = [sys.executable, tool, "--device", "cpu", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_tool_draws_a_picture(checkpoint, digit_shards, tmp_path):
-    arguments = ["--checkpoint", checkpoint, "--caption", "a handwritten seven", "--caption", "sept, à la main"]
-    arguments += ["--shards", str(digit_shards), "--images", "3", "--guidance-scale", "0.5", "--output", "drawn.png"]
-    done = generate(*arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "wrote drawn.png: 6 pictures\n"), done.stderr[-2000:]
-    with Image.open(tmp_path / "drawn.png") as picture:
-        assert min(picture.size) > 100
+CODEBOOK, GRID, COUNT = 5, (1, 3), 20_000
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "passes"),
     [
-        ({"--checkpoint": "nowhere"}, "checkpoint: no checkpoint at nowhere"),
-        ({"--images": "0"}, "--images: must be 1 or more, found 0"),
-        ({"--output": "no/such/folder.png"}, "--output: the folder no/such does not exist"),
-        ({"--guidance-scale": "-1"}, "guidance scale: must be 0 or more and finite, found -1.0"),
-        ({"--caption": "seven " * 100}, "caption 'seven seven"),
+        ({}, 1),
+        ({"guidance_scale": 1.5}, 2),
+        ({"contrastive_top_k": 2, "contrastive_alpha": 0.7}, 2),
+        ({"temperature": 3.0, "top_k": 4, "top_p": 0.9}, 1),
     ],
 )
-def test_the_tool_refuses_in_one_line(change, message, checkpoint, digit_shards, tmp_path):
-    arguments = {"--checkpoint": checkpoint, "--caption": "a", "--output": "drawn.png", "--shards": str(digit_shards)}
-    done = generate(*(word for pair in {**arguments, **change}.items() for word in pair), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"megatron_cca: error: {message}")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_drawn_images_follow_the_exact_probabilities(options, passes, toy):
+    """All 125 images of three codes: how often each is drawn against its probability by the chain rule, chi-square."""
+    from scipy.stats import chisquare
+
+    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+
+    vocabulary = toy.architecture.vocabulary
+    settings = SamplingSettings(*GRID, batch_size=5000, **options)
+    assert settings.forwards_per_token == passes
+    prompts = [prompt(vocabulary, caption) for caption in ([9, 8], [])]
+    requests = [ImageRequest(prompts[0], seed) for seed in range(COUNT)]
+    codes = sample_codes(toy.chunks, vocabulary, requests, settings, unconditional=prompts[1]).reshape(COUNT, 3)
+    exact = exact_probabilities(toy, prompts, options)
+    assert exact.sum() == pytest.approx(1)
+    counts = np.bincount(codes @ [CODEBOOK**2, CODEBOOK, 1], minlength=CODEBOOK**3)
+    assert counts[exact == 0].sum() == 0
+    frequent = exact * COUNT > 5
+    observed = np.append(counts[frequent], counts[~frequent].sum())
+    expected = np.append(exact[frequent], exact[~frequent].sum()) * COUNT
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    assert len(expected) > 10
+    assert chisquare(observed, expected).pvalue > 1e-3
 
 
-def test_a_model_whose_image_tokens_are_not_known_is_refused(digit_shards, tmp_path):
-    import_checkpoint(save_emu3(tmp_path / "hf", "Emu3ForCausalLM", vocab_size=1000), tmp_path / "megatron")
-    arguments = ["--checkpoint", "megatron", "--caption", "a", "--output", "drawn.png", "--shards", str(digit_shards)]
-    done = generate(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "has a vocabulary of 1000, whose image tokens are not known; nothing can be drawn with it" in done.stderr
+@pytest.fixture(scope="module")
+def toy(model):
+    """The same model, of whose codebook only five codes count; its weights enlarged, so that they differ."""
+    from dataclasses import replace
+
+    architecture = model.architecture
+    small = replace(architecture.vocabulary, codebook_size=CODEBOOK)
+    with torch.no_grad():
+        for parameter in model.chunks[0].parameters():
+            parameter.mul_(1.4)
+    yield replace(model, architecture=replace(architecture, vocabulary=small))
+    with torch.no_grad():
+        for parameter in model.chunks[0].parameters():
+            parameter.div_(1.4)
+
+
+def prompt(vocabulary, caption):
+    from megatron_cca.models.emu3.grammar import prompt_ids
+
+    return prompt_ids(vocabulary, np.array(caption, dtype=np.int64), np.array([1, 2, 3]))
+
+
+def exact_probabilities(model, prompts, options):
+    """float64 of every image, by three whole forward passes of every sequence and NumPy."""
+    start = model.architecture.vocabulary.visual_start
+    images = np.array(list(itertools.product(range(CODEBOOK), repeat=3)))
+    rows = [np.concatenate([np.tile(ids, (len(images), 1)), images + start], axis=1) for ids in prompts]
+    streams = [
+        whole_logits(model, row.tolist())[:, len(ids) - 1 : -1, start : start + CODEBOOK].double().numpy()
+        for row, ids in zip(rows, prompts, strict=True)
+    ]
+    probabilities = distribution(*streams, **options)
+    return np.take_along_axis(probabilities, images[..., None], axis=2)[..., 0].prod(axis=1)
+
+
+def distribution(
+    conditional,
+    unconditional,
+    guidance_scale=0.0,
+    contrastive_top_k=0,
+    contrastive_alpha=1.0,
+    temperature=1.0,
+    top_k=CODEBOOK,
+    top_p=1.0,
+):
+    """What one code is drawn from, ``[..., K]``, written from the papers."""
+    expert, amateur = softmax(conditional), softmax(unconditional)
+    scores = (1 + guidance_scale) * conditional - guidance_scale * unconditional
+    if contrastive_top_k:
+        kth = np.sort(expert, axis=-1)[..., -contrastive_top_k, None]
+        scores = np.where(expert >= contrastive_alpha * kth, np.log(expert / amateur), -np.inf)
+    scores = scores / temperature
+    scores = np.where(scores >= np.sort(scores, axis=-1)[..., -top_k, None], scores, -np.inf)
+    p = softmax(scores)
+    order = np.argsort(-p, axis=-1)
+    reached = np.cumsum(np.take_along_axis(p, order, -1), -1) - np.take_along_axis(p, order, -1)
+    kept = np.zeros_like(p, dtype=bool)
+    np.put_along_axis(kept, order, reached < top_p, -1)
+    p = p * kept
+    return p / p.sum(-1, keepdims=True)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)

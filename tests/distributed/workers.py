@@ -215,19 +215,85 @@ def refused_shards(settings):
 
 
 def sampled(settings):
-    """Codes that a checkpoint gives for fixed seeds, with tensor parallelism over the whole job."""
+    """By layout: codes that a checkpoint gives for fixed seeds and prompts of three lengths."""
+    return {name: _sampled(settings, overrides) for name, overrides in settings["layouts"].items()}
+
+
+def _sampled(settings, overrides):
     import numpy as np
 
-    from megatron_cca.generation.loading import load_for_sampling
     from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
 
-    overrides = [f"parallel.tensor_model_parallel_size={dist.get_world_size()}"]
+    model = _for_sampling(settings["checkpoint"], overrides)
+    vocabulary = model.architecture.vocabulary
+    prompts = [np.array([vocabulary.bos, *range(index % 3), vocabulary.boi, 5, vocabulary.img]) for index in range(8)]
+    requests = [ImageRequest(prompt, seed=index) for index, prompt in enumerate(prompts)]
+    options = SamplingSettings(4, 4, **settings["options"])
+    return sample_codes(model.chunks, vocabulary, requests, options, unconditional=prompts[0]).tolist()
+
+
+def _for_sampling(checkpoint, overrides):
+    from megatron_cca.generation.loading import load_for_sampling
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     initialize_distributed(load_config(None, overrides))
-    model, architecture = load_for_sampling(settings["checkpoint"])
-    requests = [ImageRequest(np.arange(index % 3), seed=index) for index in range(settings["images"])]
-    options = {"guidance_scale": settings["guidance_scale"], "batch_size": settings["batch_size"]}
-    drawn = sample_codes(model, architecture.vocabulary, requests, SamplingSettings(4, 4, [1, 2, 3], **options))
-    return drawn.tolist()
+    return load_for_sampling(checkpoint)
+
+
+def cached_and_whole_logits(settings):
+    """By layout: largest difference of the sampler's logits to those of the training path, and the largest logit."""
+    return {name: _cached_and_whole(settings["checkpoint"], it) for name, it in settings["layouts"].items()}
+
+
+def _cached_and_whole(checkpoint, overrides):
+    from megatron_cca.generation.decoder import decoding
+
+    model = _for_sampling(checkpoint, overrides)
+    # Visual tokens on both of two tensor-parallel ranks.
+    vocabulary = replace(model.architecture.vocabulary, visual_start=200)
+    tokens = torch.randint(0, vocabulary.size, (3, 20), generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([4, 6, 5])
+    whole = _scheduled_logits(model, tokens, vocabulary)
+    with decoding(model.chunks, vocabulary) as decoder:
+        cache = decoder.new_cache(20)
+        cached = [decoder.feed(cache, tokens[:, :6], counts)]
+        for turn in range(14):
+            cached.append(decoder.feed(cache, tokens[torch.arange(3), counts + turn, None]))
+    again = _scheduled_logits(model, tokens, vocabulary)
+    answer = torch.zeros(3)
+    if decoder.is_last_stage:
+        wanted = torch.stack([whole[torch.arange(3), counts - 1 + turn] for turn in range(15)])
+        found = torch.stack(cached)
+        answer = torch.stack([(found - wanted).abs().max(), wanted.abs().max(), (again - whole).abs().max()])
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return answer.tolist()
+
+
+def _scheduled_logits(model, tokens, vocabulary):
+    """Visual logits ``[B, S, K]`` of whole sequences by Megatron's own schedule, without a cache; on the last stage."""
+
+    def head(*, hidden_states, output_layer, **_unused):
+        logits, _ = output_layer(hidden_states)
+        return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+
+    def forward_step(_iterator, chunk):
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        return chunk(tokens, positions, None, output_processor=head), lambda logits, non_loss_data: logits
+
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None for _ in model.chunks],
+            model=model.chunks,
+            num_microbatches=1,
+            seq_length=tokens.size(1),
+            micro_batch_size=len(tokens),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    start = vocabulary.visual_start
+    return found[0][..., start : start + vocabulary.codebook_size] if found else None
 
 
 def _loaded(checkpoint, overrides):
@@ -496,3 +562,34 @@ def continued_cache(settings):
             (folder / sorted(found[0])[2]).unlink()
         dist.barrier()
     return found
+
+
+def pictured_steps(settings):
+    """By layout: the codes that a run draws before its first step and after its last, and its losses in between."""
+    from megatron_cca.training.pictures import open_pictures
+
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        run = _start(settings["common"] + overrides)
+        pictures = open_pictures(run)
+        before = pictures.paint().codes.tolist() if pictures else None
+        losses = [step["loss"] for step in _steps(run, settings["steps"])]
+        answers[name] = {
+            "before": before,
+            "losses": losses,
+            "after": pictures.paint().codes.tolist() if pictures else None,
+        }
+    return answers
+
+
+def huggingface_logits(settings):
+    """By layout: largest difference of a Hugging Face folder's logits on Megatron to those kept in a file."""
+    wanted = load_file(settings["expected"])
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        model = _for_sampling(settings["folder"], overrides)
+        found = _scheduled_logits(model, wanted["tokens"], model.architecture.vocabulary)
+        difference = torch.zeros(()) if found is None else (found - wanted["logits"]).abs().max()
+        dist.broadcast(difference, dist.get_world_size() - 1)
+        answers[name] = difference.item()
+    return answers

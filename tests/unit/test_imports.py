@@ -20,9 +20,10 @@ LEVELS = {
     "models": 3,
     "checkpoint": 4,
     "data": 4,
-    "evaluation": 4,
-    "generation": 5,
-    "training": 6,
+    "evaluation": 5,
+    "generation": 6,
+    "training": 7,
+    "studies": 8,
 }
 
 

@@ -1,0 +1,259 @@
+"""tools/study.py as a user starts it: alone, with workers, killed and started again, and under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from tests.distributed.launch import ROOT, environment, torchrun
+
+TOOL = str(ROOT / "tools" / "study.py")
+LR = "optimizer.lr"
+RUN = {"micro_batch_size": 4, "global_batch_size": 8}
+STUDY = {
+    "name": "tiny",
+    "seeds": [1, 2],
+    "tuning_seed": 7,
+    "trials": 2,
+    "samples": 80,
+    "base": {"config": "base.yaml"},
+    "methods": {
+        "cfg": {"tune": {"sampling.guidance_scale": [0.5, 1.0]}},
+        "control": {"config": "control.yaml", "tune": {LR: [0.001, 0.01]}},
+        # At the last learning rate the loss is soon no number.
+        "cca": {"config": "cca.yaml", "tune": {LR: [0.001, 0.01]}, "sweep": {LR: [0.002, 1.0e30]}},
+    },
+    "plots": [{"kind": "frontier"}, {"kind": "comparison"}],
+}
+
+
+def written(folder, shards, **changes):
+    folder.mkdir(parents=True)
+    for name, objective, steps in (("base", "next_token", 4), ("control", "next_token", 8), ("cca", "cca", 3)):
+        config = {
+            "objective": {"name": objective},
+            "data": {"path": str(shards)},
+            "training": {**RUN, "train_iters": steps},
+            "logging": {"tensorboard": False},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    (folder / "study.yaml").write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return folder
+
+
+def command(folder, *arguments, output="out"):
+    return [sys.executable, TOOL, "--study", "study.yaml", "--output", output, "--device", "cpu", *arguments]
+
+
+def studied(folder, *arguments, output="out"):
+    ended = subprocess.run(
+        command(folder, *arguments, output=output),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+def results(folder, output="out"):
+    return json.loads((folder / output / "tiny" / "results.json").read_text())
+
+
+def result_files(folder, output="out"):
+    return {path: path.stat().st_mtime_ns for path in (folder / output).glob("*/*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def alone(digit_shards, tmp_path_factory):
+    """A study that one process has run from beginning to end; what it printed."""
+    folder = written(tmp_path_factory.mktemp("study") / "alone", digit_shards)
+    return folder, studied(folder)
+
+
+def test_a_study_leaves_table_numbers_and_plots(alone):
+    folder, printed = alone
+    found = results(folder)
+    assert [row["method"] for row in found["rows"]] == ["base", "cfg", "control", "cca", "cca", "cca"]
+    assert all(len(row["seeds"]) == 2 for row in found["rows"][:-1])
+    assert "| base, guidance-free |  | 1 | 0.00 |" in (folder / "out" / "tiny" / "table.md").read_text()
+    for name in ("frontier", "comparison"):
+        assert Image.open(folder / "out" / "tiny" / f"{name}.png").size > (300, 200)
+    log = next((folder / "out" / "trained").glob("cca-*/log.txt")).read_text()
+    assert "step-0 log-ratio: exactly 0" in log
+    assert "step 3/3" not in printed
+    assert sum(" train cca " in line for line in printed.splitlines()) == 2 + 2 + 2 * 2
+    assert (next((folder / "out" / "sampled").glob("base-*")) / "images.npz").is_file()
+
+
+def test_a_run_that_ends_in_nan_is_recorded_and_does_not_end_the_study(alone):
+    folder, printed = alone
+    lost = results(folder)["rows"][-1]
+    assert lost["settings"] == {LR: 1.0e30}
+    assert sorted(lost["failed"]) == ["1", "2"]
+    assert all(reason.startswith("diverged: ") for reason in lost["failed"].values())
+    assert "| 2 failed |" in (folder / "out" / "tiny" / "table.md").read_text()
+    assert sum("failed, diverged" in line for line in printed.splitlines()) == 2
+
+
+def test_only_what_is_missing_is_done_again(alone):
+    folder, _ = alone
+    before, found = result_files(folder), results(folder)
+    gone = sorted(before)[0], next(path for path in sorted(before) if path.parent.name.startswith("cca-"))
+    for path in gone:
+        path.unlink()
+    printed = studied(folder)
+    after = result_files(folder)
+    assert {path for path in after if after[path] != before[path]} == set(gone)
+    assert len([line for line in printed.splitlines() if line[0].isdigit()]) == 2
+    assert results(folder) == found
+    assert studied(folder).splitlines()[0].startswith("wrote ")
+
+
+def test_a_killed_study_goes_on_with_workers(alone, digit_shards, tmp_path):
+    """Killed without a chance to tidy up: its workers leave by themselves, and the rest is done by the next one."""
+    folder = written(tmp_path / "killed", digit_shards)
+    program = subprocess.Popen(
+        command(folder, "--workers", "2"),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while len(result_files(folder)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(program.pid).children(recursive=True)
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+    early = result_files(folder)
+    assert 5 <= len(early) < len(result_files(alone[0]))
+    studied(folder, "--workers", "2")
+    assert early.items() <= result_files(folder).items()
+    assert worst_difference(results(folder), results(alone[0])) < 1e-6
+
+
+# tools/study.py, but that one run ends on the second rank alone, while the first one waits for it.
+ONE_RANK_DIVERGES = """
+import os, sys
+from megatron_cca import platform
+platform.install("cpu")
+import torch.distributed as dist
+from megatron_cca.studies import work
+sys.path.insert(0, TOOLS)
+import study
+
+real = work.train
+work.RANKS_TOGETHER_SECONDS = 3.0
+
+def train(config, data):
+    if config.optimizer.lr < 1e29 or config.training.seed != 1:
+        return real(config, data)
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("Unexpected result nan (message='found NaN in local grad norm for bucket #0')")
+    dist.barrier()
+
+work.train = train
+if __name__ == "__main__":
+    study.main()
+"""
+
+
+def driven_apart(folder, arguments):
+    """Run apart.py on two ranks; what it printed goes to a file, as the killed rank leaves a child behind."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "apart.py"]
+    with (folder / "said").open("w") as said:
+        ended = subprocess.run(
+            [*torchrun, *arguments], cwd=folder, env=environment(), stdout=said, stderr=said, timeout=240, check=False
+        )
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] == str(folder):
+            process.kill()
+    return ended.returncode, (folder / "said").read_text()
+
+
+def test_torchrun_finds_the_same_on_two_ranks(alone, digit_shards, tmp_path):
+    """Ranks that a diverging run has driven apart are ended, and the same command goes on behind that run."""
+    folder = written(tmp_path / "two", digit_shards, set={"parallel.tensor_model_parallel_size": 2})
+    (folder / "apart.py").write_text(ONE_RANK_DIVERGES.replace("TOOLS", repr(str(ROOT / "tools"))))
+    arguments = command(folder)[2:]
+    returncode, said = driven_apart(folder, arguments)
+    assert returncode != 0
+    assert "diverged on rank 1 alone (NaN in a gradient), so that the ranks are apart" in said
+    assert not (folder / "out" / "tiny").exists()
+    early = result_files(folder)
+    ended = torchrun(2, TOOL, *arguments, cwd=folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert early.items() <= result_files(folder).items()
+    assert {path.parent.name for path in result_files(folder)} == {path.parent.name for path in result_files(alone[0])}
+    assert worst_difference(results(folder), results(alone[0])) < 1e-3
+
+
+def worst_difference(one, other):
+    """Of all means, relative to their size; everything else must be the same."""
+    names = ("method", "settings", "chosen", "forwards_per_token", "training_passes", "collapsed")
+    worst = 0.0
+    for ours, theirs in zip(one["rows"], other["rows"], strict=True):
+        assert [ours[name] for name in names] == [theirs[name] for name in names]
+        assert ours["failed"].keys() == theirs["failed"].keys()
+        assert ours["mean"].keys() == theirs["mean"].keys()
+        pairs = [(value, theirs["mean"][name]) for name, value in ours["mean"].items()]
+        worst = max([worst, *(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)])
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        (
+            {"trials": 3},
+            (),
+            "study.yaml: methods.cfg.tune: 2 settings, but trials is 3; every method is tried at equally many",
+        ),
+        ({}, ("--workers", "0"), "--workers: must be 1 or more, found 0"),
+        ({"nmae": 1}, (), "study.yaml: nmae: unknown key; did you mean name?"),
+    ],
+)
+def test_refusals_run_nothing(changes, arguments, said, digit_shards, tmp_path):
+    folder = written(tmp_path / "refused", digit_shards, **changes)
+    ended = subprocess.run(
+        command(folder, *arguments),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [f"megatron_cca: error: {said}"]
+    assert not (folder / "out").exists()
+
+
+def test_no_two_programs_write_into_one_output(alone, tmp_path):
+    folder, _ = alone
+    handle = os.open(folder / "out", os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        ended = subprocess.run(
+            command(folder), cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False
+        )
+    finally:
+        os.close(handle)
+    assert ended.returncode == 2
+    assert "another process is writing into" in ended.stderr
+    assert Path(folder / "out" / "tiny" / "table.md").is_file()

@@ -1,0 +1,74 @@
+"""Best of N: scorers of the user's own and CLIP, candidates and choices; what is refused."""
+
+import numpy as np
+import pytest
+
+from megatron_cca.errors import UserError
+from megatron_cca.generation.best_of import best, candidates, check_scorer, open_scorer
+from megatron_cca.generation.sampler import ImageRequest
+from tests.references import tiny_clip
+
+IMAGES = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+
+
+def plugin(folder, body):
+    file = folder / "scorer.py"
+    file.write_text(f"import numpy as np\ndef score(images, prompts):\n    return {body}\n")
+    return f"{file}:score"
+
+
+def test_the_first_candidate_has_the_seed_itself():
+    requests = [ImageRequest(np.array([1]), 5), ImageRequest(np.array([2]), 9)]
+    found = candidates(requests, 3)
+    assert [request.seed for request in found] == [5, [5, 1], [5, 2], 9, [9, 1], [9, 2]]
+    assert [int(request.prompt[0]) for request in found] == [1, 1, 1, 2, 2, 2]
+    # NumPy takes a number and a list of it alone for the same seed; the others must be different streams.
+    streams = {np.random.default_rng(request.seed).random() for request in found}
+    assert len(streams) == 6
+
+
+def test_the_best_of_each_prompt_is_chosen(tmp_path):
+    scorer = open_scorer(plugin(tmp_path, "images[:, 0, 0, 0].astype(float) + [len(p) for p in prompts]"), "cpu")
+    choice = best(scorer, IMAGES, ["a", "bcd"], 3)
+    first = IMAGES[:, 0, 0, 0].astype(float)
+    expected = [first[:3].argmax(), 3 + first[3:].argmax()]
+    assert choice.indices.tolist() == expected
+    assert choice.scores.tolist() == [first[expected[0]] + 1, first[expected[1]] + 3]
+
+
+def test_clip_scores_are_those_of_evaluation(tmp_path):
+    from megatron_cca.evaluation.clip import ClipScorer
+
+    folder = tiny_clip.save(tmp_path)
+    prompts = ["a handwritten seven"] * 6
+    found = open_scorer(f"clip:{folder}", "cpu")(IMAGES, prompts)
+    np.testing.assert_array_equal(found, ClipScorer(folder).scores(IMAGES, prompts))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("images.mean()", "must return 6 finite numbers for as many images, found ()"),
+        ("np.full(6, np.nan)", "must return 6 finite numbers for as many images, found (6,)"),
+        ("['a'] * 6", "must return numbers, found a list"),
+    ],
+)
+def test_a_scorer_that_returns_nonsense_is_refused(body, message, tmp_path):
+    spec = plugin(tmp_path, body)
+    with pytest.raises(UserError) as error:
+        best(open_scorer(spec, "cpu"), IMAGES, ["a", "b"], 3)
+    assert str(error.value) == f"--scorer: {spec} {message}"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ink", "--scorer: 'ink' is neither clip:FOLDER nor FILE.py:FUNCTION"),
+        ("clip:nowhere", "--scorer: nowhere has no config.json"),
+        ("nowhere.py:ink", "--scorer: the file nowhere.py does not exist"),
+    ],
+)
+def test_what_is_no_scorer_is_refused(spec, message):
+    with pytest.raises(UserError) as error:
+        check_scorer(spec)
+    assert str(error.value).startswith(message)

@@ -1,0 +1,266 @@
+"""tools/evaluate.py from its options to its files."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_cca.data.digits import captions_of, load_scans
+from megatron_cca.errors import UserError
+from megatron_cca.evaluation.clip import ClipScorer
+from megatron_cca.evaluation.evaluate import evaluate
+from megatron_cca.evaluation.extractors import open_extractor
+from megatron_cca.evaluation.fidelity import METRICS, FidelitySettings, fidelity
+from megatron_cca.evaluation.images import ImageSet
+from megatron_cca.evaluation.planning import EvaluationSettings, check, plan
+from megatron_cca.evaluation.report import reserved, table, write_report
+from tests.distributed.launch import ROOT, run_tool
+from tests.references import tiny_clip
+
+TOOL = ROOT / "tools" / "evaluate.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Held-out scans as tools/generate.py would leave them, every tenth with a wrong label."""
+    folder, scans = tmp_path_factory.mktemp("drawn"), load_scans()[1]
+    (folder / "images").mkdir()
+    with (folder / "prompts.jsonl").open("w") as file:
+        for index, (image, label) in enumerate(zip(scans.images[:300], scans.labels, strict=False)):
+            name = f"images/{index:06}.png"
+            Image.fromarray(image).save(folder / name)
+            record = {"file": name, "prompt": captions_of(int(label))[0], "label": int(label + (index % 10 == 0)) % 10}
+            file.write(json.dumps({**record, "seed": index}) + "\n")
+    return folder
+
+
+def run(*arguments):
+    return run_tool(TOOL, *arguments, cwd=ROOT, timeout=200)
+
+
+def test_a_report_is_written_and_printed(drawn, tmp_path):
+    train = load_scans()[0]
+    np.savez(tmp_path / "half.npz", np.repeat(train.images[::2, ..., None], 3, 3), train.labels[::2])
+    sets = ["--samples", f"drawn $x$={drawn}", "--samples", tmp_path / "half.npz"]
+    numbers = ["--kid-subset-size", "301", "--kid-subsets", "3", "--neighborhood", "5"]
+    output = tmp_path / "new" / "out"
+    done = run(*sets, "--reference", "digits", "--output", output, *numbers)
+    assert done.returncode == 0, done.stderr
+    names = {
+        "metrics.json",
+        "table.md",
+        "fid_is.png",
+        "class_accuracy.png",
+        "samples-drawn $x$.png",
+        "samples-half.png",
+    }
+    assert {path.name for path in output.iterdir()} == names
+    report = json.loads((output / "metrics.json").read_text())
+    ours, half = report["sets"]
+    settings = FidelitySettings(("fid", "inception_score", "precision", "recall", "sfid"), neighborhood=5)
+    scans = load_scans()[1].images[:300]
+    expected = fidelity(scans, train.images, open_extractor("digits"), settings)
+    assert {name: ours[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert 0.85 < ours["class_accuracy"] <= 0.9
+    assert set(ours["class_accuracy_per_class"]) == {str(label) for label in range(10)}
+    assert ours["left_out"] == {
+        "kid": "--samples drawn $x$: 300 images are too few for KID with kid_subset_size 301; it wants 301 or more"
+    }
+    assert "drawn $x$: KID is left out (--samples drawn $x$: 300 images" in done.stderr
+    assert half["class_accuracy"] == 1
+    assert {"kid", "kid_std"} <= half.keys()
+    assert (ours["images"], half["images"], report["reference"]["images"]) == (300, 719, 1437)
+    assert report["settings"]["neighborhood"] == 5
+    assert report["extractor"]["name"] == report["settings"]["classifier"] == "digits"
+    assert {"python", "torch", "torch-fidelity"} <= report["packages"].keys()
+    lines = (output / "table.md").read_text().splitlines()
+    assert lines[0] == "| samples | images | FID ↓ | sFID ↓ | IS ↑ | KID ↓ | precision ↑ | recall ↑ | accuracy ↑ |"
+    assert lines[2].startswith(f"| drawn $x$ | 300 | {ours['fid']:.2f} |")
+    assert lines[3].startswith(f"| half | 719 | **{half['fid']:.2f}** |")
+    assert lines[2].split("|")[6].strip() == "–"
+    assert "\n".join(lines) in done.stdout
+    for path in output.glob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(drawn, tmp_path):
+    output = tmp_path / "new" / "out"
+    done = run("--samples", drawn, "--reference", drawn, "--output", output)
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatron_cca: error: --extractor: inception needs its weights; download https://")
+    assert done.stderr.count("\n") == 1
+    assert not output.parent.exists()
+
+
+def settings_of(drawn, **options):
+    return EvaluationSettings(
+        **{"samples": {"drawn": str(drawn)}, "reference": "digits", "extractor": "digits"} | options
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"samples": {"a": "nowhere"}},
+            "--samples: nowhere: does not exist; give a folder of images, an .npz, digits or",
+        ),
+        ({"reference": str(TOOL)}, f"--reference: {TOOL}: is a file, but no .npz; give a folder"),
+        ({"extractor": "vgg"}, "--extractor: 'vgg' is none of"),
+        ({"classifier": "resnet"}, "--classifier: 'resnet' is neither"),
+        ({"clip": ROOT}, f"--clip: {ROOT} has no config.json"),
+        ({"metrics": ()}, "--metrics: names none, and neither --classifier nor --clip is given: nothing to do"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(drawn, options, message):
+    with pytest.raises(UserError) as error:
+        check(settings_of(drawn, **options))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"metrics": ("fid", "kid")},
+            "--samples drawn: 300 images are too few for KID with kid_subset_size 1000; it wants 1000 or more",
+        ),
+        (
+            {"extractor": "inception", "metrics": ("sfid",)},
+            "--samples drawn: 300 images are too few for sFID on 2023 features; it wants 2024 or more",
+        ),
+        ({"samples": {"a": "digits"}, "clip": "x"}, "--clip: no sample set has prompts; they come from prompts.jsonl"),
+    ],
+)
+def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, monkeypatch, options, message):
+    def refuse(*arguments):
+        raise AssertionError("opened a network")
+
+    monkeypatch.setattr("megatron_cca.evaluation.evaluate.open_extractor", refuse)
+    with pytest.raises(UserError) as error:
+        evaluate(settings_of(drawn, **options), CPU)
+    assert str(error.value).startswith(message)
+
+
+def test_other_sizes_are_refused_for_the_digits_and_said_for_others(tmp_path, capsys):
+    for name, size in (("small", 8), ("large", 16)):
+        np.savez(tmp_path / f"{name}.npz", np.zeros((80, size, size, 3), np.uint8))
+    settings = EvaluationSettings({"a": str(tmp_path / "large.npz")}, "digits", "digits")
+    with pytest.raises(UserError, match="--samples a: --extractor digits takes images of 8 x 8 pixels, found 16 x 16"):
+        evaluate(settings, CPU)
+    sets, reference = {"a": ImageSet(np.zeros((80, 16, 16, 3), np.uint8))}, ImageSet(np.zeros((80, 8, 8, 3), np.uint8))
+    chosen = plan(replace(settings, extractor="own.py:f"), sets, reference, {"features": 3})["a"]
+    assert chosen.metrics == ("fid", "precision", "recall")
+    assert chosen.left_out["sfid"] == "--extractor own.py:f: gives no spatial features, on which sFID is computed"
+    assert "a: its images are 16 x 16 pixels, the reference's 8 x 8" in capsys.readouterr().err
+
+
+def test_clip_scores_and_accuracy_need_no_extractor(drawn, tmp_path):
+    clip = tiny_clip.save(tmp_path)
+    settings = settings_of(drawn, metrics=(), clip=clip, samples={"drawn": str(drawn), "scans": "digits-held-out"})
+    evaluation = evaluate(settings, CPU)
+    ours, scans = evaluation.sets
+    expected = ClipScorer(clip).scores(ours.images.images, ours.images.prompts)
+    assert np.allclose(ours.clip_scores, expected, atol=1e-4)
+    assert scans.clip_scores is None
+    assert table(evaluation).splitlines()[0] == "| samples | images | accuracy ↑ | CLIP score ↑ |"
+    assert table(evaluation).splitlines()[3].endswith("| – |")
+    output = tmp_path / "out"
+    with reserved(output, overwrite=False):
+        assert "fid_is.png" not in write_report(output, evaluation)
+    assert json.loads((output / "metrics.json").read_text())["sets"][0]["clip_score"] == pytest.approx(expected.mean())
+
+
+def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path, tool):
+    evaluation = evaluate(settings_of(drawn, metrics=("fid",)), CPU)
+    with reserved(tmp_path, overwrite=False):
+        write_report(tmp_path, evaluation)
+    (tmp_path / "samples-former.png").touch()
+    with (
+        pytest.raises(UserError, match=r"already holds class_accuracy.png and \d more; give an empty folder or --over"),
+        reserved(tmp_path, overwrite=False),
+    ):
+        pass
+    with reserved(tmp_path, overwrite=True):
+        write_report(tmp_path, evaluation)
+    assert not (tmp_path / "samples-former.png").exists()
+    (tmp_path / "thesis.tex").touch()
+    with (
+        pytest.raises(UserError, match=r"holds thesis.tex: not what --overwrite is meant to replace"),
+        reserved(tmp_path, overwrite=True),
+    ):
+        pass
+
+
+def test_nothing_half_written_stays(drawn, tmp_path, monkeypatch):
+    evaluation = evaluate(settings_of(drawn, metrics=("fid",)), CPU)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_cca.evaluation.report.class_accuracy_bars", full)
+    with pytest.raises(UserError, match="is full"), reserved(tmp_path / "out", overwrite=False):
+        write_report(tmp_path / "out", evaluation)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_keeps_out_of_the_folders_that_it_reads(tool, monkeypatch, drawn):
+    arguments = ["--samples", drawn, "--reference", "digits", "--output", drawn / "images" / "out"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(UserError, match=r"are in each other's way; give another folder"):
+        tool._evaluate(tool._parse())
+
+
+def parsed(tool, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--output", "out"])
+    return tool._settings(tool._parse())
+
+
+def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp_path):
+    (tmp_path / "a=b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    paths = ["a=b", "x=runs/cca", "runs/s=1/images", "samples.npz", "base+cfg0.5=samples.npz"]
+    samples = [part for path in paths for part in ("--samples", path)]
+    found = parsed(tool, monkeypatch, *samples, "--reference", "digits-held-out")
+    assert found.samples == {
+        "a=b": "a=b",
+        "x": "runs/cca",
+        "images": "runs/s=1/images",
+        "samples": "samples.npz",
+        "base+cfg0.5": "samples.npz",
+    }
+    assert (found.extractor, found.metrics) == ("digits", None)
+    found = parsed(tool, monkeypatch, *samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
+    assert (found.extractor, found.metrics) == ("inception", ("fid", "kid"))
+    assert parsed(tool, monkeypatch, *samples, "--reference", "real", "--metrics").metrics == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "a/x", "--samples", "b/x"], "--samples: two sets are called x; tell them apart with NAME=PATH"),
+        (["--samples", "=a"], "--samples: '=a' is not of the form [NAME=]PATH"),
+        (["--samples", "a", "--metrics", "lpips"], f"--metrics: 'lpips' is unknown; known: {', '.join(METRICS)}"),
+        (["--samples", "a", "--kid-subset-size", "1"], "--kid-subset-size: must be 2 or more, found 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tool, monkeypatch, arguments, message):
+    with pytest.raises(UserError) as error:
+        parsed(tool, monkeypatch, *arguments, "--reference", "digits")
+    assert str(error.value) == message
