@@ -12,18 +12,10 @@ from safetensors.torch import save_file
 
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from tests.distributed.launch import ROOT, environment, run_tool, run_workers, torchrun
-from tests.distributed.test_layout_parity import CCA, PP2, TP2
+from tests.distributed.test_layout_parity import PP2, TP2
 from tests.references.huggingface import save_emu3
 
 TOOL = str(ROOT / "tools" / "generate.py")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(digit_shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    overrides = [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}/run"]
-    run_workers(1, "resume", {"overrides": overrides, "steps": 3, "save": True}, folder)
-    return str(folder / "run")
 
 
 def generate(*arguments, cwd):

@@ -7,19 +7,10 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 GUIDED = {"guidance_scale": 0.7, "batch_size": 8}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(digit_shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    overrides = [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}/run"]
-    run_workers(1, "resume", {"overrides": overrides, "steps": 3, "save": True}, folder)
-    return str(folder / "run")
 
 
 @pytest.fixture(scope="module")

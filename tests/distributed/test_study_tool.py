@@ -53,8 +53,8 @@ def command(folder, *arguments, output="out"):
     return [sys.executable, TOOL, "--study", "study.yaml", "--output", output, "--device", "cpu", *arguments]
 
 
-def studied(folder, *arguments, output="out"):
-    ended = subprocess.run(
+def run_study(folder, *arguments, output="out"):
+    return subprocess.run(
         command(folder, *arguments, output=output),
         cwd=folder,
         env=environment(),
@@ -63,8 +63,12 @@ def studied(folder, *arguments, output="out"):
         timeout=240,
         check=False,
     )
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
-    return ended.stdout
+
+
+def studied(folder, *arguments, output="out"):
+    done = run_study(folder, *arguments, output=output)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def results(folder, output="out"):
@@ -228,15 +232,7 @@ def worst_difference(one, other):
 )
 def test_refusals_run_nothing(changes, arguments, said, digit_shards, tmp_path):
     folder = written(tmp_path / "refused", digit_shards, **changes)
-    ended = subprocess.run(
-        command(folder, *arguments),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    ended = run_study(folder, *arguments)
     assert ended.returncode == 2
     assert ended.stderr.splitlines() == [f"megatron_cca: error: {said}"]
     assert not (folder / "out").exists()
@@ -249,9 +245,7 @@ def test_no_two_programs_write_into_one_output(alone, tmp_path):
         import fcntl
 
         fcntl.flock(handle, fcntl.LOCK_EX)
-        ended = subprocess.run(
-            command(folder), cwd=folder, env=environment(), capture_output=True, text=True, timeout=100, check=False
-        )
+        ended = run_study(folder)
     finally:
         os.close(handle)
     assert ended.returncode == 2
