@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,10 +27,19 @@ def drawn_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: 
         logits = logits / temperature
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     if 0 < top_k < logits.size(-1):
-        weights *= logits >= logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        weights *= logits >= _kth_largest(logits, top_k)
     if top_p < 1:
         weights = _nucleus(weights, top_p)
     return _inverted(weights, uniforms)
+
+
+def _kth_largest(logits: Tensor, k: int) -> Tensor:
+    """``[B, 1]``."""
+    if logits.device.type == "cpu":
+        # A third of torch.topk's time there.
+        place = logits.size(-1) - k
+        return torch.from_numpy(np.partition(logits.numpy(), place, axis=-1)[:, place, None])
+    return logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:
