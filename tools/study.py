@@ -8,6 +8,14 @@ from pathlib import Path
 from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_tool_errors
 
+_EPILOG = """example:
+  python tools/study.py --study examples/studies/figure4.yaml --workers 2
+
+The same command goes on where it was interrupted. Studies with the same --output share their runs. Under torchrun all
+processes do each run together, laid out as the file's parallel keys say. examples/studies/README.md says what a study's
+file holds.
+"""
+
 
 def main() -> None:
     """Parse the command line, do what is missing, write the results."""
@@ -23,13 +31,16 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Example: python tools/study.py --study examples/studies/figure4.yaml --workers 2. The same command "
-        "goes on where it was interrupted. Studies with the same --output share their runs. Under torchrun all "
-        "processes do each run together, laid out as the file's parallel keys say.",
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--study", required=True, type=Path, metavar="FILE", help="the YAML file of the study")
-    parser.add_argument("--output", type=Path, default=Path("runs/studies"), help="folder of all runs and results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/studies"),
+        metavar="DIR",
+        help="folder of all runs and results (default runs/studies)",
+    )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that do runs side by side (default 1)"
     )
