@@ -24,6 +24,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Blend = dict[str, PositiveFloat]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -219,7 +220,33 @@ class TrainingConfig:
     """The weights to start from; null means random ones, the same for every layout."""
     save_interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    async_save: bool = True
+    """Let another process write a checkpoint while training goes on; costs its size in host memory meanwhile."""
+    keep_last: PositiveInt | None = None
+    """So many of the newest checkpoints are kept; null keeps all."""
+    keep_every: PositiveInt | None = None
+    """Steps whose multiples are kept besides, for ``keep_last``."""
     distributed_timeout_minutes: PositiveInt = 10
+
+
+@_strict
+class FaultsConfig:
+    """Section ``faults``: what a run does when something goes wrong; see docs/reliability.md."""
+
+    hang_timeout_seconds: NonNegativeFloat = 300.0
+    """A rank that makes no progress for so long is named, its stack printed, and the job ended. Each microbatch is
+    progress; saving may take six times as long. 0 is never."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """On NaN or infinity in loss or gradients: end the run before the update, or leave this update out."""
+    max_skipped_steps: PositiveInt = 3
+    """With ``skip``: more than so many in a row end the run."""
+    loss_spike: PositiveFloat | None = 10.0
+    """Alarm where the loss is so many times its usual spread above the median of the last 50 steps; null is never."""
+    positive_log_ratio_floor: FiniteFloat | None = -1.0
+    """Alarm where the mean positive log-ratio of ten steps is below this, in nats an image token; null is never. On the
+    digits, healthy runs stay above -0.85, runs that lose the images fall below -1.4."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """Whether an alarm also ends the run, saved."""
 
 
 @_strict
@@ -254,6 +281,7 @@ class Config:
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
 

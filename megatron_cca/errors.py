@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ class UserError(ValueError):
 
     Command-line programs print it without a traceback and exit with status 2.
     """
+
+
+class Stopped(Exception):
+    """A run that was asked to go has saved and goes. The message is one line.
+
+    Attributes:
+        status: the exit code, 128 + the signal's number: launchers know it as one to restart on.
+    """
+
+    def __init__(self, line: str, signal_number: int) -> None:
+        super().__init__(line)
+        self.status = 128 + signal_number
 
 
 @contextmanager

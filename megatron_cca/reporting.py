@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import Stopped, UserError
 
 # What a rank is told when another one is gone. It then waits for torchrun to end it, so that the rank where the trouble
 # began stands as the root cause.
@@ -28,7 +28,7 @@ _OTHER_RANKS_WAIT_SECONDS = 5.0
 def reported_errors() -> Iterator[None]:
     """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
 
-    An interruption (Ctrl-C) is one line with status 130.
+    An interruption (Ctrl-C) is one line with status 130, a run that was asked to go one with 128 + the signal's number.
 
     Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
     words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
@@ -39,15 +39,17 @@ def reported_errors() -> Iterator[None]:
         line = f"megatron_cca: error: {error}"
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_OTHER_RANKS_WAIT_SECONDS)
-        _leave(line, status=2)
+        leave(line, status=2)
+    except Stopped as stopped:
+        leave(f"megatron_cca: {stopped}", stopped.status)
     except KeyboardInterrupt:
-        _leave("megatron_cca: interrupted", status=130)
+        leave("megatron_cca: interrupted", status=130)
     except Exception as error:
         rank = os.environ.get("RANK")
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
             time.sleep(_PEER_LOST_WAIT_SECONDS)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
-        _leave(where + traceback.format_exc(), status=1)
+        leave(where + traceback.format_exc(), status=1)
 
 
 @contextmanager
@@ -71,7 +73,8 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
             raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
 
 
-def _leave(text: str, status: int) -> None:
+def leave(text: str, status: int) -> None:
+    """End this process at once, with its last words on standard error and in torchrun's error file."""
     sys.stdout.flush()
     print(text, file=sys.stderr, flush=True)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -1,18 +1,16 @@
-"""Save and load Megatron distributed checkpoints: any layout in, any layout out."""
+"""Load Megatron distributed checkpoints: any layout in, any layout out."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.integrity import check_whole_together
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
@@ -20,32 +18,6 @@ from megatron_cca.models import lora
 
 # The one sharding of the optimizer's state that any other TP x PP x DP can load.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def save(
-    root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict, start: Path | None = None
-) -> None:
-    """Write model and optimizer; collective over all ranks.
-
-    Args:
-        root: the run's ``checkpoints`` folder.
-        iteration: number of completed steps.
-        chunks: this rank's model chunks, without DDP.
-        optimizer: Megatron's optimizer.
-        summary: plain data kept in ``checkpoint.json``.
-        start: the checkpoint that training started from; what it keeps from Hugging Face is kept along.
-    """
-    partial = layout.partial_folder(root, iteration)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state_dict(chunks, optimizer, is_loading=False), str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        layout.keep_companions(root, start, partial)
-        layout.finalize(partial, root, iteration, summary)
-    dist.barrier()
 
 
 def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
@@ -56,23 +28,30 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     Raises:
         UserError: tensors missing or misshapen; ``key`` says which configuration key named the checkpoint.
     """
+    problem = check_whole_together(folder, key)
+    if problem is not None:
+        raise UserError(problem)
     settings = saved_config(folder, key).lora
     merged = settings.dim is not None and lora.settings_of(chunks) is None
     if merged:
         lora.attach(chunks, settings, seed=None)
-    _fill(chunks, _load(_state_dict(chunks), folder, key))
+    _fill(chunks, _load(state_dict(chunks), folder, key))
     if merged:
         lora.merge(chunks)
 
 
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
-    """Fill model chunks, with their adapters, and optimizer from any layout's checkpoint; collective over all ranks."""
-    state = _load(_state_dict(chunks, optimizer, is_loading=True), folder, key)
+    """Fill model chunks, with their adapters, and optimizer from any layout's checkpoint; collective over all ranks.
+
+    The checkpoint must have been found whole (:func:`integrity.newest_whole`).
+    """
+    state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
     optimizer.load_state_dict(state["optimizer"])
 
 
-def _state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
+def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
+    """What Megatron saves and loads: this rank's shards under their global names. Collective over all ranks."""
     # Megatron keeps process groups in the metadata that it is given, which outlive their layout there.
     # The tensors carry global names, so that a chunk's place in this dict does not bind the checkpoint to a layout.
     state = {f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)}

@@ -1,21 +1,22 @@
 """Where checkpoints lie, and how to tell a whole one from a half-written one; no torch, no Megatron.
 
     <run>/checkpoints/iter_0000060/            Megatron's distributed checkpoint
-    <run>/checkpoints/iter_0000060/checkpoint.json   what it is, and the size of every file
+    <run>/checkpoints/iter_0000060/checkpoint.json   what it is; size and checksum of every file
     <run>/checkpoints/iter_0000060/huggingface/      what came along from Hugging Face: config, tokenizer, ...
     <run>/checkpoints/iter_0000060/huggingface_parts/  and the tensors that are not the decoder's
     <run>/checkpoints/latest_checkpointed_iteration.txt
 
-A checkpoint is written under a hidden name and renamed when complete; the latest-file moves last.
+A checkpoint is written under a hidden name, flushed and renamed when complete; the latest-file moves last.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_cca.checkpoint import records
 from megatron_cca.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -38,16 +39,31 @@ def _former_folder(root: Path, iteration: int) -> Path:
     return root / f".iter_{iteration:07d}.former"
 
 
+def _removed_folder(root: Path, iteration: int) -> Path:
+    return root / f".iter_{iteration:07d}.removed"
+
+
 def own_names(root: Path, iteration: int) -> set[str]:
     """Every name that a checkpoint of this iteration, finished or interrupted, may have below ``root``."""
     folders = (iteration_folder(root, iteration), partial_folder(root, iteration), _former_folder(root, iteration))
     return {LATEST, f".{LATEST}", *(folder.name for folder in folders)}
 
 
-def finalize(partial: Path, root: Path, iteration: int, summary: dict) -> None:
-    """Turn a written folder into the newest checkpoint: record its files, rename it, move the latest-file."""
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-    (partial / SUMMARY).write_text(json.dumps({**summary, "iteration": iteration, "files": files}, indent=1))
+def finalize(
+    partial: Path, root: Path, iteration: int, summary: dict, checksums: Mapping[str, str] | None = None
+) -> None:
+    """Turn a written folder into the newest checkpoint: record its files, flush and rename it, move the latest-file.
+
+    Args:
+        partial: the folder; any that was there under the final name is replaced.
+        root: where checkpoints lie.
+        iteration: number of completed steps.
+        summary: plain data to keep in ``checkpoint.json``.
+        checksums: of files whose content was hashed already.
+    """
+    files = records.file_records(partial, checksums or {})
+    (partial / SUMMARY).write_text(records.sealed({**summary, "iteration": iteration, "files": files}))
+    records.flush_tree(partial)
     final, former = iteration_folder(root, iteration), _former_folder(root, iteration)
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
@@ -58,23 +74,65 @@ def finalize(partial: Path, root: Path, iteration: int, summary: dict) -> None:
         if former.exists():
             former.rename(final)
         raise
+    records.flush(root)
     marker = root / f".{LATEST}"
     marker.write_text(f"{iteration}\n")
+    records.flush(marker)
     marker.replace(root / LATEST)
+    records.flush(root)
     shutil.rmtree(former, ignore_errors=True)
 
 
-def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> None:
+def iterations(root: Path) -> list[int]:
+    """Iterations of all folders that have a checkpoint's name, whole or not, ascending."""
+    found = [re.fullmatch(r"iter_([0-9]{7,12})", path.name) for path in root.glob("iter_*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def tidy(root: Path) -> None:
+    """Remove what interrupted saves left, and take back a checkpoint that one was about to replace."""
+    for former in root.glob(".iter_*.former"):
+        final = root / former.name.removeprefix(".").removesuffix(".former")
+        if not final.exists():
+            former.rename(final)
+    for ending in ("former", "partial", "removed"):
+        for folder in root.glob(f".iter_*.{ending}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Remove checkpoints that are not to be kept; returns their iterations.
+
+    Args:
+        root: where they lie.
+        keep_last: so many of the newest stay; None keeps all.
+        keep_every: multiples of this stay besides.
+    """
+    if keep_last is None:
+        return []
+    removed = [number for number in iterations(root)[:-keep_last] if keep_every is None or number % keep_every]
+    for number in removed:
+        # Renamed first, so that what is half-removed has no checkpoint's name.
+        hidden = _removed_folder(root, number)
+        iteration_folder(root, number).rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return removed
+
+
+def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> dict[str, str]:
     """Give a checkpoint what the run keeps from Hugging Face, by hard links where the file system has them.
 
     It is taken from the run's newest checkpoint, so that the one it started from may go once there is another; a folder
     that is gone is no reason to lose a checkpoint.
+
+    Returns:
+        The recorded checksums of what was kept: hashing it again would hide damage since.
     """
-    newest = latest_iteration(root)
-    origins = [*([] if newest is None else [iteration_folder(root, newest)]), *([] if start is None else [start])]
-    origin = next((folder for folder in origins if (folder / COMPANION_FILES).is_dir()), None)
+    origins = [iteration_folder(root, number) for number in reversed(iterations(root))]
+    origins += [] if start is None else [start]
+    origin = next((folder for folder in origins if (folder / COMPANION_FILES).is_dir() and _is_complete(folder)), None)
     if origin is None:
-        return
+        return {}
     for name in (COMPANION_FILES, COMPANION_TENSORS):
         for path in (origin / name).glob("*"):
             (checkpoint / name).mkdir(exist_ok=True)
@@ -82,10 +140,13 @@ def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> None:
                 (checkpoint / name / path.name).hardlink_to(path)
             except OSError:
                 shutil.copyfile(path, checkpoint / name / path.name)
+    recorded = read_summary(origin, "checkpoint")["files"]
+    kept = {name for name in recorded if name.startswith((f"{COMPANION_FILES}/", f"{COMPANION_TENSORS}/"))}
+    return {name: recorded[name]["xxh3"] for name in kept if (checkpoint / name).is_file()}
 
 
 def latest_iteration(root: Path) -> int | None:
-    """The newest checkpoint's iteration, or None where nothing was saved yet.
+    """What the latest-file says, or None where there is none.
 
     Raises:
         UserError: an unreadable latest-file.
@@ -97,6 +158,19 @@ def latest_iteration(root: Path) -> int | None:
     if not re.fullmatch(r"[0-9]{1,12}", text):
         raise UserError(f"{marker}: holds {text[:40]!r} instead of an iteration number")
     return int(text)
+
+
+def newest_complete(root: Path) -> int | None:
+    """The newest iteration whose files are all there in full, whatever is in them; None where there is none."""
+    return next((number for number in reversed(iterations(root)) if _is_complete(iteration_folder(root, number))), None)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_summary(folder, "")
+    except UserError:
+        return False
+    return True
 
 
 def resolve(path: str | Path, key: str) -> Path:
@@ -115,6 +189,8 @@ def resolve(path: str | Path, key: str) -> Path:
         if iteration is not None:
             folder = iteration_folder(root, iteration)
             break
+        if iterations(root):
+            raise UserError(f"{key}: {root} has no {LATEST}; give one of the iter_ folders in it")
     else:
         folder = given
     read_summary(folder, key)
@@ -123,6 +199,8 @@ def resolve(path: str | Path, key: str) -> Path:
 
 def read_summary(folder: Path, key: str) -> dict:
     """A checkpoint's summary, after checking that every file it names is there in full.
+
+    What is in the files is looked at by :func:`integrity.check_whole`.
 
     Raises:
         UserError: missing, half-written, or truncated; names the folder or file.
@@ -133,16 +211,18 @@ def read_summary(folder: Path, key: str) -> dict:
     if not path.is_file():
         raise UserError(f"{key}: {folder} has no {SUMMARY}: it is half-written or not a checkpoint; choose another")
     try:
-        summary = json.loads(path.read_text())
-        files = summary["files"].items()
+        summary = records.unsealed(path.read_text())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{key}: {path} is damaged; choose another checkpoint") from None
-    for name, size in files:
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{key}: {file} is missing: the checkpoint is incomplete; choose another")
-        if file.stat().st_size != size:
-            raise UserError(
-                f"{key}: {file} has {file.stat().st_size} bytes instead of {size}: it is truncated; choose another"
-            )
+    for name, record in summary["files"].items():
+        _check_size(folder / name, record["bytes"], key)
     return summary
+
+
+def _check_size(file: Path, size: int, key: str) -> None:
+    if not file.is_file():
+        raise UserError(f"{key}: {file} is missing: the checkpoint is incomplete; choose another")
+    if file.stat().st_size != size:
+        raise UserError(
+            f"{key}: {file} has {file.stat().st_size} bytes instead of {size}: it is truncated; choose another"
+        )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_cca import __version__
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, config_from_dict, config_to_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
+from megatron_cca.version import code_version
 
 
 def summarize(config: Config, data: str | None = None) -> dict:
@@ -20,7 +20,7 @@ def summarize(config: Config, data: str | None = None) -> dict:
     """
     return {
         "config": config_to_dict(explicit(config)),
-        "version": __version__,
+        "version": code_version(),
         "vocabulary": resolve_architecture(config.model).vocabulary.fingerprint(),
         "data": data,
     }

@@ -58,6 +58,11 @@ class BatchLoader:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads from disk; others are sent what it read, or need nothing."""
+        return self._place.reads
+
     def start(self, step: int) -> None:
         """Begin to read ahead for this step; :meth:`get` does so by itself, but then has to wait the first time."""
         if not self._place.reads:

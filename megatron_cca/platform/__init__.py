@@ -7,6 +7,7 @@ on Megatron-Core runs unmodified and the rest of the project asks this module fo
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -130,6 +131,11 @@ def resident_bytes(*, peak: bool = False) -> int:
     field = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def host_name() -> str:
+    """This machine's name, for logs."""
+    return socket.gethostname()
 
 
 def device_name() -> str:

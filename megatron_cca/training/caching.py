@@ -45,7 +45,7 @@ def check_cache(config: Config, data: RunData) -> None:
         return
     cache = ReferenceCache(Path(config.reference.cache))
     cache.check(cache_identity(config, data))
-    done = layout.latest_iteration(Path(config.training.output_dir) / layout.FOLDER) or 0
+    done = layout.newest_complete(Path(config.training.output_dir) / layout.FOLDER) or 0
     cache.check_steps("training", done, config.training.train_iters)
     validation = validation_batches(config, data, with_pairs=True)
     if validation is not None:

@@ -53,6 +53,7 @@ def check_run(config: Config, world_size: int) -> None:
     _check_batch(config, data_parallel)
     _check_interleaving(config, data_parallel)
     _check_schedule(config)
+    _check_saving(config)
     _check_optimizer(config)
     _check_validation(config)
     _check_pictures(config)
@@ -120,6 +121,11 @@ def _check_schedule(config: Config) -> None:
         raise UserError(f"optimizer.min_lr: {optimizer.min_lr} is more than optimizer.lr {optimizer.lr}")
 
 
+def _check_saving(config: Config) -> None:
+    if config.training.keep_every is not None and config.training.keep_last is None:
+        raise UserError("training.keep_every: of no use without training.keep_last, without which all are kept")
+
+
 def _check_optimizer(config: Config) -> None:
     options = config.optimizer
     if options.use_precision_aware_optimizer and not options.use_distributed_optimizer:
@@ -173,9 +179,11 @@ def _check_weights(config: Config, path: str, key: str) -> None:
 
 def _check_resume(config: Config) -> None:
     root = Path(config.training.output_dir) / layout.FOLDER
-    if layout.latest_iteration(root) is None:
+    newest = layout.newest_complete(root)
+    if newest is None:
+        # If there are damaged ones only, newest_whole says so, having tried them all.
         return
-    folder = layout.resolve(root, OUTPUT)
+    folder = layout.iteration_folder(root, newest)
     ours, theirs = asdict(explicit(config)), asdict(saved_config(folder, OUTPUT))
     keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
     for section, name in [*keys, *_FIXED_KEYS]:

@@ -25,11 +25,13 @@ class LogpsPass:
         rows_per_microbatch: rows of one forward pass.
         vocab_size: the true one, without padding.
         chunk_size: tokens that pass through the LM head at a time.
+        beat: called at every microbatch, for whoever watches whether this rank goes on.
     """
 
     rows_per_microbatch: int
     vocab_size: int
     chunk_size: int
+    beat: Callable[[], None] = lambda: None
 
     def logps(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> dict[int, Tensor]:
         """Log-probabilities of the image tokens, float32 ``[R]`` by microbatch, on the last stage; empty elsewhere.
@@ -74,6 +76,7 @@ class LogpsPass:
         self._schedule(chunks, batch, forward_step, forward_only=False)
 
     def _forward(self, microbatches: Iterator, model: torch.nn.Module) -> tuple[int, Microbatch, Tensor]:
+        self.beat()
         index, rows = next(microbatches)
         head = {"vocab_size": self.vocab_size, "chunk_size": self.chunk_size}
         return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **head)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 import yaml
 
 from megatron_cca import platform
-from megatron_cca.checkpoint import distributed
-from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config import Config, config_to_dict
+from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
+from megatron_cca.parallel.agreement import largest, one_line
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.batches import RunData
+from megatron_cca.training.events import EventLog, Journal
+from megatron_cca.training.faults import heed_alarms, skipped_in_a_row
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.pictures import open_pictures
+from megatron_cca.training.saves import save_checkpoint, tell_of_saves
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step, validate
+from megatron_cca.training.stopping import StopRequest
+from megatron_cca.training.watchdog import watched
+from megatron_cca.version import code_version
 
 
 def train(config: Config, data: RunData) -> None:
-    """Train to ``training.train_iters``, continuing from the newest checkpoint in ``training.output_dir``.
+    """Train to ``training.train_iters``, continuing from the newest whole checkpoint in ``training.output_dir``.
 
     Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1 came; the run has saved.
+        UserError: loss or gradients that are not finite, an alarm that is to end the run, or a last save that failed.
     """
     initialize_distributed(config)
     run = set_up(config, data)
@@ -39,49 +52,97 @@ def train(config: Config, data: RunData) -> None:
 
 
 def _train(run: Run) -> None:
+    events = EventLog(Path(run.config.training.output_dir))
+    try:
+        if dist.get_rank() == 0:
+            _train_and_log(run, events)
+        else:
+            _loop(run, Journal(None, events))
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, Stopped):
+            events.write("failed", step=run.iteration, error=one_line(error))
+        raise
+
+
+def _train_and_log(run: Run, events: EventLog) -> None:
     config = run.config
-    if dist.get_rank() != 0:
-        _loop(run, None)
-        return
     output = Path(config.training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(explicit(config)), sort_keys=False))
     options = {"tensorboard": config.logging.tensorboard, "progress_bar": config.logging.progress_bar}
     with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
-        log.say(_headline(run))
-        _loop(run, log)
+        journal = Journal(log, events)
+        began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
+        journal.tell("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
+        for line in run.passed_over:
+            journal.tell("passed_over", f"passed over: {line}", reason=line)
+        _loop(run, journal)
 
 
-def _loop(run: Run, log: MetricsLog | None) -> None:
+def _loop(run: Run, journal: Journal) -> None:
     training = run.config.training
-    pictures = open_pictures(run)
-    if pictures is not None and run.iteration == 0:
-        pictures.draw(0, log)
-    while run.iteration < training.train_iters:
-        step = run.iteration
-        started = time.perf_counter()
-        report = train_step(run)
-        platform.synchronize()
-        row = _row(run, step, report, time.perf_counter() - started)
-        if step == 0:
-            _check_first_step(run, report, log)
-        if run.validation is not None and run.iteration % run.config.validation.interval == 0:
-            row |= {f"validation_{name}": value for name, value in validate(run).items()}
-        if log is not None:
-            log.write(row)
-        if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:
-            pictures.draw(run.iteration, log)
-        at_end = run.iteration == training.train_iters
-        if at_end or (training.save_interval and run.iteration % training.save_interval == 0):
-            save_checkpoint(run, log)
+    pictures, alarms, skipped = open_pictures(run), Alarms(run.config), 0
+    with StopRequest() as stop, watched(run.progress, journal.events, run.config.faults.hang_timeout_seconds):
+        if pictures is not None and run.iteration == 0:
+            pictures.draw(0, journal.log)
+        while run.iteration < training.train_iters:
+            report = _step(run, journal)
+            skipped = skipped_in_a_row(run, report, skipped, journal)
+            heed_alarms(run, alarms, report, journal)
+            if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:
+                run.progress.at("drawing pictures")
+                pictures.draw(run.iteration, journal.log)
+            signal_number = largest(stop.number)
+            at_end = run.iteration == training.train_iters
+            if at_end or signal_number or (training.save_interval and run.iteration % training.save_interval == 0):
+                save_checkpoint(run, journal)
+            else:
+                tell_of_saves(run, run.saver.poll(), journal)
+            if signal_number and not at_end:
+                _stop(run, signal_number, journal)
+            run.progress.step_done()
+        _finish(run, journal)
 
 
-def _check_first_step(run: Run, report: StepReport, log: MetricsLog | None) -> None:
+def _step(run: Run, journal: Journal) -> StepReport:
+    step = run.iteration
+    started = time.perf_counter()
+    report = train_step(run)
+    platform.synchronize()
+    row = _row(run, step, report, time.perf_counter() - started)
+    if step == 0 and report.problem is None:
+        _check_first_step(run, report, journal)
+    if run.validation is not None and run.iteration % run.config.validation.interval == 0:
+        run.progress.at("validation")
+        row |= {f"validation_{name}": value for name, value in validate(run).items()}
+    journal.log_row(row)
+    return report
+
+
+def _stop(run: Run, signal_number: int, journal: Journal) -> NoReturn:
+    tell_of_saves(run, run.saver.finish(), journal)
+    name = signal.Signals(signal_number).name
+    saved = run.saver.last_saved
+    kept = f"step {saved} is saved" if saved is not None else "nothing is saved"
+    journal.note("stopped", step=run.iteration, signal=name, saved=saved)
+    raise Stopped(f"{name}: {kept} in {run.config.training.output_dir}; the same command continues", signal_number)
+
+
+def _finish(run: Run, journal: Journal) -> None:
+    tell_of_saves(run, run.saver.finish(), journal)
+    if run.saver.last_saved != run.iteration:
+        raise UserError(
+            f"training.output_dir: step {run.iteration}, the last one, could not be saved in {run.checkpoints} (see "
+            "above); make room, then the same command continues from the newest checkpoint"
+        )
+    journal.note("finished", step=run.iteration)
+
+
+def _check_first_step(run: Run, report: StepReport, journal: Journal) -> None:
     if report.log_ratio is None:
         return
     line = judge(run.config, getattr(run.objective, "beta", None), report.log_ratio)
-    if log is not None:
-        log.say(line)
+    journal.say(line)
 
 
 def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:
@@ -95,14 +156,6 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
         "data_wait": report.data_wait_seconds / seconds,
         "peak_memory_gib": platform.peak_memory_bytes() / 2**30,
     }
-
-
-def save_checkpoint(run: Run, log: MetricsLog | None = None) -> None:
-    """Save the run's state at its present step. Collective over all ranks."""
-    summary = summarize(run.config, run.batches.data.fingerprint())
-    distributed.save(run.checkpoints, run.iteration, run.policy_chunks, run.optimizer, summary, run.start)
-    if log is not None:
-        log.say(f"saved {run.checkpoints} at step {run.iteration}")
 
 
 def _headline(run: Run) -> str:

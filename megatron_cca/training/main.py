@@ -32,6 +32,8 @@ def main(default_config: Path, base_config: Path, argv: Sequence[str] | None = N
         base = None if arguments.config else _missing_base(config, load_config(default_config), base_config)
         runs = [config] if base is None else [base, config]
         _check_all(runs)
+        if not arguments.auto_resume:
+            _check_fresh(config)
         _install(arguments.device)
         _train_all(runs)
 
@@ -56,6 +58,13 @@ def _parser(default_config: Path) -> argparse.ArgumentParser:
         help="override a key of the configuration; may be repeated, e.g. --set training.train_iters=10",
     )
     parser.add_argument(
+        "--auto-resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue from the newest whole checkpoint in training.output_dir (default); --no-auto-resume refuses a "
+        "folder that holds one",
+    )
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
     )
     return parser
@@ -74,7 +83,7 @@ def _missing_base(config: Config, default: Config, base_config: Path) -> Config 
         data=replace(base.data, path=config.data.path),
         training=replace(base.training, output_dir=wanted),
     )
-    iteration = layout.latest_iteration(Path(wanted) / layout.FOLDER)
+    iteration = layout.newest_complete(Path(wanted) / layout.FOLDER)
     return base if iteration is None or iteration < base.training.train_iters else None
 
 
@@ -84,6 +93,15 @@ def _check_all(runs: Sequence[Config]) -> None:
     if len(runs) > 1:
         # Its base does not exist yet; everything else about it can be refused now.
         check_run(replace(runs[1], training=replace(runs[1].training, pretrained_checkpoint=None)), world_size)
+
+
+def _check_fresh(config: Config) -> None:
+    root = Path(config.training.output_dir) / layout.FOLDER
+    if layout.iterations(root):
+        raise UserError(
+            f"training.output_dir: {root} holds checkpoints, the newest of step {layout.iterations(root)[-1]}; leave "
+            "--no-auto-resume out to continue, or choose another folder"
+        )
 
 
 def _install(device: platform.DeviceChoice) -> None:

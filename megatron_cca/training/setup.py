@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.integrity import newest_whole
+from megatron_cca.checkpoint.saving import CheckpointSaver
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
@@ -28,6 +30,7 @@ from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.forward import LogpsPass
+from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
 
@@ -53,6 +56,10 @@ class Run:
     iteration: int
     start: Path | None
     """The checkpoint that the weights came from before the first step."""
+    progress: Progress
+    saver: CheckpointSaver
+    passed_over: tuple[str, ...] = ()
+    """Why newer checkpoints than the one continued from were not taken; one line each."""
 
     @property
     def uses_pairs(self) -> bool:
@@ -82,8 +89,11 @@ def set_up(config: Config, data: RunData) -> Run:
     batches = training_batches(config, data, uses_pairs)
     reader = loader(config, batches)
     # While the models are built, the first batches are read.
-    reader.start(layout.latest_iteration(_checkpoints(config)) or 0)
-    forward = LogpsPass(batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size)
+    reader.start(layout.newest_complete(_checkpoints(config)) or 0)
+    progress = Progress()
+    forward = LogpsPass(
+        batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size, progress.beat
+    )
     own = uses_pairs and has_own_weights(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
     reference = own_reference(config, forward, frozen_chunks(config, architecture)) if own else None
@@ -92,6 +102,7 @@ def set_up(config: Config, data: RunData) -> Run:
         reference = borrowed_reference(config, forward, policy)
     optimizer = build_optimizer(config, policy)
     pretrained = config.training.pretrained_checkpoint
+    start = layout.resolve(pretrained, checks.PRETRAINED) if pretrained is not None else None
     run = Run(
         config=config,
         architecture=architecture,
@@ -105,12 +116,25 @@ def set_up(config: Config, data: RunData) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         iteration=0,
-        start=layout.resolve(pretrained, checks.PRETRAINED) if pretrained is not None else None,
+        start=start,
+        progress=progress,
+        saver=_saver(config, start),
     )
     _resume(run)
     if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
         run.forward.settle_scales(run.policy, reader.get(0))
     return run
+
+
+def _saver(config: Config, start: Path | None) -> CheckpointSaver:
+    training = config.training
+    return CheckpointSaver(
+        _checkpoints(config),
+        start=start,
+        in_background=training.async_save,
+        keep_last=training.keep_last,
+        keep_every=training.keep_every,
+    )
 
 
 def build_objective(config: Config):
@@ -179,7 +203,8 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        # health.py looks at the loss too, says which layers, and lets the run go on where that is wanted.
+        check_for_nan_in_grad=False,
     )
     model_config = get_model_config(chunks[0])
     policy = [
@@ -244,10 +269,10 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
 
 
 def _resume(run: Run) -> None:
-    iteration = layout.latest_iteration(run.checkpoints)
-    if iteration is None:
+    newest = newest_whole(run.checkpoints, checks.OUTPUT)
+    if newest is None:
         return
-    folder = layout.iteration_folder(run.checkpoints, iteration)
+    folder = layout.iteration_folder(run.checkpoints, newest.iteration)
     trained_on = layout.read_summary(folder, checks.OUTPUT)["data"]
     if trained_on != run.batches.data.fingerprint():
         raise UserError(
@@ -255,8 +280,9 @@ def _resume(run: Run) -> None:
             f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
         )
     distributed.load_training_state(folder, run.policy_chunks, run.optimizer, checks.OUTPUT)
-    run.iteration = iteration
-    run.scheduler.step(increment=iteration)
+    run.iteration, run.passed_over = newest.iteration, newest.passed_over
+    run.saver.last_saved = newest.iteration
+    run.scheduler.step(increment=newest.iteration)
 
 
 def seed_step(config: Config, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,6 +17,7 @@ from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.objectives import PairLogps, SequenceLogps
 from megatron_cca.training.batches import loader
 from megatron_cca.training.forward import gathered_rows
+from megatron_cca.training.health import not_finite, terms_not_finite
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, log_ratio_spread
 from megatron_cca.training.setup import Run, seed_step
 
@@ -27,10 +29,12 @@ class StepReport:
     Attributes:
         metrics: the objective's metrics over the whole global batch, before the update; the same for any layout.
         log_ratio: policy minus reference over all rows; None without a reference.
-        grad_norm: global norm before clipping.
+        grad_norm: global norm before clipping; NaN where there was no update.
         learning_rate: of this update.
         num_tokens: non-padding tokens that the policy saw, over the global batch.
+        image_tokens: of a row, averaged over the global batch.
         data_wait_seconds: how long this rank waited for the batch.
+        problem: why there was no update, in one line; None if there was.
     """
 
     metrics: dict[str, float]
@@ -38,25 +42,44 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     num_tokens: int
+    image_tokens: float
     data_wait_seconds: float
+    problem: str | None
 
 
 def train_step(run: Run) -> StepReport:
-    """Take the step ``run.iteration`` and advance it. Collective over all ranks."""
+    """Take the step ``run.iteration`` and advance it. Collective over all ranks.
+
+    Loss and gradients that are not finite leave weights and optimizer as they were.
+    """
     step = run.iteration
     if run.config.model.hidden_dropout > 0 or run.config.model.attention_dropout > 0:
         seed_step(run.config, step)
+    run.progress.at("reading the batch" if run.loader.reads else "receiving the batch", step)
     started = time.perf_counter()
     batch = run.loader.get(step)
     data_wait_seconds = time.perf_counter() - started
+    run.progress.at("reference pass")
     reference = run.reference.logps(batch, step) if run.reference is not None else {}
+    run.progress.at("policy pass")
     rows = _policy_pass(run, batch, reference)
-    _, grad_norm, _ = run.optimizer.step()
+    metrics, log_ratio, loss_problem = _global_metrics(run, rows, batch.mean_num_tokens)
+    run.progress.at("optimizer step")
+    problem = not_finite(run.policy, loss_problem)
+    grad_norm = run.optimizer.step()[1] if problem is None else math.nan
     learning_rate = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=1)
     run.iteration += 1
-    metrics, log_ratio = _global_metrics(run, rows, batch.mean_num_tokens)
-    return StepReport(metrics, log_ratio, float(grad_norm), learning_rate, batch.num_tokens, data_wait_seconds)
+    return StepReport(
+        metrics=metrics,
+        log_ratio=log_ratio,
+        grad_norm=float(grad_norm),
+        learning_rate=learning_rate,
+        num_tokens=batch.num_tokens,
+        image_tokens=batch.mean_num_tokens,
+        data_wait_seconds=data_wait_seconds,
+        problem=problem,
+    )
 
 
 def validate(run: Run) -> dict[str, float]:
@@ -101,14 +124,17 @@ def _rows(run: Run, batch: StepBatch, microbatch: Microbatch, policy: Tensor, re
     return PairLogps(*policy.chunk(2), *reference.chunk(2), microbatch.negative_is_positive)
 
 
-def _global_metrics(run: Run, rows: list, mean_num_tokens: float) -> tuple[dict[str, float], LogRatioSpread | None]:
-    """The objective's metrics over all rows of the global batch, and their log-ratios, on every rank."""
-    answer: list = [None, None]
+def _global_metrics(
+    run: Run, rows: list, mean_num_tokens: float
+) -> tuple[dict[str, float], LogRatioSpread | None, str | None]:
+    """Over all rows of the global batch, on every rank: the objective's metrics, log-ratios, and what is not finite."""
+    answer: list = [None, None, None]
     if parallel_state.is_pipeline_last_stage():
         gathered = _gather_rows(run, rows, mean_num_tokens)
         answer[0] = {name: value.item() for name, value in run.objective(gathered).metrics.items()}
         if run.uses_pairs:
             answer[1] = log_ratio_spread(gathered)
+        answer[2] = terms_not_finite(gathered)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast_object_list(
             answer,
@@ -116,7 +142,7 @@ def _global_metrics(run: Run, rows: list, mean_num_tokens: float) -> tuple[dict[
             group=parallel_state.get_pipeline_model_parallel_group(),
             device=platform.device(),
         )
-    return answer[0], answer[1]
+    return answer[0], answer[1], answer[2]
 
 
 def _gather_rows(run: Run, rows: list, mean_num_tokens: float) -> PairLogps | SequenceLogps:

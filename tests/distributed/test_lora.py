@@ -3,7 +3,6 @@
 fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm.
 """
 
-import json
 import shutil
 
 import pytest
@@ -24,6 +23,7 @@ from megatron_cca.errors import UserError
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, CP2, FULL, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
 from tests.references.huggingface import assert_same_bits, load_tensors, save_emu3
+from tests.references.resealed import reseal
 
 STEPS, BEFORE = 4, 2
 LORA = ["lora.dim=4", "lora.alpha=8"]
@@ -204,8 +204,6 @@ def test_an_export_refuses_adapters_that_do_not_fit(trained, tmp_path):
         ("start", "--checkpoint: .* lacks tensor decoder.*adapter.linear_in.weight; choose another checkpoint"),
     ):
         checkpoint = shutil.copytree(layout.resolve(folder / source, "checkpoint"), tmp_path / source)
-        summary = json.loads((checkpoint / layout.SUMMARY).read_text())
-        summary["config"]["lora"]["dim"] = 5
-        (checkpoint / layout.SUMMARY).write_text(json.dumps(summary))
+        reseal(checkpoint, lambda summary: {**summary, "config": {**summary["config"], "lora": {"dim": 5}}})
         with pytest.raises(UserError, match=message):
             export_checkpoint(checkpoint, tmp_path / "back", progress_bar=False)

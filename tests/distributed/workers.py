@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file
 
-from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint import distributed, layout, saving
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
@@ -33,7 +33,7 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
-from megatron_cca.training.loop import save_checkpoint
+from megatron_cca.training.saves import begin_save
 from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step, validate
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
@@ -155,7 +155,9 @@ def resume(settings):
         if dist.get_rank() == 0:
             Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        save_checkpoint(run)
+        begin_save(run)
+        assert [saved.problem for saved in run.saver.finish()] in ([], [None])
+        assert run.saver.last_saved == run.iteration
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
 
 
@@ -356,7 +358,7 @@ def resaved(settings):
     """Load a checkpoint on a layout and save it again from there."""
     _, config, chunks = _loaded(settings["checkpoint"], settings["overrides"])
     start = layout.resolve(settings["checkpoint"], "checkpoint")
-    distributed.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
+    saving.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
 
 
 def assert_loaded_weights(settings):
@@ -379,7 +381,7 @@ def reference_bias(settings):
     config = load_config(None, settings["overrides"])
     initialize_distributed(config)
     chunks = build_chunks(config, resolve_architecture(config.model), config.training, None, "")
-    distributed.save(Path(settings["checkpoint"]), 0, chunks, None, summarize(config))
+    saving.save(Path(settings["checkpoint"]), 0, chunks, None, summarize(config))
     lives, original = [], bias.prefix_logps
 
     def spy(chunks, *arguments):

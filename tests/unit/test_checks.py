@@ -255,7 +255,7 @@ def test_a_run_does_not_continue_as_another_run(run_folder):
 
 def test_the_summary_lists_every_file(run_folder):
     summary = json.loads((run_folder / layout.FOLDER / "iter_0000010" / layout.SUMMARY).read_text())
-    assert summary["files"] == {"__0_0.distcp": 100}
+    assert summary["files"] == {"__0_0.distcp": {"bytes": 100, "xxh3": "add9998d55ed3962e18dc405a95cc094"}}
     assert summary["iteration"] == 10
 
 

@@ -1,6 +1,5 @@
 """What conversions refuse: one line that names the tensor, key or file, and nothing left behind."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_cca.checkpoint.huggingface import (
     export_checkpoint,
     import_checkpoint,
 )
+from megatron_cca.checkpoint.records import sealed
 from megatron_cca.checkpoint.stored_tensors import INDEX, read_index
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
@@ -24,6 +24,7 @@ from tests.references.huggingface import (
     edit_tensors,
     refused,
 )
+from tests.references.resealed import reseal
 
 
 def test_a_missing_tensor_is_named(hf, tmp_path):
@@ -211,11 +212,13 @@ def test_a_templates_image_tokenizer_is_checked(change, hub, tmp_path):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back", template=template)
 
 
+def _changed(config, section, **values):
+    return {**config, section: {**config[section], **values}}
+
+
 def test_a_checkpoint_without_one_of_its_tensors_is_refused(hf, tmp_path):
     folder = import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
-    summary = json.loads((folder / layout.SUMMARY).read_text())
-    summary["config"]["model"]["num_layers"] = 5
-    (folder / layout.SUMMARY).write_text(json.dumps(summary))
+    reseal(folder, lambda summary: {**summary, "config": _changed(summary["config"], "model", num_layers=5)})
     with pytest.raises(UserError, match=r"decoder.layers.\S+ in .* has shape \[4, 64\], its sizes want \[5, 64\]"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
 
@@ -224,10 +227,16 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused(hf, tmp_path):
     ("content", "message"),
     [
         ("[]", "is damaged; choose another checkpoint"),
-        ('{"files": {}}', "is damaged: it has no config; choose another checkpoint"),
-        ('{"files": {}, "config": []}', "is damaged: it has no config; choose another checkpoint"),
-        ('{"files": {}, "config": {"model": {"name": "foo"}}}', "model.name: unknown preset 'foo'"),
-        ('{"files": {}, "config": {"model": 3}}', "model"),
+        ("{}", "is damaged; choose another checkpoint"),
+        ('{"files": {}}', "is damaged; choose another checkpoint"),
+        (sealed({"files": []}), "is damaged; choose another checkpoint"),
+        (sealed({"files": {"a": 7}}), "is damaged; choose another checkpoint"),
+        (sealed({"files": {"../a": {"bytes": 1, "xxh3": ""}}}), "is damaged; choose another checkpoint"),
+        (sealed({"files": {"/a": {"bytes": 1, "xxh3": ""}}}), "is damaged; choose another checkpoint"),
+        (sealed({"files": {}}), "is damaged: it has no config; choose another checkpoint"),
+        (sealed({"files": {}, "config": []}), "is damaged: it has no config; choose another checkpoint"),
+        (sealed({"files": {}, "config": {"model": {"name": "foo"}}}), "model.name: unknown preset 'foo'"),
+        (sealed({"files": {}, "config": {"model": 3}}), "model"),
         ('{"files": ' + "[" * 100_000, "is damaged; choose another checkpoint"),
     ],
 )
@@ -254,9 +263,7 @@ def test_a_checkpoint_in_another_width_is_refused(hf, tmp_path):
     for found in index.state_dict_metadata.values():
         if isinstance(found, TensorStorageMetadata):
             found.properties.dtype = torch.float16
-    summary = json.loads((folder / layout.SUMMARY).read_text())
     (folder / INDEX).write_bytes(pickle.dumps(index))
-    summary["files"][INDEX] = (folder / INDEX).stat().st_size
-    (folder / layout.SUMMARY).write_text(json.dumps(summary))
+    reseal(folder)
     with pytest.raises(UserError, match=r"is in torch.float16; models here are in float32 or bfloat16"):
         export_checkpoint(folder, tmp_path / "back")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_cca.checkpoint.records import sealed
 from megatron_cca.config import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.studies.checks import check_study
@@ -289,7 +290,7 @@ def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_sa
 def checkpoint(folder):
     """What planning reads of a checkpoint: its summary."""
     folder.mkdir()
-    (folder / "checkpoint.json").write_text(json.dumps({"config": CONFIGS["base"], "files": {}, "iteration": 3}))
+    (folder / "checkpoint.json").write_text(sealed({"config": CONFIGS["base"], "files": {}, "iteration": 3}))
     return {"base": {"checkpoint": str(folder)}}
 
 
@@ -302,7 +303,7 @@ def test_a_given_checkpoint_is_the_base_of_every_seed(tmp_path):
     run = planner.sampling(cca, {LR: 0.001}, 1, 100).after
     assert (run.after, run.config.training.pretrained_checkpoint) == (None, str(tmp_path / "given"))
     before = run.folder
-    (tmp_path / "given" / "checkpoint.json").write_text(json.dumps({"config": CONFIGS["base"], "files": {}}))
+    (tmp_path / "given" / "checkpoint.json").write_text(sealed({"config": CONFIGS["base"], "files": {}}))
     again = Planner(planner.study, tmp_path / "out").sampling(cca, {LR: 0.001}, 1, 100).after
     assert again.folder != before
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface.adapters import MergedTensors
 from megatron_cca.checkpoint.huggingface.source import check_dtype
+from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
@@ -34,6 +35,7 @@ class MegatronCheckpoint:
     def __init__(self, path: str | Path, option: str) -> None:
         self.option = option
         self.folder = layout.resolve(path, option)
+        check_whole(self.folder, option)
         self.config = saved_config(self.folder, option)
         self.architecture = resolve_architecture(self.config.model)
         self.format = family_of(self.config.model).huggingface

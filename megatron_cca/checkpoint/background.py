@@ -1,0 +1,81 @@
+"""The process that writes a checkpoint while training goes on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pickle
+import queue
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from megatron_cca.checkpoint import records
+
+_PR_SET_PDEATHSIG = 1
+
+
+class ResultsFile:
+    """What Megatron's writer process answers, through a file in memory that parent and forked child share.
+
+    Megatron would start a server process for it that survives a killed rank, and takes seconds to import torch.
+    """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("checkpoint_results")
+        self._read = 0
+
+    def put(self, item: object) -> None:
+        """Append an item."""
+        data = pickle.dumps(item)
+        os.write(self._file, len(data).to_bytes(8, "little"))
+        while data:
+            data = data[os.write(self._file, data) :]
+
+    def get_nowait(self) -> object:
+        """The next item; raises :class:`queue.Empty` where there is none."""
+        size = int.from_bytes(os.pread(self._file, 8, self._read), "little")
+        data = os.pread(self._file, size, self._read + 8)
+        if not size or len(data) < size:
+            raise queue.Empty
+        self._read += 8 + size
+        # From this rank's own forked child, through memory that no one else can open.
+        return pickle.loads(data)  # noqa: S301
+
+
+def serve_results() -> ResultsFile:
+    """Give Megatron a fresh place for the next save's results."""
+    filesystem_async._results_queue = ResultsFile()
+    return filesystem_async._results_queue
+
+
+def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_background: bool) -> AsyncRequest:
+    """The request to write this rank's files, hashing them afterwards; the checksums follow as one more result."""
+    if request.async_fn is None:
+        return request
+    write = functools.partial(_write, request.async_fn, folder, dist.get_rank(), results, os.getpid(), in_background)
+    return request._replace(async_fn=write)
+
+
+def _write(
+    write: Callable, folder: Path, rank: int, results: ResultsFile, parent: int, in_background: bool, *arguments
+) -> None:
+    if in_background:
+        _die_with(parent)
+    write(*arguments)
+    results.put(records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")]))
+
+
+def _die_with(parent: int) -> None:
+    """Let this process end when its rank is killed, so that it cannot write into what the next attempt writes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # They go to the whole job; the rank decides what they mean, and waits for this process.
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,125 @@
+"""Is a checkpoint what was written? Every file's content against its recorded checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_cca.checkpoint import layout, records
+from megatron_cca.errors import UserError
+
+# Policy and reference often come from one checkpoint; an unchanged file is not read again.
+_known_good: set[tuple] = set()
+
+
+def check_whole(folder: Path, key: str) -> dict:
+    """Refuse a checkpoint with a damaged file; reads every byte.
+
+    Args:
+        folder: the checkpoint's own folder.
+        key: where the user named it, for messages.
+
+    Returns:
+        Its summary.
+
+    Raises:
+        UserError: see :func:`layout.read_summary`; a file whose content is not what was written; names it.
+    """
+    summary = layout.read_summary(folder, key)
+    _check_contents(folder, key, summary["files"], summary["files"])
+    return summary
+
+
+def check_whole_together(folder: Path, key: str) -> str | None:
+    """What is wrong with a checkpoint, or None; each rank reads its share. Collective over all ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: list[str | None] = [None] * ranks
+    dist.all_gather_object(found, _problem(folder, key, rank, ranks))
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
+    try:
+        files = layout.read_summary(folder, key)["files"]
+        # The largest first, in turns, so that each rank has about as much to read.
+        names = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks]
+        _check_contents(folder, key, files, names)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{key}: {error.filename or folder}: {error.strerror or error}"
+    return None
+
+
+def _check_contents(folder: Path, key: str, files: dict[str, dict], names: Collection[str]) -> None:
+    identities = {name: _identity(folder / name, files[name]["xxh3"]) for name in names}
+    unknown = [name for name in names if identities[name] not in _known_good]
+    for name, found in records.checksums(folder, unknown).items():
+        if found != files[name]["xxh3"]:
+            raise UserError(f"{key}: {folder / name} is damaged: not what was written; choose another checkpoint")
+        _known_good.add(identities[name])
+
+
+def _identity(path: Path, expected: str) -> tuple:
+    state = path.stat()
+    return (str(path.resolve()), state.st_ino, state.st_mtime_ns, state.st_ctime_ns, state.st_size, expected)
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The checkpoint that a run continues from.
+
+    Attributes:
+        iteration: its number of completed steps.
+        passed_over: why newer ones, or the latest-file, were not followed; one line each.
+    """
+
+    iteration: int
+    passed_over: tuple[str, ...]
+
+
+def newest_whole(root: Path, key: str) -> Newest | None:
+    """The newest undamaged checkpoint below ``root``; None where nothing was saved yet. Collective over all ranks.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole; names the newest one's damage.
+    """
+    listed: list = [None]
+    if dist.get_rank() == 0:
+        layout.tidy(root)
+        listed[0] = (layout.iterations(root), _said_latest(root, key))
+    dist.broadcast_object_list(listed)
+    numbers, latest = listed[0]
+    passed_over: list[str] = []
+    for number in reversed(numbers):
+        problem = check_whole_together(layout.iteration_folder(root, number), key)
+        if problem is None:
+            return Newest(number, (*passed_over, *_disagreement(root, latest, number, passed_over)))
+        passed_over.append(problem)
+    if passed_over or latest is not None:
+        first = passed_over[0] if passed_over else f"{key}: {root / layout.LATEST} names a checkpoint that is gone"
+        raise UserError(f"{first}; none of {root} is whole: restore one, or choose another training.output_dir")
+    return None
+
+
+def _said_latest(root: Path, key: str) -> int | str | None:
+    """What the latest-file says: an iteration, what is wrong with it, or None where there is no file."""
+    try:
+        return layout.latest_iteration(root)
+    except UserError as error:
+        return f"{key}: {error}"
+
+
+def _disagreement(root: Path, latest: int | str | None, number: int, passed_over: list[str]) -> list[str]:
+    if isinstance(latest, str):
+        return [latest]
+    if latest == number or (passed_over and latest is not None and latest > number):
+        return []
+    said = "is missing" if latest is None else f"says {latest}"
+    return [
+        f"{root / layout.LATEST} {said}, {layout.iteration_folder(root, number).name} is the newest whole checkpoint "
+        "and is taken; to go back, remove the newer ones"
+    ]

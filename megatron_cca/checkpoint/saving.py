@@ -1,0 +1,237 @@
+"""Save checkpoints beside the training, one at a time: whole or not at all."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.background import ResultsFile, hashing, serve_results
+from megatron_cca.checkpoint.distributed import state_dict
+from megatron_cca.errors import UserError
+from megatron_cca.parallel.agreement import attempted_on_rank_0, first_problem, one_line
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended.
+
+    Attributes:
+        iteration: of the checkpoint.
+        problem: why there is no such checkpoint, in one line; None if there is.
+        removed: iterations that retention removed thereafter.
+        seconds: from the call to the end, of which training waited for ``waited_seconds``.
+    """
+
+    iteration: int
+    problem: str | None
+    removed: tuple[int, ...] = ()
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Megatron's own, but for an index that cannot be written: rank 0 would raise and the others wait for it."""
+
+    problem: str | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer, *arguments) -> AsyncRequest:
+        finish = writer.finish
+
+        def finish_or_tell(metadata, results) -> None:
+            try:
+                finish(metadata, results)
+            except OSError as error:
+                self.problem = one_line(error)
+
+        writer.finish = finish_or_tell
+        return super()._get_save_and_finalize_callbacks(writer, *arguments)
+
+
+@dataclass
+class _Pending:
+    iteration: int
+    summary: dict
+    partial: Path
+    results: ResultsFile
+    strategy: _Strategy
+    started: float
+    waited: float = 0.0
+
+
+class CheckpointSaver:
+    """Writes a run's checkpoints. All methods are collective over all ranks.
+
+    A save that fails leaves the former checkpoints as they were and nothing of its own.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        start: the checkpoint that training started from; what it keeps from Hugging Face is kept along.
+        in_background: whether another process writes while training goes on.
+        keep_last, keep_every: see :func:`layout.prune`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        start: Path | None = None,
+        in_background: bool = False,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
+        self._root, self._start, self._in_background = root, start, in_background
+        self._keep = keep_last, keep_every
+        self._queue = AsyncCallsQueue()
+        self._pending: _Pending | None = None
+        self.last_saved: int | None = None
+        """Iteration of the newest checkpoint that this run has saved or continued from."""
+
+    def save(self, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict) -> list[Saved]:
+        """Begin to write model and optimizer; waits for the former save, and for this one if not in the background.
+
+        Args:
+            iteration: number of completed steps.
+            chunks: this rank's model chunks, without DDP.
+            optimizer: Megatron's optimizer, or None.
+            summary: plain data kept in ``checkpoint.json``.
+
+        Returns:
+            The saves that ended meanwhile.
+        """
+        ended = self.finish()
+        started = time.perf_counter()
+        partial = layout.partial_folder(self._root, iteration)
+        problem = attempted_on_rank_0(lambda: _make_empty(partial))[1]
+        if problem is None:
+            state = state_dict(chunks, optimizer, is_loading=False)
+            problem = first_problem(_not_finite(state))
+        if problem is not None:
+            return [*ended, Saved(iteration, problem)]
+        self._pending = _Pending(iteration, summary, partial, serve_results(), _Strategy(), started)
+        self._begin(self._request(state, self._pending))
+        self._pending.waited = time.perf_counter() - started
+        return ended if self._in_background else [*ended, *self.finish()]
+
+    def _request(self, state: dict, pending: _Pending) -> AsyncRequest:
+        request = dist_checkpointing.save(
+            state, str(pending.partial), pending.strategy, async_sharded_save=True, async_strategy="mcore"
+        )
+        # The last one writes metadata.json on rank 0 while the others wait, whether it can or not; see _finalize.
+        request.finalize_fns.pop()
+        return hashing(request, pending.partial, pending.results, in_background=self._in_background)
+
+    def _begin(self, request) -> None:
+        if self._in_background:
+            self._queue.schedule_async_request(request)
+            return
+        # As Megatron's execute_sync, but that a rank which fails says so below, where all are told.
+        arguments = list(request.async_fn_args)
+        if request.async_fn is not None:
+            arguments[1] = request.preload_fn()
+            request.async_fn(*arguments)
+        self._queue.schedule_async_request(request._replace(async_fn=None))
+
+    def poll(self) -> list[Saved]:
+        """The save that has ended since, if one has; does not wait for it."""
+        return self._end(blocking=False)
+
+    def finish(self) -> list[Saved]:
+        """Wait for what is being written."""
+        return self._end(blocking=True)
+
+    def _end(self, *, blocking: bool) -> list[Saved]:
+        pending = self._pending
+        if pending is None:
+            return []
+        begun = time.perf_counter()
+        try:
+            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+                pending.waited += time.perf_counter() - begun
+                return []
+            problem = pending.strategy.problem
+        except CheckpointException as error:
+            problem = _why(error)
+        self._pending = None
+        removed, problem = self._conclude(pending, first_problem(problem))
+        if problem is None:
+            self.last_saved = pending.iteration
+        now = time.perf_counter()
+        waited = pending.waited + now - begun
+        return [Saved(pending.iteration, problem, tuple(removed or ()), now - pending.started, waited)]
+
+    def _conclude(self, pending: _Pending, problem: str | None) -> tuple[list[int] | None, str | None]:
+        if problem is not None:
+            attempted_on_rank_0(lambda: _remove(pending.partial))
+            return None, problem
+        everyone: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(_checksums(pending.results), everyone)
+        removed, problem = attempted_on_rank_0(lambda: self._finalize(pending, everyone))
+        if problem is not None:
+            attempted_on_rank_0(lambda: _remove(pending.partial))
+        return removed, problem
+
+    def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> list[int]:
+        known = {name: found for sums in everyone for name, found in sums.items()}
+        save_config(CheckpointingConfig(pending.strategy.backend, pending.strategy.version), str(pending.partial))
+        known |= layout.keep_companions(self._root, self._start, pending.partial)
+        layout.finalize(pending.partial, self._root, pending.iteration, pending.summary, known)
+        return layout.prune(self._root, *self._keep)
+
+
+def save(
+    root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict, start: Path | None = None
+) -> None:
+    """Save one checkpoint and wait for it; see :class:`CheckpointSaver`. Collective over all ranks.
+
+    Raises:
+        UserError: it could not be written; in one line.
+    """
+    for saved in CheckpointSaver(root, start=start).save(iteration, chunks, optimizer, summary):
+        if saved.problem is not None:
+            raise UserError(f"{layout.iteration_folder(root, iteration)}: not saved: {saved.problem}")
+
+
+def _make_empty(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _remove(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_finite(state: dict) -> str | None:
+    """Which of this rank's tensors holds a NaN or an infinity, in one line; None if none does."""
+    for item in nested_values(state):
+        if not isinstance(item, ShardedTensor | ShardedTensorFactory) or not torch.is_tensor(item.data):
+            continue
+        # One pass and no mask in memory: what is not finite stays so in a sum.
+        if item.data.is_floating_point() and not torch.isfinite(item.data.sum(dtype=torch.float32)):
+            return f"{item.key} holds NaN or infinity"
+    return None
+
+
+def _why(error: CheckpointException) -> str:
+    causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
+    return one_line(causes[0]) if causes else "another rank could not write its part"
+
+
+def _checksums(results: ResultsFile) -> dict[str, str]:
+    try:
+        return results.get_nowait()
+    except queue.Empty:
+        return {}  # this rank had nothing to write

@@ -1,0 +1,92 @@
+"""What happened to a run, for whoever comes back to it: one JSON object a line in ``events.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megatron_cca.training.metrics import MetricsLog
+
+FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends to ``<output_dir>/events.jsonl``. Every rank may, a line at a time; a full disk is no reason to stop.
+
+    Args:
+        output_dir: the run's folder.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self._path = output_dir / FILE
+        self._complained = False
+
+    def write(self, event: str, **details: object) -> None:
+        """Append one event.
+
+        Args:
+            event: started, resumed, saved, save_failed, removed, skipped_step, alarm, stop_requested, stopped, hang,
+                failed or finished.
+            details: plain data.
+        """
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": event,
+            "rank": int(os.environ.get("RANK", "0")),
+            # torchrun's count of what it restarted by itself.
+            "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            **details,
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # One write to a file opened for appending, so that lines of several ranks do not mix.
+            with self._path.open("ab", buffering=0) as file:
+                file.write((json.dumps(line) + "\n").encode())
+        except OSError as error:
+            if not self._complained:
+                print(f"megatron_cca: {self._path}: {error.strerror}; events are lost", file=sys.stderr, flush=True)
+            self._complained = True
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where a rank reports: rank 0 to people and files, the others only what befalls them.
+
+    Attributes:
+        log: on rank 0.
+        events: on every rank.
+    """
+
+    log: MetricsLog | None
+    events: EventLog
+
+    def say(self, line: str) -> None:
+        """On rank 0, to a person."""
+        if self.log is not None:
+            self.log.say(line)
+
+    def log_row(self, row: dict[str, float]) -> None:
+        """On rank 0, a step's metrics."""
+        if self.log is not None:
+            self.log.write(row)
+
+    def note(self, event: str, **details: object) -> None:
+        """On rank 0, to ``events.jsonl``; for what all ranks know."""
+        if self.log is not None:
+            self.events.write(event, **details)
+
+    def tell(self, event: str, line: str, **details: object) -> None:
+        """On rank 0, to both."""
+        self.say(line)
+        self.note(event, **details)
+
+
+def read_events(output_dir: Path) -> list[dict]:
+    """The events of a run in order; half a last line is left out."""
+    path = output_dir / FILE
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

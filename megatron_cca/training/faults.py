@@ -1,0 +1,48 @@
+"""What a run does about bad numbers: leave an update out, give an alarm, or end."""
+
+from __future__ import annotations
+
+from megatron_cca.errors import UserError
+from megatron_cca.training.alarms import Alarms
+from megatron_cca.training.events import Journal
+from megatron_cca.training.saves import save_checkpoint, tell_of_saves
+from megatron_cca.training.setup import Run
+from megatron_cca.training.step import StepReport
+
+
+def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal) -> int:
+    """How many updates in a row were left out so far. Collective over all ranks.
+
+    Raises:
+        UserError: ``faults`` would have the run end; what it was saving is finished first.
+    """
+    if report.problem is None:
+        return 0
+    faults, step = run.config.faults, run.iteration - 1
+    if faults.non_finite == "skip" and before < faults.max_skipped_steps:
+        line = f"step {step}: {report.problem}; this update is left out"
+        journal.tell("skipped_step", line, step=step, reason=report.problem)
+        return before + 1
+    tell_of_saves(run, run.saver.finish(), journal)
+    advice = (
+        f"{before} updates before it were left out already (faults.max_skipped_steps)"
+        if before
+        else "lower optimizer.lr, look at the data of this step, or set faults.non_finite=skip to leave it out"
+    )
+    raise UserError(f"step {step}: {report.problem}; nothing of it is saved; {advice}")
+
+
+def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) -> None:
+    """Say what alarms there are after a step. Collective over all ranks.
+
+    Raises:
+        UserError: an alarm, where ``faults.on_alarm`` is stop; the run is saved first.
+    """
+    if report.problem is not None:
+        return
+    for line in alarms.after(report.metrics, report.image_tokens):
+        journal.tell("alarm", f"alarm at step {run.iteration - 1}: {line}", step=run.iteration - 1, reason=line)
+        if run.config.faults.on_alarm == "stop":
+            save_checkpoint(run, journal)
+            tell_of_saves(run, run.saver.finish(), journal)
+            raise UserError(f"step {run.iteration - 1}: {line} (faults.on_alarm is stop)")

@@ -1,0 +1,36 @@
+"""Saving in the middle of training: begun, waited for, and told of."""
+
+from __future__ import annotations
+
+from megatron_cca.checkpoint.saving import Saved
+from megatron_cca.checkpoint.summary import summarize
+from megatron_cca.training.events import Journal
+from megatron_cca.training.setup import Run
+
+# A disk is slower than a device, and may be asked by many at once.
+_PATIENCE_WITH_SAVING = 6.0
+
+
+def save_checkpoint(run: Run, journal: Journal) -> None:
+    """Begin to save the run's state at its present step. Collective over all ranks."""
+    tell_of_saves(run, begin_save(run), journal)
+
+
+def begin_save(run: Run) -> list[Saved]:
+    """As :func:`save_checkpoint`; returns the saves that ended meanwhile."""
+    run.progress.at("saving", patience=_PATIENCE_WITH_SAVING)
+    summary = summarize(run.config, run.batches.data.fingerprint())
+    return run.saver.save(run.iteration, run.policy_chunks, run.optimizer, summary)
+
+
+def tell_of_saves(run: Run, ended: list[Saved], journal: Journal) -> None:
+    """Say how saves ended; one that failed is said, and training goes on."""
+    for saved in ended:
+        if saved.problem is not None:
+            line = f"step {saved.iteration} could not be saved: {saved.problem}; training goes on"
+            journal.tell("save_failed", line, step=saved.iteration, reason=saved.problem)
+            continue
+        times = {"seconds": round(saved.seconds, 3), "waited_seconds": round(saved.waited_seconds, 3)}
+        journal.tell("saved", f"saved {run.checkpoints} at step {saved.iteration}", step=saved.iteration, **times)
+        if saved.removed:
+            journal.note("removed", steps=list(saved.removed))

@@ -1,0 +1,144 @@
+"""Find a rank that hangs: say which one and where, print its stack, and end the job."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megatron_cca.reporting import leave
+from megatron_cca.training.events import EventLog
+from megatron_cca.training.progress import PHASES, Place, Progress
+
+_TICKS = 10
+_LONGEST_TICK_SECONDS = 5.0
+# The rank at fault leaves first, so that torchrun names it as the root cause.
+_OTHERS_WAIT_SECONDS = 5.0
+_STACK_FRAMES = 12
+# In larger jobs one rank of each machine asks what the others posted; so many answers are no load for the store.
+_ALL_ASK = 64
+
+
+def watched(progress: Progress, events: EventLog, timeout_seconds: float) -> AbstractContextManager:
+    """A :class:`Watchdog` around a block; none where ``timeout_seconds`` is 0."""
+    return Watchdog(progress, events, timeout_seconds) if timeout_seconds else nullcontext()
+
+
+class Watchdog:
+    """A thread on every rank that reports where the rank is and notices when it stays there.
+
+    Args:
+        progress: what the training loop says of itself.
+        events: where a hang is written down.
+        timeout_seconds: longest time without progress; times a phase's patience.
+    """
+
+    def __init__(self, progress: Progress, events: EventLog, timeout_seconds: float) -> None:
+        self._progress, self._events, self._timeout = progress, events, timeout_seconds
+        self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        # A connection of its own: the main thread may be waiting in the other one.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=max(1.0, self._tick)))
+        self._asks = self._ranks <= _ALL_ASK or os.environ.get("LOCAL_RANK", "0") == "0"
+        self._stopping = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._progress.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stopping.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        beats = 0
+        while not self._stopping.wait(self._tick):
+            beats += 1
+            place = self._progress.place
+            limit = self._timeout * place.patience
+            # Should a hang keep the interpreter's lock, this thread stands too; this timer then needs no interpreter.
+            faulthandler.dump_traceback_later(limit + 2 * self._timeout, exit=True)
+            self._post(beats, place)
+            if time.monotonic() - place.since > limit:
+                self._hangs(place, beats)
+
+    def _post(self, beats: int, place: Place) -> None:
+        try:
+            self._store.set(_key(self._rank), json.dumps([beats, place.step, place.phase]))
+        except Exception:
+            return
+
+    def _hangs(self, place: Place, beats: int) -> None:
+        first = self._read_all()
+        for number in range(1, 4):
+            time.sleep(self._tick)
+            self._post(beats + number, place)
+        if self._progress.place != place:
+            return
+        second = self._read_all()
+        seconds = time.monotonic() - place.since
+        at_fault, reason = judge(first, second, self._rank) if self._asks else ([], "see what the other ranks say")
+        line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
+        silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
+        if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
+            time.sleep(_OTHERS_WAIT_SECONDS)
+        stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
+        self._events.write("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        leave(f"{line}\nstack of rank {self._rank}, innermost last:\n{''.join(stack)}{line}", status=1)
+
+    def _read_all(self) -> dict[int, list]:
+        """What each rank posted last, as far as the store answers."""
+        if not self._asks:
+            return {}
+        try:
+            there = [rank for rank in range(self._ranks) if self._store.check([_key(rank)])]
+            answers = self._store.multi_get([_key(rank) for rank in there])
+        except Exception:
+            return {}
+        return {rank: json.loads(answer) for rank, answer in zip(there, answers, strict=True)}
+
+
+def judge(first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int) -> tuple[list[int], str]:
+    """Which ranks the others wait for, and why, from two looks at what each posted (beats, step, phase).
+
+    Args:
+        first, second: by rank; the second look is several beats later.
+        rank: who asks; it is alive.
+    """
+    silent = [other for other in first if other != rank and first[other] == second.get(other)]
+    if rank not in second:
+        return [], "the rendezvous store does not answer: its host, or rank 0, is stopped or gone"
+    if silent:
+        _, step, phase = first[silent[0]]
+        return silent, f"no sign of life from {_named(silent)}: stopped or gone; last seen in step {step}, {phase}"
+    places = {other: (step, PHASES.index(phase)) for other, (_, step, phase) in second.items()}
+    behind = min(places.values())
+    if behind == max(places.values()):
+        return sorted(places), "all ranks are there, in a communication that does not end"
+    late = [other for other, place in places.items() if place == behind]
+    return late, f"waiting for {_named(late)}, still in step {behind[0]}, {PHASES[behind[1]]}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8])) + (" and others" if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
+def _key(rank: int) -> str:
+    return f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"

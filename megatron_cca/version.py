@@ -1,0 +1,30 @@
+"""Which code is this?"""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from megatron_cca import __version__
+
+_ROOT = Path(__file__).resolve().parents[1]
+_TIMEOUT_SECONDS = 10
+
+
+@cache
+def code_version() -> str:
+    """The package's version; in a git checkout with its commit, and ``.dirty`` where files differ from it."""
+    if not (_ROOT / ".git").exists():
+        return __version__
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return f"{__version__}+g{commit}{'.dirty' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    options = {"capture_output": True, "text": True, "timeout": _TIMEOUT_SECONDS, "check": True}
+    return subprocess.run(command, **options).stdout.strip()  # noqa: S603 - a list, and nothing of it is input
