@@ -115,10 +115,8 @@ class CheckpointSaver:
         ended = self.finish()
         started = time.perf_counter()
         partial = layout.partial_folder(self._root, iteration)
-        problem = attempted_on_rank_0(lambda: _make_empty(partial))[1]
-        if problem is None:
-            state = state_dict(chunks, optimizer, is_loading=False)
-            problem = first_problem(_not_finite(state))
+        state = state_dict(chunks, optimizer, is_loading=False)
+        problem = first_problem(_not_finite(state)) or attempted_on_rank_0(lambda: _make_empty(partial))[1]
         if problem is not None:
             return [*ended, Saved(iteration, problem)]
         self._pending = _Pending(iteration, summary, partial, serve_results(), _Strategy(), started)
@@ -144,6 +142,11 @@ class CheckpointSaver:
             arguments[1] = request.preload_fn()
             request.async_fn(*arguments)
         self._queue.schedule_async_request(request._replace(async_fn=None))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save has begun and not ended."""
+        return self._pending is not None
 
     def poll(self) -> list[Saved]:
         """The save that has ended since, if one has; does not wait for it."""

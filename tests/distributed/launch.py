@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,25 +39,53 @@ _SERVER.set_forkserver_preload(["tests.distributed.workers"])
 def run_tool(script: Path, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
     """Run a program of ours on one process as ``python SCRIPT ARGUMENTS`` does, but forked from the same server."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / stream for stream in ("out", "err")]
-        job = _SERVER.Process(
-            target=_program, args=(str(script), list(map(str, arguments)), str(cwd), *map(str, files))
-        )
-        job.start()
+        job = start_tool(script, *arguments, cwd=cwd, log=Path(folder) / "log")
         job.join(timeout)
         if job.exitcode is None:
             job.kill()
             job.join()
             raise subprocess.TimeoutExpired(str(script), timeout)
         return subprocess.CompletedProcess(
-            [str(script), *arguments], job.exitcode, *(file.read_text() for file in files)
+            [str(script), *arguments], job.exitcode, *(Path(folder, f"log.{end}").read_text() for end in ("out", "err"))
         )
 
 
-def _program(script: str, arguments: list[str], cwd: str, *files: str) -> None:
+def start_tool(script: Path, *arguments: object, cwd: Path, log: Path, **variables: object):
+    """As :func:`run_tool`, but returns the started process; its output goes to ``<log>.out`` and ``<log>.err``.
+
+    Args:
+        variables: of the environment, such as a rank's.
+    """
+    files = [f"{log}.out", f"{log}.err"]
+    own = {name: str(value) for name, value in variables.items()}
+    job = _SERVER.Process(target=_program, args=(str(script), list(map(str, arguments)), str(cwd), own, *files))
+    job.start()
+    return job
+
+
+def start_job(ranks: int, script: Path, *arguments: object, cwd: Path) -> list:
+    """Start a program of ours on several ranks, forked, as a launcher does; their output is in ``<cwd>/rank*``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start_tool(script, *arguments, cwd=cwd, log=cwd / f"rank{rank}", RANK=rank, LOCAL_RANK=rank, **job)
+        for rank in range(ranks)
+    ]
+
+
+def end_job(jobs: list) -> None:
+    """Kill what is left of it."""
+    for job in jobs:
+        job.kill()
+        job.join()
+
+
+def _program(script: str, arguments: list[str], cwd: str, variables: dict[str, str], *files: str) -> None:
     for descriptor, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.environ |= environment()
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ |= environment() | variables
     os.chdir(cwd)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")

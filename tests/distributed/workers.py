@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 import traceback
 import weakref
 from dataclasses import replace
@@ -17,14 +18,18 @@ platform.install("cpu")
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from safetensors.torch import load_file
 
 from megatron_cca.checkpoint import distributed, layout, saving
+from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config import load_config
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.errors import UserError
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.initialization import sharded_tensors
@@ -595,3 +600,88 @@ def huggingface_logits(settings):
         dist.broadcast(difference, dist.get_world_size() - 1)
         answers[name] = difference.item()
     return answers
+
+
+def newest_checkpoints(settings):
+    """For each folder of checkpoints: what a run there would continue from, or why it would not."""
+    answers = {}
+    for root in settings["roots"]:
+        try:
+            found = newest_whole(Path(root), "training.output_dir")
+            answers[root] = None if found is None else [found.iteration, list(found.passed_over)]
+        except UserError as error:
+            answers[root] = str(error)
+    return answers
+
+
+def bad_numbers(settings):
+    """By layout: what is said of a step whose gradients, then whose weights, hold a NaN, and whether weights moved."""
+    return {name: _bad_numbers(settings["common"] + overrides) for name, overrides in settings["layouts"].items()}
+
+
+def _bad_numbers(overrides):
+    run = _start(overrides)
+    train_step(run)
+    weights = {
+        f"decoder.layers.{layer.layer_number - 1}": layer.mlp.linear_fc1.weight
+        for chunk in run.policy_chunks
+        for layer in chunk.decoder.layers
+    }
+    before = _digest_of_state(run)
+    hooks = [w.register_hook(lambda g: g * float("nan")) for name, w in weights.items() if name == "decoder.layers.1"]
+    gradients = train_step(run)
+    for hook in hooks:
+        hook.remove()
+    unmoved = _digest_of_state(run) == before
+    after = train_step(run)
+    moved = _digest_of_state(run) != before
+    for name, weight in weights.items():
+        if name == "decoder.layers.1":
+            weight.data[0, 0] = float("inf")
+    loss = train_step(run)
+    saved = [found.problem for found in [*begin_save(run), *run.saver.finish()]]
+    return {
+        "gradients": gradients.problem,
+        "grad_norm_is_nan": gradients.grad_norm != gradients.grad_norm,
+        "unmoved": unmoved,
+        "after": after.problem,
+        "moved": moved,
+        "loss": loss.problem,
+        "saved": saved,
+        "files": sorted(path.name for path in run.checkpoints.glob("*")),
+    }
+
+
+def _digest_of_state(run):
+    """Weights and optimizer state of all ranks, hashed."""
+    digest = hashlib.sha256()
+    state = distributed.state_dict(run.policy_chunks, run.optimizer, is_loading=False)
+    for item in nested_values(state):
+        if torch.is_tensor(getattr(item, "data", None)):
+            digest.update(item.data.detach().numpy().tobytes())
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digest.hexdigest())
+    return everyone
+
+
+def saved_while_training(settings):
+    """Save at step 2 in the background with a slow disk, train on meanwhile; returns where it is and the last loss."""
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def slowly(*arguments, **options):
+        time.sleep(settings["seconds"])
+        return write(*arguments, **options)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
+    run = _start(settings["overrides"])
+    for _ in range(2):
+        train_step(run)
+    ended = begin_save(run)
+    polled = []
+    while run.iteration < settings["steps"]:
+        train_step(run)
+        polled += run.saver.poll()
+    writing = run.saver.is_writing
+    ended += polled + run.saver.finish()
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    return {"writing": writing, "problems": [saved.problem for saved in ended], "iteration": run.iteration}
