@@ -8,16 +8,34 @@ import os
 import pickle
 import queue
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_cca.checkpoint import records
+from megatron_cca.checkpoint.records import file_system_cause
+from megatron_cca.parallel.agreement import one_line
 
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank's writer adds to Megatron's own results.
+
+    Attributes:
+        checksums: of the files it wrote, by name.
+        problem: why it could not write, in one line; None if it could.
+    """
+
+    checksums: dict[str, str]
+    problem: str | None
 
 
 class ResultsFile:
@@ -55,7 +73,7 @@ def serve_results() -> ResultsFile:
 
 
 def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_background: bool) -> AsyncRequest:
-    """The request to write this rank's files, hashing them afterwards; the checksums follow as one more result."""
+    """The request to write this rank's files, and to hash them; a :class:`Written` follows as one more result."""
     if request.async_fn is None:
         return request
     write = functools.partial(_write, request.async_fn, folder, dist.get_rank(), results, os.getpid(), in_background)
@@ -67,8 +85,33 @@ def _write(
 ) -> None:
     if in_background:
         _die_with(parent)
-    write(*arguments)
-    results.put(records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")]))
+    with _remembered_problems() as problems:
+        write(*arguments)
+    checksums = {}
+    try:
+        checksums = records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+    except OSError as error:
+        problems.append(one_line(error))
+    results.put(Written(checksums, next(iter(problems), None)))
+
+
+@contextmanager
+def _remembered_problems() -> Iterator[list[str]]:
+    """What went wrong in Megatron's writer, which reports that something did but not what."""
+    problems: list[str] = []
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def remembering(*arguments, **options):
+        outcome = write(*arguments, **options)
+        if isinstance(outcome[1], Exception):
+            problems.append(one_line(file_system_cause(outcome[1])))
+        return outcome
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(remembering)
+    try:
+        yield problems
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def _die_with(parent: int) -> None:

@@ -82,3 +82,11 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_system_cause(error: BaseException) -> BaseException:
+    """What the file system said, or an interruption, where torch's zip writer has put an error of its own on top."""
+    found: BaseException | None = error
+    while found is not None and isinstance(found, Exception) and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error

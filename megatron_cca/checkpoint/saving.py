@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
 import time
@@ -19,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.background import ResultsFile, hashing, serve_results
+from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
 from megatron_cca.checkpoint.distributed import state_dict
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.agreement import attempted_on_rank_0, first_problem, one_line
@@ -169,19 +170,23 @@ class CheckpointSaver:
         except CheckpointException as error:
             problem = _why(error)
         self._pending = None
-        removed, problem = self._conclude(pending, first_problem(problem))
+        written = _written(pending.results)
+        problem = first_problem(written.problem) or first_problem(problem)
+        removed, problem = self._conclude(pending, written.checksums, problem)
         if problem is None:
             self.last_saved = pending.iteration
         now = time.perf_counter()
         waited = pending.waited + now - begun
         return [Saved(pending.iteration, problem, tuple(removed or ()), now - pending.started, waited)]
 
-    def _conclude(self, pending: _Pending, problem: str | None) -> tuple[list[int] | None, str | None]:
+    def _conclude(
+        self, pending: _Pending, checksums: dict[str, str], problem: str | None
+    ) -> tuple[list[int] | None, str | None]:
         if problem is not None:
             attempted_on_rank_0(lambda: _remove(pending.partial))
             return None, problem
         everyone: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(_checksums(pending.results), everyone)
+        dist.gather_object(checksums, everyone)
         removed, problem = attempted_on_rank_0(lambda: self._finalize(pending, everyone))
         if problem is not None:
             attempted_on_rank_0(lambda: _remove(pending.partial))
@@ -233,8 +238,10 @@ def _why(error: CheckpointException) -> str:
     return one_line(causes[0]) if causes else "another rank could not write its part"
 
 
-def _checksums(results: ResultsFile) -> dict[str, str]:
-    try:
-        return results.get_nowait()
-    except queue.Empty:
-        return {}  # this rank had nothing to write
+def _written(results: ResultsFile) -> Written:
+    """What this rank's writer said last; nothing where it had nothing to write, or was killed."""
+    found: object = None
+    with contextlib.suppress(queue.Empty):
+        while not isinstance(found, Written):
+            found = results.get_nowait()
+    return found if isinstance(found, Written) else Written({}, None)

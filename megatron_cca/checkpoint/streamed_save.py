@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_cca.checkpoint.records import file_system_cause
+
 # How Megatron-Core 0.19 marks the format (dist_checkpointing/core.py), and where it keeps what is not sharded.
 _FORMAT_FILE, _FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON_STATE = "common_state/shard_0_1"
@@ -57,18 +59,10 @@ def save_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_PiecePlanner(pieces), no_dist=True)
     except CheckpointException as error:
-        raise _cause(next(iter(error.failures.values()))[0]) from None
+        raise file_system_cause(next(iter(error.failures.values()))[0]) from None
     finally:
         torch.serialization.set_crc32_options(checksums)
     (folder / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What the file system said, or an interruption, where torch's zip writer has put an error of its own on top."""
-    found: BaseException | None = error
-    while found is not None and isinstance(found, Exception) and not isinstance(found, OSError):
-        found = found.__context__
-    return found or error
 
 
 class _PiecePlanner(dcp.DefaultSavePlanner):

@@ -96,9 +96,22 @@ def process_group_options() -> dict:
     if "MASTER_PORT" not in os.environ:
         # Not under torchrun: a job of one process needs no port.
         options |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        options |= _fresh_rendezvous(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if current().is_cuda:
         options["device_id"] = device()
     return options
+
+
+def _fresh_rendezvous(attempt: str) -> dict:
+    """A place in torchrun's store where ranks that were killed have left nothing.
+
+    torchrun hands the store of the first attempt to those after it, with the dead ranks' addresses
+    (pytorch/pytorch#135712). On one machine its count of restarts is the same on every rank; on several it need not be,
+    and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment is the way (docs/reliability.md).
+    """
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    return {"store": torch.distributed.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
 def synchronize() -> None:

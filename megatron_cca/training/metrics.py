@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,9 @@ class MetricsLog:
         path = output_dir / METRICS_FILE
         kept = [line for line in _lines(path) if json.loads(line)["step"] < first_step]
         path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
+        # Unbuffered, so that no line waits for room that never comes.
+        self._file = path.open("ab", buffering=0)
+        self._complained = False
         self._tensorboard = _summary_writer(output_dir / "tensorboard", first_step) if tensorboard else None
         self._bar = tqdm(
             total=train_iters,
@@ -55,17 +58,29 @@ class MetricsLog:
             self._tensorboard.close()
 
     def write(self, row: dict[str, float]) -> None:
-        """Log one step; ``row["step"]`` counts from 0."""
-        self._file.write(json.dumps(row) + "\n")
+        """Log one step; ``row["step"]`` counts from 0. What is not finite is null, which any reader of JSON takes.
+
+        A full disk costs lines of the log, not the run.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._append(json.dumps(finite) + "\n")
         if self._tensorboard is not None:
-            for name, value in row.items():
-                if name != "step":
+            for name, value in finite.items():
+                if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, row["step"])
         self._bar.set_postfix_str(_short(row), refresh=False)
         self._bar.update()
         done = row["step"] + 1
         if self._bar.disable and (done % self._every == 0 or done == self._train_iters):
             self.say(f"step {done}/{self._train_iters}  {_short(row)}")
+
+    def _append(self, line: str) -> None:
+        try:
+            self._file.write(line.encode())
+        except OSError as error:
+            if not self._complained:
+                self.say(f"{self._file.name}: {error.strerror}; steps go on and are not logged")
+            self._complained = True
 
     def show(self, name: str, picture: Path, step: int) -> None:
         """Hand a PNG to TensorBoard; it stays where it is."""
