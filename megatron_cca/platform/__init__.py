@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,8 @@ def install(choice: DeviceChoice = "auto") -> Platform:
     from megatron_cca.platform import adam, cpu, quiet
 
     quiet.hide_expected_messages()
+    # Checkpoints are written by Megatron's own writer; where it finds this one, it ends at import if that is too old.
+    sys.modules.setdefault("nvidia_resiliency_ext.checkpointing.async_ckpt.core", None)
     # Megatron overlaps tensor-parallel communication with compute correctly only with a single hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     platform = _choose(choice)

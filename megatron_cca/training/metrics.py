@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -55,7 +57,18 @@ class MetricsLog:
         self._bar.close()
         self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with self.tolerating_a_full_disk():
+                self._tensorboard.close()
+
+    @contextmanager
+    def tolerating_a_full_disk(self) -> Iterator[None]:
+        """What cannot be written inside is lost, and said once; the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                self.say(f"{error.filename or self._file.name}: {error.strerror}; the run goes on without these logs")
+            self._complained = True
 
     def write(self, row: dict[str, float]) -> None:
         """Log one step; ``row["step"]`` counts from 0. What is not finite is null, which any reader of JSON takes.
@@ -63,24 +76,22 @@ class MetricsLog:
         A full disk costs lines of the log, not the run.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._append(json.dumps(finite) + "\n")
-        if self._tensorboard is not None:
-            for name, value in finite.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, row["step"])
+        with self.tolerating_a_full_disk():
+            self._file.write((json.dumps(finite) + "\n").encode())
+        with self.tolerating_a_full_disk():
+            self._scalars({name: value for name, value in finite.items() if name != "step"}, row["step"])
         self._bar.set_postfix_str(_short(row), refresh=False)
         self._bar.update()
         done = row["step"] + 1
         if self._bar.disable and (done % self._every == 0 or done == self._train_iters):
             self.say(f"step {done}/{self._train_iters}  {_short(row)}")
 
-    def _append(self, line: str) -> None:
-        try:
-            self._file.write(line.encode())
-        except OSError as error:
-            if not self._complained:
-                self.say(f"{self._file.name}: {error.strerror}; steps go on and are not logged")
-            self._complained = True
+    def _scalars(self, values: dict[str, float | None], step: int) -> None:
+        if self._tensorboard is None:
+            return
+        for name, value in values.items():
+            if value is not None:
+                self._tensorboard.add_scalar(name, value, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
         """Hand a PNG to TensorBoard; it stays where it is."""

@@ -48,10 +48,11 @@ class SamplePictures:
         pictures = self.paint()
         if log is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"step_{step:07d}.png"
-        contact_sheet(path, list(pictures.images), [prompt.text for prompt in self._prompts])
-        log.show(FOLDER, path, step)
+        with log.tolerating_a_full_disk():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            contact_sheet(path, list(pictures.images), [prompt.text for prompt in self._prompts])
+            log.show(FOLDER, path, step)
 
 
 def open_pictures(run: Run) -> SamplePictures | None:

@@ -27,7 +27,8 @@ def tell_of_saves(run: Run, ended: list[Saved], journal: Journal) -> None:
     """Say how saves ended; one that failed is said, and training goes on."""
     for saved in ended:
         if saved.problem is not None:
-            line = f"step {saved.iteration} could not be saved: {saved.problem}; training goes on"
+            goes_on = "; training goes on" if run.iteration < run.config.training.train_iters else ""
+            line = f"step {saved.iteration} could not be saved: {saved.problem}{goes_on}"
             journal.tell("save_failed", line, step=saved.iteration, reason=saved.problem)
             continue
         times = {"seconds": round(saved.seconds, 3), "waited_seconds": round(saved.waited_seconds, 3)}

@@ -234,7 +234,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "async_save"), [(1, "true"), (2, "false")])
 def test_a_full_disk_costs_no_checkpoint_and_no_step(ranks, async_save, digit_shards, tmp_path, disk):
-    settings = {"training.save_interval": 2, "training.async_save": async_save}
+    settings = {"training.save_interval": 2, "training.async_save": async_save, "logging.tensorboard": "true"}
     options = arguments(digit_shards, **settings, **(TP2 if ranks == 2 else {}))
     jobs = start_job(ranks, Path(SCRIPT), *options, cwd=tmp_path)
     try:
