@@ -20,7 +20,7 @@ from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
 from megatron_cca.studies.settings import Keys, StudySettings
 from megatron_cca.studies.study import Method, Study
-from megatron_cca.training.checks import check_run
+from megatron_cca.training.checks import check_new_run
 
 CONTROL = "control"
 # How much the training of one method may cost more than another's.
@@ -118,7 +118,7 @@ def _check_runs(study: Study, world_size: int) -> None:
     for where, config in _configs(study):
         with said_of(where):
             # The base does not exist yet, and it is the same model.
-            check_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
+            check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
             if first is not None and config.parallel != first.parallel:
                 raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
             _check_model(study, config.model)

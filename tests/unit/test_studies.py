@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_cca.checkpoint import layout
 from megatron_cca.config import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.studies.checks import check_study
@@ -311,6 +312,15 @@ def test_a_given_checkpoint_of_another_size_is_refused(tmp_path):
     changes = checkpoint(tmp_path / "given")
     with pytest.raises(UserError, match=r"methods.control: model: num_layers is 2, the base's 4"):
         opened(tmp_path, **changes, set={"model.num_layers": 2})
+
+
+def test_another_run_in_a_configurations_own_folder_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / config_from_dict(CONFIGS["cca"]).training.output_dir / layout.FOLDER
+    partial = layout.partial_folder(root, 3)
+    partial.mkdir(parents=True)
+    layout.finalize(partial, root, 3, {"config": CONFIGS["base"]})
+    opened(tmp_path)
 
 
 def test_methods_share_what_is_the_same(tmp_path):
