@@ -139,6 +139,12 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"methods/cca/tune": {LR: [0.001, 0.001]}}, "methods.cca.tune: a value is given twice"),
         ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: list should have at least 1 item"),
         ({"methods/control": GONE}, "methods.control: every study needs it"),
+        ({"samples": 64}, "samples: 64 images are too few for FID on 64 features; it wants 65 or more"),
+        ({"tuning_samples": 3}, "tuning_samples: 3 images are too few for FID"),
+        ({"metrics": ["fid", "kid"]}, "samples: 100 images are too few for KID with kid_subset_size 1000"),
+        ({"extractor": "none.py:f"}, "extractor: the file none.py does not exist"),
+        ({"classifier": "none.py:f"}, "classifier: the file none.py does not exist"),
+        ({"sampling": {"height": 90, "width": 90}}, "sampling: a grid of 90 x 90 takes "),
         ({"methods/control/config": "cca.yaml"}, "methods.control: every study needs it"),
         ({"methods/control/config": None}, "methods.control: every study needs it"),
         ({"methods/cca/config": None}, "methods.cca: optimizer.lr: nothing is trained here"),
@@ -278,7 +284,7 @@ def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_sa
         folder(**{"base/set": {"training.train_iters": 5}}),
         folder(**{"prompts": str(tmp_path / "own.jsonl")}),
         folder(**{"reference": "digits-held-out"}),
-        folder(**{"metrics": ["fid", "sfid"]}),
+        folder(**{"metrics": ["fid", "recall"]}),
         folder(**{"sampling": {"height": 5}}),
     ]
     assert len({first, *others}) == 1 + len(others)
