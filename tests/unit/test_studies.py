@@ -139,6 +139,7 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"methods/cca/tune": {LR: [0.001, 0.001]}}, "methods.cca.tune: a value is given twice"),
         ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: list should have at least 1 item"),
         ({"methods/control": GONE}, "methods.control: every study needs it"),
+        ({"metrics": ["fid"]}, "plots.0: kind: frontier draws inception_score; add it to metrics"),
         ({"samples": 64}, "samples: 64 images are too few for FID on 64 features; it wants 65 or more"),
         ({"tuning_samples": 3}, "tuning_samples: 3 images are too few for FID"),
         ({"metrics": ["fid", "kid"]}, "samples: 100 images are too few for KID with kid_subset_size 1000"),
@@ -284,7 +285,7 @@ def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_sa
         folder(**{"base/set": {"training.train_iters": 5}}),
         folder(**{"prompts": str(tmp_path / "own.jsonl")}),
         folder(**{"reference": "digits-held-out"}),
-        folder(**{"metrics": ["fid", "recall"]}),
+        folder(**{"metrics": ["fid", "inception_score"]}),
         folder(**{"sampling": {"height": 5}}),
     ]
     assert len({first, *others}) == 1 + len(others)
@@ -490,8 +491,11 @@ def test_a_method_whose_trials_all_fail_is_said_to(tmp_path):
     assert "- CCA: none of its trials finished" in table(results)
     assert "diverged: loss nan |" in table(results)
     for one in results.study.settings.plots:
-        if one.kind != "heatmap":
-            plot(tmp_path, results, one)
+        plot(tmp_path, results, one)
+    for kind in ("comparison", "frontier", "against"):
+        axis = LAMBDA if kind == "against" else None
+        plot(tmp_path, results, replace(one, kind=kind, file=f"lost-{kind}", methods=["cca"], x=axis, y=None))
+        assert (tmp_path / f"lost-{kind}.png").is_file()
 
 
 def pictures(folder, results):
