@@ -14,7 +14,7 @@ from megatron_cca.data.digits import KEYWORD
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.evaluation.classifiers import check_classifier
 from megatron_cca.evaluation.extractors import WIDTHS, check_extractor
-from megatron_cca.evaluation.listings import check_path
+from megatron_cca.evaluation.listings import WORDS, check_path, list_folder
 from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.prompts import read_prompts
@@ -115,15 +115,25 @@ def _check_judging(settings: StudySettings) -> None:
 
 
 def _check_samples(settings: StudySettings) -> None:
-    """What a user's own extractor gives shows only when it runs."""
+    """Too few images of either side; what a user's own extractor gives shows only when it runs."""
     widths = WIDTHS.get(settings.extractor, {})
     numbers = FidelitySettings(inception_score_splits=settings.inception_score_splits)
+    real = _reference_size(settings.reference)
     for key in ("samples", "tuning_samples"):
         count = getattr(settings, key)
         for metric in settings.metrics if count is not None and widths else ():
-            problem = obstacle(metric, Counts(count, sys.maxsize), widths, numbers)
+            problem = obstacle(metric, Counts(count, real), widths, numbers)
             if problem is not None:
-                raise UserError(f"{key}: {problem.reason}")
+                raise UserError(f"{key if problem.side == 'samples' else problem.side}: {problem.reason}")
+
+
+def _reference_size(reference: str) -> int:
+    """Images of a folder; of an archive, which is long to read and may bring the moments of more, no limit."""
+    folder = Path(reference).expanduser()
+    if reference in WORDS or not folder.is_dir():
+        return sys.maxsize
+    with said_of("reference"):
+        return len(list_folder(folder).files)
 
 
 def _check_prompts(settings: StudySettings) -> None:

@@ -213,6 +213,18 @@ def test_refusals_are_one_line(changes, said, tmp_path):
     assert "study.yaml" in message
 
 
+def test_a_small_or_empty_reference_is_refused_before_anything_runs(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    with pytest.raises(UserError, match=r"study.yaml: reference: .*real: holds no PNG or JPEG files"):
+        opened(tmp_path, reference=str(real))
+    Image.new("RGB", (8, 8)).save(real / "0.png")
+    with pytest.raises(
+        UserError, match=r"study.yaml: reference: 1 images are too few for FID on 64 features; it wants"
+    ):
+        opened(tmp_path, reference=str(real))
+
+
 def test_an_unreadable_file_is_one_line(tmp_path):
     for text, said in (
         ("[1, 2]", "expected keys name"),
