@@ -143,9 +143,11 @@ def _path(text: str) -> Path:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("images_per_prompt", "best_of", "batch_size", "pipeline_model_parallel_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be 1 or more, found {getattr(arguments, name)}")
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for name in ("images_per_prompt", "best_of", "batch_size", *sizes):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be 1 or more, found {value}")
     if arguments.grid is not None and min(arguments.grid) < 1:
         raise UserError(f"--grid: height and width must be 1 or more, found {' '.join(map(str, arguments.grid))}")
     if arguments.seed < 0:
@@ -154,15 +156,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--best-of: goes with --scorer, which says what is best; give both or neither")
     if arguments.class_captions is not None and arguments.classes is None:
         raise UserError("--class-captions: of no use without --classes")
+    if arguments.negative_prompt and not (arguments.guidance_scale or arguments.contrastive_top_k):
+        raise UserError("--negative-prompt: of no use without --guidance-scale or --contrastive-top-k")
 
 
 def _layout(arguments: argparse.Namespace) -> tuple[int, int]:
     world, pipeline = int(os.environ["WORLD_SIZE"]), arguments.pipeline_model_parallel_size
     tensor = arguments.tensor_model_parallel_size or max(1, world // pipeline)
-    if tensor < 1 or world % (tensor * pipeline):
+    if world % (tensor * pipeline):
+        part = "pipeline" if arguments.tensor_model_parallel_size is None else "tensor"
         raise UserError(
-            f"--tensor-model-parallel-size: {tensor} x pipeline size {pipeline} does not divide the {world} processes "
-            "of this job"
+            f"--{part}-model-parallel-size: tensor size {tensor} x pipeline size {pipeline} does not divide the "
+            f"{world} processes of this job; start a multiple of {tensor * pipeline} (torchrun --nproc_per_node)"
         )
     return tensor, pipeline
 
@@ -215,6 +220,7 @@ def _job(arguments: argparse.Namespace, saved: Config) -> Job:
         suffix=arguments.prompt_suffix,
         negative=arguments.negative_prompt,
         best_of=arguments.best_of,
+        scorer=arguments.scorer,
         overwrite=arguments.overwrite,
         npz=not arguments.no_npz,
     )

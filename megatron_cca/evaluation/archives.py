@@ -23,11 +23,14 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
     Raises:
         UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
     """
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: cannot be read as .npz: it is cut short or something else; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read as .npz ({' '.join(str(error).split())})") from None
+    except Exception as error:  # zipfile, zlib and NumPy promise no closed set for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as .npz ({reason})") from None
     if IMAGES not in arrays:
         raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]")
     images = arrays[IMAGES]

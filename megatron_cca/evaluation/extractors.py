@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.plugins import is_function_spec, load_function
+from megatron_cca.evaluation.plugins import failures_said, is_function_spec, load_function
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -38,7 +38,10 @@ class Extractor(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...] | dict[str, Tensor]:
         """uint8 ``[N, 3, H, W]`` -> features ``[N, D]``, class logits ``[N, C]`` and perhaps spatial ``[N, S]``."""
-        return self.network(images)
+        if not is_function_spec(self.name):
+            return self.network(images)
+        with failures_said(self.name, EXTRACTOR):
+            return self.network(images)
 
 
 def open_extractor(name: str, weights: Path | None = None) -> Extractor:

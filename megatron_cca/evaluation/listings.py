@@ -94,8 +94,8 @@ def _record(line: bytes) -> dict:
     if not isinstance(record, dict) or not isinstance(record.get("file"), str):
         raise UserError('must be an object with "file"')
     label, prompt = record.get("label"), record.get("prompt")
-    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
-        raise UserError(f'"label" must be a whole number or null, found {label!r}')
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int) or not -(2**63) <= label < 2**63):
+        raise UserError(f'"label" must be a whole number of 64 bits or null, found {label!r}')
     if prompt is not None and not isinstance(prompt, str):
         raise UserError(f'"prompt" must be a string or null, found {prompt!r}')
     return record

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_cca.errors import UserError
@@ -24,6 +27,9 @@ def load_function(spec: str, option: str) -> Callable:
         spec: ``FILE.py:FUNCTION``. The file is run once a process, as an import would.
         option: where the user named it, for messages.
 
+    Returns:
+        The function; whatever it raises becomes a :class:`UserError`.
+
     Raises:
         UserError: not of this form, no such file, a file that fails when it is run, no such function in it.
     """
@@ -38,7 +44,35 @@ def load_function(spec: str, option: str) -> Callable:
         raise UserError(f"{option}: {file} defines no {function!r}")
     if not callable(getattr(module, function)):
         raise UserError(f"{option}: {function!r} in {file} is not a function")
-    return getattr(module, function)
+    return _guarded(getattr(module, function), spec, option)
+
+
+@contextmanager
+def failures_said(spec: str, option: str) -> Iterator[None]:
+    """Turn what the user's own code raises inside into one line, with its place in the user's file.
+
+    Raises:
+        UserError: begins with ``option`` and ``spec``.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        file = Path(spec.rpartition(":")[0]).expanduser().resolve()
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f" at line {lines[-1]}" if lines else ""
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option}: {spec} failed{where}: {type(error).__name__}: {reason}") from None
+
+
+def _guarded(function: Callable, spec: str, option: str) -> Callable:
+    @functools.wraps(function)
+    def called(*arguments):
+        with failures_said(spec, option):
+            return function(*arguments)
+
+    return called
 
 
 def _run(file: Path, option: str) -> object:

@@ -87,8 +87,11 @@ def best(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int)
 def _checked(found: object, count: int, spec: str) -> np.ndarray:
     try:
         scores = np.asarray(found, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # torch's for a tensor with a gradient
         raise UserError(f"{SCORER}: {spec} must return numbers, found a {type(found).__name__}") from None
-    if scores.shape != (count,) or not np.isfinite(scores).all():
-        raise UserError(f"{SCORER}: {spec} must return {count} finite numbers for as many images, found {scores.shape}")
+    wanted = f"{SCORER}: {spec} must return {count} finite numbers for as many images"
+    if scores.shape != (count,):
+        raise UserError(f"{wanted}, found {list(scores.shape)}")
+    if not np.isfinite(scores).all():
+        raise UserError(f"{wanted}, found {scores[~np.isfinite(scores)][0]} among them")
     return scores

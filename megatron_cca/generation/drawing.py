@@ -9,10 +9,12 @@ from torch.nn.functional import pad
 
 # Codes whose weights are summed first and looked at one by one only where the number falls among them.
 _BLOCK = 128
+# In place of a code that nothing can be drawn for.
+NO_CODE = -1
 
 
 def drawn_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Codes int64 ``[B]``, a function of the logits and of one number a row.
+    """Codes int64 ``[B]``, a function of the logits and of one number a row; ``NO_CODE`` where logits are no numbers.
 
     Args:
         logits: float32 ``[B, K]``; minus infinity rules a code out.
@@ -21,11 +23,18 @@ def drawn_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: 
         top_k: only the k likeliest codes (and any as likely as the k-th) are drawn; 0 means all.
         top_p: after that, only the likeliest codes that together reach this probability (arXiv 1904.09751); 1 is all.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    if temperature != 1:
+    if temperature not in (0, 1):
         logits = logits / temperature
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    top = logits.amax(-1, keepdim=True)
+    greedy = temperature == 0
+    codes = logits.argmax(-1, keepdim=True) if greedy else _at_random(logits, top, uniforms, top_k, top_p)
+    # NaN and plus infinity show in the largest; said by a code, since whoever asks here would wait for the device.
+    return torch.where(top.isfinite(), codes, NO_CODE).squeeze(1)
+
+
+def _at_random(logits: Tensor, top: Tensor, uniforms: Tensor, top_k: int, top_p: float) -> Tensor:
+    """``[B, 1]``."""
+    weights = (logits - top).exp_()
     if 0 < top_k < logits.size(-1):
         weights *= logits >= _kth_largest(logits, top_k)
     if top_p < 1:
@@ -51,7 +60,7 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
 
 
 def _inverted(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Where the cumulated weights first exceed ``uniforms`` times their sum; in float64, block by block."""
+    """Where the cumulated weights first exceed ``uniforms`` times their sum, ``[B, 1]``; in float64, block by block."""
     blocks = pad(weights, (0, -weights.size(-1) % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     edges = sums.cumsum(-1)
@@ -59,10 +68,11 @@ def _inverted(weights: Tensor, uniforms: Tensor) -> Tensor:
     block = _first_above(edges, heights)
     inner = blocks.gather(1, block[..., None].expand(-1, -1, _BLOCK)).squeeze(1).double().cumsum(-1)
     heights = heights - (edges - sums).gather(1, block)
-    return (block * _BLOCK + _first_above(inner, heights)).squeeze(1)
+    return block * _BLOCK + _first_above(inner, heights)
 
 
 def _first_above(cumulated: Tensor, heights: Tensor) -> Tensor:
     """The first place ``[B, 1]`` whose cumulated weight is above the height; rounding never leads past the last one."""
     top = cumulated[:, -1:]
-    return torch.searchsorted(cumulated, heights.minimum(top.nextafter(torch.zeros_like(top))), right=True)
+    places = torch.searchsorted(cumulated, heights.minimum(top.nextafter(torch.zeros_like(top))), right=True)
+    return places.clamp_(max=cumulated.size(-1) - 1)  # NaN is behind all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,10 @@ def write_images(folder: Path, indices: Sequence[int], images: np.ndarray) -> No
         Image.fromarray(image).save(folder / image_name(index))
 
 
-def read_images(folder: Path, count: int) -> Iterator[np.ndarray]:
-    """The first ``count`` pictures back again, uint8 ``[H, W, 3]``."""
-    for index in range(count):
-        with Image.open(folder / image_name(index)) as image:
-            yield np.asarray(image.convert("RGB"))
+def read_image(folder: Path, index: int) -> np.ndarray:
+    """A prompt's picture back again, uint8 ``[H, W, 3]``."""
+    with Image.open(folder / image_name(index)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def write_prompts(folder: Path, rows: Sequence[dict]) -> None:
@@ -51,13 +50,13 @@ def write_npz(folder: Path, count: int, labels: Sequence[int] | None) -> None:
     This is what the evaluator of the CCA authors' numbers reads (openai/guided-diffusion, ``evaluations/``). It is
     written picture by picture, so that 50,000 of them need not fit into memory.
     """
-    first = next(read_images(folder, 1))
+    first = read_image(folder, 0)
     with zipfile.ZipFile(folder / NPZ, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
             np.lib.format.write_array_header_1_0(file, header)
-            for image in read_images(folder, count):
-                file.write(np.ascontiguousarray(image).tobytes())
+            for index in range(count):
+                file.write(np.ascontiguousarray(read_image(folder, index)).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))

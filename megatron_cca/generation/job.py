@@ -40,6 +40,7 @@ class Job:
         suffix: put behind every caption.
         negative: the second stream's caption.
         best_of: candidates for each prompt.
+        scorer: as the user named it, for the record.
         overwrite: whether a former job's output may be replaced.
         npz: whether to write ``samples.npz``.
     """
@@ -51,6 +52,7 @@ class Job:
     suffix: str = ""
     negative: str = ""
     best_of: int = 1
+    scorer: str | None = None
     overwrite: bool = False
     npz: bool = True
 
@@ -185,10 +187,16 @@ def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: S
     labels = [prompt.label for prompt in job.prompts]
     if job.npz:
         files.write_npz(partial, count, None if None in labels else labels)
-    shown = min(count, _ON_SHEET)
-    contact_sheet(partial / files.SHEET, list(files.read_images(partial, shown)), [p.text for p in job.prompts[:shown]])
+    shown = on_sheet(count)
+    images = [files.read_image(partial, place) for place in shown]
+    contact_sheet(partial / files.SHEET, images, [job.prompts[place].text for place in shown])
     (partial / files.SETTINGS).write_text(json.dumps(_record(job), indent=1) + "\n")
     _place(partial, job.output)
+
+
+def on_sheet(count: int) -> list[int]:
+    """Which of so many pictures the contact sheet shows: evenly from all, since the first may be of one prompt."""
+    return np.linspace(0, count - 1, min(count, _ON_SHEET)).round().astype(int).tolist()
 
 
 def _record(job: Job) -> dict:
@@ -199,6 +207,7 @@ def _record(job: Job) -> dict:
         "prompt_suffix": job.suffix,
         "negative_prompt": job.negative,
         "best_of": job.best_of,
+        "scorer": job.scorer,
         "images": len(job.prompts),
         "ranks": dist.get_world_size(),
         "device": platform.device_name(),
@@ -207,7 +216,7 @@ def _record(job: Job) -> dict:
 
 
 def _place(partial: Path, output: Path) -> None:
-    for name in sorted(files.FORMER):
+    for name in sorted(files.FORMER, key=lambda name: name != files.SETTINGS):
         former = output / name
         shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
     for name in sorted(files.FORMER, key=lambda name: name == files.SETTINGS):

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_cca import platform
 from megatron_cca.config import Precision
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.generation.loading import load_for_sampling
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
@@ -111,7 +111,8 @@ class Painter:
 
     def _prompt_ids(self, text: str, settings: SamplingSettings) -> np.ndarray:
         words = self.tokenizers.text.encode(grid_text(settings.height, settings.width))
-        caption = self.tokenizers.text.encode(text)
+        with said_of(f"prompt {text[:40]!r}"):
+            caption = self.tokenizers.text.encode(text)
         self._check_length(text, len(caption), len(words), settings)
         return prompt_ids(self.architecture.vocabulary, np.array(caption, dtype=np.int64), np.array(words))
 

@@ -92,7 +92,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     with said_of(path):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # With a byte-order mark or without; not splitlines(), which also ends lines inside of JSON's texts.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise UserError(f"{error.strerror}; give a text file or JSON lines") from None
         except UnicodeDecodeError:

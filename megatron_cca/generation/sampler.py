@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_cca import platform
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decoder import Decoder, decoding
-from megatron_cca.generation.drawing import drawn_codes
+from megatron_cca.generation.drawing import NO_CODE, drawn_codes
 from megatron_cca.generation.guidance import contrastive_logits, guided_logits
 from megatron_cca.models.emu3.grammar import forced_tokens
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
@@ -108,6 +108,9 @@ def sample_codes(
 
     Returns:
         int64 codes ``[N, height, width]``.
+
+    Raises:
+        UserError: logits that are not finite.
     """
     assert settings.forwards_per_token == 1 or unconditional is not None
     codes = np.empty((len(requests), settings.height, settings.width), dtype=np.int64)
@@ -192,7 +195,13 @@ def _draw(
         if position < last_visual:
             for group, part in zip(groups, tokens.tensor_split([p[0] for p in parts[1:]]), strict=True):
                 group.feed(part)
-    return torch.stack(drawn, dim=1).cpu().numpy()
+    codes = torch.stack(drawn, dim=1).cpu().numpy()
+    if (codes == NO_CODE).any():
+        raise UserError(
+            "the model's logits are not finite numbers: its weights are damaged, or guidance scale or temperature lead "
+            "beyond what float32 holds"
+        )
+    return codes
 
 
 def _pipeline_size() -> int:

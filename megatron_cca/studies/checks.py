@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data.digits import KEYWORD
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.evaluation.classifiers import check_classifier
-from megatron_cca.evaluation.extractors import check_extractor
-from megatron_cca.evaluation.listings import check_path
+from megatron_cca.evaluation.extractors import WIDTHS, check_extractor
+from megatron_cca.evaluation.listings import WORDS, check_path, list_folder
+from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
+from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.emu3.grammar import image_length, prompt_length
 from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
 from megatron_cca.studies.settings import Keys, StudySettings
 from megatron_cca.studies.study import Method, Study
-from megatron_cca.training.checks import check_run
+from megatron_cca.training.checks import check_new_run
 
 CONTROL = "control"
 # How much the training of one method may cost more than another's.
@@ -44,6 +48,7 @@ def check_study(study: Study, world_size: int) -> None:
         _check_judging(study.settings)
     _check_runs(study, world_size)
     with said_of(study.path):
+        _check_grids(study)
         _check_equal_compute(study)
         check_plots(study)
 
@@ -101,7 +106,34 @@ def _check_judging(settings: StudySettings) -> None:
     if settings.classifier is not None:
         with said_of("classifier"):
             check_classifier(settings.classifier)
+    for key in ("extractor", "classifier"):
+        spec = getattr(settings, key)
+        if spec is not None and is_function_spec(spec):
+            load_function(spec, key)
+    _check_samples(settings)
     _check_prompts(settings)
+
+
+def _check_samples(settings: StudySettings) -> None:
+    """Too few images of either side; what a user's own extractor gives shows only when it runs."""
+    widths = WIDTHS.get(settings.extractor, {})
+    numbers = FidelitySettings(inception_score_splits=settings.inception_score_splits)
+    real = _reference_size(settings.reference)
+    for key in ("samples", "tuning_samples"):
+        count = getattr(settings, key)
+        for metric in settings.metrics if count is not None and widths else ():
+            problem = obstacle(metric, Counts(count, real), widths, numbers)
+            if problem is not None:
+                raise UserError(f"{key if problem.side == 'samples' else problem.side}: {problem.reason}")
+
+
+def _reference_size(reference: str) -> int:
+    """Images of a folder; of an archive, which is long to read and may bring the moments of more, no limit."""
+    folder = Path(reference).expanduser()
+    if reference in WORDS or not folder.is_dir():
+        return sys.maxsize
+    with said_of("reference"):
+        return len(list_folder(folder).files)
 
 
 def _check_prompts(settings: StudySettings) -> None:
@@ -118,7 +150,7 @@ def _check_runs(study: Study, world_size: int) -> None:
     for where, config in _configs(study):
         with said_of(where):
             # The base does not exist yet, and it is the same model.
-            check_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
+            check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
             if first is not None and config.parallel != first.parallel:
                 raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
             _check_model(study, config.model)
@@ -135,14 +167,27 @@ def _configs(study: Study) -> Iterator[tuple[str, Config]]:
                 yield method.where, config
 
 
-def _check_model(study: Study, model: ModelConfig) -> None:
+def _base_model(study: Study) -> ModelConfig:
     given = study.settings.base.checkpoint
-    if given is not None:
-        folder = layout.resolve(given, "base.checkpoint")
-        base = saved_config(folder, "base.checkpoint").model
-    else:
-        base = study.base.model
-    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, base))
+    if given is None:
+        return study.base.model
+    return saved_config(layout.resolve(given, "base.checkpoint"), "base.checkpoint").model
+
+
+def _check_grids(study: Study) -> None:
+    positions = resolve_architecture(_base_model(study)).max_position_embeddings
+    for method in study.methods.values():
+        for sampling in (method.point(values).sampling for values in variants(method)):
+            tokens = prompt_length(0, 0) + image_length(1, sampling.height, sampling.width)
+            if tokens > positions:
+                raise UserError(
+                    f"sampling: a grid of {sampling.height} x {sampling.width} takes {tokens} tokens beside the "
+                    f"prompt, the model has {positions} positions; take a smaller height and width"
+                )
+
+
+def _check_model(study: Study, model: ModelConfig) -> None:
+    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, _base_model(study)))
     for name in ours:
         # Rotary positions have no weights: a run may use more of them than its base did.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:

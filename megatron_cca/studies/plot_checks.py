@@ -52,6 +52,8 @@ def _check_plot(study: Study, plot: PlotSettings) -> None:
         if (getattr(plot, axis) is not None) != (axis in wanted):
             is_missing = "is missing; give a key of a sweep" if axis in wanted else "is of no use; leave it out"
             raise UserError(f"{axis}: {is_missing} (kind {plot.kind})")
+    if plot.kind in ("frontier", "against") and "inception_score" not in study.settings.metrics:
+        raise UserError(f"kind: {plot.kind} draws inception_score; add it to metrics")
     methods = plotted_methods(study, plot)
     for method in methods:
         if wanted and not _has_axes(method, plot):

@@ -51,6 +51,9 @@ def plot(folder: Path, results: Results, settings: PlotSettings) -> None:
     study = results.study
     title = settings.title or study.settings.title or study.settings.name
     methods = plotted_methods(study, settings)
+    if not any(result.statistics for method in methods for result in results.of(method.name)):
+        save(_nothing(title), folder / file_name(settings))
+        return
     if settings.kind == "heatmap":
         heatmap(folder / file_name(settings), title, results, methods[0], settings.x, settings.y)
         return
@@ -62,6 +65,13 @@ def plot(folder: Path, results: Results, settings: PlotSettings) -> None:
     figure.text(0.5, 0.008, spread, fontsize=7, color=GREY, ha="center", va="bottom")
     figure.tight_layout(rect=(0, 0.02, 1, 0.985))
     save(figure, folder / file_name(settings))
+
+
+def _nothing(title: str) -> Figure:
+    figure = Figure(figsize=(7.6, 2.0), dpi=170)
+    figure.suptitle("\n".join(textwrap.wrap(title, 88)), fontsize=10.5, color=INK)
+    figure.text(0.5, 0.4, "none of these runs finished", fontsize=9, color=GREY, ha="center")
+    return figure
 
 
 def _curves(results: Results, methods: Sequence[Method], along: str | None) -> list[_Curve]:

@@ -42,11 +42,17 @@ _FREE_KEYS = {
 
 
 def check_run(config: Config, world_size: int) -> None:
-    """Refuse an impossible run.
+    """Refuse an impossible run, or one that is not the run in its folder.
 
     Raises:
         UserError: an unsuitable layout, batch size, schedule or checkpoint; names the key.
     """
+    check_new_run(config, world_size)
+    _check_resume(config)
+
+
+def check_new_run(config: Config, world_size: int) -> None:
+    """:func:`check_run` of a run whose folder will be another than the configuration's; what lies there is not read."""
     architecture = resolve_architecture(config.model)
     check_layout(architecture, config.model, config.parallel)
     data_parallel = data_parallel_size(config, world_size)
@@ -69,7 +75,6 @@ def check_run(config: Config, world_size: int) -> None:
         _check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
     if config.reference.checkpoint is not None:
         _check_weights(config, config.reference.checkpoint, REFERENCE)
-    _check_resume(config)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -112,6 +112,30 @@ def test_best_of_keeps_what_the_scorer_likes(checkpoint, tmp_path):
     assert means[1].mean() < means[0].mean()
     assert [row["score"] for row in rows(tmp_path / "best")] == pytest.approx((-means[1]).tolist())
     assert not (tmp_path / "best" / "samples.npz").exists()
+    assert json.loads((tmp_path / "best" / "settings.json").read_text())["scorer"] == "ink.py:dark"
+
+
+def test_the_sheet_shows_images_of_the_whole_list():
+    from megatron_cca.generation.job import on_sheet
+
+    assert on_sheet(2) == [0, 1]
+    assert on_sheet(16) == list(range(16))
+    assert (on_sheet(200)[0], on_sheet(200)[-1], len(set(on_sheet(200)))) == (0, 199, 16)
+
+
+def test_a_former_output_loses_first_what_says_that_it_is_whole(tmp_path, monkeypatch):
+    from megatron_cca.generation import job
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "settings.json").write_text("{}")
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job._place(tmp_path / ".partial", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 def pictures(folder):
@@ -203,8 +227,14 @@ def readme_lines():
         ({"--best-of": "3", "--scorer": "no.py:ink"}, "--scorer: the file no.py does not exist"),
         (
             {"--pipeline-model-parallel-size": "2"},
-            "--tensor-model-parallel-size: 1 x pipeline size 2 does not divide the 1",
+            "--pipeline-model-parallel-size: tensor size 1 x pipeline size 2 does not divide the 1 processes of this "
+            "job; start a multiple of 2",
         ),
+        ({"--tensor-model-parallel-size": "2"}, "--tensor-model-parallel-size: tensor size 2 x pipeline size 1 does"),
+        ({"--tensor-model-parallel-size": "0"}, "--tensor-model-parallel-size: must be 1 or more, found 0"),
+        ({"--negative-prompt": "ugly"}, "--negative-prompt: of no use without --guidance-scale or --contrastive-top-k"),
+        ({"--guidance-scale": "1e308"}, "the model's logits are not finite numbers"),
+        ({"--caption": "a \udcff"}, r"prompt 'a \udcff': a lone surrogate"),
         ({"--text-tokenizer": "nowhere"}, "--text-tokenizer: nowhere holds no text tokenizer"),
         ({"--image-tokenizer": "nowhere"}, "--image-tokenizer: no folder at nowhere"),
     ],

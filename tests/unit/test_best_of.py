@@ -48,9 +48,11 @@ def test_clip_scores_are_those_of_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("images.mean()", "must return 6 finite numbers for as many images, found ()"),
-        ("np.full(6, np.nan)", "must return 6 finite numbers for as many images, found (6,)"),
+        ("images.mean()", "must return 6 finite numbers for as many images, found []"),
+        ("np.full(6, np.nan)", "must return 6 finite numbers for as many images, found nan among them"),
         ("['a'] * 6", "must return numbers, found a list"),
+        ("__import__('torch').ones(6, requires_grad=True)", "must return numbers, found a Tensor"),
+        ("1 / 0", "failed at line 3: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_scorer_that_returns_nonsense_is_refused(body, message, tmp_path):

@@ -143,7 +143,8 @@ def test_references_and_precisions_that_cannot_be_had_are_refused(overrides, mes
     assert refused(overrides).startswith(message)
 
 
-def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monkeypatch):
+def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where there is no run of the examples
     overrides = [*EIGHT_B, "reference.strategy=offload", "training.precision=bf16", "training.micro_batch_size=1"]
     # 8,492,011,520 weights of two bytes.
     monkeypatch.setattr(reference_checks, "available_host_bytes", lambda: 2 * 8_492_011_520)

@@ -60,6 +60,15 @@ def test_a_code_that_is_ruled_out_is_never_drawn():
     assert set(drawn([out, 0.0, out, 0.0, out], [0.0, 0.4, 0.5, 0.9, 1 - 1e-16])) == {1, 3}
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}], ids=lambda one: str(one)
+)
+def test_nothing_is_drawn_from_what_is_no_number(bad, options):
+    assert drawn([0.0, bad, 1.0, 2.0], [0.0, 0.5], **options) == [-1, -1]
+    assert drawn([0.0, 1.0], [0.0, 0.5], temperature=1e-300) == [-1, -1]
+
+
 def test_contrastive_logits_are_the_ratio_within_the_plausible():
     from megatron_cca.generation.guidance import contrastive_logits
 

@@ -82,7 +82,11 @@ def test_generates_output_comes_with_prompts_and_labels_in_its_order(tmp_path, p
         ('{"file": "0.png"}\n{', "prompts.jsonl: line 2: is not valid JSON"),
         ("[]", 'prompts.jsonl: line 1: must be an object with "file"'),
         ('{"file": "1.png"}', "prompts.jsonl: line 1: 1.png is missing in"),
-        ('{"file": "0.png", "label": "7"}', "line 1: \"label\" must be a whole number or null, found '7'"),
+        ('{"file": "0.png", "label": "7"}', "line 1: \"label\" must be a whole number of 64 bits or null, found '7'"),
+        (
+            '{"file": "0.png", "label": 9223372036854775808}',
+            'line 1: "label" must be a whole number of 64 bits or null, found 9223372036854775808',
+        ),
         ('{"file": "0.png", "prompt": 7}', 'line 1: "prompt" must be a string or null, found 7'),
         ('{"file": "0.png", "label": 7}\n{"file": "0.png"}', "1 of 2 images have a label; give it for all or none"),
         ("\n", "prompts.jsonl: lists no images"),
@@ -131,6 +135,21 @@ def test_unsuitable_archives_are_refused(tmp_path, arrays, expected):
     np.savez(tmp_path / "a.npz", **arrays)
     assert expected in message(tmp_path / "a.npz")
     assert message(tmp_path / "a.npz").startswith(str(tmp_path / "a.npz"))
+
+
+def test_damaged_archives_are_refused(tmp_path, pixels):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, arr_0=np.random.default_rng(0).integers(256, size=(50, 8, 8, 3), dtype=np.uint8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:600] + bytes(100) + whole[700:])
+    assert message(path).startswith(f"{path}: cannot be read as .npz (")
+    with path.open("wb") as file:
+        np.save(file, pixels)
+    for content in (path.read_bytes(), whole[: len(whole) // 2], b"", b"hello"):
+        path.write_bytes(content)
+        assert message(path) == (
+            f"{path}: cannot be read as .npz: it is cut short or something else; write it with numpy.savez"
+        )
 
 
 def test_mixed_sizes_damage_and_emptiness_are_refused_by_name(tmp_path, pixels):
@@ -182,6 +201,14 @@ def test_the_digits_classifier_knows_held_out_scans():
     assert class_accuracy(held_out.images, held_out.labels, open_classifier("digits")).overall > 0.98
     with pytest.raises(UserError, match="take images of 8 x 8 pixels, found 9 x 8"):
         open_classifier("digits")(np.zeros((1, 9, 8, 3), np.uint8))
+
+
+def test_what_a_users_function_raises_is_one_line_with_its_place(tmp_path):
+    file = tmp_path / "failing.py"
+    file.write_text("def first(images):\n    raise ValueError('no\\nweights')\n")
+    with pytest.raises(UserError) as error:
+        load_function(f"{file}:first", "--scorer")([])
+    assert str(error.value) == f"--scorer: {file}:first failed at line 2: ValueError: no weights"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,8 @@ def test_an_own_extractor_is_a_function_in_a_file(tmp_path):
     assert torch.equal(found["features"], torch.from_numpy(images).flatten(1)[:, :4].float())
     with pytest.raises(UserError, match=r"own.py:nothing must return a torch module, found NoneType"):
         open_extractor(f"{file}:nothing")
+    with pytest.raises(UserError, match=r"--extractor: .*own.py:network failed at line \d+: "):
+        open_extractor(f"{file}:network")(None)
 
 
 @pytest.mark.parametrize(

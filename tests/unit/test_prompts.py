@@ -1,5 +1,7 @@
 """Prompts from files and classes; what is refused names file and line."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,14 @@ def test_json_lines_may_bring_label_and_seed(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a", "label": 3, "seed": 7, "more": 1}\n{"prompt": ""}\n')
     assert read_prompts(file) == [Prompt("a", 7, 3), Prompt("")]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_byte_order_marks_and_other_separators_are_no_lines(name, tmp_path):
+    texts = ["a\u2028b\x85c", "d"]
+    lines = texts if name == "p.txt" else [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / name).write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == texts
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.records import sealed
 from megatron_cca.config import config_from_dict
 from megatron_cca.errors import UserError
@@ -139,6 +140,13 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"methods/cca/tune": {LR: [0.001, 0.001]}}, "methods.cca.tune: a value is given twice"),
         ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: list should have at least 1 item"),
         ({"methods/control": GONE}, "methods.control: every study needs it"),
+        ({"metrics": ["fid"]}, "plots.0: kind: frontier draws inception_score; add it to metrics"),
+        ({"samples": 64}, "samples: 64 images are too few for FID on 64 features; it wants 65 or more"),
+        ({"tuning_samples": 3}, "tuning_samples: 3 images are too few for FID"),
+        ({"metrics": ["fid", "kid"]}, "samples: 100 images are too few for KID with kid_subset_size 1000"),
+        ({"extractor": "none.py:f"}, "extractor: the file none.py does not exist"),
+        ({"classifier": "none.py:f"}, "classifier: the file none.py does not exist"),
+        ({"sampling": {"height": 90, "width": 90}}, "sampling: a grid of 90 x 90 takes "),
         ({"methods/control/config": "cca.yaml"}, "methods.control: every study needs it"),
         ({"methods/control/config": None}, "methods.control: every study needs it"),
         ({"methods/cca/config": None}, "methods.cca: optimizer.lr: nothing is trained here"),
@@ -204,6 +212,18 @@ def test_refusals_are_one_line(changes, said, tmp_path):
     assert said in message
     assert "\n" not in message
     assert "study.yaml" in message
+
+
+def test_a_small_or_empty_reference_is_refused_before_anything_runs(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    with pytest.raises(UserError, match=r"study.yaml: reference: .*real: holds no PNG or JPEG files"):
+        opened(tmp_path, reference=str(real))
+    Image.new("RGB", (8, 8)).save(real / "0.png")
+    with pytest.raises(
+        UserError, match=r"study.yaml: reference: 1 images are too few for FID on 64 features; it wants"
+    ):
+        opened(tmp_path, reference=str(real))
 
 
 def test_an_unreadable_file_is_one_line(tmp_path):
@@ -278,7 +298,7 @@ def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_sa
         folder(**{"base/set": {"training.train_iters": 5}}),
         folder(**{"prompts": str(tmp_path / "own.jsonl")}),
         folder(**{"reference": "digits-held-out"}),
-        folder(**{"metrics": ["fid", "sfid"]}),
+        folder(**{"metrics": ["fid", "inception_score"]}),
         folder(**{"sampling": {"height": 5}}),
     ]
     assert len({first, *others}) == 1 + len(others)
@@ -312,6 +332,15 @@ def test_a_given_checkpoint_of_another_size_is_refused(tmp_path):
     changes = checkpoint(tmp_path / "given")
     with pytest.raises(UserError, match=r"methods.control: model: num_layers is 2, the base's 4"):
         opened(tmp_path, **changes, set={"model.num_layers": 2})
+
+
+def test_another_run_in_a_configurations_own_folder_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / config_from_dict(CONFIGS["cca"]).training.output_dir / layout.FOLDER
+    partial = layout.partial_folder(root, 3)
+    partial.mkdir(parents=True)
+    layout.finalize(partial, root, 3, {"config": CONFIGS["base"]})
+    opened(tmp_path)
 
 
 def test_methods_share_what_is_the_same(tmp_path):
@@ -475,8 +504,11 @@ def test_a_method_whose_trials_all_fail_is_said_to(tmp_path):
     assert "- CCA: none of its trials finished" in table(results)
     assert "diverged: loss nan |" in table(results)
     for one in results.study.settings.plots:
-        if one.kind != "heatmap":
-            plot(tmp_path, results, one)
+        plot(tmp_path, results, one)
+    for kind in ("comparison", "frontier", "against"):
+        axis = LAMBDA if kind == "against" else None
+        plot(tmp_path, results, replace(one, kind=kind, file=f"lost-{kind}", methods=["cca"], x=axis, y=None))
+        assert (tmp_path / f"lost-{kind}.png").is_file()
 
 
 def pictures(folder, results):
