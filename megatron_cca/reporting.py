@@ -38,7 +38,7 @@ def reported_errors() -> Iterator[None]:
     except UserError as error:
         line = f"megatron_cca: error: {error}"
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+            _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
         leave(line, status=2)
     except Stopped as stopped:
         leave(f"megatron_cca: {stopped}", stopped.status)
@@ -47,7 +47,7 @@ def reported_errors() -> Iterator[None]:
     except Exception as error:
         rank = os.environ.get("RANK")
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
-            time.sleep(_PEER_LOST_WAIT_SECONDS)
+            _wait_to_be_ended(_PEER_LOST_WAIT_SECONDS)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
         leave(where + traceback.format_exc(), status=1)
 
@@ -71,6 +71,13 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
             raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
         except OSError as error:
             raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
+
+
+def _wait_to_be_ended(seconds: float) -> None:
+    """Sleep, and let a signal end this process without another word."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def leave(text: str, status: int) -> None:

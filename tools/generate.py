@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,21 +179,21 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from megatron_cca.config import load_config
     from megatron_cca.generation.best_of import check_scorer, open_scorer
-    from megatron_cca.generation.job import check_job_output, run
-    from megatron_cca.generation.loading import checked_config
+    from megatron_cca.generation.job import check_job_output, job_requests, run
+    from megatron_cca.generation.loading import inspect_for_sampling
     from megatron_cca.generation.painting import open_painter
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     layout = zip(("tensor", "pipeline"), _layout(arguments), strict=True)
     config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
-    job = _job(arguments, checked_config(arguments.checkpoint, config.parallel))
+    job = _job(arguments, inspect_for_sampling(arguments.checkpoint, config.parallel).config)
     if arguments.scorer is not None:
         check_scorer(arguments.scorer)
     if os.environ.get("RANK", "0") == "0":
         check_job_output(job)
     initialize_distributed(config)
     named = {name: getattr(arguments, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
-    painter = open_painter(arguments.checkpoint, **named)
+    painter = open_painter(arguments.checkpoint, **named, before_loading=partial(job_requests, job))
     scorer = open_scorer(arguments.scorer, platform.device()) if arguments.scorer is not None else None
     speed = run(job, painter, scorer)
     if dist.get_rank() == 0:

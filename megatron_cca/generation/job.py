@@ -84,15 +84,23 @@ def check_job_output(job: Job) -> None:
         check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
 
 
+def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.ndarray | None]:
+    """What the sampler is asked for, and the second stream's prompt; the painter needs no weights for it.
+
+    Raises:
+        UserError: a caption or grid that does not fit the model.
+    """
+    texts = [Prompt(prompt.text + job.suffix, prompt.seed) for prompt in job.prompts]
+    return painter.requests(texts, job.settings), painter.second_prompt(job.settings, job.negative)
+
+
 def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
     """Draw everything; collective over all ranks, which must share a file system.
 
     Raises:
         UserError: a caption or grid that does not fit the model; an output that holds something else; a full disk.
     """
-    texts = [Prompt(prompt.text + job.suffix, prompt.seed) for prompt in job.prompts]
-    requests = painter.requests(texts, job.settings)
-    second = painter.second_prompt(job.settings, job.negative)
+    requests, second = job_requests(job, painter)
     partial = job.output / _PARTIAL
     leads = dist.get_rank() == 0
     with ExitStack() as stack:

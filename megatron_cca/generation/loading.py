@@ -46,48 +46,70 @@ def is_huggingface(checkpoint: str) -> bool:
     return (Path(checkpoint) / CONFIG).is_file()
 
 
-def checked_config(checkpoint: str, parallel: ParallelConfig) -> Config:
-    """What a checkpoint says of itself, after refusing one that cannot be sampled on this layout; needs no job.
+@dataclass(frozen=True)
+class Inspected:
+    """What a checkpoint says of itself; its weights are still where they were.
+
+    Attributes:
+        source: a checkpoint's own folder, or one of Hugging Face's.
+        config, architecture, folder: as :class:`SamplingModel` has them.
+    """
+
+    source: HuggingFaceCheckpoint | Path
+    config: Config
+    architecture: Architecture
+    folder: Path
+
+
+def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None) -> Inspected:
+    """Look at a checkpoint, and refuse one that cannot be sampled on a layout.
+
+    Args:
+        checkpoint: see :func:`load_for_sampling`.
+        parallel: the layout; None means that of Megatron's groups. Without them it needs no job.
 
     Raises:
         UserError: nothing there, no image tokens, or a layout that cannot split it.
     """
-    _, config, _ = _inspected(checkpoint, parallel)
-    return config
+    return _inspected(checkpoint, parallel or _layout_of_the_job())
 
 
-def load_for_sampling(checkpoint: str, precision: Precision | None = None) -> SamplingModel:
+def load_for_sampling(checkpoint: str | Inspected, precision: Precision | None = None) -> SamplingModel:
     """The model of a checkpoint, split as Megatron's groups say: any TP x PP, whatever layout it was trained on.
 
     It has Megatron's local layers on every device, and LoRA adapters are merged into its weights. Collective over all
     ranks; process groups must be initialised.
 
     Args:
-        checkpoint: a run folder, an ``iter_`` folder, or a Hugging Face folder with safetensors.
+        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors; or one looked at already.
         precision: ``fp32`` or ``bf16``; None means the checkpoint's own, with FP8 as bf16.
 
     Raises:
         UserError: no whole checkpoint there, no known image tokens, or a layout that cannot split it.
     """
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    source, config, architecture = _inspected(checkpoint, parallel)
+    found = inspect_for_sampling(checkpoint) if isinstance(checkpoint, str) else checkpoint
+    config = found.config
     own = "bf16" if config.training.precision == "fp8" else config.training.precision
     training = replace(config.training, precision=precision or own, recompute_granularity=None)
     model = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0, transformer_impl="local")
-    chunks = build_gpt(architecture, model, parallel, training, is_frozen=True)
-    if isinstance(source, HuggingFaceCheckpoint):
-        load_weights(source, chunks)
+    chunks = build_gpt(found.architecture, model, _layout_of_the_job(), training, is_frozen=True)
+    is_of_hf = isinstance(found.source, HuggingFaceCheckpoint)
+    if is_of_hf:
+        load_weights(found.source, chunks)
     else:
-        distributed.load_weights(source, chunks, OPTION)
+        distributed.load_weights(found.source, chunks, OPTION)
     frozen = [chunk.requires_grad_(False) for chunk in chunks]
-    is_folder_of_hf = isinstance(source, HuggingFaceCheckpoint)
-    return SamplingModel(frozen, architecture, config, source.folder if is_folder_of_hf else source, is_folder_of_hf)
+    return SamplingModel(frozen, found.architecture, config, found.folder, is_of_hf)
 
 
-def _inspected(checkpoint: str, parallel: ParallelConfig) -> tuple[HuggingFaceCheckpoint | Path, Config, Architecture]:
+def _layout_of_the_job() -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def _inspected(checkpoint: str, parallel: ParallelConfig) -> Inspected:
     if is_huggingface(checkpoint):
         source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
         defaults = load_config()
@@ -104,4 +126,4 @@ def _inspected(checkpoint: str, parallel: ParallelConfig) -> tuple[HuggingFaceCh
         )
     with said_of(f"{OPTION}: {folder} cannot be sampled so"):
         check_layout(architecture, config.model, parallel)
-    return source, config, architecture
+    return Inspected(source, config, architecture, folder)

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.generation.loading import load_for_sampling
+from megatron_cca.generation.loading import inspect_for_sampling, load_for_sampling
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
@@ -135,6 +135,7 @@ def open_painter(
     text_tokenizer: Path | None = None,
     image_tokenizer: Path | None = None,
     precision: Precision | None = None,
+    before_loading: Callable[[Painter], object] = lambda painter: None,
 ) -> Painter:
     """A painter for a checkpoint, over all ranks of the job; process groups must be initialised.
 
@@ -142,20 +143,24 @@ def open_painter(
         checkpoint: see :func:`load_for_sampling`.
         text_tokenizer, image_tokenizer: folders; None means those that belong to the checkpoint.
         precision: of the model; None means the checkpoint's.
+        before_loading: called with the painter while it has tokenizers and no weights yet, to refuse what does not fit.
 
     Raises:
         UserError: see :func:`load_for_sampling` and :func:`open_tokenizers`.
     """
-    model = load_for_sampling(checkpoint, precision)
+    found = inspect_for_sampling(checkpoint)
     tokenizers = open_tokenizers(
-        model.folder,
-        model.config,
-        model.architecture.vocabulary,
+        found.folder,
+        found.config,
+        found.architecture.vocabulary,
         text=text_tokenizer,
         images=image_tokenizer,
         device=platform.device(),
     )
-    return Painter(model.chunks, model.architecture, tokenizers)
+    painter = Painter([], found.architecture, tokenizers)
+    before_loading(painter)
+    painter.chunks = load_for_sampling(found, precision).chunks
+    return painter
 
 
 def _parts(requests: Sequence[ImageRequest], size: int, on_progress: Progress) -> Iterator[Sequence[ImageRequest]]:
