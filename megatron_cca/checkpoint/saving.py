@@ -70,6 +70,7 @@ class _Pending:
     results: ResultsFile
     strategy: _Strategy
     started: float
+    writes: bool = False
     waited: float = 0.0
 
 
@@ -131,6 +132,7 @@ class CheckpointSaver:
         )
         # The last one writes metadata.json on rank 0 while the others wait, whether it can or not; see _finalize.
         request.finalize_fns.pop()
+        pending.writes = request.async_fn is not None
         return hashing(request, pending.partial, pending.results, in_background=self._in_background)
 
     def _begin(self, request) -> None:
@@ -170,7 +172,7 @@ class CheckpointSaver:
         except CheckpointException as error:
             problem = _why(error)
         self._pending = None
-        written = _written(pending.results)
+        written = _written(pending)
         problem = first_problem(written.problem) or first_problem(problem)
         removed, problem = self._conclude(pending, written.checksums, problem)
         if problem is None:
@@ -238,10 +240,11 @@ def _why(error: CheckpointException) -> str:
     return one_line(causes[0]) if causes else "another rank could not write its part"
 
 
-def _written(results: ResultsFile) -> Written:
-    """What this rank's writer said last; nothing where it had nothing to write, or was killed."""
-    found: object = None
+def _written(pending: _Pending) -> Written:
+    """What this rank's writer said last."""
     with contextlib.suppress(queue.Empty):
-        while not isinstance(found, Written):
-            found = results.get_nowait()
-    return found if isinstance(found, Written) else Written({}, None)
+        while True:
+            found = pending.results.get_nowait()
+            if isinstance(found, Written):
+                return found
+    return Written({}, f"the writing process of rank {dist.get_rank()} was killed" if pending.writes else None)

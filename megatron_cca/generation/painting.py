@@ -59,6 +59,7 @@ class Painter:
         *,
         negative: str = "",
         on_progress: Progress = lambda images: None,
+        on_tokens: Progress = lambda tokens: None,
     ) -> Pictures:
         """All pictures, on every rank; data-parallel ranks share the work. Collective over all ranks of the job.
 
@@ -67,6 +68,7 @@ class Painter:
             settings: how to draw.
             negative: the second stream's caption where there is one; empty for the unconditional one.
             on_progress: called with the number of pictures just finished, by whichever rank finished them.
+            on_tokens: called on every rank that draws, with the number of tokens just drawn.
 
         Raises:
             UserError: a caption that is too long for the model's positions, a grid that does not fit.
@@ -76,7 +78,8 @@ class Painter:
         requests = self.requests(prompts, settings)
         second = self.second_prompt(settings, negative)
         own = [requests[index] for index in mine]
-        drawn = [self._drawn(part, settings, second) for part in _parts(own, settings.batch_size, on_progress)]
+        parts = _parts(own, settings.batch_size, on_progress)
+        drawn = [self._drawn(part, settings, second, on_tokens) for part in parts]
         return _gathered(drawn, len(prompts), settings, group)
 
     def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
@@ -104,9 +107,13 @@ class Painter:
         return np.concatenate([self.tokenizers.images.decode(part).cpu().numpy() for part in parts])
 
     def _drawn(
-        self, requests: Sequence[ImageRequest], settings: SamplingSettings, second: np.ndarray | None
+        self,
+        requests: Sequence[ImageRequest],
+        settings: SamplingSettings,
+        second: np.ndarray | None,
+        on_tokens: Progress,
     ) -> tuple[np.ndarray, np.ndarray]:
-        codes = self.codes(requests, settings, second)
+        codes = self.codes(requests, settings, second, on_tokens)
         return self.decoded(codes), codes
 
     def _prompt_ids(self, text: str, settings: SamplingSettings) -> np.ndarray:

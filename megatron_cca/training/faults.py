@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_cca.errors import UserError
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.events import Journal
-from megatron_cca.training.saves import save_checkpoint, tell_of_saves
+from megatron_cca.training.saves import finish_saves, save_checkpoint
 from megatron_cca.training.setup import Run
 from megatron_cca.training.step import StepReport
 
@@ -23,7 +23,7 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
         line = f"step {step}: {report.problem}; this update is left out"
         journal.tell("skipped_step", line, step=step, reason=report.problem)
         return before + 1
-    tell_of_saves(run, run.saver.finish(), journal)
+    finish_saves(run, journal)
     advice = (
         f"{before} updates before it were left out already (faults.max_skipped_steps)"
         if before
@@ -44,5 +44,5 @@ def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) 
         journal.tell("alarm", f"alarm at step {run.iteration - 1}: {line}", step=run.iteration - 1, reason=line)
         if run.config.faults.on_alarm == "stop":
             save_checkpoint(run, journal)
-            tell_of_saves(run, run.saver.finish(), journal)
+            finish_saves(run, journal)
             raise UserError(f"step {run.iteration - 1}: {line} (faults.on_alarm is stop)")

@@ -24,7 +24,7 @@ from megatron_cca.training.faults import heed_alarms, skipped_in_a_row
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.pictures import open_pictures
-from megatron_cca.training.saves import save_checkpoint, tell_of_saves
+from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest
@@ -120,7 +120,7 @@ def _step(run: Run, journal: Journal) -> StepReport:
 
 
 def _stop(run: Run, signal_number: int, journal: Journal) -> NoReturn:
-    tell_of_saves(run, run.saver.finish(), journal)
+    finish_saves(run, journal)
     name = signal.Signals(signal_number).name
     saved = run.saver.last_saved
     kept = f"step {saved} is saved" if saved is not None else "nothing is saved"
@@ -129,7 +129,7 @@ def _stop(run: Run, signal_number: int, journal: Journal) -> NoReturn:
 
 
 def _finish(run: Run, journal: Journal) -> None:
-    tell_of_saves(run, run.saver.finish(), journal)
+    finish_saves(run, journal)
     if run.saver.last_saved != run.iteration:
         raise UserError(
             f"training.output_dir: step {run.iteration}, the last one, could not be saved in {run.checkpoints} (see "

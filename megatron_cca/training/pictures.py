@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cca import platform
@@ -27,16 +28,25 @@ class SamplePictures:
         prompts: with seeds.
         settings: guidance-free.
         folder: where the PNGs go.
+        beat: called at every token, for whoever watches whether this rank goes on.
     """
 
-    def __init__(self, painter: Painter, prompts: list[Prompt], settings: SamplingSettings, folder: Path) -> None:
+    def __init__(
+        self,
+        painter: Painter,
+        prompts: list[Prompt],
+        settings: SamplingSettings,
+        folder: Path,
+        beat: Callable[[], None],
+    ) -> None:
         self._painter, self._prompts, self._settings, self._folder = painter, prompts, settings, folder
+        self._beat = beat
         # Prompts that do not fit are refused before the first step, not at the first picture.
         painter.requests(prompts, settings)
 
     def paint(self) -> Pictures:
         """All prompts' pictures, on every rank. Collective over all ranks of the job."""
-        return self._painter.paint(self._prompts, self._settings)
+        return self._painter.paint(self._prompts, self._settings, on_tokens=lambda tokens: self._beat())
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
         """Put them into one PNG. Collective over all ranks of the job.
@@ -78,7 +88,8 @@ def open_pictures(run: Run) -> SamplePictures | None:
     painter = Painter(run.policy_chunks, run.architecture, tokenizers)
     settings = SamplingSettings(height, width, batch_size=_BATCH)
     with said_of("logging.sample_prompts"):
-        return SamplePictures(painter, _prompts(run), settings, Path(config.training.output_dir) / FOLDER)
+        folder = Path(config.training.output_dir) / FOLDER
+        return SamplePictures(painter, _prompts(run), settings, folder, run.progress.beat)
 
 
 def _prompts(run: Run) -> list[Prompt]:

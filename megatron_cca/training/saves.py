@@ -8,7 +8,7 @@ from megatron_cca.training.events import Journal
 from megatron_cca.training.setup import Run
 
 # A disk is slower than a device, and may be asked by many at once.
-_PATIENCE_WITH_SAVING = 6.0
+_PATIENCE = 6.0
 
 
 def save_checkpoint(run: Run, journal: Journal) -> None:
@@ -18,9 +18,15 @@ def save_checkpoint(run: Run, journal: Journal) -> None:
 
 def begin_save(run: Run) -> list[Saved]:
     """As :func:`save_checkpoint`; returns the saves that ended meanwhile."""
-    run.progress.at("saving", patience=_PATIENCE_WITH_SAVING)
+    run.progress.at("saving", patience=_PATIENCE)
     summary = summarize(run.config, run.batches.data.fingerprint())
     return run.saver.save(run.iteration, run.policy_chunks, run.optimizer, summary)
+
+
+def finish_saves(run: Run, journal: Journal) -> None:
+    """Wait for what is being saved. Collective over all ranks."""
+    run.progress.at("saving", patience=_PATIENCE)
+    tell_of_saves(run, run.saver.finish(), journal)
 
 
 def tell_of_saves(run: Run, ended: list[Saved], journal: Journal) -> None:

@@ -295,19 +295,32 @@ def test_a_short_soak(digit_shards, tmp_path):
     assert tally.kills == 6
 
 
+SLOW_DISK = """
+    import time
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(lambda *a, **k: time.sleep(1000))
+"""
+
+
 def test_no_writer_outlives_a_killed_rank(digit_shards, tmp_path):
-    script = injected(
-        tmp_path,
-        """
-        import time
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(lambda *a, **k: time.sleep(1000))
-        """,
-    )
     options = arguments(digit_shards, **{"training.train_iters": 10000, "training.save_interval": 2})
-    with running(1, script, *options, cwd=tmp_path, at_step=3) as (job,):
+    with running(1, injected(tmp_path, SLOW_DISK), *options, cwd=tmp_path, at_step=3) as (job,):
         writers = psutil.Process(job.pid).children()
         assert len(writers) == 1
         os.kill(job.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(writers, timeout=10)
         assert not alive
+
+
+def test_a_killed_writer_costs_its_checkpoint_and_no_step(digit_shards, tmp_path):
+    options = arguments(digit_shards, **{"training.train_iters": 10000, "training.save_interval": 2})
+    with running(1, injected(tmp_path, SLOW_DISK), *options, cwd=tmp_path, at_step=3) as (job,):
+        (writer,) = psutil.Process(job.pid).children()
+        writer.kill()
+        deadline = time.monotonic() + 60
+        while "save_failed" not in named(tmp_path):
+            assert time.monotonic() < deadline
+            assert job.is_alive(), stderr(tmp_path, 0)
+            time.sleep(0.05)
+    failed = next(event for event in events(tmp_path) if event["event"] == "save_failed")
+    assert (failed["step"], failed["reason"]) == (2, "the writing process of rank 0 was killed")
