@@ -288,8 +288,28 @@ class Config:
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
 
 
+# Of a file with all aliases written out; a configuration has a few hundred.
+_MAX_NODES = 10_000
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-5`` as a number (YAML 1.2) and refuses a key given twice."""
+    """Safe YAML that reads ``1e-5`` as a number (YAML 1.2) and refuses a key given twice, and aliases that swell."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if not is_alias:
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+        # What is not composed to its end has no size yet.
+        if self._sizes.get(id(node), _MAX_NODES + 1) > _MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, "it holds too much, or an alias of itself", mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -329,7 +349,7 @@ def config_from_dict(tree: Mapping[str, Any]) -> Config:
     """Validate nested plain data into a :class:`Config`; raises :class:`UserError` naming the first bad key."""
     try:
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+        return TypeAdapter(Config).validate_json(as_json(tree))
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
 
@@ -351,14 +371,39 @@ def read_yaml(path: Path, option: str, expected: str) -> dict[Any, Any]:
         UserError: unreadable, not YAML, a key given twice, or no mapping; in one line.
     """
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror or error}; give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}; give a YAML file") from None
+    tree = _parsed(text, f"{option} {path}: not valid YAML")
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{option} {path}: expected {expected}, found a {type(tree).__name__}")
     return tree or {}
+
+
+def _parsed(text: str, problem: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except RecursionError:
+        raise UserError(f"{problem}: nested too deeply") from None
+    # PyYAML turns tagged text into numbers and dates by whatever raises what it likes.
+    except Exception as error:
+        raise UserError(f"{problem}: {' '.join(str(error).split())}") from None
+
+
+def as_json(tree: Any) -> str:
+    """Plain data as JSON; what YAML reads as a date becomes a string again.
+
+    Raises:
+        UserError: a key that is no text, a number of thousands of digits, too deep a nesting.
+    """
+    try:
+        return json.dumps(tree, default=str)
+    except RecursionError:
+        raise UserError("nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"holds what no configuration has: {error}") from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -366,10 +411,7 @@ def _apply_override(tree: dict, override: str) -> None:
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise UserError(f"--set {override}: expected section.key=value, such as training.train_iters=10")
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    value = _parsed(text, f"--set {override}: the value is not valid YAML")
     keys = tree.setdefault(section, {})
     if not isinstance(keys, dict):
         raise UserError(f"{section}: expected keys below this section, found {keys!r}")

@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_MAX_LENGTH = 2000
+
 
 class UserError(ValueError):
     """Bad input. The message is one line: which key or file, what is wrong, what would be right.
 
-    Command-line programs print it without a traceback and exit with status 2.
+    Command-line programs print it without a traceback and exit with status 2. Names and values in it are often foreign;
+    whatever they hold, it stays one line that a terminal can show.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shortened(one_line(str(message)), _MAX_LENGTH))
+
+
+def one_line(text: str) -> str:
+    """The text with escapes in place of line breaks, other control characters and lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, with "..." in place of its middle if it is longer than ``length``."""
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 class Stopped(Exception):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, read_yaml
+from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, as_json, read_yaml
 from megatron_cca.errors import UserError, said_of
 
 OPTION = "--study"
@@ -162,7 +161,7 @@ def from_plain(kind: type, tree: object, prefix: str = "") -> Any:
     """
     try:
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
-        return TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
+        return TypeAdapter(kind).validate_json(as_json(tree))
     except ValidationError as error:
         raise UserError(f"{prefix}{_one_line(error.errors()[0], kind)}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.references.fuzzing import Sandbox
 from tests.references.huggingface import save_emu3
 
 
@@ -42,3 +43,9 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    """One for all cases of a fuzz test; each writes its files anew."""
+    return Sandbox(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cca.data.sources.records import Unreadable
+from megatron_cca.errors import one_line, shortened
 
 # The keys and columns that hold a caption where the user names none.
 CAPTION_FIELDS = ("caption", "text")
@@ -19,11 +20,7 @@ _BOM = b"\xef\xbb\xbf"
 
 def printable(text: str) -> str:
     """The text on one line without control characters or lone surrogates, shortened in the middle if it is long."""
-    if len(text) > _MAX_SHOWN:
-        text = f"{text[: _MAX_SHOWN // 2]}...{text[-_MAX_SHOWN // 2 :]}"
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
+    return one_line(shortened(text, _MAX_SHOWN))
 
 
 def unique_names(names: Iterable[str]) -> Iterator[str]:
