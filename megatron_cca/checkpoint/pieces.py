@@ -14,7 +14,8 @@ def row_ranges(shape: Sequence[int], dtype: torch.dtype, piece_bytes: int = PIEC
     """Ranges of rows of at most ``piece_bytes`` (but one row at least) that cover a tensor of this shape."""
     rows = shape[0] if shape else 1
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    step = max(1, piece_bytes // max(1, row_bytes))
+    # Of nothing there may be any number of rows.
+    step = max(1, piece_bytes // row_bytes if row_bytes else rows)
     yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

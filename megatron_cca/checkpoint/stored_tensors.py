@@ -1,12 +1,12 @@
 """Read a Megatron distributed checkpoint's tensors by rows, whatever layout wrote it; no Megatron, no process group.
 
 Such a checkpoint is a ``torch.distributed.checkpoint`` folder. Its index, ``.metadata``, is a pickle; it is read here
-by an unpickler that knows the index's own classes and no others.
+by an unpickler that knows the index's own classes and no others, and nothing in it is believed before it is checked.
 """
 
 from __future__ import annotations
 
-import pickle
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import file_below
+from megatron_cca.pickles import unpickled
 
 INDEX = ".metadata"
 
@@ -48,24 +50,20 @@ _HARMLESS = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name not in _HARMLESS.get(module, ()) and not is_dtype:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint index needs")
-        return super().find_class(module, name)
+def _is_harmless(module: str, name: str) -> bool:
+    is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+    return is_dtype or name in _HARMLESS.get(module, ())
 
 
 def read_index(folder: Path, key: str) -> Metadata:
-    """A checkpoint's index.
+    """A checkpoint's index, and where it says that the data lie: in files of the folder, which are large enough.
 
     Raises:
-        UserError: no index, a damaged one, or one that would run code; names the file.
+        UserError: no index, a damaged one, one that would run code or leads out of the folder; names the file.
     """
     path = folder / INDEX
     try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
+        index = unpickled(path.read_bytes(), _is_harmless)
     except FileNotFoundError:
         raise UserError(f"{key}: {path} is missing: not a Megatron distributed checkpoint; choose another") from None
     except Exception as error:
@@ -73,13 +71,48 @@ def read_index(folder: Path, key: str) -> Metadata:
     tables = (getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None))
     if not isinstance(index, Metadata) or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{key}: {path} is not a checkpoint's index; choose another checkpoint")
+    try:
+        _check_places(folder, index)
+    except UserError as error:
+        raise UserError(f"{key}: {path}: {error}; choose another checkpoint") from None
+    # Any part of the index may be of any of the types above.
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{key}: {path} is damaged or not a checkpoint's index: {why}") from None
     return index
+
+
+def _check_places(folder: Path, index: Metadata) -> None:
+    names = {place.relative_path for place in index.storage_data.values()}
+    sizes = {name: file_below(folder, name).stat().st_size for name in names}
+    for where, place in index.storage_data.items():
+        if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[place.relative_path]:
+            raise UserError(f"{place.relative_path} is too short for {where.fqn}")
+        if getattr(place, "transform_descriptors", None):
+            raise UserError(f"{where.fqn} is transformed in a way that is not read")
+    for name, tensor in index.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            _check_tensor(name, tensor, index)
+
+
+def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> None:
+    """The index is believed in nothing that memory is then taken for."""
+    width, size = tensor.properties.dtype.itemsize, torch.Size(tensor.size)
+    for chunk in tensor.chunks:
+        offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+        if any(a < 0 or b < 0 or a + b > c for a, b, c in zip(offsets, sizes, size, strict=True)):
+            raise UserError(f"a part of {name} lies outside it")
+        place = index.storage_data.get(MetadataIndex(name, offsets))
+        if place is None or math.prod(sizes) * width > place.length:
+            raise UserError(f"a part of {name} is not there, or is smaller than it says")
 
 
 class StoredTensors:
     """The tensors of one checkpoint folder.
 
     Attributes:
+        folder, option: where it is, and what named it.
+        index: see :func:`read_index`.
         objects: keys of everything in it that is not a tensor.
 
     Raises:
@@ -89,7 +122,7 @@ class StoredTensors:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         self.option = key
-        index = read_index(folder, key)
+        self.index = index = read_index(folder, key)
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(index, is_coordinator=True)
         self._tensors = {
@@ -127,23 +160,22 @@ class StoredTensors:
     def read_block(self, key: str, low: Sequence[int], high: Sequence[int]) -> Tensor:
         """The block of a global tensor from index ``low`` up to ``high``; see :meth:`read`."""
         stored = self._tensors[key]
-        block = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=stored.properties.dtype)
-        filled, held = 0, {}
-        for chunk in stored.chunks:
-            begin, end = _overlap(chunk, low, high)
-            if any(a >= b for a, b in zip(begin, end, strict=True)):
-                continue
+        shape = [b - a for a, b in zip(low, high, strict=True)]
+        parts = [(chunk, *_overlap(chunk, low, high)) for chunk in stored.chunks]
+        parts = [part for part in parts if all(a < b for a, b in zip(part[1], part[2], strict=True))]
+        # Before memory is taken for what an index claims.
+        if sum(math.prod(b - a for a, b in zip(*part[1:], strict=True)) for part in parts) != math.prod(shape):
+            raise UserError(f"{self.option}: {self.folder} does not hold all of {key}; choose another checkpoint")
+        block, held = torch.empty(shape, dtype=stored.properties.dtype), {}
+        for chunk, begin, end in parts:
             index = MetadataIndex(key, chunk.offsets)
             whole = self._held[index] if index in self._held else self._load(key, chunk)
             part = whole[_slices(begin, end, chunk.offsets)]
             block[_slices(begin, end, low)] = part
-            filled += part.numel()
             if part.numel() < whole.numel():
                 # The next rows are likely to come from it as well: query, key and value lie in one.
                 held[index] = whole
         self._held = held
-        if filled != block.numel():
-            raise UserError(f"{self.option}: {self.folder} does not hold all of {key}; choose another checkpoint")
         return block
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:

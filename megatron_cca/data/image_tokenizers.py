@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.image_tokenizer import check_codes, check_pixels, open_emu3_vq
 from megatron_cca.models.emu3.vq_config import CONFIG
 
@@ -114,7 +114,7 @@ def open_image_tokenizer(folder: str | Path, device: str | torch.device = "cpu")
         if not folder.is_dir():
             raise UserError(f"no folder at {folder}; nothing is fetched from a hub here, download it first")
         if (folder / CODEBOOK_FILE).is_file():
-            return PatchImageTokenizer(_load_codebook(folder))
+            return PatchImageTokenizer(PatchCodebook.load(folder))
         if (folder / CONFIG).is_file():
             return open_emu3_vq(folder, device)
     except OSError as error:
@@ -122,21 +122,3 @@ def open_image_tokenizer(folder: str | Path, device: str | torch.device = "cpu")
     raise UserError(
         f"{folder} holds no image tokenizer: neither {CODEBOOK_FILE} nor the {CONFIG} and safetensors of Emu3's"
     )
-
-
-def _load_codebook(folder: Path) -> PatchCodebook:
-    path = folder / CODEBOOK_FILE
-    with said_of(path):
-        try:
-            # Mapped at first: of an array that the file is too short for, nothing is then allocated.
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"is damaged or not a codebook: {why}") from None
-        if not isinstance(found, np.ndarray) or found.dtype != np.float32:
-            raise UserError("must hold one float32 array")
-        if found.ndim != 3 or found.shape[1] != found.shape[2] or found.size == 0:
-            raise UserError(f"must have the shape [K, P, P], has {list(found.shape)}")
-        if not np.isfinite(found).all():
-            raise UserError("holds numbers that are not finite")
-        return PatchCodebook(np.array(found))

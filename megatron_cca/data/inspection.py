@@ -14,6 +14,7 @@ from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokeni
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.sources.texts import printable
 from megatron_cca.data.text import open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES
@@ -88,8 +89,11 @@ def _bars(bins: Iterable[tuple[str, int]]) -> list[str]:
 
 def _reasons(folder: Path) -> str:
     path = folder / "skipped.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return f", the first: {json.loads(lines[0])['reason']}" if lines else ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    try:
+        return f", the first: {printable(str(json.loads(lines[0])['reason']))}" if lines else ""
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f", but {path.name} is damaged"
 
 
 def decoded_samples(

@@ -67,7 +67,7 @@ def _check_contents(manifest: Json) -> None:
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
             raise ValueError(f"meta_words: {key}: must be a list of token ids")
     for name, recorded in manifest["files"].items():
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise ValueError(f"files: {name!r} is not the name of a file in this folder")
         if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
             raise ValueError(f"files: {name} needs a number of bytes and a sha256")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cca.arrays import mapped_array
+from megatron_cca.errors import UserError, said_of
+
 FILE_NAME = "codebook.npy"
 
 
@@ -31,8 +34,23 @@ class PatchCodebook:
 
     @classmethod
     def load(cls, folder: Path) -> PatchCodebook:
-        """The codebook that a shard folder carries."""
-        return cls(np.load(folder / FILE_NAME, allow_pickle=False))
+        """The codebook that a shard folder carries.
+
+        Raises:
+            UserError: a damaged file, or one that holds something else; names it.
+        """
+        with said_of(folder / FILE_NAME):
+            try:
+                found = mapped_array(folder / FILE_NAME)
+            except UserError as error:
+                raise UserError(f"is damaged or not a codebook: {error}") from None
+            if found.dtype != np.float32:
+                raise UserError("must hold one float32 array")
+            if found.ndim != 3 or found.shape[1] != found.shape[2] or found.size == 0:
+                raise UserError(f"must have the shape [K, P, P], has {list(found.shape)}")
+            if not np.isfinite(found).all():
+                raise UserError("holds numbers that are not finite")
+            return cls(np.array(found))
 
     def save(self, folder: Path) -> None:
         """Write it into a shard folder."""

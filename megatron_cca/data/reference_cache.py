@@ -11,13 +11,14 @@ and renamed; zip's checksums guard what is in it.
 from __future__ import annotations
 
 import json
-import zipfile
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_cca.arrays import archived_arrays
 from megatron_cca.errors import UserError
 from megatron_cca.output import OPTION, file_system_errors
 
@@ -28,6 +29,7 @@ _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
 _TOOL = "tools/cache_reference.py"
 _KEY = "reference.cache"
+_BLOCK_NAME = re.compile(r"[a-z]+_(\d{9,18})_(\d{9,18})\.npz", re.ASCII)
 _NO_BLOCK = (Path(), 0)
 
 
@@ -88,18 +90,19 @@ class ReferenceCache:
         name = split, step // BLOCK
         if self._block is None or self._block[0] != name:
             path, end = finished_blocks(self.folder, split).get(name[1], _NO_BLOCK)
-            if step >= end:
-                raise UserError(f"{_KEY}: {self.folder} lacks {split} step {step}; compute it with {_TOOL}")
-            self._block = name, self._load(path)
-        return self._block[1][step % BLOCK]
+            self._block = name, self._load(path) if step < end else np.empty((0, 0, 2), np.float32)
+        block = self._block[1]
+        if step % BLOCK >= len(block):
+            raise UserError(f"{_KEY}: {self.folder} lacks {split} step {step}; compute it with {_TOOL}")
+        return block[step % BLOCK]
 
     def _load(self, path: Path) -> np.ndarray:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                block = file["logps"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            block = archived_arrays(path, {"logps"}).get("logps", np.empty(0))
+        except UserError as error:
             raise UserError(f"{_KEY}: {path} is missing or damaged ({error}); delete it and run {_TOOL}") from None
-        if block.dtype != np.float32 or block.ndim != 3 or block.shape[2] != 2:
+        first, last = map(int, _BLOCK_NAME.fullmatch(path.name).groups())
+        if block.dtype != np.float32 or block.ndim != 3 or block.shape[::2] != (last - first + 1, 2):
             raise UserError(f"{_KEY}: {path} is damaged: {block.dtype} {block.shape}; delete it and run {_TOOL}")
         return block
 
@@ -143,8 +146,10 @@ def finished_blocks(folder: Path, split: Split) -> dict[int, tuple[Path, int]]:
     """File and first step past its end of each block, by the block's number."""
     blocks: dict[int, tuple[Path, int]] = {}
     for path in sorted(folder.glob(f"{split}_*.npz")):
-        first, last = map(int, path.stem.split("_")[1:])
-        blocks[first // BLOCK] = path, last + 1
+        if found := _BLOCK_NAME.fullmatch(path.name):
+            first, last = map(int, found.groups())
+            if first % BLOCK == 0 and first <= last < first + BLOCK:
+                blocks[first // BLOCK] = path, last + 1
     return blocks
 
 
@@ -154,8 +159,9 @@ def _read_manifest(folder: Path, key: str) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-        whole = manifest["format"] == _FORMAT and {"identity", "path"} <= manifest.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        parts = (manifest["identity"], manifest["path"])
+        whole = manifest["format"] == _FORMAT and all(isinstance(part, dict) for part in parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise UserError(f"{key}: {path} is damaged or of another version; compute the cache anew ({_TOOL})")

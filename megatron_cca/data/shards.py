@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_cca.arrays import mapped_array
 from megatron_cca.data.manifest import (
     FILE_NAME,
     check_files,
@@ -25,7 +26,7 @@ from megatron_cca.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_cca.data.token_files import SAMPLE, TABLE, Sample, TokenWriter, checksum, join_token_files
+from megatron_cca.data.token_files import TABLE, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.emu3.grammar import meta_text
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
@@ -95,7 +96,7 @@ def merge_shards(
 def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
     try:
         write_tokens(partial)
-        grids = np.load(partial / TABLE, allow_pickle=False)["grid"]
+        grids = mapped_array(partial / TABLE)["grid"]
         contents = {
             "num_samples": len(grids),
             "vocabulary": vocabulary.fingerprint(),
@@ -130,6 +131,7 @@ class TokenShards:
         self.folder = Path(folder)
         self.vocabulary = vocabulary
         self._key = key
+        self._sizes = {"codes": vocabulary.codebook_size, "captions": vocabulary.text_size}
         with said_of(key):
             self.manifest = read_manifest(self.folder)
             self._check_vocabulary()
@@ -137,9 +139,7 @@ class TokenShards:
             check_files(self.folder, self.manifest)
             if len(self) < 1:
                 raise UserError(f"{self.folder} holds no samples")
-            self.table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
-            if self.table.dtype != SAMPLE or self.table.shape != (len(self),):
-                raise UserError(f"{self.folder / TABLE} does not hold {len(self)} samples, as the manifest says")
+            self.table = open_table(self.folder, len(self))
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
         self._codes = IndexedDataset(str(self.folder / "codes"))
@@ -168,6 +168,11 @@ class TokenShards:
             raise UserError(
                 f"{self._key}: {self.folder / name}.bin: sample {sample} is not what was written (its checksum "
                 "differs); the file is damaged, tokenize the data again"
+            )
+        if found.size and not 0 <= found.min() <= found.max() < self._sizes[name]:
+            raise UserError(
+                f"{self._key}: {self.folder / name}.bin: sample {sample} has tokens beyond the model's "
+                f"{self._sizes[name]}; tokenize the data again"
             )
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from types import TracebackType
 import numpy as np
 import torch
 import xxhash
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
 
-from megatron_cca.errors import UserError
+from megatron_cca.arrays import mapped_array
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 
 TABLE = "samples.npy"
 _INDEXED = {"codes": np.uint16, "captions": np.int32}
+_AGAIN = "tokenize the data again"
 TOKEN_FILES = (*(f"{name}{suffix}" for name in _INDEXED for suffix in (".bin", ".idx")), TABLE)
 
 # Frames, height, width of the code grid; tokens of the caption; then three 64-bit hashes (xxh3): of the caption's
@@ -114,9 +117,44 @@ class TokenWriter:
         np.save(self._folder / TABLE, np.array(self._rows, dtype=SAMPLE))
 
 
+def open_table(folder: Path, num_samples: int) -> np.ndarray:
+    """The table of a folder's samples, memory-mapped, after checking that its other token files fit it.
+
+    Megatron's reader follows whatever an index says. What it must say follows from the table.
+
+    Raises:
+        UserError: a file that is damaged or does not fit; names it.
+    """
+    path = folder / TABLE
+    with said_of(path):
+        table = mapped_array(path)
+    if table.dtype != SAMPLE or table.shape != (num_samples,):
+        raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
+    # In floats, which do not wrap around.
+    largest = (folder / "codes.bin").stat().st_size
+    if (table["grid"] < 1).any() or (table["grid"].prod(axis=1, dtype=np.float64) > largest).any():
+        raise UserError(f"{path} has grids that codes.bin cannot hold; {_AGAIN}")
+    for name, lengths in (("codes", table["grid"].prod(axis=1, dtype=np.int64)), ("captions", table["caption_length"])):
+        _check_index(folder, name, lengths.astype(np.int64))
+    return table
+
+
+def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
+    path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(_INDEXED[name]).itemsize
+    header = _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(_INDEXED[name]), count, count + 1)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])
+    parts = (lengths.astype(np.int32), ends[:-1], np.arange(count + 1))
+    with path.open("rb") as file:
+        fits = file.read(len(header)) == header
+        fits = fits and all(np.array_equal(np.fromfile(file, part.dtype, len(part)), part) for part in parts)
+        fits = fits and not file.read(1)
+    if not fits or (lengths < 0).any() or (folder / f"{name}.bin").stat().st_size != ends[-1]:
+        raise UserError(f"{path} does not fit {TABLE} or {name}.bin; {_AGAIN}")
+
+
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
     """Write the token files of all parts, one after the other, into ``folder``."""
-    tables = [np.load(part / TABLE, allow_pickle=False) for part in parts]
+    tables = [mapped_array(part / TABLE) for part in parts]
     for name, dtype in _INDEXED.items():
         builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype)
         with contextlib.closing(builder.data_file):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.errors import UserError
+from megatron_cca.arrays import archived_arrays
+from megatron_cca.errors import UserError, said_of
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -23,14 +23,8 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
     Raises:
         UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
     """
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: cannot be read as .npz: it is cut short or something else; write it with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib and NumPy promise no closed set for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as .npz ({reason})") from None
+    with said_of(path):
+        arrays = archived_arrays(path, {IMAGES, LABELS, *(name for names in _MOMENTS.values() for name in names)})
     if IMAGES not in arrays:
         raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]")
     images = arrays[IMAGES]
@@ -56,7 +50,10 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
     found = {}
     for part, (mean, covariance) in _MOMENTS.items():
         if mean in arrays and covariance in arrays:
-            mu, sigma = arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64)
+            mu, sigma = arrays[mean], arrays[covariance]
+            if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+                raise UserError(f"{path}: {mean} and {covariance} must be numbers, found {mu.dtype} and {sigma.dtype}")
+            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
             if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
                 raise UserError(
                     f"{path}: {mean} and {covariance} must be [D] and [D, D], found {list(mu.shape)} and "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError
 from megatron_cca.evaluation.plugins import failures_said, is_function_spec, load_function
+from megatron_cca.pickles import load_tensors
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -95,7 +95,8 @@ def _inception(weights: Path) -> Extractor:
 
     try:
         # torch-fidelity unpickles whatever a file holds; after this it is known to hold tensors and nothing else.
-        torch.load(weights, map_location="cpu", weights_only=True)
+        with weights.open("rb") as file:
+            load_tensors(file)
         network = InceptionV3(weights)
     except OSError:
         raise

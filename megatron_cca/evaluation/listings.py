@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.foreign import file_below
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
@@ -63,11 +64,11 @@ def list_folder(folder: Path) -> Listing:
 
 def _listed(folder: Path) -> Listing:
     files, labels, prompts = [], [], []
-    for number, line in enumerate((folder / PROMPTS).read_bytes().splitlines(), 1):
+    for number, line in enumerate((folder / PROMPTS).read_bytes().split(b"\n"), 1):
         if line.strip():
             with said_of(f"{folder / PROMPTS}: line {number}"):
                 record = _record(line)
-                files.append(_existing(folder, record["file"]))
+                files.append(file_below(folder, record["file"]))
             labels.append(record.get("label"))
             prompts.append(record.get("prompt"))
     if not files:
@@ -99,9 +100,3 @@ def _record(line: bytes) -> dict:
     if prompt is not None and not isinstance(prompt, str):
         raise UserError(f'"prompt" must be a string or null, found {prompt!r}')
     return record
-
-
-def _existing(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise UserError(f"{name} is missing in {folder}")
-    return folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt
 def _label(captions: Sequence[str], name: str) -> int:
     if name in captions:
         return list(captions).index(name)
-    if name.isascii() and name.isdigit() and int(name) < len(captions):
+    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(captions):
         return int(name)
     some = ", ".join(captions[:10]) + (", ..." if len(captions) > 10 else "")
     raise UserError(f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}, or by name {some}")
@@ -92,12 +93,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     with said_of(path):
         try:
-            # With a byte-order mark or without; not splitlines(), which also ends lines inside of JSON's texts.
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except OSError as error:
-            raise UserError(f"{error.strerror}; give a text file or JSON lines") from None
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise UserError("is not text in UTF-8") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{getattr(error, 'strerror', None) or error}; give a text file or JSON lines") from None
+        # Not at everything that Unicode takes for the end of a line: JSON may hold it.
+        lines = text.replace("\r\n", "\n").split("\n")
         read = _json_prompt if path.suffix in (".jsonl", ".json") else _text_prompt
         prompts = [read(line, number) for number, line in _numbered(lines)]
         if not prompts:
@@ -121,6 +123,8 @@ def _json_prompt(line: str, number: int) -> Prompt:
             raise UserError("is not a JSON object") from None
         if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
             raise UserError(f'needs a "prompt" that is a text, such as {{"prompt": "a red fox"}}, found {line[:60]!r}')
+        if any("\ud800" <= letter <= "\udfff" for letter in found["prompt"]):
+            raise UserError("prompt: is not valid Unicode")
         return Prompt(found["prompt"], _whole_number(found, "seed"), _whole_number(found, "label"))
 
 

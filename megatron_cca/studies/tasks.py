@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cca.config import Config
+from megatron_cca.errors import UserError
+from megatron_cca.foreign import json_object
 from megatron_cca.studies.settings import SamplingConfig
 
 RESULT = "result.json"
@@ -81,13 +83,21 @@ def outcome_of(task: Task) -> Outcome | None:
     """How a task ended: its result file's contents, with ``status`` and, of a failed one, ``reason``; None before that.
 
     Samples of a model whose training failed have failed with it.
+
+    Raises:
+        UserError: a damaged result file; names it.
     """
     if task.after is not None:
         before = outcome_of(task.after)
         if before is not None and before["status"] == FAILED:
             return before if isinstance(task, Sampling) else {**before, "reason": f"its base: {before['reason']}"}
     path = task.folder / RESULT
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    outcome = json_object(path)
+    if outcome.get("status") not in (FINISHED, FAILED):
+        raise UserError(f"{path} is damaged: it has no status; delete it to do the task again")
+    return outcome
 
 
 def write_outcome(task: Task, outcome: Mapping[str, Any]) -> None:

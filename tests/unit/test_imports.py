@@ -12,7 +12,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "version": 0,
+    "arrays": 1,
+    "foreign": 1,
     "output": 1,
+    "pickles": 1,
     "reporting": 1,
     "config": 1,
     "platform": 1,

@@ -873,7 +873,7 @@ def test_what_others_allow_is_not_allowed_here(tmp_path):
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
     assert "an array of type 'f8' instead of integers" in doubles
-    assert runs == "1.pth: not a .pth of plain data: it asks for _io.open, which no tokenised image needs"
+    assert runs == "1.pth: not a .pth of plain data: it asks for _io.open, which no plain data needs"
     assert not (tmp_path / "ran").exists()
 
 

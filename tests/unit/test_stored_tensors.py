@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -74,13 +75,23 @@ def test_what_torchs_writer_hides_comes_out(inner, tmp_path):
         save_pieces(tmp_path, [Piece("plain", (10, 4), (0, 0), (10, 4), PLAIN.dtype, read)])
 
 
+def refused(call):
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def test_damaged_data_is_named(folder):
+    stored = StoredTensors(folder, "--checkpoint")
     (file,) = folder.glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    stored = StoredTensors(folder, "--checkpoint")
-    with pytest.raises(UserError, match=r"--checkpoint: plain in .* cannot be read, a file is damaged: ") as error:
-        stored.read("plain", None, 7, 10)
-    assert "\n" not in str(error.value)
+    said = refused(lambda: stored.read("plain", None, 7, 10))
+    assert re.search(r"--checkpoint: plain in .* cannot be read, a file is damaged: ", said)
+    said = refused(lambda: StoredTensors(folder, "--checkpoint"))
+    assert re.search(r"\.metadata: __0_0\.distcp is too short for (plain|stacked); choose another checkpoint", said)
+    file.unlink()
+    assert "__0_0.distcp is missing" in refused(lambda: StoredTensors(folder, "--checkpoint"))
 
 
 def test_an_index_that_would_run_code_is_refused(folder, tmp_path):

@@ -32,6 +32,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Where nothing is stored, the format lets a tensor claim any shape.
+_MAX_SIZE = 2**40
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -95,7 +97,7 @@ class SafetensorsFolder:
         for file in files:
             if Path(file).name != file:
                 raise UserError(f"{self.option}: {path} names {file!r}, which is not a file of the same folder")
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):  # noqa: PTH113 - Path.is_file raises for names that no file can have
                 raise UserError(f"{self.option}: {folder / file} is missing, but {INDEX} names it")
         found = {}
         for file in files:
@@ -119,7 +121,10 @@ class SafetensorsFolder:
                     dtype = part.get_dtype()
                     if dtype not in _DTYPES:
                         raise UserError(f"{self.option}: tensor {name} in {path} has dtype {dtype}, which is not known")
-                    found[name] = TensorInfo(path, tuple(part.get_shape()), _DTYPES[dtype])
+                    shape = tuple(part.get_shape())
+                    if max(shape, default=0) > _MAX_SIZE:
+                        raise UserError(f"{self.option}: tensor {name} in {path} claims the shape {list(shape)}")
+                    found[name] = TensorInfo(path, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.option}: {path} is truncated or not a safetensors file: {str(error).splitlines()[0]}"

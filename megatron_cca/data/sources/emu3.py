@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,10 +19,11 @@ from megatron_cca.data.sources.files import (
     read_below,
     real_folder,
 )
-from megatron_cca.data.sources.plain_pth import NotPlainError, load_plain
+from megatron_cca.data.sources.plain_pth import load_plain
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import PackedStrings, printable, tidy, unique_names
 from megatron_cca.errors import UserError
+from megatron_cca.pickles import NotPlainError
 
 FEATURES = "feature"
 # Far beyond any image: 4,096 x 4,096 codes. A forged tensor may claim any size on a few bytes.
@@ -147,11 +147,8 @@ def _check_sums(file: BinaryIO) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, without torch's advice to allow it."""
-    message = str(error)
-    if asked := re.search(r"GLOBAL (\S+)", message):
-        return f"it asks for {printable(asked[1])}, which no tokenised image needs"
-    return printable(message) if isinstance(error, NotPlainError) else "it is damaged or of another format"
+    """What is wrong, where it is anything but damage."""
+    return printable(str(error)) if isinstance(error, NotPlainError) else "it is damaged or of another format"
 
 
 def _codes(images: Any, name: str) -> np.ndarray:

@@ -6,24 +6,16 @@ restoring arrays trusts its input (a forged data type makes it follow pointers),
 
 from __future__ import annotations
 
-import io
 import math
-import threading
 import warnings
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from megatron_cca.pickles import NotPlainError, load_tensors
+
 _INTEGERS = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))
 _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
-_ONE_AT_A_TIME = threading.Lock()
-
-
-class NotPlainError(ValueError):
-    """A ``.pth`` that is whole but holds something else than plain data; the message says what."""
 
 
 class _Type:
@@ -67,39 +59,11 @@ def load_plain(content: bytes) -> Any:
     Raises:
         Exception: of nearly any class: damaged, or asking for something that is not plain data. Nothing was run.
     """
-    import torch
-
-    _refuse_swollen(content)
     allowed = [(_reconstruct, name) for name in _RECONSTRUCT]
     allowed += [(_Array, "numpy.ndarray"), (_Type, "numpy.dtype")]
-    with _only_allowed(allowed), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        found = load_tensors(content, allowed)
     if isinstance(found, dict):
         return {key: value.values if type(value) is _Array else value for key, value in found.items()}
     return found
-
-
-@contextmanager
-def _only_allowed(allowed: list[tuple[Any, str]]) -> Iterator[None]:
-    """torch's list of what may be called is the process's own; Megatron-Core adds numpy's functions to it."""
-    from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
-
-    with _ONE_AT_A_TIME:
-        others = get_safe_globals()
-        clear_safe_globals()
-        add_safe_globals(allowed)
-        try:
-            yield
-        finally:
-            clear_safe_globals()
-            add_safe_globals(others)
-
-
-def _refuse_swollen(content: bytes) -> None:
-    """torch unpacks a compressed archive to whatever size it claims."""
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        return
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if sum(member.file_size for member in archive.infolist()) > len(content):
-            raise NotPlainError("a compressed archive, which torch does not write")

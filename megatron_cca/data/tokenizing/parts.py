@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_cca.data.token_files import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import json_object
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.output import OPTION
 
@@ -36,6 +37,14 @@ class Part:
     stop: int
     samples: int
     skipped: int
+
+
+def _part(path: Path) -> Part:
+    facts = json_object(path)
+    names = ("start", "stop", "samples", "skipped")
+    if facts.keys() != set(names) or not all(type(facts[name]) is int for name in names):
+        raise UserError(f"{path} is damaged; remove the folder that it lies in")
+    return Part(path.parent, **facts)
 
 
 class PartsFolder:
@@ -72,7 +81,7 @@ class PartsFolder:
             if time.monotonic() > waited_until:
                 raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
             time.sleep(0.1)
-        theirs = json.loads(path.read_text())
+        theirs = json_object(path)
         for key in job:
             if theirs.get(key) != job[key]:
                 raise UserError(
@@ -95,8 +104,7 @@ class PartsFolder:
         """The finished parts, in order."""
         for path in self.folder.glob(f"*-*/{_PART}"):
             if path.parent.name not in self._read:
-                facts = json.loads(path.read_text())
-                self._read[path.parent.name] = Part(path.parent, **facts)
+                self._read[path.parent.name] = _part(path)
         return sorted(self._read.values(), key=lambda part: part.start)
 
     def todo(self, rank: int, world_size: int) -> Iterator[Span]:

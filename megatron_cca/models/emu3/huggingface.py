@@ -17,6 +17,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.emu3.presets import PRESETS
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.emu3.vq_config import recognise, sizes_in
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS
 from megatron_cca.models.huggingface import Json, Naming
 
@@ -33,6 +34,9 @@ _SIZES = {
 }
 
 _RELEASED = PRESETS["emu3-8b"]
+
+# Of an image tokenizer; what a configuration wants is built before it is compared.
+_MOST_TENSORS = 2000
 
 # Switches that would make it another model than the one built here.
 _FIXED = {
@@ -117,8 +121,10 @@ class Emu3HuggingFace:
         import torch
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
+        form, section = recognise(config)
+        sizes = sizes_in(section, form, _MOST_TENSORS)
         with _naming_the_key("vq_config"), torch.device("meta"):
-            tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**config.get("vq_config", {})))
+            tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**sizes))
         return {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
 
     def transformers_model(self, config: Json):
@@ -126,7 +132,8 @@ class Emu3HuggingFace:
         import torch
         from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-        left_out = ("model_type", "auto_map", "dtype", "torch_dtype")
+        # The last two can name code to be fetched from a hub.
+        left_out = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
         text = _text_section(config)
         kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
         with _naming_the_key("config.json"):

@@ -187,8 +187,8 @@ def _mean_and_std(section: Any) -> tuple[list[float], list[float]]:
 def _per_channel(section: Mapping[str, Any], key: str, above: float) -> list[float]:
     found = section.get(key)
     numbers = found if isinstance(found, list) else [0.5 if found is None else found] * 3
-    for number in numbers:
+    for number in numbers if len(numbers) == 3 else [None]:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not above < number < math.inf or len(numbers) != 3:
+        if not is_number or not above < number < math.inf:
             raise UserError(f"{key}: must be a number or three of them, found {repr(found)[:60]}")
     return [float(number) for number in numbers]

@@ -1,0 +1,71 @@
+"""numpy's files, never with a pickle in them, and never believed in what they say of their size."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cca.errors import UserError
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """The array in an ``.npy`` file, as a memory map that is read only.
+
+    Raises:
+        UserError: a damaged file, or one that holds something else; does not name it.
+    """
+    try:
+        # Of an array that the file is too short for, nothing is mapped.
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    # numpy promises no closed set for damaged headers.
+    except Exception as error:
+        raise UserError(f"cannot be read as .npy ({_reason(error)})") from None
+    if not isinstance(found, np.ndarray):
+        raise UserError("holds something else than one array")
+    return found
+
+
+def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays in an ``.npz`` file.
+
+    Args:
+        path: the file.
+        names: those that are read, where they are there; None means all.
+
+    Raises:
+        UserError: a damaged file, one that holds objects, or an array that is larger than what is there of it; does not
+            name the file.
+    """
+    if not zipfile.is_zipfile(path):
+        raise UserError("cannot be read as .npz: it is cut short or something else; write it with numpy.savez")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            wanted = [name for name in members if names is None or name in names]
+            return {name: _array_in(archive, members[name]) for name in wanted}
+    except UserError:
+        raise
+    # Neither does zipfile.
+    except Exception as error:
+        raise UserError(f"cannot be read as .npz ({_reason(error)})") from None
+
+
+def _array_in(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    # numpy takes the memory before it reads; a zip of so many bytes cannot unpack to more than this.
+    if math.prod(shape) * dtype.itemsize > min(member.file_size, 2000 * member.compress_size):
+        raise UserError(f"{member.filename} is larger than what is there of it")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _reason(error: Any) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,53 @@
+"""What somebody else may have written: JSON, and the names that a list or an index gives to the files beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.errors import UserError, shortened
+
+
+def file_below(folder: Path, name: object) -> Path:
+    """The file that a name found inside a folder stands for.
+
+    Args:
+        folder: which the user named; it may be a symbolic link itself.
+        name: foreign, relative to it.
+
+    Raises:
+        UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, no such file.
+    """
+    if not isinstance(name, str) or not _is_below(folder, name):
+        raise UserError(f"{shortened(repr(name), 80)} is not a file of {folder}")
+    path = folder / name
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+        raise UserError(f"{shortened(name, 80)} is missing in {folder}")
+    return path
+
+
+def _is_below(folder: Path, name: str) -> bool:
+    try:
+        target = os.path.realpath(folder / name)
+    except (OSError, ValueError):
+        return False
+    return not Path(name).is_absolute() and target.startswith(f"{os.path.realpath(folder)}/".replace("//", "/"))
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none; names the file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found

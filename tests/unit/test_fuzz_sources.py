@@ -1,0 +1,257 @@
+"""Images and captions, in every layout on a disk, that may hold anything."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from megatron_cca.data.image_headers import Rejected, read_header
+from megatron_cca.data.sources import Unreadable, open_source
+from tests.references.fuzzing import NAMES, Sandbox, changed, fuzzed, names, plain, spoilt
+
+
+def encoded(kind, **options):
+    file = io.BytesIO()
+    Image.effect_noise((19, 13), 40).convert("RGB").save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG = encoded("PNG")
+JPEG = encoded("JPEG")
+TEXT = st.one_of(names, st.binary(max_size=20))
+
+
+def fill(folder, **files):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    put(folder, files)
+
+
+def put(folder, files):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def read_everything(sandbox: Sandbox, layout: str, path=None):
+    """Every record and the fingerprint; nothing that is read is what lies beside the folder."""
+    source = sandbox.check(lambda: open_source(path or sandbox.inside, layout))
+    if source is None:
+        return
+    for index in range(min(len(source), 20)):
+        record = sandbox.check(lambda index=index: source[index], Unreadable)
+        assert record is None or b"secret" not in record.frames
+        assert record is None or record.caption is None or record.caption.encode()
+    sandbox.check(source.fingerprint, Unreadable)
+
+
+def as_lines(rows):
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+CAPTIONS = [{"file_name": "a.png", "caption": "a", "condition": "x"}, {"frames": ["a.png", "b/a.png"], "caption": "b"}]
+POINTING = names.map(lambda name: [{"file_name": name, "caption": name}, {"frames": [name, "a.png"], "caption": "c"}])
+
+
+@fuzzed("captions list")
+@given(spoilt(as_lines(CAPTIONS)) | changed(CAPTIONS).map(json.dumps).map(str.encode) | POINTING.map(as_lines))
+def test_no_list_of_captions_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"a.png": PNG, "b/a.png": PNG, "captions.jsonl": content})
+    read_everything(sandbox, "captions")
+
+
+FILE_NAMES = names.filter(lambda name: 0 < len(name.encode("utf-8", "replace")) < 200 and not set(name) & {"\0", "/"})
+
+
+@fuzzed("captions folder")
+@given(FILE_NAMES.filter(lambda name: name not in (".", "..")), spoilt(b"a caption\n"), st.booleans())
+def test_no_folder_of_captions_gets_through(sandbox, name, text, is_link):
+    try:
+        fill(sandbox.inside, **{f"{name}/a.png": PNG, f"{name}/a.txt": text, "b.png": PNG})
+    except (OSError, UnicodeEncodeError):
+        return
+    if is_link:
+        (sandbox.inside / "b.txt").symlink_to(sandbox.beside / "secret.txt")
+        (sandbox.inside / "c.png").symlink_to(sandbox.beside / "secret.png")
+    for layout in ("auto", "captions", "classes"):
+        read_everything(sandbox, layout)
+
+
+CLASSES = {"a": "an apple", "b": "a bear"}
+SYNSETS = b"a apple, fruit\nb bear, animal\n"
+
+
+@fuzzed("class names")
+@given(
+    st.one_of(
+        st.tuples(
+            st.just("classes.json"), spoilt(json.dumps(CLASSES).encode()) | plain.map(json.dumps).map(str.encode)
+        ),
+        st.tuples(st.just("LOC_synset_mapping.txt"), spoilt(SYNSETS)),
+    )
+)
+def test_no_class_names_get_through(sandbox, named):
+    fill(sandbox.inside, **{"a/1.png": PNG, "b/1.png": PNG, named[0]: named[1]})
+    read_everything(sandbox, "classes")
+
+
+JOURNEY = [{"img_path": "./000/a.png", "prompt": "a", "Task2": {"Caption": "b"}}]
+
+
+@fuzzed("journeydb list")
+@given(
+    spoilt(as_lines(JOURNEY))
+    | changed(JOURNEY).map(json.dumps).map(str.encode)
+    | names.map(lambda name: as_lines([JOURNEY[0] | {"img_path": name}]))
+)
+def test_no_journeydb_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"imgs/000/a.png": PNG, "train_anno_realease_repath.jsonl": content})
+    read_everything(sandbox, "journeydb")
+
+
+def tar(members, kind=tarfile.PAX_FORMAT, **attributes):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for key, value in attributes.items():
+                setattr(member, key, value)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+MEMBERS = [
+    ("0.png", PNG),
+    ("0.json", b'{"caption": "a", "text": "b"}'),
+    ("0.cls", b"3"),
+    ("1.jpg", JPEG),
+    ("1.txt", b"b"),
+]
+TARS = [tar(MEMBERS, kind) for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)]
+TARS.append(tar([("x" * 300 + ".txt", b"long")], tarfile.GNU_FORMAT))
+
+
+@st.composite
+def forged_tars(draw):
+    attributes = {"type": draw(st.sampled_from([b"0", b"1", b"2", b"3", b"5", b"S", b"x", b"L", b"V"]))}
+    attributes["linkname"] = draw(st.sampled_from(NAMES))
+    if draw(st.booleans()):
+        attributes["pax_headers"] = {
+            draw(st.sampled_from(["path", "size", "GNU.sparse.map", "hdrcharset"])): draw(
+                st.sampled_from([*NAMES, "-1", "999999999999999999999", "1,2,3"])
+            )
+        }
+    try:
+        return tar([(draw(names) + ".txt", b"abc")], draw(st.sampled_from([0, 1, 2])), **attributes)
+    except (ValueError, UnicodeError, OverflowError):
+        return b""
+
+
+def with_checksums(content):
+    """Spoilt headers whose checksums are right again, so that what they say is looked at."""
+    content = bytearray(content)
+    for start in range(0, len(content) - 511, 512):
+        block = content[start : start + 512]
+        if block[257:262] == b"ustar":
+            block[148:156] = b" " * 8
+            content[start + 148 : start + 156] = b"%06o\0 " % sum(block)
+    return bytes(content)
+
+
+@fuzzed("tar")
+@given(spoilt(*TARS) | spoilt(*TARS).map(with_checksums) | forged_tars())
+def test_no_tar_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"a.tar": content})
+    read_everything(sandbox, "webdataset")
+
+
+def pth(found):
+    file = io.BytesIO()
+    torch.save(found, file)
+    return file.getvalue()
+
+
+WHOLE = pth({"name": "1", "images": torch.arange(6).view(2, 3), "texts": "a"})
+LIST = {"prefix": "feature", "path_list": ["1.pth", "2.pth"]}
+
+
+@fuzzed("emu3 list")
+@given(
+    spoilt(json.dumps(LIST).encode())
+    | changed(LIST).map(json.dumps).map(str.encode)
+    | names.map(lambda name: json.dumps(LIST | {"path_list": [name]}).encode())
+)
+def test_no_list_of_emu3s_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"list.json": content, "feature/1.pth": WHOLE})
+    read_everything(sandbox, "emu3")
+
+
+IMAGES = st.sampled_from([torch.zeros(2, 3), torch.zeros(0, 3, dtype=torch.int64), torch.tensor(3), "x", None, 10**30])
+IMAGES |= st.just(torch.zeros(1, dtype=torch.int64).expand(1 << 20, 1 << 20))
+IMAGES |= st.just(np.arange(6).reshape(2, 3)) | st.just(torch.arange(4).to_sparse())
+OLD = io.BytesIO()
+torch.save({"images": torch.arange(6).view(2, 3), "texts": "a"}, OLD, _use_new_zipfile_serialization=False)
+
+
+@fuzzed("emu3 file")
+@given(spoilt(WHOLE, OLD.getvalue()) | st.builds(lambda a, b: pth({"images": a, "texts": b}), IMAGES, names))
+def test_no_file_of_emu3s_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"list.json": json.dumps(LIST).encode(), "feature/1.pth": content})
+    read_everything(sandbox, "emu3")
+
+
+@pytest.fixture
+def hf_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What datasets' save_to_disk leaves, by name."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("saved") / "data"
+    rows = {
+        "image": [{"bytes": PNG, "path": None}, {"bytes": JPEG, "path": None}],
+        "text": ["a", "b"],
+    }
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@fuzzed("dataset folder")
+@given(data=st.data())
+def test_no_saved_dataset_gets_through(sandbox, saved, hf_cache, data):
+    name = data.draw(st.sampled_from(sorted(saved)))
+    content = spoilt(saved[name])
+    if name.endswith(".json"):
+        content |= changed(json.loads(saved[name])).map(json.dumps).map(str.encode)
+    fill(sandbox.inside, **saved | {name: data.draw(content)})
+    read_everything(sandbox, "datasets")
+
+
+ENCODED = [
+    PNG,
+    JPEG,
+    encoded("JPEG", progressive=True),
+    encoded("WEBP"),
+    encoded("WEBP", lossless=True),
+    encoded("BMP"),
+]
+ENCODED.append(encoded("JPEG", exif=Image.Exif()))
+
+
+@fuzzed("image header")
+@given(spoilt(*ENCODED) | st.binary(max_size=64))
+@example(b"BM" + bytes(8) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little") + bytes(28))
+def test_no_image_header_gets_through(sandbox, content):
+    sandbox.check(lambda: read_header(content), Rejected)
