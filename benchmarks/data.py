@@ -215,7 +215,7 @@ class _PthFiles(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         kinds = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Int64DType]
         with torch.serialization.safe_globals(kinds):
-            data = torch.load(self._folder / f"{index}.pth")
+            data = torch.load(self._folder / f"{index}.pth", weights_only=True)
         codes = data["images"]
         rows = ["".join(f"<|visual token {code:06d}|>" for code in row) for row in codes]
         grid = f"{codes.shape[0]}*{codes.shape[1]}"

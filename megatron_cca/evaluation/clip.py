@@ -17,7 +17,7 @@ class ClipScorer:
     """CLIP score by a CLIP of transformers in a local folder; nothing is downloaded.
 
     Args:
-        folder: with ``config.json``, the weights, and the files of CLIPProcessor, such as a copy of
+        folder: with ``config.json``, the weights as safetensors, and the files of CLIPProcessor, such as a copy of
             openai/clip-vit-large-patch14.
         device: where the model runs.
         batch_size: images and prompts that go through it together.
@@ -32,8 +32,9 @@ class ClipScorer:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True)
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            # Neither weights in a pickle nor code that the folder brings.
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers promises no closed set for damaged folders
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{CLIP}: {folder} holds no usable CLIP ({type(error).__name__}: {reason})") from None

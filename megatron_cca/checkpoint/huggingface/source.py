@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -169,8 +170,12 @@ def companion_files(folder: Path) -> list[Path]:
     """Files that travel along as they are: configurations, tokenizers, remote code; no weights, nothing hidden.
 
     Subfolders stay behind. A link to nothing is listed: copying it fails, instead of losing a tokenizer in silence.
+
+    Raises:
+        UserError: a symbolic link out of the folder, into anything but the hub's cache: what it leads to would be
+            published with the model.
     """
-    return sorted(
+    files = sorted(
         path
         for path in folder.iterdir()
         if not path.is_dir()
@@ -178,3 +183,11 @@ def companion_files(folder: Path) -> list[Path]:
         and path.suffix not in _WEIGHTS
         and not path.name.endswith(".index.json")
     )
+    # Of snapshots/<revision> in its cache, the hub keeps the contents in blobs beside snapshots.
+    places = tuple(
+        f"{os.path.realpath(place)}/" for place in (folder, Path(os.path.realpath(folder)).parent.parent / "blobs")
+    )
+    for path in files:
+        if path.is_symlink() and path.exists() and not os.path.realpath(path).startswith(places):
+            raise UserError(f"{path} is a symbolic link that leaves the folder; copy the file there")
+    return files
