@@ -20,7 +20,7 @@ def file_below(folder: Path, name: object) -> Path:
     Raises:
         UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, no such file.
     """
-    if not isinstance(name, str) or not _is_below(folder, name):
+    if not isinstance(name, str) or not is_below(folder, name):
         raise UserError(f"{shortened(repr(name), 80)} is not a file of {folder}")
     path = folder / name
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
@@ -28,7 +28,8 @@ def file_below(folder: Path, name: object) -> Path:
     return path
 
 
-def _is_below(folder: Path, name: str) -> bool:
+def is_below(folder: Path, name: str) -> bool:
+    """Whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it."""
     try:
         target = os.path.realpath(folder / name)
     except (OSError, ValueError):

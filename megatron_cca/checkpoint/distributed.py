@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megatron_cca.checkpoint.integrity import check_whole_together
+from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
@@ -72,7 +73,8 @@ def _load(template: dict, folder: Path, key: str) -> dict:
         _check_fit(template[name], stored, key)
         template[name], absent[name] = without_absent_extra_states(template[name], stored)
     try:
-        state = dist_checkpointing.load(template, str(folder))
+        with plain_data_only(stored):
+            state = dist_checkpointing.load(template, str(folder))
     except CheckpointingException as error:
         raise UserError(f"{key}: {folder} does not fit this model: {str(error).splitlines()[0]}") from None
     for name, names in absent.items():

@@ -11,6 +11,7 @@ A checkpoint is written under a hidden name, flushed and renamed when complete; 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from megatron_cca.checkpoint import records
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import is_below
 
 LATEST = "latest_checkpointed_iteration.txt"
 SUMMARY = "checkpoint.json"
@@ -212,15 +214,17 @@ def read_summary(folder: Path, key: str) -> dict:
         raise UserError(f"{key}: {folder} has no {SUMMARY}: it is half-written or not a checkpoint; choose another")
     try:
         summary = records.unsealed(path.read_text())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{key}: {path} is damaged; choose another checkpoint") from None
     for name, record in summary["files"].items():
+        if not is_below(folder, name):
+            raise UserError(f"{key}: {path} names {name!r}, which is no file of it; choose another checkpoint")
         _check_size(folder / name, record["bytes"], key)
     return summary
 
 
 def _check_size(file: Path, size: int, key: str) -> None:
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises for names that no file can have
         raise UserError(f"{key}: {file} is missing: the checkpoint is incomplete; choose another")
     if file.stat().st_size != size:
         raise UserError(

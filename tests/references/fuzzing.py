@@ -24,6 +24,9 @@ from megatron_cca.errors import UserError
 # Cases of each test; test_fuzz_cases.py holds that they are 10,000 or more, and that each is used.
 CASES = {
     "config file": 600,
+    "latest file": 200,
+    "checkpoint summary": 400,
+    "metrics": 300,
     "config override": 1200,
     "config tree": 400,
     "study file": 100,
