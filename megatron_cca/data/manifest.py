@@ -61,6 +61,8 @@ def _check_contents(manifest: Json) -> None:
     for key, kind in _REQUIRED.items():
         if not isinstance(manifest[key], kind):
             raise ValueError(f"{key} must be a {kind.__name__}, found {manifest[key]!r}"[:200])
+    if isinstance(manifest["num_samples"], bool) or not 0 <= manifest["num_samples"] < 2**62:
+        raise ValueError(f"num_samples must be a number of samples, found {manifest['num_samples']}")
     for key, ids in manifest["meta_words"].items():
         if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", key, re.ASCII):
             raise ValueError(f"meta_words: {key!r} is not a grid such as '1x90x90'")

@@ -56,6 +56,13 @@ def test_no_manifest_gets_through(sandbox, written, data):
     sandbox.check(lambda: read_everything(sandbox.inside))
 
 
+@pytest.mark.parametrize("number", [-1, True, 2**63, 10**30])
+def test_a_number_of_samples_is_one(sandbox, written, number):
+    manifest = json.loads(written[FILE_NAME]) | {"num_samples": number}
+    fill(sandbox.inside, written | {FILE_NAME: json.dumps(manifest).encode()})
+    assert sandbox.check(lambda: read_manifest(sandbox.inside)) is None
+
+
 # A table whose numbers are forged one by one.
 NUMBERS = st.sampled_from([0, -1, 1, 2**31 - 1, -(2**31), 5, 4096]) | st.integers(-(2**31), 2**31 - 1)
 
