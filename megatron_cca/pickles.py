@@ -13,7 +13,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
+from megatron_cca.errors import shortened
+
+_MAX_MESSAGE = 500
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -86,14 +90,25 @@ def load_tensors(content: bytes | BinaryIO, allowed: Sequence[tuple[Any, str]] =
 
 @contextmanager
 def _only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    from torch._weights_only_unpickler import Unpickler
     from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+
+    unchecked = Unpickler.load
+
+    def load(unpickler: Unpickler) -> Any:
+        """torch searches the message, in which a foreign name stands, in time that grows with its length squared."""
+        try:
+            return unchecked(unpickler)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(shortened(str(error), _MAX_MESSAGE)) from None
 
     with _ONE_AT_A_TIME:
         others = get_safe_globals()
         clear_safe_globals()
         add_safe_globals(list(allowed))
         try:
-            yield
+            with patch.object(Unpickler, "load", load):
+                yield
         finally:
             clear_safe_globals()
             add_safe_globals(others)

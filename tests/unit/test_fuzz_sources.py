@@ -239,6 +239,16 @@ def test_no_saved_dataset_gets_through(sandbox, saved, hf_cache, data):
     read_everything(sandbox, "datasets")
 
 
+def test_offsets_in_arrow_stay_inside(sandbox, saved, hf_cache):
+    """pyarrow follows them wherever they lead: the process ended."""
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 1, 2))
+    (name,) = (name for name in saved if name.endswith(".arrow"))
+    assert saved[name].count(offsets) == 1
+    far = saved[name].replace(offsets, offsets[:8] + (2**31 - 1).to_bytes(4, "little"))
+    fill(sandbox.inside, **saved | {name: far})
+    assert sandbox.check(lambda: open_source(sandbox.inside, "datasets")) is None
+
+
 ENCODED = [
     PNG,
     JPEG,

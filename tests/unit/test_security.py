@@ -211,6 +211,13 @@ def test_what_megatron_allows_is_not_allowed_in_tensors(witness):
             load_tensors(content)
 
 
+def test_a_name_of_any_length_is_refused_at_once():
+    """torch's advice on what to do about a name takes it apart in quadratic time."""
+    for length in (1000, 10**6):
+        with pytest.raises(ValueError, match=r"it asks for os\.aaa"):
+            load_tensors(b"\x80\x02cos\n" + b"a" * length + b"\n.")
+
+
 def saved_by_torch(found):
     file = io.BytesIO()
     torch.save(found, file)
