@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_cca.checkpoint import records
 from megatron_cca.checkpoint.records import file_system_cause
-from megatron_cca.parallel.agreement import one_line
+from megatron_cca.parallel.agreement import described
 
 _PR_SET_PDEATHSIG = 1
 
@@ -91,7 +91,7 @@ def _write(
     try:
         checksums = records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
     except OSError as error:
-        problems.append(one_line(error))
+        problems.append(described(error))
     results.put(Written(checksums, next(iter(problems), None)))
 
 
@@ -104,7 +104,7 @@ def _remembered_problems() -> Iterator[list[str]]:
     def remembering(*arguments, **options):
         outcome = write(*arguments, **options)
         if isinstance(outcome[1], Exception):
-            problems.append(one_line(file_system_cause(outcome[1])))
+            problems.append(described(file_system_cause(outcome[1])))
         return outcome
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(remembering)

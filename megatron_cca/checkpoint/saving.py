@@ -23,7 +23,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
 from megatron_cca.checkpoint.distributed import state_dict
 from megatron_cca.errors import UserError
-from megatron_cca.parallel.agreement import attempted_on_rank_0, first_problem, one_line
+from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
             try:
                 finish(metadata, results)
             except OSError as error:
-                self.problem = one_line(error)
+                self.problem = described(error)
 
         writer.finish = finish_or_tell
         return super()._get_save_and_finalize_callbacks(writer, *arguments)
@@ -237,7 +237,7 @@ def _not_finite(state: dict) -> str | None:
 
 def _why(error: CheckpointException) -> str:
     causes = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
-    return one_line(causes[0]) if causes else "another rank could not write its part"
+    return described(causes[0]) if causes else "another rank could not write its part"
 
 
 def _written(pending: _Pending) -> Written:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, one_line
 
 
 def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
@@ -25,7 +25,7 @@ def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | 
         try:
             outcome[0] = action()
         except (OSError, UserError) as error:
-            outcome[1] = one_line(error)
+            outcome[1] = described(error)
     dist.broadcast_object_list(outcome)
     return outcome[0], outcome[1]
 
@@ -49,8 +49,8 @@ def first_problem(problem: str | None) -> str | None:
     return next((found for found in problems if found is not None), None)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, without a traceback and with its file where it has one."""
+def described(error: BaseException) -> str:
+    """What an error says, in one line, without a traceback and with its file where it has one."""
     if isinstance(error, OSError):
-        return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    return one_line(" ".join(str(error).split())) or type(error).__name__

@@ -15,7 +15,7 @@ from megatron_cca.config import Config, config_to_dict
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
-from megatron_cca.parallel.agreement import largest, one_line
+from megatron_cca.parallel.agreement import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.batches import RunData
@@ -60,7 +60,7 @@ def _train(run: Run) -> None:
             _loop(run, Journal(None, events))
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, Stopped):
-            events.write("failed", step=run.iteration, error=one_line(error))
+            events.write("failed", step=run.iteration, error=described(error))
         raise
 
 
