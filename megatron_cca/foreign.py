@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,24 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return found
+
+
+def json_lines(path: Path, **required: type) -> Iterator[tuple[str, dict]]:
+    """Lines of a log and the objects in them; complete ones only, since a killed run may have left half of its last one.
+
+    Args:
+        path: where there is no file, there are no lines.
+        required: a key that every object has, and its type.
+
+    Raises:
+        UserError: a line that holds something else; names it.
+    """
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in required.items()):
+            raise UserError(f"{path}: line {number} is damaged; remove it, or move the file away")
+        yield f"{line}\n", row

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data.digits import KEYWORD
-from megatron_cca.errors import UserError
 from megatron_cca.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.evaluation.extractors import open_extractor
 from megatron_cca.evaluation.fidelity import FidelitySettings, Reference, fidelity
@@ -31,16 +29,13 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.studies.tasks import FAILED, FINISHED, LOG, Judging, Outcome, Sampling, Task, Training, write_outcome
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.faults import Diverged
 from megatron_cca.training.loop import train
 from megatron_cca.training.metrics import read_metrics
 
-# What Megatron-Core says of a gradient that is no number.
-_DIVERGED = ("found NaN in", "found Inf in")
 _LAST_STEPS = 10
 _LOGGED = ("loss", "positive_log_ratio", "negative_log_ratio", "accuracy")
 IMAGES = "images.npz"
-# How long a rank whose run has diverged waits for the others to say the same.
-RANKS_TOGETHER_SECONDS = 60.0
 
 
 def perform(task: Task) -> Outcome:
@@ -56,7 +51,6 @@ def perform(task: Task) -> Outcome:
     sys.setswitchinterval(1e-4)
     started = time.perf_counter()
     initialize_distributed(task.config if isinstance(task, Training) else task.layout)
-    _meeting_place()
     with _logged(task.folder):
         outcome = _trained(task) if isinstance(task, Training) else _sampled(task)
     outcome |= {"title": task.title, "seconds": round(time.perf_counter() - started, 2)}
@@ -81,20 +75,14 @@ def _logged(folder: Path) -> Iterator[None]:
 
 def _trained(task: Training) -> Outcome:
     check_devices(task.config)
-    failure = None
     try:
         train(task.config, open_data(task.config))
-    except RuntimeError as error:
-        failure = _divergence(error)
-        if failure is None:
-            raise
-        _stay_together(task, failure)
+    except Diverged as error:
+        # On all ranks at once, so that they are still together.
+        return _failed(f"diverged: {error.how}")
     if dist.get_rank() != 0:
         return {}
-    rows = read_metrics(task.folder)
-    failure = failure or _lost(rows)
-    if failure is not None:
-        return _diverged(failure)
+    rows = [row for row in read_metrics(task.folder) if row["loss"] is not None]
     last = rows[-_LAST_STEPS:]
     return {
         "status": FINISHED,
@@ -104,39 +92,6 @@ def _trained(task: Training) -> Outcome:
 
 def _failed(reason: str) -> Outcome:
     return {"status": FAILED, "reason": reason}
-
-
-def _diverged(how: str) -> Outcome:
-    return _failed(f"diverged: {how}")
-
-
-def _divergence(error: RuntimeError) -> str | None:
-    text = " ".join(str(error).split())
-    return next((f"{sign.removeprefix('found ')} a gradient" for sign in _DIVERGED if sign in text), None)
-
-
-def _lost(rows: Sequence[dict[str, float]]) -> str | None:
-    bad = [row for row in rows if not math.isfinite(row["loss"])]
-    return f"loss {bad[0]['loss']} at step {bad[0]['step']:.0f}" if bad else None
-
-
-def _stay_together(task: Training, failure: str) -> None:
-    """Go on only if all ranks left the run alike; one that left it alone finds the others waiting for it forever."""
-    if dist.get_world_size() == 1:
-        return
-    try:
-        dist.barrier(_meeting_place())
-    except RuntimeError:
-        write_outcome(task, {**_diverged(failure), "title": task.title})
-        raise UserError(
-            f"{task.folder}: diverged on rank {dist.get_rank()} alone ({failure}), so that the ranks are apart; it is "
-            "recorded, start the same command again to go on (torchrun --max-restarts does)"
-        ) from None
-
-
-@cache
-def _meeting_place() -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=RANKS_TOGETHER_SECONDS))
 
 
 def _sampled(task: Sampling) -> Outcome:

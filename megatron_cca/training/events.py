@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from megatron_cca.foreign import json_lines
 from megatron_cca.training.metrics import MetricsLog
 
 FILE = "events.jsonl"
@@ -86,7 +87,9 @@ class Journal:
 
 
 def read_events(output_dir: Path) -> list[dict]:
-    """The events of a run in order; half a last line is left out."""
-    path = output_dir / FILE
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The events of a run in order; half a last line is left out.
+
+    Raises:
+        UserError: a line that no run wrote; names it.
+    """
+    return [event for _, event in json_lines(output_dir / FILE, event=str)]

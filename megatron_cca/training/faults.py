@@ -10,11 +10,23 @@ from megatron_cca.training.setup import Run
 from megatron_cca.training.step import StepReport
 
 
+class Diverged(UserError):
+    """Loss or gradients are no longer numbers, and the run ends; raised on all ranks at the same step.
+
+    Attributes:
+        how: at which step, and in what; one line.
+    """
+
+    def __init__(self, how: str, advice: str) -> None:
+        super().__init__(f"{how}; nothing of it is saved; {advice}")
+        self.how = how
+
+
 def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal) -> int:
     """How many updates in a row were left out so far. Collective over all ranks.
 
     Raises:
-        UserError: ``faults`` would have the run end; what it was saving is finished first.
+        Diverged: ``faults`` would have the run end; what it was saving is finished first.
     """
     if report.problem is None:
         return 0
@@ -29,7 +41,7 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
         if before
         else "lower optimizer.lr, look at the data of this step, or set faults.non_finite=skip to leave it out"
     )
-    raise UserError(f"step {step}: {report.problem}; nothing of it is saved; {advice}")
+    raise Diverged(f"step {step}: {report.problem}", advice)
 
 
 def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) -> None:

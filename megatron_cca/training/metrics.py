@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cca.errors import UserError
+from megatron_cca.foreign import json_lines
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,7 +34,7 @@ class MetricsLog:
         self, output_dir: Path, first_step: int, train_iters: int, *, tensorboard: bool, progress_bar: bool
     ) -> None:
         path = output_dir / METRICS_FILE
-        kept = [line for line, row in _rows(path) if row["step"] < first_step]
+        kept = [line for line, row in json_lines(path, step=int) if row["step"] < first_step]
         path.write_text("".join(kept))
         # Unbuffered, so that no line waits for room that never comes.
         self._file = path.open("ab", buffering=0)
@@ -113,20 +113,7 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     Raises:
         UserError: a line that no run wrote; names it.
     """
-    return [row for _, row in _rows(output_dir / METRICS_FILE)]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """Lines and what they hold; complete ones only, since a killed run may have left half of its last one."""
-    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{path}: line {number} is damaged; remove it, or move the file away")
-        yield f"{line}\n", row
+    return [row for _, row in json_lines(output_dir / METRICS_FILE, step=int)]
 
 
 def _summary_writer(folder: Path, first_step: int):
