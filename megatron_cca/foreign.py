@@ -56,7 +56,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_lines(path: Path, **required: type) -> Iterator[tuple[str, dict]]:
-    """Lines of a log and the objects in them; complete ones only, since a killed run may have left half of its last one.
+    """Lines of a log and the objects in them; complete ones only, since a killed run may leave half of its last one.
 
     Args:
         path: where there is no file, there are no lines.
