@@ -21,7 +21,8 @@ demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickst
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(INSTALLED) ## every test that needs no GPU
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 tests/unit
+	@$(BIN)/python -m pytest tests/distributed tests/gpu
 
 lint: $(INSTALLED) ## lint and format checks
 	@$(BIN)/ruff check .

@@ -27,7 +27,7 @@ EXTRAS = {
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
-    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "ruff"],
+    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(
