@@ -102,17 +102,19 @@ def tidy(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
+def prune(root: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
     """Remove checkpoints that are not to be kept; returns their iterations.
 
     Args:
         root: where they lie.
+        newest: the one just saved. What is newer was passed over for its damage: it stays, and does not count.
         keep_last: so many of the newest stay; None keeps all.
         keep_every: multiples of this stay besides.
     """
     if keep_last is None:
         return []
-    removed = [number for number in iterations(root)[:-keep_last] if keep_every is None or number % keep_every]
+    own = [number for number in iterations(root) if number <= newest]
+    removed = [number for number in own[:-keep_last] if keep_every is None or number % keep_every]
     for number in removed:
         # Renamed first, so that what is half-removed has no checkpoint's name.
         hidden = _removed_folder(root, number)

@@ -24,6 +24,7 @@ from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, se
 from megatron_cca.checkpoint.distributed import state_dict
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
+from megatron_cca.parallel.finite import all_finite
 
 
 @dataclass(frozen=True)
@@ -184,22 +185,23 @@ class CheckpointSaver:
     def _conclude(
         self, pending: _Pending, checksums: dict[str, str], problem: str | None
     ) -> tuple[list[int] | None, str | None]:
-        if problem is not None:
-            attempted_on_rank_0(lambda: _remove(pending.partial))
-            return None, problem
-        everyone: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(checksums, everyone)
-        removed, problem = attempted_on_rank_0(lambda: self._finalize(pending, everyone))
-        if problem is not None:
+        removed = None
+        if problem is None:
+            everyone: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(checksums, everyone)
+            problem = attempted_on_rank_0(lambda: self._finalize(pending, everyone))[1]
+        if problem is None:
+            # The checkpoint is there, whether old ones can be removed or not.
+            removed = attempted_on_rank_0(lambda: layout.prune(self._root, pending.iteration, *self._keep))[0]
+        else:
             attempted_on_rank_0(lambda: _remove(pending.partial))
         return removed, problem
 
-    def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> list[int]:
+    def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> None:
         known = {name: found for sums in everyone for name, found in sums.items()}
         save_config(CheckpointingConfig(pending.strategy.backend, pending.strategy.version), str(pending.partial))
         known |= layout.keep_companions(self._root, self._start, pending.partial)
         layout.finalize(pending.partial, self._root, pending.iteration, pending.summary, known)
-        return layout.prune(self._root, *self._keep)
 
 
 def save(
@@ -229,8 +231,7 @@ def _not_finite(state: dict) -> str | None:
     for item in nested_values(state):
         if not isinstance(item, ShardedTensor | ShardedTensorFactory) or not torch.is_tensor(item.data):
             continue
-        # One pass and no mask in memory: what is not finite stays so in a sum.
-        if item.data.is_floating_point() and not torch.isfinite(item.data.sum(dtype=torch.float32)):
+        if item.data.is_floating_point() and not all_finite(item.data):
             return f"{item.key} holds NaN or infinity"
     return None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_cca.objectives import PairLogps, SequenceLogps
 from megatron_cca.parallel.agreement import any_rank, first_problem
+from megatron_cca.parallel.finite import all_finite
 
 _TERMS = {
     "policy_positive": "the policy's log p(x|c)",
@@ -30,7 +31,7 @@ def not_finite(policy: list[DistributedDataParallel], loss_problem: str | None) 
         policy: model chunks whose gradients have been reduced.
         loss_problem: what :func:`terms_not_finite` said; the same on every rank of a pipeline.
     """
-    gradients_are_finite = all(_finite(buffer.grad_data) for chunk in policy for buffer in chunk.buffers)
+    gradients_are_finite = all(all_finite(buffer.grad_data) for chunk in policy for buffer in chunk.buffers)
     problems = [first_problem(loss_problem)] if any_rank(loss_problem is not None) else []
     problems += [first_problem(_gradients_not_finite(policy))] if any_rank(not gradients_are_finite) else []
     return "; ".join(found for found in problems if found) or None
@@ -46,13 +47,8 @@ def terms_not_finite(rows: PairLogps | SequenceLogps) -> str | None:
     return f"loss: NaN or infinity in {', '.join(found)}" if found else None
 
 
-def _finite(values: Tensor) -> bool:
-    # One pass and no mask in memory: what is not finite stays so in a sum.
-    return bool(torch.isfinite(values.sum(dtype=torch.float32)))
-
-
 def _gradients_not_finite(policy: list[DistributedDataParallel]) -> str | None:
-    bad = [name for name, gradient in _gradients(policy) if not _finite(gradient)]
+    bad = [name for name, gradient in _gradients(policy) if not all_finite(gradient)]
     if not bad:
         return None
     groups = Counter(_group(name) for name in bad)

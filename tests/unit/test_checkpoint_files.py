@@ -117,10 +117,19 @@ def test_tidy_forgets_a_former_one_that_was_replaced(tmp_path):
 def test_retention(keep_last, keep_every, kept, tmp_path):
     for iteration in (2, 4, 6, 8, 10):
         write(tmp_path, iteration)
-    removed = layout.prune(tmp_path, keep_last, keep_every)
+    removed = layout.prune(tmp_path, 10, keep_last, keep_every)
     assert layout.iterations(tmp_path) == kept
     assert removed == sorted({2, 4, 6, 8, 10} - {*kept})
     assert not list(tmp_path.glob(".*"))
+
+
+def test_retention_never_gives_up_what_was_just_saved_for_a_damaged_newer_one(tmp_path):
+    """A run that passed over step 6 for its damage has continued from 2 and saved 4."""
+    for iteration in (2, 4, 6):
+        write(tmp_path, iteration)
+    (layout.iteration_folder(tmp_path, 6) / "__0_0.distcp").write_bytes(b"y" * 100)
+    assert layout.prune(tmp_path, 4, keep_last=1, keep_every=None) == [2]
+    assert layout.iterations(tmp_path) == [4, 6]
 
 
 def test_a_cut_file_is_passed_over_where_only_sizes_are_looked_at(tmp_path):
