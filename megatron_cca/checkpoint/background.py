@@ -45,20 +45,21 @@ class ResultsFile:
     """
 
     def __init__(self) -> None:
-        self._file = os.memfd_create("checkpoint_results")
+        # A file object, so that it goes with this one: a run saves many times.
+        self._file = os.fdopen(os.memfd_create("checkpoint_results"), "r+b", buffering=0)
         self._read = 0
 
     def put(self, item: object) -> None:
         """Append an item."""
         data = pickle.dumps(item)
-        os.write(self._file, len(data).to_bytes(8, "little"))
-        while data:
-            data = data[os.write(self._file, data) :]
+        rest = memoryview(len(data).to_bytes(8, "little") + data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def get_nowait(self) -> object:
         """The next item; raises :class:`queue.Empty` where there is none."""
-        size = int.from_bytes(os.pread(self._file, 8, self._read), "little")
-        data = os.pread(self._file, size, self._read + 8)
+        size = int.from_bytes(os.pread(self._file.fileno(), 8, self._read), "little")
+        data = os.pread(self._file.fileno(), size, self._read + 8)
         if not size or len(data) < size:
             raise queue.Empty
         self._read += 8 + size

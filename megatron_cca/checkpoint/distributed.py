@@ -27,7 +27,7 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     A LoRA run's adapters are merged into the weights, unless the chunks have adapters themselves.
 
     Raises:
-        UserError: tensors missing or misshapen; ``key`` says which configuration key named the checkpoint.
+        UserError: a damaged file, tensors missing or misshapen; ``key`` says which key named the checkpoint.
     """
     problem = check_whole_together(folder, key)
     if problem is not None:

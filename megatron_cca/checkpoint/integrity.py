@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_cca.checkpoint import layout, records
 from megatron_cca.errors import UserError
+from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
 
 # Policy and reference often come from one checkpoint; an unchanged file is not read again.
 _known_good: set[tuple] = set()
@@ -35,10 +36,7 @@ def check_whole(folder: Path, key: str) -> dict:
 
 def check_whole_together(folder: Path, key: str) -> str | None:
     """What is wrong with a checkpoint, or None; each rank reads its share. Collective over all ranks."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[str | None] = [None] * ranks
-    dist.all_gather_object(found, _problem(folder, key, rank, ranks))
-    return next((problem for problem in found if problem is not None), None)
+    return first_problem(_problem(folder, key, dist.get_rank(), dist.get_world_size()))
 
 
 def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
@@ -50,7 +48,7 @@ def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"{key}: {error.filename or folder}: {error.strerror or error}"
+        return f"{key}: {described(error)}"
     return None
 
 
@@ -87,12 +85,10 @@ def newest_whole(root: Path, key: str) -> Newest | None:
     Raises:
         UserError: there are checkpoints, and none is whole; names the newest one's damage.
     """
-    listed: list = [None]
-    if dist.get_rank() == 0:
-        layout.tidy(root)
-        listed[0] = (layout.iterations(root), _said_latest(root, key))
-    dist.broadcast_object_list(listed)
-    numbers, latest = listed[0]
+    listed, problem = attempted_on_rank_0(lambda: _tidied(root, key))
+    if problem is not None:
+        raise UserError(f"{key}: {problem}")
+    numbers, latest = listed
     passed_over: list[str] = []
     for number in reversed(numbers):
         problem = check_whole_together(layout.iteration_folder(root, number), key)
@@ -103,6 +99,11 @@ def newest_whole(root: Path, key: str) -> Newest | None:
         first = passed_over[0] if passed_over else f"{key}: {root / layout.LATEST} names a checkpoint that is gone"
         raise UserError(f"{first}; none of {root} is whole: restore one, or choose another training.output_dir")
     return None
+
+
+def _tidied(root: Path, key: str) -> tuple[list[int], int | str | None]:
+    layout.tidy(root)
+    return layout.iterations(root), _said_latest(root, key)
 
 
 def _said_latest(root: Path, key: str) -> int | str | None:

@@ -71,7 +71,23 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
     Raises:
         UserError: nothing there, no image tokens, or a layout that cannot split it.
     """
-    return _inspected(checkpoint, parallel or _layout_of_the_job())
+    if is_huggingface(checkpoint):
+        source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
+        defaults = load_config()
+        config = replace(defaults, model=source.model, training=replace(defaults.training, precision=source.precision))
+        folder = source.folder
+    else:
+        source = folder = layout.resolve(checkpoint, OPTION)
+        config = saved_config(folder, OPTION)
+    architecture = resolve_architecture(config.model)
+    if not isinstance(architecture.vocabulary, Emu3Vocabulary):
+        raise UserError(
+            f"{OPTION}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
+            "nothing can be drawn with it"
+        )
+    with said_of(f"{OPTION}: {folder} cannot be sampled so"):
+        check_layout(architecture, config.model, parallel or _layout_of_the_job())
+    return Inspected(source, config, architecture, folder)
 
 
 def load_for_sampling(checkpoint: str | Inspected, precision: Precision | None = None) -> SamplingModel:
@@ -107,23 +123,3 @@ def _layout_of_the_job() -> ParallelConfig:
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
     )
-
-
-def _inspected(checkpoint: str, parallel: ParallelConfig) -> Inspected:
-    if is_huggingface(checkpoint):
-        source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
-        defaults = load_config()
-        config = replace(defaults, model=source.model, training=replace(defaults.training, precision=source.precision))
-        folder = source.folder
-    else:
-        source = folder = layout.resolve(checkpoint, OPTION)
-        config = saved_config(folder, OPTION)
-    architecture = resolve_architecture(config.model)
-    if not isinstance(architecture.vocabulary, Emu3Vocabulary):
-        raise UserError(
-            f"{OPTION}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
-            "nothing can be drawn with it"
-        )
-    with said_of(f"{OPTION}: {folder} cannot be sampled so"):
-        check_layout(architecture, config.model, parallel)
-    return Inspected(source, config, architecture, folder)

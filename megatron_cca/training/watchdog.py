@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -57,6 +57,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._progress.beat()
+        # Before the first step, so that a rank which stops in it has been seen.
+        self._post(0, self._progress.place)
         self._thread.start()
         return self
 
@@ -78,10 +80,9 @@ class Watchdog:
                 self._hangs(place, beats)
 
     def _post(self, beats: int, place: Place) -> None:
-        try:
+        # Whoever keeps the store may be the one that hangs.
+        with suppress(Exception):
             self._store.set(_key(self._rank), json.dumps([beats, place.step, place.phase]))
-        except Exception:
-            return
 
     def _hangs(self, place: Place, beats: int) -> None:
         first = self._read_all()
@@ -92,7 +93,9 @@ class Watchdog:
             return
         second = self._read_all()
         seconds = time.monotonic() - place.since
-        at_fault, reason = judge(first, second, self._rank) if self._asks else ([], "see what the other ranks say")
+        at_fault, reason = (
+            judge(first, second, self._rank, self._ranks) if self._asks else ([], "see what the other ranks say")
+        )
         line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
         silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
         if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
@@ -106,24 +109,35 @@ class Watchdog:
         """What each rank posted last, as far as the store answers."""
         if not self._asks:
             return {}
-        try:
-            there = [rank for rank in range(self._ranks) if self._store.check([_key(rank)])]
-            answers = self._store.multi_get([_key(rank) for rank in there])
-        except Exception:
-            return {}
-        return {rank: json.loads(answer) for rank, answer in zip(there, answers, strict=True)}
+        everyone = range(self._ranks)
+        with suppress(Exception):
+            return self._answers(everyone)
+        # Some rank has never posted, or whoever keeps the store is the one that hangs.
+        with suppress(Exception):
+            return self._answers([rank for rank in everyone if self._store.check([_key(rank)])])
+        return {}
+
+    def _answers(self, ranks: Sequence[int]) -> dict[int, list]:
+        answers = self._store.multi_get([_key(rank) for rank in ranks])
+        return {rank: json.loads(answer) for rank, answer in zip(ranks, answers, strict=True)}
 
 
-def judge(first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int) -> tuple[list[int], str]:
+def judge(
+    first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int, ranks: int
+) -> tuple[list[int], str]:
     """Which ranks the others wait for, and why, from two looks at what each posted (beats, step, phase).
 
     Args:
         first, second: by rank; the second look is several beats later.
         rank: who asks; it is alive.
+        ranks: of the job.
     """
     silent = [other for other in first if other != rank and first[other] == second.get(other)]
     if rank not in second:
         return [], "the rendezvous store does not answer: its host, or rank 0, is stopped or gone"
+    unseen = [other for other in range(ranks) if other not in second]
+    if unseen:
+        return unseen, f"no sign of life from {_named(unseen)}: never seen in this attempt"
     if silent:
         _, step, phase = first[silent[0]]
         return silent, f"no sign of life from {_named(silent)}: stopped or gone; last seen in step {step}, {phase}"

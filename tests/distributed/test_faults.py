@@ -18,6 +18,7 @@ from megatron_cca.training.events import read_events
 from tests import soak
 from tests.distributed.launch import end_job, run_tool, start_job, torchrun
 from tests.distributed.test_launch import SCRIPT
+from tests.references.small_disk import mounted
 
 STEPS = 8
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -223,13 +224,8 @@ def test_an_alarm_can_end_the_run_saved(digit_shards, tmp_path):
 @pytest.fixture
 def disk(tmp_path):
     """A file system on which one checkpoint has room and two have not."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "run", "7m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize(("ranks", "async_save"), [(1, "true"), (2, "false")])

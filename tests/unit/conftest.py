@@ -1,8 +1,6 @@
 """Fixtures of the unit tests."""
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from tests.references.fuzzing import Sandbox
 from tests.references.huggingface import save_emu3
+from tests.references.small_disk import mounted
 
 
 @pytest.fixture(scope="session")
@@ -36,13 +35,8 @@ def hf(hub, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 600 KB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "600k") as folder:
+        yield folder
 
 
 @pytest.fixture
