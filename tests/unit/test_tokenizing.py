@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -92,6 +93,24 @@ def test_any_number_of_processes_makes_the_same(settings, expected, world_size, 
     assert results[0].samples == NUMBER
     assert results[1:] == [None] * (world_size - 1)
     assert token_bytes(settings.output) == expected
+
+
+@pytest.mark.parametrize("is_waiting", [False, True])
+def test_a_process_that_comes_too_late_to_a_finished_job_has_nothing_to_do(settings, is_waiting):
+    """With fewer blocks than processes, process 0 may have put everything away before another one has looked."""
+    settings = replace(settings, block=1000)
+    with ThreadPoolExecutor(1) as pool:
+        if is_waiting:
+            late = pool.submit(tokenize, settings, 1, 2)
+            while not settings.output.with_name("shards.parts").exists():
+                time.sleep(0.01)
+            settings.output.mkdir()
+            assert late.result(timeout=20) is None
+            return
+        assert tokenize(settings, 0, 2).samples == NUMBER
+        before = token_bytes(settings.output)
+        assert pool.submit(tokenize, settings, 1, 2).result(timeout=20) is None
+        assert token_bytes(settings.output) == before
 
 
 @pytest.fixture

@@ -72,6 +72,17 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
     Raises:
         UserError: bad input, too many records skipped, a full disk, another job on the same output; one line.
     """
+    try:
+        return _share(settings, rank, world_size, device)
+    except UserError:
+        # Process 0 has finished, which it cannot before this one's share is done, and has put everything away under
+        # this one's feet. Were the output an older one, process 0 would refuse it.
+        if rank != 0 and settings.output.exists():
+            return None
+        raise
+
+
+def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
     job = _open(settings, device)
     with (
         file_system_errors(settings.output),

@@ -58,6 +58,7 @@ class PartsFolder:
 
     def __init__(self, output: Path, records: int, block: int) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
+        self._output = output
         self._records, self._block = records, block
         self._read: dict[str, Part] = {}
 
@@ -78,7 +79,7 @@ class PartsFolder:
             aside.rename(path)
         waited_until = time.monotonic() + _WAIT_SECONDS
         while not path.exists():
-            if time.monotonic() > waited_until:
+            if time.monotonic() > waited_until or self._output.exists():
                 raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
             time.sleep(0.1)
         theirs = json_object(path)
