@@ -27,6 +27,7 @@ LEVELS = {
     "evaluation": 5,
     "generation": 6,
     "training": 7,
+    "planner": 8,
     "studies": 8,
 }
 
