@@ -72,6 +72,17 @@ class ParallelConfig:
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence, in Megatron's zigzag order."""
     sequence_parallel: bool = False
+    tp_comm_overlap: bool = False
+    """Overlap the layers' products with tensor-parallel communication, through Transformer Engine's user buffers. Those
+    have one fixed size, so that all rows must have one length: ``data.pad_to_multiple_of`` at least
+    ``model.max_position_embeddings``."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap the sends and receives between pipeline stages with computing; null is on under interleaving, the only
+    schedule that has it."""
+    microbatch_group_size_per_vp_stage: PositiveInt | None = None
+    """Microbatches that a model chunk takes in a row under interleaving; null is ``pipeline_model_parallel_size``."""
+    deallocate_pipeline_outputs: bool = False
+    """Free what a pipeline stage has sent on, of which backward needs the graph alone."""
 
 
 @_strict
@@ -172,7 +183,21 @@ class OptimizerConfig:
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     use_distributed_optimizer: bool = True
+    num_distributed_optimizer_instances: PositiveInt = 1
+    """Replicas of the sharded state: it is split over the data-parallel size divided by this, and its communication
+    stays within that many ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients, bucket by bucket, while backward still computes."""
+    overlap_param_gather: bool = False
+    """Gather updated weights, bucket by bucket, while the next forward pass computes."""
+    ddp_bucket_size: PositiveInt | None = None
+    """Parameters in a bucket; null is Megatron's max(40,000,000, 1,000,000 x data-parallel size)."""
+    average_in_collective: bool = False
+    """Let the collective average gradients, instead of dividing them before it sums."""
+    pad_buckets_for_high_nccl_busbw: bool = False
+    """Pad buckets to a multiple of 2^16 parameters a rank, the sizes that NCCL is fast with on many ranks."""
+    grad_reduce_in_fp32: bool = True
+    """Keep and reduce gradients in fp32; false does both in the precision of the weights."""
     optimizer_cpu_offload: bool = False
     """Keep the optimizer's state in host memory and update there."""
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -185,6 +210,26 @@ class OptimizerConfig:
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+
+
+@_strict
+class KernelsConfig:
+    """Section ``kernels``: fused kernels and CUDA graphs; a null is on where there is such a kernel."""
+
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients to Megatron's buffer within the product that makes them."""
+    bias_activation_fusion: bool | None = None
+    """Compile SwiGLU into one kernel (``torch.compile``); null is on on a GPU."""
+    bias_dropout_fusion: bool | None = None
+    """Compile dropout and the residual sum into one kernel; null is on on a GPU."""
+    apply_rope_fusion: bool | None = None
+    """Transformer Engine's kernel for rotary positions."""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """Who captures the policy's layers in CUDA graphs: Megatron (``local``) or Transformer Engine."""
+    cuda_graph_modules: list[Literal["attn", "mlp"]] = dataclasses.field(default_factory=list)
+    """Parts of a layer to capture; none named means whole layers."""
+    cuda_graph_warmup_steps: NonNegativeInt = 3
+    """Steps before the capture."""
 
 
 @_strict
@@ -281,6 +326,7 @@ class Config:
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
     faults: FaultsConfig = dataclasses.field(default_factory=FaultsConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
