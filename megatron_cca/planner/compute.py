@@ -16,26 +16,6 @@ _TILE_WIDTH = 16384
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """What is fused: the bytes that move beside the products.
-
-    Attributes:
-        rotary_passes: reads and writes of queries and keys by the rotary embedding.
-        accumulates_in_product: whether weight gradients are added to Megatron's buffer by the product itself.
-        head_in_tiles: whether the head's logits are computed again in backward, tile by tile, and never kept.
-    """
-
-    rotary_passes: int = 8
-    accumulates_in_product: bool = False
-    head_in_tiles: bool = True
-
-
-OWN = Kernels()
-# Megatron-LM's pretraining with Transformer Engine and apex: what published runs have.
-PRETRAINING = Kernels(rotary_passes=2, accumulates_in_product=True, head_in_tiles=False)
-
-
-@dataclass(frozen=True)
 class Compute:
     """How fast one pass of a model goes on one GPU.
 
@@ -43,19 +23,19 @@ class Compute:
         sizes: of the rank.
         gpu: that computes.
         calibration: of it.
+        config: of the run.
         settings: precision and recomputation of the pass; the policy's or the reference's.
-        sequence_parallel: whether norms and residuals are divided by the tensor-parallel ranks too.
         trains_weights: whether the weights have gradients.
-        kernels: what is fused.
+        head_in_tiles: whether the head's logits are computed again in backward, tile by tile, and never kept.
     """
 
     sizes: Sizes
     gpu: Gpu
     calibration: Calibration
+    config: Config
     settings: TrainingConfig
-    sequence_parallel: bool
     trains_weights: bool
-    kernels: Kernels = OWN
+    head_in_tiles: bool
 
     @property
     def number_bytes(self) -> int:
@@ -104,7 +84,7 @@ class Compute:
         # Logits read; their gradient written, and read by each product.
         seconds = gradients * self._head_product()
         seconds += self._bytes((6 + 2 * gradients) * sizes.image_tokens * sizes.words)
-        return seconds + (self._tiling() if self.kernels.head_in_tiles else 0.0)
+        return seconds + (self._tiling() if self.head_in_tiles else 0.0)
 
     def _tiling(self) -> float:
         """What backward takes longer for keeping no logits: one product more, and sums over tiles in fp32."""
@@ -144,7 +124,7 @@ class Compute:
 
     def _head_product(self) -> float:
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
-        rows = self.settings.logps_chunk_size if self.kernels.head_in_tiles else math.inf
+        rows = self.settings.logps_chunk_size if self.head_in_tiles else math.inf
         side = min(sizes.image_tokens, rows, hidden)
         rate = self._half_peak() * self.calibration.matmul("bf16", max(side, 1))
         return 2 * sizes.image_tokens * hidden * sizes.words / rate
@@ -158,8 +138,9 @@ class Compute:
         hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size, self.sizes.tensor
         queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
         # Two norms (read, write) and two residual sums (two reads, a write).
-        moved = 10 * hidden / (tensor if self.sequence_parallel else 1)
-        moved += self.kernels.rotary_passes * queries_and_keys / tensor
+        moved = 10 * hidden / (tensor if self.config.parallel.sequence_parallel else 1)
+        # Rotary positions: read and written once by a fused kernel, about four times otherwise.
+        moved += (2 if self._fuses_rotary() else 8) * queries_and_keys / tensor
         # SwiGLU: gate and value read, their product written.
         moved += 3 * ffn / tensor
         if self.settings.precision == "fp8":
@@ -169,17 +150,17 @@ class Compute:
 
     def _accumulation(self) -> float:
         """Each microbatch's weight gradients, added to Megatron's buffer: the sum is read and written too."""
-        moved = 8 if self.kernels.accumulates_in_product else 2 * self.number_bytes + 8
+        # Null is on where apex is; most installations have none.
+        fused = self.config.kernels.gradient_accumulation_fusion is True
+        moved = 8 if fused else 8 + 2 * self.number_bytes
         return self._bytes(moved * self.sizes.layer_weights)
+
+    def _fuses_rotary(self) -> bool:
+        # Null is on with Transformer Engine, which a GPU's run has unless it is told otherwise.
+        return self.config.kernels.apply_rope_fusion is not False and self.config.model.transformer_impl != "local"
 
     def _moved(self, numbers: float) -> float:
         return self._bytes(self.number_bytes * numbers)
 
     def _bytes(self, moved: float) -> float:
         return moved / (self.gpu.memory_bandwidth * self.calibration.memory_efficiency)
-
-
-def policy_compute(config: Config, sizes: Sizes, gpu: Gpu, calibration: Calibration, kernels: Kernels) -> Compute:
-    """The policy's."""
-    sequence_parallel, trains_weights = config.parallel.sequence_parallel, config.lora.dim is None
-    return Compute(sizes, gpu, calibration, config.training, sequence_parallel, trains_weights, kernels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_cca.config import Config
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.communication import Group
-from megatron_cca.planner.compute import OWN, Compute, Kernels, policy_compute
+from megatron_cca.planner.compute import Compute
 from megatron_cca.planner.flops import model_flops, rows_per_sample, uses_reference_pass
 from megatron_cca.planner.hardware import Cluster
 from megatron_cca.planner.sizes import sizes_of
@@ -23,7 +23,8 @@ def predict_step(
     cluster: Cluster,
     workload: Workload,
     calibration: Calibration = DEFAULT,
-    kernels: Kernels = OWN,
+    *,
+    head_in_tiles: bool = True,
 ) -> StepTime:
     """How long a step takes.
 
@@ -32,12 +33,12 @@ def predict_step(
         cluster: a process on each of its GPUs.
         workload: the rows of a microbatch.
         calibration: of the GPU.
-        kernels: what is fused; for comparisons with other programs.
+        head_in_tiles: whether the head is this project's; other programs keep its logits for backward.
 
     Raises:
         UserError: a precision that the GPU does not have.
     """
-    return _Step(config, cluster, workload, calibration, kernels).predict()
+    return _Step(config, cluster, workload, calibration, head_in_tiles).predict()
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ class _Pass:
 
 class _Step:
     def __init__(
-        self, config: Config, cluster: Cluster, workload: Workload, calibration: Calibration, kernels: Kernels
+        self, config: Config, cluster: Cluster, workload: Workload, calibration: Calibration, head_in_tiles: bool
     ) -> None:
         self.config, self.cluster, self.workload, self.calibration = config, cluster, workload, calibration
         self.sizes = sizes = sizes_of(config, cluster.num_gpus, workload)
-        self.policy = policy_compute(config, sizes, cluster.gpu, calibration, kernels)
+        trains_weights = config.lora.dim is None
+        self.policy = Compute(sizes, cluster.gpu, calibration, config, config.training, trains_weights, head_in_tiles)
         self.tp = self._group(sizes.tensor, 1)
         self.cp = self._group(sizes.context, sizes.tensor)
         # Gradients are summed over the ranks that share a sequence, too.
@@ -168,7 +170,7 @@ class _Step:
         """Each way through a layer has two all-reduces, or with sequence parallelism as many bytes in four parts."""
         moved = self.policy.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size
         exposed = 1.0
-        if getattr(self.config.parallel, "tp_comm_overlap", False):
+        if self.config.parallel.tp_comm_overlap:
             exposed -= self.calibration.tensor_parallel_overlap
         return exposed * 4 * layer_passes * self.tp.collective(moved)
 
@@ -190,7 +192,7 @@ class _Step:
     def _sends(self, directions: int) -> float:
         """Exposed seconds of a microbatch's messages between stages."""
         sizes, parallel = self.sizes, self.config.parallel
-        overlaps = getattr(parallel, "overlap_p2p_comm", None)
+        overlaps = parallel.overlap_p2p_comm
         if sizes.pipeline == 1 or (sizes.chunks > 1 if overlaps is None else overlaps):
             return 0.0
         divided = sizes.tensor if parallel.sequence_parallel else 1
@@ -198,9 +200,8 @@ class _Step:
         return directions * sizes.chunks * self.pp.send(message)
 
     def _launching(self, seconds: float, forwards: int) -> float:
-        kernels = getattr(self.config, "kernels", None)
         launching = forwards * self.sizes.layers * self.calibration.layer_launch_seconds
-        if getattr(kernels, "cuda_graph_impl", "none") not in (None, "none"):
+        if self.config.kernels.cuda_graph_impl != "none":
             launching = 0.0
         return max(0.0, launching - seconds) + self.calibration.microbatch_overhead_seconds
 
@@ -210,16 +211,26 @@ class _Step:
         if self.config.lora.dim is not None:
             return 0.0
         weights = self.sizes.trained_weights
-        in_fp32 = self.config.training.precision == "fp32" or getattr(options, "grad_reduce_in_fp32", True)
-        gradients = self.dp.collective((4 if in_fp32 else 2) * weights)
+        in_fp32 = self.config.training.precision == "fp32" or options.grad_reduce_in_fp32
+        gradient_bytes = (4 if in_fp32 else 2) * weights
         backward = 2 / 3 * policy.layers + policy.recompute + policy.head
         if not options.use_distributed_optimizer:
-            return self._hidden(2 * gradients, backward, options.overlap_grad_reduce)
-        parameters = self.dp.collective(self.policy.number_bytes * weights)
-        gathers_early = getattr(options, "overlap_param_gather", False)
+            return self._hidden(2 * self.dp.collective(gradient_bytes), backward, options.overlap_grad_reduce)
+        # Replicas of the sharded state sum their shards among themselves.
+        shards = self._group(self._shards(), self.sizes.tensor)
+        replicas = self._group(options.num_distributed_optimizer_instances, shards.stride * shards.size)
+        gradients = shards.collective(gradient_bytes) + 2 * replicas.collective(gradient_bytes / shards.size)
+        parameters = shards.collective(self.policy.number_bytes * weights)
         return self._hidden(gradients, backward, options.overlap_grad_reduce) + self._hidden(
-            parameters, policy.layers / 3, gathers_early
+            parameters, policy.layers / 3, options.overlap_param_gather
         )
+
+    def _shards(self) -> int:
+        """Ranks over which the optimizer's state is split."""
+        options = self.config.optimizer
+        if not options.use_distributed_optimizer:
+            return 1
+        return self.dp.size // options.num_distributed_optimizer_instances
 
     def _hidden(self, seconds: float, behind: float, overlaps: bool) -> float:
         if not overlaps:
@@ -231,7 +242,7 @@ class _Step:
         options, weights = self.config.optimizer, self.sizes.trained_weights
         if self.config.lora.dim is not None:
             return 0.0
-        share = weights / (self.sizes.data * self.sizes.context if options.use_distributed_optimizer else 1)
+        share = weights / self._shards()
         # The gradient is read for its norm and for the update; weight and moments are read and written; the copy to
         # compute with is written.
         update = 2 * _FP32 + 6 * _FP32 + (0 if self.config.training.precision == "fp32" else 2)

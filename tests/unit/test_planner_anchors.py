@@ -18,7 +18,6 @@ import pytest
 
 from megatron_cca.config import config_from_dict
 from megatron_cca.planner.calibration import DEFAULT
-from megatron_cca.planner.compute import PRETRAINING
 from megatron_cca.planner.hardware import GPUS, Cluster
 from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import Workload
@@ -71,9 +70,11 @@ def predicted(
                 "context_parallel_size": cp,
                 "virtual_pipeline_model_parallel_size": vpp,
                 "sequence_parallel": tp > 1,
+                "tp_comm_overlap": tp > 1,
             },
             "objective": {"name": "next_token"},
-            "optimizer": {"overlap_grad_reduce": True},
+            "optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+            "kernels": {"gradient_accumulation_fusion": True},
             "training": {
                 "micro_batch_size": micro_batch,
                 "global_batch_size": batch,
@@ -82,11 +83,7 @@ def predicted(
             },
         }
     )
-    # What these programs overlap besides.
-    object.__setattr__(config.parallel, "tp_comm_overlap", True)
-    object.__setattr__(config.optimizer, "overlap_param_gather", True)
-    workload = Workload(seq_length, seq_length)
-    return predict_step(config, Cluster(gpu, gpus, 8), workload, DEFAULT, PRETRAINING)
+    return predict_step(config, Cluster(gpu, gpus, 8), Workload(seq_length, seq_length), head_in_tiles=False)
 
 
 def ratio(name):
