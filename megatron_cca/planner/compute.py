@@ -119,8 +119,11 @@ class Compute:
 
     def _attention(self) -> float:
         sizes = self.sizes
+        # Around a ring of context-parallel ranks the output is put together from as many parts, in fp32.
+        joined = 12 * sizes.context if sizes.context > 1 else 0
+        joining = self._bytes(joined * sizes.tokens * sizes.architecture.hidden_size / sizes.tensor)
         flops = sizes.rows * attention_forward(sizes.architecture, sizes.seq_length) / sizes.context / sizes.tensor
-        return flops / (self._half_peak() * self.calibration.attention_efficiency)
+        return flops / (self._half_peak() * self.calibration.attention_efficiency) + joining
 
     def _head_product(self) -> float:
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_cca.config import Config
-from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.planner.workload import Workload
 
@@ -35,6 +35,7 @@ class Product:
         return self.inputs * self.outputs
 
 
+@cache
 def products(architecture: Architecture) -> tuple[Product, ...]:
     """The four projections of a layer."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
@@ -79,12 +80,11 @@ def uses_reference_pass(config: Config) -> bool:
     return config.objective.name != "next_token" and config.reference.strategy != "cached"
 
 
-def model_flops(config: Config, workload: Workload, *, causal: bool = True) -> float:
+def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:
     """What a sample needs: the policy's forward and backward and the reference's forward, nothing computed twice.
 
     With LoRA the frozen weights have no gradient; the adapters' own products, a hundredth, are left out.
     """
-    architecture = resolve_architecture(config.model)
     layers, head = (
         architecture.num_layers * workload.seq_length * products_forward(architecture),
         head_forward(architecture, workload.image_tokens),

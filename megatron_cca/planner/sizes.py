@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from megatron_cca.config import Config
+from megatron_cca.config import Config, ModelConfig
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.planner.flops import products, rows_per_sample
@@ -54,9 +55,15 @@ class Sizes:
         return self.layers * self.layer_weights + embeddings * self.head_weights
 
 
+@lru_cache
+def architecture_of(model: ModelConfig) -> Architecture:
+    """:func:`resolve_architecture`, remembered: a search asks for it at every candidate."""
+    return resolve_architecture(model)
+
+
 def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
     """Of a configuration that ``training.checks.check_new_run`` accepts on ``world_size`` processes."""
-    architecture, parallel, training = resolve_architecture(config.model), config.parallel, config.training
+    architecture, parallel, training = architecture_of(config.model), config.parallel, config.training
     tensor, pipeline, context = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_cca.config import Config
 from megatron_cca.planner.calibration import DEFAULT, Calibration
@@ -112,7 +112,7 @@ class _Step:
             overhead=count * sum(one.overhead for one in passes) + calibration.step_overhead_seconds,
             samples=samples,
             tokens_per_gpu=samples * rows_per_sample(self.config) * self.workload.seq_length / gpus,
-            model_flops_per_gpu=samples * model_flops(self.config, self.workload) / gpus,
+            model_flops_per_gpu=samples * model_flops(self.config, sizes.architecture, self.workload) / gpus,
             peak_flops=self.cluster.gpu.peak_flops(self.config.training.precision),
             relative_error=calibration.relative_error,
         )
@@ -138,7 +138,9 @@ class _Step:
 
     def _reference_pass(self) -> _Pass:
         config, sizes = self.config, self.sizes
-        compute = replace(self.policy, settings=reference_settings(config), trains_weights=False)
+        policy = self.policy
+        settings = reference_settings(config)
+        compute = Compute(sizes, policy.gpu, self.calibration, config, settings, False, policy.head_in_tiles)
         layers, head = sizes.layers * compute.layer_forward(), compute.head_forward()
         if config.reference.fp8_param:
             layers += sizes.layers * compute.unpacking()

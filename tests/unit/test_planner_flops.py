@@ -74,14 +74,14 @@ def test_model_flops_count_nothing_twice(model):
     head = head_forward(architecture, WORKLOAD.image_tokens)
     forward = layers(architecture) + whole_attention(architecture) + head
     # Two rows; forward and twice that backward, and the reference's forward.
-    assert model_flops(config, WORKLOAD, causal=False) == pytest.approx(2 * 4 * forward)
+    assert model_flops(config, architecture, WORKLOAD, causal=False) == pytest.approx(2 * 4 * forward)
     cached = load_config(None, ["model.num_layers=2", "reference.strategy=cached", "reference.cache=c"])
-    assert model_flops(cached, WORKLOAD, causal=False) == pytest.approx(2 * 3 * forward)
+    assert model_flops(cached, architecture, WORKLOAD, causal=False) == pytest.approx(2 * 3 * forward)
     plain = load_config(None, ["model.num_layers=2", "objective.name=next_token"])
-    assert model_flops(plain, WORKLOAD, causal=False) == pytest.approx(3 * forward)
+    assert model_flops(plain, architecture, WORKLOAD, causal=False) == pytest.approx(3 * forward)
     adapters = load_config(None, ["model.num_layers=2", "lora.dim=4", "reference.strategy=shared"])
     without_gradients = 2 * (3 * forward + whole_attention(architecture))
-    assert model_flops(adapters, WORKLOAD, causal=False) == pytest.approx(without_gradients)
+    assert model_flops(adapters, architecture, WORKLOAD, causal=False) == pytest.approx(without_gradients)
 
 
 def test_causal_attention_is_half(model):
