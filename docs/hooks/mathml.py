@@ -1,0 +1,21 @@
+"""Formulas as MathML, which browsers draw themselves: the site needs no script and no network."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from latex2mathml.converter import convert
+
+# What pymdownx.arithmatex leaves, with generic: true.
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """Called by MkDocs with the HTML of each page."""
+    return _FORMULA.sub(_mathml, content)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    display = "block" if match[2] == "[" else "inline"
+    return convert(html.unescape(match[3]).strip(), display=display)
