@@ -21,15 +21,19 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/megatron_cca
 COPY constraints.txt ./
-# The registry's torch brings about 4 GB of CUDA libraries and Triton. torchvision must be of the same build: the
-# registry's does not load beside this torch.
+# The registry's torch brings about 3 GB of CUDA libraries. torchvision must be of the same build: the registry's does not
+# load beside this torch.
 RUN grep -E '^(torch|torchvision)==' constraints.txt > torch.txt \
     && python -m pip install --no-cache-dir --no-deps --index-url https://download.pytorch.org/whl/cpu -r torch.txt
-# What is depended on before the sources, which change more often.
+# What is depended on before the sources, which change more often. Megatron-Core imports Triton, which a torch without CUDA
+# does not bring; what it compiles with for GPUs is half of it and stays out.
 COPY setup.py pyproject.toml ./
 COPY megatron_cca/__init__.py megatron_cca/
 RUN touch README.md \
-    && python -m pip install --no-cache-dir --only-binary :all: -c constraints.txt '.[data,eval,hf]'
+    && python -m pip install --no-cache-dir --only-binary :all: -c constraints.txt '.[data,eval,hf]' triton \
+    && rm -r /opt/venv/lib/python3.12/site-packages/triton/backends/nvidia/bin \
+        /opt/venv/lib/python3.12/site-packages/triton/backends/nvidia/lib \
+        /opt/venv/lib/python3.12/site-packages/triton/backends/amd/lib
 COPY README.md ./
 COPY megatron_cca megatron_cca
 RUN python -m pip install --no-cache-dir --no-deps .
