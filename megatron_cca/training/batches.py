@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core import parallel_state
 
 from megatron_cca import platform
-from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.config import Config
 from megatron_cca.data import digits
 from megatron_cca.data.loader import BatchLoader, Place
 from megatron_cca.data.microbatches import BatchBuilder
@@ -18,6 +17,7 @@ from megatron_cca.data.sample_order import SampleOrder, held_out_order, training
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.models import resolve_architecture
+from megatron_cca.training.shapes import sequence_multiple
 
 DATA, VALIDATION = "data.path", "validation.path"
 
@@ -100,16 +100,9 @@ def _builder(
         ),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,
-        sequence_multiple=_sequence_multiple(config.parallel, config.data.pad_to_multiple_of),
+        sequence_multiple=sequence_multiple(config),
         max_sequence_length=resolve_architecture(config.model).max_position_embeddings,
     )
-
-
-def _sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
-    """What S must be a multiple of, so that every rank holds equally long parts of a sequence."""
-    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
-    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    return math.lcm(context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1), bucket)
 
 
 def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
