@@ -74,15 +74,15 @@ class ParallelConfig:
     sequence_parallel: bool = False
     tp_comm_overlap: bool = False
     """Overlap the layers' products with tensor-parallel communication, through Transformer Engine's user buffers. Those
-    have one fixed size, so that all rows must have one length: ``data.pad_to_multiple_of`` at least
-    ``model.max_position_embeddings``."""
+    have one size, so that all rows must have one length: a ``data.pad_to_multiple_of`` of which only one multiple fits
+    into ``model.max_position_embeddings``."""
     overlap_p2p_comm: bool | None = None
     """Overlap the sends and receives between pipeline stages with computing; null is on under interleaving, the only
     schedule that has it."""
     microbatch_group_size_per_vp_stage: PositiveInt | None = None
     """Microbatches that a model chunk takes in a row under interleaving; null is ``pipeline_model_parallel_size``."""
     deallocate_pipeline_outputs: bool = False
-    """Free what a pipeline stage has sent on, of which backward needs the graph alone."""
+    """Free what a pipeline stage has sent on: backward needs its graph, not its numbers."""
 
 
 @_strict
@@ -214,22 +214,23 @@ class OptimizerConfig:
 
 @_strict
 class KernelsConfig:
-    """Section ``kernels``: fused kernels and CUDA graphs; a null is on where there is such a kernel."""
+    """Section ``kernels``: fused kernels and CUDA graphs."""
 
     gradient_accumulation_fusion: bool | None = None
-    """Add weight gradients to Megatron's buffer within the product that makes them."""
+    """Add weight gradients to Megatron's buffer within the product that makes them; null is off."""
     bias_activation_fusion: bool | None = None
     """Compile SwiGLU into one kernel (``torch.compile``); null is on on a GPU."""
     bias_dropout_fusion: bool | None = None
     """Compile dropout and the residual sum into one kernel; null is on on a GPU."""
     apply_rope_fusion: bool | None = None
-    """Transformer Engine's kernel for rotary positions."""
+    """Transformer Engine's kernel for rotary positions; null is off."""
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
-    """Who captures the policy's layers in CUDA graphs: Megatron (``local``) or Transformer Engine."""
+    """Who captures the policy's layers in CUDA graphs: Megatron (``local``) or Transformer Engine. All rows must have
+    one length; see ``parallel.tp_comm_overlap``. The reference is not captured."""
     cuda_graph_modules: list[Literal["attn", "mlp"]] = dataclasses.field(default_factory=list)
-    """Parts of a layer to capture; none named means whole layers."""
+    """For ``transformer_engine``: parts of a layer to capture; none named means whole layers."""
     cuda_graph_warmup_steps: NonNegativeInt = 3
-    """Steps before the capture."""
+    """Before a capture: training steps with ``transformer_engine``, passes through each layer with ``local``."""
 
 
 @_strict

@@ -157,13 +157,46 @@ def resume(settings):
     before = run.iteration
     rows = _steps(run, settings["steps"])
     if settings.get("save"):
-        if dist.get_rank() == 0:
-            Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        begin_save(run)
-        assert [saved.problem for saved in run.saver.finish()] in ([], [None])
-        assert run.saver.last_saved == run.iteration
+        _save(run)
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
+
+
+def _save(run):
+    if dist.get_rank() == 0:
+        Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    begin_save(run)
+    assert [saved.problem for saved in run.saver.finish()] in ([], [None])
+    assert run.saver.last_saved == run.iteration
+
+
+def interrupted(settings):
+    """By layout: steps with a validation and a save in between, and what a run that continues from the save gives.
+
+    ``late`` counts gatherings of weights that nobody has waited for although the validation has used the weights.
+    """
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        folder = f"{settings['folder']}/{name}".replace(" ", "-").replace(",", "")
+        own = [*settings["common"], *overrides, f"training.output_dir={folder}"]
+        run = _start(own)
+        before = _steps(run, settings["steps"])
+        validation = validate(run)
+        groups = [group for chunk in run.policy for group in chunk.bucket_groups]
+        late = sum(group.param_gather_handle is not None for group in groups)
+        _save(run)
+        after = _steps(run, settings["steps"])
+        resumed = _start(own)
+        assert resumed.iteration == settings["steps"]
+        answers[name] = {
+            "folder": folder,
+            "steps": before + after,
+            "validation": validation,
+            "late": late,
+            "buckets": len(groups),
+            "resumed": _steps(resumed, settings["steps"]),
+        }
+    return answers
 
 
 def vocab_parallel_logps(settings):
