@@ -98,6 +98,7 @@ def test_the_numbers_are_the_plain_run_s(saved, ranks, layout, variant):
 @pytest.mark.parametrize(("ranks", "layout", "variant"), SAVED_CASES)
 def test_a_save_holds_the_last_update(saved, ranks, layout, variant):
     found = saved[ranks][f"{layout} {variant}"]
+    assert found["stale"] == 0
     assert found["resumed"] == found["steps"][STEPS:]
 
 
