@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from eight_b_memory import computed_table
-from live_bytes import LiveBytes
 from measuring import in_fresh_process, machine, markdown_table
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.planner.live_bytes import LiveBytes
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
 NARROW = {"hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 4, "num_query_groups": 1}

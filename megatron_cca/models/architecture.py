@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_cca.config import ModelConfig, ParallelConfig
@@ -61,6 +62,18 @@ def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_mod
         return model.padded_vocab_size
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-architecture.vocabulary.size // multiple) * multiple
+
+
+def sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
+    """What the length of rows must be a multiple of, so that every rank holds equally long parts of a sequence.
+
+    Args:
+        parallel: the layout.
+        bucket: ``data.pad_to_multiple_of``.
+    """
+    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
+    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    return math.lcm(context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1), bucket)
 
 
 def num_parameters(architecture: Architecture) -> int:

@@ -150,7 +150,7 @@ def _build_chunk(
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
     )
-    if not next(gpt.parameters()).is_meta:
+    if platform.current().is_cuda and not next(gpt.parameters()).is_meta:
         gpt = gpt.to(platform.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
 

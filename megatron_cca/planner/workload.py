@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_cca.config import Config
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import sequence_multiple
+from megatron_cca.models.emu3.grammar import grid_text, sequence_length
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -16,3 +22,38 @@ class Workload:
 
     seq_length: int
     image_tokens: int
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """The images to train on.
+
+    Attributes:
+        height, width: the grid of visual tokens.
+        caption_tokens: of the longest caption.
+    """
+
+    height: int
+    width: int
+    caption_tokens: int
+
+
+def image_workload(config: Config, shape: ImageShape) -> Workload:
+    """The rows that a run has on such images, padded as its layout and ``data.pad_to_multiple_of`` ask.
+
+    Raises:
+        UserError: more positions than the model has.
+    """
+    # Emu3's tokenizer makes one token of every character of the grid's text.
+    words = len(grid_text(shape.height, shape.width))
+    ids = sequence_length(shape.caption_tokens, words, shape.height, shape.width)
+    multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
+    # A token is not an input of its own prediction, hence one less.
+    seq_length = -(-(ids - 1) // multiple) * multiple
+    limit = resolve_architecture(config.model).max_position_embeddings
+    if seq_length > limit:
+        raise UserError(
+            f"--image-grid: {shape.height}x{shape.width} with captions of {shape.caption_tokens} tokens needs "
+            f"{seq_length} positions, model.max_position_embeddings is {limit}; raise that, or give smaller images"
+        )
+    return Workload(seq_length, shape.height * shape.width)

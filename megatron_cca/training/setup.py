@@ -95,12 +95,29 @@ def set_up(config: Config, data: RunData) -> Run:
     """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks."""
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
-    uses_pairs = objective.batch_type is PairLogps
-    batches = training_batches(config, data, uses_pairs)
+    batches = training_batches(config, data, objective.batch_type is PairLogps)
     reader = loader(config, batches)
     # While the models are built, the first batches are read.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
-    progress = Progress()
+    validation = validation_batches(config, data, objective.batch_type is PairLogps)
+    run = build_run(config, architecture, batches, reader, validation, Progress())
+    _resume(run)
+    if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
+        run.forward.settle_scales(run.policy, reader.get(0))
+    return run
+
+
+def build_run(
+    config: Config,
+    architecture: Architecture,
+    batches: BatchBuilder,
+    reader: BatchLoader,
+    validation: Validation | None,
+    progress: Progress,
+) -> Run:
+    """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective."""
+    objective = build_objective(config)
+    uses_pairs = objective.batch_type is PairLogps
     forward = LogpsPass(
         batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size, progress.beat
     )
@@ -114,13 +131,13 @@ def set_up(config: Config, data: RunData) -> Run:
     optimizer = build_optimizer(config, policy)
     pretrained = config.training.pretrained_checkpoint
     start = layout.resolve(pretrained, checks.PRETRAINED) if pretrained is not None else None
-    run = Run(
+    return Run(
         config=config,
         architecture=architecture,
         objective=objective,
         batches=batches,
         loader=reader,
-        validation=validation_batches(config, data, uses_pairs),
+        validation=validation,
         policy=policy,
         forward=forward,
         reference=reference,
@@ -132,10 +149,6 @@ def set_up(config: Config, data: RunData) -> Run:
         saver=_saver(config, start),
         graphs=graph_capture(config, policy, optimizer),
     )
-    _resume(run)
-    if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
-        run.forward.settle_scales(run.policy, reader.get(0))
-    return run
 
 
 def _saver(config: Config, start: Path | None) -> CheckpointSaver:

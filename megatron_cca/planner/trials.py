@@ -1,0 +1,117 @@
+"""Candidates with their costs: what they take, and whether that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_cca.config import Config
+from megatron_cca.errors import UserError
+from megatron_cca.planner.calibration import DEFAULT, Calibration
+from megatron_cca.planner.candidates import DEFAULT_VARIABLES, check_candidate, layouts, options
+from megatron_cca.planner.hardware import Cluster
+from megatron_cca.planner.memory import MemoryEstimate, predict_memory
+from megatron_cca.planner.step_time import StepTime
+from megatron_cca.planner.throughput import predict_step
+from megatron_cca.planner.workload import ImageShape, Workload, image_workload
+
+# Of a GPU's memory a plan may fill so much: the rest is for fragments and for what no formula knows.
+MEMORY_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What to plan for.
+
+    Attributes:
+        cluster: the GPUs.
+        images: the data.
+        vary: of ``candidates.VARIABLES``, what may be changed beside the layout.
+        calibration: of the GPU.
+    """
+
+    cluster: Cluster
+    images: ImageShape
+    vary: Sequence[str] = DEFAULT_VARIABLES
+    calibration: Calibration = DEFAULT
+
+    @property
+    def memory_limit(self) -> float:
+        """Bytes that a rank may hold."""
+        return MEMORY_SHARE * self.cluster.gpu.memory_bytes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that training accepts, and what it would cost.
+
+    Attributes:
+        config: as it would be run.
+        workload: its rows.
+        step: its time.
+        num_gpus: all.
+    """
+
+    config: Config
+    workload: Workload
+    step: StepTime
+    num_gpus: int
+
+    @cached_property
+    def memory(self) -> MemoryEstimate:
+        """Of the rank that holds most."""
+        return predict_memory(self.config, self.num_gpus, self.workload)
+
+
+def candidate_of(config: Config, wishes: Wishes) -> Candidate:
+    """The costs of a configuration.
+
+    Raises:
+        UserError: training's or the GPU's refusal.
+    """
+    cluster = wishes.cluster
+    check_candidate(config, cluster.num_gpus)
+    return _timed(config, wishes, image_workload(config, wishes.images))
+
+
+def _timed(config: Config, wishes: Wishes, workload: Workload) -> Candidate:
+    step = predict_step(config, wishes.cluster, workload, wishes.calibration)
+    return Candidate(config, workload, step, wishes.cluster.num_gpus)
+
+
+def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
+    """All of them, in no order; whether they fit is not asked."""
+    cluster, problem = wishes.cluster, None
+    too_long = True
+    for layout in layouts(config, cluster, vary_micro_batch="micro_batch" in wishes.vary):
+        workload = None
+        for one in options(config, layout, cluster, wishes.vary):
+            try:
+                workload = workload or image_workload(one, wishes.images)
+            except UserError as error:
+                problem = error
+                break
+            too_long = False
+            yield _timed(one, wishes, workload)
+    if too_long and problem is not None:
+        raise problem
+
+
+def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
+    """The first ``top`` that training accepts and that fit into memory."""
+    best: list[Candidate] = []
+    for candidate in found:
+        if len(best) == top:
+            break
+        if _is_accepted(candidate) and candidate.memory.total <= wishes.memory_limit:
+            best.append(candidate)
+    return best
+
+
+def _is_accepted(candidate: Candidate) -> bool:
+    try:
+        check_candidate(candidate.config, candidate.num_gpus)
+    except UserError:
+        return False
+    return True
