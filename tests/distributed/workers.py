@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from megatron_cca.checkpoint import distributed, layout, saving
 from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.summary import saved_config, summarize
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import gpt, lora, resolve_architecture
