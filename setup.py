@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_cca" / "__init__.
 
 # apex is never listed: the "apex" on PyPI is another project. Megatron-Core finds NVIDIA's where it is installed.
 CORE = [
+    "einops",  # Megatron's groups for num_distributed_optimizer_instances
     "filelock",
     "megatron-core==0.19.2",
     "numpy",
