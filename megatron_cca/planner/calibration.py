@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import json_object
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,11 @@ def read_calibration(path: Path, gpu: str) -> Calibration:
     Raises:
         UserError: unreadable, not such a file, or measured on another GPU; names the file.
     """
-    problem = f"--calibration {path}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{problem}: {getattr(error, 'strerror', None) or error}") from None
-    values = found.get("calibration") if isinstance(found, dict) else None
+        values = json_object(path).get("calibration")
+    except UserError as error:
+        raise UserError(f"--calibration: {error}") from None
+    problem = f"--calibration {path}"
     names = {field.name for field in fields(Calibration)}
     if not isinstance(values, dict) or set(values) != names:
         raise UserError(f"{problem}: not what tools/plan.py calibrate writes; measure again")

@@ -13,7 +13,7 @@ from megatron_cca.planner.step_time import StepTime
 from megatron_cca.planner.trials import Candidate
 from megatron_cca.planner.words import GIB, layout_name, memory_groups, recompute_name, reference_name
 
-# Okabe and Ito's, which colour-blind readers tell apart; the same colour on both sides where it is the same thing.
+# Okabe and Ito's, which colour-blind readers tell apart.
 _BLUE, _SKY, _ORANGE, _GREEN, _RED, _PINK, _YELLOW = (
     "#0072b2",
     "#56b4e9",

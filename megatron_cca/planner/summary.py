@@ -10,6 +10,7 @@ from megatron_cca.planner.calibration import DEFAULT
 from megatron_cca.planner.flops import rows_per_sample
 from megatron_cca.planner.others import Other
 from megatron_cca.planner.search import Plan
+from megatron_cca.planner.sizes import sizes_of
 from megatron_cca.planner.trials import MEMORY_SHARE, Candidate
 from megatron_cca.planner.words import GIB, layout_name, recompute_name, row, table
 from megatron_cca.planner.yaml_text import as_yaml
