@@ -10,9 +10,11 @@ from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """commands (search is meant where none is named):
   search     rank all layouts of a configuration on a cluster
+  calibrate  measure the device at hand, so that predictions are of it
 
 examples:
   python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 64 --gpu h100-80gb
+  python tools/plan.py calibrate --config examples/emu3_8b_cca.yaml --output calibration.json
   python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 512 --gpu h200 --image-grid 90x90 \\
       --vary micro_batch,recompute,reference,precision --output runs/plan
 
@@ -33,6 +35,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_search(commands)
+    _add_calibrate(commands)
     argv = sys.argv[1:]
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["search", *argv]
@@ -89,6 +92,41 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="an empty or new folder (default: print only)")
     parser.add_argument("--overwrite", action="store_true", help="replace a former plan in --output, nothing else")
     parser.set_defaults(run=_search)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure the device at hand, so that predictions are of it",
+        epilog="Takes one device, runs a few steps of the configuration's model with two and four layers on random "
+        "tokens, and writes what predictions need and how far they are off. Links between GPUs are not measured.",
+    )
+    add_run_options(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="what the device is nearest to (default: it says so itself)")
+    add_image_options(parser)
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each short run (default 5)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a JSON file, for --calibration")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
+
+    run_calibrate(
+        CalibrateSettings(
+            config=arguments.config,
+            overrides=arguments.set,
+            gpu=arguments.gpu,
+            image_grid=arguments.image_grid,
+            caption_tokens=arguments.caption_tokens,
+            steps=arguments.steps,
+            device=arguments.device,
+            output=arguments.output,
+            overwrite=arguments.overwrite,
+        )
+    )
 
 
 def _search(arguments: argparse.Namespace) -> None:

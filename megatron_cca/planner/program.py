@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_cca.config import Config, load_config
 from megatron_cca.errors import UserError
-from megatron_cca.planner.calibration import DEFAULT, read_calibration
+from megatron_cca.planner.calibration import DEFAULT, Calibration, read_calibration
 from megatron_cca.planner.candidates import DEFAULT_VARIABLES, VARIABLES
-from megatron_cca.planner.hardware import Cluster, gpu_named
+from megatron_cca.planner.hardware import CPU, Cluster, Gpu, gpu_named
 from megatron_cca.planner.others import obvious_others
 from megatron_cca.planner.report import reserved, write_report
 from megatron_cca.planner.search import search
@@ -98,13 +98,20 @@ def check_known_weights(config: Config) -> None:
 
 
 def _wishes(settings: PlanSettings) -> Wishes:
-    gpu = gpu_named(settings.gpu)
+    gpu, calibration = _device(settings)
     _check_positive("--gpus", settings.gpus)
     per_node = gpu.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
     _check_positive("--nodes-of", per_node)
-    calibration = DEFAULT if settings.calibration is None else read_calibration(settings.calibration, gpu.name)
     shape = image_shape(settings.image_grid, settings.caption_tokens)
     return Wishes(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
+
+
+def _device(settings: PlanSettings) -> tuple[Gpu, Calibration]:
+    if settings.calibration is None:
+        return gpu_named(settings.gpu), DEFAULT
+    calibration, measured = read_calibration(settings.calibration, settings.gpu)
+    # A processor has no data sheet here: it is what was measured.
+    return (measured if settings.gpu == CPU else gpu_named(settings.gpu)), calibration
 
 
 def _variables(text: str | None) -> tuple[str, ...]:

@@ -159,10 +159,13 @@ def test_unknown_gpus():
 def test_calibrations_are_of_one_gpu(tmp_path):
     path = tmp_path / "calibration.json"
     measured = Calibration(matmul_efficiency=0.6, gpu="h200")
-    path.write_text(calibration_json(measured, date="today"))
-    assert read_calibration(path, "h200") == measured
-    with pytest.raises(UserError, match="measured on 'h200', not on h100-80gb"):
+    path.write_text(calibration_json(measured, GPUS["h200"], date="today"))
+    assert read_calibration(path, "h200") == (measured, GPUS["h200"])
+    with pytest.raises(UserError, match="measured on h200, not on h100-80gb; calibrate there, or leave it out"):
         read_calibration(path, "h100-80gb")
+
+
+GOOD = calibration_json(Calibration(gpu="h200"), GPUS["h200"])
 
 
 @pytest.mark.parametrize(
@@ -171,15 +174,18 @@ def test_calibrations_are_of_one_gpu(tmp_path):
         ("", "damaged"),
         ("[]", "damaged"),
         ("{}", "not what tools/plan.py calibrate writes"),
-        (calibration_json(Calibration()).replace("0.7,", '"much",'), "must be a number"),
-        (calibration_json(Calibration()).replace("0.7,", "0,"), "must be more than 0"),
-        (calibration_json(Calibration()).replace("0.7,", "NaN,"), "must be a number"),
+        (GOOD.replace("0.7,", '"much",'), "matmul_efficiency must be a positive number, found 'much'"),
+        (GOOD.replace("0.7,", "0,"), "must be a positive number, found 0"),
+        (GOOD.replace("0.7,", "NaN,"), "must be a positive number, found nan"),
+        (GOOD.replace('"fp8": 1979', '"fp8": -1979'), "flops must be positive"),
+        (GOOD.replace('"nvlink_bandwidth"', '"nvlink"'), "not what tools/plan.py calibrate writes"),
     ],
 )
 def test_damaged_calibrations(tmp_path, text, problem):
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=problem):
+    assert text != GOOD
+    with pytest.raises(UserError, match=rf"^--calibration:? .*calibration.json.*{problem}"):
         read_calibration(path, "h200")
 
 
