@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of, shortened
+from megatron_cca.foreign import json_object
+from megatron_cca.planner.hardware import Gpu
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Calibration:
 DEFAULT = Calibration()
 
 
-def read_calibration(path: Path, gpu: str) -> Calibration:
-    """What ``tools/plan.py calibrate`` wrote.
+def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
+    """What ``tools/plan.py calibrate`` wrote: the numbers, and the device that they are of.
 
     Args:
         path: its JSON file.
@@ -75,26 +78,46 @@ def read_calibration(path: Path, gpu: str) -> Calibration:
     Raises:
         UserError: unreadable, not such a file, or measured on another GPU; names the file.
     """
-    problem = f"--calibration {path}"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{problem}: {getattr(error, 'strerror', None) or error}") from None
-    values = found.get("calibration") if isinstance(found, dict) else None
-    names = {field.name for field in fields(Calibration)}
-    if not isinstance(values, dict) or set(values) != names:
-        raise UserError(f"{problem}: not what tools/plan.py calibrate writes; measure again")
-    for name in sorted(names - {"gpu"}):
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"{problem}: {name} must be a number of 0 or more, found {value!r}")
-        if value == 0 and not name.endswith(("_seconds", "_overlap", "_half_size", "_error")):
-            raise UserError(f"{problem}: {name} must be more than 0")
-    if values["gpu"] != gpu:
-        raise UserError(f"{problem}: measured on {values['gpu']!r}, not on {gpu}; calibrate there, or leave it out")
-    return Calibration(**values)
+        found = json_object(path)
+    except UserError as error:
+        raise UserError(f"--calibration: {error}") from None
+    with said_of(f"--calibration {path}"):
+        calibration = Calibration(**_checked(found.get("calibration"), Calibration, _MAY_BE_ZERO))
+        device = _checked(found.get("device"), Gpu, ())
+        device["flops"] = _checked_flops(device["flops"])
+        if calibration.gpu != gpu:
+            raise UserError(f"measured on {calibration.gpu}, not on {gpu}; calibrate there, or leave it out")
+    return calibration, Gpu(**device)
 
 
-def calibration_json(calibration: Calibration, **about: object) -> str:
-    """The file's text: the numbers, and what the measurement was done with."""
-    return json.dumps({**about, "calibration": asdict(calibration)}, indent=1, ensure_ascii=False) + "\n"
+_MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
+
+
+def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str, Any]:
+    """Plain data as keyword arguments: all keys there, numbers finite and not negative."""
+    names = {field.name: field.type for field in fields(kind)}
+    if not isinstance(values, dict) or set(values) != set(names):
+        raise UserError("not what tools/plan.py calibrate writes; measure again")
+    for name, value in values.items():
+        if names[name] not in ("int", "float"):
+            continue
+        if not _is_number(value) or (value == 0 and not name.endswith(may_be_zero or ("\n",))):
+            raise UserError(f"{name} must be a positive number, found {shortened(repr(value), 40)}")
+    return dict(values)
+
+
+def _checked_flops(flops: Any) -> dict[str, float]:
+    if not isinstance(flops, dict) or not all(_is_number(value) and value > 0 for value in flops.values()):
+        raise UserError("flops must be positive numbers by precision; measure again")
+    return flops
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def calibration_json(calibration: Calibration, device: Gpu, **about: object) -> str:
+    """The file's text: the numbers, the device, and what the measurement was done with."""
+    whole = {**about, "device": asdict(device), "calibration": asdict(calibration)}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

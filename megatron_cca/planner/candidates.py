@@ -11,7 +11,8 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.planner.hardware import Cluster
 from megatron_cca.training.checks import check_new_run
-from megatron_cca.training.reference_settings import same_weights
+from megatron_cca.training.fp8_checks import check_fp8_sizes
+from megatron_cca.training.reference_settings import reference_settings, same_weights
 
 # What a search may change beside the layout. ``precision`` and ``cached`` only if asked: the first changes what is
 # computed, the second needs a pass over the data beforehand.
@@ -71,6 +72,18 @@ def check_candidate(config: Config, num_gpus: int) -> None:
         UserError: training's own line.
     """
     check_new_run(without_files(config), num_gpus)
+    check_fp8(config)
+
+
+def check_fp8(config: Config) -> None:
+    """Refuse sizes that FP8 products cannot take.
+
+    Raises:
+        UserError: training's own line.
+    """
+    check_fp8_sizes(config, config.training, "training.precision")
+    if config.objective.name != "next_token" and config.reference.strategy != "cached":
+        check_fp8_sizes(config, reference_settings(config), "reference.precision")
 
 
 def without_files(config: Config) -> Config:
@@ -119,6 +132,10 @@ def options(config: Config, layout: Layout, cluster: Cluster, vary: Sequence[str
     optimizer = _optimizer(laid, cluster.num_gpus // (layout.tensor * layout.pipeline), vary)
     for precision in _precisions(laid, cluster, vary):
         settings = replace(laid.training, precision=precision)
+        if precision == "fp8" != config.training.precision:
+            # Rows that FP8 products can take on every rank.
+            multiple = math.lcm(laid.data.pad_to_multiple_of, 128 * layout.tensor * layout.context)
+            laid = replace(laid, data=replace(laid.data, pad_to_multiple_of=multiple))
         references = list(_references(replace(laid, training=settings), vary))
         for recompute in _RECOMPUTE if "recompute" in vary else ({},):
             training = replace(settings, **recompute)

@@ -69,6 +69,8 @@ _GPUS = (
     # 36 PFLOP/s BF16 with sparsity, 600 TFLOP/s FP32.
     Gpu("b200", 183_359 * _MIB, {"fp32": 75e12, "bf16": 2250e12, "fp8": 4500e12}, 8e12, 900e9, 50e9, 64e9),
 )
+# The name under which a processor is measured.
+CPU = "cpu"
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 
 
@@ -78,6 +80,8 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         UserError: an unknown one; lists those that are known.
     """
+    if name == CPU:
+        raise UserError("--gpu: cpu needs --calibration with what tools/plan.py calibrate measured on it")
     if name not in GPUS:
         raise UserError(f"--gpu: {name!r} is unknown; known: {', '.join(GPUS)}")
     return GPUS[name]

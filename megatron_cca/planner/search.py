@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_cca.config import Config
 from megatron_cca.models import explicit
+from megatron_cca.planner.candidates import Layout, check_fp8, laid_out
 from megatron_cca.planner.too_small import check_cluster, refuse_too_small
 from megatron_cca.planner.trials import Candidate, Wishes, candidates, fitting
 from megatron_cca.training.reference_settings import reference_settings
@@ -59,6 +60,7 @@ def _check_precisions(config: Config, wishes: Wishes) -> None:
     gpu.peak_flops(config.training.precision)
     if config.objective.name != "next_token":
         gpu.peak_flops(reference_settings(config).precision, "reference.precision")
+    check_fp8(laid_out(config, Layout()))
 
 
 def _rank(candidate: Candidate) -> tuple:

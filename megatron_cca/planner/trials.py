@@ -81,20 +81,24 @@ def _timed(config: Config, wishes: Wishes, workload: Workload) -> Candidate:
 
 
 def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
-    """All of them, in no order; whether they fit is not asked."""
-    cluster, problem = wishes.cluster, None
-    too_long = True
-    for layout in layouts(config, cluster, vary_micro_batch="micro_batch" in wishes.vary):
-        workload = None
-        for one in options(config, layout, cluster, wishes.vary):
+    """All of them, in no order; whether they fit is not asked.
+
+    Raises:
+        UserError: rows too long for the model, on any layout.
+    """
+    problem, is_possible = None, False
+    for layout in layouts(config, wishes.cluster, vary_micro_batch="micro_batch" in wishes.vary):
+        workloads: dict[int, Workload] = {}
+        for one in options(config, layout, wishes.cluster, wishes.vary):
+            padded = one.data.pad_to_multiple_of
             try:
-                workload = workload or image_workload(one, wishes.images)
+                workloads[padded] = workloads.get(padded) or image_workload(one, wishes.images)
             except UserError as error:
                 problem = error
-                break
-            too_long = False
-            yield _timed(one, wishes, workload)
-    if too_long and problem is not None:
+                continue
+            is_possible = True
+            yield _timed(one, wishes, workloads[padded])
+    if problem is not None and not is_possible:
         raise problem
 
 

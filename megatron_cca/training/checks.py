@@ -74,9 +74,9 @@ def check_new_run(config: Config, world_size: int) -> None:
                     f"{getattr(config.model, key)}: dropout would make policy and reference differ from the first step"
                 )
     if config.training.pretrained_checkpoint is not None:
-        _check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
+        check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
     if config.reference.checkpoint is not None:
-        _check_weights(config, config.reference.checkpoint, REFERENCE)
+        check_weights(config, config.reference.checkpoint, REFERENCE)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -177,7 +177,17 @@ def _check_pictures(config: Config) -> None:
         raise UserError(f"logging.sample_prompts: no file at {prompts}; give a text file with a caption a line")
 
 
-def _check_weights(config: Config, path: str, key: str) -> None:
+def check_weights(config: Config, path: str, key: str) -> None:
+    """Refuse weights that are another model's.
+
+    Args:
+        config: of the run.
+        path: the checkpoint's, as the user gave it.
+        key: where.
+
+    Raises:
+        UserError: no checkpoint there, or sizes that differ; names the first.
+    """
     folder = layout.resolve(path, key)
     ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
     for name in ours:

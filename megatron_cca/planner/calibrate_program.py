@@ -1,0 +1,116 @@
+"""What ``tools/plan.py calibrate`` does."""
+
+from __future__ import annotations
+
+import platform as python_platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_cca import __version__, platform
+from megatron_cca.config import load_config
+from megatron_cca.errors import UserError
+from megatron_cca.output import OPTION, file_system_errors
+from megatron_cca.planner.calibration import Calibration, calibration_json
+from megatron_cca.planner.program import image_shape
+
+_PACKAGES = ("torch", "megatron-core", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """The options, as the command line has them.
+
+    Attributes:
+        config: the YAML file.
+        overrides: of its keys.
+        gpu: what the device is; None is what it says itself.
+        image_grid: ``HxW`` in visual tokens.
+        caption_tokens: of each caption.
+        steps: of each short run.
+        device: auto, cpu or cuda.
+        output: the file to write.
+        overwrite: whether it may be replaced.
+    """
+
+    config: Path
+    overrides: list[str]
+    gpu: str | None
+    image_grid: str
+    caption_tokens: int
+    steps: int
+    device: platform.DeviceChoice
+    output: Path
+    overwrite: bool
+
+
+def run_calibrate(settings: CalibrateSettings) -> None:
+    """Measure, write the file, and print what was found.
+
+    Raises:
+        UserError: an option that cannot be, what training refuses on this device, a file that is in the way.
+    """
+    config = load_config(settings.config, settings.overrides)
+    images = image_shape(settings.image_grid, settings.caption_tokens)
+    if settings.steps < 1:
+        raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
+    if settings.output.exists() and not settings.overwrite:
+        raise UserError(f"{OPTION}: {settings.output} exists; give another name or --overwrite")
+    try:
+        platform.install(settings.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.planner.calibrate import calibrate
+
+    found = calibrate(config, images, settings.gpu, settings.steps)
+    about = {
+        "version": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device_name": platform.device_name(),
+        "packages": {"python": python_platform.python_version(), **_versions()},
+        "not_measured": "NVLink, network, host bandwidth, overlaps: the defaults",
+        "runs": [
+            {
+                "layers": one.config.model.num_layers,
+                "global_batch_size": one.config.training.global_batch_size,
+                "recompute": one.config.training.recompute_granularity,
+                "seconds": one.seconds,
+                "spread": one.spread,
+                "error": error,
+            }
+            for one, error in zip(found.observations, found.errors, strict=True)
+        ],
+    }
+    _write(settings.output, calibration_json(found.calibration, found.gpu, **about))
+    print(f"{_summary(found.calibration)}\nwrote {settings.output}")
+
+
+def _summary(found: Calibration) -> str:
+    return (
+        f"{platform.device_name()} as {found.gpu}: products reach {found.matmul_efficiency:.0%} of the peak, attention "
+        f"{found.attention_efficiency:.0%}, memory {found.memory_efficiency:.0%}; a microbatch costs "
+        f"{found.microbatch_overhead_seconds * 1e3:.1f} ms besides, a step {found.step_overhead_seconds * 1e3:.1f}.\n"
+        f"Short runs predicted from the others are off by {found.relative_error:.0%} (root mean square). Links between "
+        "GPUs were not measured."
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path, contents: str) -> None:
+    """Under its name the file is whole or what it was before."""
+    with file_system_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(contents, encoding="utf-8")
+        partial.replace(path)

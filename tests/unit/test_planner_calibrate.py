@@ -1,0 +1,107 @@
+"""Calibrations: fitted to steps of known cost, and measured on this machine."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_cca.config import load_config
+from megatron_cca.errors import UserError
+from megatron_cca.planner.calibrate import fit
+from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
+from megatron_cca.planner.calibration import DEFAULT, read_calibration
+from megatron_cca.planner.hardware import GPUS, Cluster
+from megatron_cca.planner.program import PlanSettings
+from megatron_cca.planner.program import _wishes as wishes_of
+from megatron_cca.planner.short_runs import Observation, short_configs
+from megatron_cca.planner.throughput import predict_step
+from megatron_cca.planner.workload import ImageShape, image_workload
+from tests.unit.test_planner_throughput import EMU3
+
+H100 = GPUS["h100-80gb"]
+BASE = replace(DEFAULT, layer_launch_seconds=0, microbatch_overhead_seconds=0, step_overhead_seconds=0)
+
+
+def observations(truth, noise=(0, 0, 0, 0, 0)):
+    """What a machine would show whose calibration is ``truth``."""
+    found = []
+    for config, error in zip(short_configs(load_config(None, EMU3)), noise, strict=True):
+        workload = image_workload(config, ImageShape(90, 90, 128))
+        seconds = predict_step(config, Cluster(H100, 1, 1), workload, truth).total
+        found.append(Observation(config, workload, seconds * (1 + error), 0.0))
+    return found
+
+
+def test_a_known_machine_is_found_again():
+    slower = {name: getattr(BASE, name) / 1.5 for name in EFFICIENCIES}
+    truth = replace(BASE, **slower, microbatch_overhead_seconds=0.02, step_overhead_seconds=0.1)
+    fitted, errors = fit(observations(truth), H100, BASE)
+    for name in (*EFFICIENCIES, "microbatch_overhead_seconds", "step_overhead_seconds"):
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-6)
+    assert max(map(abs, errors)) < 1e-6
+    assert fitted.relative_error < 1e-6
+
+
+EFFICIENCIES = ("matmul_efficiency", "fp8_matmul_efficiency", "attention_efficiency", "memory_efficiency")
+
+
+def test_the_error_bar_grows_with_what_the_model_does_not_explain():
+    errors = [fit(observations(BASE, noise), H100, BASE)[0].relative_error for noise in NOISES]
+    assert errors == sorted(errors)
+    assert 0.02 < errors[1] < 0.3
+
+
+NOISES = ((0, 0, 0, 0, 0), (0.03, -0.03, 0.02, -0.02, 0.03), (0.2, -0.2, 0.2, -0.1, 0.2))
+
+
+def test_nothing_negative_is_fitted():
+    # Steps that take less with more microbatches make no sense; overheads stay at nothing.
+    fitted, _ = fit(observations(BASE, (0.3, 0.3, -0.1, -0.1, -0.1)), H100, BASE)
+    assert fitted.microbatch_overhead_seconds >= 0
+    assert fitted.step_overhead_seconds >= 0
+    assert fitted.matmul_efficiency > 0
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    run = folder / "run.yaml"
+    run.write_text("training: {micro_batch_size: 4, global_batch_size: 64}")
+    settings = CalibrateSettings(run, [], None, "4x4", 8, 1, "cpu", folder / "new" / "calibration.json", False)
+    run_calibrate(settings)
+    return settings
+
+
+def test_this_machine_can_be_measured(measured):
+    calibration, device = read_calibration(measured.output, "cpu")
+    assert device.name == calibration.gpu == "cpu"
+    assert device.flops["fp32"] > 1e8
+    assert calibration.relative_error > 0
+    assert [path.name for path in measured.output.parent.iterdir()] == ["calibration.json"]
+
+
+def test_a_processor_is_planned_for_as_it_was_measured(measured):
+    keys = {"gpus": 1, "gpus_per_node": None, "image_grid": "4x4", "caption_tokens": 8, "vary": None}
+    rest = {"config": measured.config, "overrides": [], "top": 1, "output": None, "overwrite": False}
+    wishes = wishes_of(PlanSettings(gpu="cpu", calibration=measured.output, **keys, **rest))
+    assert wishes.cluster.gpu.name == "cpu"
+    with pytest.raises(UserError, match=r"measured on cpu, not on h200"):
+        wishes_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest))
+    with pytest.raises(UserError, match=r"--gpu: cpu needs --calibration"):
+        wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, r"--output: .*calibration.json exists; give another name or --overwrite"),
+        ({"overwrite": True, "steps": 0}, "--steps: must be 1 or more"),
+        ({"overwrite": True, "gpu": "h200"}, "--gpu: h200, but this machine has no GPU"),
+        ({"overwrite": True, "image_grid": "90x90"}, "--image-grid: 90x90 .* needs"),
+        ({"overwrite": True, "overrides": ["training.precision=fp8"]}, "training.precision: fp8 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured(measured, options, problem):
+    before = measured.output.read_bytes()
+    with pytest.raises(UserError, match=problem):
+        run_calibrate(replace(measured, **options))
+    assert measured.output.read_bytes() == before

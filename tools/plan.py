@@ -1,0 +1,155 @@
+"""Plan a run before it costs anything: which layout fits, how fast it will be, and why the others are not it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cca.reporting import reported_tool_errors
+
+_EPILOG = """commands (search is meant where none is named):
+  search     rank all layouts of a configuration on a cluster
+  calibrate  measure the device at hand, so that predictions are of it
+
+examples:
+  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 64 --gpu h100-80gb
+  python tools/plan.py calibrate --config examples/emu3_8b_cca.yaml --output calibration.json
+  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 512 --gpu h200 --image-grid 90x90 \\
+      --vary micro_batch,recompute,reference,precision --output runs/plan
+
+No GPU is needed, and neither checkpoints nor data. tools/plan.py COMMAND --help says what a command takes.
+"""
+_SEARCH = """Written to the output folder: plan.yaml, the best run's configuration, which training takes as it is;
+table.md; plan.png, memory and seconds of the layouts by what they go to; plan.json, every number.
+
+Predictions come from a model of the GPU whose error is stated beside them (±, two standard deviations). It was held
+against published runs, none of them of this program: measure your own with tools/plan.py calibrate.
+"""
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_search(commands)
+    _add_calibrate(commands)
+    argv = sys.argv[1:]
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["search", *argv]
+    arguments = parser.parse_args(argv)
+    with reported_tool_errors(("matplotlib",), "eval"):
+        arguments.run(arguments)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command: whose run it is about."""
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the run's YAML file")
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key of the configuration; may be repeated",
+    )
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """How long the rows are."""
+    parser.add_argument(
+        "--image-grid",
+        default="90x90",
+        metavar="HxW",
+        help="visual tokens of an image (default 90x90, 720 x 720 pixels of Emu3)",
+    )
+    parser.add_argument(
+        "--caption-tokens", type=int, default=128, metavar="N", help="of the longest caption (default 128)"
+    )
+
+
+def _add_search(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "search",
+        help="rank all layouts of a configuration on a cluster",
+        epilog=_SEARCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_run_options(parser)
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of the whole job")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as h100-80gb")
+    parser.add_argument("--nodes-of", type=int, metavar="N", help="GPUs that NVLink connects (default 8)")
+    add_image_options(parser)
+    parser.add_argument(
+        "--vary",
+        metavar="NAME,...",
+        help="what may be changed beside the layout: micro_batch, recompute, optimizer, reference, precision, cached "
+        "(default: the first four)",
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="what tools/plan.py calibrate wrote")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default 10)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="an empty or new folder (default: print only)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a former plan in --output, nothing else")
+    parser.set_defaults(run=_search)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure the device at hand, so that predictions are of it",
+        epilog="Takes one device, runs a few steps of the configuration's model with two and four layers on random "
+        "tokens, and writes what predictions need and how far they are off. Links between GPUs are not measured.",
+    )
+    add_run_options(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="what the device is nearest to (default: it says so itself)")
+    add_image_options(parser)
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each short run (default 5)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a JSON file, for --calibration")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
+
+    run_calibrate(
+        CalibrateSettings(
+            config=arguments.config,
+            overrides=arguments.set,
+            gpu=arguments.gpu,
+            image_grid=arguments.image_grid,
+            caption_tokens=arguments.caption_tokens,
+            steps=arguments.steps,
+            device=arguments.device,
+            output=arguments.output,
+            overwrite=arguments.overwrite,
+        )
+    )
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    # Imported late: --help need not wait for it.
+    from megatron_cca.planner.program import PlanSettings, run_search
+
+    run_search(
+        PlanSettings(
+            config=arguments.config,
+            overrides=arguments.set,
+            gpu=arguments.gpu,
+            gpus=arguments.gpus,
+            gpus_per_node=arguments.nodes_of,
+            image_grid=arguments.image_grid,
+            caption_tokens=arguments.caption_tokens,
+            vary=arguments.vary,
+            calibration=arguments.calibration,
+            top=arguments.top,
+            output=arguments.output,
+            overwrite=arguments.overwrite,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
