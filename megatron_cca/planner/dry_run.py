@@ -32,7 +32,7 @@ class DryRun:
         optimizer: bytes of master weights and Adam's moments.
         peak: the most bytes alive at once in the step, of all tensors.
         peaks: the same by phase of the step.
-        activations: ``peak`` less what is held all the time.
+        activations: ``peak`` less those four, which are held all the time.
         traffic: the step's collectives.
     """
 
@@ -69,8 +69,17 @@ def dry_run(config: Config, world_size: int, rank: int, workload: Workload, *, l
             return counted_step(config, workload, observer, config.training.global_batch_size // unit)
 
 
-def counted_step(config: Config, workload: Workload, observer: Observer, microbatches: int) -> DryRun:
-    """Build this rank's run inside an observer and look at a step; of real ranks as of a fake one. Collective."""
+def counted_step(
+    config: Config, workload: Workload, observer: Observer, microbatches: int, *, run_all: bool = False
+) -> DryRun:
+    """Build this rank's run inside an observer and look at a step; of real ranks as of a fake one. Collective.
+
+    Args:
+        config, workload: as of :func:`dry_run`.
+        observer: entered.
+        microbatches: of this rank in the step.
+        run_all: whether to run them all, however many.
+    """
     observer.traffic.name_groups(_groups())
     rows = _Rows(config, workload)
     run = build_run(config, resolve_architecture(config.model), rows, rows, None, _Phases(observer))
@@ -79,25 +88,27 @@ def counted_step(config: Config, workload: Workload, observer: Observer, microba
     # All stages are full of microbatches, and of their chunks, by then.
     stages = config.parallel.pipeline_model_parallel_size
     few = stages * (2 if config.parallel.virtual_pipeline_model_parallel_size else 1)
-    if microbatches <= few + stages:
+    if run_all or microbatches <= few + stages:
         return _one_step(run, observer, rows, microbatches)
     first, second = (_one_step(run, observer, rows, number) for number in (few, few + stages))
     return _continued(first, second, (microbatches - few - stages) / stages)
 
 
 def _one_step(run: Run, observer: Observer, rows: _Rows, microbatches: int) -> DryRun:
-    held = observer.now
     observer.start_over()
     rows.microbatches = microbatches
     train_step(run)
+    held = {
+        "parameters": sum(parameter.nbytes for chunk in run.policy for parameter in chunk.parameters()),
+        "reference": _reference_bytes(run),
+        "gradients": sum(buffer.grad_data.nbytes for chunk in run.policy for buffer in chunk.buffers),
+        "optimizer": _optimizer_bytes(run),
+    }
     return DryRun(
-        parameters=sum(parameter.nbytes for chunk in run.policy for parameter in chunk.parameters()),
-        reference=_reference_bytes(run),
-        gradients=sum(buffer.grad_data.nbytes for chunk in run.policy for buffer in chunk.buffers),
-        optimizer=_optimizer_bytes(run),
+        **held,
         peak=observer.peak,
         peaks=dict(observer.peaks),
-        activations=observer.peak - held,
+        activations=observer.peak - sum(held.values()),
         traffic=observer.traffic.traffic(),
     )
 

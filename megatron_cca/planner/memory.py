@@ -198,10 +198,10 @@ class _Rank:
         if self._is_last:
             shape = head_memory.head_shape(self.config, self.sizes, layer, on_gpu=self.on_gpu)
             head = head_memory.head_kept(shape) + head_memory.head_forward(shape)
-        parts = {"reference": reference + self._passing_weights(size)}
+        parts, passing = {"reference": reference}, self._passing_weights(size)
         if head > forward:
-            return parts | {"activations": self._tokens(), "head": head}
-        return parts | {"activations": forward, "head": 0}
+            return parts | {"activations": self._tokens() + passing, "head": head}
+        return parts | {"activations": forward + passing, "head": 0}
 
     def _passing_weights(self, size: int) -> float:
         """Of the reference, what is on the device only while it is used."""

@@ -8,7 +8,7 @@ import json
 import time
 import traceback
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_cca import platform
@@ -35,6 +35,9 @@ from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.planner.dry_run import counted_step, dry_run
+from megatron_cca.planner.fake_cluster import Observer, fake_job, fake_tensors
+from megatron_cca.planner.workload import Workload
 from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
@@ -738,3 +741,38 @@ def saved_while_training(settings):
     ended += polled + run.saver.finish()
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
     return {"writing": writing, "problems": [saved.problem for saved in ended], "iteration": run.iteration}
+
+
+def counted_steps(settings):
+    config, workload = _planned(settings)
+    initialize_distributed(config)
+    replicas = parallel_state.get_data_parallel_world_size()
+    microbatches = config.training.global_batch_size // config.training.micro_batch_size // replicas
+    with Observer() as observer:
+        counted = counted_step(config, workload, observer, microbatches)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, asdict(counted))
+    return everyone
+
+
+def dry_runs(settings):
+    dist.destroy_process_group()
+    found = [_dry_run(job) for job in settings["jobs"]]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return found
+
+
+def _dry_run(job):
+    config, workload = _planned(job)
+    if not job.get("run_all"):
+        return asdict(dry_run(config, job["ranks"], job["rank"], workload, like_gpu=job["like_gpu"]))
+    microbatches = config.training.global_batch_size // config.training.micro_batch_size
+    with fake_job(0, 1):
+        initialize_distributed(config)
+        share = workload.image_tokens / workload.seq_length
+        with fake_tensors(share, like_gpu=job["like_gpu"]) as observer:
+            return asdict(counted_step(config, workload, observer, microbatches, run_all=True))
+
+
+def _planned(job):
+    return load_config(job["config"], job["overrides"]), Workload(*job["workload"])

@@ -1,0 +1,225 @@
+"""What the planner says a rank holds and sends, against real ranks and against one another.
+
+The oracle is a real job on gloo ranks, whose tensors are counted as they are made. Held all the time must agree to the
+byte, peaks within a tenth.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_cca.config_files import load_config
+from megatron_cca.planner.memory import predict_memory
+from megatron_cca.planner.workload import Workload
+from tests.distributed.launch import ROOT, run_tool, run_workers
+
+TINY = ROOT / "examples" / "emu3_tiny_cca.yaml"
+BIG = ROOT / "examples" / "emu3_8b_cca.yaml"
+WORKLOAD = Workload(24, 16)
+HELD = {"parameters": "weights", "reference": "reference", "gradients": "gradients", "optimizer": "optimizer"}
+
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
+BF16 = ["training.precision=bf16"]
+FULL = ["training.recompute_granularity=full"]
+OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
+
+REAL = {
+    "one": (1, []),
+    "dp2": (2, OVERLAP),
+    "dp4": (4, BF16),
+    "tp2": (2, [*TP2, "parallel.sequence_parallel=true"]),
+    "pp2": (2, PP2),
+    "vpp2 x dp2": (4, VPP2),
+}
+
+# Ranks, keys, which ranks to be.
+FAKE = {
+    "tp2 without sequence parallelism": (2, TP2, [0]),
+    "pp2 x tp2 x vpp2": (8, [*TP2, *VPP2], [0, 7]),
+    "cp2": (2, ["parallel.context_parallel_size=2"], [0, 1]),
+    "full recomputation": (1, FULL, [0]),
+    "two layers at a time": (1, [*FULL, "training.recompute_num_layers=2"], [0]),
+    "two layers of four": (1, [*FULL, "training.recompute_method=block", "training.recompute_num_layers=2"], [0]),
+    "mlp again": (
+        1,
+        ["training.recompute_granularity=selective", "training.recompute_modules=[mlp]"],
+        [0],
+    ),
+    "offloaded": (1, [*FULL, "reference.strategy=offload"], [0]),
+    "fp8 weights": (1, [*BF16, "reference.fp8_param=true"], [0]),
+    "adapters": (1, ["reference.strategy=shared", "lora.dim=4"], [0]),
+    "plain optimizer": (2, [*BF16, "optimizer.use_distributed_optimizer=false"], [1]),
+    "buckets": (4, [*OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 1, 2, 3]),
+    "two optimizers": (
+        4,
+        [*BF16, "optimizer.num_distributed_optimizer_instances=2", "optimizer.pad_buckets_for_high_nccl_busbw=true"],
+        [0, 3],
+    ),
+    "likelihood": (1, ["objective.name=next_token"], [0]),
+}
+
+# A few of the 8B model's layers, as a GPU would have them.
+WIDE = ["model.num_layers=4", "parallel.tensor_model_parallel_size=4", "training.global_batch_size=16"]
+LIKE_GPU = {
+    "tp4": (4, WIDE, [0]),
+    "tp4, last stage": (8, [*WIDE, *PP2], [7]),
+    "tp4, recomputed": (4, [*WIDE, *FULL], [0]),
+    "tp4, fp8 reference": (4, [*WIDE, *FULL, "reference.fp8_param=true"], [0]),
+    "tp4 x cp2": (8, [*WIDE, "parallel.context_parallel_size=2"], [0]),
+}
+WIDE_WORKLOAD = Workload(8448, 8100)
+
+
+def overrides_of(path, overrides):
+    return {"config": str(path), "overrides": ["training.pretrained_checkpoint=null", *overrides]}
+
+
+def predicted(path, overrides, ranks, rank, workload, on_gpu):
+    config = load_config(path, overrides_of(path, overrides)["overrides"])
+    per_stage = ranks // config.parallel.pipeline_model_parallel_size
+    return predict_memory(
+        config,
+        ranks,
+        workload,
+        on_gpu=on_gpu,
+        pipeline_rank=rank // per_stage,
+        sharing_rank=rank % per_stage // config.parallel.tensor_model_parallel_size,
+    )
+
+
+def seen_by_tensors(estimate, on_gpu):
+    """The estimate without what no tensor shows."""
+    return estimate.total - (estimate.overhead + estimate.communication if on_gpu else 0)
+
+
+def assert_agrees(counted, estimate, on_gpu):
+    assert {name: counted[name] for name in HELD} == {name: getattr(estimate, HELD[name]) for name in HELD}
+    assert seen_by_tensors(estimate, on_gpu) == pytest.approx(counted["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_ranks_hold_what_is_predicted(name, tmp_path):
+    ranks, overrides = REAL[name]
+    settings = {**overrides_of(TINY, overrides), "workload": [24, 16]}
+    for rank, counted in enumerate(run_workers(ranks, "counted_steps", settings, tmp_path)):
+        assert_agrees(counted, predicted(TINY, overrides, ranks, rank, WORKLOAD, on_gpu=False), on_gpu=False)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_dry_run_is_the_real_run_to_the_byte(name, tmp_path):
+    ranks, overrides = REAL[name]
+    settings = {**overrides_of(TINY, overrides), "workload": [24, 16]}
+    real = run_workers(ranks, "counted_steps", settings, tmp_path)
+    jobs = [{**settings, "ranks": ranks, "rank": rank, "like_gpu": False} for rank in range(ranks)]
+    for counted, fake in zip(real, run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path), strict=True):
+        for key in (*HELD, "peak", "activations"):
+            assert fake[key] == counted[key], key
+        # What ranks tell each other in words has no size until it is said.
+        assert sent(fake) == {key: sizes for key, sizes in sent(counted).items() if key[1] != "broadcast"}
+
+
+def sent(counted):
+    return {
+        (one["group"], one["operation"], one["phase"]): (one["calls"], one["num_bytes"]) for one in counted["traffic"]
+    }
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory):
+    cases = [(TINY, *case, WORKLOAD, False) for case in FAKE.values()]
+    cases += [(BIG, *case, WIDE_WORKLOAD, True) for case in LIKE_GPU.values()]
+    jobs = [
+        {
+            **overrides_of(path, overrides),
+            "workload": [workload.seq_length, workload.image_tokens],
+            "ranks": ranks,
+            "rank": rank,
+            "like_gpu": like_gpu,
+        }
+        for path, ranks, overrides, which, workload, like_gpu in cases
+        for rank in which
+    ]
+    found = iter(run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry"), timeout=280))
+    return {name: [next(found) for _ in case[2]] for name, case in (FAKE | LIKE_GPU).items()}
+
+
+@pytest.mark.parametrize("name", FAKE | LIKE_GPU)
+def test_the_formulas_are_the_dry_run_within_a_tenth(fakes, name):
+    on_gpu = name in LIKE_GPU
+    ranks, overrides, which = (FAKE | LIKE_GPU)[name]
+    path, workload = (BIG, WIDE_WORKLOAD) if on_gpu else (TINY, WORKLOAD)
+    for rank, counted in zip(which, fakes[name], strict=True):
+        assert_agrees(counted, predicted(path, overrides, ranks, rank, workload, on_gpu), on_gpu)
+
+
+def test_collectives_have_the_bytes_of_their_tensors(fakes):
+    (counted,) = fakes["tp4"]
+    stream, layers, microbatches = 2 * 8448 * 4096 * 2, 4, 16
+    # Four a layer in the forward pass, at attention and at the MLP, and one more of the hidden states for the head.
+    assert sent(counted)["tensor", "all_gather", "reference pass"] == (
+        (2 * layers + 1) * microbatches,
+        (2 * layers + 1) * microbatches * stream,
+    )
+
+
+def test_a_step_of_many_microbatches_is_continued_from_a_few(tmp_path):
+    # Three are run, then what the last one added is counted again; all eight, and one by one.
+    job = {**overrides_of(TINY, []), "workload": [24, 16], "ranks": 1, "rank": 0, "like_gpu": False}
+    few, all_of_them = run_workers(1, "dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
+    assert few == all_of_them
+
+
+def dry(*arguments, tmp_path):
+    return run_tool(ROOT / "tools" / "plan.py", "dry-run", "--config", *arguments, cwd=tmp_path)
+
+
+def test_any_rank_of_the_largest_job(tmp_path):
+    settings = ["--set", "parallel.pipeline_model_parallel_size=8", "--set", "training.global_batch_size=4096"]
+    settings += ["--set", "model.num_layers=8", "--output", "rank.json"]
+    done = dry(BIG, "--gpus", "16384", "--gpu", "h100-80gb", "--rank", "9000", *settings, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rank 9000 of 16384 x h100-80gb, pipeline stage 4" in done.stdout
+    told = json.loads((tmp_path / "rank.json").read_text())
+    assert told["counted"]["parameters"] == told["predicted"]["weights"]
+    assert f"{told['counted']['peak']:,}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--gpus", "12"],
+            "parallel.tensor_model_parallel_size 8 x parallel.pipeline_model_parallel_size 1 does not divide the 12 "
+            "processes of this job; start a multiple of 8 (torchrun --nproc_per_node)",
+        ),
+        (["--gpus", "20000"], "--gpus: must be 1 to 16,384, found 20000"),
+        (["--gpus", "8", "--rank", "8"], "--rank: must be 0 to 7, found 8"),
+        (["--gpus", "8", "--gpu", "h1000"], "--gpu: unknown GPU 'h1000'"),
+        (["--gpus", "8", "--image-grid", "200x200"], "--image-grid: 200x200 with captions of 128 tokens needs"),
+        (["--gpus", "8", "--output", "there.json"], "--output: there.json exists; give another name or --overwrite"),
+        (
+            ["--gpus", "8", "--gpu", "a100-80gb", "--set", "training.precision=fp8"],
+            "training.precision: a100-80gb computes no fp8; use fp32 or bf16",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_the_cluster_would_refuse_is_refused_here(arguments, line, tmp_path):
+    (tmp_path / "there.json").write_text("mine")
+    done = dry(BIG, *arguments, tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and line in done.stderr
+    assert not done.stdout and (tmp_path / "there.json").read_text() == "mine"
+
+
+def test_a_rank_that_does_not_fit_its_gpu_is_refused_after_the_count(tmp_path):
+    settings = ["--set", "parallel.sequence_parallel=false", "--set", "parallel.tensor_model_parallel_size=1"]
+    settings += ["--set", "model.num_layers=16"]
+    done = dry(BIG, "--gpus", "256", "--gpu", "h100-80gb", *settings, tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert "peak of all tensors" in done.stdout
+    assert "megatron_cca: error: --gpu: rank 0 needs" in done.stderr
