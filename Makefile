@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format docs clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "Python 3.12 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) (torch and friends, about 6 GB; two to five minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,eval,hf,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,eval,hf,docs,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickstart
@@ -31,6 +31,10 @@ lint: $(INSTALLED) ## lint and format checks
 format: $(INSTALLED) ## mend what lint would refuse
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write the configuration reference, build the site: site/index.html
+	@$(BIN)/python docs/hooks/configuration.py docs/configuration.md
+	@$(BIN)/mkdocs build --strict
 
 clean: ## forget all runs
 	@rm -rf runs

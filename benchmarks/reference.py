@@ -182,7 +182,7 @@ def _mfu(found: dict) -> str:
 def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Write random shards, and the cache for ``cached``."""
     platform.install(device)
-    from megatron_cca.config import load_config
+    from megatron_cca.config_files import load_config
     from megatron_cca.data.shards import write_shards
     from megatron_cca.data.token_files import Sample
     from megatron_cca.models import resolve_architecture
@@ -206,7 +206,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
 def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Peak and steady bytes, seconds a step, tokens and useful FLOPs of one variant."""
     platform.install(device)
-    from megatron_cca.config import load_config
+    from megatron_cca.config_files import load_config
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.architecture import num_parameters
     from megatron_cca.parallel.process_groups import initialize_distributed

@@ -102,7 +102,7 @@ def _must_be_alone() -> None:
 def _import(arguments: argparse.Namespace) -> int:
     _must_be_alone()
     from megatron_cca.checkpoint.huggingface import import_checkpoint
-    from megatron_cca.config import load_config
+    from megatron_cca.config_files import load_config
 
     sizes = {f"parallel.{name}": getattr(arguments, name) for name in _LAYOUT}
     parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel

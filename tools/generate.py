@@ -177,7 +177,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.config import load_config
+    from megatron_cca.config_files import load_config
     from megatron_cca.generation.best_of import check_scorer, open_scorer
     from megatron_cca.generation.job import check_job_output, job_requests, run
     from megatron_cca.generation.loading import inspect_for_sampling

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_cca import __version__
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.data.digits import load_scans
 from megatron_cca.evaluation.digit_judges import DigitJudges
 from megatron_cca.evaluation.fidelity import fidelity

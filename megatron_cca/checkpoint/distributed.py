@@ -10,6 +10,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megatron_cca.checkpoint.bucket_padding import padding_between_buckets
 from megatron_cca.checkpoint.integrity import check_whole_together
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
@@ -57,7 +58,10 @@ def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool =
     # The tensors carry global names, so that a chunk's place in this dict does not bind the checkpoint to a layout.
     state = {f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=dict(_METADATA))
+        with padding_between_buckets(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                dict(state), is_loading=is_loading, metadata=dict(_METADATA)
+            )
     return state
 
 

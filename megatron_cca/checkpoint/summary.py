@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.config import Config, config_from_dict, config_to_dict
+from megatron_cca.config import Config
+from megatron_cca.config_files import config_from_dict, config_to_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.version import code_version

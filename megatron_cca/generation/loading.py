@@ -12,7 +12,8 @@ from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.huggingface.loading import load_weights
 from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.config import Config, ParallelConfig, Precision, load_config
+from megatron_cca.config import Config, ParallelConfig, Precision
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout

@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_cca import platform
-from megatron_cca.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
 from megatron_cca.parallel import sequence_logps, token_logps
+from megatron_cca.parallel.param_gather import await_parameters
+
+_DEFAULT_KERNELS = KernelsConfig()
 
 
 def transformer_config(
@@ -28,12 +32,14 @@ def transformer_config(
     parallel: ParallelConfig,
     training: TrainingConfig,
     *,
+    kernels: KernelsConfig = _DEFAULT_KERNELS,
     is_frozen: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of the decoder; a fresh object on each call, since DDP hangs its hooks on it.
 
     Args:
         architecture, model, parallel, training: of the run; ``training`` says precision and recomputation.
+        kernels: of the run, too.
         is_frozen: whether the weights will never change.
 
     Raises:
@@ -44,6 +50,7 @@ def transformer_config(
     on_gpu = platform.current().is_cuda
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
     interleaved = num_model_chunks(parallel) > 1
+    overlaps_p2p = interleaved if parallel.overlap_p2p_comm is None else parallel.overlap_p2p_comm
     recompute_layers = training.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -63,10 +70,13 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=num_model_chunks(parallel) if interleaved else None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        microbatch_group_size_per_vp_stage=parallel.microbatch_group_size_per_vp_stage,
+        deallocate_pipeline_outputs=parallel.deallocate_pipeline_outputs,
         # With two pipeline ranks both neighbours are the same rank, and Megatron's batched send/receive, which matches
         # messages by their order alone, then mixes up the two directions without a word.
         batch_p2p_comm=not interleaved,
-        overlap_p2p_comm=interleaved,
+        overlap_p2p_comm=overlaps_p2p,
         recompute_granularity=training.recompute_granularity,
         recompute_modules=list(training.recompute_modules),
         recompute_method=training.recompute_method if recompute_layers else None,
@@ -85,10 +95,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=on_gpu,
-        bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=False,
+        **kernel_options(kernels, is_frozen=is_frozen),
     )
 
 
@@ -103,6 +110,7 @@ def build_gpt(
     parallel: ParallelConfig,
     training: TrainingConfig,
     *,
+    kernels: KernelsConfig = _DEFAULT_KERNELS,
     is_frozen: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks, on its device, with uninitialised weights: one, or more under interleaving.
@@ -111,10 +119,13 @@ def build_gpt(
     is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules expect.
     Under ``torch.device("meta")`` the weights stay there.
     """
-    config = transformer_config(architecture, model, parallel, training, is_frozen=is_frozen)
+    config = transformer_config(architecture, model, parallel, training, kernels=kernels, is_frozen=is_frozen)
     chunks = num_model_chunks(parallel)
     stages = range(chunks) if chunks > 1 else [None]
-    return [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
+    built = [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
+    for chunk in built:
+        fuse_weight_gradients(chunk, kernels, is_frozen=is_frozen)
+    return built
 
 
 def _build_chunk(
@@ -194,6 +205,7 @@ def _on_this_context_rank(*batch: Tensor) -> tuple[Tensor, ...]:
 
 def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, **_unused) -> Tensor:
     tp_group = parallel_state.get_tensor_model_parallel_group()
+    await_parameters(output_layer)
     if config.sequence_parallel:
         # sequence_logps returns the whole gradient of its input on every rank; summing again would double it.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)

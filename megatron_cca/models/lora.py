@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from torch.nn.utils import skip_init
 from torch.utils.hooks import RemovableHandle
 
@@ -35,6 +35,7 @@ from megatron_cca.config import LORA_TARGETS, LoraConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.initialization import sharded_tensors, standard_normal
 from megatron_cca.models.low_rank import LINEAR_IN, merged_weight, scale_of
+from megatron_cca.parallel.param_gather import await_parameters
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -146,7 +147,8 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """The projection's ``output`` ``[S, B, rows]`` for its input ``x`` ``[S, B, columns]``, plus the adapter's."""
-        low_rank = self._across_ranks(linear(x, self.linear_in.weight))
+        low_rank = self._across_ranks(self.linear_in(x))
+        await_parameters(self.linear_out)
         flat = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), self.linear_out.weight.t(), alpha=self.scale)
         return flat.view_as(output)
 

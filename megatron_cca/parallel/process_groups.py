@@ -25,6 +25,9 @@ def initialize_distributed(config: Config) -> None:
             parallel.pipeline_model_parallel_size,
             chunks if chunks > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
+            num_distributed_optimizer_instances=config.optimizer.num_distributed_optimizer_instances,
             create_gloo_process_groups=False,
         )
-    model_parallel_cuda_manual_seed(config.training.seed)
+    # Graphs can replay only Transformer Engine's kind of random numbers.
+    captures = config.kernels.cuda_graph_impl != "none"
+    model_parallel_cuda_manual_seed(config.training.seed, te_rng_tracker=captures, force_reset_rng=captures)

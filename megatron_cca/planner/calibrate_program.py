@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_cca import __version__, platform
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.output import OPTION, file_system_errors
 from megatron_cca.planner.calibration import Calibration, calibration_json

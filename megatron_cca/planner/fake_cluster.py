@@ -18,7 +18,7 @@ from megatron.core.optimizer import clip_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_cca.models import local_layers, lora
+from megatron_cca.models import local_layers, lora, streaming
 from megatron_cca.planner.collectives import TrafficCounter
 from megatron_cca.planner.live_bytes import LiveBytes
 from megatron_cca.training import setup
@@ -59,7 +59,7 @@ def fake_tensors(image_share: float, *, like_gpu: bool) -> Iterator[Observer]:
     """
     observer = _HealthyStep(image_share)
     with ExitStack() as stack:
-        for patched in _patches(like_gpu):
+        for patched in _patches(observer, like_gpu):
             stack.enter_context(patched)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(observer)
@@ -160,7 +160,7 @@ def _healthy_number(tensor: torch.Tensor) -> bool | int | float:
     return 1.0 if tensor.is_floating_point() else 0
 
 
-def _patches(like_gpu: bool) -> list:
+def _patches(observer: Observer, like_gpu: bool) -> list:
     shard = _LOGPS._HeadShard
     patches = [
         # Every rank says what this one says.
@@ -168,6 +168,8 @@ def _patches(like_gpu: bool) -> list:
         patch.object(dist, "broadcast_object_list", _nothing),
         # The weights are made in their type; torch cannot swap fake parameters in place.
         patch.object(torch.nn.Module, "bfloat16", lambda module: module),
+        # What is offloaded lies in host memory.
+        patch.object(streaming, "host_copy", lambda tensor: observer.discount(tensor.clone())),
         patch.object(lora, "skip_init", lambda kind, *sizes, **options: kind(*sizes, **options)),
         patch.object(lora, "_draw", _nothing),
         # Megatron's substitute for a fused kernel makes one tensor of a list of tensors, number by number.

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cca.config import Config, load_config
+from megatron_cca.config import Config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.planner.calibration import DEFAULT, Calibration, read_calibration
 from megatron_cca.planner.candidates import DEFAULT_VARIABLES, VARIABLES

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_cca import __version__
-from megatron_cca.config import config_to_dict
+from megatron_cca.config_files import config_to_dict
 from megatron_cca.models import resolve_architecture
 from megatron_cca.output import check_output, claimed, file_system_errors, staging
 from megatron_cca.planner.summary import YAML_FILE, Report, text, yaml_of

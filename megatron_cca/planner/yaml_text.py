@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_cca.config import Config, config_to_dict
+from megatron_cca.config import Config
+from megatron_cca.config_files import config_to_dict
 
 _WIDTH = 118
 

@@ -7,13 +7,14 @@ taxes every operation. The patches are:
 1. the ``torch.cuda`` functions of the training path (current device, streams, synchronisation, random state);
 2. ``Tensor.cuda()``, which becomes the identity;
 3. ``Tensor.type()``, which answers ``torch.cuda.FloatTensor`` to Megatron's optimizers, since they compare that string;
-4. the ``torch`` name inside the few Megatron modules that write ``device="cuda"`` literally.
+4. the ``torch`` name inside the few Megatron modules that write ``device="cuda"`` literally or make CUDA streams.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +22,12 @@ import torch
 
 _CPU = torch.device("cpu")
 
-# Megatron modules (below megatron.core) with a literal device="cuda" on a path that training, saving or loading takes.
+# Megatron modules (below megatron.core) with a literal device="cuda", or streams of their own, on a path that training,
+# saving or loading takes.
 _MODULES_WITH_CUDA_LITERALS = (
     "pipeline_parallel.schedules",
+    "distributed.distributed_data_parallel",
+    "distributed.param_and_grad_buffer",
     "optimizer.optimizer",
     "optimizer.clip_grads",
     "optimizer.grad_scaler",
@@ -35,6 +39,11 @@ _MODULES_WITH_CUDA_LITERALS = (
 )
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "full", "arange")
 _GPU_ONLY_PACKAGES = ("transformer_engine", "apex")
+
+# Everything is done at once, in order.
+_STREAM = SimpleNamespace(
+    wait_stream=lambda other: None, wait_event=lambda event: None, synchronize=lambda: None, cuda_stream=0
+)
 
 _done = False
 
@@ -66,15 +75,12 @@ def _hide_gpu_only_packages() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    stream = SimpleNamespace(
-        wait_stream=lambda other: None, wait_event=lambda event: None, synchronize=lambda: None, cuda_stream=0
-    )
     replacements = {
         "current_device": lambda: _CPU,
         "synchronize": lambda device=None: None,
         "set_device": lambda device: None,
         "empty_cache": lambda: None,
-        "current_stream": lambda device=None: stream,
+        "current_stream": lambda device=None: _STREAM,
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
@@ -102,11 +108,25 @@ class _TorchOnCpu:
     """``torch`` as seen by one Megatron module: factories place on the CPU what the module places on "cuda"."""
 
     def __init__(self) -> None:
+        self.cuda = _CudaOnCpu()
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
+
+
+class _CudaOnCpu:
+    """``torch.cuda`` as seen by one Megatron module: its streams are the one that there is."""
+
+    def Stream(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        return _STREAM
+
+    def stream(self, stream: SimpleNamespace) -> Any:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
 
 
 def _on_cpu(factory: Any) -> Any:

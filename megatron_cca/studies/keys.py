@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_cca import __version__
 from megatron_cca.checkpoint import layout
-from megatron_cca.config import Config, config_to_dict
+from megatron_cca.config import Config
+from megatron_cca.config_files import config_to_dict
 from megatron_cca.data.digits import KEYWORD
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.models import explicit

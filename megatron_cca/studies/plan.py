@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_cca.config import Config, load_config
+from megatron_cca.config import Config
+from megatron_cca.config_files import load_config
 from megatron_cca.studies.keys import checkpoint_key, digest, mark, training_contents
 from megatron_cca.studies.settings import SAMPLING, Keys
 from megatron_cca.studies.study import BASE, Method, Point, Study

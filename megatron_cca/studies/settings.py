@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, as_json, read_yaml
+from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_cca.config_files import as_json, read_yaml
 from megatron_cca.errors import UserError, said_of
 
 OPTION = "--study"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_cca.config import Config, config_from_dict, config_to_dict, load_config
+from megatron_cca.config import Config
+from megatron_cca.config_files import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.studies.settings import (
     SAMPLING,

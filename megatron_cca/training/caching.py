@@ -31,6 +31,7 @@ from megatron_cca.training.log_ratio_gate import numeric_path
 from megatron_cca.training.reference import Reference, own_reference
 from megatron_cca.training.reference_settings import reference_settings
 from megatron_cca.training.setup import frozen_chunks
+from megatron_cca.training.user_buffers import initialize_user_buffers
 
 
 def check_cache(config: Config, data: RunData) -> None:
@@ -96,6 +97,7 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
         UserError: an output folder that holds something else, a full disk, damaged data.
     """
     initialize_distributed(config)
+    initialize_user_buffers(config)
     batches = training_batches(config, data, with_pairs=True)
     vocab_size = resolve_architecture(config.model).vocabulary.size
     forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size)

@@ -12,6 +12,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.training.overlap_checks import check_overlaps
 from megatron_cca.training.reference_checks import check_reference
 
 PRETRAINED = "training.pretrained_checkpoint"
@@ -61,6 +62,7 @@ def check_new_run(config: Config, world_size: int) -> None:
     _check_schedule(config)
     _check_saving(config)
     _check_optimizer(config)
+    check_overlaps(config, data_parallel)
     _check_validation(config)
     _check_pictures(config)
     if config.objective.name != "next_token":
@@ -108,9 +110,11 @@ def _check_batch(config: Config, data_parallel: int) -> None:
 
 
 def _check_interleaving(config: Config, data_parallel: int) -> None:
-    if (config.parallel.virtual_pipeline_model_parallel_size or 1) == 1:
+    parallel = config.parallel
+    # With groups of its own size the schedule takes other numbers, too: see overlap_checks.
+    if (parallel.virtual_pipeline_model_parallel_size or 1) == 1 or parallel.microbatch_group_size_per_vp_stage:
         return
-    pp, whole = config.parallel.pipeline_model_parallel_size, config.training.global_batch_size
+    pp, whole = parallel.pipeline_model_parallel_size, config.training.global_batch_size
     microbatches = whole // (config.training.micro_batch_size * data_parallel)
     if microbatches % pp:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.tensor_parallel import layers
 
 from megatron_cca import platform
 from megatron_cca.config import Config
@@ -28,8 +29,27 @@ def check_devices(config: Config) -> None:
             check_fp8_sizes(config, one, key)
     if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
         raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
-    if config.optimizer.use_precision_aware_optimizer and not (HAVE_TE and platform.current().is_cuda):
+    kernels, has_engine = config.kernels, HAVE_TE and platform.current().is_cuda
+    for key, is_wanted in (
+        ("optimizer.use_precision_aware_optimizer", config.optimizer.use_precision_aware_optimizer),
+        ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),
+        ("kernels.apply_rope_fusion", kernels.apply_rope_fusion),
+        ("kernels.cuda_graph_impl", kernels.cuda_graph_impl != "none"),
+    ):
+        if is_wanted and not has_engine:
+            raise UserError(
+                f"{key}: needs a GPU and the package transformer-engine (pip install 'megatron-cca[gpu]'); leave it "
+                "out here"
+            )
+    if kernels.gradient_accumulation_fusion:
+        _check_gradient_fusion(config, has_engine)
+
+
+def _check_gradient_fusion(config: Config, has_engine: bool) -> None:
+    uses_engine = has_engine and config.model.transformer_impl != "local"
+    has_apex = platform.current().is_cuda and layers._grad_accum_fusion_available
+    if not (uses_engine or has_apex):
         raise UserError(
-            "optimizer.use_precision_aware_optimizer: needs a GPU and the package transformer-engine "
-            "(pip install 'megatron-cca[gpu]'); leave it out here"
+            "kernels.gradient_accumulation_fusion: needs a GPU and Transformer Engine's layers, or apex with "
+            "fused_weight_gradient_mlp_cuda; leave it out here"
         )

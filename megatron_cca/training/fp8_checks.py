@@ -6,6 +6,7 @@ from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.training.shapes import rows_per_microbatch
 
 
 def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
@@ -49,7 +50,7 @@ def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
 
 def _check_fp8_tokens(config: Config, multiple: int, key: str) -> None:
     parallel = config.parallel
-    rows = config.training.micro_batch_size * (1 if config.objective.name == "next_token" else 2)
+    rows = rows_per_microbatch(config)
     ranks = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     tokens = config.data.pad_to_multiple_of * rows
     unit = multiple * ranks

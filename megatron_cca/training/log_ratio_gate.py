@@ -13,6 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.reference_cache import ReferenceCache
 from megatron_cca.errors import UserError
+from megatron_cca.models.kernels import forward_kernels
 from megatron_cca.objectives import PairLogps
 from megatron_cca.training.reference_settings import reference_settings, same_weights
 
@@ -62,7 +63,9 @@ def numeric_path(config: Config) -> dict[str, Any]:
         "training.micro_batch_size": training.micro_batch_size,
         "training.logps_chunk_size": training.logps_chunk_size,
         "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
+        "parallel.tp_comm_overlap": parallel.tp_comm_overlap,
         "model.transformer_impl": config.model.transformer_impl,
+        **{f"kernels.{name}": value for name, value in forward_kernels(config.kernels).items()},
         "device": platform.device_name(),
         "torch": torch.__version__,
     }

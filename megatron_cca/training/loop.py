@@ -11,7 +11,8 @@ import torch.distributed as dist
 import yaml
 
 from megatron_cca import platform
-from megatron_cca.config import Config, config_to_dict
+from megatron_cca.config import Config
+from megatron_cca.config_files import config_to_dict
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks

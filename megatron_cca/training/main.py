@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.checkpoint import layout
-from megatron_cca.config import Config, load_config
+from megatron_cca.config import Config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_errors
 from megatron_cca.training.checks import check_run

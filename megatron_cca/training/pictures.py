@@ -29,6 +29,7 @@ class SamplePictures:
         settings: guidance-free.
         folder: where the PNGs go.
         beat: called at every token, for whoever watches whether this rank goes on.
+        gather: called before the policy's weights are read.
     """
 
     def __init__(
@@ -38,14 +39,16 @@ class SamplePictures:
         settings: SamplingSettings,
         folder: Path,
         beat: Callable[[], None],
+        gather: Callable[[], None],
     ) -> None:
         self._painter, self._prompts, self._settings, self._folder = painter, prompts, settings, folder
-        self._beat = beat
+        self._beat, self._gather = beat, gather
         # Prompts that do not fit are refused before the first step, not at the first picture.
         painter.requests(prompts, settings)
 
     def paint(self) -> Pictures:
         """All prompts' pictures, on every rank. Collective over all ranks of the job."""
+        self._gather()
         return self._painter.paint(self._prompts, self._settings, on_tokens=lambda tokens: self._beat())
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
@@ -89,7 +92,7 @@ def open_pictures(run: Run) -> SamplePictures | None:
     settings = SamplingSettings(height, width, batch_size=_BATCH)
     with said_of("logging.sample_prompts"):
         folder = Path(config.training.output_dir) / FOLDER
-        return SamplePictures(painter, _prompts(run), settings, folder, run.progress.beat)
+        return SamplePictures(painter, _prompts(run), settings, folder, run.progress.beat, run.gather_parameters)
 
 
 def _prompts(run: Run) -> list[Prompt]:

@@ -19,6 +19,7 @@ def save_checkpoint(run: Run, journal: Journal) -> None:
 def begin_save(run: Run) -> list[Saved]:
     """As :func:`save_checkpoint`; returns the saves that ended meanwhile."""
     run.progress.at("saving", patience=_PATIENCE)
+    run.gather_parameters()
     summary = summarize(run.config, run.batches.data.fingerprint())
     return run.saver.save(run.iteration, run.policy_chunks, run.optimizer, summary)
 

@@ -1,4 +1,4 @@
-"""Build what a run needs: process groups, policy, reference, optimizer, schedule, data."""
+"""Build what a run needs: policy, reference, optimizer, schedule, data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.integrity import newest_whole
@@ -30,12 +29,12 @@ from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.forward import LogpsPass
+from megatron_cca.training.graph_capture import GraphCapture, graph_capture
+from megatron_cca.training.optimization import build_optimizer, build_scheduler, wrap_ddp
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
-
-# Megatron's spelling of an FP8 state is uint8.
-_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+from megatron_cca.training.user_buffers import initialize_user_buffers
 
 
 @dataclass
@@ -58,6 +57,7 @@ class Run:
     """The checkpoint that the weights came from before the first step."""
     progress: Progress
     saver: CheckpointSaver
+    graphs: GraphCapture | None
     passed_over: tuple[str, ...] = ()
     """Why newer checkpoints than the one continued from were not taken; one line each."""
 
@@ -70,6 +70,16 @@ class Run:
     def policy_chunks(self) -> list[torch.nn.Module]:
         """The policy's model chunks without DDP."""
         return [chunk.module for chunk in self.policy]
+
+    def gather_parameters(self) -> None:
+        """Let updated weights arrive that the next forward pass would wait for; for those who read them otherwise.
+
+        Collective over all ranks.
+        """
+        if self.config.optimizer.overlap_param_gather:
+            with torch.no_grad():
+                for chunk in self.policy:
+                    chunk.start_param_sync(force_sync=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -112,6 +122,7 @@ def build_run(
         batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size, progress.beat
     )
     own = uses_pairs and has_own_weights(config)
+    initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
     reference = own_reference(config, forward, frozen_chunks(config, architecture)) if own else None
     policy = _build_policy(config, architecture)
@@ -136,6 +147,7 @@ def build_run(
         start=start,
         progress=progress,
         saver=_saver(config, start),
+        graphs=graph_capture(config, policy, optimizer),
     )
 
 
@@ -175,7 +187,9 @@ def build_chunks(
         key: the configuration key that named it.
         is_frozen: whether the weights will never change.
     """
-    chunks = build_gpt(architecture, config.model, config.parallel, training, is_frozen=is_frozen)
+    chunks = build_gpt(
+        architecture, config.model, config.parallel, training, kernels=config.kernels, is_frozen=is_frozen
+    )
     if checkpoint is not None:
         distributed.load_weights(layout.resolve(checkpoint, key), chunks, key)
         return chunks
@@ -208,77 +222,6 @@ def frozen_chunks(config: Config, architecture: Architecture) -> list[torch.nn.M
     if config.reference.fp8_param:
         keep_in_fp8(chunks)
     return [chunk.requires_grad_(False) for chunk in chunks]
-
-
-def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
-    """Megatron's data parallelism around each chunk, with the hooks that its schedules call."""
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-        # health.py looks at the loss too, says which layers, and lets the run go on where that is wanted.
-        check_for_nan_in_grad=False,
-    )
-    model_config = get_model_config(chunks[0])
-    policy = [
-        # Later chunks' gradients are ready together, in the first bucket's shadow: Megatron's own choice.
-        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
-    model_config.finalize_model_grads_func = finalize_model_grads
-    if config.optimizer.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in policy]
-        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return policy
-
-
-def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with Megatron's mixed precision and sharding; collective over all ranks."""
-    options, is_fp32 = config.optimizer, config.training.precision == "fp32"
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=not is_fp32,
-            params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
-            fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
-            use_distributed_optimizer=options.use_distributed_optimizer,
-            optimizer_cpu_offload=options.optimizer_cpu_offload,
-            optimizer_offload_fraction=options.optimizer_offload_fraction,
-            overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
-            use_precision_aware_optimizer=options.use_precision_aware_optimizer,
-            **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
-        ),
-        policy,
-        use_gloo_process_groups=False,
-    )
-    get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
-    return optimizer
-
-
-def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay that ``optimizer.lr_decay_style`` names; counts in steps."""
-    options = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=options.lr_warmup_iters,
-        # A trial run may end within the warm-up.
-        lr_decay_steps=max(config.training.train_iters, options.lr_warmup_iters + 1),
-        lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=config.training.train_iters,
-        wd_incr_style="constant",
-    )
 
 
 def _resume(run: Run) -> None:

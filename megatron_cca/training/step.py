@@ -62,6 +62,8 @@ def train_step(run: Run) -> StepReport:
     run.progress.at("reference pass")
     reference = run.reference.logps(batch, step) if run.reference is not None else {}
     run.progress.at("policy pass")
+    if run.graphs is not None:
+        run.graphs.before_step()
     rows = _policy_pass(run, batch, reference)
     metrics, log_ratio, loss_problem = _global_metrics(run, rows, batch.mean_num_tokens)
     run.progress.at("optimizer step")

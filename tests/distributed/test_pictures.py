@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from tests.distributed.launch import ROOT, run_workers, torchrun
@@ -12,6 +12,7 @@ from tests.distributed.test_layout_parity import CCA, CP2, PP2, TP2, VPP2
 
 STEPS = 3
 EVERY = ["logging.sample_interval=1"]
+GATHER = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.ddp_bucket_size=2000"]
 DROPOUT = ["objective.name=next_token", "model.hidden_dropout=0.2", "model.attention_dropout=0.2"]
 LAYOUTS = {
     1: {
@@ -26,6 +27,7 @@ LAYOUTS = {
         "PP 2": [*EVERY, *PP2],
         "PP 2 x VPP 2": [*EVERY, *VPP2],
         "DP 2": EVERY,
+        "DP 2, gathered": [*EVERY, *GATHER],
         "LoRA": [*EVERY, *TP2, "parallel.sequence_parallel=true", "lora.dim=2"],
     },
 }
@@ -47,7 +49,7 @@ def runs(digit_shards, tmp_path_factory):
 
 def test_every_layout_draws_the_same(runs):
     one = runs["one process"]
-    for name in ("TP 2 + SP", "PP 2", "PP 2 x VPP 2", "DP 2", "full recompute"):
+    for name in ("TP 2 + SP", "PP 2", "PP 2 x VPP 2", "DP 2", "DP 2, gathered", "full recompute"):
         assert runs[name]["before"] == one["before"], name
         assert runs[name]["after"] == one["after"], name
     assert runs["LoRA"]["before"] == one["before"]

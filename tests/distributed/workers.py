@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from megatron_cca.checkpoint import distributed, layout, saving
 from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.summary import saved_config, summarize
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
-from megatron_cca.models import gpt, resolve_architecture
+from megatron_cca.models import gpt, lora, resolve_architecture
 from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.parallel import sequence_logps
@@ -157,13 +157,66 @@ def resume(settings):
     before = run.iteration
     rows = _steps(run, settings["steps"])
     if settings.get("save"):
-        if dist.get_rank() == 0:
-            Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        begin_save(run)
-        assert [saved.problem for saved in run.saver.finish()] in ([], [None])
-        assert run.saver.last_saved == run.iteration
+        _save(run)
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
+
+
+def _save(run):
+    if dist.get_rank() == 0:
+        Path(run.config.training.output_dir).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    begin_save(run)
+    assert [saved.problem for saved in run.saver.finish()] in ([], [None])
+    assert run.saver.last_saved == run.iteration
+
+
+def interrupted(settings):
+    """By layout: steps with a validation and a save between them, and what a run that continues from the save gives.
+
+    ``late`` counts gatherings of weights that nobody has waited for although the validation has used the weights, and
+    ``stale`` weights on disk that are not the last update's.
+    """
+    answers = {}
+    for name, overrides in settings["layouts"].items():
+        folder = f"{settings['folder']}/{name}".replace(" ", "-").replace(",", "")
+        own = [*settings["common"], *overrides, f"training.output_dir={folder}"]
+        run = _start(own)
+        before = _steps(run, 1)
+        validation = validate(run)
+        groups = [group for chunk in run.policy for group in chunk.bucket_groups]
+        late = sum(group.param_gather_handle is not None for group in groups)
+        # After a step, not after the validation, whose passes let all weights arrive.
+        before += _steps(run, settings["steps"] - 1)
+        _save(run)
+        stale = _stale(run)
+        after = _steps(run, settings["steps"])
+        resumed = _start(own)
+        assert resumed.iteration == settings["steps"]
+        answers[name] = {
+            "folder": folder,
+            "steps": before + after,
+            "validation": validation,
+            "late": late,
+            "stale": stale,
+            "buckets": len(groups),
+            "resumed": _steps(resumed, settings["steps"]),
+        }
+    return answers
+
+
+def _stale(run):
+    run.gather_parameters()
+    config = run.config
+    read = gpt.build_gpt(run.architecture, config.model, config.parallel, config.training)
+    if config.lora.dim is not None:
+        lora.attach(read, config.lora, seed=None)
+    distributed.load_weights(layout.resolve(config.training.output_dir, "checkpoint"), read, "checkpoint")
+    pairs = zip(run.policy_chunks, read, strict=True)
+    return sum(
+        not torch.equal(*weights)
+        for chunks in pairs
+        for weights in zip(*(chunk.parameters() for chunk in chunks), strict=True)
+    )
 
 
 def vocab_parallel_logps(settings):

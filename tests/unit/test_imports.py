@@ -18,6 +18,7 @@ LEVELS = {
     "pickles": 1,
     "reporting": 1,
     "config": 1,
+    "config_files": 2,
     "platform": 1,
     "objectives": 2,
     "parallel": 2,

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cca.config import config_from_dict
+from megatron_cca.config_files import config_from_dict
 from megatron_cca.planner.calibration import DEFAULT
 from megatron_cca.planner.hardware import GPUS, Cluster
 from megatron_cca.planner.throughput import predict_step

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.planner.calibrate import fit
 from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps
 from megatron_cca.models.initialization import initialize_by_name

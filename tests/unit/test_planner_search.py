@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
 from megatron_cca.planner import trials

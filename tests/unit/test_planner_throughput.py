@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.planner.calibration import DEFAULT, Calibration, calibration_json, read_calibration
 from megatron_cca.planner.communication import Group

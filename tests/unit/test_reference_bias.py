@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.data.shards import write_shards
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError

@@ -21,7 +21,7 @@ from megatron_cca.checkpoint.huggingface import import_checkpoint
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config import load_config
+from megatron_cca.config_files import load_config
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.sources import open_source
@@ -62,7 +62,7 @@ ALLOWED = {
         "megatron_cca/checkpoint/background.py",
         "pickle",
     ): "between a rank and its forked child, through their memory",
-    ("megatron_cca/config.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
+    ("megatron_cca/config_files.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
     ("megatron_cca/evaluation/plugins.py", "exec_module"): "FILE.py:FUNCTION is the user's own code, named as such",
 }
 

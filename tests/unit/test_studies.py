@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.records import sealed
-from megatron_cca.config import config_from_dict
+from megatron_cca.config_files import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.studies.checks import check_study
 from megatron_cca.studies.compute import run_units

@@ -20,7 +20,8 @@ from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, co
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config import ParallelConfig, load_config
+from megatron_cca.config import ParallelConfig
+from megatron_cca.config_files import load_config
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
 from megatron_cca.output import check_apart, check_output, claimed, staging

@@ -1,0 +1,98 @@
+"""Write the configuration reference from the dataclasses; ``make docs`` calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from megatron_cca.config import Config
+from megatron_cca.models import FAMILIES
+
+_INTRODUCTION = """# Configuration reference
+
+<!-- Written by docs/hooks/configuration.py from megatron_cca/config.py; change it there, then `make docs`. -->
+
+A run is one YAML file with these sections, each key of which may be left out, and overrides on the command line:
+
+    torchrun examples/pretrain_cca_emu3.sh --config my.yaml --set optimizer.lr=2.0e-5 --set training.train_iters=500
+
+The value of an override is YAML. Names are Megatron-Core's own where Megatron has the thing; keys without a note mean
+what their name says. A mistyped key, a wrong type or an impossible combination is refused in one line, before any
+process group is made. `config.yaml` in the run's folder has every key with the value that it had, sizes of the preset
+included.
+
+{sections}
+"""
+_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+
+
+def main(output: str) -> None:
+    """Write the page, where it differs."""
+    path, text = Path(output), page()
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    schema = TypeAdapter(Config).json_schema()
+    sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+    links = "\n".join(f"- [`{name}`](#{name})" for name in sections)
+    parts = [_INTRODUCTION.format(sections=links)]
+    for name, section in sections.items():
+        reference = schema["properties"][name]["$ref"]
+        parts.append(_section(name, schema["$defs"][reference.rpartition("/")[2]], section()))
+    return "\n".join([*parts, _presets()])
+
+
+def _presets() -> str:
+    presets = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
+    rows = [f"| `model.name` | {' | '.join(f'`{name}`' for name in presets)} |", "|---|" + "---|" * len(presets)]
+    sizes = [field.name for field in dataclasses.fields(next(iter(presets.values()))) if field.name != "vocabulary"]
+    for size in sizes:
+        rows.append(f"| `{size}` | {' | '.join(f'{getattr(one, size):,}' for one in presets.values())} |")
+    rows.append(f"| `vocab_size` | {' | '.join(f'{one.vocabulary.size:,}' for one in presets.values())} |")
+    return "## Presets\n\n" + "\n".join(rows) + "\n"
+
+
+def _section(name: str, schema: dict[str, Any], defaults: Any) -> str:
+    about = _prose(schema.get("description", "")).removeprefix(f"Section `{name}`").strip(" :.")
+    about = f"{about[:1].upper()}{about[1:]}.\n\n" if about else ""
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for key, one in schema["properties"].items():
+        default = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=200)
+        shown = default.replace("\n...", "").strip()
+        cells = [f"`{key}`", _type(one), f"`{shown}`", _prose(one.get("description", ""))]
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return f"## {name}\n\n{about}" + "\n".join(rows) + "\n"
+
+
+def _prose(docstring: str) -> str:
+    return re.sub(r"``(.+?)``", r"`\1`", " ".join(docstring.split()))
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return ", or ".join(_type(one) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
+    match schema["type"]:
+        case "array":
+            size = f"{schema['minItems']} x " if schema.get("minItems") == schema.get("maxItems", -1) else ""
+            return f"list of {size}{_type(schema['items'])}"
+        case "object":
+            return f"text: {_type(schema['additionalProperties'])}"
+        case kind:
+            return f"{_TYPES[kind]} {bounds}".strip()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

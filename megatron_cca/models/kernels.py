@@ -1,0 +1,59 @@
+"""Section ``kernels`` in Megatron's words, with its nulls filled in for this device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import layers
+
+from megatron_cca import platform
+from megatron_cca.config import KernelsConfig
+
+
+def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
+    """The fused kernels of a forward pass, by key; the last bits of what it computes depend on them."""
+    on_gpu = platform.current().is_cuda
+    return {
+        "bias_activation_fusion": _chosen(kernels.bias_activation_fusion, on_gpu),
+        "bias_dropout_fusion": _chosen(kernels.bias_dropout_fusion, on_gpu),
+        "apply_rope_fusion": _chosen(kernels.apply_rope_fusion, False),
+    }
+
+
+def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]:
+    """What Megatron's ``TransformerConfig`` is to have of it.
+
+    Args:
+        kernels: of the run.
+        is_frozen: whether the weights will never change: such a model has no gradients, and is not captured.
+    """
+    return {
+        **forward_kernels(kernels),
+        # Megatron's own layers fuse through apex, Transformer Engine's by themselves: see fuse_weight_gradients.
+        "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and layers._grad_accum_fusion_available,
+        "cuda_graph_impl": "none" if is_frozen else kernels.cuda_graph_impl,
+        "cuda_graph_modules": list(kernels.cuda_graph_modules),
+        "cuda_graph_warmup_steps": kernels.cuda_graph_warmup_steps,
+    }
+
+
+def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_frozen: bool) -> None:
+    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if the run wants it.
+
+    Megatron's flag would do it, but refuses to build the LM head without apex; and the head's gradient is our own.
+    """
+    if not _fuses(kernels, is_frozen):
+        return
+    for module in gpt.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:
+    # A frozen model has no buffer that gradients could be added to.
+    return _chosen(kernels.gradient_accumulation_fusion, False) and not is_frozen
+
+
+def _chosen(value: bool | None, default: bool) -> bool:
+    return default if value is None else value

@@ -1,0 +1,77 @@
+"""CUDA graphs of the policy's layers that Transformer Engine captures; Megatron's schedules capture their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core import num_microbatches_calculator as calculator
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+from megatron.core.utils import get_model_config
+
+from megatron_cca.config import Config
+from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
+
+
+class GraphCapture:
+    """Captures once, after ``kernels.cuda_graph_warmup_steps`` steps of this process.
+
+    Args:
+        config: of a run that :func:`overlap_checks.check_overlaps` has let through.
+        policy: its model chunks.
+        optimizer: theirs.
+    """
+
+    def __init__(self, config: Config, policy: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+        self._policy, self._gathers = policy, config.optimizer.overlap_param_gather
+        self._steps_left = config.kernels.cuda_graph_warmup_steps
+        _tell_number_of_microbatches(config)
+        self._helper = TECudaGraphHelper(
+            model=policy,
+            config=get_model_config(policy[0]),
+            seq_length=fixed_row_length(config),
+            micro_batch_size=rows_per_microbatch(config),
+            optimizers=[optimizer],
+        )
+
+    def before_step(self) -> None:
+        """Called before each step's forward pass of the policy. Collective over all ranks."""
+        if self._helper.capture_finished():
+            return
+        if self._steps_left:
+            self._steps_left -= 1
+            return
+        # What gathers updated weights must not be captured; from now on Megatron calls it beside the graphs.
+        for chunk in self._policy if self._gathers else ():
+            chunk.disable_forward_pre_hook(param_sync=False)
+        self._helper.create_cudagraphs()
+        for chunk in self._policy if self._gathers else ():
+            chunk.enable_forward_pre_hook()
+        if self._gathers:
+            self._helper.cuda_graph_set_manual_hooks()
+
+
+def graph_capture(
+    config: Config, policy: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> GraphCapture | None:
+    """What captures the policy's layers, where the loop has to see to it."""
+    if config.kernels.cuda_graph_impl != "transformer_engine":
+        return None
+    return GraphCapture(config, policy, optimizer)
+
+
+def _tell_number_of_microbatches(config: Config) -> None:
+    """Megatron's capture asks for it where Megatron's own training program keeps it."""
+    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+        calculator.unset_num_microbatches_calculator()
+    training = config.training
+    calculator.init_num_microbatches_calculator(
+        parallel_state.get_data_parallel_rank(),
+        None,
+        training.global_batch_size,
+        training.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+        False,
+    )

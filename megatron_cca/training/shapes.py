@@ -1,0 +1,24 @@
+"""The shapes of a run's rows, as far as its configuration fixes them; no torch, no Megatron."""
+
+from __future__ import annotations
+
+from megatron_cca.config import Config
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import sequence_multiple
+
+
+def rows_per_microbatch(config: Config) -> int:
+    """Rows of one forward pass: with pairs, a positive and a negative one for each sample."""
+    return config.training.micro_batch_size * (1 if config.objective.name == "next_token" else 2)
+
+
+def shared_multiple(config: Config) -> int:
+    """What the length of rows must be a multiple of, whatever they are padded to, so that ranks can share them."""
+    return sequence_multiple(config.parallel, 1)
+
+
+def fixed_row_length(config: Config) -> int | None:
+    """The one length that rows can have; None if the configuration leaves room for several."""
+    multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
+    longest = resolve_architecture(config.model).max_position_embeddings
+    return multiple if multiple <= longest < 2 * multiple else None
