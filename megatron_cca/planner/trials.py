@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_cca.config import Config
@@ -103,14 +103,26 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
 
 
 def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
-    """The first ``top`` that training accepts and that fit into memory."""
+    """The first ``top`` that training accepts, that fit into memory, and that have a point.
+
+    One that recomputes more than another of the same layout and needs no less memory has none.
+    """
     best: list[Candidate] = []
     for candidate in found:
         if len(best) == top:
             break
-        if _is_accepted(candidate) and candidate.memory.total <= wishes.memory_limit:
+        fits = _is_accepted(candidate) and candidate.memory.total <= wishes.memory_limit
+        if fits and not any(_makes_pointless(other, candidate) for other in best):
             best.append(candidate)
     return best
+
+
+def _makes_pointless(other: Candidate, candidate: Candidate) -> bool:
+    """Whether a faster candidate is the same but for recomputation, and needs no more memory."""
+    differ = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
+    training = replace(candidate.config.training, **{name: getattr(other.config.training, name) for name in differ})
+    same = replace(candidate.config, training=training) == other.config
+    return same and other.memory.total <= candidate.memory.total
 
 
 def _is_accepted(candidate: Candidate) -> bool:

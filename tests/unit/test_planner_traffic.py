@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TENSOR, PIPELINE, CONTEXT = (
     f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context")
 )
-PARTS = ("tensor_parallel", "context_parallel", "pipeline", "data_parallel")
+SMALL = ["model.num_layers=2", "training.micro_batch_size=2", "training.global_batch_size=8"]
 
 # Name -> overrides, the part of a step's time, Megatron's groups behind it, and how far they may be apart. Of tensor
 # parallelism the model leaves out the embedding's own, and with sequence parallelism what hides behind products.
 CASES = {
-    "tensor": ([TENSOR], "tensor_parallel", ("tensor",), 0.1),
-    "recomputed": ([TENSOR, "training.recompute_granularity=full"], "tensor_parallel", ("tensor",), 0.1),
-    "sequence": ([TENSOR, "parallel.sequence_parallel=true"], "tensor_parallel", ("tensor",), 0.2),
+    "tensor": ([TENSOR], "tensor_parallel", ("tensor",), 0.15),
+    "recomputed": ([TENSOR, "training.recompute_granularity=full"], "tensor_parallel", ("tensor",), 0.15),
+    "sequence": ([TENSOR, "parallel.sequence_parallel=true"], "tensor_parallel", ("tensor",), 0.25),
     "pipeline": ([PIPELINE], "pipeline", ("pipeline",), 1e-6),
     "context": ([CONTEXT, "model.transformer_impl=local"], "context_parallel", ("context",), 0.01),
     "data": ([], "data_parallel", ("data and context",), 0.01),
@@ -36,7 +36,7 @@ def main():
     from megatron_cca import platform
 
     platform.install("cpu")
-    from megatron_cca.config import load_config
+    from megatron_cca.config_files import load_config
     from megatron_cca.planner.calibration import DEFAULT
     from megatron_cca.planner.dry_run import dry_run
     from megatron_cca.planner.hardware import GPUS, Cluster
@@ -48,7 +48,7 @@ def main():
     exact = replace(DEFAULT, nvlink_efficiency=1.0, network_efficiency=1.0, collective_latency_seconds=0.0)
     workload, found = Workload(128, 96), {}
     for name, (overrides, part, groups, _) in CASES.items():
-        config = load_config(None, ["training.micro_batch_size=2", "training.global_batch_size=16", *overrides])
+        config = load_config(None, [*SMALL, *overrides])
         sent = dry_run(config, 2, 1, workload, like_gpu=False).traffic
         step = predict_step(config, Cluster(gpu, 2, 8), workload, exact)
         found[name] = [getattr(step, part), sum(over_a_link(one) for one in sent if one.group in groups)]
