@@ -18,6 +18,8 @@ from megatron_cca.planner.workload import ImageShape, Workload, image_workload
 
 # Of a GPU's memory a plan may fill so much: the rest is for fragments and for what no formula knows.
 MEMORY_SHARE = 0.92
+# A smaller saving of memory is none.
+_WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
 def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
     """The first ``top`` that training accepts, that fit into memory, and that have a point.
 
-    One that recomputes more than another of the same layout and needs no less memory has none.
+    One that is slower than another of the same layout, for recomputing, and saves no memory has none.
     """
     best: list[Candidate] = []
     for candidate in found:
@@ -118,11 +120,11 @@ def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candid
 
 
 def _makes_pointless(other: Candidate, candidate: Candidate) -> bool:
-    """Whether a faster candidate is the same but for recomputation, and needs no more memory."""
+    """Whether a faster candidate is the same but for recomputation, and needs hardly more memory."""
     differ = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
     training = replace(candidate.config.training, **{name: getattr(other.config.training, name) for name in differ})
     same = replace(candidate.config, training=training) == other.config
-    return same and other.memory.total <= candidate.memory.total
+    return same and other.memory.total <= _WORTHWHILE * candidate.memory.total
 
 
 def _is_accepted(candidate: Candidate) -> bool:
