@@ -10,10 +10,12 @@ from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """commands (search is meant where none is named):
   search     rank all layouts of a configuration on a cluster
+  dry-run    build the real model of any rank of any cluster and count a step of it, on this CPU
   calibrate  measure the device at hand, so that predictions are of it
 
 examples:
   python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 64 --gpu h100-80gb
+  python tools/plan.py dry-run --config runs/plan/plan.yaml --gpus 1024 --gpu h100-80gb
   python tools/plan.py calibrate --config examples/emu3_8b_cca.yaml --output calibration.json
   python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 512 --gpu h200 --image-grid 90x90 \\
       --vary micro_batch,recompute,reference,precision --output runs/plan
@@ -35,6 +37,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_search(commands)
+    _add_dry_run(commands)
     _add_calibrate(commands)
     argv = sys.argv[1:]
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
@@ -94,6 +97,23 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_search)
 
 
+def _add_dry_run(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "dry-run",
+        help="build the real model of any rank of any cluster and count a step of it, on this CPU",
+        epilog="Process groups are fake and tensors have no memory; everything else is training's own code. What "
+        "training would refuse on that cluster is refused here, in the same words; so is a rank that does not fit.",
+    )
+    add_run_options(parser)
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of the whole job, up to 16,384")
+    parser.add_argument("--gpu", metavar="NAME", help="their kind (default: count as a run on CPUs would)")
+    parser.add_argument("--rank", type=int, metavar="R", help="which to be (default: the one that should hold most)")
+    add_image_options(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a JSON file with all numbers")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.set_defaults(run=_dry_run)
+
+
 def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "calibrate",
@@ -109,6 +129,24 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a JSON file, for --calibration")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     parser.set_defaults(run=_calibrate)
+
+
+def _dry_run(arguments: argparse.Namespace) -> None:
+    from megatron_cca.planner.dry_run_program import DryRunSettings, run_dry
+
+    run_dry(
+        DryRunSettings(
+            config=arguments.config,
+            overrides=arguments.set,
+            gpus=arguments.gpus,
+            gpu=arguments.gpu,
+            rank=arguments.rank,
+            image_grid=arguments.image_grid,
+            caption_tokens=arguments.caption_tokens,
+            output=arguments.output,
+            overwrite=arguments.overwrite,
+        )
+    )
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

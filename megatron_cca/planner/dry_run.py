@@ -15,6 +15,7 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.collectives import Traffic
 from megatron_cca.planner.fake_cluster import Observer, fake_job, fake_tensors
 from megatron_cca.planner.workload import Workload
+from megatron_cca.training.checks import data_parallel_size
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import Run, build_objective, build_run
 from megatron_cca.training.step import train_step
@@ -48,33 +49,46 @@ class DryRun:
 def dry_run(config: Config, world_size: int, rank: int, workload: Workload, *, like_gpu: bool) -> DryRun:
     """Build the real model of a rank on fake process groups and take one training step.
 
+    Of a step with many microbatches a few are run, and then one pipeline's worth more: from there on each adds the same
+    to what is sent and held.
+
     Args:
-        config: of the run; must have passed ``training.checks.check_new_run``. Its checkpoints are not read.
+        config: of the run; must have passed ``training.checks.check_new_run``. Its checkpoints are not read. FP8
+            products are counted as bf16: Transformer Engine is not there without a GPU.
         world_size: the processes of the job.
         rank: which of them to be.
         workload: the rows of every microbatch.
         like_gpu: whether to count as a GPU would, or as a CPU.
     """
-    config = replace(
-        config,
-        training=replace(config.training, pretrained_checkpoint=None),
-        reference=replace(config.reference, checkpoint=None),
-    )
+    config = _runnable(config, like_gpu)
+    unit = config.training.micro_batch_size * data_parallel_size(config, world_size)
     share = workload.image_tokens / workload.seq_length
     with fake_job(rank, world_size):
         initialize_distributed(config)
         with fake_tensors(share, like_gpu=like_gpu) as observer:
-            return counted_step(config, workload, observer)
+            return counted_step(config, workload, observer, config.training.global_batch_size // unit)
 
 
-def counted_step(config: Config, workload: Workload, observer: Observer) -> DryRun:
-    """Build this rank's run inside an observer and look at one step; of real ranks as of a fake one. Collective."""
+def counted_step(config: Config, workload: Workload, observer: Observer, microbatches: int) -> DryRun:
+    """Build this rank's run inside an observer and look at a step; of real ranks as of a fake one. Collective."""
     observer.traffic.name_groups(_groups())
-    run = _build(config, workload, observer)
+    rows = _Rows(config, workload)
+    run = build_run(config, resolve_architecture(config.model), rows, rows, None, _Phases(observer))
     # Adam's moments come with the first update; the step to be looked at has them from the start.
     run.optimizer.step()
+    # All stages are full of microbatches, and of their chunks, by then.
+    stages = config.parallel.pipeline_model_parallel_size
+    few = stages * (2 if config.parallel.virtual_pipeline_model_parallel_size else 1)
+    if microbatches <= few + stages:
+        return _one_step(run, observer, rows, microbatches)
+    first, second = (_one_step(run, observer, rows, number) for number in (few, few + stages))
+    return _continued(first, second, (microbatches - few - stages) / stages)
+
+
+def _one_step(run: Run, observer: Observer, rows: _Rows, microbatches: int) -> DryRun:
     held = observer.now
     observer.start_over()
+    rows.microbatches = microbatches
     train_step(run)
     return DryRun(
         parameters=sum(parameter.nbytes for chunk in run.policy for parameter in chunk.parameters()),
@@ -88,12 +102,48 @@ def counted_step(config: Config, workload: Workload, observer: Observer) -> DryR
     )
 
 
-def _build(config: Config, workload: Workload, observer: Observer) -> Run:
-    architecture = resolve_architecture(config.model)
-    with_pairs = build_objective(config).batch_type is PairLogps
-    batches = _Rows(config.training.micro_batch_size * (2 if with_pairs else 1))
-    reader = _Reader(config, workload, batches.rows_per_microbatch)
-    return build_run(config, architecture, batches, reader, None, _Phases(observer))
+def _continued(few: DryRun, more: DryRun, times: float) -> DryRun:
+    """The step that has ``times`` more of what ``more`` has and ``few`` has not."""
+
+    def on(first: int, second: int) -> int:
+        return round(second + times * (second - first))
+
+    seen = {(one.group, one.operation, one.phase): one for one in few.traffic}
+    traffic = []
+    for one in more.traffic:
+        before = seen[one.group, one.operation, one.phase]
+        calls, num_bytes = on(before.calls, one.calls), on(before.num_bytes, one.num_bytes)
+        traffic.append(replace(one, calls=calls, num_bytes=num_bytes))
+    return replace(
+        more,
+        peak=on(few.peak, more.peak),
+        peaks={phase: on(few.peaks[phase], peak) for phase, peak in more.peaks.items()},
+        activations=on(few.activations, more.activations),
+        traffic=traffic,
+    )
+
+
+def _runnable(config: Config, like_gpu: bool) -> Config:
+    """The run from random weights, without what only Transformer Engine or a GPU can do."""
+    training, reference, kernels = config.training, replace(config.reference, checkpoint=None), config.kernels
+    bf16 = "bf16" if training.precision == "fp8" else training.precision
+    if reference.precision == "fp8":
+        reference = replace(reference, precision="bf16")
+    if like_gpu:
+        kernels = replace(
+            kernels,
+            bias_activation_fusion=kernels.bias_activation_fusion is not False,
+            bias_dropout_fusion=kernels.bias_dropout_fusion is not False,
+        )
+    return replace(
+        config,
+        model=replace(config.model, transformer_impl="local"),
+        parallel=replace(config.parallel, tp_comm_overlap=False),
+        training=replace(training, pretrained_checkpoint=None, precision=bf16),
+        reference=reference,
+        kernels=replace(kernels, gradient_accumulation_fusion=False, apply_rope_fusion=False, cuda_graph_impl="none"),
+        optimizer=replace(config.optimizer, optimizer_cpu_offload=False, overlap_cpu_optimizer_d2h_h2d=False),
+    )
 
 
 def _reference_bytes(run: Run) -> int:
@@ -129,11 +179,6 @@ def _groups() -> dict[str, torch.distributed.ProcessGroup]:
     }
 
 
-@dataclass(frozen=True)
-class _Rows:
-    rows_per_microbatch: int
-
-
 class _Phases(Progress):
     def __init__(self, observer: Observer) -> None:
         super().__init__()
@@ -146,25 +191,25 @@ class _Phases(Progress):
         pass
 
 
-class _Reader:
-    """Hands out rows of no particular tokens, the first of which are the image's."""
+class _Rows:
+    """Stands for the data: rows of no particular tokens, the first of which are the image's."""
 
     reads = True
 
-    def __init__(self, config: Config, workload: Workload, rows_per_microbatch: int) -> None:
-        self._config, self._workload, self._rows = config, workload, rows_per_microbatch
+    def __init__(self, config: Config, workload: Workload) -> None:
+        self.microbatches = 1
+        self._samples, self._workload = config.training.micro_batch_size, workload
+        self.rows_per_microbatch = self._samples * (2 if build_objective(config).batch_type is PairLogps else 1)
 
     def get(self, step: int) -> StepBatch:
-        samples = self._config.training.micro_batch_size
-        whole = self._config.training.global_batch_size
-        microbatches = whole // (samples * parallel_state.get_data_parallel_world_size())
+        """A step of so many microbatches."""
         length = self._workload.seq_length
-        rows = [self._microbatch(samples) for _ in range(microbatches)]
-        return StepBatch(rows, length, self._workload.image_tokens, whole * length * self._rows // samples)
+        rows = [self._microbatch() for _ in range(self.microbatches)]
+        return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length)
 
-    def _microbatch(self, samples: int) -> Microbatch:
-        shape = (self._rows, self._workload.seq_length)
+    def _microbatch(self) -> Microbatch:
+        shape = (self.rows_per_microbatch, self._workload.seq_length)
         tokens = torch.zeros(shape, dtype=torch.int64)
-        mask, flags = torch.zeros(shape, dtype=torch.bool), torch.zeros(samples, dtype=torch.bool)
+        mask, flags = torch.zeros(shape, dtype=torch.bool), torch.zeros(self._samples, dtype=torch.bool)
         mask[:, : self._workload.image_tokens] = True
         return Microbatch(tokens, tokens, mask, flags)
