@@ -131,7 +131,7 @@ class _Step:
             head=compute.head_forward() + compute.head_backward(),
             tensor_parallel=tensor_parallel,
             head_tensor_parallel=self._gather_hidden(compute) + head_gradient,
-            context_parallel=sizes.layers * (self._keys_and_values(compute, 1) + self._keys_and_values(compute, 2)),
+            context_parallel=sizes.layers * sum(self._keys_and_values(compute, backward=one) for one in (False, True)),
             send=self._sends(2),
             overhead=self._launching(sizes.layers * (forward + backward) + recompute, 3),
         )
@@ -152,7 +152,7 @@ class _Step:
             head=head,
             tensor_parallel=self._tensor_parallel(sizes.layers),
             head_tensor_parallel=self._gather_hidden(compute),
-            context_parallel=sizes.layers * self._keys_and_values(compute, 1),
+            context_parallel=sizes.layers * self._keys_and_values(compute, backward=False),
             send=self._sends(1),
             overhead=self._launching(layers, 1),
         )
@@ -169,7 +169,10 @@ class _Step:
         return moved / (self.cluster.gpu.host_bandwidth * self.calibration.host_efficiency)
 
     def _tensor_parallel(self, layer_passes: float) -> float:
-        """Each way through a layer has two all-reduces, or with sequence parallelism as many bytes in four parts."""
+        """Each way through a layer has two all-reduces, or with sequence parallelism as many bytes in four parts.
+
+        What sequence parallelism gathers once more in backward, Megatron hides behind a product.
+        """
         moved = self.policy.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size
         exposed = 1.0
         if self.config.parallel.tp_comm_overlap:
@@ -181,15 +184,17 @@ class _Step:
             return 0.0
         return self.tp.collective(compute.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size)
 
-    def _keys_and_values(self, compute: Compute, times: int) -> float:
-        """Of one layer: gathered by the local layers; passed around a ring behind attention by Transformer Engine's."""
+    def _keys_and_values(self, compute: Compute, *, backward: bool) -> float:
+        """Of one layer and one way: gathered by the local layers, passed around a ring by Transformer Engine's."""
         architecture = self.sizes.architecture
         width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
         part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
         if self.config.model.transformer_impl == "local":
-            return times * self.cp.collective(part * self.sizes.context)
-        ring = (self.sizes.context - 1) * self.cp.send(part)
-        return max(0.0, times * ring - compute.attention_seconds(backward=times == 2))
+            # Backward has them still, and scatters their gradients.
+            return self.cp.collective(part * self.sizes.context)
+        # In backward they go round again, and their gradients with them; behind attention both ways.
+        ring = (1 + backward) * (self.sizes.context - 1) * self.cp.send(part)
+        return max(0.0, ring - compute.attention_seconds(backward=backward))
 
     def _sends(self, directions: int) -> float:
         """Exposed seconds of a microbatch's messages between stages."""

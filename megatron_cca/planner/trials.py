@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_cca.config import Config
@@ -18,6 +18,8 @@ from megatron_cca.planner.workload import ImageShape, Workload, image_workload
 
 # Of a GPU's memory a plan may fill so much: the rest is for fragments and for what no formula knows.
 MEMORY_SHARE = 0.92
+# A smaller saving of memory is none.
+_WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,26 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
 
 
 def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
-    """The first ``top`` that training accepts and that fit into memory."""
+    """The first ``top`` that training accepts, that fit into memory, and that have a point.
+
+    One that is slower than another of the same layout, for recomputing, and saves no memory has none.
+    """
     best: list[Candidate] = []
     for candidate in found:
         if len(best) == top:
             break
-        if _is_accepted(candidate) and candidate.memory.total <= wishes.memory_limit:
+        fits = _is_accepted(candidate) and candidate.memory.total <= wishes.memory_limit
+        if fits and not any(_makes_pointless(other, candidate) for other in best):
             best.append(candidate)
     return best
+
+
+def _makes_pointless(other: Candidate, candidate: Candidate) -> bool:
+    """Whether a faster candidate is the same but for recomputation, and needs hardly more memory."""
+    differ = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
+    training = replace(candidate.config.training, **{name: getattr(other.config.training, name) for name in differ})
+    same = replace(candidate.config, training=training) == other.config
+    return same and other.memory.total <= _WORTHWHILE * candidate.memory.total
 
 
 def _is_accepted(candidate: Candidate) -> bool:

@@ -149,6 +149,12 @@ def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
             assert one.memory.total <= other.memory.total
 
 
+def test_recomputation_that_saves_no_memory_is_not_listed():
+    """Of the rough memory above only full recomputation saves any."""
+    listed = found(emu3(), wishes(64, vary=("recompute",)), top=1000).best
+    assert {one.config.training.recompute_granularity for one in listed} == {None, "full"}
+
+
 def test_only_what_may_vary_varies():
     config = emu3("reference.strategy=offload", "training.recompute_granularity=full", "optimizer.lr=1e-4")
     plan = found(config, wishes(8, vary=()))
