@@ -4,7 +4,7 @@ FROM python:3.12-slim AS cpu
 RUN apt-get update \
     && apt-get install --no-install-recommends -y make \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home user
+    && useradd --create-home --uid 10001 user
 USER user
 WORKDIR /home/user/megatron_cca
 COPY --chown=user . .
@@ -13,7 +13,7 @@ CMD ["make", "demo"]
 
 # NVIDIA's image brings Python 3.12, torch, Transformer Engine and apex; they stay as they are.
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS gpu
-RUN useradd --create-home user
+RUN useradd --create-home --uid 10001 user
 USER user
 ENV PATH=/home/user/.local/bin:$PATH
 WORKDIR /home/user/megatron_cca

