@@ -155,4 +155,6 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    # Without torchrun's count of restarts, which differs between machines. A later attempt has another store, or on one
+    # machine a prefix of its own (platform.process_group_options).
+    return f"watchdog/{rank}"

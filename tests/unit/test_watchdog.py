@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cca.training.watchdog import judge
+from megatron_cca.training.watchdog import _key, judge
 
 POLICY, BATCH = "policy pass", "reading the batch"
 
@@ -54,3 +54,12 @@ def test_many_ranks_are_not_listed_all():
 def test_a_rank_that_never_posted_is_at_fault():
     first, second = posted((0, POLICY)), posted((0, POLICY), beats=4)
     assert judge(first, second, rank=0, ranks=2) == ([1], "no sign of life from rank 1: never seen in this attempt")
+
+
+def test_ranks_find_each_other_though_their_machines_count_restarts_differently(monkeypatch):
+    """torchrun counts only a machine's own failures: after a restart over two machines one says 1, the other 0."""
+    keys = set()
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        keys.add(_key(3))
+    assert len(keys) == 1
