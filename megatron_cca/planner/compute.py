@@ -153,14 +153,12 @@ class Compute:
 
     def _accumulation(self) -> float:
         """Each microbatch's weight gradients, added to Megatron's buffer: the sum is read and written too."""
-        # Null is on where apex is; most installations have none.
         fused = self.config.kernels.gradient_accumulation_fusion is True
         moved = 8 if fused else 8 + 2 * self.number_bytes
         return self._bytes(moved * self.sizes.layer_weights)
 
     def _fuses_rotary(self) -> bool:
-        # Null is on with Transformer Engine, which a GPU's run has unless it is told otherwise.
-        return self.config.kernels.apply_rope_fusion is not False and self.config.model.transformer_impl != "local"
+        return self.config.kernels.apply_rope_fusion is True
 
     def _moved(self, numbers: float) -> float:
         return self._bytes(self.number_bytes * numbers)

@@ -97,7 +97,7 @@ def test_what_the_concepts_say_in_python_is_true():
 @cache
 def printed():
     """Every text in the source that might be printed, with a wildcard for each value in it."""
-    sources = [*ROOT.glob("megatron_cca/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/**/*.sh")]
+    sources = [*ROOT.glob("megatron_cca/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "examples/pretrain_cca_emu3.sh"]
     texts = [(ROOT / "Makefile").read_text()]
     for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):

@@ -74,7 +74,7 @@ def predicted(
             },
             "objective": {"name": "next_token"},
             "optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True},
-            "kernels": {"gradient_accumulation_fusion": True},
+            "kernels": {"gradient_accumulation_fusion": True, "apply_rope_fusion": True},
             "training": {
                 "micro_batch_size": micro_batch,
                 "global_batch_size": batch,
