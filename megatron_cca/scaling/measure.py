@@ -71,6 +71,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
         dist.barrier()
         steps = [task.how[name] for name in ("warmup_steps", "steps", "profiled_steps")]
         config = on_random_shards(config, folder, sum(steps))
+        platform.reset_peak_memory()
         with started(config) as run:
             seconds = _timed(run, steps[0], steps[1])
             memory = _all(platform.peak_memory_bytes())

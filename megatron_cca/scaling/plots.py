@@ -21,6 +21,8 @@ _MARKERS = {"weak": "o", "strong": "s"}
 _SHARES = {"computing and the rest": _BLUE, "communication": _YELLOW, "pipeline bubble": _RED}
 _LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False}
 _WIDTH, _HEIGHT = 13.5, 4.3
+# So many have room: a few bars are not drawn wider.
+_FEWEST_BARS = 6
 
 
 def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:
@@ -102,6 +104,7 @@ def _draw_shares(axes: Axes, group: Group) -> None:
     names = [f"{one.mode} {row.record['num_gpus']:,}: {_short(row)}" for one, row in bars]
     size = 7.5 if len(bars) <= 14 else 6.0
     axes.set_xticks(range(len(bars)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_xlim(-0.6, max(len(bars), _FEWEST_BARS) - 0.4)
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if value <= 1 else ""))
     axes.set_title(f"where a step's time goes, {' and '.join(group.kinds)}", fontsize=9.5, color=INK, loc="left")

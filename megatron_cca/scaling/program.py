@@ -102,9 +102,10 @@ def _tell(bar: tqdm, row: Row) -> None:
 def _write(sweep: Sweep, output: Path) -> None:
     # Imported late: matplotlib takes a second, which a mistyped file need not wait for.
     from megatron_cca.scaling.plots import plot
+    from megatron_cca.scaling.series import with_one_peak
     from megatron_cca.scaling.table import table
 
-    measured, planned = rows_of(output, sweep.measured), rows_of(output, sweep.planned)
+    measured, planned = with_one_peak(rows_of(output, sweep.measured)), rows_of(output, sweep.planned)
     _check_one_device(output, measured)
     write_results(output, [*measured, *planned])
     write_text(output / TABLE, table(sweep, measured, planned))

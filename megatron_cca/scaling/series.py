@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_cca.planner.hardware import name_of_device
 from megatron_cca.scaling.records import Row
@@ -98,12 +98,28 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Tokens/s of a GPU as a share of the smallest world size's, on the same layout in the same mode."""
-    alike = [
-        one
-        for one in rows
-        if one.is_finished
-        and (one.task.kind, one.task.mode, one.task.series) == (row.task.kind, row.task.mode, row.task.series)
+    """Tokens/s of a GPU as a share of the smallest world size's in the same mode: on the same layout if it was there.
+
+    Args:
+        row: a finished one.
+        rows: all finished ones.
+    """
+    alike = [one for one in rows if (one.task.kind, one.task.mode) == (row.task.kind, row.task.mode)]
+    fewest = min(one.record["num_gpus"] for one in alike)
+    smallest = [one for one in alike if one.record["num_gpus"] == fewest]
+    same = [one for one in smallest if one.task.series == row.task.series]
+    best = max(one.record["tokens_per_second_per_gpu"] for one in same or smallest)
+    return row.record["tokens_per_second_per_gpu"] / best
+
+
+def with_one_peak(rows: Sequence[Row]) -> list[Row]:
+    """The same points, MFU of one peak: what the others' processes do can only make a measured peak too low."""
+    peak = max((row.record["peak_flops"] for row in rows if row.is_finished), default=0.0)
+    return [
+        replace(
+            row, record={**row.record, "mfu": row.record["mfu"] * row.record["peak_flops"] / peak, "peak_flops": peak}
+        )
+        if row.is_finished
+        else row
+        for row in rows
     ]
-    smallest = min(alike, key=lambda one: one.record["num_gpus"])
-    return row.record["tokens_per_second_per_gpu"] / smallest.record["tokens_per_second_per_gpu"]

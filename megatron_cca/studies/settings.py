@@ -166,11 +166,18 @@ def from_plain(kind: type, tree: object, prefix: str = "", sections: Mapping[str
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
         return TypeAdapter(kind).validate_json(as_json(tree))
     except ValidationError as error:
-        raise UserError(f"{prefix}{_one_line(error.errors()[0], kind, sections)}") from None
+        raise UserError(f"{prefix}{_one_line(_farthest(error), kind, sections)}") from None
+
+
+def _farthest(error: ValidationError) -> dict[str, Any]:
+    """The first error; of a union each branch that was tried has its say, and the one that got farthest was meant."""
+    errors = error.errors()
+    return max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
 
 
 def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -> str:
-    location = [str(part) for part in error["loc"] if part != "[key]"]
+    # Not "[key]", and not the branches of unions, which the user does not know.
+    location = [str(part) for part in error["loc"] if "[" not in str(part)]
     key = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {_suggestion(location, sections[location[0]] if len(location) > 1 else kind)}"
