@@ -63,12 +63,24 @@ def run_sweep(settings: RunSettings) -> None:
         if settings.retry_failed:
             forget_failed(settings.output, [*sweep.measured, *sweep.planned])
         if not settings.collect:
+            _check_this_device(sweep, settings)
             _measure_all(sweep, settings)
         # Imported late: searching loads torch, which a mistyped file need not wait for.
         from megatron_cca.scaling.planned import plan_all
 
         plan_all(settings.output, sweep.planned)
         _write(sweep, settings.output)
+
+
+def _check_this_device(sweep: Sweep, settings: RunSettings) -> None:
+    is_cpu = platform.num_devices(settings.device)[0] == "cpu"
+    for row in rows_of(settings.output, sweep.measured):
+        if row.is_finished and row.record["device"].startswith("CPU") != is_cpu:
+            here = "a CPU" if is_cpu else "a GPU"
+            raise UserError(
+                f"--output: {settings.output} holds points of {row.record['device']}, this is {here}; give another "
+                "folder, or --collect"
+            )
 
 
 def _measure_all(sweep: Sweep, settings: RunSettings) -> None:

@@ -39,6 +39,7 @@ from megatron_cca.planner.dry_run import counted_step, dry_run
 from megatron_cca.planner.fake_cluster import Observer, fake_job, fake_tensors
 from megatron_cca.planner.workload import Workload
 from megatron_cca.platform.transfers import Fetcher
+from megatron_cca.scaling.collective_timer import timed_collectives
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
 from megatron_cca.training.saves import begin_save
@@ -513,6 +514,31 @@ def _by_token(settings):
     for row, token in rows.mask.nonzero().tolist():
         expected[row, token] = logps[row, token, rows.targets[row, token]]
     return {"dtype": str(found.dtype), "error": (found - expected).abs().max().item()}
+
+
+def late_ranks(settings):
+    """What is timed on every rank where rank 0 is late: an all-reduce within a stage, then a message between two."""
+    return {
+        "one stage": _late(settings["late"], lambda rank: 0, lambda: dist.all_reduce(torch.ones(8))),
+        "two stages": _late(settings["late"], lambda rank: rank, _message),
+    }
+
+
+def _late(seconds, stage_of, communicate):
+    dist.barrier()
+    with timed_collectives(stage_of) as timer:
+        # Once in time, which shows what the transfer itself takes.
+        for late in (0.0, seconds):
+            time.sleep(late if dist.get_rank() == 0 else 0.0)
+            communicate()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [[span.kind, span.crosses_stages, span.exposed] for span in timer.spans])
+    return everyone
+
+
+def _message():
+    if dist.get_world_size() > 1:
+        dist.send(torch.ones(8), 1) if dist.get_rank() == 0 else dist.irecv(torch.ones(8), 0).wait()
 
 
 def rank_main(worker, settings, rank, ranks, rendezvous, answer):

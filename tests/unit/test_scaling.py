@@ -303,6 +303,14 @@ def test_points_of_two_machines_are_not_drawn_as_one_curve(tmp_path):
         program.run_sweep(settings)
 
 
+def test_points_of_a_gpu_are_not_gone_on_with_on_a_cpu(tmp_path):
+    sweep = opened(tmp_path, layouts=[{}], mode="weak")
+    write_finished(tmp_path / "out", sweep.measured[0], finished(device="NVIDIA H100 80GB HBM3"))
+    settings = program.RunSettings(tmp_path / "sweep.yaml", tmp_path / "out", Path("run.py"), "cpu", False, False)
+    with pytest.raises(UserError, match="holds points of NVIDIA H100 80GB HBM3, this is a CPU"):
+        program.run_sweep(settings)
+
+
 def test_collecting_takes_what_jobs_have_left(tmp_path, capsys):
     sweep = opened(tmp_path, layouts=[{}], mode="weak", world_sizes=[1, 64], is_elsewhere=True)
     write_finished(tmp_path / "out", sweep.measured[1], finished())
