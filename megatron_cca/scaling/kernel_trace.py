@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_cca.errors import UserError
 from megatron_cca.scaling.spans import Interval, Span, exposed_parts, union
 
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -32,14 +33,21 @@ class KernelTrace:
 
 @contextmanager
 def traced_kernels(stage_of: StageOf) -> Iterator[KernelTrace]:
-    """Trace the device's kernels inside the block; its work must be over at the block's end."""
+    """Trace the device's kernels inside the block; its work must be over at the block's end.
+
+    Raises:
+        UserError: there is no trace of any kernel.
+    """
     trace = KernelTrace()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         yield trace
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace.spans = spans_of(json.loads(path.read_bytes())["traceEvents"], stage_of)
+        events = json.loads(path.read_bytes())["traceEvents"]
+    if not any(event.get("cat") == "kernel" for event in events):
+        raise UserError("torch.profiler saw no kernels on this GPU: CUPTI is missing, or another profiler has it")
+    trace.spans = spans_of(events, stage_of)
 
 
 def spans_of(events: Sequence[dict[str, Any]], stage_of: StageOf) -> list[Span]:
@@ -70,9 +78,12 @@ def _kind(event: dict[str, Any]) -> str:
 
 
 def _crosses_stages(event: dict[str, Any], stage_of: StageOf) -> bool:
-    """From the ranks that PyTorch notes at a kernel; where it noted none, messages are those between stages."""
-    ranks = re.findall(r"\d+", str(event.get("args", {}).get("Process Group Ranks", "")))
-    # A long list is cut short.
-    if ranks and "..." not in str(event["args"]["Process Group Ranks"]):
-        return len({stage_of(int(rank)) for rank in ranks}) > 1
-    return bool(_MESSAGE.search(event["name"]))
+    """From what PyTorch notes of a kernel's ranks; where it noted nothing, messages are those between stages."""
+    details = event.get("args", {})
+    ranks = str(details.get("Process Group Ranks", ""))
+    if "..." in ranks:
+        # A long list is cut short, but not these: a stage's ranks are neighbours, so that first and last tell.
+        start, stride, size = (details.get(name) for name in ("Global rank start", "Global rank stride", "Group size"))
+        ranks = "" if None in (start, stride, size) else f"{start} {start + stride * (size - 1)}"
+    found = {stage_of(int(rank)) for rank in re.findall(r"\d+", ranks)}
+    return len(found) > 1 if found else bool(_MESSAGE.search(event["name"]))

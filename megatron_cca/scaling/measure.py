@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -61,7 +61,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
     """
     # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
     sys.setswitchinterval(1e-4)
-    config = without_extras(config)
+    config = _measurable(config)
     check_devices(config)
     initialize_distributed(config)
     peak = _peak_flops(task, config)
@@ -77,6 +77,12 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
             memory = _all(platform.peak_memory_bytes())
             shares = _all(_profiled(run, steps[2]))
     return {**_speed(task, config, seconds, peak), **_about_ranks(memory, shares), **_about_layout(task, config)}
+
+
+def _measurable(config: Config) -> Config:
+    bare = without_extras(config)
+    # Its weights are random, but they stay where the run keeps them.
+    return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
 
 
 def _peak_flops(task: Task, config: Config) -> float:

@@ -1,4 +1,4 @@
-"""examples/scaling/run.py as a user starts it, interrupted and started again; and whether waiting is what is counted."""
+"""examples/scaling/run.py as a user starts it, also interrupted; and whether it is waiting that is counted."""
 
 import json
 import signal
@@ -7,6 +7,7 @@ import sys
 import time
 
 import psutil
+import pytest
 import yaml
 from PIL import Image
 
@@ -109,3 +110,16 @@ def test_what_the_late_rank_costs_the_others_is_counted_as_waiting(tmp_path):
 
 def test_a_rank_alone_waits_for_nobody(tmp_path):
     assert run_workers(1, "late_ranks", {"late": 0.0}, tmp_path) == {"one stage": [[]], "two stages": [[]]}
+
+
+def test_an_even_pipeline_has_the_textbooks_bubble(tmp_path):
+    """Megatron-Core's own schedule over stages that sleep for their forward and twice as long for their backward."""
+    found = run_workers(2, "even_pipeline", {"microbatches": [2, 4], "seconds": 0.05}, tmp_path)
+    for microbatches, ranks in found.items():
+        for rank in ranks:
+            spans = [Span(*one[:2], one[2], one[2]) for one in rank["spans"]]
+            transfers = merged(shortest([Span(*one[:2], one[2], one[2]) for one in each["spans"]]) for each in ranks)
+            # Sleeps are never too short; what else the machine does makes some too long.
+            assert waiting(spans, transfers, rank["seconds"]).bubble == pytest.approx(
+                1 / (int(microbatches) + 1), abs=0.1
+            )

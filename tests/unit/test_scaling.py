@@ -190,19 +190,21 @@ def test_nccl_kernels_in_a_trace():
     def kernel(name, start, microseconds, **details):
         return {"cat": "kernel", "name": name, "ts": start, "dur": microseconds, "args": details}
 
+    long = {"Global rank start": 0, "Global rank stride": 1, "Group size": 3}
     events = [
         kernel("gemm", 0, 100),
         kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(x)", 50, 100, **{"Process Group Ranks": "[0, 1]"}),
         kernel("ncclDevKernel_SendRecv(x)", 200, 30, **{"Process Group Ranks": "[0, 2]", "In msg nelems": 8}),
         kernel("ncclDevKernel_SendRecv(x)", 300, 10),
         kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(x)", 400, 10, **{"Process Group Ranks": "[0, 1, ...]"}),
+        kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL(x)", 500, 10, **{"Process Group Ranks": "[0, 1, ...]", **long}),
         {"cat": "gpu_user_annotation", "name": "nccl:all_reduce", "ts": 0, "dur": 1000},
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1000},
         {"ph": "M", "name": "process_name"},
     ]
     found = spans_of(events, {0: 0, 1: 0, 2: 1}.__getitem__)
-    assert [span.crosses_stages for span in found] == [False, True, True, False]
-    assert [round(1e6 * span.exposed) for span in found] == [50, 30, 10, 10]
+    assert [span.crosses_stages for span in found] == [False, True, True, False, True]
+    assert [round(1e6 * span.exposed) for span in found] == [50, 30, 10, 10, 10]
     assert found[1].kind != found[2].kind
 
 
