@@ -20,7 +20,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.planner import measuring
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.flops import products, rows_per_sample
-from megatron_cca.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named
+from megatron_cca.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.planner.short_runs import Observation, observe, short_configs
 from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import ImageShape, image_workload
@@ -30,8 +30,6 @@ from megatron_cca.training.device_checks import check_devices
 _MOST_TOKENS = 16384
 # No cache holds so much.
 _LARGE_BYTES = 2**28
-# As the drivers call the GPUs of hardware.py.
-_DEVICE_NAMES = {"H200": "h200", "H100 80GB": "h100-80gb", "B200": "b200", "A100-SXM4-80GB": "a100-80gb"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def _device(name: str | None, config: Config, images: ImageShape) -> Gpu:
         return _cpu(config, images)
     if name is None:
         called = platform.device_name()
-        name = next((ours for theirs, ours in _DEVICE_NAMES.items() if theirs in called), None)
+        name = name_of_device(called)
         if name is None:
             raise UserError(f"--gpu: name what {called} is nearest to; known: {', '.join(GPUS)}")
     return gpu_named(name)

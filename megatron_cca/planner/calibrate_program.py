@@ -69,7 +69,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         "version": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device_name": platform.device_name(),
-        "packages": {"python": python_platform.python_version(), **_versions()},
+        "packages": versions(),
         "not_measured": "NVLink, network, host bandwidth, overlaps: the defaults",
         "runs": [
             {
@@ -97,8 +97,9 @@ def _summary(found: Calibration) -> str:
     )
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that times depend on, as far as they are installed."""
+    found = {"python": python_platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -72,6 +72,13 @@ _GPUS = (
 # The name under which a processor is measured.
 CPU = "cpu"
 GPUS = {gpu.name: gpu for gpu in _GPUS}
+# As the drivers call them.
+_DEVICE_NAMES = {"H200": "h200", "H100 80GB": "h100-80gb", "B200": "b200", "A100-SXM4-80GB": "a100-80gb"}
+
+
+def name_of_device(called: str) -> str | None:
+    """Our name of what a driver calls a device; None for what is not known here."""
+    return next((ours for theirs, ours in _DEVICE_NAMES.items() if theirs in called), None)
 
 
 def gpu_named(name: str) -> Gpu:

@@ -20,8 +20,8 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.training.batches import open_data
-from megatron_cca.training.setup import set_up
-from megatron_cca.training.step import train_step
+from megatron_cca.training.setup import Run, set_up
+from megatron_cca.training.step import StepReport, train_step
 
 # A bound that no run reaches: random weights are not what the gate is for.
 _NO_GATE = 1e9
@@ -49,16 +49,12 @@ def short_configs(config: Config) -> list[Config]:
     whole = resolve_architecture(config.model).num_layers
     few, more = max(1, min(2, whole // 2)), min(4, whole)
     micro = config.training.micro_batch_size
-    alone = without_files(laid_out(config, Layout(micro_batch=micro)))
+    alone = without_extras(laid_out(config, Layout(micro_batch=micro)))
     return [
         replace(
             alone,
             model=replace(alone.model, num_layers=layers),
-            training=replace(
-                alone.training, global_batch_size=micro * microbatches, recompute_granularity=recompute, save_interval=0
-            ),
-            validation=replace(alone.validation, interval=0, fraction=0.0, path=None),
-            reference=replace(alone.reference, allow_bias=_NO_GATE),
+            training=replace(alone.training, global_batch_size=micro * microbatches, recompute_granularity=recompute),
         )
         for layers, microbatches, recompute in (
             (few, 1, None),
@@ -82,24 +78,48 @@ def observe(config: Config, images: ImageShape, steps: int, folder: Path) -> Obs
     Raises:
         UserError: what training refuses on this device.
     """
-    architecture, workload = resolve_architecture(config.model), image_workload(config, images)
-    samples = _samples(config, images)
-    write_shards(folder / "shards", samples, architecture.vocabulary, lambda text: [ord(c) % 256 for c in text])
-    config = replace(
-        config,
-        data=replace(config.data, path=str(folder / "shards"), condition_dropout=0.0, length_bucketing=1),
-        training=replace(config.training, output_dir=str(folder / "run"), train_iters=steps + 1),
-    )
+    workload = image_workload(config, images)
+    write_random_shards(config, images, folder)
+    config = on_random_shards(config, folder, steps + 1)
     initialize_distributed(config)
-    with _started(config) as run:
-        seconds = []
-        for _ in range(steps + 1):
-            started = time.perf_counter()
-            train_step(run)
-            platform.synchronize()
-            seconds.append(time.perf_counter() - started)
+    with started(config) as run:
+        seconds = [timed_step(run)[0] for _ in range(steps + 1)]
     fastest = min(seconds[1:])
     return Observation(config, workload, fastest, statistics.median(seconds[1:]) / fastest - 1)
+
+
+def without_extras(config: Config) -> Config:
+    """The same steps and nothing beside them: no weights to read, no checkpoints, no validation, no gate."""
+    config = without_files(config)
+    return replace(
+        config,
+        training=replace(config.training, save_interval=0),
+        validation=replace(config.validation, interval=0, fraction=0.0, path=None),
+        reference=replace(config.reference, allow_bias=_NO_GATE),
+    )
+
+
+def write_random_shards(config: Config, images: ImageShape, folder: Path) -> None:
+    """Leave ``<folder>/shards``: random tokens, two global batches of them, always the same."""
+    vocabulary = resolve_architecture(config.model).vocabulary
+    write_shards(folder / "shards", _samples(config, images), vocabulary, lambda text: [ord(c) % 256 for c in text])
+
+
+def on_random_shards(config: Config, folder: Path, steps: int) -> Config:
+    """The run on what :func:`write_random_shards` left, of so many steps; its own folder is ``<folder>/run``."""
+    return replace(
+        config,
+        data=replace(config.data, path=str(folder / "shards"), condition_dropout=0.0, length_bucketing=1),
+        training=replace(config.training, output_dir=str(folder / "run"), train_iters=steps),
+    )
+
+
+def timed_step(run: Run) -> tuple[float, StepReport]:
+    """Take a step; seconds until the device has done it, and its report. Collective over all ranks."""
+    start = time.perf_counter()
+    report = train_step(run)
+    platform.synchronize()
+    return time.perf_counter() - start, report
 
 
 def _samples(config: Config, images: ImageShape) -> list[Sample]:
@@ -114,7 +134,8 @@ def _samples(config: Config, images: ImageShape) -> list[Sample]:
 
 
 @contextmanager
-def _started(config: Config) -> Iterator:
+def started(config: Config) -> Iterator[Run]:
+    """The run, set up and ready for its first step. Collective over all ranks."""
     run = set_up(config, open_data(config))
     try:
         yield run

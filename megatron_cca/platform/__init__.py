@@ -149,6 +149,20 @@ def resident_bytes(*, peak: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+def num_devices(choice: DeviceChoice = "auto") -> tuple[str, int]:
+    """What :func:`install` would choose, ``"cpu"`` or ``"cuda"``, and how many processes this machine has room for.
+
+    Returns:
+        The device type; the visible GPUs, or the cores that this process may use. Needs no :func:`install`.
+
+    Raises:
+        ValueError: as :func:`install`.
+    """
+    if _choose(choice).is_cuda:
+        return "cuda", torch.cuda.device_count()
+    return "cpu", len(os.sched_getaffinity(0))
+
+
 def host_name() -> str:
     """This machine's name, for logs."""
     return socket.gethostname()

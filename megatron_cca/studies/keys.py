@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_cca import __version__
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config_files import config_to_dict
 from megatron_cca.data.digits import KEYWORD
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.models import explicit
+from megatron_cca.studies.digests import digest
 
 # The same training on any layout; checks.py lets a run go on with other values of these.
 _FREE_SECTIONS = ("parallel", "logging")
@@ -27,12 +24,6 @@ _FREE_KEYS = (
     ("training", "output_dir"),
     ("training", "pretrained_checkpoint"),
 )
-
-
-def digest(contents: Mapping[str, Any]) -> str:
-    """Of plain data and this package's version, 12 hexadecimal digits."""
-    text = json.dumps({"version": __version__, **contents}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def training_contents(config: Config, base: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,13 +150,14 @@ def read_study(path: Path) -> StudySettings:
         return from_plain(StudySettings, tree)
 
 
-def from_plain(kind: type, tree: object, prefix: str = "") -> Any:
+def from_plain(kind: type, tree: object, prefix: str = "", sections: Mapping[str, type] = _SECTIONS) -> Any:
     """Validate plain data into one of the dataclasses above.
 
     Args:
         kind: the dataclass.
         tree: plain data.
         prefix: what stands before a key in messages.
+        sections: the dataclasses of its keys, whose own keys a message may suggest.
 
     Raises:
         UserError: names the first bad key.
@@ -164,14 +166,21 @@ def from_plain(kind: type, tree: object, prefix: str = "") -> Any:
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
         return TypeAdapter(kind).validate_json(as_json(tree))
     except ValidationError as error:
-        raise UserError(f"{prefix}{_one_line(error.errors()[0], kind)}") from None
+        raise UserError(f"{prefix}{_one_line(_farthest(error), kind, sections)}") from None
 
 
-def _one_line(error: dict[str, Any], kind: type) -> str:
-    location = [str(part) for part in error["loc"] if part != "[key]"]
+def _farthest(error: ValidationError) -> dict[str, Any]:
+    """The first error; of a union each branch that was tried has its say, and the one that got farthest was meant."""
+    errors = error.errors()
+    return max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
+
+
+def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -> str:
+    # Not "[key]", and not the branches of unions, which the user does not know.
+    location = [str(part) for part in error["loc"] if "[" not in str(part)]
     key = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {_suggestion(location, kind)}"
+        return f"{key}: unknown key; {_suggestion(location, sections[location[0]] if len(location) > 1 else kind)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: is missing"
     if error["type"] in ("dataclass_type", "dataclass_exact_type", "dict_type"):
@@ -182,7 +191,7 @@ def _one_line(error: dict[str, Any], kind: type) -> str:
 
 
 def _suggestion(location: list[str], kind: type) -> str:
-    known = _known(_SECTIONS[location[0]] if len(location) > 1 else kind)
+    known = _known(kind)
     close = difflib.get_close_matches(location[-1], known, n=1)
     if close:
         return f"did you mean {'.'.join([*location[:-1], close[0]])}?"

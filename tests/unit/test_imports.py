@@ -30,6 +30,7 @@ LEVELS = {
     "training": 7,
     "planner": 8,
     "studies": 8,
+    "scaling": 9,
 }
 
 
