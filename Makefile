@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickst
 
 test: $(INSTALLED) ## every test that needs no GPU
 	@$(BIN)/python -m pytest -n 2 tests/unit
-	@$(BIN)/python -m pytest tests/distributed tests/gpu
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/gpu
 
 lint: $(INSTALLED) ## lint and format checks
 	@$(BIN)/ruff check .
