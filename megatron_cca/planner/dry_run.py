@@ -13,7 +13,8 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.collectives import Traffic
-from megatron_cca.planner.fake_cluster import Observer, fake_job, fake_tensors
+from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
+from megatron_cca.planner.observer import Observer
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.checks import data_parallel_size
 from megatron_cca.training.progress import Progress

@@ -19,6 +19,7 @@ from megatron_cca.planner.program import check_known_weights, image_shape
 from megatron_cca.planner.words import GIB, table
 from megatron_cca.planner.workload import Workload, image_workload
 
+# From there on Megatron's groups alone take minutes.
 MAX_GPUS = 16_384
 
 

@@ -37,7 +37,8 @@ from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.dry_run import counted_step, dry_run
-from megatron_cca.planner.fake_cluster import Observer, fake_job, fake_tensors
+from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
+from megatron_cca.planner.observer import Observer
 from megatron_cca.planner.workload import Workload
 from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.scaling.collective_timer import timed_collectives
