@@ -33,13 +33,21 @@ class ModelConfig:
     name: str = "emu3-tiny"
     """The preset: ``emu3-tiny`` or ``emu3-8b``."""
     num_layers: PositiveInt | None = None
+    """Layers of the whole model."""
     hidden_size: PositiveInt | None = None
+    """Width of the residual stream."""
     ffn_hidden_size: PositiveInt | None = None
+    """Width between the two projections of a layer's MLP."""
     num_attention_heads: PositiveInt | None = None
+    """Query heads; they divide ``hidden_size``."""
     num_query_groups: PositiveInt | None = None
+    """Key and value heads; they divide the query heads."""
     max_position_embeddings: PositiveInt | None = None
+    """Longest row, in tokens."""
     layernorm_epsilon: PositiveFloat | None = None
+    """Added to the mean square in RMSNorm."""
     rotary_base: PositiveFloat | None = None
+    """Base of the rotary frequencies."""
     vocab_size: PositiveInt | None = None
     """Not the preset's: the token ids then have no known meaning, and the model can only be converted."""
     make_vocab_size_divisible_by: PositiveInt = 128
@@ -47,8 +55,11 @@ class ModelConfig:
     padded_vocab_size: PositiveInt | None = None
     """The padded vocabulary, if it is to be the same for every layout."""
     hidden_dropout: Probability = 0.0
+    """Of what each half of a layer adds; must be 0 where policy and reference are compared."""
     attention_dropout: Probability = 0.0
+    """Of attention's weights; likewise."""
     init_method_std: PositiveFloat = 0.02
+    """Standard deviation of weights that come from no checkpoint."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere."""
 
@@ -58,12 +69,15 @@ class ParallelConfig:
     """Section ``parallel``: the data-parallel size is what the world size leaves."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every matrix."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are dealt out to."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks on each pipeline rank (the interleaved schedule); null or 1 means one."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence, in Megatron's zigzag order."""
     sequence_parallel: bool = False
+    """Share norms and residuals over the tensor-parallel ranks, too."""
     tp_comm_overlap: bool = False
     """Overlap the layers' products with tensor-parallel communication, through Transformer Engine's user buffers. Those
     have one size, so that all rows must have one length: a ``data.pad_to_multiple_of`` of which only one multiple fits
@@ -165,16 +179,25 @@ class OptimizerConfig:
     """Section ``optimizer``: AdamW."""
 
     lr: PositiveFloat = 1e-5
+    """Largest learning rate."""
     min_lr: NonNegativeFloat = 0.0
+    """Smallest, where the decay ends."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """From ``lr`` to ``min_lr``, over all steps."""
     lr_warmup_iters: NonNegativeInt = 0
+    """Steps in which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled; not of norms."""
     adam_beta1: Probability = 0.9
+    """Decay of the first moment."""
     adam_beta2: Probability = 0.95
+    """Decay of the second."""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     use_distributed_optimizer: bool = True
+    """Share master weights and moments over the data-parallel ranks."""
     num_distributed_optimizer_instances: PositiveInt = 1
     """Replicas of the sharded state: it is split over the data-parallel size divided by this, and its communication
     stays within that many ranks."""
@@ -199,9 +222,13 @@ class OptimizerConfig:
     use_precision_aware_optimizer: bool = False
     """Let Transformer Engine's FusedAdam keep its state in the types below; they must be fp32 otherwise."""
     main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the gradients as the optimizer takes them."""
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of the master weights."""
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Of Adam's first moment."""
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Of the second."""
 
 
 @_strict
@@ -230,10 +257,13 @@ class TrainingConfig:
     """Section ``training``."""
 
     train_iters: PositiveInt = 60
+    """Steps of the whole run."""
     micro_batch_size: PositiveInt = 32
     """Image-condition samples in one forward pass of one data-parallel rank (a CCA sample is two rows)."""
     global_batch_size: PositiveInt = 256
+    """Image-condition samples of a step, over all ranks."""
     seed: NonNegativeInt = 1234
+    """Of the order of samples, negatives, dropped captions and random weights."""
     precision: Precision = "fp32"
     """``fp8`` is bf16 with the layers' products in FP8, by Transformer Engine."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
@@ -243,6 +273,7 @@ class TrainingConfig:
     fp8_amax_history_len: PositiveInt = 16
     """Steps that ``delayed`` looks back on."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Which of those steps' largest numbers ``delayed`` takes."""
     logps_chunk_size: PositiveInt = 1024
     """Tokens that pass through the LM head at a time, in the policy and in the reference."""
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -252,6 +283,7 @@ class TrainingConfig:
     recompute_method: Literal["uniform", "block"] = "uniform"
     """For ``full``: groups of ``recompute_num_layers`` layers, or that many single layers on each model chunk."""
     recompute_num_layers: PositiveInt = 1
+    """See ``recompute_method``."""
     output_dir: str = "runs/emu3_tiny_cca"
     """Holds metrics.jsonl, TensorBoard events, config.yaml and checkpoints/."""
     pretrained_checkpoint: str | None = None
@@ -265,6 +297,7 @@ class TrainingConfig:
     keep_every: PositiveInt | None = None
     """Steps whose multiples are kept besides, for ``keep_last``."""
     distributed_timeout_minutes: PositiveInt = 10
+    """After so long a communication that does not end is an error."""
 
 
 @_strict
@@ -292,7 +325,9 @@ class LoggingConfig:
     """Section ``logging``."""
 
     tensorboard: bool = True
+    """Write TensorBoard events to the run's folder."""
     progress_bar: bool = True
+    """Show a bar, where standard error is a terminal."""
     sample_interval: NonNegativeInt = 0
     """Steps between pictures that the policy draws, guidance-free, of the same prompts and random numbers; they go to
     TensorBoard and to ``samples/`` in the run's folder. 0 is never."""

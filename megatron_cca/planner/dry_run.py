@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core import parallel_state
 
+from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models import resolve_architecture
@@ -220,8 +221,8 @@ class _Rows:
         return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length)
 
     def _microbatch(self) -> Microbatch:
-        shape = (self.rows_per_microbatch, self._workload.seq_length)
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        mask, flags = torch.zeros(shape, dtype=torch.bool), torch.zeros(self._samples, dtype=torch.bool)
+        shape, device = (self.rows_per_microbatch, self._workload.seq_length), platform.device()
+        tokens, mask = (torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool))
+        flags = torch.zeros(self._samples, dtype=torch.bool, device=device)
         mask[:, : self._workload.image_tokens] = True
         return Microbatch(tokens, tokens, mask, flags)
