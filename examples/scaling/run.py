@@ -17,7 +17,7 @@ _EPILOG = """commands (run is meant where none is named):
 examples:
   python examples/scaling/run.py --sweep examples/scaling/tiny.yaml --output runs/scaling
   torchrun --nnodes 2 --nproc_per_node 8 ... examples/scaling/run.py point \\
-      --sweep examples/scaling/emu3_8b.yaml --output runs/scaling_8b --point weak-16-tp2
+      --sweep examples/scaling/emu3_8b.yaml --output runs/scaling_8b --point weak-16-tp4
   python examples/scaling/run.py --sweep examples/scaling/emu3_8b.yaml --output runs/scaling_8b --collect
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -91,6 +92,8 @@ def leave_with_the_sweep() -> None:
 
 
 def _watch(parent: int) -> None:
-    while psutil.pid_exists(parent):
-        time.sleep(1)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        sweep = psutil.Process(parent)
+        while sweep.is_running() and sweep.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
     os._exit(1)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from megatron_cca.evaluation.plots import GREY, INK, save
 from megatron_cca.scaling.records import Row
-from megatron_cca.scaling.series import Group, Series, groups_of
+from megatron_cca.scaling.series import Group, Series, groups_of, units
 from megatron_cca.scaling.sweep import MEASURED, Sweep
 
 # Okabe and Ito's, which colour-blind readers tell apart.
@@ -21,6 +21,8 @@ _MARKERS = {"weak": "o", "strong": "s"}
 _SHARES = {"computing and the rest": _BLUE, "communication": _YELLOW, "pipeline bubble": _RED}
 _LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False}
 _WIDTH, _HEIGHT = 13.5, 4.3
+# Left and right of all points, as a factor; how far neighbours at the same size stand apart, as a share of the axis.
+_MARGIN, _SHIFT = 1.4, 0.008
 # So many have room: a few bars are not drawn wider.
 _FEWEST_BARS = 6
 
@@ -28,7 +30,7 @@ _FEWEST_BARS = 6
 def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:
     """Draw a row of panels for each group of series that may be compared: filled is measured, hollow is planned."""
     groups = groups_of(measured, planned)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), dpi=130)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), dpi=110)
     rows = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(1, 1.15))
     for (speed, shares), group in zip(rows, groups, strict=True):
         _draw_speed(speed, group)
@@ -38,19 +40,24 @@ def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Ro
 
 
 def _draw_speed(axes: Axes, group: Group) -> None:
-    names = list(dict.fromkeys(one.name for one in group.series))
-    for one in group.series:
-        _draw_series(axes, one, _COLOURS[names.index(one.name) % len(_COLOURS)])
-    _draw_ideal(axes, group)
-    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
-    axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", fontsize=9.5, color=INK, loc="left")
-    axes.set_ylabel("tokens/s/GPU", fontsize=8.5, color=INK)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     sizes = sorted({size for one in group.series for size in one.sizes})
+    # Of a single layout the modes differ in colour, of several the layouts.
+    by = "name" if len({one.name for one in group.series}) > 1 else "mode"
+    names = list(dict.fromkeys(getattr(one, by) for one in group.series))
+    shift = (sizes[-1] / sizes[0] * _MARGIN**2) ** _SHIFT
+    for index, one in enumerate(group.series):
+        colour = _COLOURS[names.index(getattr(one, by)) % len(_COLOURS)]
+        _draw_series(axes, one, colour, shift ** (index - (len(group.series) - 1) / 2))
+    _draw_ideal(axes, group)
+    # Room for the legend's lines.
+    axes.set_ylim(0, (1.1 + 0.045 * (len(group.series) + 1)) * axes.get_ylim()[1])
+    axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", fontsize=9.5, color=INK, loc="left")
+    axes.set_ylabel(f"tokens/s/{group.unit}", fontsize=8.5, color=INK)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+    axes.set_xlim(sizes[0] / _MARGIN, sizes[-1] * _MARGIN)
     axes.set_xlabel(_x_label(group), fontsize=8.5, color=INK)
     axes.legend(loc="upper center", ncols=2, **_LEGEND)
     _style(axes)
@@ -58,16 +65,14 @@ def _draw_speed(axes: Axes, group: Group) -> None:
 
 def _x_label(group: Group) -> str:
     bars = {
-        MEASURED: "bars: slowest and fastest step",
-        "planned": "bars: the model's error, two standard deviations",
+        MEASURED: "measured bars: slowest and fastest step",
+        "planned": "planned bars: two standard deviations of the model's error",
     }
-    return f"{'processes' if group.device.startswith('CPU') else 'GPUs'}; {'; '.join(bars[k] for k in group.kinds)}"
+    return f"{units(group.unit)}; {'; '.join(bars[kind] for kind in group.kinds)}"
 
 
-def _draw_series(axes: Axes, series: Series, colour: str) -> None:
+def _draw_series(axes: Axes, series: Series, colour: str, shift: float) -> None:
     is_measured, is_weak = series.kind == MEASURED, series.mode == "weak"
-    # Neighbours at the same size stay apart.
-    shift = 0.985 if is_weak else 1.015
     axes.errorbar(
         [size * shift for size in series.sizes],
         series.speeds,

@@ -19,6 +19,7 @@ from megatron_cca.scaling.records import (
     PLOT,
     RESULTS,
     TABLE,
+    Record,
     Row,
     forget_failed,
     read_record,
@@ -102,13 +103,15 @@ def _measure_all(sweep: Sweep, settings: RunSettings) -> None:
 
 def _tell(bar: tqdm, row: Row) -> None:
     record = row.record
-    if row.is_finished:
-        how = f"{record['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
-    else:
-        how = f"failed: {record['reason']}"
+    how = _speed(record) if row.is_finished else f"failed: {record['reason']}"
     if bar.disable or not row.is_finished:
         bar.write(f"{row.task.title}: {how}", file=sys.stdout)
         sys.stdout.flush()
+
+
+def _speed(record: Record) -> str:
+    unit = "process" if record["device"].startswith("CPU") else "GPU"
+    return f"{record['tokens_per_second_per_gpu']:,.0f} tokens/s/{unit}"
 
 
 def _write(sweep: Sweep, output: Path) -> None:
@@ -171,7 +174,7 @@ def point(path: Path, output: Path, title: str | None, device: platform.DeviceCh
         raise
     if os.environ.get("RANK", "0") == "0":
         write_finished(output, task, found)
-        print(f"{task.title}: {found['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU")
+        print(f"{task.title}: {_speed(found)}")
 
 
 def _measured(task: Task) -> dict:

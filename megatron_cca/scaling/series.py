@@ -65,9 +65,24 @@ class Group:
     series: list[Series]
 
     @property
+    def unit(self) -> str:
+        """What there is a growing number of: GPUs, or processes on a CPU."""
+        return unit_of(self.device)
+
+    @property
     def kinds(self) -> list[str]:
         """Which of measured and planned there are."""
         return list(dict.fromkeys(one.kind for one in self.series))
+
+
+def unit_of(device: str) -> str:
+    """What a point has several of."""
+    return "process" if device.startswith("CPU") else "GPU"
+
+
+def units(unit: str) -> str:
+    """Several of them."""
+    return {"process": "processes", "GPU": "GPUs"}[unit]
 
 
 def groups_of(measured: Sequence[Row], planned: Sequence[Row]) -> list[Group]:

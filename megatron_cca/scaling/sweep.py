@@ -15,6 +15,7 @@ from megatron_cca.models import explicit
 from megatron_cca.planner.workload import ImageShape
 from megatron_cca.scaling.settings import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
 from megatron_cca.studies.digests import digest
+from megatron_cca.version import code_version
 
 MEASURED, PLANNED = "measured", "planned"
 
@@ -161,6 +162,8 @@ def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Task]:
         "gpu": section.gpu,
         "gpus_per_node": section.gpus_per_node,
         "calibration": _calibration(path, section.calibration, "planned.calibration"),
+        # Another model of time and memory makes another plan, and a plan costs seconds.
+        "code": code_version(),
     }
     return [
         Task(PLANNED, mode, size, _with_batch(base, mode, size, *batches), layout, images, how)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from megatron_cca.planner import words
 from megatron_cca.scaling.records import Row
-from megatron_cca.scaling.series import efficiency
+from megatron_cca.scaling.series import efficiency, unit_of, units
 from megatron_cca.scaling.sweep import MEASURED, Sweep
 
 _HEADER = (
     "mode",
-    "GPUs",
+    "{units}",
     "layout",
     "global batch",
     "s/step",
-    "tokens/s/GPU",
+    "tokens/s/{unit}",
     "of the smallest",
     "MFU",
     "GiB",
@@ -63,13 +63,17 @@ def _device(record: dict) -> str:
 def _planned_on(rows: Sequence[Row]) -> str:
     return (
         f"{rows[0].task.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
-        "its error. Nobody ran these."
+        "its error. Nobody ran these; the model knows no stragglers and no congestion."
     )
 
 
 def _table(rows: Sequence[Row]) -> str:
     finished = [row for row in rows if row.is_finished]
-    return words.table([_line(row, finished) for row in finished], _HEADER) + "\n" if finished else ""
+    if not finished:
+        return ""
+    unit = unit_of(finished[0].record["device"])
+    header = [name.format(unit=unit, units=units(unit)) for name in _HEADER]
+    return words.table([_line(row, finished) for row in finished], header) + "\n"
 
 
 def _line(row: Row, rows: Sequence[Row]) -> list[str]:
