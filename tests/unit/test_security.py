@@ -62,6 +62,8 @@ ALLOWED = {
         "megatron_cca/checkpoint/background.py",
         "pickle",
     ): "between a rank and its forked child, through their memory",
+    ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",
+    ("megatron_cca/scaling/launching.py", "os.environ of PARENT"): "a process number that the sweep hands to its jobs",
     ("megatron_cca/config_files.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
     ("megatron_cca/evaluation/plugins.py", "exec_module"): "FILE.py:FUNCTION is the user's own code, named as such",
 }
