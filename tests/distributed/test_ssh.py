@@ -59,9 +59,10 @@ def run(cluster, *options, does="", timeout=60):
 def running(cluster, folder, does=""):
     variables, own = cluster
     with (folder / "log").open("w") as log:
-        job = subprocess.Popen(
-            ["bash", str(LAUNCHER), *own], cwd="/", env=variables | {"FAKE_HOST_DOES": does}, stdout=log, stderr=log
-        )
+        # bash cannot trap what was ignored before it began, as Ctrl-C is in a shell's background.
+        heed = ["env", "--default-signal=INT,HUP", "bash"]
+        environment = variables | {"FAKE_HOST_DOES": does}
+        job = subprocess.Popen([*heed, str(LAUNCHER), *own], cwd="/", env=environment, stdout=log, stderr=log)
     try:
         wait_for(lambda: len(list((folder / "started").iterdir())) == 2)
         yield job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
         sys.exit(255)
     # As sshd: the user's shell gets one string, and begins elsewhere.
     os.chdir("/")
+    # Nor does the shell inherit that a hang-up is ignored, as under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.execve("/bin/sh", ["sh", "-c", command], {**os.environ, "FAKE_HOST": host})  # noqa: S606
 
 
