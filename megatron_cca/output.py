@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -101,6 +103,53 @@ def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replacing(output: Path, former: Collection[str], partial: str, last: str) -> Iterator[Path]:
+    """A folder to write in; what is there at the end takes the place of a former output.
+
+    Args:
+        output: a claimed folder.
+        former: names of what a former output consists of; it goes.
+        partial: the folder's name inside ``output`` meanwhile; it disappears if the block fails.
+        last: the file that goes first and arrives last: where it is, all is there.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    staged = output / partial
+    with staging(staged, 0):
+        yield staged
+        with file_system_errors(output):
+            for name in sorted(former, key=lambda name: name != last):
+                (output / name).unlink(missing_ok=True)
+            for path in sorted(staged.iterdir(), key=lambda path: (path.name == last, path.name)):
+                path.replace(output / path.name)
+            staged.rmdir()
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse to write over a file unasked.
+
+    Raises:
+        UserError: it exists.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{OPTION}: {path} exists; give another name or --overwrite")
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Under its name the file is whole or what it was before."""
+    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under its name the file is whole or what it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 @contextmanager

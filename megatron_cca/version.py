@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_cca import __version__
@@ -22,6 +25,17 @@ def code_version() -> str:
         return f"{__version__}+g{commit}{'.dirty' if _git('status', '--porcelain', '--untracked-files=no') else ''}"
     except (OSError, subprocess.SubprocessError):
         return __version__
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of Python and of the packages, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform as python_platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,8 @@ from megatron_cca import __version__
 from megatron_cca.evaluation.evaluate import Evaluation, SetResult
 from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.evaluation.report_plots import class_accuracy_bars, fid_is_plane, image_grid
-from megatron_cca.output import check_output, claimed, file_system_errors, staging
+from megatron_cca.output import check_output, claimed, replacing
+from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
@@ -63,19 +62,11 @@ def write_report(output: Path, evaluation: Evaluation) -> list[str]:
     Raises:
         UserError: the file system refuses.
     """
-    partial = output / _PARTIAL
-    with ExitStack() as stack:
-        stack.enter_context(staging(partial, 0))
+    with replacing(output, _former(output), _PARTIAL, METRICS_FILE) as partial:
         (partial / TABLE_FILE).write_text(table(evaluation) + "\n")
         _draw(partial, evaluation)
         (partial / METRICS_FILE).write_text(json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n")
-        stack.enter_context(file_system_errors(output))
-        for name in sorted(_former(output), key=lambda name: name != METRICS_FILE):
-            (output / name).unlink(missing_ok=True)
         names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == METRICS_FILE, name))
-        for name in names:
-            (partial / name).replace(output / name)
-        partial.rmdir()
     return names
 
 
@@ -85,7 +76,7 @@ def as_json(evaluation: Evaluation) -> dict:
     numbers = {name: value for name, value in asdict(settings.numbers).items() if name != "metrics"}
     return {
         "version": __version__,
-        "packages": {"python": python_platform.python_version(), **_versions()},
+        "packages": installed_versions(_PACKAGES),
         "extractor": {"name": settings.extractor, **evaluation.extractor_origin},
         "settings": {
             "metrics": settings.metrics,  # null: all that could be computed
@@ -114,16 +105,6 @@ def _set_as_json(path: str, one: SetResult) -> dict:
 
 def _extent(images: np.ndarray) -> dict:
     return {"images": len(images), "size": list(images.shape[1:3])}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def values(one: SetResult) -> dict[str, float]:

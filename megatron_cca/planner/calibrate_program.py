@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import platform as python_platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_cca import __version__, platform
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.output import OPTION, file_system_errors
+from megatron_cca.output import check_file, file_system_errors, write_text
 from megatron_cca.planner.calibration import Calibration, calibration_json
 from megatron_cca.planner.program import image_shape
+from megatron_cca.version import installed_versions
 
-_PACKAGES = ("torch", "megatron-core", "transformer-engine")
+# That times depend on.
+PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     images = image_shape(settings.image_grid, settings.caption_tokens)
     if settings.steps < 1:
         raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
-    if settings.output.exists() and not settings.overwrite:
-        raise UserError(f"{OPTION}: {settings.output} exists; give another name or --overwrite")
+    check_file(settings.output, overwrite=settings.overwrite)
     try:
         platform.install(settings.device)
     except ValueError as error:
@@ -69,7 +68,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         "version": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device_name": platform.device_name(),
-        "packages": versions(),
+        "packages": installed_versions(PACKAGES),
         "not_measured": "NVLink, network, host bandwidth, overlaps: the defaults",
         "runs": [
             {
@@ -83,7 +82,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
             for one, error in zip(found.observations, found.errors, strict=True)
         ],
     }
-    _write(settings.output, calibration_json(found.calibration, found.gpu, **about))
+    with file_system_errors(settings.output):
+        write_text(settings.output, calibration_json(found.calibration, found.gpu, **about))
     print(f"{_summary(found.calibration)}\nwrote {settings.output}")
 
 
@@ -95,23 +95,3 @@ def _summary(found: Calibration) -> str:
         f"Short runs predicted from the others are off by {found.relative_error:.0%} (root mean square). Links between "
         "GPUs were not measured."
     )
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that times depend on, as far as they are installed."""
-    found = {"python": python_platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _write(path: Path, contents: str) -> None:
-    """Under its name the file is whole or what it was before."""
-    with file_system_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(contents, encoding="utf-8")
-        partial.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.output import OPTION, file_system_errors
+from megatron_cca.output import check_file, file_system_errors, write_json
 from megatron_cca.planner.candidates import check_candidate
 from megatron_cca.planner.hardware import Gpu, gpu_named
 from megatron_cca.planner.memory import MemoryEstimate, predict_memory
@@ -79,7 +78,7 @@ def run_dry(settings: DryRunSettings) -> None:
         about = {"version": __version__, "gpus": settings.gpus, "gpu": settings.gpu, "rank": rank}
         contents = about | {"workload": asdict(workload), "counted": asdict(found), "predicted": asdict(predicted)}
         with file_system_errors(settings.output):
-            settings.output.write_text(json.dumps(contents, indent=1) + "\n")
+            write_json(settings.output, contents)
         print(f"\nwrote {settings.output}")
     if gpu is not None:
         _check_fits(found.peak + _unseen(predicted), gpu, rank)
@@ -90,8 +89,8 @@ def _checked(config: Config, settings: DryRunSettings, gpu: Gpu | None) -> Workl
         raise UserError(f"--gpus: must be 1 to {MAX_GPUS:,}, found {settings.gpus}")
     if settings.rank is not None and not 0 <= settings.rank < settings.gpus:
         raise UserError(f"--rank: must be 0 to {settings.gpus - 1}, found {settings.rank}")
-    if settings.output is not None and settings.output.exists() and not settings.overwrite:
-        raise UserError(f"{OPTION}: {settings.output} exists; give another name or --overwrite")
+    if settings.output is not None:
+        check_file(settings.output, overwrite=settings.overwrite)
     check_known_weights(config)
     check_candidate(config, settings.gpus)
     if gpu is not None:

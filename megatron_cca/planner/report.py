@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_cca import __version__
 from megatron_cca.config_files import config_to_dict
 from megatron_cca.models import resolve_architecture
-from megatron_cca.output import check_output, claimed, file_system_errors, staging
+from megatron_cca.output import check_output, claimed, replacing
 from megatron_cca.planner.summary import YAML_FILE, Report, text, yaml_of
 from megatron_cca.planner.trials import Candidate
 from megatron_cca.planner.words import layout_name, memory_groups, recompute_name, reference_name
@@ -45,19 +45,12 @@ def write_report(output: Path, report: Report) -> list[str]:
     # Imported late: matplotlib takes a second, which a plan without a folder need not wait for.
     from megatron_cca.planner.plots import plot
 
-    partial = output / _PARTIAL
-    with ExitStack() as stack:
-        stack.enter_context(staging(partial, 0))
+    with replacing(output, _FILES, _PARTIAL, JSON_FILE) as partial:
         (partial / TABLE_FILE).write_text(text(report) + "\n", encoding="utf-8")
         (partial / YAML_FILE).write_text(yaml_of(report), encoding="utf-8")
         plot(partial / PLOT_FILE, report.plan)
         contents = json.dumps(as_json(report), indent=1, ensure_ascii=False)
         (partial / JSON_FILE).write_text(contents + "\n", encoding="utf-8")
-        stack.enter_context(file_system_errors(output))
-        (output / JSON_FILE).unlink(missing_ok=True)
-        for name in _FILES:
-            (partial / name).replace(output / name)
-        partial.rmdir()
     return list(_FILES)
 
 

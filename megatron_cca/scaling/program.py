@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.output import claimed, file_system_errors
+from megatron_cca.output import claimed, file_system_errors, write_text
 from megatron_cca.scaling.launching import leave_with_the_sweep, run_point
 from megatron_cca.scaling.records import (
     PLOT,
@@ -29,7 +29,6 @@ from megatron_cca.scaling.records import (
     write_results,
 )
 from megatron_cca.scaling.sweep import Sweep, Task, open_sweep, task_named
-from megatron_cca.studies.tasks import write_text
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,11 @@ def _measured(task: Task) -> dict:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.planner.calibrate_program import versions
+    from megatron_cca.planner.calibrate_program import PACKAGES
     from megatron_cca.planner.candidates import check_candidate, laid_out
     from megatron_cca.scaling.candidates import layout_of, planned_candidate
     from megatron_cca.scaling.measure import measure
-    from megatron_cca.version import code_version
+    from megatron_cca.version import code_version, installed_versions
 
     if task.layout is None:
         config = planned_candidate(task).config
@@ -200,5 +199,5 @@ def _measured(task: Task) -> dict:
         "host": platform.host_name(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": code_version(),
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
     }

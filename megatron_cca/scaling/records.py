@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_cca.errors import UserError, one_line, shortened
 from megatron_cca.foreign import json_object
+from megatron_cca.output import write_json, write_text
 from megatron_cca.scaling.sweep import Task
-from megatron_cca.studies.tasks import FAILED, FINISHED, write_json, write_text
+from megatron_cca.studies.tasks import FAILED, FINISHED
 
 RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "scaling.png"
 FOLDER, LOGS = "points", "logs"

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.output import claimed
+from megatron_cca.output import claimed, write_json, write_text
 from megatron_cca.studies.study import Study, open_study
-from megatron_cca.studies.tasks import write_json, write_text
 
 if TYPE_CHECKING:
     from megatron_cca.studies.running import Board

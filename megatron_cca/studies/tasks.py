@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.foreign import json_object
+from megatron_cca.output import write_json
 from megatron_cca.studies.settings import SamplingConfig
 
 RESULT = "result.json"
@@ -103,16 +103,3 @@ def outcome_of(task: Task) -> Outcome | None:
 def write_outcome(task: Task, outcome: Mapping[str, Any]) -> None:
     """Leave a task's result in its folder; it is whole or not there."""
     write_json(task.folder / RESULT, outcome)
-
-
-def write_json(path: Path, contents: Any) -> None:
-    """Under its name the file is whole or what it was before."""
-    write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under its name the file is whole or what it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -7,7 +7,6 @@ The error of each token adds up over an image, and the objective takes the sum, 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import image_token_logps
 from megatron_cca.models.layer_specs import check_fp8_device
 from megatron_cca.objectives import PairLogps
+from megatron_cca.output import write_json
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import RunData, training_batches
 from megatron_cca.training.fp8_checks import check_fp8_sizes
@@ -362,9 +362,7 @@ def write(path: Path, settings: BiasSettings, pairs: Sequence[PairBias]) -> None
         for pair in pairs
     ]
     facts = {**asdict(settings), "device": platform.device_name(), "torch": torch.__version__}
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps({**facts, "allowed": DEFAULT_ALLOWED, "pairs": found}, indent=1))
-    partial.replace(path)
+    write_json(path, {**facts, "allowed": DEFAULT_ALLOWED, "pairs": found})
     _draw(path.with_suffix(".png"), _lines(pairs))
 
 
@@ -379,8 +377,9 @@ def _lines(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
 
 def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
     # Measuring needs no matplotlib.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from megatron_cca.evaluation.plots import save
 
     figure = Figure(figsize=(9, 4.6), dpi=150)
     axis = figure.subplots()
@@ -404,10 +403,7 @@ def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    FigureCanvasAgg(figure)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
-    partial.replace(path)
+    save(figure, path)
 
 
 def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
