@@ -23,10 +23,10 @@ Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise"]
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
-_strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
+strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
 
-@_strict
+@strict
 class ModelConfig:
     """Section ``model``: a named preset of a family; any size left at null is the preset's."""
 
@@ -64,7 +64,7 @@ class ModelConfig:
     """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere."""
 
 
-@_strict
+@strict
 class ParallelConfig:
     """Section ``parallel``: the data-parallel size is what the world size leaves."""
 
@@ -91,7 +91,7 @@ class ParallelConfig:
     """Free what a pipeline stage has sent on: backward needs its graph, not its numbers."""
 
 
-@_strict
+@strict
 class LoraConfig:
     """Section ``lora``: train low-rank adapters (arXiv 2106.09685) and leave the model's own weights frozen."""
 
@@ -105,7 +105,7 @@ class LoraConfig:
     """Megatron's names of the projections that get one, in every layer."""
 
 
-@_strict
+@strict
 class ObjectiveConfig:
     """Section ``objective``."""
 
@@ -117,7 +117,7 @@ class ObjectiveConfig:
     """The paper's lambda: larger means more fidelity and less diversity."""
 
 
-@_strict
+@strict
 class ReferenceConfig:
     """Section ``reference``: the frozen copy that the objective compares with."""
 
@@ -141,7 +141,7 @@ class ReferenceConfig:
     0 where both take the same path and 0.05 where their precisions differ."""
 
 
-@_strict
+@strict
 class DataConfig:
     """Section ``data``."""
 
@@ -158,7 +158,7 @@ class DataConfig:
     """Steps that are read ahead."""
 
 
-@_strict
+@strict
 class ValidationConfig:
     """Section ``validation``: the objective on samples that are not trained on."""
 
@@ -174,7 +174,7 @@ class ValidationConfig:
     """Draws what is held out; the same samples for every run that has the same."""
 
 
-@_strict
+@strict
 class OptimizerConfig:
     """Section ``optimizer``: AdamW."""
 
@@ -231,7 +231,7 @@ class OptimizerConfig:
     """Of the second."""
 
 
-@_strict
+@strict
 class KernelsConfig:
     """Section ``kernels``: fused kernels and CUDA graphs."""
 
@@ -252,7 +252,7 @@ class KernelsConfig:
     """Before a capture: training steps with ``transformer_engine``, passes through each layer with ``local``."""
 
 
-@_strict
+@strict
 class TrainingConfig:
     """Section ``training``."""
 
@@ -300,7 +300,7 @@ class TrainingConfig:
     """After so long a communication that does not end is an error."""
 
 
-@_strict
+@strict
 class FaultsConfig:
     """Section ``faults``: what a run does when something goes wrong; see docs/reliability.md."""
 
@@ -320,7 +320,7 @@ class FaultsConfig:
     """Whether an alarm also ends the run, saved."""
 
 
-@_strict
+@strict
 class LoggingConfig:
     """Section ``logging``."""
 
@@ -341,7 +341,7 @@ class LoggingConfig:
     """Likewise, to turn codes into pictures."""
 
 
-@_strict
+@strict
 class Config:
     """A whole run."""
 

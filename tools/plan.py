@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from megatron_cca.reporting import reported_tool_errors
 
@@ -52,6 +54,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the run's YAML file")
     parser.add_argument(
         "--set",
+        dest="overrides",
         metavar="SECTION.KEY=VALUE",
         action="append",
         default=[],
@@ -82,7 +85,9 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
     add_run_options(parser)
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of the whole job")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="their kind, such as h100-80gb")
-    parser.add_argument("--nodes-of", type=int, metavar="N", help="GPUs that NVLink connects (default 8)")
+    parser.add_argument(
+        "--nodes-of", dest="gpus_per_node", type=int, metavar="N", help="GPUs that NVLink connects (default 8)"
+    )
     add_image_options(parser)
     parser.add_argument(
         "--vary",
@@ -131,62 +136,28 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_calibrate)
 
 
+def _settings(kind: type, arguments: argparse.Namespace) -> Any:
+    """The options, which have the names of the settings that they are."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
+
+
+# What each does is imported late: --help need not wait for it.
+def _search(arguments: argparse.Namespace) -> None:
+    from megatron_cca.planner.program import PlanSettings, run_search
+
+    run_search(_settings(PlanSettings, arguments))
+
+
 def _dry_run(arguments: argparse.Namespace) -> None:
     from megatron_cca.planner.dry_run_program import DryRunSettings, run_dry
 
-    run_dry(
-        DryRunSettings(
-            config=arguments.config,
-            overrides=arguments.set,
-            gpus=arguments.gpus,
-            gpu=arguments.gpu,
-            rank=arguments.rank,
-            image_grid=arguments.image_grid,
-            caption_tokens=arguments.caption_tokens,
-            output=arguments.output,
-            overwrite=arguments.overwrite,
-        )
-    )
+    run_dry(_settings(DryRunSettings, arguments))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
 
-    run_calibrate(
-        CalibrateSettings(
-            config=arguments.config,
-            overrides=arguments.set,
-            gpu=arguments.gpu,
-            image_grid=arguments.image_grid,
-            caption_tokens=arguments.caption_tokens,
-            steps=arguments.steps,
-            device=arguments.device,
-            output=arguments.output,
-            overwrite=arguments.overwrite,
-        )
-    )
-
-
-def _search(arguments: argparse.Namespace) -> None:
-    # Imported late: --help need not wait for it.
-    from megatron_cca.planner.program import PlanSettings, run_search
-
-    run_search(
-        PlanSettings(
-            config=arguments.config,
-            overrides=arguments.set,
-            gpu=arguments.gpu,
-            gpus=arguments.gpus,
-            gpus_per_node=arguments.nodes_of,
-            image_grid=arguments.image_grid,
-            caption_tokens=arguments.caption_tokens,
-            vary=arguments.vary,
-            calibration=arguments.calibration,
-            top=arguments.top,
-            output=arguments.output,
-            overwrite=arguments.overwrite,
-        )
-    )
+    run_calibrate(_settings(CalibrateSettings, arguments))
 
 
 if __name__ == "__main__":

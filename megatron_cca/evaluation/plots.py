@@ -14,6 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 INK, GREY, _POSITIVE, _NEGATIVE, _ACCENT = "#1b1b1b", "#6b6b6b", "#1f6fb2", "#c8553d", "#2a9d6f"
+# Okabe and Ito's, which colour-blind readers tell apart.
+BLUE, SKY, ORANGE, GREEN = "#0072b2", "#56b4e9", "#e69f00", "#009e73"
+RED, PINK, YELLOW = "#d55e00", "#cc79a7", "#f0e442"
 
 
 @dataclass(frozen=True)

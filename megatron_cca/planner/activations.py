@@ -27,7 +27,7 @@ class LayerShape:
         ffn: this rank's channels between fc1 and fc2.
         heads: this rank's.
         rotary: numbers in a table of rotary positions.
-        is_fused: whether norms and SwiGLU are one kernel each.
+        fuses_norms, fuses_swiglu: whether each is a kernel of its own, that keeps nothing of its inner steps.
     """
 
     size: int
@@ -39,7 +39,8 @@ class LayerShape:
     ffn: float
     heads: float
     rotary: float
-    is_fused: bool
+    fuses_norms: bool
+    fuses_swiglu: bool
 
     @property
     def stream(self) -> float:
@@ -47,7 +48,7 @@ class LayerShape:
         return self.size * self.shared * self.hidden
 
 
-def layer_shape(config: Config, sizes: Sizes, size: int, *, is_fused: bool) -> LayerShape:
+def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, fuses_swiglu: bool) -> LayerShape:
     """Of a layer of the run; ``size`` is the bytes of a number."""
     architecture, tensor = architecture_of(config.model), sizes.tensor
     channels = architecture.hidden_size // architecture.num_attention_heads
@@ -61,13 +62,14 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, is_fused: bool) -> L
         ffn=architecture.ffn_hidden_size / tensor,
         heads=architecture.num_attention_heads / tensor,
         rotary=sizes.seq_length / sizes.context * channels,
-        is_fused=is_fused,
+        fuses_norms=fuses_norms,
+        fuses_swiglu=fuses_swiglu,
     )
 
 
 def norm_kept(shape: LayerShape) -> float:
     """Of an RMSNorm, besides its input: its output, and a number for each token or, unfused, its inner steps."""
-    if shape.is_fused:
+    if shape.fuses_norms:
         return shape.stream + FP32 * shape.shared
     # In fp32 the normed input; in bf16 that in fp32 and again in bf16.
     inner = 1 if shape.size == FP32 else 3
@@ -84,10 +86,10 @@ def attention_kept(shape: LayerShape, context: int) -> float:
 
 def mlp_kept(shape: LayerShape) -> float:
     """Both halves of fc1's output, and SwiGLU's; unfused also the activated half and the other one, shifted by 0."""
-    return shape.size * shape.tokens * shape.ffn * (3 if shape.is_fused else 5)
+    return shape.size * shape.tokens * shape.ffn * (3 if shape.fuses_swiglu else 5)
 
 
-def layer_kept(shape: LayerShape, config: Config, context: int) -> float:
+def layer_kept(shape: LayerShape, context: int) -> float:
     """All that one layer keeps for backward besides its input, without recomputation; its output included."""
     residuals = 2 * shape.stream
     return residuals + 2 * norm_kept(shape) + attention_kept(shape, context) + mlp_kept(shape)
@@ -96,7 +98,7 @@ def layer_kept(shape: LayerShape, config: Config, context: int) -> float:
 def chunk_kept(shape: LayerShape, config: Config, layers: int, context: int) -> float:
     """What ``layers`` layers keep of a microbatch, their input included, under the run's recomputation."""
     training = config.training
-    whole = layer_kept(shape, config, context)
+    whole = layer_kept(shape, context)
     if training.recompute_granularity == "full":
         group = training.recompute_num_layers
         if training.recompute_method == "block":
@@ -121,8 +123,8 @@ def recomputed_at_once(shape: LayerShape, config: Config, layers: int, context: 
         group = min(training.recompute_num_layers, layers)
         if training.recompute_method == "block":
             # The layers that are kept whole come last, and are differentiated first.
-            return layer_kept(shape, config, context) if group == layers else 0
-        return group * layer_kept(shape, config, context) - shape.stream
+            return layer_kept(shape, context) if group == layers else 0
+        return group * layer_kept(shape, context) - shape.stream
     return _selectively_recomputed(shape, config) if training.recompute_granularity == "selective" else 0
 
 
@@ -142,7 +144,7 @@ def layer_forward(shape: LayerShape, config: Config) -> float:
     """Alive in a forward pass that keeps nothing, at fc1 and SwiGLU."""
     gathered = shape.size * shape.tokens * shape.hidden if config.parallel.sequence_parallel else 0
     inner = shape.size * shape.tokens * shape.ffn
-    return 2 * shape.stream + max(gathered + 2 * inner, (3 if shape.is_fused else 5) * inner)
+    return 2 * shape.stream + max(gathered + 2 * inner, (3 if shape.fuses_swiglu else 5) * inner)
 
 
 def microbatches_in_flight(sizes: Sizes, pipeline_rank: int, group: int | None) -> int:

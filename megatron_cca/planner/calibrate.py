@@ -19,12 +19,13 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.planner import measuring
 from megatron_cca.planner.calibration import DEFAULT, Calibration
-from megatron_cca.planner.flops import products, rows_per_sample
+from megatron_cca.planner.flops import products
 from megatron_cca.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.planner.short_runs import Observation, observe, short_configs
 from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import ImageShape, image_workload
 from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.shapes import rows_per_sample
 
 # Tokens that single products and attention are measured with, at most.
 _MOST_TOKENS = 16384

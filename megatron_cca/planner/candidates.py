@@ -12,7 +12,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.planner.hardware import Cluster
 from megatron_cca.training.checks import check_new_run
 from megatron_cca.training.fp8_checks import check_fp8_sizes
-from megatron_cca.training.reference_settings import reference_settings, same_weights
+from megatron_cca.training.reference_settings import same_weights, settings_by_key
 
 # What a search may change beside the layout. ``precision`` and ``cached`` only if asked: the first changes what is
 # computed, the second needs a pass over the data beforehand.
@@ -81,9 +81,8 @@ def check_fp8(config: Config) -> None:
     Raises:
         UserError: training's own line.
     """
-    check_fp8_sizes(config, config.training, "training.precision")
-    if config.objective.name != "next_token" and config.reference.strategy != "cached":
-        check_fp8_sizes(config, reference_settings(config), "reference.precision")
+    for key, one in settings_by_key(config).items():
+        check_fp8_sizes(config, one, key)
 
 
 def without_files(config: Config) -> Config:

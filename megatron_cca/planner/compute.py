@@ -9,10 +9,8 @@ from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.planner.calibration import Calibration
 from megatron_cca.planner.flops import ATTENTION_BACKWARD, attention_forward, products
 from megatron_cca.planner.hardware import Gpu
+from megatron_cca.planner.head_memory import TILE_WIDTH
 from megatron_cca.planner.sizes import Sizes
-
-# Words in a tile of the head on a GPU: parallel/sequence_logps.py.
-_TILE_WIDTH = 16384
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Compute:
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
         seconds = self._head_product() + self._bytes(4 * sizes.image_tokens * sizes.words)
         # A product added to a sum is written and read, and the sum read and written.
-        seconds += self._bytes(16 * sizes.image_tokens * hidden * math.ceil(sizes.words / _TILE_WIDTH))
+        seconds += self._bytes(16 * sizes.image_tokens * hidden * math.ceil(sizes.words / TILE_WIDTH[True]))
         if self.trains_weights:
             chunks = math.ceil(sizes.image_tokens / self.settings.logps_chunk_size)
             seconds += self._bytes(16 * sizes.words * hidden * chunks)

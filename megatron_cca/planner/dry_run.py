@@ -11,7 +11,6 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models import resolve_architecture
-from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.collectives import Traffic
 from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
@@ -19,7 +18,8 @@ from megatron_cca.planner.observer import Observer
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.checks import data_parallel_size
 from megatron_cca.training.progress import Progress
-from megatron_cca.training.setup import Run, build_objective, build_run
+from megatron_cca.training.setup import Run, build_run
+from megatron_cca.training.shapes import rows_per_microbatch
 from megatron_cca.training.step import train_step
 
 
@@ -212,7 +212,7 @@ class _Rows:
     def __init__(self, config: Config, workload: Workload) -> None:
         self.microbatches = 1
         self._samples, self._workload = config.training.micro_batch_size, workload
-        self.rows_per_microbatch = self._samples * (2 if build_objective(config).batch_type is PairLogps else 1)
+        self.rows_per_microbatch = rows_per_microbatch(config)
 
     def get(self, step: int) -> StepBatch:
         """A step of so many microbatches."""

@@ -13,9 +13,9 @@ from megatron_cca.errors import UserError
 from megatron_cca.output import check_file, file_system_errors, write_json
 from megatron_cca.planner.candidates import check_candidate
 from megatron_cca.planner.hardware import Gpu, gpu_named
-from megatron_cca.planner.memory import MemoryEstimate, predict_memory
+from megatron_cca.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_cca.planner.program import check_known_weights, image_shape
-from megatron_cca.planner.words import GIB, table
+from megatron_cca.planner.words import table
 from megatron_cca.planner.workload import Workload, image_workload
 
 # From there on Megatron's groups alone take minutes.

@@ -8,6 +8,8 @@ from functools import cache
 from megatron_cca.config import Config
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.planner.workload import Workload
+from megatron_cca.training.reference_settings import uses_reference_pass
+from megatron_cca.training.shapes import rows_per_sample
 
 # A flash kernel keeps no scores: backward computes them again and then four products, where forward has two.
 ATTENTION_BACKWARD = 2.5
@@ -68,16 +70,6 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
 def head_forward(architecture: Architecture, image_tokens: int) -> float:
     """Of the LM head, for one row: only image tokens pass through it, and only true words are computed."""
     return 2.0 * image_tokens * architecture.hidden_size * architecture.vocabulary.size
-
-
-def rows_per_sample(config: Config) -> int:
-    """Two for objectives on pairs, a matched and a mismatched one."""
-    return 1 if config.objective.name == "next_token" else 2
-
-
-def uses_reference_pass(config: Config) -> bool:
-    """Whether each step has a forward pass of the frozen model."""
-    return config.objective.name != "next_token" and config.reference.strategy != "cached"
 
 
 def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:

@@ -8,7 +8,7 @@ from megatron_cca.config import Config
 from megatron_cca.planner.activations import FP32, LayerShape, norm_kept
 from megatron_cca.planner.sizes import Sizes
 
-# Words in a tile on a GPU and on a CPU.
+# Words in a tile on a GPU and on a CPU: parallel/sequence_logps.py, which a search need not wait for.
 TILE_WIDTH = {True: 16_384, False: 2_048}
 INT64 = 8
 

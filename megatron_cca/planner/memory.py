@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from megatron_cca.config import Config
 from megatron_cca.planner import activations, head_memory
 from megatron_cca.planner.activations import FP32
-from megatron_cca.planner.parameters import rank_parameters, reference_parameters
+from megatron_cca.planner.parameters import Parameter, rank_parameters, reference_parameters
 from megatron_cca.planner.shards import gradient_numbers, optimizer_numbers
 from megatron_cca.planner.sizes import Sizes, sizes_of
 from megatron_cca.planner.workload import Workload
-from megatron_cca.training.reference_settings import has_own_weights, reference_settings
+from megatron_cca.training.reference_settings import has_own_weights, reference_settings, uses_reference_pass
 
+GIB = 2**30
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 # What no tensor shows, on a GPU: the CUDA context with its libraries; NCCL's buffers for each group that has other
@@ -95,7 +96,7 @@ class _Rank:
         held = {"weights": self._weights(), "gradients": self._gradients(), "optimizer": self._optimizer()}
         reference = self._reference()
         phases = [self._part(held | {"reference": reference} | self._policy_pass())]
-        if self.config.objective.name != "next_token" and self.config.reference.strategy != "cached":
+        if uses_reference_pass(self.config):
             phases.append(self._part(held | self._reference_pass(reference)))
         return max(phases, key=lambda one: one.total)
 
@@ -153,23 +154,21 @@ class _Rank:
         parameters = reference_parameters(self.config, self.pipeline_rank)
         return sum(self._reference_bytes(parameter) for parameter in parameters)
 
-    def _reference_bytes(self, parameter) -> float:
+    def _reference_bytes(self, parameter: Parameter) -> float:
         size = _SIZES["fp32" if reference_settings(self.config).precision == "fp32" else "bf16"]
-        if not self.config.reference.fp8_param or parameter.numel == self.sizes.architecture.hidden_size:
+        if not (self.config.reference.fp8_param and _is_kept_in_fp8(parameter)):
             return parameter.numel * size
-        if parameter.name == "output_layer":
-            return parameter.numel * size
-        return parameter.numel + FP32 * parameter.numel / self._columns(parameter.name)
-
-    def _columns(self, name: str) -> float:
-        hidden, tensor = self.sizes.architecture.hidden_size, self.sizes.tensor
-        inputs = {"linear_proj": hidden / tensor, "linear_fc2": self.sizes.architecture.ffn_hidden_size / tensor}
-        return inputs.get(name, hidden)
+        return parameter.numel + FP32 * parameter.numel / parameter.columns
 
     def _layer(self, size: int) -> activations.LayerShape:
-        kernels = self.config.kernels.bias_activation_fusion
-        is_fused = self.on_gpu if kernels is None else kernels
-        return activations.layer_shape(self.config, self.sizes, size, is_fused=is_fused)
+        swiglu = self.config.kernels.bias_activation_fusion
+        return activations.layer_shape(
+            self.config,
+            self.sizes,
+            size,
+            fuses_norms=self.on_gpu,
+            fuses_swiglu=self.on_gpu if swiglu is None else swiglu,
+        )
 
     def _policy_pass(self) -> dict[str, float]:
         config, sizes, layer = self.config, self.sizes, self._layer(self._size)
@@ -206,16 +205,20 @@ class _Rank:
     def _passing_weights(self, size: int) -> float:
         """Of the reference, what is on the device only while it is used."""
         parameters = reference_parameters(self.config, self.pipeline_rank)
-        matrices = [parameter.numel for parameter in parameters if parameter.name != "output_layer"]
         if self.config.reference.strategy == "offload":
             layer = self.sizes.layer_weights
             ends = [one.numel for one in parameters if one.name in ("word_embeddings", "output_layer")]
             return size * (layer + max([layer, *ends]))
         if self.config.reference.fp8_param:
             # Unfolded through fp32.
-            return (size + 2 * FP32) * max(matrices, default=0)
+            return (size + 2 * FP32) * max((one.numel for one in parameters if _is_kept_in_fp8(one)), default=0)
         return 0
 
     def _tokens(self) -> float:
         """Ids and masks of all microbatches of a step."""
         return (head_memory.INT64 + 1) * self.sizes.microbatches * self.sizes.rows * self.workload.seq_length
+
+
+def _is_kept_in_fp8(parameter: Parameter) -> bool:
+    """With ``reference.fp8_param``: models/fp8_weights.py leaves norms and LM head as they are."""
+    return parameter.columns is not None and parameter.name != "output_layer"

@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.planner.candidates import Layout, laid_out
-from megatron_cca.planner.trials import Candidate, Wishes, candidate_of
-
-_GIB = 2**30
+from megatron_cca.planner.trials import Candidate, Wishes, candidate_of, misfit
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def _verdict(config: Config, best: Candidate, wishes: Wishes) -> str:
         candidate = candidate_of(config, wishes)
     except UserError as error:
         return f"refused: {error}"
-    needed, limit = candidate.memory.total, wishes.memory_limit
-    if needed > limit:
-        return f"does not fit: {needed / _GIB:.1f} GiB, {limit / _GIB:.1f} may be filled"
+    problem = misfit(candidate, wishes)
+    if problem is not None:
+        return problem
     slower = candidate.step.total / best.step.total - 1
     return f"{slower:.0%} slower" if slower >= 0.005 else "as fast"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_cca.config import Config
 from megatron_cca.models.architecture import padded_vocab_size
-from megatron_cca.planner.flops import products
+from megatron_cca.planner.flops import Product, products
 from megatron_cca.planner.sizes import architecture_of
 
 
@@ -18,11 +18,13 @@ class Parameter:
     Attributes:
         name: within its layer, or of the whole model.
         numel: its numbers on this rank.
+        columns: of these in a row; None for a norm, which is no matrix.
         is_trained: whether it has a gradient.
     """
 
     name: str
     numel: int
+    columns: int | None
     is_trained: bool
 
 
@@ -48,12 +50,12 @@ def _chunk(config: Config, pipeline_rank: int, chunk: int, chunks: int) -> Itera
     is_trained = config.lora.dim is None
     rows = padded_vocab_size(architecture, config.model, tensor) // tensor
     if pipeline_rank == 0 and chunk == 0:
-        yield Parameter("word_embeddings", rows * hidden, is_trained)
+        yield Parameter("word_embeddings", rows * hidden, hidden, is_trained)
     for _ in range(architecture.num_layers // (stages * chunks)):
         yield from _layer(config)
     if pipeline_rank == stages - 1 and chunk == chunks - 1:
-        yield Parameter("final_layernorm", hidden, is_trained)
-        yield Parameter("output_layer", rows * hidden, is_trained)
+        yield Parameter("final_layernorm", hidden, None, is_trained)
+        yield Parameter("output_layer", rows * hidden, hidden, is_trained)
 
 
 def _layer(config: Config) -> Iterator[Parameter]:
@@ -61,17 +63,25 @@ def _layer(config: Config) -> Iterator[Parameter]:
     # Megatron makes linear_proj before linear_qkv.
     qkv, proj, fc1, fc2 = products(architecture)
     for norm, pair in (("input_layernorm", (proj, qkv)), ("pre_mlp_layernorm", (fc1, fc2))):
-        yield Parameter(norm, architecture.hidden_size, is_trained)
+        yield Parameter(norm, architecture.hidden_size, None, is_trained)
         for product in pair:
-            yield Parameter(product.name, product.weights // config.parallel.tensor_model_parallel_size, is_trained)
+            inputs, outputs = _on_a_rank(product, config)
+            yield Parameter(product.name, inputs * outputs, inputs, is_trained)
             yield from _adapter(config, product)
 
 
-def _adapter(config: Config, product) -> Iterator[Parameter]:
-    dim, tensor = config.lora.dim, config.parallel.tensor_model_parallel_size
+def _adapter(config: Config, product: Product) -> Iterator[Parameter]:
+    dim = config.lora.dim
     if dim is None or product.name not in config.lora.target_modules:
         return
-    inputs = product.inputs if product.splits_outputs else product.inputs // tensor
-    outputs = product.outputs // tensor if product.splits_outputs else product.outputs
-    yield Parameter(f"{_ADAPTER}linear_in", dim * inputs, True)
-    yield Parameter(f"{_ADAPTER}linear_out", outputs * dim, True)
+    inputs, outputs = _on_a_rank(product, config)
+    yield Parameter(f"{_ADAPTER}linear_in", dim * inputs, inputs, True)
+    yield Parameter(f"{_ADAPTER}linear_out", outputs * dim, dim, True)
+
+
+def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
+    """Its inputs and outputs, one of them divided by tensor parallelism."""
+    tensor = config.parallel.tensor_model_parallel_size
+    if product.splits_outputs:
+        return product.inputs, product.outputs // tensor
+    return product.inputs // tensor, product.outputs

@@ -7,38 +7,29 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_cca.evaluation.plots import GREY, INK, save
+from megatron_cca.evaluation.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, YELLOW, save
+from megatron_cca.planner.memory import GIB
 from megatron_cca.planner.search import Plan
 from megatron_cca.planner.step_time import StepTime
 from megatron_cca.planner.trials import Candidate
-from megatron_cca.planner.words import GIB, layout_name, memory_groups, recompute_name, reference_name
+from megatron_cca.planner.words import layout_name, memory_groups, recompute_name, reference_name
 
-# Okabe and Ito's, which colour-blind readers tell apart.
-_BLUE, _SKY, _ORANGE, _GREEN, _RED, _PINK, _YELLOW = (
-    "#0072b2",
-    "#56b4e9",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#f0e442",
-)
 _MEMORY = {
-    "weights": _BLUE,
-    "reference": _ORANGE,
-    "gradients": _GREEN,
-    "optimizer": _PINK,
-    "activations": _SKY,
+    "weights": BLUE,
+    "reference": ORANGE,
+    "gradients": GREEN,
+    "optimizer": PINK,
+    "activations": SKY,
     "rest": GREY,
 }
 _TIME = {
-    "layers": _BLUE,
-    "recomputation": _SKY,
-    "LM head": _GREEN,
-    "reference": _ORANGE,
-    "pipeline bubble": _RED,
-    "communication": _YELLOW,
-    "optimizer": _PINK,
+    "layers": BLUE,
+    "recomputation": SKY,
+    "LM head": GREEN,
+    "reference": ORANGE,
+    "pipeline bubble": RED,
+    "communication": YELLOW,
+    "optimizer": PINK,
     "overhead": GREY,
 }
 _LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False, "ncols": 4, "loc": "lower center"}
@@ -73,7 +64,8 @@ def plot(path: Path, plan: Plan) -> None:
 def _name(candidate: Candidate) -> str:
     config = candidate.config
     return (
-        f"{layout_name(candidate)}, micro batch {config.training.micro_batch_size}, {config.training.precision}\n"
+        f"{layout_name(config, candidate.num_gpus)}, micro batch {config.training.micro_batch_size}, "
+        f"{config.training.precision}\n"
         f"recompute {recompute_name(config)}; reference {reference_name(config)}"
     )
 

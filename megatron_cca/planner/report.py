@@ -80,7 +80,7 @@ def as_json(report: Report) -> dict:
 def _candidate(candidate: Candidate) -> dict:
     config, step = candidate.config, candidate.step
     return {
-        "layout": layout_name(candidate),
+        "layout": layout_name(config, candidate.num_gpus),
         "parallel": config_to_dict(config)["parallel"],
         "micro_batch_size": config.training.micro_batch_size,
         "recompute": recompute_name(config),

@@ -8,9 +8,10 @@ from functools import lru_cache
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
-from megatron_cca.planner.flops import products, rows_per_sample
+from megatron_cca.planner.flops import products
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.checks import data_parallel_size
+from megatron_cca.training.shapes import rows_per_sample
 
 
 @dataclass(frozen=True)

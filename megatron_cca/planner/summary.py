@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from megatron_cca.config import Config
 from megatron_cca.planner.calibration import DEFAULT
-from megatron_cca.planner.flops import rows_per_sample
+from megatron_cca.planner.memory import GIB
 from megatron_cca.planner.others import Other
 from megatron_cca.planner.search import Plan
 from megatron_cca.planner.sizes import sizes_of
 from megatron_cca.planner.trials import MEMORY_SHARE, Candidate
-from megatron_cca.planner.words import GIB, layout_name, recompute_name, row, table
+from megatron_cca.planner.words import layout_name, recompute_name, row, table
 from megatron_cca.planner.yaml_text import as_yaml
+from megatron_cca.training.shapes import rows_per_sample
 
 YAML_FILE = "plan.yaml"
 
@@ -60,6 +61,10 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _layout(candidate: Candidate) -> str:
+    return layout_name(candidate.config, candidate.num_gpus)
+
+
 def _samples(candidate: Candidate) -> int:
     return candidate.config.training.micro_batch_size
 
@@ -78,7 +83,7 @@ def _remarks(report: Report) -> Iterator[str]:
         faster = cached.step.samples_per_second / best.step.samples_per_second
         yield (
             f"With reference.strategy cached, after tools/cache_reference.py has passed over the data once: "
-            f"{layout_name(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
+            f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
             f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
         )
     if best.config.reference.strategy == "offload" and best.config.objective.name != "next_token":
@@ -100,7 +105,7 @@ def yaml_of(report: Report) -> str:
     launch = f"--nnodes {nodes} --nproc_per_node {per_node}" if nodes > 1 else f"--nproc_per_node {per_node}"
     step = best.step
     head = [
-        f"Planned by tools/plan.py for {cluster.num_gpus} x {cluster.gpu.name}: {layout_name(best)}.",
+        f"Planned by tools/plan.py for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
         f"Predicted: {step.total:.3g} s/step ({step.low:.3g} to {step.high:.3g}), {step.samples_per_second:.3g} "
         f"samples/s, {best.memory.total / GIB:.1f} of {cluster.gpu.memory_bytes / GIB:.1f} GiB.",
         f"torchrun {launch} examples/pretrain_cca_emu3.sh --config {YAML_FILE}",

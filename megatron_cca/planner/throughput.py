@@ -8,12 +8,13 @@ from megatron_cca.config import Config
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.communication import Group
 from megatron_cca.planner.compute import Compute
-from megatron_cca.planner.flops import model_flops, rows_per_sample, uses_reference_pass
+from megatron_cca.planner.flops import model_flops
 from megatron_cca.planner.hardware import Cluster
 from megatron_cca.planner.sizes import sizes_of
 from megatron_cca.planner.step_time import StepTime
 from megatron_cca.planner.workload import Workload
-from megatron_cca.training.reference_settings import reference_settings
+from megatron_cca.training.reference_settings import reference_settings, uses_reference_pass
+from megatron_cca.training.shapes import rows_per_sample
 
 _FP32 = 4
 

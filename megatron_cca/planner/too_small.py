@@ -10,9 +10,9 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.planner.candidates import layouts
 from megatron_cca.planner.hardware import GPUS, Cluster
+from megatron_cca.planner.memory import GIB
 from megatron_cca.planner.trials import Candidate, Wishes, candidates, fitting
 
-_GIB = 2**30
 _MOST_NODES = 64
 
 
@@ -73,8 +73,8 @@ def refuse_too_small(config: Config, wishes: Wishes, found: Sequence[Candidate])
     least = min((one.memory.total for one in found), default=0)
     cluster = wishes.cluster
     where = f"{cluster.num_gpus} x {cluster.gpu.name}"
-    problem = f"--gpus: {where} are too little for this model: the best layout needs {least / _GIB:.1f} GiB on a GPU"
-    raise UserError(f"{problem}, of which {wishes.memory_limit / _GIB:.1f} may be filled; {_advice(config, wishes)}")
+    problem = f"--gpus: {where} are too little for this model: the best layout needs {least / GIB:.1f} GiB on a GPU"
+    raise UserError(f"{problem}, of which {wishes.memory_limit / GIB:.1f} may be filled; {_advice(config, wishes)}")
 
 
 def _advice(config: Config, wishes: Wishes) -> str:

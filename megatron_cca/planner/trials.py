@@ -11,7 +11,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.candidates import DEFAULT_VARIABLES, check_candidate, layouts, options
 from megatron_cca.planner.hardware import Cluster
-from megatron_cca.planner.memory import MemoryEstimate, predict_memory
+from megatron_cca.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_cca.planner.step_time import StepTime
 from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import ImageShape, Workload, image_workload
@@ -64,6 +64,12 @@ class Candidate:
     def memory(self) -> MemoryEstimate:
         """Of the rank that holds most."""
         return predict_memory(self.config, self.num_gpus, self.workload)
+
+
+def misfit(candidate: Candidate, wishes: Wishes) -> str | None:
+    """Why it does not fit into memory, in words; None if it does."""
+    needed, limit = candidate.memory.total, wishes.memory_limit
+    return None if needed <= limit else f"does not fit: {needed / GIB:.1f} GiB, {limit / GIB:.1f} may be filled"
 
 
 def candidate_of(config: Config, wishes: Wishes) -> Candidate:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_cca.config import Config
-from megatron_cca.planner.memory import MemoryEstimate
+from megatron_cca.planner.memory import GIB, MemoryEstimate
 from megatron_cca.planner.trials import Candidate
 
-GIB = 2**30
 HEADER = (
     "layout",
     "micro batch",
@@ -26,9 +25,9 @@ HEADER = (
 )
 
 
-def layout_name(candidate: Candidate) -> str:
+def layout_name(config: Config, num_gpus: int) -> str:
     """Such as ``TP 2 x PP 4 (VPP 2) x DP 8``; sizes of 1 are left out."""
-    parallel, gpus = candidate.config.parallel, candidate.num_gpus
+    parallel = config.parallel
     tensor, pipeline, context = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -37,7 +36,7 @@ def layout_name(candidate: Candidate) -> str:
     virtual = parallel.virtual_pipeline_model_parallel_size
     stages = f"PP {pipeline}" + (f" (VPP {virtual})" if virtual else "")
     parts = [(tensor, f"TP {tensor}"), (pipeline, stages), (context, f"CP {context}")]
-    data = gpus // (tensor * pipeline * context)
+    data = num_gpus // (tensor * pipeline * context)
     return " x ".join([*(text for size, text in parts if size > 1), f"DP {data}"])
 
 
@@ -62,7 +61,7 @@ def row(candidate: Candidate) -> list[str]:
     """A candidate under :data:`HEADER`."""
     config, step = candidate.config, candidate.step
     return [
-        layout_name(candidate),
+        layout_name(config, candidate.num_gpus),
         str(config.training.micro_batch_size),
         recompute_name(config),
         reference_name(config),

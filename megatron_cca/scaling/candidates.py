@@ -10,8 +10,7 @@ from megatron_cca.planner.calibration import DEFAULT, Calibration, read_calibrat
 from megatron_cca.planner.candidates import Layout, laid_out
 from megatron_cca.planner.hardware import CPU, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.planner.search import search
-from megatron_cca.planner.trials import Candidate, Wishes, candidate_of
-from megatron_cca.planner.words import GIB
+from megatron_cca.planner.trials import Candidate, Wishes, candidate_of, misfit
 from megatron_cca.scaling.settings import LayoutSettings
 from megatron_cca.scaling.sweep import MEASURED, Task
 
@@ -43,10 +42,9 @@ def planned_candidate(task: Task) -> Candidate:
     if task.layout is None:
         return search(task.config, wishes, 1).best[0]
     candidate = candidate_of(laid_out(task.config, layout_of(task.layout, task)), wishes)
-    if candidate.memory.total > wishes.memory_limit:
-        raise UserError(
-            f"does not fit: {candidate.memory.total / GIB:.1f} GiB, {wishes.memory_limit / GIB:.1f} may be filled"
-        )
+    problem = misfit(candidate, wishes)
+    if problem is not None:
+        raise UserError(problem)
     return candidate
 
 

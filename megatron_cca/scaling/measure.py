@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -22,11 +22,12 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.flops import model_flops, rows_per_sample
+from megatron_cca.planner.flops import model_flops
 from megatron_cca.planner.hardware import CPU, gpu_named
 from megatron_cca.planner.measuring import peak_flops
+from megatron_cca.planner.memory import GIB
 from megatron_cca.planner.short_runs import on_random_shards, started, timed_step, without_extras, write_random_shards
-from megatron_cca.planner.words import GIB, layout_name
+from megatron_cca.planner.words import layout_name
 from megatron_cca.planner.workload import image_workload
 from megatron_cca.scaling.candidates import gpu_of
 from megatron_cca.scaling.collective_timer import timed_collectives
@@ -36,14 +37,7 @@ from megatron_cca.scaling.spans import Span, Waiting, merged, shortest, waiting
 from megatron_cca.scaling.sweep import Task
 from megatron_cca.training.device_checks import check_devices
 from megatron_cca.training.setup import Run
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """A configuration on its processes, as :func:`layout_name` wants it."""
-
-    config: Config
-    num_gpus: int
+from megatron_cca.training.shapes import rows_per_sample
 
 
 def measure(task: Task, config: Config) -> dict[str, Any]:
@@ -174,7 +168,7 @@ def _about_ranks(memory: list[int], shares: list[Waiting]) -> dict[str, Any]:
 
 def _about_layout(task: Task, config: Config) -> dict[str, Any]:
     return {
-        "layout": layout_name(_Laid(config, task.num_gpus)),
+        "layout": layout_name(config, task.num_gpus),
         "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.training.global_batch_size,
         "ideal_bubble": ideal_bubble(config, task.num_gpus),

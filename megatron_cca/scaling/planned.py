@@ -8,7 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_cca.errors import UserError
-from megatron_cca.planner.words import GIB, layout_name
+from megatron_cca.planner.memory import GIB
+from megatron_cca.planner.words import layout_name
 from megatron_cca.scaling.candidates import planned_candidate
 from megatron_cca.scaling.records import Record, read_record, write_failed, write_finished
 from megatron_cca.scaling.shapes import ideal_bubble
@@ -44,7 +45,7 @@ def plan(task: Task) -> Record:
         "memory_gib": candidate.memory.total / GIB,
         "communication": step.communication / step.total,
         "bubble": step.bubble / step.total,
-        "layout": layout_name(candidate),
+        "layout": layout_name(candidate.config, candidate.num_gpus),
         "micro_batch_size": training.micro_batch_size,
         "global_batch_size": training.global_batch_size,
         "ideal_bubble": ideal_bubble(candidate.config, task.num_gpus),

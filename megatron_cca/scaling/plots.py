@@ -9,16 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from megatron_cca.evaluation.plots import GREY, INK, save
+from megatron_cca.evaluation.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, YELLOW, save
 from megatron_cca.scaling.records import Row
 from megatron_cca.scaling.series import Group, Series, groups_of, units
 from megatron_cca.scaling.sweep import MEASURED, Sweep
 
-# Okabe and Ito's, which colour-blind readers tell apart.
-_BLUE, _ORANGE, _GREEN, _RED, _PINK, _YELLOW = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#f0e442"
-_COLOURS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE)
+_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE)
 _MARKERS = {"weak": "o", "strong": "s"}
-_SHARES = {"computing and the rest": _BLUE, "communication": _YELLOW, "pipeline bubble": _RED}
+_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
 _LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False}
 _WIDTH, _HEIGHT = 13.5, 4.3
 # Left and right of all points, as a factor; how far neighbours at the same size stand apart, as a share of the axis.

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-from megatron_cca.config import NonNegativeInt, PositiveInt
+from megatron_cca.config import NonNegativeInt, PositiveInt, strict
 from megatron_cca.config_files import read_yaml
 from megatron_cca.errors import said_of
 from megatron_cca.studies.settings import Name, from_plain
@@ -21,10 +20,8 @@ Keys = dict[str, Any]
 Grid = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 WorldSizes = Annotated[list[PositiveInt], Field(min_length=1)]
 
-_strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
-
-@_strict
+@strict
 class LayoutSettings:
     """One entry of ``layouts``; data parallelism is what the world size leaves."""
 
@@ -39,7 +36,7 @@ class LayoutSettings:
 Layouts = Literal["planned"] | Annotated[list[LayoutSettings], Field(min_length=1)]
 
 
-@_strict
+@strict
 class PlannedSettings:
     """Section ``planned``: points that nobody ran, from the planner's model."""
 
@@ -63,7 +60,7 @@ class PlannedSettings:
     caption_tokens: NonNegativeInt | None = None
 
 
-@_strict
+@strict
 class SweepSettings:
     """A whole sweep."""
 

@@ -41,10 +41,7 @@ class Waiting:
 
 def shortest(spans: Iterable[Span]) -> dict[str, float]:
     """Seconds of the fastest of each kind, which is the transfer itself: whoever comes last waits for nobody."""
-    found: dict[str, float] = {}
-    for span in spans:
-        found[span.kind] = min(span.duration, found.get(span.kind, span.duration))
-    return found
+    return merged({span.kind: span.duration} for span in spans)
 
 
 def merged(every: Iterable[dict[str, float]]) -> dict[str, float]:

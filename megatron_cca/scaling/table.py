@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from megatron_cca.planner import words
@@ -78,13 +79,12 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _line(row: Row, rows: Sequence[Row]) -> list[str]:
     record = row.record
-    seconds = sorted(record["step_seconds"])
     return [
         row.task.mode,
         str(record["num_gpus"]),
         record["layout"],
         f"{record['global_batch_size']:,}",
-        f"{seconds[len(seconds) // 2]:.3g}",
+        f"{statistics.median(record['step_seconds']):.3g}",
         f"{record['tokens_per_second_per_gpu']:,.0f} ({record['low']:,.0f} to {record['high']:,.0f})",
         f"{efficiency(row, rows):.0%}",
         f"{record['mfu']:.1%}",

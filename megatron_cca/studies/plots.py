@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from megatron_cca.evaluation.plots import GREY, INK, save
+from megatron_cca.evaluation.plots import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, save
 from megatron_cca.studies.heatmap import heatmap
 from megatron_cca.studies.plot_checks import file_name, plotted_methods, swept_keys
 from megatron_cca.studies.results import Result, Results
@@ -21,8 +21,7 @@ from megatron_cca.studies.settings import PlotSettings
 from megatron_cca.studies.study import BASE, Method
 from megatron_cca.studies.words import METRICS, axis_name, key_name, value_name
 
-# Okabe and Ito's, which colour-blind readers tell apart.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195")
+_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#7a5195")
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
 # Where the largest FID is this many times the smallest, it is drawn on a log scale.
 _LOG_RATIO = 6.0

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 from megatron_cca.config_files import as_json, read_yaml
 from megatron_cca.errors import UserError, said_of
 
@@ -23,10 +22,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Keys = dict[str, Any]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
-_strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
-
-@_strict
+@strict
 class SamplingConfig:
     """Section ``sampling``: how every model draws, unless a method says otherwise."""
 
@@ -50,7 +47,7 @@ class SamplingConfig:
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 
-@_strict
+@strict
 class BaseSettings:
     """Section ``base``: the model that every method starts from."""
 
@@ -62,7 +59,7 @@ class BaseSettings:
     """Keys of ``config`` to change."""
 
 
-@_strict
+@strict
 class MethodSettings:
     """One entry of ``methods``."""
 
@@ -78,7 +75,7 @@ class MethodSettings:
     """Values of keys, all combinations of which are reported on all seeds, beside what was chosen for the others."""
 
 
-@_strict
+@strict
 class PlotSettings:
     """One entry of ``plots``."""
 
@@ -94,7 +91,7 @@ class PlotSettings:
     y: str | None = None
 
 
-@_strict
+@strict
 class StudySettings:
     """A whole study."""
 

@@ -10,7 +10,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.layer_specs import check_fp8_device
 from megatron_cca.training.fp8_checks import check_fp8_sizes
-from megatron_cca.training.reference_settings import reference_settings
+from megatron_cca.training.reference_settings import settings_by_key
 
 
 def check_devices(config: Config) -> None:
@@ -19,10 +19,7 @@ def check_devices(config: Config) -> None:
     Raises:
         UserError: names the key and what is missing or does not fit.
     """
-    settings = {"training.precision": config.training}
-    if config.objective.name != "next_token" and config.reference.strategy != "cached":
-        settings["reference.precision"] = reference_settings(config)
-    for key, one in settings.items():
+    for key, one in settings_by_key(config).items():
         if one.precision == "fp8":
             with said_of(key):
                 check_fp8_device(one.fp8_recipe)

@@ -30,3 +30,16 @@ def reference_settings(config: Config) -> TrainingConfig:
         fp8_recipe=own.fp8_recipe or inherited,
         recompute_granularity=None,
     )
+
+
+def uses_reference_pass(config: Config) -> bool:
+    """Whether each step has a forward pass of the frozen model."""
+    return config.objective.name != "next_token" and config.reference.strategy != "cached"
+
+
+def settings_by_key(config: Config) -> dict[str, TrainingConfig]:
+    """How each model of the run computes, under the key that its precision is configured with."""
+    settings = {"training.precision": config.training}
+    if uses_reference_pass(config):
+        settings["reference.precision"] = reference_settings(config)
+    return settings

@@ -7,9 +7,14 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import sequence_multiple
 
 
+def rows_per_sample(config: Config) -> int:
+    """Two for objectives on pairs, a matched and a mismatched one."""
+    return 1 if config.objective.name == "next_token" else 2
+
+
 def rows_per_microbatch(config: Config) -> int:
-    """Rows of one forward pass: with pairs, a positive and a negative one for each sample."""
-    return config.training.micro_batch_size * (1 if config.objective.name == "next_token" else 2)
+    """Rows of one forward pass."""
+    return config.training.micro_batch_size * rows_per_sample(config)
 
 
 def shared_multiple(config: Config) -> int:

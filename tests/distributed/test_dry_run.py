@@ -73,6 +73,7 @@ LIKE_GPU = {
     "tp4, last stage": (8, [*WIDE, *PP2], [7]),
     "tp4, recomputed": (4, [*WIDE, *FULL], [0]),
     "tp4, fp8 reference": (4, [*WIDE, *FULL, "reference.fp8_param=true"], [0]),
+    "tp4, SwiGLU by parts": (4, [*WIDE, "kernels.bias_activation_fusion=false"], [0]),
     "tp4 x cp2": (8, [*WIDE, "parallel.context_parallel_size=2"], [0]),
 }
 WIDE_WORKLOAD = Workload(8448, 8100)
