@@ -31,7 +31,7 @@ class ModelConfig:
     """Section ``model``: a named preset of a family; any size left at null is the preset's."""
 
     name: str = "emu3-tiny"
-    """The preset: ``emu3-tiny`` or ``emu3-8b``."""
+    """The preset, which says the family, too: ``emu3-8b``, ``llamagen-l``, or one of the others listed at the end."""
     num_layers: PositiveInt | None = None
     """Layers of the whole model."""
     hidden_size: PositiveInt | None = None

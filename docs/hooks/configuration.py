@@ -57,7 +57,8 @@ def _presets() -> str:
     rows = [f"| `model.name` | {' | '.join(f'`{name}`' for name in presets)} |", "|---|" + "---|" * len(presets)]
     sizes = [field.name for field in dataclasses.fields(next(iter(presets.values()))) if field.name != "vocabulary"]
     for size in sizes:
-        rows.append(f"| `{size}` | {' | '.join(f'{getattr(one, size):,}' for one in presets.values())} |")
+        values = (getattr(one, size) for one in presets.values())
+        rows.append(f"| `{size}` | {' | '.join(one if isinstance(one, str) else f'{one:,}' for one in values)} |")
     rows.append(f"| `vocab_size` | {' | '.join(f'{one.vocabulary.size:,}' for one in presets.values())} |")
     return "## Presets\n\n" + "\n".join(rows) + "\n"
 

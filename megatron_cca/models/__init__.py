@@ -10,6 +10,7 @@ from megatron_cca.models.architecture import Architecture, with_explicit_sizes, 
 from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
 from megatron_cca.models.huggingface import HuggingFaceFormat
+from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,12 @@ class Family:
     """Named sizes, and what its checkpoints look like on Hugging Face."""
 
     presets: dict[str, Architecture]
-    huggingface: HuggingFaceFormat
+    huggingface: HuggingFaceFormat | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "emu3": Family(EMU3_PRESETS, Emu3HuggingFace()),
+    "llamagen": Family(LLAMAGEN_PRESETS),
 }
 
 

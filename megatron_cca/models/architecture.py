@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from megatron_cca.config import ModelConfig, ParallelConfig
 from megatron_cca.errors import UserError
@@ -12,7 +13,14 @@ from megatron_cca.models.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes under Megatron's names, and the vocabulary that gives token ids their meaning."""
+    """Sizes under Megatron's names, and the vocabulary that gives token ids their meaning.
+
+    Attributes:
+        vocabulary: of all ids.
+        position_embedding: ``rope``, along the row; or ``rope_2d``, over the square grid of the image, whose codes
+            follow ``prefix_tokens`` that have no place on it.
+        prefix_tokens: of ``rope_2d``.
+    """
 
     num_layers: int
     hidden_size: int
@@ -23,6 +31,8 @@ class Architecture:
     layernorm_epsilon: float
     rotary_base: float
     vocabulary: Vocabulary
+    position_embedding: Literal["rope", "rope_2d"] = "rope"
+    prefix_tokens: int = 0
 
 
 def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:

@@ -17,6 +17,11 @@ class Vocabulary:
 
     size: int
 
+    @property
+    def output_size(self) -> int:
+        """How many of the ids, from 0 on, the LM head predicts; the rows behind them are masked, as padding is."""
+        return self.size
+
     def fingerprint(self) -> str:
         """A short hash of the whole layout; shards and models that differ in it do not fit."""
         layout = json.dumps(dataclasses.asdict(self), sort_keys=True)

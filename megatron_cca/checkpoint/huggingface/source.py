@@ -158,7 +158,7 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
     """The family that a configuration belongs to; raises :class:`UserError` that says what it is otherwise."""
     kind = config.get("model_type")
     for family in FAMILIES.values():
-        if isinstance(kind, str) and kind in family.huggingface.model_types:
+        if family.huggingface and isinstance(kind, str) and kind in family.huggingface.model_types:
             return family.huggingface
     raise UserError(
         f"{option}: {folder / CONFIG}: model_type {kind!r} (architectures {config.get('architectures')}) is not of a "
