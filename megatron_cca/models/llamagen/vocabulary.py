@@ -1,4 +1,4 @@
-"""Image codes and classes in one vocabulary; the authors have a table for each (FoundationVision/LlamaGen, ``gpt.py``)."""
+"""Image codes and classes in one vocabulary; the authors keep two tables (FoundationVision/LlamaGen, ``gpt.py``)."""
 
 from __future__ import annotations
 
