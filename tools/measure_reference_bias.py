@@ -76,7 +76,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.training.reference_bias import BiasSettings, conclusions, measure, table, write
+    from megatron_cca.training.reference_bias import BiasSettings, measure
+    from megatron_cca.training.reference_bias_report import conclusions, table, write
 
     names = ("checkpoint", "data", "rows", "lengths", "precisions", "seed")
     settings = BiasSettings(**{name: getattr(arguments, name) for name in names})

@@ -16,6 +16,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.grammar import is_visual
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.training import reference_bias as bias
+from megatron_cca.training import reference_bias_report as report
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
 from tests.distributed.launch import ROOT, environment, run_workers
 from tests.references import token_shards
@@ -170,25 +171,25 @@ def bias_of(rms, tokens=8192, fp8_param=True, policy="bf16"):
 def test_the_beta_that_it_calls_safe_passes_the_gate_of_training(rms):
     config = load_config(None, ["training.precision=bf16", "reference.fp8_param=true"])
     pair = bias_of(rms)
-    judge(config, float(bias._beta(pair.safe_beta)), pair.spread)
+    judge(config, float(report._beta(pair.safe_beta)), pair.spread)
     judge(config, pair.safe_beta * 0.999, pair.spread)
     with pytest.raises(UserError):
         judge(config, pair.safe_beta * 1.001, pair.spread)
-    assert float(bias._beta(pair.safe_beta)) > 0.89 * pair.safe_beta
+    assert float(report._beta(pair.safe_beta)) > 0.89 * pair.safe_beta
 
 
 def test_the_sentences():
     pairs = [bias_of(1.0, 256), bias_of(12.4), bias_of(0.0, 256, False), bias_of(0.0, 8192, False)]
-    assert bias.conclusions(pairs, None) == [
+    assert report.conclusions(pairs, None) == [
         "bf16 policy, bf16 reference with FP8 weights: safe up to beta 0.004 at 8,192 tokens (the paper's, scaled to "
         "that: 0.0014, is safe)",
         "bf16 policy, bf16 reference: exactly 0, safe at any beta",
     ]
-    assert bias.conclusions(pairs, 0.0041)[0].endswith("(0.0041 is not safe)")
-    assert bias.conclusions(pairs, 0.004)[0].endswith("(0.004 is safe)")
+    assert report.conclusions(pairs, 0.0041)[0].endswith("(0.0041 is not safe)")
+    assert report.conclusions(pairs, 0.004)[0].endswith("(0.004 is safe)")
     uneven = [bias_of(0.1, 256, False), bias_of(0.0, 8192, False)]
-    assert bias.conclusions(uneven, None)[0].endswith("not deterministic here")
-    lines = bias.table(pairs).splitlines()
+    assert report.conclusions(uneven, None)[0].endswith("not deterministic here")
+    lines = report.table(pairs).splitlines()
     assert lines[2] == "| bf16 | bf16 with FP8 weights | 256 | 0.6 | 0.8 | 1 | 3 | 0.05 |"
     assert lines[4].count("exactly 0") == 4
     assert len(lines) == 5
@@ -197,7 +198,7 @@ def test_the_sentences():
 def test_the_picture_has_each_two_once_and_no_zeros():
     other = bias_of(3.0, policy="fp32", fp8_param=False)
     mirrored = replace(other, policy=other.reference, reference=other.policy)
-    drawn = bias._lines([bias_of(2.0), bias_of(0.0, fp8_param=False), other, mirrored])
+    drawn = report._lines([bias_of(2.0), bias_of(0.0, fp8_param=False), other, mirrored])
     assert drawn == [[other], [bias_of(2.0)]]
 
 
