@@ -30,10 +30,19 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = 240) -> su
     )
 
 
-# Forked from one server that has imported Megatron-Core already: importing it costs more than most tests, and forked
-# ranks share its memory.
+# Forked from one server that has imported Megatron-Core already, and what else is slow to import: that costs more than
+# most tests, and forked ranks share its memory.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.distributed.workers"])
+_SERVER.set_forkserver_preload(
+    [
+        "tests.distributed.workers",
+        "matplotlib.pyplot",
+        "nvidia.dali.fn",
+        "sklearn.datasets",
+        "sklearn.svm",
+        "transformers",
+    ]
+)
 
 
 def run_tool(script: Path, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
