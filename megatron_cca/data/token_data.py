@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_files import SAMPLE
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenData:
         return self._starts[-1]
 
     @property
-    def vocabulary(self) -> Emu3Vocabulary:
+    def vocabulary(self) -> ImageVocabulary:
         """The one that all folders were tokenised for."""
         return self.shards[0].vocabulary
 
@@ -67,7 +67,7 @@ class TokenData:
         return shards.caption(local)
 
     def meta_words(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
-        """The tokens between BOI and IMG; raises as :meth:`TokenShards.meta_words` does."""
+        """What a prompt says of the grid; raises as :meth:`TokenShards.meta_words` does."""
         return self._place(sample)[0].meta_words(grid)
 
     def describe(self, sample: int) -> str:

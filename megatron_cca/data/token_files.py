@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, Indexed
 
 from megatron_cca.arrays import mapped_array
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 TABLE = "samples.npy"
 _INDEXED = {"codes": np.uint16, "captions": np.int32}
@@ -74,7 +74,7 @@ class TokenWriter:
         vocabulary: what the tokens mean.
     """
 
-    def __init__(self, folder: Path, vocabulary: Emu3Vocabulary) -> None:
+    def __init__(self, folder: Path, vocabulary: ImageVocabulary) -> None:
         self._folder, self._vocabulary = folder, vocabulary
         self._rows: list[tuple] = []
         self._builders = {
@@ -174,10 +174,10 @@ def _append(builder: IndexedDatasetBuilder, path: Path, lengths: list[int]) -> N
         shutil.copyfileobj(file, builder.data_file)
 
 
-def _check_tokens(index: int, sample: Sample, vocabulary: Emu3Vocabulary) -> None:
+def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
     for what, tokens, size, of in (
         ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
-        ("caption token", sample.caption, vocabulary.text_size, "text vocabulary"),
+        ("caption token", sample.caption, vocabulary.caption_size, "text vocabulary"),
     ):
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             wrong = tokens.max() if tokens.max() >= size else tokens.min()

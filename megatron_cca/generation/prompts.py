@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.digits import PHRASINGS, captions_of
+from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
 from megatron_cca.errors import UserError, said_of
 
 # Image seeds of one run do not meet those of the next.
@@ -23,14 +23,19 @@ class Prompt:
     """One image to draw.
 
     Attributes:
-        text: its caption.
+        text: its caption; None where only its class is known.
         seed: of its random stream; None until :func:`seeded`.
-        label: the class that it should show, for judges; None where there is none.
+        label: the class that it should show, for judges and for models that take classes; None where there is none.
     """
 
-    text: str
+    text: str | None
     seed: int | None = None
     label: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What people see of it."""
+        return f"class {self.label}" if self.text is None else self.text
 
 
 def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
@@ -61,6 +66,11 @@ def digit_prompts(count: int, seed: int) -> list[Prompt]:
     return seeded(prompts, seed)
 
 
+def digit_classes() -> list[Prompt]:
+    """Each digit once, in the first of its phrasings."""
+    return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
+
+
 def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt]:
     """One prompt for each class that is wanted.
 
@@ -86,7 +96,7 @@ def _label(captions: Sequence[str], name: str) -> int:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: a text a line, or JSON lines with ``prompt`` and, if wanted, ``label`` and ``seed``.
+    """Prompts from a file: a text a line, or JSON lines with ``prompt``, ``label`` or both, and ``seed`` if wanted.
 
     Raises:
         UserError: unreadable, empty, or a line that is not as it should be; names file and line.
@@ -121,11 +131,16 @@ def _json_prompt(line: str, number: int) -> Prompt:
             found = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError("is not a JSON object") from None
-        if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-            raise UserError(f'needs a "prompt" that is a text, such as {{"prompt": "a red fox"}}, found {line[:60]!r}')
-        if any("\ud800" <= letter <= "\udfff" for letter in found["prompt"]):
+        text = found.get("prompt") if isinstance(found, dict) else None
+        is_class = isinstance(found, dict) and "prompt" not in found and found.get("label") is not None
+        if not isinstance(text, str) and not is_class:
+            raise UserError(
+                'needs a "prompt" that is a text, such as {"prompt": "a red fox"}, or the "label" of a class, found '
+                f"{line[:60]!r}"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text or ""):
             raise UserError("prompt: is not valid Unicode")
-        return Prompt(found["prompt"], _whole_number(found, "seed"), _whole_number(found, "label"))
+        return Prompt(text, _whole_number(found, "seed"), _whole_number(found, "label"))
 
 
 def _whole_number(found: dict[str, Any], key: str) -> int | None:

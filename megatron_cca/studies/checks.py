@@ -19,7 +19,7 @@ from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.grammar import image_length, prompt_length
+from megatron_cca.models.grids import grid_misfit
 from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
 from megatron_cca.studies.settings import Keys, StudySettings
@@ -175,10 +175,14 @@ def _base_model(study: Study) -> ModelConfig:
 
 
 def _check_grids(study: Study) -> None:
-    positions = resolve_architecture(_base_model(study)).max_position_embeddings
+    architecture = resolve_architecture(_base_model(study))
+    positions = architecture.max_position_embeddings
     for method in study.methods.values():
         for sampling in (method.point(values).sampling for values in variants(method)):
-            tokens = prompt_length(0, 0) + image_length(1, sampling.height, sampling.width)
+            misfit = grid_misfit(architecture, 1, sampling.height, sampling.width)
+            if misfit is not None:
+                raise UserError(f"sampling: {misfit}")
+            tokens = architecture.vocabulary.sequence_length(0, 0, sampling.height, sampling.width)
             if tokens > positions:
                 raise UserError(
                     f"sampling: a grid of {sampling.height} x {sampling.width} takes {tokens} tokens beside the "

@@ -13,7 +13,7 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import merge_shards
 from megatron_cca.data.sources import Source, open_source
@@ -24,8 +24,8 @@ from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.grammar import meta_text
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 from megatron_cca.output import OPTION, check_apart, claimed, file_system_errors
 
 # Records that are decoded together, while those before them are encoded.
@@ -46,7 +46,7 @@ class Result:
 class _Job:
     settings: TokenizeSettings
     source: Source
-    vocabulary: Emu3Vocabulary
+    vocabulary: ImageVocabulary
     images: ImageTokenizer | None
     text: TextTokenizer
     parts: PartsFolder
@@ -107,8 +107,8 @@ def _open(settings: TokenizeSettings, device: torch.device) -> _Job:
         raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
     if settings.source.is_dir():
         check_apart(settings.output, settings.source, "--source")
-    meta_text(2, 1, 1, settings.clip_meta)
     vocabulary = _vocabulary(settings.model)
+    vocabulary.meta_text(2, 1, 1, settings.clip_meta)
     with said_of("--text-tokenizer"):
         text = open_text_tokenizer(settings.text_tokenizer)
         if text.size != vocabulary.text_size:
@@ -130,7 +130,7 @@ def _open(settings: TokenizeSettings, device: torch.device) -> _Job:
     return _Job(settings, source, vocabulary, images, text, PartsFolder(settings.output, len(source), settings.block))
 
 
-def _vocabulary(model: str) -> Emu3Vocabulary:
+def _vocabulary(model: str) -> ImageVocabulary:
     with said_of("--model"):
         return resolve_architecture(ModelConfig(name=model)).vocabulary
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from megatron_cca.data.dali import ImageDecoder
 from megatron_cca.data.image_headers import Rejected
-from megatron_cca.data.image_tokenizers import ImageTokenizer
+from megatron_cca.data.image_size import target_size
 from megatron_cca.data.images import judge
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.text import TextTokenizer
 from megatron_cca.data.token_files import Sample
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.image_size import target_size
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SampleMaker:
     def __init__(
         self,
         source: Source,
-        vocabulary: Emu3Vocabulary,
+        vocabulary: ImageVocabulary,
         image_tokenizer: ImageTokenizer | None,
         text_tokenizer: TextTokenizer,
         device: torch.device,

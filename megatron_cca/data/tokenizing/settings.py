@@ -20,7 +20,7 @@ class TokenizeSettings:
         image_tokenizer: its folder; None for sources that hold codes already.
         text_tokenizer: its folder.
         area: images are resized to about this many pixels, keeping their aspect ratio.
-        clip_meta: what stands between BOI and IMG of a clip, see :func:`megatron_cca.models.emu3.grammar.meta_text`.
+        clip_meta: what stands between BOI and IMG of a clip, see :meth:`ImageVocabulary.meta_text`.
         max_caption_tokens: records with longer captions are skipped.
         max_skipped: share of the records that may be skipped; more end the job.
         limits: of an image.
