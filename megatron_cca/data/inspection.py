@@ -16,6 +16,7 @@ from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.data.token_files import code_lengths
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.image_tokenizers import ImageTokenizer
@@ -53,7 +54,7 @@ def report(shards: TokenShards) -> str:
     unnamed = int((table["condition"] == table["caption"]).sum())
     lines = [
         f"{shards.folder}: {len(shards):,} samples, every file as it was written",
-        f"visual codes        {int(table['grid'].prod(axis=1, dtype=np.int64).sum()):,}",
+        f"visual codes        {int(code_lengths(table, shards.variants).sum()):,}{_variants(shards.variants)}",
         f"caption tokens      {int(lengths.sum(dtype=np.int64)):,}",
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
@@ -66,6 +67,13 @@ def report(shards: TokenShards) -> str:
     if len(grids) > _BARS:
         lines.append(f"  and {len(grids) - _BARS} more")
     return "\n".join(lines)
+
+
+def _variants(counts: np.ndarray) -> str:
+    least, most = int(counts.min()), int(counts.max())
+    if most == 1:
+        return ""
+    return f", {most if least == most else f'{least} to {most}'} variants of each sample"
 
 
 def _grid_name(grid: tuple[int, int, int]) -> str:

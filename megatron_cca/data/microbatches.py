@@ -177,7 +177,7 @@ class BatchBuilder:
     def _write_sample(self, ids: np.ndarray, plan: StepPlan, row: int) -> None:
         """Into int32 ``[1 or 2, S + 1]``; each row keeps its own grid whatever caption it is given."""
         sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
-        codes = self.data.codes(sample)
+        codes = self.data.codes(sample, int(plan.batch.variants[row]))
         words = self.data.meta_words(sample, codes.shape)
         starts, length = plan.prompt_lengths[:, row].tolist(), int(plan.image_lengths[row])
         image = ids[0, starts[0] : starts[0] + length]

@@ -26,7 +26,7 @@ from megatron_cca.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_cca.data.token_files import TABLE, Sample, TokenWriter, checksum, join_token_files, open_table
+from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -126,6 +126,10 @@ class TokenShards:
         vocabulary: the model's.
         key: the option that named the folder, for messages.
 
+    Attributes:
+        table: :data:`SAMPLE` ``[N]``, memory-mapped.
+        variants: int32 ``[N]``, how many each sample has.
+
     Raises:
         UserError: a missing folder or file, a truncated or changed one, another vocabulary, no samples; names the file.
     """
@@ -142,7 +146,8 @@ class TokenShards:
             check_files(self.folder, self.manifest)
             if len(self) < 1:
                 raise UserError(f"{self.folder} holds no samples")
-            self.table = open_table(self.folder, len(self))
+            has_variants = VARIANTS in self.manifest["files"]
+            self.table, self.variants = open_table(self.folder, len(self), has_variants=has_variants)
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
         self._codes = IndexedDataset(str(self.folder / "codes"))
@@ -151,14 +156,14 @@ class TokenShards:
     def __len__(self) -> int:
         return self.manifest["num_samples"]
 
-    def codes(self, sample: int) -> np.ndarray:
-        """Codebook indices, uint16 ``[T, H, W]``.
+    def codes(self, sample: int, variant: int = 0) -> np.ndarray:
+        """Codebook indices, uint16 ``[T, H, W]``, of one of the sample's variants.
 
         Raises:
             UserError: they are not what was written; names file and sample.
         """
         row = self.table[sample]
-        return self._checked(self._codes, "codes", sample, row["codes"]).reshape(row["grid"])
+        return self._checked(self._codes, "codes", sample, row["codes"]).reshape(-1, *row["grid"])[variant]
 
     def caption(self, sample: int) -> np.ndarray:
         """Caption tokens, int32 ``[C]``; raises as :meth:`codes` does."""

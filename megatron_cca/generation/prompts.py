@@ -71,11 +71,11 @@ def digit_classes() -> list[Prompt]:
     return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
 
 
-def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt]:
+def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:
     """One prompt for each class that is wanted.
 
     Args:
-        captions: of all classes; a class's label is its place.
+        captions: of all classes, or None where a class has no name; its label is its place.
         wanted: captions, labels, or the one word ``all``.
 
     Raises:
@@ -86,13 +86,35 @@ def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt
     return [Prompt(captions[label], label=label) for label in labels]
 
 
-def _label(captions: Sequence[str], name: str) -> int:
+def _label(captions: Sequence[str | None], name: str) -> int:
     if name in captions:
         return list(captions).index(name)
     if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(captions):
         return int(name)
-    some = ", ".join(captions[:10]) + (", ..." if len(captions) > 10 else "")
-    raise UserError(f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}, or by name {some}")
+    there = f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}"
+    names = [caption for caption in captions if caption is not None]
+    if not names:
+        raise UserError(f"{there}; --class-captions gives them names")
+    raise UserError(f"{there}, or by name {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+
+
+def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]:
+    """What classes are called, a line each, in the order of their labels.
+
+    Of a line as in ImageNet's ``LOC_synset_mapping.txt`` ("n01440764 tench, Tinca tinca"), the first name is taken.
+
+    Args:
+        path: of the file.
+        num_classes: how many there must be; None means any.
+
+    Raises:
+        UserError: unreadable, empty, or of another number of classes.
+    """
+    captions = [prompt.title for prompt in read_prompts(path)]
+    if num_classes is not None and len(captions) != num_classes:
+        raise UserError(f"{path} names {len(captions)} classes, the model has {num_classes}")
+    synsets = [re.fullmatch(r"n[0-9]{8} ([^,]+)(,.*)?", caption) for caption in captions]
+    return [found[1].strip() for found in synsets] if all(synsets) else captions
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -113,6 +113,7 @@ def _builder(
             condition_dropout=config.data.condition_dropout,
             length_bucketing=length_bucketing,
             seed=seed,
+            num_variants=data.num_variants,
         ),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,
