@@ -17,6 +17,7 @@ from megatron_cca.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.evaluation.listings import WORDS, check_path, list_folder
 from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
+from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.grids import grid_misfit
@@ -48,6 +49,7 @@ def check_study(study: Study, world_size: int) -> None:
         _check_judging(study.settings)
     _check_runs(study, world_size)
     with said_of(study.path):
+        _check_conditions(study)
         _check_grids(study)
         _check_equal_compute(study)
         check_plots(study)
@@ -172,6 +174,13 @@ def _base_model(study: Study) -> ModelConfig:
     if given is None:
         return study.base.model
     return saved_config(layout.resolve(given, "base.checkpoint"), "base.checkpoint").model
+
+
+def _check_conditions(study: Study) -> None:
+    if study.settings.prompts != KEYWORD:
+        with said_of("prompts"):
+            vocabulary = resolve_architecture(_base_model(study)).vocabulary
+            check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
 
 
 def _check_grids(study: Study) -> None:
