@@ -6,8 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources import Unreadable, open_source
@@ -15,8 +13,6 @@ from megatron_cca.data.tokenizing import TokenizeSettings, tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.code_folders import npy, random_codes, write_codes
-from tests.references.fuzzing import fuzzed, spoilt
-from tests.unit.test_fuzz_sources import fill, read_everything
 
 TINY = class_vocabulary(codebook_size=128, num_classes=10)
 CODES = random_codes(5, 3)
@@ -186,36 +182,12 @@ def test_a_grid_is_not_for_models_of_any(digit_shards, tmp_path):
     assert "--grid: model emu3-tiny takes any" in refused(lambda: job(root, tmp_path / "shards", **changes))
 
 
-def bytes_of(values):
-    import io
-
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
-
-
-WHOLE = bytes_of(CODES[0].reshape(1, 3, 16))
-SHAPES = [WHOLE.replace(b"(1, 3, 16)", shape) for shape in (b"(1, 3, 99)", b"(9**9999 )", b"(-1,3,-16)", b"[1, 3, 16]")]
-
-
-@fuzzed("code file")
-@given(spoilt(WHOLE, *SHAPES) | st.binary(max_size=200))
-def test_no_file_of_codes_gets_through(sandbox, content):
-    fill(sandbox.inside, **{"a_codes/0.npy": content, "a_labels/0.npy": bytes_of([3])})
-    read_everything(sandbox, "llamagen")
-
-
-@fuzzed("label file")
-@given(spoilt(bytes_of([3]), bytes_of(["a"]), bytes_of([2**63 - 1])) | st.binary(max_size=200))
-def test_no_label_gets_through(sandbox, content):
-    fill(sandbox.inside, **{"a_codes/0.npy": WHOLE, "a_labels/0.npy": content})
-    read_everything(sandbox, "llamagen")
-
-
 def test_a_file_that_claims_more_than_it_holds_takes_no_memory(tmp_path):
     write_codes(tmp_path, CODES[:1], [0])
-    forged = WHOLE.replace(b"(1, 3, 16)", b"(1,999999)")
-    (tmp_path / "imagenet384_codes/0.npy").write_bytes(forged)
+    path = tmp_path / "imagenet384_codes/0.npy"
+    forged = path.read_bytes().replace(b"(1, 3, 16)", b"(1,999999)")
+    assert forged != path.read_bytes()
+    path.write_bytes(forged)
     with pytest.raises(Unreadable, match="not as long as it says"):
         records(tmp_path)
 
