@@ -146,6 +146,16 @@ def test_it_refuses_in_one_line(arguments, message, checkpoint, tmp_path):
     assert not (tmp_path / "drawn").exists()
 
 
+def test_codes_that_nobody_can_decode_are_not_drawn(varied, tmp_path):
+    overrides = [*CCA, f"data.path={varied}", f"training.output_dir={tmp_path}/run"]
+    run_workers(1, "resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
+    done = generate("--checkpoint", tmp_path / "run", "--classes", "all", "--output", "drawn", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-2000:]
+    assert done.stderr.startswith("megatron_cca: error: --image-tokenizer: ")
+    assert "has no image tokenizer with it; give " in done.stderr
+    assert not (tmp_path / "drawn").exists()
+
+
 def test_pictures_while_training_leave_it_as_it_is(digits, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"label": 3}\n{"label": 9}\n')
     common = [*CCA, f"data.path={digits}", f"training.output_dir={tmp_path}/run"]

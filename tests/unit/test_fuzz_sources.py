@@ -216,9 +216,8 @@ def npy(values):
 
 
 CODE_FILE = npy(np.arange(48).reshape(1, 3, 16))
-SHAPES = [
-    CODE_FILE.replace(b"(1, 3, 16)", shape) for shape in (b"(1, 3, 99)", b"(9**9999 )", b"(-1,3,-16)", b"[1, 3, 16]")
-]
+FORGED = (b"(1, 3, 99)", b"(9**9999 )", b"(-1,3,-16)", b"[1, 3, 16]")
+SHAPES = [CODE_FILE.replace(b"(1, 3, 16)", shape) for shape in FORGED]
 
 
 @fuzzed("code file")
