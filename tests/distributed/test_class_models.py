@@ -13,11 +13,11 @@ from megatron_cca.data.shards import write_shards
 from megatron_cca.data.token_files import Sample
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.batches import open_data, training_batches
-from tests.distributed.launch import run_workers
+from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.distributed.test_batches import digest_of
 from tests.distributed.test_generate_tool import generate, rows
 from tests.distributed.test_study_tool import RUN, STUDY, run_study
-from tests.references.code_folders import random_codes
+from tests.references.code_folders import random_codes, write_codes
 
 MODEL = ["model.name=llamagen-tiny", "model.num_layers=2"]
 VOCABULARY = resolve_architecture(load_config(None, MODEL).model).vocabulary
@@ -75,6 +75,27 @@ def test_a_run_on_variants_resumes_exactly(varied, tmp_path):
     assert [row["loss"] for row in run(1, "cut", 2)] == [row["loss"] for row in whole[3:]]
     again = [row["loss"] for row in run(2, "cut", 2, "training.micro_batch_size=2")]
     torch.testing.assert_close(again, [row["loss"] for row in whole[3:]], rtol=1e-5, atol=0)
+
+
+def test_the_tool_makes_shards_of_code_folders(digits, tmp_path):
+    codes = random_codes(30, 3)
+    write_codes(tmp_path / "extracted", codes, [index % 10 for index in range(30)])
+    arguments = ["run", "--source", "extracted", "--output", "shards", "--model", "llamagen-tiny", "--block", "8"]
+    done = tokenized(arguments, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "wrote shards: 30 samples, " in done.stdout
+    done = tokenized(["inspect", "shards", "--image-tokenizer", digits, "--picture", "sheet.png"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"visual codes        {30 * 3 * 16:,}, 3 variants of each sample" in done.stdout
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    done = tokenized([*arguments[:4], "other", "--model", "llamagen-l"], tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-2000:]
+    assert "0.npy has 4 x 4 codes (64 x 64 pixels), the model takes 24 x 24 codes (384 x 384 pixels)" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if "other" in path.name) in ([], ["other.parts"])
+
+
+def tokenized(arguments, folder):
+    return run_tool(str(ROOT / "tools" / "tokenize_images.py"), *arguments, "--device", "cpu", cwd=folder)
 
 
 def test_classes_are_drawn_by_number_and_by_name(checkpoint, tmp_path):

@@ -69,3 +69,8 @@ def test_vocabularies_are_told_apart():
     assert tiny_vocabulary().fingerprint() == tiny_vocabulary().fingerprint()
     assert tiny_vocabulary().fingerprint() != tiny_vocabulary(codebook_size=64).fingerprint()
     assert tiny_vocabulary().fingerprint() != EMU3_VOCABULARY.fingerprint()
+
+
+def test_vocabularies_are_those_of_shards_that_users_have():
+    assert EMU3_VOCABULARY.fingerprint() == "5648904040e85dbe"
+    assert tiny_vocabulary().fingerprint() == "1aa32defc4cacfa7"
