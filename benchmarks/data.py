@@ -151,14 +151,12 @@ class _Rows(Dataset):
         self._batches = batches
 
     def __getitem__(self, row: tuple[int, int, bool]) -> torch.Tensor:
-        from megatron_cca.models.emu3.grammar import image_ids, prompt_ids
-
         sample, caption_of, dropped = row
         data = self._batches.data
         codes = data.codes(sample)
         caption = np.empty(0, np.int32) if dropped else data.caption(caption_of)
-        prompt = prompt_ids(data.vocabulary, caption, data.meta_words(sample, codes.shape))
-        return torch.from_numpy(np.concatenate([prompt, image_ids(data.vocabulary, codes)]))
+        prompt = data.vocabulary.prompt(caption, data.meta_words(sample, codes.shape))
+        return torch.from_numpy(np.concatenate([prompt, data.vocabulary.image(codes)]))
 
 
 class _PairSampler:

@@ -113,14 +113,13 @@ def _ways(arguments: argparse.Namespace, folder: str, model) -> dict[str, Callab
     from transformers import Emu3ForCausalLM
 
     from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
-    from megatron_cca.models.emu3.grammar import prompt_ids
 
     vocabulary, side, batch = model.architecture.vocabulary, arguments.grid, arguments.batch_size
     random = np.random.default_rng(0)
     captions = random.integers(vocabulary.text_size, size=(batch, CAPTION_TOKENS))
     words = np.arange(5)
-    prompts = [prompt_ids(vocabulary, caption, words) for caption in captions]
-    empty = prompt_ids(vocabulary, captions[0][:0], words)
+    prompts = [vocabulary.prompt(caption, words) for caption in captions]
+    empty = vocabulary.prompt(captions[0][:0], words)
     requests = [ImageRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
 
     def ours(scale: float) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,6 +29,25 @@ def mapped_array(path: Path) -> np.ndarray:
     if not isinstance(found, np.ndarray):
         raise UserError("holds something else than one array")
     return found
+
+
+def array_in(content: bytes) -> np.ndarray:
+    """The array that the bytes of an ``.npy`` file hold.
+
+    Raises:
+        UserError: damaged, cut short, or something else than one array of plain data.
+    """
+    file = io.BytesIO(content)
+    try:
+        shape, is_fortran, dtype = _header(file)
+    # numpy promises no closed set for damaged headers.
+    except Exception as error:
+        raise UserError(f"cannot be read as .npy ({_reason(error)})") from None
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=1) < 0 or size != len(content) - file.tell():
+        raise UserError("cannot be read as .npy (it holds objects, or is not as long as it says)")
+    found = np.frombuffer(content, dtype, offset=file.tell())
+    return found.reshape(shape, order="F" if is_fortran else "C")
 
 
 def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -57,14 +77,18 @@ def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[st
 
 def _array_in(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
+        shape, _, dtype = _header(file)
     # numpy takes the memory before it reads; a zip of so many bytes cannot unpack to more than this.
     if math.prod(shape) * dtype.itemsize > min(member.file_size, 2000 * member.compress_size):
         raise UserError(f"{member.filename} is larger than what is there of it")
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def _reason(error: Any) -> str:

@@ -21,5 +21,6 @@ def pytest_configure(config):
 def digit_shards(tmp_path_factory) -> Path:
     """The real digits, tokenised once per test session."""
     from megatron_cca.data.digits import ensure_digit_shards
+    from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 
-    return ensure_digit_shards(tmp_path_factory.mktemp("data") / "digits")
+    return ensure_digit_shards(tiny_vocabulary(), tmp_path_factory.mktemp("data") / "digits")

@@ -179,9 +179,10 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from megatron_cca.data.digits import ensure_digit_shards
+    from megatron_cca.config import ModelConfig
+    from megatron_cca.data.digits import digit_shards
 
-    data, started = str(ensure_digit_shards().resolve()), time.monotonic()
+    data, started = str(digit_shards(ModelConfig()).resolve()), time.monotonic()
     shares = [len(range(index, arguments.kills, len(arguments.layouts))) for index in range(len(arguments.layouts))]
     with tempfile.TemporaryDirectory() as folder:
         for name, kills in zip(arguments.layouts, shares, strict=True):

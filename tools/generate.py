@@ -15,12 +15,15 @@ from megatron_cca.reporting import reported_tool_errors
 if TYPE_CHECKING:
     from megatron_cca.config import Config
     from megatron_cca.generation.job import Job
+    from megatron_cca.generation.loading import Inspected
     from megatron_cca.generation.prompts import Prompt
 
 _EXAMPLES = """examples:
   python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
   python tools/generate.py --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
       --guidance-scale 0.5 --output runs/guided
+  python tools/generate.py --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
+      --output runs/two_classes
   torchrun --nproc_per_node 8 tools/generate.py --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
       --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
 The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
@@ -58,12 +61,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to draw")
     what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--caption", action="append", metavar="TEXT", help="a caption; may be repeated")
+    what.add_argument(
+        "--caption", action="append", metavar="TEXT", help="a caption, for a model of texts; may be repeated"
+    )
     what.add_argument(
         "--prompts",
         type=_path,
         metavar="FILE",
-        help='a caption a line, or .jsonl with {"prompt": ..., "label": ..., "seed": ...}',
+        help='a caption a line, or .jsonl of {"prompt": ..., "label": ..., "seed": ...}; models of classes want labels',
     )
     what.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="names or numbers of classes, or all (see --class-captions)"
@@ -72,7 +77,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "--class-captions",
         type=_path,
         metavar="FILE",
-        help="a class's caption a line; its number is the label (default: the ten digits, for a model of the digits)",
+        help="a class's caption a line, or ImageNet's LOC_synset_mapping.txt; the line's number is the label (default: "
+        "the ten digits, for a model of the digits; for other models of classes the numbers alone)",
     )
     group.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
     group.add_argument(
@@ -97,7 +103,10 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         "pass a token; above 0 two. Emu3's and LlamaGen's own programs call 1 + s the scale: their 3 is 2 here",
     )
     group.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="caption of the second stream (default: none)"
+        "--negative-prompt",
+        default="",
+        metavar="TEXT",
+        help="caption of the second stream (default: none; of a model of classes, the null class)",
     )
     group.add_argument(
         "--contrastive-top-k",
@@ -186,7 +195,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     layout = zip(("tensor", "pipeline"), _layout(arguments), strict=True)
     config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
-    job = _job(arguments, inspect_for_sampling(arguments.checkpoint, config.parallel).config)
+    job = _job(arguments, inspect_for_sampling(arguments.checkpoint, config.parallel))
     if arguments.scorer is not None:
         check_scorer(arguments.scorer)
     if os.environ.get("RANK", "0") == "0":
@@ -205,17 +214,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _job(arguments: argparse.Namespace, saved: Config) -> Job:
+def _job(arguments: argparse.Namespace, checkpoint: Inspected) -> Job:
     from megatron_cca.generation.job import Job
     from megatron_cca.generation.sampler import SamplingSettings
     from megatron_cca.generation.tokenizers import usual_grid
 
     with said_of("--grid"):
-        height, width = arguments.grid or usual_grid(saved)
+        height, width = arguments.grid or usual_grid(checkpoint.config)
     names = ("guidance_scale", "contrastive_top_k", "contrastive_alpha", "temperature", "top_k", "top_p", "batch_size")
     return Job(
         checkpoint=arguments.checkpoint,
-        prompts=_prompts(arguments, saved),
+        prompts=_prompts(arguments, checkpoint),
         settings=SamplingSettings(height, width, **{name: getattr(arguments, name) for name in names}),
         output=arguments.output,
         suffix=arguments.prompt_suffix,
@@ -227,30 +236,39 @@ def _job(arguments: argparse.Namespace, saved: Config) -> Job:
     )
 
 
-def _prompts(arguments: argparse.Namespace, saved: Config) -> list[Prompt]:
+def _prompts(arguments: argparse.Namespace, checkpoint: Inspected) -> list[Prompt]:
+    from megatron_cca.generation.conditions import check_conditions
     from megatron_cca.generation.prompts import Prompt, class_prompts, read_prompts, repeated, seeded
+
+    vocabulary = checkpoint.architecture.vocabulary
 
     if arguments.prompts is not None:
         with said_of("--prompts"):
             prompts = read_prompts(arguments.prompts)
+            check_conditions(vocabulary, prompts)
     elif arguments.classes is not None:
-        captions = _class_captions(arguments.class_captions, saved)
+        captions = _class_captions(arguments.class_captions, checkpoint.config, vocabulary.num_classes)
         with said_of("--classes"):
             prompts = class_prompts(captions, arguments.classes)
+    elif vocabulary.num_classes is not None:
+        raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
     else:
         prompts = [Prompt(caption) for caption in arguments.caption]
     return seeded(repeated(prompts, arguments.images_per_prompt), arguments.seed)
 
 
-def _class_captions(file: Path | None, saved: Config) -> list[str]:
-    from megatron_cca.data.digits import KEYWORD, PHRASINGS, WORDS
-    from megatron_cca.generation.prompts import read_prompts
+def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
+    """By label; None for a class without a name."""
+    from megatron_cca.data.digits import KEYWORD
+    from megatron_cca.generation.prompts import digit_classes, read_class_captions
 
     if file is not None:
         with said_of("--class-captions"):
-            return [prompt.text for prompt in read_prompts(file)]
+            return read_class_captions(file, num_classes)
     if saved.data.path == KEYWORD:
-        return [PHRASINGS[0].format(word) for word in WORDS]
+        return [prompt.text for prompt in digit_classes()]
+    if num_classes is not None:
+        return [None] * num_classes
     raise UserError("--classes: this model's classes are not known; say them in --class-captions FILE")
 
 

@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
       --image-tokenizer Emu3-VisionTokenizer --text-tokenizer Emu3-Gen
   python tools/tokenize_images.py run --source my_images --output shards/mine --model emu3-tiny --area 64 \\
       --image-tokenizer runs/data/digits --text-tokenizer runs/data/digits
+  python tools/tokenize_images.py run --source extracted --output shards/imagenet384 --model llamagen-l
   python tools/tokenize_images.py inspect shards/train
 """
 _PACKAGES = ("datasets", "PIL", "safetensors", "tiktoken", "transformers")
@@ -26,7 +27,8 @@ _LAYOUTS = """where the images and captions are. Layouts (recognised from what l
   journeydb   JourneyDB's annotation jsonl beside its imgs/ folders
   webdataset  tars
   datasets    what Hugging Face datasets opens from disk: parquet, arrow, imagefolder, save_to_disk
-  emu3        Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)"""
+  emu3        Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)
+  llamagen    what LlamaGen's own extraction wrote: NAME_codes and NAME_labels (likewise)"""
 
 
 def main() -> None:
@@ -72,7 +74,19 @@ def _add_run(commands) -> None:
         help="Emu3-VisionTokenizer, an Emu3 in transformers' form, or a folder with the demo's codebook.npy",
     )
     command.add_argument(
-        "--text-tokenizer", **path, required=True, help="folder of the checkpoint: tokenizer.json or emu3.tiktoken"
+        "--text-tokenizer",
+        **path,
+        help="folder of the checkpoint: tokenizer.json or emu3.tiktoken; none for a model that takes classes",
+    )
+    command.add_argument(
+        "--grid",
+        type=_positive,
+        nargs=2,
+        metavar=("H", "W"),
+        help="codes of an image, for a model that has one size only (default: the preset's); images are cropped to it",
+    )
+    command.add_argument(
+        "--flips", action="store_true", help="tokenize each image mirrored, too: a step sees one of the two"
     )
     command.add_argument(
         "--area",
@@ -184,6 +198,8 @@ def _run(arguments: argparse.Namespace) -> None:
         layout=arguments.layout,
         source_options=SourceOptions(arguments.caption_field, arguments.image_field, arguments.split),
         model=arguments.model,
+        grid=tuple(arguments.grid) if arguments.grid else None,
+        flips=arguments.flips,
         area=arguments.area,
         clip_meta=arguments.clip_meta,
         max_caption_tokens=arguments.max_caption_tokens,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from megatron_cca.config import ModelConfig
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import PatchCodebook
@@ -17,11 +18,12 @@ from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import train_tokenizer
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
+from megatron_cca.models import tiny_architecture
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 # What data.path means by it, and where its tokens go (below the working directory, like every run).
 KEYWORD = "digits"
-DEFAULT_FOLDER = Path("runs/data/digits")
+_WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_classes")
 
 HELD_OUT = 360
 PATCH = 2
@@ -57,14 +59,26 @@ def captions_of(label: int) -> list[str]:
     return [phrasing.format(WORDS[label]) for phrasing in PHRASINGS]
 
 
-def ensure_digit_shards(folder: Path = DEFAULT_FOLDER) -> Path:
-    """Tokenise the training split into ``folder`` unless that was done before; safe to call from many processes."""
+def digit_shards(model: ModelConfig) -> Path:
+    """The digits' shards for the small model of a ``model`` section's family; see :func:`ensure_digit_shards`."""
+    return ensure_digit_shards(tiny_architecture(model).vocabulary)
+
+
+def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None) -> Path:
+    """Tokenise the training split unless that was done before; safe to call from many processes.
+
+    Args:
+        vocabulary: of a small model; says whether captions are words or classes.
+        folder: where the shards are; None means below the working directory, where each kind has its own.
+    """
+    if folder is None:
+        folder = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if _is_of_an_earlier_version(folder):
             shutil.rmtree(folder)
         if not folder.exists():
-            _tokenize(folder)
+            _tokenize(folder, vocabulary)
     return folder
 
 
@@ -78,21 +92,28 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
     return False
 
 
-def _tokenize(folder: Path) -> None:
+def _tokenize(folder: Path, vocabulary: ImageVocabulary) -> None:
     train, _ = load_scans()
-    codebook = PatchCodebook.fit(train.images, TINY_CODEBOOK_SIZE, PATCH)
-    tokenizer = train_tokenizer((text for label in range(10) for text in captions_of(label)), TINY_TEXT_SIZE)
+    codebook = PatchCodebook.fit(train.images, vocabulary.codebook_size, PATCH)
+    words = None
+    if vocabulary.num_classes is None:
+        words = train_tokenizer((text for label in range(10) for text in captions_of(label)), vocabulary.caption_size)
 
     def encode_text(text: str) -> list[int]:
-        return tokenizer.encode(text).ids
+        return words.encode(text).ids
 
     def write_extras(partial: Path) -> None:
-        tokenizer.save(str(partial / TOKENIZER_FILE))
+        if words is not None:
+            words.save(str(partial / TOKENIZER_FILE))
         codebook.save(partial)
 
     phrasings = np.random.default_rng(0).integers(len(PHRASINGS), size=len(train.labels))
-    samples = (
-        Sample(codes, np.array(encode_text(captions_of(label)[phrasing])), f"digit {label}")
-        for codes, label, phrasing in zip(codebook.encode(train.images), train.labels, phrasings, strict=True)
+    captions = (
+        [label] if words is None else encode_text(captions_of(label)[phrasing])
+        for label, phrasing in zip(train.labels, phrasings, strict=True)
     )
-    write_shards(folder, samples, tiny_vocabulary(), encode_text, write_extras)
+    samples = (
+        Sample(codes, np.array(caption), f"digit {label}")
+        for codes, caption, label in zip(codebook.encode(train.images), captions, train.labels, strict=True)
+    )
+    write_shards(folder, samples, vocabulary, encode_text, write_extras)

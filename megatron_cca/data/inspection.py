@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.data.token_files import code_lengths
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"
 _BARS, _BAR_WIDTH = 10, 40
@@ -37,7 +39,7 @@ def open_for_inspection(folder: Path) -> TokenShards:
     return shards
 
 
-def _vocabulary(folder: Path, manifest: Json) -> Emu3Vocabulary:
+def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
     presets = [preset.vocabulary for family in FAMILIES.values() for preset in family.presets.values()]
     for vocabulary in presets:
         if vocabulary.fingerprint() == manifest["vocabulary"]:
@@ -52,7 +54,7 @@ def report(shards: TokenShards) -> str:
     unnamed = int((table["condition"] == table["caption"]).sum())
     lines = [
         f"{shards.folder}: {len(shards):,} samples, every file as it was written",
-        f"visual codes        {int(table['grid'].prod(axis=1, dtype=np.int64).sum()):,}",
+        f"visual codes        {int(code_lengths(table, shards.variants).sum()):,}{_variants(shards.variants)}",
         f"caption tokens      {int(lengths.sum(dtype=np.int64)):,}",
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
@@ -65,6 +67,13 @@ def report(shards: TokenShards) -> str:
     if len(grids) > _BARS:
         lines.append(f"  and {len(grids) - _BARS} more")
     return "\n".join(lines)
+
+
+def _variants(counts: np.ndarray) -> str:
+    least, most = int(counts.min()), int(counts.max())
+    if most == 1:
+        return ""
+    return f", {most if least == most else f'{least} to {most}'} variants of each sample"
 
 
 def _grid_name(grid: tuple[int, int, int]) -> str:
@@ -115,10 +124,13 @@ def decoded_samples(
         UserError: no image tokenizer, or another one than the samples were made with.
     """
     tokenizer = _image_tokenizer(shards, image_tokenizer, device)
-    text = open_text_tokenizer(shards.folder)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()
     images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
-    return images, [text.decode(shards.caption(sample).tolist()) for sample in chosen]
+    captions = [shards.caption(sample).tolist() for sample in chosen]
+    if shards.vocabulary.num_classes is not None:
+        return images, [f"class {caption[0]}" if caption else "" for caption in captions]
+    text = open_text_tokenizer(shards.folder)
+    return images, [text.decode(caption) for caption in captions]
 
 
 def _picture(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:

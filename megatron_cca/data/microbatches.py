@@ -11,14 +11,7 @@ from torch import Tensor
 from megatron_cca.data.pairing import GlobalBatch, Pairing
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.grammar import (
-    image_length,
-    is_visual,
-    prompt_length,
-    write_image_ids,
-    write_prompt_ids,
-)
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _NO_CAPTION = np.empty(0, dtype=np.int32)
 
@@ -63,8 +56,8 @@ class StepPlan:
 
     Attributes:
         batch: the rows.
-        prompt_lengths: int64 ``[1 or 2, B]``, ids up to and including IMG, positives first.
-        image_lengths: int64 ``[B]``, ids after it.
+        prompt_lengths: int64 ``[1 or 2, B]``, ids in front of the image, positives first.
+        image_lengths: int64 ``[B]``, ids of the image.
         num_visual: int64 ``[B]``, visual tokens among those.
         seq_length: S.
     """
@@ -119,7 +112,9 @@ class BatchBuilder:
         samples = zip(batch.sample_ids.tolist(), map(tuple, table["grid"].tolist()), strict=True)
         words = np.array([len(self.data.meta_words(sample, grid)) for sample, grid in samples])
         frames, heights, widths = table["grid"].astype(np.int64).T
-        prompts, images = prompt_length(caption_lengths, words), image_length(frames, heights, widths)
+        vocabulary = self.data.vocabulary
+        prompts = vocabulary.prompt_length(caption_lengths, words)
+        images = vocabulary.image_length(frames, heights, widths)
         return StepPlan(batch, prompts, images, frames * heights * widths, self._seq_length(batch, prompts + images))
 
     def sequences(self, plan: StepPlan, data_parallel_rank: int, data_parallel_size: int) -> np.ndarray:
@@ -182,20 +177,20 @@ class BatchBuilder:
     def _write_sample(self, ids: np.ndarray, plan: StepPlan, row: int) -> None:
         """Into int32 ``[1 or 2, S + 1]``; each row keeps its own grid whatever caption it is given."""
         sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
-        codes = self.data.codes(sample)
+        codes = self.data.codes(sample, int(plan.batch.variants[row]))
         words = self.data.meta_words(sample, codes.shape)
         starts, length = plan.prompt_lengths[:, row].tolist(), int(plan.image_lengths[row])
         image = ids[0, starts[0] : starts[0] + length]
-        write_image_ids(image, vocabulary, codes)
+        vocabulary.write_image(image, codes)
         for target, captions, start in zip(ids, self._caption_ids(plan.batch), starts, strict=True):
             dropped = plan.batch.condition_dropped[row]
             caption = _NO_CAPTION if dropped else self.data.caption(int(captions[row]))
-            write_prompt_ids(target[:start], vocabulary, caption, words)
+            vocabulary.write_prompt(target[:start], caption, words)
             target[start : start + length] = image
 
 
-def _microbatch(vocabulary: Emu3Vocabulary, ids: Tensor | None, flags: Tensor) -> Microbatch:
+def _microbatch(vocabulary: ImageVocabulary, ids: Tensor | None, flags: Tensor) -> Microbatch:
     if ids is None:
         return Microbatch(None, None, None, flags)
     targets = ids[:, 1:]
-    return Microbatch(ids[:, :-1], targets, is_visual(vocabulary, targets), flags)
+    return Microbatch(ids[:, :-1], targets, vocabulary.is_visual(targets), flags)

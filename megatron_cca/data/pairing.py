@@ -1,4 +1,4 @@
-"""Which samples a step sees, which condition serves each as its negative, which rows drop their condition.
+"""Which samples a step sees and in which variant, whose condition is each one's negative, which rows drop theirs.
 
 Everything here is a pure function of (data, seed, step) over the *global* batch, computed before any sharding: losses
 are then the same for every data-parallel size and micro batch, and a resumed run needs nothing but the step number.
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_cca.data.sample_order import SampleOrder
 
 # Keeps the streams of one (seed, step) apart, and from those of data/sample_order.py.
-_DROPOUT, _BUCKETS = 1, 4
+_DROPOUT, _BUCKETS, _VARIANTS = 1, 4, 5
 
 RowsOf = Callable[[np.ndarray], np.ndarray]
 
@@ -29,12 +29,14 @@ class GlobalBatch:
         condition_dropped: bool; both conditions of the row are the empty caption.
         negative_is_positive: bool; the row has no true negative: its condition was dropped, or no other condition
             stands in the whole batch.
+        variants: int64; which variant of the row's image it is.
     """
 
     sample_ids: np.ndarray
     negative_ids: np.ndarray
     condition_dropped: np.ndarray
     negative_is_positive: np.ndarray
+    variants: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Pairing:
         condition_dropout: probability that a row's condition is dropped.
         length_bucketing: of so many steps the samples are sorted by length together, so that less is padded; 1 is off.
         seed: of the run.
+        num_variants: maps sample ids ``[B]`` to how many variants each has; None means one.
     """
 
     order: SampleOrder
@@ -56,6 +59,7 @@ class Pairing:
     condition_dropout: float
     seed: int
     length_bucketing: int = 1
+    num_variants: RowsOf | None = None
 
     def at(self, step: int) -> GlobalBatch:
         """The batch of a step, which counts from 0."""
@@ -64,7 +68,14 @@ class Pairing:
         negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"])
         draws = np.random.default_rng((self.seed, _DROPOUT, step)).random(self.global_batch_size)
         dropped = draws < self.condition_dropout
-        return GlobalBatch(samples, samples[negative_rows], dropped, dropped | ~has_negative)
+        is_positive = dropped | ~has_negative
+        return GlobalBatch(samples, samples[negative_rows], dropped, is_positive, self._variants(samples, step))
+
+    def _variants(self, samples: np.ndarray, step: int) -> np.ndarray:
+        if self.num_variants is None:
+            return np.zeros(len(samples), dtype=np.int64)
+        draws = np.random.default_rng((self.seed, _VARIANTS, step)).random(len(samples))
+        return (draws * self.num_variants(samples)).astype(np.int64)
 
     def _samples(self, step: int) -> np.ndarray:
         size, steps = self.global_batch_size, self.length_bucketing

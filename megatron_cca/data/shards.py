@@ -26,19 +26,20 @@ from megatron_cca.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_cca.data.token_files import TABLE, Sample, TokenWriter, checksum, join_token_files, open_table
+from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.grammar import meta_text
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 DEFAULT_KEY = "data.path"
+
+EncodeText = Callable[[str], list[int]]
 
 
 def write_shards(
     folder: Path,
     samples: Iterable[Sample],
-    vocabulary: Emu3Vocabulary,
-    encode_text: Callable[[str], list[int]],
+    vocabulary: ImageVocabulary,
+    encode_text: EncodeText | None,
     write_extras: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a shard folder; it appears under its name only when it is whole.
@@ -47,7 +48,7 @@ def write_shards(
         folder: must not exist yet.
         samples: in the order that their ids count.
         vocabulary: what the tokens mean.
-        encode_text: the text tokenizer, for the grid sizes in words.
+        encode_text: the text tokenizer, for the grid sizes in words; None where captions are classes.
         write_extras: adds further files (tokenizer, codebook) to the folder it is given.
 
     Raises:
@@ -68,8 +69,8 @@ def write_shards(
 def merge_shards(
     folder: Path,
     parts: Sequence[Path],
-    vocabulary: Emu3Vocabulary,
-    encode_text: Callable[[str], list[int]],
+    vocabulary: ImageVocabulary,
+    encode_text: EncodeText | None,
     write_extras: Callable[[Path], None],
     facts: dict,
     aside: Path,
@@ -82,7 +83,7 @@ def merge_shards(
         parts: folders written by :class:`TokenWriter`.
         facts: further entries of the manifest.
         aside: a folder on the same disk to write in until then; it must not exist.
-        clip_template: the meta text of clips, see :func:`megatron_cca.models.emu3.grammar.meta_text`.
+        clip_template: the meta text of clips, see :meth:`ImageVocabulary.meta_text`.
     """
 
     def write_tokens(partial: Path) -> None:
@@ -100,7 +101,7 @@ def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts,
         contents = {
             "num_samples": len(grids),
             "vocabulary": vocabulary.fingerprint(),
-            "meta_words": _meta_words(grids, encode_text, clip_template),
+            "meta_words": _meta_words(vocabulary, grids, encode_text, clip_template),
             **facts,
         }
         write_manifest(partial, contents)
@@ -110,9 +111,11 @@ def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts,
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _meta_words(grids: np.ndarray, encode_text: Callable[[str], list[int]], clip_template: str | None) -> dict:
-    texts = {grid_key(grid): meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
-    return {key: encode_text(text) for key, text in texts.items() if text is not None}
+def _meta_words(
+    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
+) -> dict[str, list[int]]:
+    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
+    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
 
 
 class TokenShards:
@@ -123,15 +126,19 @@ class TokenShards:
         vocabulary: the model's.
         key: the option that named the folder, for messages.
 
+    Attributes:
+        table: :data:`SAMPLE` ``[N]``, memory-mapped.
+        variants: int32 ``[N]``, how many each sample has.
+
     Raises:
         UserError: a missing folder or file, a truncated or changed one, another vocabulary, no samples; names the file.
     """
 
-    def __init__(self, folder: str | Path, vocabulary: Emu3Vocabulary, key: str = DEFAULT_KEY) -> None:
+    def __init__(self, folder: str | Path, vocabulary: ImageVocabulary, key: str = DEFAULT_KEY) -> None:
         self.folder = Path(folder)
         self.vocabulary = vocabulary
         self._key = key
-        self._sizes = {"codes": vocabulary.codebook_size, "captions": vocabulary.text_size}
+        self._sizes = {"codes": vocabulary.codebook_size, "captions": vocabulary.caption_size}
         with said_of(key):
             self.manifest = read_manifest(self.folder)
             self._check_vocabulary()
@@ -139,7 +146,8 @@ class TokenShards:
             check_files(self.folder, self.manifest)
             if len(self) < 1:
                 raise UserError(f"{self.folder} holds no samples")
-            self.table = open_table(self.folder, len(self))
+            has_variants = VARIANTS in self.manifest["files"]
+            self.table, self.variants = open_table(self.folder, len(self), has_variants=has_variants)
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
         self._codes = IndexedDataset(str(self.folder / "codes"))
@@ -148,14 +156,14 @@ class TokenShards:
     def __len__(self) -> int:
         return self.manifest["num_samples"]
 
-    def codes(self, sample: int) -> np.ndarray:
-        """Codebook indices, uint16 ``[T, H, W]``.
+    def codes(self, sample: int, variant: int = 0) -> np.ndarray:
+        """Codebook indices, uint16 ``[T, H, W]``, of one of the sample's variants.
 
         Raises:
             UserError: they are not what was written; names file and sample.
         """
         row = self.table[sample]
-        return self._checked(self._codes, "codes", sample, row["codes"]).reshape(row["grid"])
+        return self._checked(self._codes, "codes", sample, row["codes"]).reshape(-1, *row["grid"])[variant]
 
     def caption(self, sample: int) -> np.ndarray:
         """Caption tokens, int32 ``[C]``; raises as :meth:`codes` does."""
@@ -177,7 +185,7 @@ class TokenShards:
         return found
 
     def meta_words(self, grid: tuple[int, int, int]) -> np.ndarray:
-        """The tokens between BOI and IMG for a grid ``(T, H, W)`` of this data, int32 ``[G]``.
+        """What a prompt says of a grid ``(T, H, W)`` of this data, int32 ``[G]``.
 
         Raises:
             UserError: a clip, and nobody said what stands there.
@@ -196,10 +204,10 @@ class TokenShards:
     def _check_meta_words(self) -> None:
         self._meta_words = meta_words(self.manifest)
         for words in self._meta_words.values():
-            if (words >= self.vocabulary.text_size).any():
+            if (words >= self.vocabulary.caption_size).any():
                 raise UserError(
                     f"{self.folder / FILE_NAME}: meta_words has token {words.max()}, the text vocabulary is "
-                    f"{self.vocabulary.text_size}; tokenize the data again"
+                    f"{self.vocabulary.caption_size}; tokenize the data again"
                 )
 
     def _check_vocabulary(self) -> None:

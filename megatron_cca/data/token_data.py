@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_files import SAMPLE
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenData:
         return self._starts[-1]
 
     @property
-    def vocabulary(self) -> Emu3Vocabulary:
+    def vocabulary(self) -> ImageVocabulary:
         """The one that all folders were tokenised for."""
         return self.shards[0].vocabulary
 
@@ -49,17 +49,16 @@ class TokenData:
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """The table's rows (:data:`SAMPLE`) of these sample ids."""
-        rows = np.empty(len(samples), SAMPLE)
-        folders = np.searchsorted(self._starts, samples, side="right") - 1
-        for folder in np.unique(folders):
-            here = folders == folder
-            rows[here] = self.shards[folder].table[samples[here] - self._starts[folder]]
-        return rows
+        return self._looked_up(samples, np.empty(len(samples), SAMPLE), lambda shards: shards.table)
 
-    def codes(self, sample: int) -> np.ndarray:
+    def num_variants(self, samples: np.ndarray) -> np.ndarray:
+        """How many variants these sample ids have, int32."""
+        return self._looked_up(samples, np.empty(len(samples), np.int32), lambda shards: shards.variants)
+
+    def codes(self, sample: int, variant: int = 0) -> np.ndarray:
         """Codebook indices, uint16 ``[T, H, W]``; raises as :meth:`TokenShards.codes` does."""
         shards, local = self._place(sample)
-        return shards.codes(local)
+        return shards.codes(local, variant)
 
     def caption(self, sample: int) -> np.ndarray:
         """Caption tokens, int32 ``[C]``; raises as :meth:`TokenShards.caption` does."""
@@ -67,7 +66,7 @@ class TokenData:
         return shards.caption(local)
 
     def meta_words(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
-        """The tokens between BOI and IMG; raises as :meth:`TokenShards.meta_words` does."""
+        """What a prompt says of the grid; raises as :meth:`TokenShards.meta_words` does."""
         return self._place(sample)[0].meta_words(grid)
 
     def describe(self, sample: int) -> str:
@@ -81,6 +80,15 @@ class TokenData:
             return self.shards[0].fingerprint()
         parts = [(shards.fingerprint(), weight) for shards, weight in zip(self.shards, self.weights, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _looked_up(
+        self, samples: np.ndarray, found: np.ndarray, column: Callable[[TokenShards], np.ndarray]
+    ) -> np.ndarray:
+        folders = np.searchsorted(self._starts, samples, side="right") - 1
+        for folder in np.unique(folders):
+            here = folders == folder
+            found[here] = column(self.shards[folder])[samples[here] - self._starts[folder]]
+        return found
 
     def _place(self, sample: int) -> tuple[TokenShards, int]:
         folder = bisect_right(self._starts, sample) - 1

@@ -1,8 +1,9 @@
 """The token files of a shard folder, written one sample at a time and joined from parts.
 
-codes.bin codes.idx        visual codes, uint16, one sequence of T * H * W a sample (Megatron's indexed format)
+codes.bin codes.idx        visual codes, uint16, one sequence of V * T * H * W a sample (Megatron's indexed format)
 captions.bin captions.idx  caption tokens, int32
 samples.npy                one :data:`SAMPLE` for each: grid, caption length, what the condition is, checksums
+variants.npy               V of each sample, int32; only where it is not 1 for all
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, Indexed
 
 from megatron_cca.arrays import mapped_array
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-TABLE = "samples.npy"
+TABLE, VARIANTS = "samples.npy", "variants.npy"
 _INDEXED = {"codes": np.uint16, "captions": np.int32}
 _AGAIN = "tokenize the data again"
 TOKEN_FILES = (*(f"{name}{suffix}" for name in _INDEXED for suffix in (".bin", ".idx")), TABLE)
@@ -47,7 +48,8 @@ class Sample:
     """One tokenised image or clip.
 
     Attributes:
-        codes: int ``[H, W]``, or ``[T, H, W]`` for T code frames.
+        codes: int ``[H, W]``, ``[T, H, W]`` for T code frames, or ``[V, T, H, W]`` for V variants of one image, such as
+            crops and its mirror image, of which a step sees one.
         caption: int ``[C]``.
         condition: samples with equal names have the same condition; None: their caption is their condition.
     """
@@ -74,9 +76,10 @@ class TokenWriter:
         vocabulary: what the tokens mean.
     """
 
-    def __init__(self, folder: Path, vocabulary: Emu3Vocabulary) -> None:
+    def __init__(self, folder: Path, vocabulary: ImageVocabulary) -> None:
         self._folder, self._vocabulary = folder, vocabulary
         self._rows: list[tuple] = []
+        self._variants: list[int] = []
         self._builders = {
             name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name, dtype in _INDEXED.items()
         }
@@ -106,21 +109,36 @@ class TokenWriter:
         for name, tokens in (("codes", codes), ("captions", caption)):
             self._builders[name].add_item(torch.from_numpy(tokens))
             self._builders[name].end_document()
-        grid = (1,) * (3 - sample.codes.ndim) + sample.codes.shape
+        variants, *grid = (1,) * (4 - sample.codes.ndim) + sample.codes.shape
         words = checksum(caption)
         condition = words if sample.condition is None else _name_hash(sample.condition)
         self._rows.append((grid, len(caption), words, condition, checksum(codes)))
+        self._variants.append(variants)
 
     def _finish(self) -> None:
         for name, builder in self._builders.items():
             builder.finalize(str(self._folder / f"{name}.idx"))
         np.save(self._folder / TABLE, np.array(self._rows, dtype=SAMPLE))
+        _save_variants(self._folder, np.array(self._variants, dtype=np.int32))
 
 
-def open_table(folder: Path, num_samples: int) -> np.ndarray:
-    """The table of a folder's samples, memory-mapped, after checking that its other token files fit it.
+def _save_variants(folder: Path, variants: np.ndarray) -> None:
+    if (variants != 1).any():
+        np.save(folder / VARIANTS, variants)
+
+
+def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The table of a folder's samples and their variants, after checking that the other token files fit it.
 
     Megatron's reader follows whatever an index says. What it must say follows from the table.
+
+    Args:
+        folder: of token files.
+        num_samples: N, how many there should be.
+        has_variants: whether the variants are said in a file.
+
+    Returns:
+        :data:`SAMPLE` ``[N]``, memory-mapped, and int32 ``[N]``, how many variants each has.
 
     Raises:
         UserError: a file that is damaged or does not fit; names it.
@@ -132,11 +150,25 @@ def open_table(folder: Path, num_samples: int) -> np.ndarray:
         raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
     # In floats, which do not wrap around.
     largest = (folder / "codes.bin").stat().st_size
-    if (table["grid"] < 1).any() or (table["grid"].prod(axis=1, dtype=np.float64) > largest).any():
+    variants = _read_variants(folder / VARIANTS, num_samples) if has_variants else np.ones(num_samples, np.int32)
+    if (table["grid"] < 1).any() or (table["grid"].prod(axis=1, dtype=np.float64) * variants > largest).any():
         raise UserError(f"{path} has grids that codes.bin cannot hold; {_AGAIN}")
-    for name, lengths in (("codes", table["grid"].prod(axis=1, dtype=np.int64)), ("captions", table["caption_length"])):
+    for name, lengths in (("codes", code_lengths(table, variants)), ("captions", table["caption_length"])):
         _check_index(folder, name, lengths.astype(np.int64))
-    return table
+    return table, variants
+
+
+def _read_variants(path: Path, num_samples: int) -> np.ndarray:
+    with said_of(path):
+        variants = mapped_array(path)
+    if variants.dtype != np.int32 or variants.shape != (num_samples,) or (variants < 1).any():
+        raise UserError(f"{path} does not say how many variants each of {num_samples} samples has; {_AGAIN}")
+    return np.array(variants)
+
+
+def code_lengths(table: np.ndarray, variants: np.ndarray) -> np.ndarray:
+    """Codes of each sample, all its variants together, int64 ``[N]``."""
+    return table["grid"].prod(axis=1, dtype=np.int64) * variants
 
 
 def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
@@ -155,14 +187,19 @@ def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
     """Write the token files of all parts, one after the other, into ``folder``."""
     tables = [mapped_array(part / TABLE) for part in parts]
+    variants = [
+        mapped_array(part / VARIANTS) if (part / VARIANTS).is_file() else np.ones(len(table), np.int32)
+        for part, table in zip(parts, tables, strict=True)
+    ]
     for name, dtype in _INDEXED.items():
         builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype)
         with contextlib.closing(builder.data_file):
-            for part, table in zip(parts, tables, strict=True):
-                lengths = table["grid"].prod(axis=1) if name == "codes" else table["caption_length"]
+            for part, table, counts in zip(parts, tables, variants, strict=True):
+                lengths = code_lengths(table, counts) if name == "codes" else table["caption_length"]
                 _append(builder, part / f"{name}.bin", lengths.tolist())
         builder.finalize(str(folder / f"{name}.idx"))
     np.save(folder / TABLE, np.concatenate([np.empty(0, SAMPLE), *tables]))
+    _save_variants(folder, np.concatenate([np.empty(0, np.int32), *variants]))
 
 
 def _append(builder: IndexedDatasetBuilder, path: Path, lengths: list[int]) -> None:
@@ -174,10 +211,11 @@ def _append(builder: IndexedDatasetBuilder, path: Path, lengths: list[int]) -> N
         shutil.copyfileobj(file, builder.data_file)
 
 
-def _check_tokens(index: int, sample: Sample, vocabulary: Emu3Vocabulary) -> None:
+def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
+    words = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
     for what, tokens, size, of in (
         ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
-        ("caption token", sample.caption, vocabulary.text_size, "text vocabulary"),
+        ("caption token", sample.caption, vocabulary.caption_size, words),
     ):
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             wrong = tokens.max() if tokens.max() >= size else tokens.min()

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from megatron_cca import platform
 from megatron_cca.generation.kv_cache import CachedAttention, KVCache
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
@@ -27,7 +27,7 @@ class Decoder:
         vocabulary: the model's.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], vocabulary: Emu3Vocabulary) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> None:
         self._gpts = [_bare(chunk) for chunk in chunks]
         self._vocabulary = vocabulary
         self._attentions: list[CachedAttention] = []
@@ -71,7 +71,7 @@ class Decoder:
 
 
 @contextmanager
-def decoding(chunks: Sequence[torch.nn.Module], vocabulary: Emu3Vocabulary) -> Iterator[Decoder]:
+def decoding(chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> Iterator[Decoder]:
     """Inside, the chunks draw; afterwards they are as they were before, in training or out of it.
 
     Not for context parallelism, whose ranks have parts of a sequence only.
@@ -116,7 +116,7 @@ def _bare(chunk: torch.nn.Module) -> GPTModel:
     return next(module for module in chunk.modules() if isinstance(module, GPTModel))
 
 
-def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: Emu3Vocabulary) -> Tensor:
+def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: ImageVocabulary) -> Tensor:
     if gpt.pre_process:
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     else:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_cca import __version__, platform
+from megatron_cca.errors import UserError
 from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.generation import files
 from megatron_cca.generation.best_of import Scorer, best, candidates
@@ -90,8 +91,12 @@ def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.nda
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
-    texts = [Prompt(prompt.text + job.suffix, prompt.seed) for prompt in job.prompts]
-    return painter.requests(texts, job.settings), painter.second_prompt(job.settings, job.negative)
+    if job.suffix and painter.architecture.vocabulary.num_classes is not None:
+        raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
+    prompts = [
+        replace(prompt, text=None if prompt.text is None else prompt.text + job.suffix) for prompt in job.prompts
+    ]
+    return painter.requests(prompts, job.settings), painter.second_prompt(job.settings, job.negative)
 
 
 def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
@@ -145,7 +150,7 @@ def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, 
             continue
         images = painter.decoded(codes)
         if scorer is not None:
-            choice = best(scorer, images, [job.prompts[place].text for place in places], job.best_of)
+            choice = best(scorer, images, [job.prompts[place].title for place in places], job.best_of)
             codes, images = codes[choice.indices], images[choice.indices]
             share.scores.extend(choice.scores.tolist())
         files.write_images(partial, places, images)
@@ -182,7 +187,7 @@ def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: S
     count = len(job.prompts)
     codes = np.empty((count, job.settings.height, job.settings.width), dtype=np.int32)
     rows = [
-        {"prompt": prompt.text, "label": prompt.label, "seed": prompt.seed, "prompt_ids": request.prompt.tolist()}
+        {"prompt": prompt.title, "label": prompt.label, "seed": prompt.seed, "prompt_ids": request.prompt.tolist()}
         for prompt, request in zip(job.prompts, requests, strict=True)
     ]
     for share in shares:
@@ -197,7 +202,7 @@ def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: S
         files.write_npz(partial, count, None if None in labels else labels)
     shown = on_sheet(count)
     images = [files.read_image(partial, place) for place in shown]
-    contact_sheet(partial / files.SHEET, images, [job.prompts[place].text for place in shown])
+    contact_sheet(partial / files.SHEET, images, [job.prompts[place].title for place in shown])
     (partial / files.SETTINGS).write_text(json.dumps(_record(job), indent=1) + "\n")
     _place(partial, job.output)
 

@@ -17,8 +17,8 @@ from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.models.gpt import build_gpt
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 OPTION = "checkpoint"
 
@@ -81,7 +81,7 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
         source = folder = layout.resolve(checkpoint, OPTION)
         config = saved_config(folder, OPTION)
     architecture = resolve_architecture(config.model)
-    if not isinstance(architecture.vocabulary, Emu3Vocabulary):
+    if not isinstance(architecture.vocabulary, ImageVocabulary):
         raise UserError(
             f"{OPTION}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
             "nothing can be drawn with it"

@@ -13,13 +13,14 @@ from megatron.core import parallel_state
 
 from megatron_cca import platform
 from megatron_cca.config import Precision
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError
+from megatron_cca.generation.conditions import caption_ids, negative_ids
 from megatron_cca.generation.loading import inspect_for_sampling, load_for_sampling
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.emu3.grammar import grid_text, image_length, prompt_ids, prompt_length
+from megatron_cca.models.grids import grid_misfit
 
 # Pictures that pass through the image tokenizer together, in tokens: 64 of 16 x 16, one of Emu3's.
 _TOKENS_DECODED = 16_384
@@ -84,11 +85,18 @@ class Painter:
 
     def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
         """What the sampler is asked for; raises as :meth:`paint` does."""
-        return [ImageRequest(self._prompt_ids(prompt.text, settings), prompt.seed) for prompt in prompts]
+        vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
+        return [
+            ImageRequest(self._prompt_ids(prompt.title, caption_ids(vocabulary, text, prompt), settings), prompt.seed)
+            for prompt in prompts
+        ]
 
     def second_prompt(self, settings: SamplingSettings, negative: str = "") -> np.ndarray | None:
         """The second stream's prompt, int64 ``[P]``; None where there is one stream; raises as :meth:`paint` does."""
-        return self._prompt_ids(negative, settings) if settings.forwards_per_token == 2 else None
+        if settings.forwards_per_token == 1:
+            return None
+        caption = negative_ids(self.architecture.vocabulary, self.tokenizers.text, negative)
+        return self._prompt_ids(negative, caption, settings)
 
     def codes(
         self,
@@ -116,23 +124,27 @@ class Painter:
         codes = self.codes(requests, settings, second, on_tokens)
         return self.decoded(codes), codes
 
-    def _prompt_ids(self, text: str, settings: SamplingSettings) -> np.ndarray:
-        words = self.tokenizers.text.encode(grid_text(settings.height, settings.width))
-        with said_of(f"prompt {text[:40]!r}"):
-            caption = self.tokenizers.text.encode(text)
-        self._check_length(text, len(caption), len(words), settings)
-        return prompt_ids(self.architecture.vocabulary, np.array(caption, dtype=np.int64), np.array(words))
+    def _prompt_ids(self, title: str, caption: np.ndarray, settings: SamplingSettings) -> np.ndarray:
+        vocabulary = self.architecture.vocabulary
+        said = vocabulary.meta_text(1, settings.height, settings.width)
+        words = np.array(self.tokenizers.text.encode(said) if said else [], dtype=np.int64)
+        self._check_length(title, caption, words, settings)
+        return vocabulary.prompt(caption, words)
 
-    def _check_length(self, text: str, caption: int, words: int, settings: SamplingSettings) -> None:
+    def _check_length(self, title: str, caption: np.ndarray, words: np.ndarray, settings: SamplingSettings) -> None:
+        height, width, vocabulary = settings.height, settings.width, self.architecture.vocabulary
+        misfit = grid_misfit(self.architecture, 1, height, width)
+        if misfit is not None:
+            raise UserError(f"grid {height}*{width}: {misfit}")
         positions = self.architecture.max_position_embeddings
-        fixed = prompt_length(0, words) + image_length(1, settings.height, settings.width)
-        grid = grid_text(settings.height, settings.width)
+        fixed, whole = (vocabulary.sequence_length(size, len(words), height, width) for size in (0, len(caption)))
+        grid = f"{height}*{width}"
         if fixed > positions:
             raise UserError(f"grid {grid}: takes {fixed} tokens, the model has {positions} positions; take a smaller")
-        if fixed + caption > positions:
+        if whole > positions:
             raise UserError(
-                f"prompt {text[:40]!r}: {caption} tokens, but a grid of {grid} leaves {positions - fixed} of the "
-                f"model's {positions} positions; shorten it by {fixed + caption - positions}"
+                f"prompt {title[:40]!r}: {len(caption)} tokens, but a grid of {grid} leaves {positions - fixed} of the "
+                f"model's {positions} positions; shorten it by {whole - positions}"
             )
 
 

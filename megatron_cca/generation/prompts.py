@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.digits import PHRASINGS, captions_of
+from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
 from megatron_cca.errors import UserError, said_of
 
 # Image seeds of one run do not meet those of the next.
@@ -23,14 +23,19 @@ class Prompt:
     """One image to draw.
 
     Attributes:
-        text: its caption.
+        text: its caption; None where only its class is known.
         seed: of its random stream; None until :func:`seeded`.
-        label: the class that it should show, for judges; None where there is none.
+        label: the class that it should show, for judges and for models that take classes; None where there is none.
     """
 
-    text: str
+    text: str | None
     seed: int | None = None
     label: int | None = None
+
+    @property
+    def title(self) -> str:
+        """What people see of it."""
+        return f"class {self.label}" if self.text is None else self.text
 
 
 def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
@@ -61,11 +66,16 @@ def digit_prompts(count: int, seed: int) -> list[Prompt]:
     return seeded(prompts, seed)
 
 
-def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt]:
+def digit_classes() -> list[Prompt]:
+    """Each digit once, in the first of its phrasings."""
+    return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
+
+
+def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:
     """One prompt for each class that is wanted.
 
     Args:
-        captions: of all classes; a class's label is its place.
+        captions: of all classes, or None where a class has no name; its label is its place.
         wanted: captions, labels, or the one word ``all``.
 
     Raises:
@@ -76,17 +86,39 @@ def class_prompts(captions: Sequence[str], wanted: Sequence[str]) -> list[Prompt
     return [Prompt(captions[label], label=label) for label in labels]
 
 
-def _label(captions: Sequence[str], name: str) -> int:
+def _label(captions: Sequence[str | None], name: str) -> int:
     if name in captions:
         return list(captions).index(name)
     if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(captions):
         return int(name)
-    some = ", ".join(captions[:10]) + (", ..." if len(captions) > 10 else "")
-    raise UserError(f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}, or by name {some}")
+    there = f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}"
+    names = [caption for caption in captions if caption is not None]
+    if not names:
+        raise UserError(f"{there}; --class-captions gives them names")
+    raise UserError(f"{there}, or by name {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+
+
+def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]:
+    """What classes are called, a line each, in the order of their labels.
+
+    Of a line as in ImageNet's ``LOC_synset_mapping.txt`` ("n01440764 tench, Tinca tinca"), the first name is taken.
+
+    Args:
+        path: of the file.
+        num_classes: how many there must be; None means any.
+
+    Raises:
+        UserError: unreadable, empty, or of another number of classes.
+    """
+    captions = [prompt.title for prompt in read_prompts(path)]
+    if num_classes is not None and len(captions) != num_classes:
+        raise UserError(f"{path} names {len(captions)} classes, the model has {num_classes}")
+    synsets = [re.fullmatch(r"n[0-9]{8} ([^,]+)(,.*)?", caption) for caption in captions]
+    return [found[1].strip() for found in synsets] if all(synsets) else captions
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: a text a line, or JSON lines with ``prompt`` and, if wanted, ``label`` and ``seed``.
+    """Prompts from a file: a text a line, or JSON lines with ``prompt``, ``label`` or both, and ``seed`` if wanted.
 
     Raises:
         UserError: unreadable, empty, or a line that is not as it should be; names file and line.
@@ -121,11 +153,16 @@ def _json_prompt(line: str, number: int) -> Prompt:
             found = json.loads(line)
         except (ValueError, RecursionError):
             raise UserError("is not a JSON object") from None
-        if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-            raise UserError(f'needs a "prompt" that is a text, such as {{"prompt": "a red fox"}}, found {line[:60]!r}')
-        if any("\ud800" <= letter <= "\udfff" for letter in found["prompt"]):
+        text = found.get("prompt") if isinstance(found, dict) else None
+        is_class = isinstance(found, dict) and "prompt" not in found and found.get("label") is not None
+        if not isinstance(text, str) and not is_class:
+            raise UserError(
+                'needs a "prompt" that is a text, such as {"prompt": "a red fox"}, or the "label" of a class, found '
+                f"{line[:60]!r}"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text or ""):
             raise UserError("prompt: is not valid Unicode")
-        return Prompt(found["prompt"], _whole_number(found, "seed"), _whole_number(found, "label"))
+        return Prompt(text, _whole_number(found, "seed"), _whole_number(found, "label"))
 
 
 def _whole_number(found: dict[str, Any], key: str) -> int | None:

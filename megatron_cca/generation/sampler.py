@@ -1,4 +1,4 @@
-"""Draw images: Emu3's grammar forced, one random stream an image.
+"""Draw images: what the vocabulary's grammar dictates is forced, one random stream an image.
 
 Only visual tokens are drawn, from the softmax over the visual part of the vocabulary; what the grammar dictates is put
 in. Each image has its own seed, so that it comes out the same in any batch and on any layout, up to the rounding of
@@ -22,8 +22,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.generation.decoder import Decoder, decoding
 from megatron_cca.generation.drawing import NO_CODE, drawn_codes
 from megatron_cca.generation.guidance import contrastive_logits, guided_logits
-from megatron_cca.models.emu3.grammar import forced_tokens
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class SamplingSettings:
 
 def sample_codes(
     chunks: Sequence[torch.nn.Module],
-    vocabulary: Emu3Vocabulary,
+    vocabulary: ImageVocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
     unconditional: np.ndarray | None = None,
@@ -168,14 +167,14 @@ def _filled_up(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
 
 def _draw(
     decoder: Decoder,
-    vocabulary: Emu3Vocabulary,
+    vocabulary: ImageVocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
     unconditional: np.ndarray | None,
     on_tokens: Callable[[int], None],
 ) -> np.ndarray:
     """int64 ``[B, height * width]``."""
-    forced = forced_tokens(vocabulary, settings.height, settings.width)
+    forced = vocabulary.forced_tokens(settings.height, settings.width)
     last_visual = int(np.flatnonzero(forced < 0)[-1])
     second = unconditional if settings.forwards_per_token == 2 else None
     # One group a pipeline stage: while one stage has the first, the next has the second.

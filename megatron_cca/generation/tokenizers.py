@@ -10,34 +10,34 @@ import torch
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
-from megatron_cca.data.digits import KEYWORD, ensure_digit_shards
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.digits import KEYWORD, digit_shards
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
-from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY, Emu3Vocabulary
-from megatron_cca.models.emu3.vq_config import CONFIG
+from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.grids import own_grid
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 OPTIONS = ("--text-tokenizer", "--image-tokenizer")
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Both tokenizers of a model."""
+    """Both tokenizers of a model; ``text`` is None where captions are classes."""
 
-    text: TextTokenizer
+    text: TextTokenizer | None
     images: ImageTokenizer
 
 
 def open_tokenizers(
     checkpoint: Path,
     config: Config,
-    vocabulary: Emu3Vocabulary,
+    vocabulary: ImageVocabulary,
     *,
     text: Path | None = None,
     images: Path | None = None,
@@ -58,9 +58,7 @@ def open_tokenizers(
         UserError: none found, damaged, or of another size than the model's vocabulary; names option or folder.
     """
     with said_of(options[0]):
-        words = open_text_tokenizer(text) if text is not None else _text_of(checkpoint, config)
-        if words.size > vocabulary.text_size:
-            raise UserError(f"has {words.size} words, the model {vocabulary.text_size}; give the model's own")
+        words = _words(checkpoint, config, vocabulary, text)
     with said_of(options[1]):
         codes = open_image_tokenizer(images, device) if images is not None else _images_of(checkpoint, config, device)
         if codes.codebook_size != vocabulary.codebook_size:
@@ -72,16 +70,22 @@ def open_tokenizers(
 
 
 def usual_grid(config: Config) -> tuple[int, int]:
-    """Height and width, in visual tokens, of all that a model was trained on; Emu3's own 90 x 90 where nothing says it.
+    """Height and width, in visual tokens, that a model draws: its only ones, or those of all that it was trained on.
+
+    Where the data are not here or of several sizes, it is what the released model draws.
 
     Raises:
-        UserError: images of several sizes, or a model that is not Emu3's and whose data are gone.
+        UserError: a model that was not released, with images of several sizes or data that are gone.
     """
+    architecture = resolve_architecture(config.model)
+    own = own_grid(architecture)
+    if own is not None:
+        return own
     grids = {grid for folder in _data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
     if len(grids) == 1:
         return grids.pop()
-    if resolve_architecture(config.model).vocabulary == EMU3_VOCABULARY:
-        return 90, 90
+    if architecture.vocabulary.released_grid is not None:
+        return architecture.vocabulary.released_grid
     seen = f"{len(grids)} sizes" if grids else "data that are not here"
     raise UserError(f"the model was trained on {seen}; give height and width in visual tokens, such as 16 16")
 
@@ -91,6 +95,17 @@ def _grids(folder: Path) -> Iterator[tuple[int, int]]:
         frames, height, width = map(int, key.split("x"))
         if frames == 1:
             yield height, width
+
+
+def _words(checkpoint: Path, config: Config, vocabulary: ImageVocabulary, folder: Path | None) -> TextTokenizer | None:
+    if vocabulary.num_classes is not None:
+        if folder is not None:
+            raise UserError("this model takes classes, not texts; leave it out")
+        return None
+    words = open_text_tokenizer(folder) if folder is not None else _text_of(checkpoint, config)
+    if words.size > vocabulary.caption_size:
+        raise UserError(f"has {words.size} words, the model {vocabulary.caption_size}; give the model's own")
+    return words
 
 
 def _text_of(checkpoint: Path, config: Config) -> TextTokenizer:
@@ -105,20 +120,22 @@ def _text_of(checkpoint: Path, config: Config) -> TextTokenizer:
 
 def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
     kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
+    files = family_of(config.model).image_tokenizer
     if weights.is_dir():
-        return open_emu3_vq(kept, device, weights=weights)
-    if (checkpoint / CONFIG).is_file():
+        return files.open(kept, device, weights)
+    if files is not None and files.recognises(checkpoint):
         try:
-            return open_emu3_vq(checkpoint, device)
+            return files.open(checkpoint, device)
         except UserError:
-            pass  # the decoder alone, whose image tokenizer has a folder of its own
+            pass  # the decoder alone, whose image tokenizer lies elsewhere
     for folder in _data_folders(config):
         if (folder / CODEBOOK_FILE).is_file():
             return open_image_tokenizer(folder, device)
-    raise UserError(f"{checkpoint} has no image tokenizer with it; give its folder, such as Emu3-VisionTokenizer")
+    wanted = "its folder" if files is None else files.description
+    raise UserError(f"{checkpoint} has no image tokenizer with it; give {wanted}")
 
 
 def _data_folders(config: Config) -> Iterator[Path]:
     names = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     for name in names:
-        yield ensure_digit_shards() if name == KEYWORD else Path(name)
+        yield digit_shards(config.model) if name == KEYWORD else Path(name)

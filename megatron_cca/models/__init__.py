@@ -9,20 +9,23 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture, with_explicit_sizes, with_overrides
 from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
+from megatron_cca.models.emu3.vq_files import Emu3VqFiles
 from megatron_cca.models.huggingface import HuggingFaceFormat
+from megatron_cca.models.image_tokenizer_files import ImageTokenizerFiles
 from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
 
 
 @dataclass(frozen=True)
 class Family:
-    """Named sizes, and what its checkpoints look like on Hugging Face."""
+    """Named sizes, the smallest of which is called FAMILY-tiny; what checkpoints and image tokenizers look like."""
 
     presets: dict[str, Architecture]
     huggingface: HuggingFaceFormat | None = None
+    image_tokenizer: ImageTokenizerFiles | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace()),
+    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace(), Emu3VqFiles()),
     "llamagen": Family(LLAMAGEN_PRESETS),
 }
 
@@ -47,3 +50,9 @@ def explicit(config: Config) -> Config:
 def family_of(config: ModelConfig) -> Family:
     """The family that a ``model`` section's preset belongs to; the preset must be known."""
     return next(family for family in FAMILIES.values() if config.name in family.presets)
+
+
+def tiny_architecture(config: ModelConfig) -> Architecture:
+    """The smallest model of a ``model`` section's family, for laptops and tests; the preset must be known."""
+    name = next(name for name, family in FAMILIES.items() if config.name in family.presets)
+    return FAMILIES[name].presets[f"{name}-tiny"]

@@ -124,10 +124,11 @@ def timed_step(run: Run) -> tuple[float, StepReport]:
 
 def _samples(config: Config, images: ImageShape) -> list[Sample]:
     vocabulary, random = resolve_architecture(config.model).vocabulary, np.random.default_rng(0)
+    caption_tokens = images.caption_tokens if vocabulary.num_classes is None else 1
     return [
         Sample(
             random.integers(vocabulary.codebook_size, size=(images.height, images.width)),
-            random.integers(vocabulary.text_size, size=images.caption_tokens),
+            random.integers(vocabulary.caption_size, size=caption_tokens),
         )
         for _ in range(2 * config.training.global_batch_size)
     ]

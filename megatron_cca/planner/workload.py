@@ -8,7 +8,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import sequence_multiple
-from megatron_cca.models.emu3.grammar import grid_text, sequence_length
+from megatron_cca.models.grids import grid_misfit
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,18 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
     Raises:
         UserError: more positions than the model has.
     """
-    # Emu3's tokenizer makes one token of every character of the grid's text.
-    words = len(grid_text(shape.height, shape.width))
-    ids = sequence_length(shape.caption_tokens, words, shape.height, shape.width)
+    architecture = resolve_architecture(config.model)
+    misfit = grid_misfit(architecture, 1, shape.height, shape.width)
+    if misfit is not None:
+        raise UserError(f"--image-grid: {misfit}")
+    vocabulary = architecture.vocabulary
+    # One token for every character: digits are never merged.
+    words = len(vocabulary.meta_text(1, shape.height, shape.width))
+    ids = vocabulary.sequence_length(shape.caption_tokens, words, shape.height, shape.width)
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
     # A token is not an input of its own prediction, hence one less.
     seq_length = -(-(ids - 1) // multiple) * multiple
-    limit = resolve_architecture(config.model).max_position_embeddings
+    limit = architecture.max_position_embeddings
     if seq_length > limit:
         raise UserError(
             f"--image-grid: {shape.height}x{shape.width} with captions of {shape.caption_tokens} tokens needs "

@@ -17,9 +17,10 @@ from megatron_cca.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.evaluation.listings import WORDS, check_path, list_folder
 from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
+from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.grammar import image_length, prompt_length
+from megatron_cca.models.grids import grid_misfit
 from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
 from megatron_cca.studies.settings import Keys, StudySettings
@@ -48,6 +49,7 @@ def check_study(study: Study, world_size: int) -> None:
         _check_judging(study.settings)
     _check_runs(study, world_size)
     with said_of(study.path):
+        _check_conditions(study)
         _check_grids(study)
         _check_equal_compute(study)
         check_plots(study)
@@ -174,11 +176,22 @@ def _base_model(study: Study) -> ModelConfig:
     return saved_config(layout.resolve(given, "base.checkpoint"), "base.checkpoint").model
 
 
+def _check_conditions(study: Study) -> None:
+    if study.settings.prompts != KEYWORD:
+        with said_of("prompts"):
+            vocabulary = resolve_architecture(_base_model(study)).vocabulary
+            check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
+
+
 def _check_grids(study: Study) -> None:
-    positions = resolve_architecture(_base_model(study)).max_position_embeddings
+    architecture = resolve_architecture(_base_model(study))
+    positions = architecture.max_position_embeddings
     for method in study.methods.values():
         for sampling in (method.point(values).sampling for values in variants(method)):
-            tokens = prompt_length(0, 0) + image_length(1, sampling.height, sampling.width)
+            misfit = grid_misfit(architecture, 1, sampling.height, sampling.width)
+            if misfit is not None:
+                raise UserError(f"sampling: {misfit}")
+            tokens = architecture.vocabulary.sequence_length(0, 0, sampling.height, sampling.width)
             if tokens > positions:
                 raise UserError(
                     f"sampling: a grid of {sampling.height} x {sampling.width} takes {tokens} tokens beside the "

@@ -16,8 +16,10 @@ from megatron_cca.data.pairing import Pairing
 from megatron_cca.data.sample_order import SampleOrder, held_out_order, training_order
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
+from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import sequence_multiple
+from megatron_cca.models.architecture import Architecture, sequence_multiple
+from megatron_cca.models.grids import grid_misfit, own_grid
 
 DATA, VALIDATION = "data.path", "validation.path"
 
@@ -58,9 +60,23 @@ def open_data(config: Config) -> RunData:
 
 def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
     blend = {path: 1.0} if isinstance(path, str) else path
-    vocabulary = resolve_architecture(config.model).vocabulary
-    folders = [digits.ensure_digit_shards() if name == digits.KEYWORD else Path(name) for name in blend]
-    return TokenData([TokenShards(folder, vocabulary, key) for folder in folders], list(blend.values()))
+    architecture = resolve_architecture(config.model)
+    folders = [digits.digit_shards(config.model) if name == digits.KEYWORD else Path(name) for name in blend]
+    shards = [TokenShards(folder, architecture.vocabulary, key) for folder in folders]
+    for one in shards:
+        _check_grids(one, architecture, key)
+    return TokenData(shards, list(blend.values()))
+
+
+def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> None:
+    own = own_grid(architecture)
+    if own is None:
+        return
+    others = (shards.table["grid"] != (1, *own)).any(axis=1)
+    if others.any():
+        sample = int(others.argmax())
+        misfit = grid_misfit(architecture, *shards.table["grid"][sample].tolist())
+        raise UserError(f"{key}: sample {sample} of {shards.folder} has {misfit}")
 
 
 def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBuilder:
@@ -97,6 +113,7 @@ def _builder(
             condition_dropout=config.data.condition_dropout,
             length_bucketing=length_bucketing,
             seed=seed,
+            num_variants=data.num_variants,
         ),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cca import platform
-from megatron_cca.data.digits import PHRASINGS, WORDS
 from megatron_cca.errors import said_of
 from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.generation.painting import Painter, Pictures
-from megatron_cca.generation.prompts import Prompt, read_prompts, seeded
+from megatron_cca.generation.prompts import Prompt, digit_classes, read_prompts, seeded
 from megatron_cca.generation.sampler import SamplingSettings
 from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
 from megatron_cca.training.metrics import MetricsLog
@@ -64,7 +63,7 @@ class SamplePictures:
         path = self._folder / f"step_{step:07d}.png"
         with log.tolerating_a_full_disk():
             self._folder.mkdir(parents=True, exist_ok=True)
-            contact_sheet(path, list(pictures.images), [prompt.text for prompt in self._prompts])
+            contact_sheet(path, list(pictures.images), [prompt.title for prompt in self._prompts])
             log.show(FOLDER, path, step)
 
 
@@ -97,7 +96,7 @@ def open_pictures(run: Run) -> SamplePictures | None:
 
 def _prompts(run: Run) -> list[Prompt]:
     file = run.config.logging.sample_prompts
-    prompts = [Prompt(PHRASINGS[0].format(word)) for word in WORDS] if file is None else read_prompts(Path(file))
+    prompts = digit_classes() if file is None else read_prompts(Path(file))
     return seeded(prompts, run.config.training.seed)
 
 

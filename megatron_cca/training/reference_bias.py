@@ -161,7 +161,7 @@ def _config(settings: BiasSettings) -> Config:
 
 
 def _open(config: Config, path: str) -> RunData:
-    folder = digits.ensure_digit_shards() if path == digits.KEYWORD else Path(path)
+    folder = digits.digit_shards(config.model) if path == digits.KEYWORD else Path(path)
     shards = TokenShards(folder, resolve_architecture(config.model).vocabulary, DATA)
     images = config.training.global_batch_size
     if len(shards) < images:

@@ -52,14 +52,15 @@ def expected(common):
     """The hashes of the whole batches, from the builder alone."""
     config = load_config(None, [*common, "training.micro_batch_size=8"])
     batches = training_batches(config, open_data(config), with_pairs=True)
+    return [[digest_of(batches, step + turn) for turn in range(3)] for step in STEPS]
 
-    def digest(step):
-        (rows,) = batches.build(step, 0, 1).microbatches
-        columns = torch.stack([rows.tokens, rows.targets, rows.mask.long()], dim=1)
-        pairs = torch.stack(columns.chunk(2), dim=1)
-        return hashlib.sha256(rows.negative_is_positive.numpy().tobytes() + pairs.numpy().tobytes()).hexdigest()
 
-    return [[digest(step + turn) for turn in range(3)] for step in STEPS]
+def digest_of(batches, step):
+    """Of the whole batch, which must be one microbatch."""
+    (rows,) = batches.build(step, 0, 1).microbatches
+    columns = torch.stack([rows.tokens, rows.targets, rows.mask.long()], dim=1)
+    pairs = torch.stack(columns.chunk(2), dim=1)
+    return hashlib.sha256(rows.negative_is_positive.numpy().tobytes() + pairs.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("ranks", BY_RANKS)

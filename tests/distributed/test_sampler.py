@@ -139,9 +139,7 @@ def toy(model):
 
 
 def prompt(vocabulary, caption):
-    from megatron_cca.models.emu3.grammar import prompt_ids
-
-    return prompt_ids(vocabulary, np.array(caption, dtype=np.int64), np.array([1, 2, 3]))
+    return vocabulary.prompt(np.array(caption, dtype=np.int64), np.array([1, 2, 3]))
 
 
 def exact_probabilities(model, prompts, options):

@@ -109,7 +109,7 @@ def _loader(overrides):
 def _traced(config, batches, step):
     """Steps one to three from ``step`` on, so that some of them were read ahead."""
     reads, original = [], TokenShards.codes
-    TokenShards.codes = lambda shards, sample: reads.append(sample) or original(shards, sample)
+    TokenShards.codes = lambda shards, *which: reads.append(which) or original(shards, *which)
     with batches:
         shares = [_share(batches.get(number)) for number in range(step, step + 3)]
     TokenShards.codes = original

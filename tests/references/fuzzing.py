@@ -44,6 +44,8 @@ CASES = {
     "tar": 500,
     "emu3 list": 150,
     "emu3 file": 200,
+    "code file": 300,
+    "label file": 200,
     "dataset folder": 100,
     "image header": 1200,
     "prompts text": 600,

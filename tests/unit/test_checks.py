@@ -270,6 +270,6 @@ EXAMPLES = sorted(file for file in ROOT.rglob("*.yaml") if file.parent.name not 
 def test_every_example_can_run_on_eight_ranks(file, tmp_path):
     overrides = ["training.pretrained_checkpoint=null", f"training.output_dir={tmp_path}"]
     config = load_config(file, overrides)
-    if config.model.name == "emu3-tiny":
+    if config.model.name.endswith("-tiny"):
         config = load_config(file, [*overrides, "parallel.tensor_model_parallel_size=2"])
     check_run(config, 8)

@@ -46,7 +46,7 @@ def test_no_jsonl_of_prompts_gets_through(sandbox, content):
     path = sandbox.inside / "prompts.jsonl"
     path.write_bytes(content)
     for prompt in sandbox.check(lambda: read_prompts(path)) or []:
-        prompt.text.encode()
+        prompt.title.encode()
 
 
 def test_what_is_no_file_of_prompts_is_refused(sandbox):

@@ -14,15 +14,16 @@ from megatron_cca.data.manifest import FILE_NAME, read_manifest, write_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_files import TABLE, TOKEN_FILES
+from megatron_cca.data.token_files import TABLE, TOKEN_FILES, VARIANTS, Sample
 from tests.references import token_shards
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The files of a small shard folder by name."""
-    folder = token_shards.write(tmp_path_factory.mktemp("written") / "shards", token_shards.random_samples(5))
+    """The files of a small shard folder by name; one of its samples has variants."""
+    samples = [*token_shards.random_samples(4), Sample(np.arange(12).reshape(3, 1, 2, 2), np.arange(3))]
+    folder = token_shards.write(tmp_path_factory.mktemp("written") / "shards", samples)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -37,7 +38,8 @@ def read_everything(folder):
     shards = TokenShards(folder, token_shards.VOCABULARY)
     for sample in range(len(shards)):
         shards.caption(sample)
-        shards.meta_words(tuple(shards.codes(sample).shape))
+        for variant in range(min(int(shards.variants[sample]), 100)):
+            shards.meta_words(tuple(shards.codes(sample, variant).shape))
 
 
 def test_whole_shards_are_read(sandbox, written):
@@ -68,6 +70,15 @@ NUMBERS = st.sampled_from([0, -1, 1, 2**31 - 1, -(2**31), 5, 4096]) | st.integer
 
 
 @st.composite
+def forged_variants(draw, content):
+    variants = np.load(io.BytesIO(content)).copy()
+    variants[draw(st.integers(0, len(variants) - 1))] = draw(NUMBERS)
+    file = io.BytesIO()
+    np.save(file, variants)
+    return file.getvalue()
+
+
+@st.composite
 def forged_table(draw, content):
     table = np.load(io.BytesIO(content)).copy()
     row, field = draw(st.integers(0, len(table) - 1)), draw(st.sampled_from(table.dtype.names))
@@ -84,10 +95,12 @@ def forged_table(draw, content):
 @given(data=st.data())
 def test_no_shard_file_gets_through(sandbox, written, data):
     """With a manifest that was made for the spoilt file, as a hostile one would be."""
-    name = data.draw(st.sampled_from(TOKEN_FILES))
+    name = data.draw(st.sampled_from([*TOKEN_FILES, VARIANTS]))
     content = spoilt(written[name])
     if name == TABLE:
         content |= forged_table(written[TABLE])
+    if name == VARIANTS:
+        content |= forged_variants(written[VARIANTS])
     fill(sandbox.inside, written | {name: data.draw(content)})
     contents = read_manifest(sandbox.inside)
     write_manifest(sandbox.inside, {key: contents[key] for key in ("num_samples", "vocabulary", "meta_words")})

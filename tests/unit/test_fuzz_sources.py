@@ -209,6 +209,31 @@ def test_no_file_of_emu3s_gets_through(sandbox, content):
     read_everything(sandbox, "emu3")
 
 
+def npy(values):
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+CODE_FILE = npy(np.arange(48).reshape(1, 3, 16))
+FORGED = (b"(1, 3, 99)", b"(9**9999 )", b"(-1,3,-16)", b"[1, 3, 16]")
+SHAPES = [CODE_FILE.replace(b"(1, 3, 16)", shape) for shape in FORGED]
+
+
+@fuzzed("code file")
+@given(spoilt(CODE_FILE, *SHAPES) | st.binary(max_size=200))
+def test_no_file_of_codes_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"a_codes/0.npy": content, "a_labels/0.npy": npy([3])})
+    read_everything(sandbox, "llamagen")
+
+
+@fuzzed("label file")
+@given(spoilt(npy([3]), npy(["a"]), npy([2**63 - 1])) | st.binary(max_size=200))
+def test_no_label_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"a_codes/0.npy": CODE_FILE, "a_labels/0.npy": content})
+    read_everything(sandbox, "llamagen")
+
+
 @pytest.fixture
 def hf_cache(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from megatron_cca.data.image_size import target_size
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.image_size import target_size
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 from tests.references.emu3_vq import original_name, save_composite, save_original, small_vq
 
@@ -382,7 +382,7 @@ def test_a_damaged_processor_is_named(content, message, spoilt):
 
 
 def test_missing_and_damaged_files_are_named(spoilt, tmp_path):
-    assert refused(tmp_path / "nowhere").startswith(f"no folder at {tmp_path / 'nowhere'}")
+    assert refused(tmp_path / "nowhere").startswith(f"no file or folder at {tmp_path / 'nowhere'}")
     assert refused(tmp_path).startswith(f"{tmp_path} holds no image tokenizer: neither codebook.npy nor")
     file = spoilt / "model.safetensors"
     for size in (-1, 1000, 5, 0):

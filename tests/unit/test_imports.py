@@ -74,3 +74,21 @@ def test_what_only_one_place_may_touch(text, allowed):
 def test_objectives_know_no_megatron():
     for file in (PACKAGE / "objectives").glob("*.py"):
         assert not any(module.startswith("megatron.") for module in imported_modules(file))
+
+
+# What may know a family by name: its own folder, the table of families, and readers of its files.
+FAMILY_FOLDERS = ("models/emu3/", "models/llamagen/")
+MAY_NAME_FAMILIES = (*FAMILY_FOLDERS, "models/__init__.py", "data/sources/emu3.py", "data/sources/llamagen.py")
+
+
+def test_no_module_imports_a_family_by_name():
+    families = tuple(f"megatron_cca.{folder.rstrip('/').replace('/', '.')}" for folder in FAMILY_FOLDERS)
+    for file in FILES:
+        name = str(file.relative_to(PACKAGE))
+        for module in imported_modules(file):
+            named = next((family for family in families if f"{module}.".startswith(f"{family}.")), None)
+            if named is not None:
+                own = name.startswith(named.removeprefix("megatron_cca.").replace(".", "/") + "/")
+                assert own or (name.startswith(MAY_NAME_FAMILIES) and not name.startswith(FAMILY_FOLDERS)), (
+                    f"{name} imports {module}; ask the vocabulary or the family table"
+                )

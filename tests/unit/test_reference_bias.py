@@ -13,7 +13,6 @@ from megatron_cca.config_files import load_config
 from megatron_cca.data.shards import write_shards
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.grammar import is_visual
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.training import reference_bias as bias
 from megatron_cca.training import reference_bias_report as report
@@ -112,7 +111,7 @@ def test_rows_are_pairs_and_end_with_their_image(asked, answer):
         assert positive.tokens[0, :4].tolist() != negative.tokens[0, :4].tolist()
         for row in (positive, negative):
             assert row.tokens[0, 0] == vocabulary.bos
-            assert row.mask[0, -1] and is_visual(vocabulary, row.targets[0, -1])
+            assert row.mask[0, -1] and vocabulary.is_visual(row.targets[0, -1])
             assert row.tokens[0, 1:].tolist() == row.targets[0, :-1].tolist()
     multiple = replace(config, data=replace(config.data, pad_to_multiple_of=16))
     for long, short in zip(bias.training_rows(multiple, bias._open(config, asked.data)), rows, strict=True):

@@ -235,6 +235,9 @@ def bombs(folder, witness):
     torch.save(Bomb(witness), folder / "inception.pth")
     np.save(folder / "samples.npy", objects)
     np.save(folder / "codebook.npy", objects)
+    for name in ("a_codes", "a_labels"):
+        (folder / name).mkdir()
+        np.save(folder / name / "0.npy", objects)
     np.savez(folder / "images.npz", arr_0=objects)
     return {
         "a configuration": lambda: load_config(folder / "config.yaml"),
@@ -243,12 +246,13 @@ def bombs(folder, witness):
         "a codebook": lambda: open_image_tokenizer(folder),
         "images": lambda: read_archive(folder / "images.npz"),
         "inception's weights": lambda: open_extractor("inception", folder / "inception.pth"),
-        "emu3's files": lambda: read_record(folder / "list.json"),
+        "emu3's files": lambda: read_record(folder / "list.json", "emu3"),
+        "llamagen's codes": lambda: read_record(folder, "llamagen"),
     }
 
 
-def read_record(path):
-    source = open_source(path, "emu3")
+def read_record(path, layout):
+    source = open_source(path, layout)
     try:
         return source[0]
     except Exception as error:

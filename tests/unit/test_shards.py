@@ -133,7 +133,7 @@ def test_the_digits_carry_their_own_conditions_and_readers(digit_shards):
 def test_digits_of_an_earlier_format_are_tokenised_again(tmp_path):
     folder = _new(tmp_path / "digits")
     (folder / MANIFEST).write_text('{"format_version": 1}')
-    assert len(open_shards(ensure_digit_shards(folder))) == 1437
+    assert len(open_shards(ensure_digit_shards(tiny_vocabulary(), folder))) == 1437
 
 
 @pytest.mark.parametrize("text", ["", "sept écrit à la main", "手写的七", "<|image start|><|extra_203|>", "🙂"])

@@ -296,8 +296,8 @@ def test_no_line_raises_anything_else(tmp_path_factory, found):
 def test_a_folder_for_each_class(tmp_path):
     write_all(tmp_path, {"n2_cat/b.JPEG": B, "n1/a.png": A})
     source = open_source(tmp_path)
-    assert source[0] == Record("n1/a.png", "n1", "n1", (A,))
-    assert source[1] == Record("n2_cat/b.JPEG", "n2 cat", "n2_cat", (B,))
+    assert source[0] == Record("n1/a.png", "n1", "n1", (A,), label=0)
+    assert source[1] == Record("n2_cat/b.JPEG", "n2 cat", "n2_cat", (B,), label=1)
     before = source.fingerprint()
     write(tmp_path, "classes.json", '{"n1": "tench, a fish"}')
     named = open_source(tmp_path)
@@ -313,7 +313,7 @@ def test_imagenets_names(tmp_path):
 def test_an_image_without_a_class(tmp_path):
     write_all(tmp_path, {"n1/deep/a.png": A, "stray.png": B})
     found = everything(open_source(tmp_path, "classes"))
-    assert found == [Record("n1/deep/a.png", "n1", "n1", (A,)), "stray.png: lies in no class's folder"]
+    assert found == [Record("n1/deep/a.png", "n1", "n1", (A,), label=0), "stray.png: lies in no class's folder"]
 
 
 @pytest.mark.parametrize(
@@ -884,7 +884,7 @@ def test_what_is_not_there_or_unknown(tmp_path):
     assert "does not exist" in refused(tmp_path / "x")
     assert "does not exist" in refused(Path(f"{tmp_path}/a\0b"))
     assert "layout: 'imagenet' is unknown; choose one of auto, captions, classes" in refused(tmp_path, "imagenet")
-    possible = "set the layout to one of captions, classes, journeydb, webdataset, datasets, emu3"
+    possible = "set the layout to one of captions, classes, journeydb, webdataset, datasets, emu3, llamagen"
     assert refused(tmp_path).endswith(f"has no layout known here; {possible}")
     write(tmp_path, "flat.png", A)
     assert "has no layout known here" in refused(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_cca.data.sources import captions, classes, emu3, huggingface, journeydb, webdataset
+from megatron_cca.data.sources import captions, classes, emu3, huggingface, journeydb, llamagen, webdataset
 from megatron_cca.data.sources.files import is_file, is_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable
 from megatron_cca.data.sources.texts import printable
@@ -43,6 +43,7 @@ LAYOUTS: dict[str, Layout] = {
         huggingface.recognises, huggingface.open_huggingface, frozenset({"caption_field", "image_field", "split"})
     ),
     "emu3": Layout(emu3.recognises, emu3.open_emu3),
+    "llamagen": Layout(llamagen.recognises, llamagen.open_llamagen),
 }
 
 

@@ -1,4 +1,4 @@
-"""ImageNet's layout: a folder for each class. The class is caption and condition."""
+"""ImageNet's layout: a folder for each class. The class is caption and condition; its label is the folder's place."""
 
 from __future__ import annotations
 
@@ -38,12 +38,18 @@ def open_classes(path: Path, options: SourceOptions) -> Source:
 
 
 class ClassFolders:
-    """Images below a folder for each class; ``classes.json`` or ``LOC_synset_mapping.txt`` may give better names."""
+    """Images below a folder for each class; ``classes.json`` or ``LOC_synset_mapping.txt`` may give better names.
+
+    Labels count the folders in the order of their names, as torchvision's ``ImageFolder`` does; one without images,
+    which that refuses, does not count.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._images = ImageTree(root)
         self._captions = _class_names(root)
+        folders = {path.partition("/")[0] for path in self._images.paths if "/" in path}
+        self._labels = {folder: label for label, folder in enumerate(sorted(folders))}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -56,7 +62,8 @@ class ClassFolders:
             raise Unreadable(name, "lies in no class's folder")
         condition = tidy(folder, "the class's folder", name)
         caption = self._captions.get(folder, folder.replace("_", " "))
-        return Record(name, tidy(caption, "caption", name), condition, (read_below(self._root, path, name),))
+        content = read_below(self._root, path, name)
+        return Record(name, tidy(caption, "caption", name), condition, (content,), label=self._labels[folder])
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""

@@ -19,7 +19,10 @@ class Record:
         condition: records with equal strings have the same condition; None: the caption itself is the condition.
         frames: encoded image files (JPEG, PNG, WebP, ...), one for a still image, several for a clip; empty where
             ``codes`` is given. That they decode is not checked.
-        codes: int64 ``[1, H, W]``, not negative: an image that is already tokenised.
+        codes: int64 ``[1, H, W]``, not negative: an image that is already tokenised; or ``[V, 1, H, W]`` for V variants
+            of it.
+        label: the number of its class, from 0; None where there is none.
+        pixels_per_code: along a side; only of codes, and None where the source does not know it.
     """
 
     name: str
@@ -27,6 +30,8 @@ class Record:
     condition: str | None
     frames: tuple[bytes, ...]
     codes: np.ndarray | None = None
+    label: int | None = None
+    pixels_per_code: int | None = None
 
 
 class Unreadable(Exception):

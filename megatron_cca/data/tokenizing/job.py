@@ -12,21 +12,15 @@ from pathlib import Path
 import torch
 
 from megatron_cca import __version__
-from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import merge_shards
-from megatron_cca.data.sources import Source, open_source
-from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
-from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span
+from megatron_cca.data.tokenizing.opening import Job, open_job
+from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartWriter, Span
 from megatron_cca.data.tokenizing.progress import Progress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
-from megatron_cca.errors import UserError, said_of
-from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.grammar import meta_text
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
-from megatron_cca.output import OPTION, check_apart, claimed, file_system_errors
+from megatron_cca.errors import UserError
+from megatron_cca.output import claimed, file_system_errors
 
 # Records that are decoded together, while those before them are encoded.
 _CHUNK = 64
@@ -40,20 +34,6 @@ class Result:
     samples: int
     skipped: int
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class _Job:
-    settings: TokenizeSettings
-    source: Source
-    vocabulary: Emu3Vocabulary
-    images: ImageTokenizer | None
-    text: TextTokenizer
-    parts: PartsFolder
-
-    @property
-    def skip_limit(self) -> int:
-        return int(self.settings.max_skipped * len(self.source))
 
 
 def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
@@ -83,7 +63,7 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
 
 
 def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
-    job = _open(settings, device)
+    job = open_job(settings, device)
     with (
         file_system_errors(settings.output),
         claimed(job.parts.scratch(rank)),
@@ -102,40 +82,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
         return Result(sum(part.samples for part in parts), sum(part.skipped for part in parts), speed)
 
 
-def _open(settings: TokenizeSettings, device: torch.device) -> _Job:
-    if settings.output.exists():
-        raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
-    if settings.source.is_dir():
-        check_apart(settings.output, settings.source, "--source")
-    meta_text(2, 1, 1, settings.clip_meta)
-    vocabulary = _vocabulary(settings.model)
-    with said_of("--text-tokenizer"):
-        text = open_text_tokenizer(settings.text_tokenizer)
-        if text.size != vocabulary.text_size:
-            raise UserError(
-                f"{settings.text_tokenizer} has {text.size} words, model {settings.model} {vocabulary.text_size}; give "
-                "the folder of that model's checkpoint"
-            )
-    images = None
-    if settings.image_tokenizer is not None:
-        with said_of("--image-tokenizer"):
-            images = open_image_tokenizer(settings.image_tokenizer, device)
-            if images.codebook_size != vocabulary.codebook_size:
-                raise UserError(
-                    f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
-                    f"of {vocabulary.codebook_size}"
-                )
-    with said_of("--source"):
-        source = open_source(settings.source, settings.layout, settings.source_options)
-    return _Job(settings, source, vocabulary, images, text, PartsFolder(settings.output, len(source), settings.block))
-
-
-def _vocabulary(model: str) -> Emu3Vocabulary:
-    with said_of("--model"):
-        return resolve_architecture(ModelConfig(name=model)).vocabulary
-
-
-def _description(job: _Job) -> dict:
+def _description(job: Job) -> dict:
     """All that the tokens depend on."""
     settings = job.settings
     return {
@@ -143,8 +90,9 @@ def _description(job: _Job) -> dict:
         "records": len(job.source),
         "vocabulary": job.vocabulary.fingerprint(),
         "image_tokenizer": job.images.fingerprint() if job.images is not None else None,
-        "text_tokenizer": job.text.fingerprint(),
+        "text_tokenizer": job.text.fingerprint() if job.text is not None else None,
         "area": settings.area,
+        **_of_grids(job),
         "max_caption_tokens": settings.max_caption_tokens,
         "max_pixels": settings.limits.max_pixels,
         "block": settings.block,
@@ -152,11 +100,17 @@ def _description(job: _Job) -> dict:
     }
 
 
-def _write_parts(job: _Job, rank: int, world_size: int, device: torch.device, progress: Progress) -> None:
+def _of_grids(job: Job) -> dict:
+    """What is said only where there is something to say: jobs and shards without are those of earlier versions."""
+    facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _write_parts(job: Job, rank: int, world_size: int, device: torch.device, progress: Progress) -> None:
     spans = list(job.parts.todo(rank, world_size))
     if not spans:
         return
-    maker = SampleMaker(job.source, job.vocabulary, job.images, job.text, device, job.settings)
+    maker = SampleMaker(job.source, job.vocabulary, job.images, job.text, device, job.settings, job.grid)
     with ThreadPoolExecutor(1) as ahead:
         for span in spans:
             with PartWriter(job.parts, rank, span[0], job.vocabulary) as writer:
@@ -181,7 +135,7 @@ def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iter
         yield prepared
 
 
-def _check_skips(job: _Job, skipped: int, latest: list[Skipped]) -> None:
+def _check_skips(job: Job, skipped: int, latest: list[Skipped]) -> None:
     if skipped > job.skip_limit:
         last = f"; the last, {latest[-1].name}: {latest[-1].reason}" if latest else ""
         raise UserError(
@@ -190,14 +144,15 @@ def _check_skips(job: _Job, skipped: int, latest: list[Skipped]) -> None:
         )
 
 
-def _merge(job: _Job, parts: list[Part]) -> None:
+def _merge(job: Job, parts: list[Part]) -> None:
     skipped = sum(part.skipped for part in parts)
     _check_skips(job, skipped, [])
     if skipped == len(job.source):
         raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
 
     def write_extras(folder: Path) -> None:
-        job.text.save(folder)
+        if job.text is not None:
+            job.text.save(folder)
         with (folder / SKIPPED).open("w", encoding="utf-8") as file:
             for part in parts:
                 file.write((part.folder / SKIPPED).read_text(encoding="utf-8"))
@@ -212,7 +167,7 @@ def _merge(job: _Job, parts: list[Part]) -> None:
         job.settings.output,
         [part.folder for part in parts],
         job.vocabulary,
-        job.text.encode,
+        None if job.text is None else job.text.encode,
         write_extras,
         _facts(job, skipped),
         aside,
@@ -220,7 +175,7 @@ def _merge(job: _Job, parts: list[Part]) -> None:
     )
 
 
-def _facts(job: _Job, skipped: int) -> dict:
+def _facts(job: Job, skipped: int) -> dict:
     """What the manifest says of where the tokens came from."""
     settings, images = job.settings, None
     if job.images is not None:
@@ -229,8 +184,9 @@ def _facts(job: _Job, skipped: int) -> dict:
     return {
         "skipped": skipped,
         "image_tokenizer": images,
-        "text_tokenizer": {"fingerprint": job.text.fingerprint()},
+        "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
         "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint()},
         "area": settings.area,
+        **_of_grids(job),
         "version": __version__,
     }

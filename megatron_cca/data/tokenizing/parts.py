@@ -19,7 +19,7 @@ from megatron_cca.data.token_files import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
 from megatron_cca.foreign import json_object
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 from megatron_cca.output import OPTION
 
 SKIPPED, _JOB, _PART = "skipped.jsonl", "job.json", "part.json"
@@ -148,7 +148,7 @@ class PartWriter:
     leaves nothing.
     """
 
-    def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: Emu3Vocabulary) -> None:
+    def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: ImageVocabulary) -> None:
         self._parts, self._start = parts, start
         self._partial = parts.scratch(rank) / "part"
         self._counts = {"samples": 0, "skipped": 0}

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from megatron_cca.data.dali import ImageDecoder
 from megatron_cca.data.image_headers import Rejected
-from megatron_cca.data.image_tokenizers import ImageTokenizer
+from megatron_cca.data.image_size import centre, covering_size, target_size
 from megatron_cca.data.images import judge
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.text import TextTokenizer
 from megatron_cca.data.token_files import Sample
+from megatron_cca.data.tokenizing.fitting import check_codes, class_of
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.image_size import target_size
-from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class SampleMaker:
         source: the records.
         vocabulary: what the tokens are for.
         image_tokenizer: None where the source holds codes.
-        text_tokenizer: for captions.
+        text_tokenizer: for captions; None where these are classes.
         device: where images are decoded to.
         settings: of the job.
+        grid: height and width of the one grid that the model takes; None where it takes any.
 
     Raises:
         UserError: DALI is missing.
@@ -67,19 +69,24 @@ class SampleMaker:
     def __init__(
         self,
         source: Source,
-        vocabulary: Emu3Vocabulary,
+        vocabulary: ImageVocabulary,
         image_tokenizer: ImageTokenizer | None,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: TextTokenizer | None,
         device: torch.device,
         settings: TokenizeSettings,
+        grid: tuple[int, int] | None = None,
     ) -> None:
-        self._source, self._vocabulary, self._settings = source, vocabulary, settings
+        self._source, self._vocabulary, self._settings, self._grid = source, vocabulary, settings, grid
         self._images, self._text = image_tokenizer, text_tokenizer
         self._pool = ThreadPoolExecutor(settings.threads)
         self._decoder = ImageDecoder(device, settings.threads, settings.limits) if image_tokenizer is not None else None
 
     def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
-        """Read, check and decode; one outcome for each record index."""
+        """Read, check and decode; one outcome for each record index.
+
+        Raises:
+            UserError: codes or a class that are another model's: what a whole source has wrong is not skipped.
+        """
         found = list(self._pool.map(self._captioned, records))
         wanted = [one for one in found if isinstance(one, _Captioned)]
         frames = [frame for one in wanted for frame in one.record.frames]
@@ -97,12 +104,20 @@ class SampleMaker:
         for places in by_shape.values():
             for start in range(0, len(places), self._settings.batch_size):
                 batch = places[start : start + self._settings.batch_size]
-                encoded = self._images.encode(torch.stack([prepared[place].pixels for place in batch]))
-                codes |= zip(batch, encoded.cpu().numpy(), strict=True)
+                pixels = torch.stack([prepared[place].pixels for place in batch])
+                codes |= zip(batch, self._encoded(pixels).cpu().numpy(), strict=True)
         return [
             one if isinstance(one, Skipped) else self._sample(one, codes.get(place))
             for place, one in enumerate(prepared)
         ]
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """The codes of images, or ``[N, 2, T, h, w]`` of them and their mirror images."""
+        codes = self._images.encode(pixels)
+        if not self._settings.flips:
+            return codes
+        both = torch.stack([codes, self._images.encode(pixels.flip(-2))], dim=1)
+        return both[:, :, None] if both.dim() == 4 else both
 
     def _captioned(self, index: int) -> _Captioned | Skipped:
         try:
@@ -110,11 +125,14 @@ class SampleMaker:
         except Unreadable as error:
             return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
         try:
-            return _Captioned(record, self._caption(record.caption), self._size(record))
+            return _Captioned(record, self._caption(record), self._size(record))
         except Rejected as error:
             return Skipped(record.name, str(error))
 
-    def _caption(self, caption: str | None) -> np.ndarray:
+    def _caption(self, record: Record) -> np.ndarray:
+        if self._text is None:
+            return np.array([class_of(record, self._vocabulary)], dtype=np.int32)
+        caption = record.caption
         if caption is None:
             raise Rejected("it has no caption")
         try:
@@ -130,8 +148,7 @@ class SampleMaker:
     def _size(self, record: Record) -> tuple[int, int]:
         """Height and width that the images are resized to."""
         if record.codes is not None:
-            if not record.codes.size or record.codes.max() >= self._vocabulary.codebook_size:
-                raise Rejected(f"its codes are not those of a codebook of {self._vocabulary.codebook_size}")
+            check_codes(record, self._vocabulary, self._grid)
             return (0, 0)
         if self._images is None:
             raise Rejected("it is an image; an image tokenizer is needed for it")
@@ -139,10 +156,17 @@ class SampleMaker:
         sizes = {judge(frame, self._settings.limits) for frame in record.frames}
         if len(sizes) > 1:
             raise Rejected(f"its frames differ in size: {sorted(sizes)}")
+        if self._grid is not None:
+            return covering_size(*sizes.pop(), *self._cropped())
         try:
             return target_size(*sizes.pop(), self._settings.area, self._images.spatial_factor)
         except ValueError as error:
             raise Rejected(str(error)) from None
+
+    def _cropped(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the model's one grid."""
+        height, width = self._grid
+        return height * self._images.spatial_factor, width * self._images.spatial_factor
 
     def _check_clip(self, frames: int) -> None:
         if frames == 1:
@@ -161,6 +185,8 @@ class SampleMaker:
                 return Skipped(one.record.name, str(frame))
         if not frames:
             return Prepared(one.record, one.caption, None)
+        if self._grid is not None:
+            frames = [centre(frame, *self._cropped()) for frame in frames]
         return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
 
     def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:

@@ -18,9 +18,12 @@ class TokenizeSettings:
         output: the shard folder to write.
         model: the preset whose vocabulary the tokens are for.
         image_tokenizer: its folder; None for sources that hold codes already.
-        text_tokenizer: its folder.
-        area: images are resized to about this many pixels, keeping their aspect ratio.
-        clip_meta: what stands between BOI and IMG of a clip, see :func:`megatron_cca.models.emu3.grammar.meta_text`.
+        text_tokenizer: its folder; None where the model's captions are classes.
+        grid: height and width, in codes, that the model takes; None means the preset's, or any where it takes any.
+        flips: whether each image is tokenised mirrored too, as a second variant.
+        area: images are resized to about this many pixels, keeping their aspect ratio; for a model of one grid they are
+            cropped to it instead.
+        clip_meta: what stands between BOI and IMG of a clip, see :meth:`ImageVocabulary.meta_text`.
         max_caption_tokens: records with longer captions are skipped.
         max_skipped: share of the records that may be skipped; more end the job.
         limits: of an image.
@@ -31,11 +34,13 @@ class TokenizeSettings:
 
     source: Path
     output: Path
-    text_tokenizer: Path
+    text_tokenizer: Path | None = None
     image_tokenizer: Path | None = None
     layout: str = "auto"
     source_options: SourceOptions = field(default_factory=SourceOptions)
     model: str = "emu3-8b"
+    grid: tuple[int, int] | None = None
+    flips: bool = False
     area: int = 518_400
     clip_meta: str | None = None
     max_caption_tokens: int = 1024

@@ -1,18 +1,30 @@
-"""One vocabulary of text, control and visual tokens (baaivision/Emu3, ``tokenization_emu3.py`` and ``config.json``)."""
+"""Emu3's ids and its sequence: BOS caption BOI meta IMG, then row EOL row EOL ... EOF for each frame, then EOI EOS.
+
+One vocabulary holds text, control and visual tokens (baaivision/Emu3, ``tokenization_emu3.py`` and ``config.json``).
+The control tokens behind IMG follow from the grid.
+
+Of an image, the meta text is the grid, "H*W" (``processing_emu3.py`` and ``train/datasets.py``). Of a clip the paper
+(arXiv 2409.18869) gives the same order of parts, a break after every row and every frame, and that the meta text holds
+resolution, frame rate and duration; no public source says in which words, so whoever trains on clips has to say it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cca.models.vocabulary import Vocabulary
+import numpy as np
+
+from megatron_cca.errors import UserError
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 TINY_TEXT_SIZE = 320
 TINY_CODEBOOK_SIZE = 128
+CLIP_FIELDS = ("frames", "height", "width")
 
 
 @dataclass(frozen=True)
-class Emu3Vocabulary(Vocabulary):
-    """Which id means what.
+class Emu3Vocabulary(ImageVocabulary):
+    """Which id means what; see :class:`ImageVocabulary` for the methods.
 
     Attributes:
         size: number of ids.
@@ -35,6 +47,65 @@ class Emu3Vocabulary(Vocabulary):
     eoi: int
     visual_start: int
     codebook_size: int
+
+    @property
+    def caption_size(self) -> int:
+        """Captions are text."""
+        return self.text_size
+
+    @property
+    def num_classes(self) -> None:
+        """None: see :class:`ImageVocabulary`."""
+        return None
+
+    @property
+    def released_grid(self) -> tuple[int, int] | None:
+        """720 x 720 pixels; a small model of the same family has none."""
+        return (90, 90) if self == EMU3_VOCABULARY else None
+
+    def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str | None:
+        """See :class:`ImageVocabulary`; each code frame of a clip stands for four of the video."""
+        if frames == 1:
+            return f"{height}*{width}"
+        if clip_template is None:
+            return None
+        try:
+            return clip_template.format_map({"frames": frames, "height": height, "width": width})
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+            fields = ", ".join(f"{{{field}}}" for field in CLIP_FIELDS)
+            raise UserError(f"{clip_template!r}: the fields of a clip's meta text are {fields}") from None
+
+    def prompt_length(self, caption_length, meta_length):
+        """Ids up to and including IMG."""
+        return 3 + caption_length + meta_length
+
+    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
+        """BOS caption BOI meta IMG."""
+        end = 1 + len(caption)
+        ids[0] = self.bos
+        ids[1:end] = caption
+        ids[end] = self.boi
+        ids[end + 1 : -1] = meta_words
+        ids[-1] = self.img
+
+    def image_length(self, frames, height, width):
+        """Ids after IMG."""
+        return frames * (height * (width + 1) + 1) + 2
+
+    def write_image(self, ids: np.ndarray, codes: np.ndarray) -> None:
+        """Everything after IMG."""
+        frames, height, width = codes.shape
+        by_frame = ids[:-2].reshape(frames, -1)
+        rows = by_frame[:, :-1].reshape(frames, height, width + 1)
+        np.add(codes, self.visual_start, out=rows[..., :-1], casting="unsafe", dtype=ids.dtype)
+        rows[..., -1] = self.eol
+        by_frame[:, -1] = self.eof
+        ids[-2:] = self.eoi, self.eos
+
+    def forced_tokens(self, height: int, width: int) -> np.ndarray:
+        """int64 ``[H * (W + 1) + 3]``."""
+        row = np.concatenate([np.full(width, -1, dtype=np.int64), [self.eol]])
+        return np.concatenate([np.tile(row, height), [self.eof, self.eoi, self.eos]])
 
 
 EMU3_VOCABULARY = Emu3Vocabulary(

@@ -1,15 +1,20 @@
-"""Image codes and classes in one vocabulary; the authors keep two tables (FoundationVision/LlamaGen, ``gpt.py``)."""
+"""LlamaGen's ids and its sequence: one id for the class, then the codes row by row, and nothing behind them.
+
+The authors keep two tables, of codes and of classes (FoundationVision/LlamaGen, ``gpt.py``); here they are one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cca.models.vocabulary import Vocabulary
+import numpy as np
+
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
-class LlamaGenVocabulary(Vocabulary):
-    """Which id means what: the codes, then the classes, then the null class, which stands for a dropped condition.
+class LlamaGenVocabulary(ImageVocabulary):
+    """The codes, then the classes, then the null class, which stands for a dropped condition.
 
     Attributes:
         size: number of ids.
@@ -21,9 +26,53 @@ class LlamaGenVocabulary(Vocabulary):
     num_classes: int
 
     @property
+    def visual_start(self) -> int:
+        """The id of code 0."""
+        return 0
+
+    @property
     def output_size(self) -> int:
         """See :class:`Vocabulary`."""
         return self.codebook_size
+
+    @property
+    def caption_size(self) -> int:
+        """A caption is the number of a class."""
+        return self.num_classes
+
+    @property
+    def null_class(self) -> int:
+        """The id in the place of a class's where the condition is dropped."""
+        return self.codebook_size + self.num_classes
+
+    @property
+    def pad(self) -> int:
+        """No id is left for it; behind a row's end nothing is trained on, and before it nothing looks there."""
+        return self.null_class
+
+    def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str:
+        """Nothing: a model has one grid."""
+        return ""
+
+    def prompt_length(self, caption_length, meta_length):
+        """One, with a class or without."""
+        return 1 + 0 * (caption_length + meta_length)
+
+    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
+        """The class, or the null class for an empty caption."""
+        ids[0] = self.codebook_size + caption[0] if len(caption) else self.null_class
+
+    def image_length(self, frames, height, width):
+        """The codes alone."""
+        return frames * height * width
+
+    def write_image(self, ids: np.ndarray, codes: np.ndarray) -> None:
+        """Row by row."""
+        ids[:] = codes.reshape(-1)
+
+    def forced_tokens(self, height: int, width: int) -> np.ndarray:
+        """int64 ``[H * W]``, all free."""
+        return np.full(height * width, -1, dtype=np.int64)
 
 
 def class_vocabulary(codebook_size: int, num_classes: int) -> LlamaGenVocabulary:

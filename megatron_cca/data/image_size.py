@@ -1,4 +1,4 @@
-"""The size in pixels that Emu3 gives an image before it becomes visual tokens.
+"""The size in pixels that an image gets before it becomes visual tokens: Emu3's rule, or that of a model of one size.
 
 Two steps of baaivision/Emu3, one after the other: ``train/prepare_data.py`` scales to an area, then the image processor
 rounds the sides to multiples of the tokenizer's factor and keeps the area between two bounds.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+
+from torch import Tensor
 
 # The image processor's own bounds and limit.
 MIN_PIXELS, MAX_PIXELS, MAX_ASPECT = 512 * 512, 1024 * 1024, 5
@@ -37,6 +39,23 @@ def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, i
         said = math.ceil(aspect * 100) / 100  # rounded up, so that none is said to be 5
         raise ValueError(f"aspect ratio {said} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
     return _rounded(height, width, factor, min(MIN_PIXELS, area), max(MAX_PIXELS, area))
+
+
+def covering_size(height: int, width: int, crop_height: int, crop_width: int) -> tuple[int, int]:
+    """Height and width of an image that just covers what is then cut out of it, its aspect ratio kept.
+
+    Args:
+        height, width: of the image, in pixels.
+        crop_height, crop_width: of what is cut out.
+    """
+    scale = max(crop_height / height, crop_width / width)
+    return max(crop_height, round(height * scale)), max(crop_width, round(width * scale))
+
+
+def centre(pixels: Tensor, height: int, width: int) -> Tensor:
+    """The middle of an image ``[H, W, 3]``, as a copy."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width].contiguous()
 
 
 def _rounded(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

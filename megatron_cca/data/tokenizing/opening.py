@@ -1,0 +1,97 @@
+"""What a tokenising job needs, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_cca.config import ModelConfig
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.sources import Source, open_source
+from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizing.parts import PartsFolder
+from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.grids import own_grid
+from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.output import OPTION, check_apart
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job works with; ``text`` is None for a model of classes, ``grid`` for one that takes any."""
+
+    settings: TokenizeSettings
+    source: Source
+    vocabulary: ImageVocabulary
+    images: ImageTokenizer | None
+    text: TextTokenizer | None
+    grid: tuple[int, int] | None
+    parts: PartsFolder
+
+    @property
+    def skip_limit(self) -> int:
+        """How many records may be skipped."""
+        return int(self.settings.max_skipped * len(self.source))
+
+
+def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
+    """Open everything that a job needs.
+
+    Args:
+        settings: of the job.
+        device: of the image tokenizer.
+
+    Raises:
+        UserError: something that is missing, damaged or not the model's; names the option.
+    """
+    if settings.output.exists():
+        raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
+    if settings.source.is_dir():
+        check_apart(settings.output, settings.source, "--source")
+    architecture = _architecture(settings.model)
+    vocabulary = architecture.vocabulary
+    vocabulary.meta_text(2, 1, 1, settings.clip_meta)
+    with said_of("--text-tokenizer"):
+        text = _open_text(settings, vocabulary)
+    own = own_grid(architecture)
+    if own is None and settings.grid is not None:
+        raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
+    images = None
+    if settings.image_tokenizer is not None:
+        with said_of("--image-tokenizer"):
+            images = open_image_tokenizer(settings.image_tokenizer, device)
+            if images.codebook_size != vocabulary.codebook_size:
+                raise UserError(
+                    f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
+                    f"of {vocabulary.codebook_size}"
+                )
+    with said_of("--source"):
+        source = open_source(settings.source, settings.layout, settings.source_options)
+    parts = PartsFolder(settings.output, len(source), settings.block)
+    return Job(settings, source, vocabulary, images, text, settings.grid or own, parts)
+
+
+def _architecture(model: str) -> Architecture:
+    with said_of("--model"):
+        return resolve_architecture(ModelConfig(name=model))
+
+
+def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextTokenizer | None:
+    if vocabulary.num_classes is not None:
+        if settings.text_tokenizer is not None:
+            raise UserError(f"model {settings.model} takes classes, not texts; leave it out")
+        return None
+    if settings.text_tokenizer is None:
+        raise UserError(f"is missing; model {settings.model} takes texts: give the folder of its checkpoint")
+    text = open_text_tokenizer(settings.text_tokenizer)
+    if text.size != vocabulary.caption_size:
+        raise UserError(
+            f"{settings.text_tokenizer} has {text.size} words, model {settings.model} {vocabulary.caption_size}; give "
+            "the folder of that model's checkpoint"
+        )
+    return text

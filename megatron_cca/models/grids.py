@@ -1,0 +1,27 @@
+"""Which grids of codes a model can take: any that its positions are enough for, or one alone."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_cca.models.architecture import Architecture
+
+
+def own_grid(architecture: Architecture) -> tuple[int, int] | None:
+    """Height and width of the one grid that a model has positions for; None where it takes any."""
+    if architecture.position_embedding != "rope_2d":
+        return None
+    side = math.isqrt(max(0, architecture.max_position_embeddings - architecture.prefix_tokens))
+    return side, side
+
+
+def grid_misfit(architecture: Architecture, frames: int, height: int, width: int) -> str | None:
+    """Why a model cannot take images of such a grid, and what would help; None if it can."""
+    own = own_grid(architecture)
+    if own is None or (frames, height, width) == (1, *own):
+        return None
+    found = f"{height} x {width} codes" if frames == 1 else f"{frames} frames of {height} x {width} codes"
+    wanted = f"{found}, the model takes {own[0]} x {own[1]} alone"
+    if frames == 1 and height == width:
+        return f"{wanted}; model.max_position_embeddings {architecture.prefix_tokens + height * width} is for such"
+    return wanted
