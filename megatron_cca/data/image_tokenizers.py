@@ -1,10 +1,9 @@
-"""Image tokenizers: pictures to visual codes and back. Which one a folder holds is seen from its files."""
+"""Image tokenizers: pictures to visual codes and back. Which one a folder or file holds is seen from names."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,56 +12,11 @@ from torch import Tensor
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.image_tokenizer import check_codes, check_pixels, open_emu3_vq
-from megatron_cca.models.emu3.vq_config import CONFIG
+from megatron_cca.models import FAMILIES
+from megatron_cca.models.image_tokenizers import ImageTokenizer, check_codes, check_pixels
 
 # ITU-R 601-2 luma in 1/65536, as PIL's convert("L") computes it.
 _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
-
-
-class ImageTokenizer(Protocol):
-    """Turns images into the codes of a codebook, and codes into images.
-
-    Attributes:
-        kind: "emu3-vq" or "patch-codebook".
-        spatial_factor: pixels per code along a side.
-        temporal_factor: frames per frame of codes; 0 where clips are not supported.
-        codebook_size: codes are below it.
-    """
-
-    kind: str
-    spatial_factor: int
-    temporal_factor: int
-    codebook_size: int
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Codes of RGB images of one size, or of clips; they lie where ``pixels`` do.
-
-        Args:
-            pixels: uint8 ``[N, H, W, 3]`` or ``[N, T, H, W, 3]``, on any device.
-
-        Returns:
-            int64 ``[N, H / f, W / f]``, or ``[N, T / t, H / f, W / f]``.
-
-        Raises:
-            UserError: another dtype or shape, or a side or number of frames that the factors do not divide.
-        """
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes; they lie where ``codes`` do.
-
-        Args:
-            codes: int64 ``[N, h, w]`` or ``[N, T, h, w]``, on any device.
-
-        Returns:
-            uint8 ``[N, h f, w f, 3]``, or ``[N, T t, h f, w f, 3]``.
-
-        Raises:
-            UserError: another dtype or shape, or a code outside the codebook.
-        """
-
-    def fingerprint(self) -> str:
-        """A short hash of weights and configuration: where it is the same, codes mean the same."""
 
 
 class PatchImageTokenizer:
@@ -99,26 +53,27 @@ class PatchImageTokenizer:
         return self._fingerprint
 
 
-def open_image_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
-    """The image tokenizer that a folder holds: the demo's ``codebook.npy``, or Emu3's VQ model in any of its forms.
+def open_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
+    """The image tokenizer in a folder or file: the demo's ``codebook.npy``, or that of a model family.
 
     Args:
-        folder: on disk; nothing is downloaded.
-        device: where Emu3's model runs. A patch codebook always runs on the CPU.
+        path: on disk; nothing is downloaded.
+        device: where a family's model runs. A patch codebook always runs on the CPU.
 
     Raises:
-        UserError: no such folder, no tokenizer in it, a damaged one; names the file.
+        UserError: nothing there, no tokenizer in it, a damaged one; names the file.
     """
-    folder = Path(folder)
+    path = Path(path)
+    families = [family.image_tokenizer for family in FAMILIES.values() if family.image_tokenizer is not None]
     try:
-        if not folder.is_dir():
-            raise UserError(f"no folder at {folder}; nothing is fetched from a hub here, download it first")
-        if (folder / CODEBOOK_FILE).is_file():
-            return PatchImageTokenizer(PatchCodebook.load(folder))
-        if (folder / CONFIG).is_file():
-            return open_emu3_vq(folder, device)
+        if not path.exists():
+            raise UserError(f"no file or folder at {path}; nothing is fetched from a hub here, download it first")
+        if (path / CODEBOOK_FILE).is_file():
+            return PatchImageTokenizer(PatchCodebook.load(path))
+        for files in families:
+            if files.recognises(path):
+                return files.open(path, device)
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from None
-    raise UserError(
-        f"{folder} holds no image tokenizer: neither {CODEBOOK_FILE} nor the {CONFIG} and safetensors of Emu3's"
-    )
+        raise UserError(f"{path}: {error.strerror}") from None
+    described = " nor ".join([CODEBOOK_FILE, *(files.description for files in families)])
+    raise UserError(f"{path} holds no image tokenizer: neither {described}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
@@ -19,6 +19,7 @@ from megatron_cca.data.text import open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
 
 _PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"
 _BARS, _BAR_WIDTH = 10, 40

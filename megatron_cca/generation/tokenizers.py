@@ -11,7 +11,7 @@ import torch
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.data.digits import KEYWORD, ensure_digit_shards
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
@@ -22,6 +22,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY, Emu3Vocabulary
 from megatron_cca.models.emu3.vq_config import CONFIG
+from megatron_cca.models.image_tokenizers import ImageTokenizer
 
 OPTIONS = ("--text-tokenizer", "--image-tokenizer")
 

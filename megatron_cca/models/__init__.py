@@ -9,21 +9,25 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture, with_explicit_sizes, with_overrides
 from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
+from megatron_cca.models.emu3.vq_files import Emu3VqFiles
 from megatron_cca.models.huggingface import HuggingFaceFormat
+from megatron_cca.models.image_tokenizer_files import ImageTokenizerFiles
 from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
+from megatron_cca.models.llamagen.vq_files import LlamaGenVqFiles
 
 
 @dataclass(frozen=True)
 class Family:
-    """Named sizes, and what its checkpoints look like on Hugging Face."""
+    """Named sizes, and what its checkpoints look like on Hugging Face, its image tokenizer on disk."""
 
     presets: dict[str, Architecture]
     huggingface: HuggingFaceFormat | None = None
+    image_tokenizer: ImageTokenizerFiles | None = None
 
 
 FAMILIES: dict[str, Family] = {
-    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace()),
-    "llamagen": Family(LLAMAGEN_PRESETS),
+    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace(), Emu3VqFiles()),
+    "llamagen": Family(LLAMAGEN_PRESETS, image_tokenizer=LlamaGenVqFiles()),
 }
 
 

@@ -236,7 +236,7 @@ def readme_lines():
         ({"--guidance-scale": "1e308"}, "the model's logits are not finite numbers"),
         ({"--caption": "a \udcff"}, r"prompt 'a \udcff': a lone surrogate"),
         ({"--text-tokenizer": "nowhere"}, "--text-tokenizer: nowhere holds no text tokenizer"),
-        ({"--image-tokenizer": "nowhere"}, "--image-tokenizer: no folder at nowhere"),
+        ({"--image-tokenizer": "nowhere"}, "--image-tokenizer: no file or folder at nowhere"),
     ],
 )
 def test_it_refuses_in_one_line(change, message, checkpoint, tmp_path):

@@ -382,7 +382,7 @@ def test_a_damaged_processor_is_named(content, message, spoilt):
 
 
 def test_missing_and_damaged_files_are_named(spoilt, tmp_path):
-    assert refused(tmp_path / "nowhere").startswith(f"no folder at {tmp_path / 'nowhere'}")
+    assert refused(tmp_path / "nowhere").startswith(f"no file or folder at {tmp_path / 'nowhere'}")
     assert refused(tmp_path).startswith(f"{tmp_path} holds no image tokenizer: neither codebook.npy nor")
     file = spoilt / "model.safetensors"
     for size in (-1, 1000, 5, 0):

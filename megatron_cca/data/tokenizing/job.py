@@ -13,7 +13,7 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import ImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import merge_shards
 from megatron_cca.data.sources import Source, open_source
@@ -26,6 +26,7 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3.grammar import meta_text
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.output import OPTION, check_apart, claimed, file_system_errors
 
 # Records that are decoded together, while those before them are encoded.

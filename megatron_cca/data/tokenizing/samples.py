@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_cca.data.dali import ImageDecoder
 from megatron_cca.data.image_headers import Rejected
-from megatron_cca.data.image_tokenizers import ImageTokenizer
 from megatron_cca.data.images import judge
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.text import TextTokenizer
@@ -21,6 +20,7 @@ from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.image_size import target_size
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
+from megatron_cca.models.image_tokenizers import ImageTokenizer
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,14 @@ from torch import Tensor
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.emu3.vq_config import CONFIG, Form, normalisation, read_json, recognise, sizes_in
 from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
+from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fingerprint, full_float32, placed
 
 # transformers crops what it encodes to sizes (along the wrong axes of a clip); nothing here is padded.
 _UNCROPPED = (2**31, 2**31)
 
 
 class Emu3ImageTokenizer:
-    """See :class:`megatron_cca.data.image_tokenizers.ImageTokenizer`; open one with :func:`open_emu3_vq`.
+    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`; open one with :func:`open_emu3_vq`.
 
     Args:
         model: transformers' ``Emu3VQVAE``, on its device and in its dtype.
@@ -57,7 +56,7 @@ class Emu3ImageTokenizer:
         scaled = (planes.double() * (1 / 255)).float()
         normalised = (scaled - self._mean) / self._std
         with (
-            _exactly(self._mean.device.type),
+            full_float32(self._mean.device.type),
             _frames_once(self._model.encoder, self.temporal_factor, still=pixels.dim() == 4),
         ):
             found = self._model.encode(normalised, image_sizes=[_UNCROPPED] * len(pixels))
@@ -74,7 +73,7 @@ class Emu3ImageTokenizer:
         if len(codes) == 0:
             return codes.new_zeros(self._pixel_shape(codes.shape), dtype=torch.uint8)
         with (
-            _exactly(self._mean.device.type),
+            full_float32(self._mean.device.type),
             _frames_once(self._model.decoder, self.temporal_factor, still=codes.dim() == 3),
         ):
             found = self._model.decode(codes.to(self._mean.device)).float()
@@ -129,78 +128,10 @@ def open_emu3_vq(
     mean, std = normalisation(folder)
     with said_of(files):
         state = read_tensors(model, stored)
-    fingerprint = _fingerprint(sizes, [mean, std], state)
+    found = fingerprint([sizes, [mean, std]], state)
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}
     model.load_state_dict(state | counters, assign=True)
-    return Emu3ImageTokenizer(_placed(model, device, dtype), mean, std, fingerprint)
-
-
-def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> None:
-    """Check that these are images that the factors divide.
-
-    Args:
-        pixels: uint8 ``[N, H, W, 3]``; also clips ``[N, T, H, W, 3]`` where ``temporal_factor`` is not 0.
-        spatial_factor, temporal_factor: of the tokenizer.
-
-    Raises:
-        UserError: if not.
-    """
-    shape = list(pixels.shape)
-    if pixels.dtype != torch.uint8 or len(shape) not in (4, 5 if temporal_factor else 4) or shape[-1] != 3:
-        wanted = "uint8 [N, H, W, 3]" + (" or [N, T, H, W, 3]" if temporal_factor else "")
-        raise UserError(f"pixels: must be {wanted}, found {pixels.dtype} {shape}")
-    for what, size in zip(("height", "width"), shape[-3:-1], strict=True):
-        if size < 1 or size % spatial_factor:
-            raise UserError(f"pixels: {what} {size} is not a multiple of {spatial_factor}")
-    if len(shape) == 5 and (shape[1] < 1 or shape[1] % temporal_factor):
-        raise UserError(f"pixels: {shape[1]} frames are not a multiple of {temporal_factor}")
-
-
-def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None:
-    """Check that these are codes of the codebook.
-
-    Args:
-        codes: int64 ``[N, h, w]``; also of clips, ``[N, T, h, w]``, where ``temporal_factor`` is not 0.
-        codebook_size, temporal_factor: of the tokenizer.
-
-    Raises:
-        UserError: if not.
-    """
-    shape = list(codes.shape)
-    if codes.dtype != torch.int64 or len(shape) not in (3, 4 if temporal_factor else 3) or 0 in shape[1:]:
-        wanted = "int64 [N, h, w]" + (" or [N, T, h, w]" if temporal_factor else "")
-        raise UserError(f"codes: must be {wanted}, found {codes.dtype} {shape}")
-    # Checked here because a lookup outside the table ends a process that runs on a GPU.
-    if codes.numel() and not 0 <= (lowest := int(codes.min())) <= (highest := int(codes.max())) < codebook_size:
-        raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
-
-
-@contextmanager
-def _exactly(device_type: str) -> Iterator[None]:
-    """Full float32: with a few bits fewer (cuDNN takes TF32 by default) an image would get other codes."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    with ExitStack() as undo:
-        undo.enter_context(torch.autocast(device_type, enabled=False))
-        _switch(undo, cudnn, "deterministic", True)
-        _switch(undo, cudnn, "benchmark", False)
-        if hasattr(cudnn, "conv"):  # torch 2.9
-            _switch(undo, cudnn.conv, "fp32_precision", "ieee")
-            _switch(undo, mkldnn.conv, "fp32_precision", "ieee")
-        else:
-            _switch(undo, cudnn, "allow_tf32", False)
-        try:
-            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        except RuntimeError:
-            # torch refuses to say what its older switch is where its newer ones were used.
-            _switch(undo, torch.backends.cuda.matmul, "fp32_precision", "ieee")
-            _switch(undo, mkldnn.matmul, "fp32_precision", "ieee")
-        yield
-
-
-def _switch(undo: ExitStack, place: Any, name: str, value: Any) -> None:
-    undo.callback(setattr, place, name, getattr(place, name))
-    setattr(place, name, value)
+    return Emu3ImageTokenizer(placed(model, device, dtype), mean, std, found)
 
 
 @contextmanager
@@ -242,18 +173,3 @@ def _build(sizes: dict[str, Any]) -> torch.nn.Module:
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"transformers does not take it: {why}") from None
-
-
-def _fingerprint(sizes: Mapping[str, Any], statistics: list[list[float]], state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps([sizes, statistics], sort_keys=True).encode())
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def _placed(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    try:
-        return model.to(torch.device(device), dtype)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None

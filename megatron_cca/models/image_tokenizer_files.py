@@ -1,0 +1,31 @@
+"""How a family finds its image tokenizer on disk; no torch, which opening one imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_cca.models.image_tokenizers import ImageTokenizer
+
+
+class ImageTokenizerFiles(Protocol):
+    """The files of a family's image tokenizer.
+
+    Attributes:
+        description: what they are, for messages.
+    """
+
+    description: str
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder looks like one, by names alone."""
+
+    def open(self, path: Path, device: str | torch.device) -> ImageTokenizer:
+        """The image tokenizer in a file or folder that was recognised.
+
+        Raises:
+            UserError: a missing or damaged file, or one of another model; names it.
+        """
