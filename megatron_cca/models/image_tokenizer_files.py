@@ -23,8 +23,13 @@ class ImageTokenizerFiles(Protocol):
     def recognises(self, path: Path) -> bool:
         """Whether a file or folder looks like one, by names alone."""
 
-    def open(self, path: Path, device: str | torch.device) -> ImageTokenizer:
+    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
         """The image tokenizer in a file or folder that was recognised.
+
+        Args:
+            path: where its files lie.
+            device: where it runs.
+            weights: the folder of its tensors where they travel with a checkpoint; None means that they lie there too.
 
         Raises:
             UserError: a missing or damaged file, or one of another model; names it.

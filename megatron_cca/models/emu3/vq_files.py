@@ -22,8 +22,8 @@ class Emu3VqFiles:
         """See the protocol."""
         return (path / CONFIG).is_file()
 
-    def open(self, path: Path, device: str | torch.device) -> Emu3ImageTokenizer:
+    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> Emu3ImageTokenizer:
         """See the protocol."""
         from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 
-        return open_emu3_vq(path, device)
+        return open_emu3_vq(path, device, weights=weights)

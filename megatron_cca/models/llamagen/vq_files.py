@@ -24,8 +24,9 @@ class LlamaGenVqFiles:
         """See the protocol."""
         return bool(_files(path))
 
-    def open(self, path: Path, device: str | torch.device) -> LlamaGenImageTokenizer:
+    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> LlamaGenImageTokenizer:
         """See the protocol."""
+        assert weights is None, "LlamaGen's checkpoints carry no image tokenizer"
         from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
 
         files = _files(path)
