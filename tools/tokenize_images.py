@@ -69,8 +69,8 @@ def _add_run(commands) -> None:
     command.add_argument(
         "--image-tokenizer",
         **path | {"metavar": "PATH"},
-        help="the model's own file or folder (Emu3-VisionTokenizer, or an Emu3 in transformers' form), or a folder with the "
-        "demo's codebook.npy",
+        help="the model's own file or folder (Emu3-VisionTokenizer, an Emu3 in transformers' form), or a folder with "
+        "the demo's codebook.npy",
     )
     command.add_argument(
         "--text-tokenizer", **path, required=True, help="folder of the checkpoint: tokenizer.json or emu3.tiktoken"
