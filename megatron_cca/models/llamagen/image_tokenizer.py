@@ -13,8 +13,7 @@ from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fing
 from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes, without_weights
 from megatron_cca.models.llamagen.vq_weights import read_vq
 
-# Images that pass through the network together: 7 of 384 x 384, 16 of 256 x 256; four maps of VQ-16's 128 channels are
-# then 2.1 GB.
+# Images that pass through the network together: 7 of 384 x 384, 16 of 256 x 256, in which VQ-16 takes 2.6 GB.
 _PIXELS_AT_ONCE = 2**20
 # Places whose similarities to a whole codebook are held together: 0.5 GB in float64 for 16,384 codes.
 _PLACES_AT_ONCE = 4096
