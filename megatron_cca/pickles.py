@@ -11,7 +11,8 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
@@ -61,14 +62,15 @@ def unpickled(content: bytes, is_allowed: Callable[[str, str], bool]) -> Any:
     return _PlainUnpickler(content, is_allowed).load()
 
 
-def load_tensors(content: bytes | BinaryIO, allowed: Sequence[tuple[Any, str]] = ()) -> Any:
+def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, str]] = ()) -> Any:
     """What ``torch.save`` wrote: tensors, numbers, strings and containers.
 
     torch's own list of what else may be called is the process's; Megatron-Core adds numpy's way of restoring arrays to
     it, which trusts its input (a forged data type makes it follow pointers). Only torch's tensors are taken here.
 
     Args:
-        content: foreign; the bytes, or a file open at their start.
+        content: foreign; the bytes, a file open at their start, or a path: its tensors are then maps of the file, and
+            what older torch wrote, which cannot be mapped, is refused.
         allowed: what else may be called, and the name by which the file calls it.
 
     Raises:
@@ -76,11 +78,13 @@ def load_tensors(content: bytes | BinaryIO, allowed: Sequence[tuple[Any, str]] =
     """
     import torch
 
-    file = io.BytesIO(content) if isinstance(content, bytes) else content
-    _refuse_swollen(file)
+    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    mapped = isinstance(source, Path)
+    with source.open("rb") if mapped else nullcontext(source) as file:
+        _refuse_swollen(file)
     try:
         with _only(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # Without torch's advice to allow it.
         if asked := re.search(r"GLOBAL (\S+)", str(error)):

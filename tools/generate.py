@@ -141,7 +141,7 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16"), help="default: the checkpoint's")
     group.add_argument("--text-tokenizer", type=_path, metavar="DIR", help="default: what belongs to the checkpoint")
     group.add_argument(
-        "--image-tokenizer", type=_path, metavar="DIR", help="likewise; Emu3-VisionTokenizer for Emu3-Gen"
+        "--image-tokenizer", type=_path, metavar="PATH", help="likewise; Emu3-VisionTokenizer for Emu3-Gen"
     )
     group.add_argument("--no-npz", action="store_true", help="do not write samples.npz")
     group.add_argument("--overwrite", action="store_true", help="replace what a former call wrote into --output")

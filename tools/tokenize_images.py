@@ -70,8 +70,9 @@ def _add_run(commands) -> None:
     )
     command.add_argument(
         "--image-tokenizer",
-        **path,
-        help="Emu3-VisionTokenizer, an Emu3 in transformers' form, or a folder with the demo's codebook.npy",
+        **path | {"metavar": "PATH"},
+        help="the model's own file or folder (Emu3-VisionTokenizer, an Emu3 in transformers' form), or a folder with "
+        "the demo's codebook.npy",
     )
     command.add_argument(
         "--text-tokenizer",
@@ -139,7 +140,7 @@ def _add_inspect(commands) -> None:
     command.add_argument("--samples", type=_positive, default=16, metavar="N", help="on the sheet (default 16)")
     command.add_argument("--seed", type=_seed, default=0, help="which samples (default 0)")
     command.add_argument(
-        "--image-tokenizer", type=Path, metavar="DIR", help="(default: the one that the manifest names)"
+        "--image-tokenizer", type=Path, metavar="PATH", help="(default: the one that the manifest names)"
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the image tokenizer")
 

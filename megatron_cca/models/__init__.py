@@ -13,6 +13,7 @@ from megatron_cca.models.emu3.vq_files import Emu3VqFiles
 from megatron_cca.models.huggingface import HuggingFaceFormat
 from megatron_cca.models.image_tokenizer_files import ImageTokenizerFiles
 from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
+from megatron_cca.models.llamagen.vq_files import LlamaGenVqFiles
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "emu3": Family(EMU3_PRESETS, Emu3HuggingFace(), Emu3VqFiles()),
-    "llamagen": Family(LLAMAGEN_PRESETS),
+    "llamagen": Family(LLAMAGEN_PRESETS, image_tokenizer=LlamaGenVqFiles()),
 }
 
 

@@ -55,6 +55,7 @@ CASES = {
     "safetensors index": 250,
     "huggingface config": 150,
     "image tokenizer config": 50,
+    "vq file": 300,
     "tokenizer json": 350,
     "tokenizer tiktoken": 300,
     "image listing": 300,

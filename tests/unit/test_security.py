@@ -233,6 +233,7 @@ def bombs(folder, witness):
     (folder / "list.json").write_text(json.dumps({"prefix": str(folder), "path_list": ["1.pth"]}))
     (folder / "config.yaml").write_text(f"data: !!python/object/apply:os.system ['touch \"{witness}\"']")
     torch.save(Bomb(witness), folder / "inception.pth")
+    torch.save({"model": {}, "args": Bomb(witness)}, folder / "vq_ds16_c2i.pt")
     np.save(folder / "samples.npy", objects)
     np.save(folder / "codebook.npy", objects)
     for name in ("a_codes", "a_labels"):
@@ -244,6 +245,7 @@ def bombs(folder, witness):
         "an override": lambda: load_config(None, [f"data.path=!!python/object/apply:os.system ['touch {witness}']"]),
         "token shards": lambda: open_table(folder, 1),
         "a codebook": lambda: open_image_tokenizer(folder),
+        "an image tokenizer": lambda: open_image_tokenizer(folder / "vq_ds16_c2i.pt"),
         "images": lambda: read_archive(folder / "images.npz"),
         "inception's weights": lambda: open_extractor("inception", folder / "inception.pth"),
         "emu3's files": lambda: read_record(folder / "list.json", "emu3"),

@@ -1,0 +1,145 @@
+"""The tensors of LlamaGen's image tokenizer, and its sizes, which nothing but their shapes says."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_cca.errors import UserError, shortened
+from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqSizes, without_weights
+from megatron_cca.pickles import NotPlainError, load_tensors
+
+_FIRST, _CODEBOOK = "encoder.conv_in.weight", "quantize.embedding.weight"
+# Of training alone: which codes the last batches used.
+_IGNORED = ("quantize.codebook_used",)
+# What the authors' sampling and code extraction read first; a training checkpoint's average comes after it.
+_SECTIONS = ("model", "ema", "state_dict")
+_DECODER = "tok_embeddings.weight"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
+    """Sizes and float32 tensors, copied out of the file, by the authors' names.
+
+    Raises:
+        UserError: a damaged file, one of another model, or tensors that do not fit each other; does not name the file.
+    """
+    stored = _plain(_loaded(path), path.stat().st_size)
+    if _DECODER in stored:
+        raise UserError(
+            f"looks like LlamaGen's decoder ({_DECODER}); give the image tokenizer's own, such as vq_ds16_c2i.pt"
+        )
+    for name in (_FIRST, _CODEBOOK):
+        if name not in stored:
+            raise UserError(f"is not LlamaGen's image tokenizer: tensor {name} is missing")
+    sizes = _sizes(stored)
+    wanted = {name: tuple(tensor.shape) for name, tensor in without_weights(sizes).state_dict().items()}
+    _check_shapes(stored, wanted)
+    state = {name: _in_float32(name, stored[name]) for name in wanted}
+    if not (lengths := state[_CODEBOOK].norm(dim=1)).all():
+        raise UserError(f"tensor {_CODEBOOK}: vector {int(lengths.argmin())} is zero, which has no direction")
+    return sizes, state
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A training checkpoint records its command line, too.
+            found = load_tensors(path, [(argparse.Namespace, "argparse.Namespace")])
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except NotPlainError as error:
+        raise UserError(f"holds more than tensors: {error}") from None
+    except Exception as error:  # torch.load promises no closed set for damaged files
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"is truncated or not what torch.save writes: {shortened(why, 120)}") from None
+    section = next((name for name in _SECTIONS if isinstance(found, dict) and name in found), None)
+    return found if section is None else found[section]
+
+
+def _plain(found: Any, num_bytes: int) -> dict[str, Tensor]:
+    """The tensors by name, none of which claims more than the file can hold."""
+    if not isinstance(found, dict):
+        raise UserError(f"must hold tensors by name, found {type(found).__name__}")
+    for name, tensor in found.items():
+        if not isinstance(name, str):
+            raise UserError(f"must hold tensors by name, found the key {shortened(repr(name), 60)}")
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{name} is no tensor")
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.is_nested
+        ):
+            raise UserError(f"tensor {name} is not a plain one")
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    if claimed > num_bytes:
+        raise UserError(f"its tensors claim {claimed} bytes, more than its own {num_bytes}")
+    return {name: tensor for name, tensor in found.items() if name not in _IGNORED}
+
+
+def _sizes(stored: Mapping[str, Tensor]) -> VqSizes:
+    """Checked as far as building a network of them needs it."""
+    levels = _counted(stored, "encoder.conv_blocks.{}.res.0.conv1.weight")
+    blocks = _counted(stored, "encoder.conv_blocks.0.res.{}.conv1.weight")
+    channels = [_channels(stored, f"encoder.conv_blocks.{level}.res.0.conv1.weight") for level in range(levels)]
+    if not channels:
+        raise UserError("tensor encoder.conv_blocks.0.res.0.conv1.weight is missing")
+    if "encoder.conv_out.weight" not in stored:
+        raise UserError("tensor encoder.conv_out.weight is missing")
+    return VqSizes(
+        _channels(stored, _FIRST),
+        tuple(channels),
+        blocks,
+        _shape(stored, "encoder.conv_out.weight", 4)[0],
+        *_shape(stored, _CODEBOOK, 2),
+    )
+
+
+def _counted(stored: Mapping[str, Tensor], name: str) -> int:
+    return next(number for number in itertools.count() if name.format(number) not in stored)
+
+
+def _channels(stored: Mapping[str, Tensor], name: str) -> int:
+    channels = _shape(stored, name, 4)[0]
+    if channels % NORM_GROUPS:
+        raise UserError(f"tensor {name} has {channels} channels, not a multiple of the {NORM_GROUPS} groups of norms")
+    return channels
+
+
+def _shape(stored: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(stored[name].shape)
+    if len(shape) != dimensions:
+        raise UserError(f"tensor {name} has shape {list(shape)}, which has not {dimensions} sizes")
+    if 0 in shape:
+        raise UserError(f"tensor {name} has shape {list(shape)}, which holds nothing")
+    return shape
+
+
+def _check_shapes(stored: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(wanted.keys() - stored.keys()):
+        raise UserError(f"tensor {name} is missing")
+    for name in sorted(stored.keys() - wanted.keys()):
+        raise UserError(f"tensor {name} is not one of LlamaGen's image tokenizer's")
+    for name, shape in wanted.items():
+        if tuple(stored[name].shape) != shape:
+            raise UserError(f"tensor {name} has shape {list(stored[name].shape)}, {list(shape)} would fit the others")
+        if stored[name].dtype not in _FLOATS:
+            raise UserError(f"tensor {name} has dtype {stored[name].dtype}, which is no float of 16 to 64 bits")
+
+
+def _in_float32(name: str, tensor: Tensor) -> Tensor:
+    # A copy: the tensor may be a map of the file, and the file may change.
+    tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
+    if not tensor.isfinite().all():
+        raise UserError(f"tensor {name} holds numbers that are not finite")
+    return tensor
