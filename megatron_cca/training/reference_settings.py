@@ -7,6 +7,13 @@ from pathlib import Path
 
 from megatron_cca.config import Config, TrainingConfig
 
+DROPOUT = ("hidden_dropout", "attention_dropout")
+
+
+def has_dropout(config: Config) -> bool:
+    """Whether two passes with the same weights differ, each of which draws masks of its own."""
+    return any(getattr(config.model, key) > 0 for key in DROPOUT)
+
 
 def has_own_weights(config: Config) -> bool:
     """Whether the reference is a second model in this job's memory."""

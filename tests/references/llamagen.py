@@ -1,4 +1,4 @@
-"""LlamaGen, class to image, and a CCA step in plain PyTorch: the oracle for Megatron's model and for the weights' names.
+"""LlamaGen, class to image, and a CCA step in plain PyTorch: oracle for Megatron's model and the weights' names.
 
 Written from the paper (arXiv 2406.06525, section 2 and table 2), CCA's (arXiv 2410.09347) and what both say publicly of
 their training. Weights are a dict under the authors' names, in their shapes.

@@ -21,6 +21,11 @@ class LlamaGenVocabulary(Vocabulary):
     num_classes: int
 
     @property
+    def visual_start(self) -> int:
+        """The id of code 0."""
+        return 0
+
+    @property
     def output_size(self) -> int:
         """See :class:`Vocabulary`."""
         return self.codebook_size
