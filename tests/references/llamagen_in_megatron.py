@@ -1,4 +1,4 @@
-"""The authors' tensors of LlamaGen as whole tensors of Megatron's, and a rank's parts of them; no importer takes part."""
+"""LlamaGen's tensors under the authors' names as Megatron's, and a rank's parts of them; no importer takes part."""
 
 from __future__ import annotations
 
