@@ -15,7 +15,7 @@ from megatron_cca.data.reference_cache import ReferenceCache
 from megatron_cca.errors import UserError
 from megatron_cca.models.kernels import forward_kernels
 from megatron_cca.objectives import PairLogps
-from megatron_cca.training.reference_settings import has_dropout, reference_settings, same_weights
+from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
 
 # Rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
 DEFAULT_ALLOWED = 0.05
@@ -46,7 +46,7 @@ def log_ratio_spread(pairs: PairLogps) -> LogRatioSpread:
 
 def same_path(config: Config) -> bool:
     """Whether the two forward passes are the same to the last bit as long as the weights are."""
-    if has_dropout(config) or config.reference.fp8_param:
+    if dropout_key(config) is not None or config.reference.fp8_param:
         return False
     if _arithmetic(reference_settings(config)) != _arithmetic(config.training):
         return False
@@ -117,7 +117,7 @@ def _arithmetic(settings: TrainingConfig) -> tuple:
 
 
 def _differs(config: Config) -> str:
-    if has_dropout(config):
+    if dropout_key(config) is not None:
         return "dropout draws other masks for the reference than for the policy"
     policy, reference = _described(config.training), _described(reference_settings(config))
     if config.reference.fp8_param:
@@ -127,7 +127,8 @@ def _differs(config: Config) -> str:
 
 
 def _remedy(config: Config) -> str:
-    return "lower model.hidden_dropout" if has_dropout(config) else "bring their precisions closer"
+    key = dropout_key(config)
+    return "bring their precisions closer" if key is None else f"lower model.{key}"
 
 
 def _described(settings: TrainingConfig) -> str:

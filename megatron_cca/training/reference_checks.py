@@ -9,7 +9,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
 from megatron_cca.platform.transfers import available_host_bytes, local_world_size
-from megatron_cca.training.reference_settings import DROPOUT, has_own_weights, reference_settings, same_weights
+from megatron_cca.training.reference_settings import dropout_key, has_own_weights, reference_settings, same_weights
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
@@ -45,19 +45,19 @@ def check_dropout(config: Config) -> None:
     Raises:
         UserError: names the key.
     """
-    key = next((key for key in DROPOUT if getattr(config.model, key) > 0), None)
+    key = dropout_key(config)
     if key is None:
         return
-    dropout = f"model.{key}: {getattr(config.model, key)}"
+    rate = getattr(config.model, key)
     if not has_own_weights(config):
         raise UserError(
-            f"{dropout} draws other masks for the reference than for the policy, which reference.strategy "
+            f"model.{key}: {rate} draws other masks for the reference than for the policy, which reference.strategy "
             f"{config.reference.strategy} cannot have; set it to 0, or use resident or offload"
         )
     if config.reference.allow_bias is None:
         raise UserError(
-            f"{dropout}: must be 0 for objective {config.objective.name}, since dropout makes policy and reference "
-            "differ from the first step; to have it all the same, as CCA's authors do, say how much may be: "
+            f"model.{key}: {rate}: must be 0 for objective {config.objective.name}, since dropout makes policy and "
+            "reference differ from the first step; to have it all the same, as CCA's authors do, say how much may be: "
             "--set reference.allow_bias=1"
         )
 

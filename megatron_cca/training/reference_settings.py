@@ -7,12 +7,11 @@ from pathlib import Path
 
 from megatron_cca.config import Config, TrainingConfig
 
-DROPOUT = ("hidden_dropout", "attention_dropout")
 
-
-def has_dropout(config: Config) -> bool:
-    """Whether two passes with the same weights differ, each of which draws masks of its own."""
-    return any(getattr(config.model, key) > 0 for key in DROPOUT)
+def dropout_key(config: Config) -> str | None:
+    """The kind of dropout that is on, the first if both are: each pass draws its own masks. None if neither is."""
+    kinds = ("hidden_dropout", "attention_dropout")
+    return next((key for key in kinds if getattr(config.model, key) > 0), None)
 
 
 def has_own_weights(config: Config) -> bool:
