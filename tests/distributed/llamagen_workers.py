@@ -23,6 +23,8 @@ from tests.references.llamagen_in_megatron import fill, parts_on_this_rank, whol
 ROWS = 8
 # Enough for attention to have its say, and for few enough roundings.
 STD = 0.1
+# Rows filled up behind the grid of 16, to a multiple of every layout.
+WIDTH = 24
 
 
 def _started(overrides):
@@ -196,6 +198,20 @@ def _cca_step(overrides, length):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (errors[worst], worst))
     return [abs(report.metrics["loss"] / loss.item() - 1), *max(everyone), report.metrics["margin"]]
+
+
+def first_log_ratios(settings):
+    """By case: the worst log-ratio of the first step and of the second, after which the weights differ."""
+    return {name: _first_log_ratios(settings["common"] + case) for name, case in settings["cases"].items()}
+
+
+def _first_log_ratios(overrides):
+    config, architecture, sizes = _started(overrides)
+    classes, codes = _rows(sizes)
+    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, sizes)
+    reader = _Reader(config, rows, codes, sizes, WIDTH)
+    run = build_run(config, architecture, reader, reader, None, Progress())
+    return [train_step(run).log_ratio.worst for _ in range(2)]
 
 
 def _gradient_errors(run, gradients, sizes, padded):

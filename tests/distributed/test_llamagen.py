@@ -16,8 +16,8 @@ TINY = ["model.name=llamagen-tiny", "model.make_vocab_size_divisible_by=8"]
 ODD = [*TINY, "model.hidden_size=80", "model.ffn_hidden_size=112"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "PP 2": PP2, "CP 2": CP2}}
 MODELS = {"tiny": TINY, "odd": ODD}
+# Rows filled up behind the grid of 16, to a multiple of every layout here.
 WIDTH = 24
-"""Rows filled up behind the grid of 16, to a multiple of every layout here."""
 
 
 def answers(worker, cases, tmp_path_factory, **common):
@@ -107,3 +107,18 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     assert abs(margin) > 0.1
     assert loss <= 1e-4
     assert gradient <= 1e-4, where
+
+
+def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
+    large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
+    kinds = {"fp32": [], "bf16, full recomputation": ["training.precision=bf16", *FULL]}
+    cases = {
+        ranks: {
+            f"{layout}, {kind}": [*ODD, *large, *overrides, *more]
+            for layout, overrides in own.items()
+            for kind, more in kinds.items()
+        }
+        for ranks, own in BY_RANKS.items()
+    }
+    for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
+        assert first == 0.0 < second, name
