@@ -188,7 +188,7 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     rows = [_cut(row, tokens) for row in training_rows(config, open_data(config))]
     initialize_distributed(config)
     lengths = [2**power for power in range(8, 14) if 2**power <= tokens]
-    head = {"vocab_size": architecture.vocabulary.size, "chunk_size": training.logps_chunk_size}
+    head = {"vocab_size": architecture.vocabulary.output_size, "chunk_size": training.logps_chunk_size}
     bar = tqdm(total=len(rows) * (len(WEIGHTS) + len(ARITHMETIC) + 2), desc="parts", unit="row")
 
     def logps(chunks):

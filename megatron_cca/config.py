@@ -55,7 +55,8 @@ class ModelConfig:
     padded_vocab_size: PositiveInt | None = None
     """The padded vocabulary, if it is to be the same for every layout."""
     hidden_dropout: Probability = 0.0
-    """Of what each half of a layer adds; must be 0 where policy and reference are compared."""
+    """Of the embeddings and of what each half of a layer adds. Where policy and reference are compared it makes the
+    log-ratio noisy and needs ``reference.allow_bias`` and a reference that is ``resident`` or ``offload``."""
     attention_dropout: Probability = 0.0
     """Of attention's weights; likewise."""
     init_method_std: PositiveFloat = 0.02
@@ -138,7 +139,7 @@ class ReferenceConfig:
     of bf16. The LM head and the norms stay as they are."""
     allow_bias: NonNegativeFloat | None = None
     """Largest root mean square of beta x log-ratio while policy and reference have the same weights. Null means exactly
-    0 where both take the same path and 0.05 where their precisions differ."""
+    0 where both take the same path and 0.05 where their precisions differ; with dropout it must be given."""
 
 
 @strict

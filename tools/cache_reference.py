@@ -14,6 +14,7 @@ from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_tool_errors
 from megatron_cca.training.checks import check_run
+from megatron_cca.training.reference_checks import check_dropout
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def _parse() -> argparse.Namespace:
 def _with_own_reference(config: Config) -> Config:
     if config.objective.name == "next_token":
         raise UserError("objective.name: next_token has no reference; nothing to compute")
+    # Asked before the strategy counts as another one here: what dropout drew once must not be kept.
+    check_dropout(replace(config, reference=replace(config.reference, strategy="cached")))
     strategy = "offload" if config.reference.strategy == "offload" else "resident"
     return replace(config, reference=replace(config.reference, strategy=strategy, cache=None))
 

@@ -66,9 +66,8 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     """How long the rows are."""
     parser.add_argument(
         "--image-grid",
-        default="90x90",
         metavar="HxW",
-        help="visual tokens of an image (default 90x90, 720 x 720 pixels of Emu3)",
+        help="visual tokens of an image (default: the model's own grid, or 90x90, 720 x 720 pixels of Emu3)",
     )
     parser.add_argument(
         "--caption-tokens", type=int, default=128, metavar="N", help="of the longest caption (default 128)"

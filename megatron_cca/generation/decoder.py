@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from megatron_cca import platform
 from megatron_cca.generation.kv_cache import CachedAttention, KVCache
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.models.rotary_2d import Rotation, rotation_of
 
 _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
@@ -31,7 +32,7 @@ class Decoder:
         self._gpts = [_bare(chunk) for chunk in chunks]
         self._vocabulary = vocabulary
         self._attentions: list[CachedAttention] = []
-        self._angles: Tensor | None = None
+        self._rotation: Rotation | None = None
 
     @property
     def is_last_stage(self) -> bool:
@@ -40,9 +41,9 @@ class Decoder:
 
     def new_cache(self, max_length: int) -> KVCache:
         """An empty cache for rows of at most ``max_length`` tokens."""
-        if self._angles is None or len(self._angles) < max_length:
-            self._angles = self._gpts[0].rotary_pos_emb.get_emb(max_length)[:, 0, 0].to(platform.device())
-        return KVCache(max_length, self._angles)
+        if self._rotation is None or len(self._rotation.cos) < max_length:
+            self._rotation = rotation_of(self._gpts[0], max_length, platform.device())
+        return KVCache(max_length, self._rotation)
 
     @torch.no_grad()
     def feed(self, cache: KVCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor | None:

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_cca.models.rotary_2d import Rotation
+
 
 class KVCache:
     """What one stream of sequences has been fed so far.
 
     Args:
         max_length: tokens that a row may hold in the end.
-        angles: float32 ``[>= max_length, D]``, the rotary angle of each position and channel.
+        rotation: of at least so many positions.
     """
 
-    def __init__(self, max_length: int, angles: Tensor) -> None:
-        self.max_length, self.angles = max_length, angles[:max_length]
+    def __init__(self, max_length: int, rotation: Rotation) -> None:
+        self.max_length, self._rotation = max_length, rotation
         self.lengths: Tensor | None = None
         """int64 ``[B]``: tokens fed to each row."""
         self.longest = 0
@@ -48,21 +50,27 @@ class KVCache:
         self._set_rotation()
 
     def _set_rotation(self) -> None:
-        if self.is_prompt:
-            angles = self.angles[: self.longest, None, None]
-        elif self._is_ragged:
-            angles = self.angles[self._slots][None, :, None]
-        else:
-            angles = self.angles[self.longest - 1 : self.longest, None, None]
-        self._rotation = torch.cos(angles), torch.sin(angles)
-        places = torch.arange(self.longest, device=self.angles.device)
+        self._cos_sin = self._of_what_is_fed(self._rotation.cos), self._of_what_is_fed(self._rotation.sin)
+        places = torch.arange(self.longest, device=self._slots.device)
         self._mask = (places <= self._slots[:, None])[:, None, None] if self._is_ragged else None
+
+    def _of_what_is_fed(self, table: Tensor) -> Tensor:
+        if self.is_prompt:
+            return table[: self.longest, None, None]
+        if self._is_ragged:
+            return table[self._slots][None, :, None]
+        return table[self.longest - 1 : self.longest, None, None]
 
     def rotated(self, x: Tensor) -> Tensor:
         """Queries or keys ``[S, B, heads, D]`` with their rotary embedding, in their dtype, as Megatron rounds it."""
-        cos, sin = (part.to(x.dtype) for part in self._rotation)
+        cos, sin = (part.to(x.dtype) for part in self._cos_sin)
+        return x * cos + self._quarter_turn(x) * sin
+
+    def _quarter_turn(self, x: Tensor) -> Tensor:
+        if self._rotation.interleaved:
+            return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
         low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.cat((-high, low), dim=-1)
 
     def extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store what is new in a layer and return all there is, ``[B, groups, T, D]`` each.

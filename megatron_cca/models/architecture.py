@@ -39,7 +39,8 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     """The preset with every size that ``config`` does not leave at null.
 
     Raises:
-        UserError: heads that do not divide the hidden size, or groups that do not divide the heads.
+        UserError: heads that do not divide the hidden size, groups that do not divide the heads, or positions that are
+            no square grid where the model wants one.
     """
     names = {field.name for field in fields(config)}
     given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
@@ -56,7 +57,30 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
             f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
             "rotary embedding needs an even number"
         )
+    if architecture.position_embedding == "rope_2d":
+        _check_grid(architecture, channels)
     return architecture
+
+
+def _check_grid(architecture: Architecture, channels: int) -> None:
+    positions, prefix = architecture.max_position_embeddings, architecture.prefix_tokens
+    side = grid_side(architecture)
+    if side < 1 or prefix + side**2 != positions:
+        nearest = sorted({prefix + max(1, side) ** 2, prefix + (side + 1) ** 2})
+        raise UserError(
+            f"model.max_position_embeddings: {positions} is not {prefix} and a square, the grid of an image; the "
+            f"nearest that are: {', '.join(map(str, nearest))}; 16x16 codes take {prefix + 256}, 24x24 {prefix + 576}"
+        )
+    if channels % 4:
+        raise UserError(
+            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
+            "rotary embedding over a grid needs a multiple of 4, half of them for each axis"
+        )
+
+
+def grid_side(architecture: Architecture) -> int:
+    """Of the square of codes that ``rope_2d`` has positions for."""
+    return math.isqrt(max(0, architecture.max_position_embeddings - architecture.prefix_tokens))
 
 
 def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
@@ -86,13 +110,23 @@ def sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
     return math.lcm(context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1), bucket)
 
 
+def longest_row(architecture: Architecture, multiple: int) -> int:
+    """The most positions that a row may have, what fills it up to a multiple of ``multiple`` counted in.
+
+    Behind a grid there is room for the filling: nothing looks there. Elsewhere it takes positions as tokens do.
+    """
+    positions = architecture.max_position_embeddings
+    return positions if architecture.position_embedding == "rope" else -(-positions // multiple) * multiple
+
+
 def num_parameters(architecture: Architecture) -> int:
-    """Weights of the whole model, without rows that pad the vocabulary."""
+    """Weights of the whole model, without rows that pad the vocabulary and without words that are never predicted."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = hidden // architecture.num_attention_heads
     attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
     layer = attention + 3 * hidden * ffn + 2 * hidden
-    return architecture.num_layers * layer + 2 * architecture.vocabulary.size * hidden + hidden
+    rows = architecture.vocabulary.size + architecture.vocabulary.output_size
+    return architecture.num_layers * layer + rows * hidden + hidden
 
 
 def check_layout(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, Trai
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
+from megatron_cca.models.rotary_2d import use_grid_positions
 from megatron_cca.parallel import sequence_logps, token_logps
 from megatron_cca.parallel.param_gather import await_parameters
 
@@ -60,6 +61,7 @@ def transformer_config(
         num_query_groups=architecture.num_query_groups,
         layernorm_epsilon=architecture.layernorm_epsilon,
         normalization="RMSNorm",
+        rotary_interleaved=architecture.position_embedding == "rope_2d",
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
@@ -150,6 +152,8 @@ def _build_chunk(
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
     )
+    if architecture.position_embedding == "rope_2d":
+        use_grid_positions(gpt, architecture)
     if platform.current().is_cuda and not next(gpt.parameters()).is_meta:
         gpt = gpt.to(platform.device())
     return Float16Module(config, gpt) if config.bf16 else gpt

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
-from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.architecture import Architecture, grid_side
 
 
 def own_grid(architecture: Architecture) -> tuple[int, int] | None:
     """Height and width of the one grid that a model has positions for; None where it takes any."""
     if architecture.position_embedding != "rope_2d":
         return None
-    side = math.isqrt(max(0, architecture.max_position_embeddings - architecture.prefix_tokens))
+    side = grid_side(architecture)
     return side, side
 
 

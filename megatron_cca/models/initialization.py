@@ -17,15 +17,27 @@ _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 
 
 @torch.no_grad()
-def initialize_by_name(model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int) -> None:
-    """Fill a pipeline stage: norms with ones, other weights with N(0, std), rows past ``vocab_size`` with zeros."""
+def initialize_by_name(
+    model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int, output_size: int | None = None
+) -> None:
+    """Fill a pipeline stage: norms with ones, other weights with N(0, std), rows of no word with zeros.
+
+    Args:
+        model: a chunk.
+        seed: of all tensors.
+        std: of weights; less where they write into the residual stream.
+        num_layers: of the whole model.
+        vocab_size: rows of the embedding that are words.
+        output_size: likewise of the LM head; None means as many.
+    """
+    words = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
     shards = sharded_tensors(model.sharded_state_dict())
     for shard in shards:
         if "layernorm" in shard.key or "layer_norm" in shard.key:
             shard.data.fill_(1.0)
             continue
         scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
-        rows = vocab_size if "word_embeddings" in shard.key or "output_layer" in shard.key else None
+        rows = next((size for name, size in words.items() if name in shard.key), None)
         shard.data.copy_(scale * standard_normal(shard, seed, rows).view_as(shard.data))
 
 

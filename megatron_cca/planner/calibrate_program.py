@@ -37,7 +37,7 @@ class CalibrateSettings:
     config: Path
     overrides: list[str]
     gpu: str | None
-    image_grid: str
+    image_grid: str | None
     caption_tokens: int
     steps: int
     device: platform.DeviceChoice
@@ -52,7 +52,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         UserError: an option that cannot be, what training refuses on this device, a file that is in the way.
     """
     config = load_config(settings.config, settings.overrides)
-    images = image_shape(settings.image_grid, settings.caption_tokens)
+    images = image_shape(config, settings.image_grid, settings.caption_tokens)
     if settings.steps < 1:
         raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
     check_file(settings.output, overwrite=settings.overwrite)

@@ -43,7 +43,7 @@ class DryRunSettings:
     gpus: int
     gpu: str | None
     rank: int | None
-    image_grid: str
+    image_grid: str | None
     caption_tokens: int
     output: Path | None
     overwrite: bool
@@ -97,7 +97,7 @@ def _checked(config: Config, settings: DryRunSettings, gpu: Gpu | None) -> Workl
         gpu.peak_flops(config.training.precision)
         if config.reference.precision is not None:
             gpu.peak_flops(config.reference.precision, "reference.precision")
-    return image_workload(config, image_shape(settings.image_grid, settings.caption_tokens))
+    return image_workload(config, image_shape(config, settings.image_grid, settings.caption_tokens))
 
 
 def _stage_of(config: Config, gpus: int, rank: int) -> int:

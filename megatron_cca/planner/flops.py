@@ -69,7 +69,7 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
 
 def head_forward(architecture: Architecture, image_tokens: int) -> float:
     """Of the LM head, for one row: only image tokens pass through it, and only true words are computed."""
-    return 2.0 * image_tokens * architecture.hidden_size * architecture.vocabulary.size
+    return 2.0 * image_tokens * architecture.hidden_size * architecture.vocabulary.output_size
 
 
 def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:

@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import grid_side
 from megatron_cca.planner.calibration import DEFAULT, Calibration, read_calibration
 from megatron_cca.planner.candidates import DEFAULT_VARIABLES, VARIABLES
 from megatron_cca.planner.hardware import CPU, Cluster, Gpu, gpu_named
@@ -20,6 +22,8 @@ from megatron_cca.planner.summary import Report, text
 from megatron_cca.planner.trials import Wishes
 from megatron_cca.planner.workload import ImageShape
 from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
+
+_USUAL_GRID = "90x90"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class PlanSettings:
         gpu: its name.
         gpus: how many.
         gpus_per_node: of them; None is what is usual.
-        image_grid: ``HxW`` in visual tokens.
+        image_grid: ``HxW`` in visual tokens; None is the model's own, or 90x90.
         caption_tokens: of the longest caption.
         vary: names of ``candidates.VARIABLES`` with commas between; None is the default.
         calibration: its file; None is the default.
@@ -46,7 +50,7 @@ class PlanSettings:
     gpu: str
     gpus: int
     gpus_per_node: int | None
-    image_grid: str
+    image_grid: str | None
     caption_tokens: int
     vary: str | None
     calibration: Path | None
@@ -62,7 +66,7 @@ def run_search(settings: PlanSettings) -> None:
         UserError: an option that cannot be, weights of another model, a cluster that does not suit the model.
     """
     config = load_config(settings.config, settings.overrides)
-    wishes = _wishes(settings)
+    wishes = _wishes(settings, config)
     _check_positive("--top", settings.top)
     check_known_weights(config)
     with reserved(settings.output, overwrite=settings.overwrite) if settings.output else nullcontext():
@@ -73,12 +77,16 @@ def run_search(settings: PlanSettings) -> None:
             print(f"\nwrote {', '.join(write_report(settings.output, report))} to {settings.output}")
 
 
-def image_shape(grid: str, caption_tokens: int) -> ImageShape:
-    """The data that ``--image-grid`` and ``--caption-tokens`` describe.
+def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageShape:
+    """The data that ``--image-grid`` and ``--caption-tokens`` describe; the model's own grid where it has one.
 
     Raises:
         UserError: not of the form ``HxW``, or less than nothing.
     """
+    if grid is None:
+        architecture = resolve_architecture(config.model)
+        side = grid_side(architecture)
+        grid = f"{side}x{side}" if architecture.position_embedding == "rope_2d" else _USUAL_GRID
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:
         raise UserError(f"--image-grid: {grid!r} is not of the form HxW, such as 90x90")
@@ -98,12 +106,12 @@ def check_known_weights(config: Config) -> None:
             check_weights(config, path, key)
 
 
-def _wishes(settings: PlanSettings) -> Wishes:
+def _wishes(settings: PlanSettings, config: Config) -> Wishes:
     gpu, calibration = _device(settings)
     _check_positive("--gpus", settings.gpus)
     per_node = gpu.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
     _check_positive("--nodes-of", per_node)
-    shape = image_shape(settings.image_grid, settings.caption_tokens)
+    shape = image_shape(config, settings.image_grid, settings.caption_tokens)
     return Wishes(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
 
 

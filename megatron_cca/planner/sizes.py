@@ -88,5 +88,5 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         seq_length=workload.seq_length,
         layer_weights=sum(product.weights for product in products(architecture)) / tensor,
         head_weights=vocabulary * architecture.hidden_size / tensor,
-        words=architecture.vocabulary.size / tensor,
+        words=architecture.vocabulary.output_size / tensor,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import sequence_multiple
+from megatron_cca.models.architecture import longest_row, sequence_multiple
 from megatron_cca.models.grids import grid_misfit
 
 
@@ -42,7 +42,7 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
     """The rows that a run has on such images, padded as its layout and ``data.pad_to_multiple_of`` ask.
 
     Raises:
-        UserError: more positions than the model has.
+        UserError: more positions than the model has, or another grid than its positions are for.
     """
     architecture = resolve_architecture(config.model)
     misfit = grid_misfit(architecture, 1, shape.height, shape.width)
@@ -55,7 +55,7 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
     # A token is not an input of its own prediction, hence one less.
     seq_length = -(-(ids - 1) // multiple) * multiple
-    limit = architecture.max_position_embeddings
+    limit = longest_row(architecture, multiple)
     if seq_length > limit:
         raise UserError(
             f"--image-grid: {shape.height}x{shape.width} with captions of {shape.caption_tokens} tokens needs "

@@ -18,7 +18,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, sequence_multiple
+from megatron_cca.models.architecture import Architecture, longest_row, sequence_multiple
 from megatron_cca.models.grids import grid_misfit, own_grid
 
 DATA, VALIDATION = "data.path", "validation.path"
@@ -104,6 +104,7 @@ def validation_batches(config: Config, data: RunData, with_pairs: bool) -> Valid
 def _builder(
     config: Config, data: TokenData, order: SampleOrder, seed: int, with_pairs: bool, length_bucketing: int
 ) -> BatchBuilder:
+    multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
     return BatchBuilder(
         data=data,
         pairing=Pairing(
@@ -117,8 +118,8 @@ def _builder(
         ),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,
-        sequence_multiple=sequence_multiple(config.parallel, config.data.pad_to_multiple_of),
-        max_sequence_length=resolve_architecture(config.model).max_position_embeddings,
+        sequence_multiple=multiple,
+        max_sequence_length=longest_row(resolve_architecture(config.model), multiple),
     )
 
 

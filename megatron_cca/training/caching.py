@@ -99,7 +99,7 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
     initialize_distributed(config)
     initialize_user_buffers(config)
     batches = training_batches(config, data, with_pairs=True)
-    vocab_size = resolve_architecture(config.model).vocabulary.size
+    vocab_size = resolve_architecture(config.model).vocabulary.output_size
     forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size)
     with ExitStack() as stack:
         writer = None

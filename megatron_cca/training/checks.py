@@ -67,12 +67,6 @@ def check_new_run(config: Config, world_size: int) -> None:
     _check_pictures(config)
     if config.objective.name != "next_token":
         check_reference(config)
-        for key in ("hidden_dropout", "attention_dropout"):
-            if getattr(config.model, key) > 0:
-                raise UserError(
-                    f"model.{key}: must be 0 for objective {config.objective.name}, found "
-                    f"{getattr(config.model, key)}: dropout would make policy and reference differ from the first step"
-                )
     if config.training.pretrained_checkpoint is not None:
         check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
     if config.reference.checkpoint is not None:

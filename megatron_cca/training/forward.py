@@ -23,7 +23,7 @@ class LogpsPass:
 
     Attributes:
         rows_per_microbatch: rows of one forward pass.
-        vocab_size: the true one, without padding.
+        vocab_size: how many words the head predicts, without padding.
         chunk_size: tokens that pass through the LM head at a time.
         beat: called at every microbatch, for whoever watches whether this rank goes on.
     """

@@ -15,7 +15,7 @@ from megatron_cca.data.reference_cache import ReferenceCache
 from megatron_cca.errors import UserError
 from megatron_cca.models.kernels import forward_kernels
 from megatron_cca.objectives import PairLogps
-from megatron_cca.training.reference_settings import reference_settings, same_weights
+from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
 
 # Rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
 DEFAULT_ALLOWED = 0.05
@@ -46,7 +46,9 @@ def log_ratio_spread(pairs: PairLogps) -> LogRatioSpread:
 
 def same_path(config: Config) -> bool:
     """Whether the two forward passes are the same to the last bit as long as the weights are."""
-    if config.reference.fp8_param or _arithmetic(reference_settings(config)) != _arithmetic(config.training):
+    if dropout_key(config) is not None or config.reference.fp8_param:
+        return False
+    if _arithmetic(reference_settings(config)) != _arithmetic(config.training):
         return False
     if config.reference.strategy != "cached":
         return True
@@ -105,8 +107,8 @@ def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:
             f"are not deterministic here: try model.transformer_impl=local, or, {way_on}"
         )
     raise UserError(
-        f"{effect}, only {allowed:g} allowed: {_differs(config)}, which bends the objective; bring their precisions "
-        f"closer, lower objective.beta, or, {way_on}"
+        f"{effect}, only {allowed:g} allowed: {_differs(config)}, which bends the objective; {_remedy(config)}, lower "
+        f"objective.beta, or, {way_on}"
     )
 
 
@@ -115,11 +117,18 @@ def _arithmetic(settings: TrainingConfig) -> tuple:
 
 
 def _differs(config: Config) -> str:
+    if dropout_key(config) is not None:
+        return "dropout draws other masks for the reference than for the policy"
     policy, reference = _described(config.training), _described(reference_settings(config))
     if config.reference.fp8_param:
         reference += " with weights in FP8"
     where = " from a cache of another layout or machine" if config.reference.strategy == "cached" else ""
     return f"the policy computes in {policy}, the reference in {reference}{where}"
+
+
+def _remedy(config: Config) -> str:
+    key = dropout_key(config)
+    return "bring their precisions closer" if key is None else f"lower model.{key}"
 
 
 def _described(settings: TrainingConfig) -> str:

@@ -44,6 +44,7 @@ class ResidentReference:
 
     def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
         """See :class:`Reference`."""
+        _set_mode(self.chunks, split)
         return self.forward.logps(self.chunks, batch)
 
 
@@ -57,6 +58,7 @@ class OffloadedReference:
     def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
         """See :class:`Reference`."""
         with self.streamed.running() as chunks:
+            _set_mode(chunks, split)
             return self.forward.logps(chunks, batch)
 
 
@@ -88,6 +90,12 @@ class CachedReference:
         microbatches = rows.chunk(size)[rank].chunk(len(batch.microbatches))
         # A microbatch's positives come first, then its negatives.
         return {index: microbatch.t().flatten() for index, microbatch in enumerate(microbatches)}
+
+
+def _set_mode(chunks: Sequence[torch.nn.Module], split: Split) -> None:
+    """Dropout, where there is any, is for training: validation has none, in the policy or here."""
+    for chunk in chunks:
+        chunk.train(split == "training")
 
 
 def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.Module]) -> Reference:

@@ -231,7 +231,7 @@ def _lengths(asked: Sequence[int] | None, shortest: int) -> list[int]:
 
 
 def _head(config: Config) -> dict[str, int]:
-    vocab_size = resolve_architecture(config.model).vocabulary.size
+    vocab_size = resolve_architecture(config.model).vocabulary.output_size
     return {"vocab_size": vocab_size, "chunk_size": config.training.logps_chunk_size}
 
 

@@ -8,6 +8,12 @@ from pathlib import Path
 from megatron_cca.config import Config, TrainingConfig
 
 
+def dropout_key(config: Config) -> str | None:
+    """The kind of dropout that is on, the first if both are: each pass draws its own masks. None if neither is."""
+    kinds = ("hidden_dropout", "attention_dropout")
+    return next((key for key in kinds if getattr(config.model, key) > 0), None)
+
+
 def has_own_weights(config: Config) -> bool:
     """Whether the reference is a second model in this job's memory."""
     return config.reference.strategy in ("resident", "offload")

@@ -118,9 +118,8 @@ def build_run(
     """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective."""
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
-    forward = LogpsPass(
-        batches.rows_per_microbatch, architecture.vocabulary.size, config.training.logps_chunk_size, progress.beat
-    )
+    vocab_size = architecture.vocabulary.output_size
+    forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size, progress.beat)
     own = uses_pairs and has_own_weights(config)
     initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
@@ -200,6 +199,7 @@ def build_chunks(
             std=config.model.init_method_std,
             num_layers=architecture.num_layers,
             vocab_size=architecture.vocabulary.size,
+            output_size=architecture.vocabulary.output_size,
         )
     return chunks
 

@@ -25,5 +25,9 @@ def shared_multiple(config: Config) -> int:
 def fixed_row_length(config: Config) -> int | None:
     """The one length that rows can have; None if the configuration leaves room for several."""
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
-    longest = resolve_architecture(config.model).max_position_embeddings
+    architecture = resolve_architecture(config.model)
+    longest = architecture.max_position_embeddings
+    if architecture.position_embedding == "rope_2d":
+        # Each has the prefix and a whole grid, of which the last code is only predicted.
+        return -(-(longest - 1) // multiple) * multiple
     return multiple if multiple <= longest < 2 * multiple else None

@@ -19,6 +19,7 @@ from megatron_cca.training.batches import loader
 from megatron_cca.training.forward import gathered_rows
 from megatron_cca.training.health import not_finite, terms_not_finite
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, log_ratio_spread
+from megatron_cca.training.reference_settings import dropout_key
 from megatron_cca.training.setup import Run, seed_step
 
 
@@ -53,7 +54,7 @@ def train_step(run: Run) -> StepReport:
     Loss and gradients that are not finite leave weights and optimizer as they were.
     """
     step = run.iteration
-    if run.config.model.hidden_dropout > 0 or run.config.model.attention_dropout > 0:
+    if dropout_key(run.config) is not None:
         seed_step(run.config, step)
     run.progress.at("reading the batch" if run.loader.reads else "receiving the batch", step)
     started = time.perf_counter()

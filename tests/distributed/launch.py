@@ -102,7 +102,10 @@ def _program(script: str, arguments: list[str], cwd: str, variables: dict[str, s
 
 
 def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 240) -> dict:
-    """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered."""
+    """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered.
+
+    A worker of another file beside ``workers.py`` is ``<file>.<function>``.
+    """
     from tests.distributed import workers
 
     folder.mkdir(parents=True, exist_ok=True)

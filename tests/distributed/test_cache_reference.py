@@ -12,7 +12,7 @@ from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.caching import check_cache
-from tests.distributed.launch import ROOT, environment, run_workers
+from tests.distributed.launch import ROOT, environment, run_tool, run_workers
 from tests.distributed.test_layout_parity import CCA
 
 SHORT = ["training.global_batch_size=4", "training.micro_batch_size=2"]
@@ -114,6 +114,18 @@ def test_from_cache_to_run_as_a_user_types_it(digit_shards, tmp_path):
     done = typed(["bash", str(ROOT / "examples" / "pretrain_cca_emu3.sh"), *command, *uses], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step-0 log-ratio: exactly 0" in done.stdout
+
+
+def test_what_dropout_drew_is_not_kept(tmp_path):
+    settings = ["model.hidden_dropout=0.1", "reference.allow_bias=9", f"training.output_dir={tmp_path}/run"]
+    command = [
+        *("--config", ROOT / "examples" / "emu3_tiny_cca.yaml", "--output", "cache"),
+        *(word for setting in settings for word in ("--set", setting)),
+    ]
+    done = run_tool(ROOT / "tools" / "cache_reference.py", *command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.hidden_dropout: 0.1 draws other masks for the reference than for the policy" in done.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 def typed(command, folder):

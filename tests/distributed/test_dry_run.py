@@ -28,6 +28,7 @@ TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 BF16 = ["training.precision=bf16"]
+GRID = ["model.name=llamagen-tiny"]
 FULL = ["training.recompute_granularity=full"]
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 
@@ -37,6 +38,7 @@ REAL = {
     "dp4": (4, BF16),
     "tp2": (2, [*TP2, "parallel.sequence_parallel=true"]),
     "pp2": (2, PP2),
+    "pp2, positions on a grid": (2, [*GRID, *PP2]),
     "vpp2 x dp2": (4, VPP2),
 }
 
@@ -45,7 +47,9 @@ FAKE = {
     "tp2 without sequence parallelism": (2, TP2, [0]),
     "pp2 x tp2 x vpp2": (8, [*TP2, *VPP2], [0, 7]),
     "cp2": (2, ["parallel.context_parallel_size=2"], [0, 1]),
+    "cp2, positions on a grid": (2, [*GRID, "parallel.context_parallel_size=2"], [0, 1]),
     "full recomputation": (1, FULL, [0]),
+    "full recomputation, positions on a grid": (1, [*GRID, *FULL], [0]),
     "two layers at a time": (1, [*FULL, "training.recompute_num_layers=2"], [0]),
     "two layers of four": (1, [*FULL, "training.recompute_method=block", "training.recompute_num_layers=2"], [0]),
     "mlp again": (
@@ -186,6 +190,13 @@ def test_any_rank_of_the_largest_job(tmp_path):
     told = json.loads((tmp_path / "rank.json").read_text())
     assert told["counted"]["parameters"] == told["predicted"]["weights"]
     assert f"{told['counted']['peak']:,}" in done.stdout
+
+
+def test_a_model_that_has_a_grid_gives_the_rows_their_length(tmp_path):
+    example = ROOT / "examples" / "llamagen_3b_cca.yaml"
+    done = dry(example, "--gpus", "64", "--gpu", "h100-80gb", "--set", "model.num_layers=2", tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 64 x h100-80gb, pipeline stage 0; rows of 576 tokens, 576 of them the image's" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,19 @@ def test_an_offloaded_reference_has_two_parts_on_the_device_at_most(common, tmp_
     answer = run_workers(1, "offload_occupancy", {"overrides": [*common, *OFFLOAD]}, tmp_path)
     # The embedding, four layers, the head; two microbatches, and the embedding once in vain.
     assert answer == {"parts": 6, "most": 2, "copies": 13, "left": 0}
+
+
+DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "reference.allow_bias=9"]
+
+
+def test_dropout_draws_masks_for_both_models_in_training_and_for_none_in_a_validation(common, tmp_path):
+    """Authors of CCA keep pretraining's dropout in both models; what differs is then noise, and only in training."""
+    variants = {name: [*DROPOUT, *VARIANTS[name]] for name in ("resident", "offload")}
+    settings = {"common": common, "layouts": {"one": []}, "variants": variants, "steps": STEPS}
+    settings |= {"folder": str(tmp_path), "cache": None}
+    found = run_workers(1, "reference_traces", settings, tmp_path)
+    assert found["one, resident"] == found["one, offload"]
+    assert found["one, resident"]["steps"][0]["worst"] > 0.1
+    before = {"common": [*common, *DROPOUT], "layouts": {"resident": [], "offload": OFFLOAD}, "steps": 0}
+    for name, answer in run_workers(1, "validations", before, tmp_path).items():
+        assert answer["before"]["positive_log_ratio"] == answer["before"]["margin"] == 0.0, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import time
@@ -603,11 +604,17 @@ class _Sleep(torch.autograd.Function):
         return gradient, None
 
 
+def _worker(name):
+    """A function of this file, or of another one here: ``file.function``."""
+    file, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(f"tests.distributed.{file}"), function) if file else globals()[name]
+
+
 def rank_main(worker, settings, rank, ranks, rendezvous, answer):
     """The entry point of one rank: join, work, leave what rank 0 found (or what went wrong) in a file."""
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-        result = globals()[worker](settings)
+        result = _worker(worker)(settings)
         if rank == 0:
             Path(answer).write_text(json.dumps(result))
         dist.barrier()

@@ -86,7 +86,6 @@ def refused(overrides, world_size=1):
             "parallel.tensor_model_parallel_size 2 x parallel.pipeline_model_parallel_size 1 x "
             "parallel.context_parallel_size 2 does not divide the 2 processes of this job; start a multiple of 4",
         ),
-        (["model.hidden_dropout=0.1"], 1, "model.hidden_dropout: must be 0 for objective cca, found 0.1"),
         (["model.num_attention_heads=5"], 1, "model.num_attention_heads: 5 does not divide hidden_size 64"),
         (["model.num_query_groups=3"], 1, "model.num_query_groups: 3 does not divide num_attention_heads 4"),
         (["optimizer.min_lr=1", "optimizer.lr=0.1"], 1, "optimizer.min_lr: 1.0 is more than optimizer.lr 0.1"),
@@ -177,6 +176,39 @@ def test_a_run_may_go_on_with_another_reference_strategy(run_folder):
 )
 def test_validations_of_nothing_are_refused(overrides, message):
     assert refused(overrides).startswith(message)
+
+
+DROPOUT = ["model.hidden_dropout=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (DROPOUT, "model.hidden_dropout: 0.1: must be 0 for objective cca, since dropout makes policy and reference"),
+        (
+            ["model.attention_dropout=0.2", "objective.name=dpo", "reference.strategy=offload"],
+            "model.attention_dropout: 0.2: must be 0 for objective dpo",
+        ),
+        (
+            [*DROPOUT, "reference.strategy=cached", "reference.cache=x", "reference.allow_bias=9"],
+            "model.hidden_dropout: 0.1 draws other masks for the reference than for the policy, which "
+            "reference.strategy cached cannot have; set it to 0, or use resident or offload",
+        ),
+        (
+            [*DROPOUT, *SHARED, *LORA, "reference.allow_bias=9"],
+            "model.hidden_dropout: 0.1 draws other masks for the reference than for the policy, which "
+            "reference.strategy shared cannot have",
+        ),
+    ],
+)
+def test_dropout_beside_a_reference_must_be_asked_for(overrides, message):
+    assert refused(overrides).startswith(message)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "offload"])
+def test_dropout_beside_a_reference_can_be_had(strategy, tmp_path):
+    overrides = [*DROPOUT, f"reference.strategy={strategy}", "reference.allow_bias=1"]
+    check_run(load_config(None, [*overrides, f"training.output_dir={tmp_path}"]), 1)
 
 
 def test_dropout_is_fine_for_next_token(tmp_path):

@@ -83,6 +83,8 @@ def test_between_precisions_the_threshold_decides():
         (["training.precision=fp8", *LOWER], "the policy computes in fp8 (tensorwise), the reference in bf16"),
         (["training.precision=bf16", *LOWER], None),
         (["reference.strategy=offload"], None),
+        (["model.hidden_dropout=0.1"], "dropout draws other masks for the reference than for the policy, which bends"),
+        (["model.attention_dropout=0.1", *LOWER], "the objective; lower model.attention_dropout, lower objective.beta"),
     ],
 )
 def test_which_paths_are_the_same(overrides, words):

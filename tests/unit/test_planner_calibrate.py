@@ -81,13 +81,14 @@ def test_this_machine_can_be_measured(measured):
 
 def test_a_processor_is_planned_for_as_it_was_measured(measured):
     keys = {"gpus": 1, "gpus_per_node": None, "image_grid": "4x4", "caption_tokens": 8, "vary": None}
+    config = load_config(measured.config)
     rest = {"config": measured.config, "overrides": [], "top": 1, "output": None, "overwrite": False}
-    wishes = wishes_of(PlanSettings(gpu="cpu", calibration=measured.output, **keys, **rest))
+    wishes = wishes_of(PlanSettings(gpu="cpu", calibration=measured.output, **keys, **rest), config)
     assert wishes.cluster.gpu.name == "cpu"
     with pytest.raises(UserError, match=r"measured on cpu, not on h200"):
-        wishes_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest))
+        wishes_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest), config)
     with pytest.raises(UserError, match=r"--gpu: cpu needs --calibration"):
-        wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest))
+        wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest), config)
 
 
 @pytest.mark.parametrize(

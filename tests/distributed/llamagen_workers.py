@@ -1,0 +1,231 @@
+"""What the ranks of test_llamagen.py do: Megatron's model beside the plain one, filled with the same weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from megatron_cca.config_files import load_config
+from megatron_cca.data.microbatches import Microbatch, StepBatch
+from megatron_cca.generation.decoder import decoding
+from megatron_cca.models import gpt, resolve_architecture
+from megatron_cca.models.architecture import padded_vocab_size
+from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.progress import Progress
+from megatron_cca.training.setup import build_run
+from megatron_cca.training.step import train_step
+from tests.references import llamagen
+from tests.references.llamagen_in_megatron import fill, parts_on_this_rank, whole_tensors
+
+ROWS = 8
+# Enough for attention to have its say, and for few enough roundings.
+STD = 0.1
+# Rows filled up behind the grid of 16, to a multiple of every layout.
+WIDTH = 24
+
+
+def _started(overrides):
+    config = load_config(None, overrides)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    initialize_distributed(config)
+    architecture = resolve_architecture(config.model)
+    sizes = llamagen.Sizes(
+        layers=architecture.num_layers,
+        width=architecture.hidden_size,
+        heads=architecture.num_attention_heads,
+        grid=4,
+        codebook=128,
+        classes=10,
+        ffn=architecture.ffn_hidden_size,
+    )
+    return config, architecture, sizes
+
+
+def _rows(sizes, seed=0):
+    """Classes ``[ROWS]``, two neighbours alike and the null class among them, and codes ``[ROWS, 16]``."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(0, sizes.classes, (ROWS,), generator=generator)
+    classes[2] = classes[3]
+    return classes, torch.randint(0, sizes.codebook, (ROWS, sizes.grid**2), generator=generator)
+
+
+def _tokens(classes, codes, sizes, length):
+    """The rows that Megatron is fed ``[B, length]``: the class, all codes but the last, and what fills up."""
+    tokens = torch.cat([sizes.codebook + classes[:, None], codes[:, :-1]], 1)
+    # Words that are none of the model's own: nothing may look at them.
+    return torch.nn.functional.pad(tokens, (0, length - tokens.size(1)), value=sizes.codebook + sizes.classes)
+
+
+def _padded(config, architecture):
+    return padded_vocab_size(architecture, config.model, config.parallel.tensor_model_parallel_size)
+
+
+def _filled(overrides):
+    config, architecture, sizes = _started(overrides)
+    chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
+    weights = llamagen.random_weights(sizes, std=STD)
+    fill(chunks, weights, sizes, _padded(config, architecture))
+    return architecture, sizes, _exact(weights), [chunk.eval() for chunk in chunks]
+
+
+def _exact(weights):
+    """In float64, so that no rounding but Megatron's is seen."""
+    return {name: value.double() for name, value in weights.items()}
+
+
+def _worst(*differences):
+    answer = torch.tensor(differences, dtype=torch.float64)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return answer.tolist()
+
+
+def whole_logits(settings):
+    """By case: the largest difference of the logits of whole rows to the plain model's, and the largest logit."""
+    return {name: _whole_logits(**case) for name, case in settings["cases"].items()}
+
+
+@torch.no_grad()
+def _whole_logits(overrides, length=16):
+    _, sizes, weights, chunks = _filled(overrides)
+    classes, codes = _rows(sizes)
+    classes[0] = sizes.classes
+    tokens = _tokens(classes, codes, sizes, length)
+    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, length - wanted.size(1)))
+    counts = torch.arange(length).expand_as(tokens) < 16
+    tokens, wanted, counts = gpt._on_this_context_rank(tokens, wanted, counts)
+
+    def head(*, hidden_states, output_layer, **_unused):
+        logits, _ = output_layer(hidden_states)
+        return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
+
+    def forward_step(_iterator, chunk):
+        places = torch.arange(tokens.size(1)).expand_as(tokens)
+        return chunk(tokens, places, None, output_processor=head), lambda logits, non_loss_data: logits
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[None for _ in chunks],
+        model=chunks,
+        num_microbatches=1,
+        seq_length=length,
+        micro_batch_size=len(tokens),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if not found:
+        return _worst(0.0, 0.0)
+    logits = found[0][..., : sizes.codebook]
+    return _worst((logits - wanted)[counts].abs().max(), wanted.abs().max())
+
+
+def cached_logits(settings):
+    """By case: what :func:`whole_logits` tells, but token by token, after prompts of the class and so many codes."""
+    return {name: _cached_logits(**case) for name, case in settings["cases"].items()}
+
+
+@torch.no_grad()
+def _cached_logits(overrides, prompts):
+    architecture, sizes, weights, chunks = _filled(overrides)
+    classes, codes = (part[: len(prompts)] for part in _rows(sizes))
+    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    tokens, counts = _tokens(classes, codes, sizes, 16), torch.tensor(prompts)
+    rows, turns = torch.arange(len(prompts)), 16 - max(prompts)
+    with decoding(chunks, architecture.vocabulary) as decoder:
+        cache = decoder.new_cache(16)
+        found = [decoder.feed(cache, tokens[:, : max(prompts)], counts)]
+        found += [decoder.feed(cache, tokens[rows, counts + turn, None]) for turn in range(turns)]
+        if not decoder.is_last_stage:
+            return _worst(0.0, 0.0)
+    wanted = torch.stack([wanted[rows, counts - 1 + turn] for turn in range(turns + 1)])
+    return _worst((torch.stack(found) - wanted).abs().max(), wanted.abs().max())
+
+
+class _Reader:
+    """Stands for the data: one step's rows, cut into microbatches of positives and then negatives."""
+
+    reads = True
+
+    def __init__(self, config, rows, codes, sizes, length):
+        self._parts = rows, codes, sizes, length
+        self._samples = config.training.micro_batch_size
+        self.rows_per_microbatch = 2 * self._samples
+
+    def get(self, _step):
+        (classes, negatives, flags), codes, sizes, length = self._parts
+        cut = [part.split(self._samples) for part in (classes, negatives, flags, codes)]
+        microbatches = [self._microbatch(*parts, sizes, length) for parts in zip(*cut, strict=True)]
+        return StepBatch(microbatches, length, mean_num_tokens=16.0, num_tokens=2 * ROWS * 16)
+
+    def _microbatch(self, classes, negatives, flags, codes, sizes, length):
+        tokens = torch.cat([_tokens(labels, codes, sizes, length) for labels in (classes, negatives)])
+        targets = torch.nn.functional.pad(codes.repeat(2, 1), (0, length - 16))
+        return Microbatch(tokens, targets, torch.arange(length).expand_as(tokens) < 16, flags)
+
+
+def cca_steps(settings):
+    """By case: relative errors of the loss and of the worst gradient of a CCA step, and the name of that one."""
+    return {
+        name: _cca_step(settings["common"] + case["overrides"], case["length"])
+        for name, case in settings["cases"].items()
+    }
+
+
+def _cca_step(overrides, length):
+    config, architecture, sizes = _started(overrides)
+    classes, codes = _rows(sizes)
+    dropped = torch.arange(ROWS) == 5
+    rows = llamagen.conditions(classes, dropped, sizes)
+    assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
+    frozen, moved = (_exact(llamagen.random_weights(sizes, seed, STD)) for seed in (0, 1))
+    trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
+    objective = {"beta": config.objective.beta, "weight": config.objective.negative_weight}
+    loss = llamagen.cca_loss(trained, frozen, rows, codes, sizes, **objective)
+    loss.backward()
+    reader = _Reader(config, rows, codes, sizes, length)
+    run = build_run(config, architecture, reader, reader, None, Progress())
+    padded = _padded(config, architecture)
+    fill(run.policy_chunks, trained, sizes, padded)
+    fill(run.reference.chunks, frozen, sizes, padded)
+    report = train_step(run)
+    assert report.problem is None
+    errors = _gradient_errors(run, {name: value.grad for name, value in trained.items()}, sizes, padded)
+    worst = max(errors, key=errors.get)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (errors[worst], worst))
+    return [abs(report.metrics["loss"] / loss.item() - 1), *max(everyone), report.metrics["margin"]]
+
+
+def first_log_ratios(settings):
+    """By case: the worst log-ratio of the first step and of the second, after which the weights differ."""
+    return {name: _first_log_ratios(settings["common"] + case) for name, case in settings["cases"].items()}
+
+
+def _first_log_ratios(overrides):
+    config, architecture, sizes = _started(overrides)
+    classes, codes = _rows(sizes)
+    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, sizes)
+    reader = _Reader(config, rows, codes, sizes, WIDTH)
+    run = build_run(config, architecture, reader, reader, None, Progress())
+    return [train_step(run).log_ratio.worst for _ in range(2)]
+
+
+def _gradient_errors(run, gradients, sizes, padded):
+    """By tensor, the largest difference of this rank's part, relative to the largest number of the whole."""
+    for chunk in run.policy_chunks:
+        for parameter in chunk.parameters():
+            parameter.data = parameter.main_grad.view_as(parameter)
+    whole = whole_tensors(gradients, sizes, padded)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        # Rows of no word have no gradient.
+        words = sizes.codebook + (sizes.classes + 1 if name.startswith("embedding") else 0)
+        whole[name][words:] = 0
+    parts = parts_on_this_rank(run.policy_chunks, whole)
+    return {
+        f"{name}{list(part.shape)}": ((own - part).abs().max() / full.abs().max()).item()
+        for name, own, part, full in parts
+    }

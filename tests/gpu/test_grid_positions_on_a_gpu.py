@@ -1,0 +1,75 @@
+"""One GPU: positions over a grid, in Transformer Engine's layers and the local ones, against the plain model."""
+
+import pytest
+import torch
+
+from megatron_cca import platform
+from megatron_cca.config_files import load_config
+from tests.references import llamagen
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["local", "transformer_engine"])
+def implementation(request):
+    if request.param == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch")
+    return request.param
+
+
+def build(implementation, width, precision, *overrides):
+    """A model with the plain model's weights; heads of 16 or 20 channels."""
+    from megatron_cca.models import gpt, resolve_architecture
+    from megatron_cca.models.architecture import padded_vocab_size
+    from megatron_cca.parallel.process_groups import initialize_distributed
+    from tests.references.llamagen_in_megatron import fill
+
+    keys = ["model.name=llamagen-tiny", f"model.hidden_size={width}", f"model.transformer_impl={implementation}"]
+    config = load_config(None, [*keys, f"training.precision={precision}", *overrides])
+    initialize_distributed(config)
+    architecture = resolve_architecture(config.model)
+    sizes = llamagen.Sizes(4, width, 4, grid=4, codebook=128, classes=10, ffn=architecture.ffn_hidden_size)
+    weights = llamagen.random_weights(sizes, std=0.1)
+    chunks = gpt.build_gpt(
+        architecture, config.model, config.parallel, config.training, kernels=config.kernels, is_frozen=True
+    )
+    fill(chunks, weights, sizes, padded_vocab_size(architecture, config.model, 1))
+    return chunks[0].eval(), architecture, sizes, weights
+
+
+def rows(sizes):
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.tensor([0, 3, 3, sizes.classes])
+    codes = torch.randint(0, sizes.codebook, (4, sizes.grid**2), generator=generator)
+    return classes, codes, torch.cat([sizes.codebook + classes[:, None], codes[:, :-1]], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
+@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("fusion", ["true", "false"])
+def test_logits_are_the_plain_models(implementation, width, precision, tolerance, fusion):
+    if fusion == "true":
+        pytest.importorskip("transformer_engine.pytorch")
+    chunk, _, sizes, weights = build(implementation, width, precision, f"kernels.apply_rope_fusion={fusion}")
+    classes, codes, tokens = rows(sizes)
+    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    tokens = tokens.to(platform.device())
+    found = chunk(tokens, torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens), None)
+    found = found[..., : sizes.codebook].float().cpu()
+    assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [64, 80])
+def test_logits_while_drawing_are_the_plain_models(implementation, width):
+    from megatron_cca.generation.decoder import decoding
+
+    chunk, architecture, sizes, weights = build(implementation, width, "fp32")
+    classes, codes, tokens = rows(sizes)
+    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    tokens = tokens.to(platform.device())
+    with decoding([chunk], architecture.vocabulary) as decoder:
+        cache = decoder.new_cache(tokens.size(1))
+        found = torch.stack([decoder.feed(cache, column[:, None]) for column in tokens.unbind(1)], dim=1).cpu()
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
