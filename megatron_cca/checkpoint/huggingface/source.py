@@ -160,9 +160,10 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
     for family in FAMILIES.values():
         if family.huggingface and isinstance(kind, str) and kind in family.huggingface.model_types:
             return family.huggingface
+    known = ", ".join(name for name, family in FAMILIES.items() if family.huggingface)
     raise UserError(
         f"{option}: {folder / CONFIG}: model_type {kind!r} (architectures {config.get('architectures')}) is not of a "
-        f"family known here ({', '.join(FAMILIES)})"
+        f"family known here ({known})"
     )
 
 
