@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   python tools/convert_checkpoint.py import --hf Emu3-Gen --output checkpoints/emu3_8b
   python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
   python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
+  python tools/convert_checkpoint.py import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
 """
 _DIFFERENT, _MAX_TOKENS = 3, 10_000
 _LAYOUT = (
@@ -44,20 +45,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="import|export|verify")
     folder = {"type": lambda text: Path(text).expanduser(), "metavar": "DIR"}
-    hf = {**folder, "required": True, "help": "Hugging Face folder with safetensors, either form"}
+    hf = {
+        **folder,
+        "required": True,
+        "help": "Hugging Face folder with safetensors, either form; or the .pt of a family's own authors",
+    }
     checkpoint = {**folder, "required": True, "help": "a run folder, an import's output, or an iter_ folder"}
     output = {**folder, "required": True, "help": "an empty or new folder"}
+    exported = {**folder, "required": True, "help": "the same; or the .pt to write, for a family that has such files"}
 
     command = _command(commands, "import", _import, "Hugging Face -> Megatron distributed checkpoint")
     command.add_argument("--hf", **hf)
     command.add_argument("--output", **output)
     command.add_argument("--overwrite", action="store_true", help="replace a former import in --output")
+    command.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        metavar="N",
+        help="of the model in a .pt, which does not say it: 257 for 256 px, 577 for 384 px (default: the preset's)",
+    )
     for size in _LAYOUT:
         command.add_argument(f"--{size.replace('_', '-')}", type=int, default=1, metavar="N", help=_LAYOUT_HELP)
 
     command = _command(commands, "export", _export, "Megatron distributed checkpoint -> Hugging Face")
     command.add_argument("--checkpoint", **checkpoint)
-    command.add_argument("--output", **output)
+    command.add_argument("--output", **exported)
     command.add_argument(
         "--format",
         choices=("transformers", "original"),
@@ -76,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "verify",
         _verify,
-        "compare every tensor bit for bit, then Megatron's logits with transformers' in fp32, a layer at a time; exit "
-        "status 3 if they differ; under torchrun Megatron's side is tensor-parallel",
+        "compare every tensor bit for bit, then, of a Hugging Face folder, Megatron's logits with transformers' in "
+        "fp32, a layer at a time; exit status 3 if they differ; under torchrun Megatron's side is tensor-parallel",
     )
     command.add_argument("--hf", **hf)
     command.add_argument("--checkpoint", **checkpoint)
@@ -102,11 +114,26 @@ def _must_be_alone() -> None:
 def _import(arguments: argparse.Namespace) -> int:
     _must_be_alone()
     from megatron_cca.checkpoint.huggingface import import_checkpoint
+    from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config_files import load_config
 
     sizes = {f"parallel.{name}": getattr(arguments, name) for name in _LAYOUT}
     parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel
-    folder = import_checkpoint(arguments.hf, arguments.output, overwrite=arguments.overwrite, parallel=parallel)
+    positions = arguments.max_position_embeddings
+    if positions is not None and (positions < 1 or arguments.hf.is_dir()):
+        found = "a folder says it itself" if arguments.hf.is_dir() else f"must be 1 or more, found {positions}"
+        raise UserError(f"--max-position-embeddings: {found}")
+    folder = import_checkpoint(
+        arguments.hf,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        parallel=parallel,
+        max_position_embeddings=positions,
+    )
+    model = saved_config(folder, "--output").model
+    if arguments.hf.is_file():
+        said = "as said" if positions else "the preset's; --max-position-embeddings says another"
+        print(f"{model.name}, model.max_position_embeddings {model.max_position_embeddings} ({said})")
     print(f"wrote {folder}; use it as training.pretrained_checkpoint={arguments.output}")
     return 0
 
@@ -145,6 +172,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     source, target = open_both(arguments.hf, arguments.checkpoint)
     is_first = os.environ.get("RANK", "0") == "0"
     identical = is_first and _say_tensors(compare_tensors(source, target))
+    if arguments.hf.is_file():
+        return _say_verdict(identical) if is_first else 0
     logits = compare_logits(source, target, rows=arguments.rows, length=arguments.length, seed=arguments.seed)
     dist.destroy_process_group()
     if logits is None:
@@ -155,7 +184,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     if not logits.finite:
         print("logits:  not all are finite: the weights hold infinities or what is not a number")
-    good = identical and logits.agree
+    return _say_verdict(identical and logits.agree)
+
+
+def _say_verdict(good: bool) -> int:
     print(f"verdict: {'the same model' if good else 'NOT the same model'}")
     return 0 if good else _DIFFERENT
 

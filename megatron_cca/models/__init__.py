@@ -14,6 +14,8 @@ from megatron_cca.models.huggingface import HuggingFaceFormat
 from megatron_cca.models.image_tokenizer_files import ImageTokenizerFiles
 from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
 from megatron_cca.models.llamagen.vq_files import LlamaGenVqFiles
+from megatron_cca.models.llamagen.weights import LlamaGenWeightsFile
+from megatron_cca.models.weights_file import WeightsFileFormat
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class Family:
     presets: dict[str, Architecture]
     huggingface: HuggingFaceFormat | None = None
     image_tokenizer: ImageTokenizerFiles | None = None
+    weights_file: WeightsFileFormat | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "emu3": Family(EMU3_PRESETS, Emu3HuggingFace(), Emu3VqFiles()),
-    "llamagen": Family(LLAMAGEN_PRESETS, image_tokenizer=LlamaGenVqFiles()),
+    "llamagen": Family(LLAMAGEN_PRESETS, None, LlamaGenVqFiles(), LlamaGenWeightsFile()),
 }
 
 

@@ -16,6 +16,8 @@ from megatron_cca.models.architecture import Architecture
 
 _DIMENSIONS = {
     "vocab": lambda a: a.vocabulary.size,
+    "output": lambda a: a.vocabulary.output_size,
+    "input_only": lambda a: a.vocabulary.size - a.vocabulary.output_size,
     "hidden": lambda a: a.hidden_size,
     "ffn": lambda a: a.ffn_hidden_size,
     "query": lambda a: a.hidden_size,
@@ -93,7 +95,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class OneToOne:
-    """The same tensor under two names; ``shape`` names its dimensions (vocab, hidden, ffn, query, key)."""
+    """The same tensor under two names; ``shape`` names its dimensions, of which all are in ``_DIMENSIONS``."""
 
     megatron: str
     huggingface: str
@@ -102,7 +104,7 @@ class OneToOne:
     @property
     def padded(self) -> bool:
         """See :class:`Rule`."""
-        return self.shape[0] == "vocab"
+        return self.shape[0] in ("vocab", "output")
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""
@@ -111,6 +113,46 @@ class OneToOne:
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
         return [Rows(self.huggingface, 0, self.shapes(architecture)[self.huggingface][0])]
+
+
+@dataclass(frozen=True)
+class StackedVocabulary:
+    """Tables of words in one: the rows of ``output``, which are predicted, too, then those of ``input_only``."""
+
+    megatron: str
+    output: str
+    input_only: str
+    padded = True
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """See :class:`Rule`."""
+        names = {self.output: "output", self.input_only: "input_only"}
+        return {name: (_DIMENSIONS[rows](architecture), architecture.hidden_size) for name, rows in names.items()}
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """See :class:`Rule`."""
+        return [Rows(name, 0, shape[0]) for name, shape in self.shapes(architecture).items()]
+
+
+@dataclass(frozen=True)
+class StackedQKV:
+    """All query heads, all key heads, all value heads, where Megatron has them query group by query group."""
+
+    megatron: str
+    qkv: str
+    padded = False
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """See :class:`Rule`."""
+        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
+        return {self.qkv: (hidden + 2 * key, hidden)}
+
+    def parts(self, architecture: Architecture) -> list[Rows]:
+        """See :class:`Rule`."""
+        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
+        apart = GroupedQueryQKV(self.megatron, query="query", key="key", value="value").parts(architecture)
+        first = {"query": 0, "key": hidden, "value": hidden + key}
+        return [Rows(self.qkv, first[rows.name] + rows.start, rows.count) for rows in apart]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor
 from megatron_cca.checkpoint.huggingface.source import CONFIG, check_shape
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint, template_from_folder
+from megatron_cca.checkpoint.huggingface.weights_file import export_weights_file
 from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.models import family_of
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
 from megatron_cca.output import check_apart, check_output, claimed, staging
 
@@ -34,9 +36,11 @@ def export_checkpoint(
 ) -> Path:
     """Turn a Megatron checkpoint, imported or trained, into a folder that ``from_pretrained`` takes.
 
+    A family that is on Hugging Face in no such form has its authors' own: one file, see :func:`export_weights_file`.
+
     Args:
         checkpoint: a run folder, an import's output or an ``iter_`` folder.
-        output: an empty or new folder.
+        output: an empty or new folder; or the file's name.
         form: ``original`` or ``transformers``; None means the template's, or the form it was imported from, or
             ``original``.
         template: a Hugging Face folder whose configuration, tokenizer and image tokenizer go along; None means those
@@ -53,6 +57,11 @@ def export_checkpoint(
     """
     source, output = MegatronCheckpoint(checkpoint, options.CHECKPOINT), Path(output)
     check_apart(output, source.folder, options.CHECKPOINT)
+    if family_of(source.config.model).huggingface is None:
+        for option, value in ((options.FORMAT, form), (options.HF_TEMPLATE, template)):
+            if value is not None:
+                raise UserError(f"{option}: means nothing to {source.config.model.name}, whose weights are one file")
+        return export_weights_file(source, output, overwrite=overwrite)
     if template is None:
         along = template_from_checkpoint(source.folder, options.CHECKPOINT)
     else:

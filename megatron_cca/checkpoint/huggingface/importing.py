@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import options
+from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, companion_files
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import summarize
@@ -33,28 +33,30 @@ def import_checkpoint(
     *,
     overwrite: bool = False,
     parallel: ParallelConfig | None = None,
+    max_position_embeddings: int | None = None,
     progress_bar: bool = True,
 ) -> Path:
-    """Turn a Hugging Face folder into a Megatron distributed checkpoint, bit for bit.
+    """Turn a Hugging Face folder, or a file of a family's authors, into a Megatron distributed checkpoint, bit for bit.
 
     What comes out binds no layout: it loads at any TP x PP x VPP. Tokenizer, configurations and the image tokenizer are
     kept beside the weights and follow the model through training to :func:`export_checkpoint`.
 
     Args:
-        hf: a folder of a known family, in any of its forms, with safetensors.
+        hf: a folder of a known family, in any of its forms, with safetensors; or such a file.
         output: an empty or new folder; it then holds ``iter_0000000`` and can be named in
             ``training.pretrained_checkpoint``.
         overwrite: replace a former import in ``output``.
         parallel: a layout that the model is meant for, so that one it cannot take is refused now and not on a cluster.
+        max_position_embeddings: of a model whose weights do not tell.
         progress_bar: show one on a terminal.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: see :class:`HuggingFaceCheckpoint`; an output that holds something else; a full disk.
+        UserError: see :func:`open_public`; an output that holds something else; a full disk.
     """
-    source, output = HuggingFaceCheckpoint(Path(hf), options.HF), Path(output)
+    source, output = open_public(Path(hf), options.HF, max_position_embeddings), Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
     check_apart(output, source.folder, options.HF)
@@ -72,7 +74,7 @@ def import_checkpoint(
         stack.enter_context(staging(partial_folder, total))
         progress = stack.enter_context(ByteProgress("importing", total, shown=progress_bar))
         save_pieces(partial_folder, [replace(piece, read=progress.watched(piece.read)) for piece in pieces])
-        _copy_files(source.folder, partial_folder / layout.COMPANION_FILES)
+        _copy_files(source.companion_files(), partial_folder / layout.COMPANION_FILES)
         if companions:
             folder = partial_folder / layout.COMPANION_TENSORS
             folder.mkdir()
@@ -81,7 +83,7 @@ def import_checkpoint(
     return final
 
 
-def _cut(source: HuggingFaceCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
+def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
     rows = padded_vocab_size(source.architecture, source.model, 1) if tensor.padded else tensor.num_rows
     shape = (rows,) if tensor.columns is None else (rows, tensor.columns)
     stack, layer = ((), ()) if tensor.layer is None else ((source.architecture.num_layers,), (tensor.layer,))
@@ -96,7 +98,7 @@ def _cut(source: HuggingFaceCheckpoint, tensor: MappedTensor) -> Iterator[Piece]
         )
 
 
-def gathered_rows(source: HuggingFaceCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
+def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
     """Rows of a Megatron tensor; rows past the last one are padding, zeros."""
     parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
     padding = stop - start - sum(part.size(0) for part in parts)
@@ -106,13 +108,13 @@ def gathered_rows(source: HuggingFaceCheckpoint, tensor: MappedTensor, start: in
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _copy_files(folder: Path, to: Path) -> None:
+def _copy_files(files: list[Path], to: Path) -> None:
     to.mkdir()
-    for path in companion_files(folder):
+    for path in files:
         shutil.copyfile(path, to / path.name)
 
 
-def _summary(source: HuggingFaceCheckpoint) -> dict:
+def _summary(source: PublicCheckpoint) -> dict:
     config = load_config()
     config = replace(config, model=source.model, training=replace(config.training, precision=source.precision))
     return {**summarize(config), "imported_from": {"folder": str(source.folder), "form": source.form}}

@@ -31,11 +31,14 @@ class HuggingFaceCheckpoint:
         model: its sizes as a ``model`` section; ``architecture``: the same, resolved.
         dtype: of all the decoder's tensors.
         companions: tensors beside the decoder, by the name that does not depend on the form.
+        silent_about: sizes that it does not say.
 
     Raises:
         UserError: not of a known family, a size that Megatron cannot have, missing, extra or misshapen tensors, mixed
             or unsuitable dtypes, damaged files; names the key, tensor or file.
     """
+
+    silent_about: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, option: str) -> None:
         self.folder, self.option = folder, option
@@ -61,6 +64,10 @@ class HuggingFaceCheckpoint:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a decoder's tensor under its name in the weight map."""
         return self.files.read(self.naming.on_disk(name), start, stop)
+
+    def companion_files(self) -> list[Path]:
+        """See :func:`companion_files`."""
+        return companion_files(self.folder)
 
     def _sizes(self) -> tuple[ModelConfig, Architecture]:
         with said_of(f"{self.option}: {self.folder / CONFIG}"):

@@ -23,7 +23,7 @@ class MegatronCheckpoint:
 
     Attributes:
         folder, config, architecture: where and what it is.
-        format: of its family on Hugging Face.
+        format: of its family on Hugging Face, or in its authors' own files.
         stored: its tensors as Megatron names them, a LoRA run's adapters merged into them.
         shapes: of every Hugging Face tensor of the decoder, by the weight map's name.
         dtype: of all of them.
@@ -38,7 +38,8 @@ class MegatronCheckpoint:
         check_whole(self.folder, option)
         self.config = saved_config(self.folder, option)
         self.architecture = resolve_architecture(self.config.model)
-        self.format = family_of(self.config.model).huggingface
+        family = family_of(self.config.model)
+        self.format = family.huggingface or family.weights_file
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
         self.stored = self._open()
         self._tensors = self.format.weights.tensors(self.architecture)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface import options
+from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
@@ -65,13 +66,13 @@ class LogitComparison:
         return self.finite and self.max_relative <= RELATIVE_TOLERANCE
 
 
-def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckpoint, MegatronCheckpoint]:
+def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[PublicCheckpoint, MegatronCheckpoint]:
     """Recognise and check both sides.
 
     Raises:
         UserError: what either refuses; sizes that differ.
     """
-    source, target = HuggingFaceCheckpoint(Path(hf), options.HF), MegatronCheckpoint(checkpoint, options.CHECKPOINT)
+    source, target = open_public(Path(hf), options.HF), MegatronCheckpoint(checkpoint, options.CHECKPOINT)
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
@@ -80,7 +81,7 @@ def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckp
                     f"{options.CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} "
                     f"{theirs[name].size}"
                 )
-        elif ours[name] != theirs[name]:
+        elif ours[name] != theirs[name] and name not in source.silent_about:
             raise UserError(
                 f"{options.CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
             )
@@ -88,7 +89,7 @@ def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[HuggingFaceCheckp
 
 
 def compare_tensors(
-    source: HuggingFaceCheckpoint, target: MegatronCheckpoint, *, progress_bar: bool = True
+    source: PublicCheckpoint, target: MegatronCheckpoint, *, progress_bar: bool = True
 ) -> TensorComparison:
     """Every tensor bit for bit, the image tokenizer's included where the Hugging Face folder has one."""
     kept = template_from_checkpoint(target.folder, target.option)
@@ -103,7 +104,7 @@ def compare_tensors(
 
 
 def _decoder_difference(
-    source: HuggingFaceCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
+    source: PublicCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
 ) -> str | None:
     shape, on_disk = target.shapes[name], source.naming.on_disk(name)
     if source.dtype != target.dtype:
@@ -112,9 +113,7 @@ def _decoder_difference(
     return _difference(on_disk, shape, source.dtype, theirs, ours, progress)
 
 
-def _companion_difference(
-    source: HuggingFaceCheckpoint, kept: Template, bare: str, progress: ByteProgress
-) -> str | None:
+def _companion_difference(source: PublicCheckpoint, kept: Template, bare: str, progress: ByteProgress) -> str | None:
     name = source.companions[bare]
     if bare not in kept.names:
         return f"{name}: not in the checkpoint"

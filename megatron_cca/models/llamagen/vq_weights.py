@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_cca.errors import UserError, shortened
+from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqSizes, without_weights
-from megatron_cca.pickles import NotPlainError, load_tensors
+from megatron_cca.models.torch_file import tensors_in
 
 _FIRST, _CODEBOOK = "encoder.conv_in.weight", "quantize.embedding.weight"
 # Of training alone: which codes the last batches used.
@@ -31,7 +28,8 @@ def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
     Raises:
         UserError: a damaged file, one of another model, or tensors that do not fit each other; does not name the file.
     """
-    stored = _plain(_loaded(path), path.stat().st_size)
+    found = tensors_in(path, _SECTIONS)
+    stored = {name: tensor for name, tensor in found.items() if name not in _IGNORED}
     if _DECODER in stored:
         raise UserError(
             f"looks like LlamaGen's decoder ({_DECODER}); give the image tokenizer's own, such as vq_ds16_c2i.pt"
@@ -46,45 +44,6 @@ def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
     if not (lengths := state[_CODEBOOK].norm(dim=1)).all():
         raise UserError(f"tensor {_CODEBOOK}: vector {int(lengths.argmin())} is zero, which has no direction")
     return sizes, state
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # A training checkpoint records its command line, too.
-            found = load_tensors(path, [(argparse.Namespace, "argparse.Namespace")])
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-    except NotPlainError as error:
-        raise UserError(f"holds more than tensors: {error}") from None
-    except Exception as error:  # torch.load promises no closed set for damaged files
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"is truncated or not what torch.save writes: {shortened(why, 120)}") from None
-    section = next((name for name in _SECTIONS if isinstance(found, dict) and name in found), None)
-    return found if section is None else found[section]
-
-
-def _plain(found: Any, num_bytes: int) -> dict[str, Tensor]:
-    """The tensors by name, none of which claims more than the file can hold."""
-    if not isinstance(found, dict):
-        raise UserError(f"must hold tensors by name, found {type(found).__name__}")
-    for name, tensor in found.items():
-        if not isinstance(name, str):
-            raise UserError(f"must hold tensors by name, found the key {shortened(repr(name), 60)}")
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{name} is no tensor")
-        if (
-            type(tensor) not in (Tensor, nn.Parameter)
-            or tensor.layout != torch.strided
-            or tensor.device.type != "cpu"
-            or tensor.is_nested
-        ):
-            raise UserError(f"tensor {name} is not a plain one")
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-    if claimed > num_bytes:
-        raise UserError(f"its tensors claim {claimed} bytes, more than its own {num_bytes}")
-    return {name: tensor for name, tensor in found.items() if name not in _IGNORED}
 
 
 def _sizes(stored: Mapping[str, Tensor]) -> VqSizes:

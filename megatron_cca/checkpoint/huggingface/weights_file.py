@@ -1,0 +1,123 @@
+"""A family's own file of weights: one ``.pt``, seen as :class:`HuggingFaceCheckpoint` shows a folder, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, check_dtype
+from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models import FAMILIES, resolve_architecture
+from megatron_cca.models.huggingface import Naming
+from megatron_cca.models.torch_file import tensors_in
+from megatron_cca.models.weights_file import WeightsFileFormat
+from megatron_cca.output import OPTION, check_file, file_system_errors
+
+SUFFIXES = (".pt", ".pth")
+
+
+class WeightsFile:
+    """A file of a known family.
+
+    Attributes:
+        folder: the file; it has this name for what is done alike with a folder.
+        format, form, naming, model, architecture, dtype, companions, silent_about: as those of
+            :class:`HuggingFaceCheckpoint`.
+
+    Raises:
+        UserError: damaged, of no known family or size, missing, extra or misshapen tensors, mixed or unsuitable dtypes;
+            names the file and the tensor.
+    """
+
+    form = "a file of its authors"
+    naming = Naming("file", {"": ""})
+    silent_about = frozenset({"max_position_embeddings"})
+
+    def __init__(self, path: Path, option: str, max_position_embeddings: int | None = None) -> None:
+        self.folder, self.option, self.companions = path, option, {}
+        with said_of(f"{option}: {path}"):
+            self.format, found = _recognised(path)
+            self.model = self.format.read_model_config({name: tuple(tensor.shape) for name, tensor in found.items()})
+            if max_position_embeddings is not None:
+                self.model = replace(self.model, max_position_embeddings=max_position_embeddings)
+            self.architecture = resolve_architecture(self.model)
+            self._tensors = {name: tensor for name, tensor in found.items() if name not in self.format.ignored}
+            self._check_shapes()
+            self.dtype = self._one_dtype()
+        check_dtype(self.dtype, path, option)
+
+    precision = HuggingFaceCheckpoint.precision
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor under its name in the weight map."""
+        return self._tensors[name][start:stop].contiguous()
+
+    def companion_files(self) -> list[Path]:
+        """None lie in a file."""
+        return []
+
+    def _check_shapes(self) -> None:
+        wanted = self.format.weights.huggingface_shapes(self.architecture)
+        for name in sorted(wanted.keys() - self._tensors.keys()):
+            raise UserError(f"tensor {name} is missing")
+        for name in sorted(self._tensors.keys() - wanted.keys()):
+            raise UserError(f"tensor {name} belongs to no {self.model.name}")
+        for name, shape in wanted.items():
+            if tuple(self._tensors[name].shape) != shape:
+                found = list(self._tensors[name].shape)
+                raise UserError(f"tensor {name} has shape {found}, {self.model.name} has {list(shape)}")
+
+    def _one_dtype(self) -> torch.dtype:
+        (first, dtype), *others = ((name, tensor.dtype) for name, tensor in self._tensors.items())
+        for name, other in others:
+            if other != dtype:
+                raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike")
+        return dtype
+
+
+def _recognised(path: Path) -> tuple[WeightsFileFormat, dict[str, Tensor]]:
+    formats = {name: family.weights_file for name, family in FAMILIES.items() if family.weights_file}
+    sections = tuple(dict.fromkeys(section for one in formats.values() for section in one.sections))
+    found = tensors_in(path, sections)
+    for one in formats.values():
+        if one.knows(found):
+            return one, found
+    raise UserError(f"is of no family known here ({', '.join(formats)}); it {_looks_like(found)}")
+
+
+def _looks_like(found: Collection[str]) -> str:
+    if not found:
+        return "holds no tensors"
+    if "quantize.embedding.weight" in found:
+        return "looks like an image tokenizer, which is given as --image-tokenizer"
+    if any(name.endswith("self_attn.q_proj.weight") for name in found):
+        return "looks like a decoder as transformers names it; give its folder with config.json and safetensors"
+    return f"holds {len(found)} tensors such as {next(iter(found))}"
+
+
+def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: bool) -> Path:
+    """Write a checkpoint as the file that its family's authors' programs load; it is whole or not there.
+
+    All weights are in memory meanwhile.
+
+    Raises:
+        UserError: a name that is no such file's, one that exists, or what the file system refuses.
+    """
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"{OPTION}: {output}: this family's weights are one file; give a name that ends in .pt")
+    check_file(output, overwrite=overwrite)
+    state = {name: source.read(name, 0, shape[0]).contiguous() for name, shape in source.shapes.items()}
+    partial = output.with_name(f".{output.name}.partial")
+    with file_system_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save({source.format.sections[0]: state}, partial)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return output
