@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -16,13 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _RUNS = itertools.count()
+# Seconds after which a job is taken to hang: far more than any needs, as a busy machine can be ten times slower.
+LIMIT = 600
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
 
 
-def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = LIMIT) -> subprocess.CompletedProcess:
     """Run a script under torchrun exactly as a user types it, on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
     return subprocess.run(
@@ -45,7 +48,7 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run_tool(script: Path, *arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
+def run_tool(script: Path, *arguments: object, cwd: Path, timeout: float = LIMIT) -> subprocess.CompletedProcess:
     """Run a program of ours on one process as ``python SCRIPT ARGUMENTS`` does, but forked from the same server."""
     with tempfile.TemporaryDirectory() as folder:
         job = start_tool(script, *arguments, cwd=cwd, log=Path(folder) / "log")
@@ -101,20 +104,26 @@ def _program(script: str, arguments: list[str], cwd: str, variables: dict[str, s
     sys.stdout.flush()
 
 
-def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = 240) -> dict:
+def _tell_where_they_stand(jobs: list) -> None:
+    hanging = [job for job in jobs if job.is_alive()]
+    for job in hanging:
+        os.kill(job.pid, signal.SIGUSR1)
+    if hanging:
+        time.sleep(1)
+
+
+def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = LIMIT) -> dict:
     """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered.
 
     A worker of another file beside ``workers.py`` is ``<file>.<function>``.
     """
-    from tests.distributed import workers
+    from tests.distributed.ranks import rank_main
 
     folder.mkdir(parents=True, exist_ok=True)
     number = next(_RUNS)
     answer = folder / f"answer{number}.json"
     arguments = (ranks, str(folder / f"rendezvous{number}"), str(answer))
-    jobs = [
-        _SERVER.Process(target=workers.rank_main, args=(worker, settings, rank, *arguments)) for rank in range(ranks)
-    ]
+    jobs = [_SERVER.Process(target=rank_main, args=(worker, settings, rank, *arguments)) for rank in range(ranks)]
     for job in jobs:
         job.start()
     deadline = time.monotonic() + timeout
@@ -123,6 +132,7 @@ def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: 
             break
         time.sleep(0.05)
     outcome = [job.exitcode for job in jobs]
+    _tell_where_they_stand(jobs)
     for job in jobs:
         job.kill()
         job.join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -13,10 +12,10 @@ from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
-from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
+from tests.distributed.ranks import split_anew
 from tests.references import llamagen
 from tests.references.llamagen_in_megatron import fill, parts_on_this_rank, whole_tensors
 
@@ -29,9 +28,7 @@ WIDTH = 24
 
 def _started(overrides):
     config = load_config(None, overrides)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    initialize_distributed(config)
+    split_anew(config)
     architecture = resolve_architecture(config.model)
     sizes = llamagen.Sizes(
         layers=architecture.num_layers,

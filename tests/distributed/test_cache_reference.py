@@ -12,7 +12,7 @@ from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.caching import check_cache
-from tests.distributed.launch import ROOT, environment, run_tool, run_workers
+from tests.distributed.launch import LIMIT, ROOT, environment, run_tool, run_workers
 from tests.distributed.test_layout_parity import CCA
 
 SHORT = ["training.global_batch_size=4", "training.micro_batch_size=2"]
@@ -129,4 +129,4 @@ def test_what_dropout_drew_is_not_kept(tmp_path):
 
 
 def typed(command, folder):
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT)

@@ -146,7 +146,7 @@ def fakes(tmp_path_factory):
         for path, ranks, overrides, which, workload, like_gpu in cases
         for rank in which
     ]
-    found = iter(run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry"), timeout=280))
+    found = iter(run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry")))
     return {name: [next(found) for _ in case[2]] for name, case in (FAKE | LIKE_GPU).items()}
 
 

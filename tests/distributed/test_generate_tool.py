@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
-from tests.distributed.launch import ROOT, environment, run_tool, run_workers, torchrun
+from tests.distributed.launch import LIMIT, ROOT, environment, run_tool, run_workers, torchrun
 from tests.distributed.test_layout_parity import PP2, TP2
 from tests.references.huggingface import save_emu3
 
@@ -199,7 +199,7 @@ def test_what_is_exported_draws_the_same_in_plain_transformers(checkpoint, tmp_p
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

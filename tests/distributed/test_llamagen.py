@@ -26,7 +26,7 @@ def answers(worker, cases, tmp_path_factory, **common):
     for ranks, own in cases.items():
         settings = {"cases": own, **common}
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found |= run_workers(ranks, f"llamagen_workers.{worker}", settings, folder, timeout=180)
+        found |= run_workers(ranks, f"llamagen_workers.{worker}", settings, folder)
     return found
 
 

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from megatron_cca.scaling.spans import Span, merged, shortest, waiting
-from tests.distributed.launch import ROOT, environment, run_workers
+from tests.distributed.launch import LIMIT, ROOT, environment, run_workers
 
 TOOL = str(ROOT / "examples" / "scaling" / "run.py")
 LATE = 1.0
@@ -47,7 +47,6 @@ def wait_for(condition, seconds=200):
     assert condition()
 
 
-@pytest.mark.timeout(600)
 def test_a_sweep_that_is_interrupted_goes_on(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"training": {"micro_batch_size": 2}}))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
@@ -64,7 +63,7 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path):
     assert not psutil.wait_procs(started, timeout=10)[1]
     (first,) = points.iterdir()
     before = first.stat().st_mtime_ns
-    done = subprocess.run(command(), text=True, timeout=300, check=False, **options)
+    done = subprocess.run(command(), text=True, timeout=LIMIT, check=False, **options)
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
     assert first.stat().st_mtime_ns == before
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -87,7 +86,7 @@ def test_a_point_that_training_refuses_does_not_end_the_sweep(tmp_path):
     changes = {"layouts": [{}], "world_sizes": [1], "samples_per_gpu": 8}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}))
     options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command(), timeout=200, **options)
+    done = subprocess.run(command(), timeout=LIMIT, **options)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert "weak-1-dp: failed: training.global_batch_size: 8 is not a multiple" in done.stdout
     assert "is not a multiple" in (tmp_path / "out" / "table.md").read_text()

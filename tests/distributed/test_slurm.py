@@ -8,15 +8,12 @@ import time
 
 import pytest
 
-from tests.distributed.launch import ROOT, environment
+from tests.distributed.launch import LIMIT, ROOT, environment
 from tests.distributed.test_faults import STEPS, TP2, arguments, losses, named, saved
 from tests.distributed.test_two_nodes import kill_machine
 from tests.references import fake_slurm
 
 JOB = ROOT / "examples" / "cluster" / "slurm.sh"
-
-
-pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
@@ -43,13 +40,13 @@ def test_a_job_that_is_asked_to_go_saves_is_requeued_and_continues(variables, di
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(slow, cwd=tmp_path, env=variables, stdout=log, stderr=log)
     try:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 400
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT
         while not metrics.exists() or metrics.read_text().count("\n") < 3:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             assert job.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(400) == 138, (tmp_path / "log").read_text()
+        assert job.wait(LIMIT) == 138, (tmp_path / "log").read_text()
     finally:
         kill_machine(job)
     said = (tmp_path / "log").read_text()
@@ -62,7 +59,9 @@ def test_a_job_that_is_asked_to_go_saves_is_requeued_and_continues(variables, di
     assert named(tmp_path)[-1] == "stopped"
 
     again = [*command, "--set", f"training.train_iters={max(STEPS, step + 2)}"]
-    done = subprocess.run(again, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        again, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continuing at step {step}" in done.stdout
     assert len(losses(tmp_path)) == max(STEPS, step + 2)

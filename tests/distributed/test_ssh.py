@@ -10,11 +10,9 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from tests.distributed.launch import ROOT, environment
+from tests.distributed.launch import LIMIT, ROOT, environment
 from tests.distributed.test_faults import TP2, arguments, losses
 from tests.references import fake_ssh
-
-pytestmark = pytest.mark.timeout(900)
 
 LAUNCHER = ROOT / "examples" / "cluster" / "ssh.sh"
 
@@ -209,7 +207,7 @@ def test_two_machines_train(cluster, digit_shards, tmp_path):
     run_folder = tmp_path / "it's a" / "run"
     settings = {"training.train_iters": 3, "training.output_dir": run_folder}
     options = arguments(digit_shards, **TP2, **settings)
-    done = run(cluster, "--python", sys.executable, "--", "--device", "cpu", *options, timeout=400)
+    done = run(cluster, "--python", sys.executable, "--", "--device", "cpu", *options, timeout=LIMIT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(losses(run_folder.parent)) == 3
     assert "TP 2 x PP 1 on 2 process(es)" in done.stdout

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.distributed.launch import ROOT, environment, torchrun
+from tests.distributed.launch import LIMIT, ROOT, environment, torchrun
 
 TOOL = str(ROOT / "tools" / "study.py")
 LR = "optimizer.lr"
@@ -60,7 +60,7 @@ def run_study(folder, *arguments, output="out"):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT,
         check=False,
     )
 

@@ -16,7 +16,6 @@ from tests.references.two_nodes import namespaces_allowed, two_nodes
 
 AGENT = ROOT / "examples" / "cluster" / "agent.py"
 # Five programs import Megatron-Core at once; how long that takes depends on the machine.
-pytestmark = pytest.mark.timeout(900)
 
 NETWORK = "two_namespaces" if namespaces_allowed() else "one_namespace_since_two_are_not_allowed"
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
-import json
 import time
-import traceback
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,14 +45,13 @@ from megatron_cca.training.caching import cache_reference
 from megatron_cca.training.saves import begin_save
 from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step, validate
+from tests.distributed.ranks import split_anew
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 
 
 def _start(overrides):
     config = load_config(None, overrides)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    initialize_distributed(config)
+    split_anew(config)
     return set_up(config, open_data(config))
 
 
@@ -101,9 +97,7 @@ def batch_traces(settings):
 
 def _loader(overrides):
     config = load_config(None, overrides)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    initialize_distributed(config)
+    split_anew(config)
     return config, loader(config, training_batches(config, open_data(config), with_pairs=True))
 
 
@@ -302,9 +296,7 @@ def _sampled(settings, overrides):
 def _for_sampling(checkpoint, overrides):
     from megatron_cca.generation.loading import load_for_sampling
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    initialize_distributed(load_config(None, overrides))
+    split_anew(load_config(None, overrides))
     return load_for_sampling(checkpoint)
 
 
@@ -368,9 +360,7 @@ def _loaded(checkpoint, overrides):
     folder = layout.resolve(checkpoint, "checkpoint")
     saved = saved_config(folder, "checkpoint")
     config = replace(load_config(None, overrides), model=saved.model)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    initialize_distributed(config)
+    split_anew(config)
     architecture = resolve_architecture(config.model)
     chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
     distributed.load_weights(folder, chunks, "checkpoint")
@@ -604,26 +594,6 @@ class _Sleep(torch.autograd.Function):
         return gradient, None
 
 
-def _worker(name):
-    """A function of this file, or of another one here: ``file.function``."""
-    file, _, function = name.rpartition(".")
-    return getattr(importlib.import_module(f"tests.distributed.{file}"), function) if file else globals()[name]
-
-
-def rank_main(worker, settings, rank, ranks, rendezvous, answer):
-    """The entry point of one rank: join, work, leave what rank 0 found (or what went wrong) in a file."""
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-        result = _worker(worker)(settings)
-        if rank == 0:
-            Path(answer).write_text(json.dumps(result))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        Path(f"{answer}.rank{rank}").write_text(traceback.format_exc())
-        raise
-
-
 def reference_traces(settings):
     """By layout and variant: the metrics of each step, and of a validation after the last.
 
@@ -647,8 +617,7 @@ def reference_traces(settings):
 def _fill_cache(overrides, folder, steps):
     config = load_config(None, overrides)
     config = replace(config, reference=replace(config.reference, strategy="resident", cache=None))
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    split_anew(config)
     cache_reference(config, open_data(config), Path(folder), 0, steps)
     dist.barrier()
 
