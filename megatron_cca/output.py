@@ -95,14 +95,23 @@ def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
         with file_system_errors(partial.parent):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            free = shutil.disk_usage(partial).free
-            if free < needed_bytes:
-                free, needed = (tqdm.format_sizeof(size, "B") for size in (free, needed_bytes))
-                raise UserError(f"{OPTION}: the disk of {partial.parent} has {free} free, {needed} are needed")
+            check_space(partial.parent, needed_bytes)
             yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to write more than fits.
+
+    Raises:
+        UserError: says how much is free and how much is needed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        free, needed = (tqdm.format_sizeof(size, "B") for size in (free, needed_bytes))
+        raise UserError(f"{OPTION}: the disk of {folder} has {free} free, {needed} are needed")
 
 
 @contextmanager
@@ -139,6 +148,17 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{OPTION}: {path} exists; give another name or --overwrite")
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, beside ``path``, whose place it takes at the end; it disappears if the block fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, contents: Any) -> None:
     """Under its name the file is whole or what it was before."""
     write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
@@ -147,9 +167,8 @@ def write_json(path: Path, contents: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Under its name the file is whole or what it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_cca.arrays import archived_arrays
 from megatron_cca.errors import UserError
-from megatron_cca.output import OPTION, file_system_errors
+from megatron_cca.output import OPTION, file_system_errors, whole_file
 
 Split = Literal["training", "validation"]
 BLOCK = 64
@@ -191,11 +191,5 @@ def _ranges(blocks: Mapping[int, tuple[Path, int]]) -> str:
 
 
 def _write(path: Path, fill) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with file_system_errors(path.parent):
-        try:
-            with partial.open("wb") as file:
-                fill(file)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with file_system_errors(path.parent), whole_file(path) as partial, partial.open("wb") as file:
+        fill(file)

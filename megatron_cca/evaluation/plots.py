@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_cca.output import whole_file
+
 INK, GREY, _POSITIVE, _NEGATIVE, _ACCENT = "#1b1b1b", "#6b6b6b", "#1f6fb2", "#c8553d", "#2a9d6f"
 # Okabe and Ito's, which colour-blind readers tell apart.
 BLUE, SKY, ORANGE, GREEN = "#0072b2", "#56b4e9", "#e69f00", "#009e73"
@@ -117,6 +119,5 @@ def _label(axis: Axes, title: str, unit: str) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG on white; under its name it is whole or not there."""
     FigureCanvasAgg(figure)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)

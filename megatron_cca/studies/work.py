@@ -25,6 +25,7 @@ from megatron_cca.evaluation.images import read_images
 from megatron_cca.generation.painting import open_painter
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
 from megatron_cca.generation.sampler import SamplingSettings
+from megatron_cca.output import whole_file
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.studies.tasks import FAILED, FINISHED, LOG, Judging, Outcome, Sampling, Task, Training, write_outcome
 from megatron_cca.training.batches import open_data
@@ -127,10 +128,8 @@ def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:
     labels = [prompt.label for prompt in prompts]
     if None not in labels:
         arrays["arr_1"] = np.array(labels, dtype=np.int64)
-    partial = path.with_name(f".{path.name}")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    partial.replace(path)
 
 
 def judge(judging: Judging, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:

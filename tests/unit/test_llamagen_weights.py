@@ -1,11 +1,13 @@
 """LlamaGen's .pt in and out: bit for bit, each row in its place, and whatever is no such file refused in one line."""
 
 import argparse
+import shutil
 import zipfile
 
 import pytest
 import torch
 
+from megatron_cca import output
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
@@ -165,3 +167,20 @@ def test_an_export_replaces_nothing_unasked_and_has_one_form(tmp_path):
     with pytest.raises(UserError, match=r"--format: means nothing to llamagen-tiny"):
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "b.pt", form="original", progress_bar=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c2i.pt", "checkpoint"]
+
+
+def test_a_disk_that_is_full_or_fills_up_is_one_line_and_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    imported(saved(tmp_path / "c2i.pt", weights()), tmp_path / "checkpoint")
+
+    def refusal():
+        with pytest.raises(UserError) as caught:
+            export_checkpoint(tmp_path / "checkpoint", small_disk / "again.pt", progress_bar=False)
+        assert list(small_disk.iterdir()) == []
+        return str(caught.value)
+
+    needed = sum(tensor.nbytes for tensor in weights().values()) // 1000
+    assert refusal() == f"--output: the disk of {small_disk} has 614kB free, {needed}kB are needed"
+    # As if another program took the space in the meantime.
+    plenty = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: plenty)
+    assert refusal().startswith(f"--output: the disk of {small_disk}/again.pt is full (No space left on device)")

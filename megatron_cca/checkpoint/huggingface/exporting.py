@@ -61,7 +61,7 @@ def export_checkpoint(
         for option, value in ((options.FORMAT, form), (options.HF_TEMPLATE, template)):
             if value is not None:
                 raise UserError(f"{option}: means nothing to {source.config.model.name}, whose weights are one file")
-        return export_weights_file(source, output, overwrite=overwrite)
+        return export_weights_file(source, output, overwrite=overwrite, progress_bar=progress_bar)
     if template is None:
         along = template_from_checkpoint(source.folder, options.CHECKPOINT)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, check_dtype
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.errors import UserError, said_of
@@ -16,7 +18,7 @@ from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.huggingface import Naming
 from megatron_cca.models.torch_file import tensors_in
 from megatron_cca.models.weights_file import WeightsFileFormat
-from megatron_cca.output import OPTION, check_file, file_system_errors
+from megatron_cca.output import OPTION, check_file, check_space, file_system_errors, whole_file
 
 SUFFIXES = (".pt", ".pth")
 
@@ -100,24 +102,39 @@ def _looks_like(found: Collection[str]) -> str:
     return f"holds {len(found)} tensors such as {next(iter(found))}"
 
 
-def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: bool) -> Path:
+def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: bool, progress_bar: bool) -> Path:
     """Write a checkpoint as the file that its family's authors' programs load; it is whole or not there.
 
     All weights are in memory meanwhile.
 
     Raises:
-        UserError: a name that is no such file's, one that exists, or what the file system refuses.
+        UserError: a name that is no such file's, one that exists, too little space, or what the file system refuses.
     """
     if output.suffix not in SUFFIXES:
         raise UserError(f"{OPTION}: {output}: this family's weights are one file; give a name that ends in .pt")
     check_file(output, overwrite=overwrite)
-    state = {name: source.read(name, 0, shape[0]).contiguous() for name, shape in source.shapes.items()}
-    partial = output.with_name(f".{output.name}.partial")
+    total = source.dtype.itemsize * sum(map(math.prod, source.shapes.values()))
     with file_system_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.save({source.format.sections[0]: state}, partial)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
+        check_space(output.parent, total)
+        with whole_file(output) as partial:
+            _save({source.format.sections[0]: _state(source, total, progress_bar)}, partial)
     return output
+
+
+def _save(contents: dict[str, dict[str, Tensor]], path: Path) -> None:
+    try:
+        # To a path instead of an open file, torch.save forgets what the file system said.
+        with path.open("wb") as file:
+            torch.save(contents, file)
+    except RuntimeError as error:
+        # Of a broken write it says only that the file is too short.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _state(source: MegatronCheckpoint, total_bytes: int, progress_bar: bool) -> dict[str, Tensor]:
+    with ByteProgress("exporting", total_bytes, shown=progress_bar) as progress:
+        read = (source.read(name, 0, shape[0]).contiguous() for name, shape in source.shapes.items())
+        return dict(zip(source.shapes, progress.watch(read), strict=True))
