@@ -45,6 +45,11 @@ def _removed_folder(root: Path, iteration: int) -> Path:
     return root / f".iter_{iteration:07d}.removed"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like one of these checkpoints, by names alone."""
+    return (folder / SUMMARY).is_file()
+
+
 def own_names(root: Path, iteration: int) -> set[str]:
     """Every name that a checkpoint of this iteration, finished or interrupted, may have below ``root``."""
     folders = (iteration_folder(root, iteration), partial_folder(root, iteration), _former_folder(root, iteration))

@@ -123,7 +123,7 @@ def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> 
     files = family_of(config.model).image_tokenizer
     if weights.is_dir():
         return files.open(kept, device, weights)
-    if files is not None and files.recognises(checkpoint):
+    if files is not None and not layout.is_checkpoint(checkpoint) and files.recognises(checkpoint):
         try:
             return files.open(checkpoint, device)
         except UserError:

@@ -11,7 +11,7 @@ from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import grid_side
+from megatron_cca.models.grids import own_grid
 from megatron_cca.planner.calibration import DEFAULT, Calibration, read_calibration
 from megatron_cca.planner.candidates import DEFAULT_VARIABLES, VARIABLES
 from megatron_cca.planner.hardware import CPU, Cluster, Gpu, gpu_named
@@ -84,9 +84,8 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
         UserError: not of the form ``HxW``, or less than nothing.
     """
     if grid is None:
-        architecture = resolve_architecture(config.model)
-        side = grid_side(architecture)
-        grid = f"{side}x{side}" if architecture.position_embedding == "rope_2d" else _USUAL_GRID
+        own = own_grid(resolve_architecture(config.model))
+        grid = _USUAL_GRID if own is None else "{}x{}".format(*own)
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:
         raise UserError(f"--image-grid: {grid!r} is not of the form HxW, such as 90x90")

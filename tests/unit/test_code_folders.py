@@ -159,6 +159,8 @@ def test_real_sizes(tmp_path):
             "of that size, or, for a model of these, --grid 16 16",
         ),
         (24, 16_384, 0, {"grid": (16, 16)}, "has 24 x 24 codes (384 x 384 pixels), the model takes 16 x 16 codes"),
+        (24, 16_384, 0, {"grid": (16, 24)}, "--grid: model llamagen-l takes square images alone, found 16 24"),
+        (24, 16_384, 0, {"flips": True}, "--flips: imagenet384_codes/0.npy holds codes, which cannot be mirrored"),
         (24, 32_768, 0, {}, "has codes of another codebook: "),
         (24, 16_384, 1000, {}, "imagenet384_codes/1.npy has the label 1000, the model takes 0 to 999"),
         (24, 16_384, 0, {"text_tokenizer": True}, "--text-tokenizer: model llamagen-l takes classes, not texts"),

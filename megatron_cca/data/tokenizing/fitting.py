@@ -47,9 +47,9 @@ def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, in
     *_, frames, height, width = record.codes.shape
     if (frames, height, width) != (1, *grid):
         found, own = (_sized(one, record.pixels_per_code) for one in ((height, width), grid))
+        or_else = f", or, for a model of these, --grid {height} {width}" if (frames, height) == (1, width) else ""
         raise UserError(
-            f"--source: {record.name} has {found}, the model takes {own}; give codes of that size, or, for a model of "
-            f"these, --grid {height} {width}"
+            f"--source: {record.name} has {found}, the model takes {own}; give codes of that size{or_else}"
         )
     if record.codes.max() >= size:
         raise UserError(

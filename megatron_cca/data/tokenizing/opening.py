@@ -61,6 +61,9 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
     own = own_grid(architecture)
     if own is None and settings.grid is not None:
         raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
+    if settings.grid is not None and settings.grid[0] != settings.grid[1]:
+        height, width = settings.grid
+        raise UserError(f"--grid: model {settings.model} takes square images alone, found {height} {width}")
     images = None
     if settings.image_tokenizer is not None:
         with said_of("--image-tokenizer"):

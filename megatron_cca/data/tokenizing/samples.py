@@ -148,6 +148,8 @@ class SampleMaker:
     def _size(self, record: Record) -> tuple[int, int]:
         """Height and width that the images are resized to."""
         if record.codes is not None:
+            if self._settings.flips:
+                raise UserError(f"--flips: {record.name} holds codes, which cannot be mirrored; leave it out")
             check_codes(record, self._vocabulary, self._grid)
             return (0, 0)
         if self._images is None:
