@@ -38,6 +38,9 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = LIMIT) -> 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
+        "tests.distributed.llamagen_workers",
+        "tests.distributed.logits_workers",
+        "tests.distributed.timing_workers",
         "tests.distributed.workers",
         "matplotlib.pyplot",
         "nvidia.dali.fn",
@@ -115,7 +118,7 @@ def _tell_where_they_stand(jobs: list) -> None:
 def run_workers(ranks: int, worker: str, settings: dict, folder: Path, timeout: float = LIMIT) -> dict:
     """Call ``workers.<worker>(settings)`` on every rank; returns what rank 0 answered.
 
-    A worker of another file beside ``workers.py`` is ``<file>.<function>``.
+    A worker of ``logits_workers.py`` and the like is ``logits_workers.<function>``.
     """
     from tests.distributed.ranks import rank_main
 

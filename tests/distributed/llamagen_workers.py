@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_cca.config_files import load_config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
@@ -15,6 +13,7 @@ from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
+from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.references import llamagen
 from tests.references.llamagen_in_megatron import fill, parts_on_this_rank, whole_tensors
@@ -95,28 +94,10 @@ def _whole_logits(overrides, length=16):
     wanted = torch.nn.functional.pad(wanted, (0, 0, 0, length - wanted.size(1)))
     counts = torch.arange(length).expand_as(tokens) < 16
     tokens, wanted, counts = gpt._on_this_context_rank(tokens, wanted, counts)
-
-    def head(*, hidden_states, output_layer, **_unused):
-        logits, _ = output_layer(hidden_states)
-        return gather_from_tensor_model_parallel_region(logits).transpose(0, 1)
-
-    def forward_step(_iterator, chunk):
-        places = torch.arange(tokens.size(1)).expand_as(tokens)
-        return chunk(tokens, places, None, output_processor=head), lambda logits, non_loss_data: logits
-
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[None for _ in chunks],
-        model=chunks,
-        num_microbatches=1,
-        seq_length=length,
-        micro_batch_size=len(tokens),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    if not found:
+    found = scheduled_logits(chunks, tokens)
+    if found is None:
         return _worst(0.0, 0.0)
-    logits = found[0][..., : sizes.codebook]
+    logits = found[..., : sizes.codebook]
     return _worst((logits - wanted)[counts].abs().max(), wanted.abs().max())
 
 

@@ -114,9 +114,9 @@ def assert_agrees(counted, estimate, on_gpu):
 def test_real_ranks_hold_what_is_predicted_and_what_the_dry_run_counts(name, tmp_path):
     ranks, overrides = REAL[name]
     settings = {**overrides_of(TINY, overrides), "workload": [24, 16]}
-    real = run_workers(ranks, "counted_steps", settings, tmp_path)
+    real = run_workers(ranks, "timing_workers.counted_steps", settings, tmp_path)
     jobs = [{**settings, "ranks": ranks, "rank": rank, "like_gpu": False} for rank in range(ranks)]
-    fakes = run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path)
+    fakes = run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path)
     for rank, (counted, fake) in enumerate(zip(real, fakes, strict=True)):
         assert_agrees(counted, predicted(TINY, overrides, ranks, rank, WORKLOAD, on_gpu=False), on_gpu=False)
         for key in (*HELD, "peak", "activations"):
@@ -146,7 +146,7 @@ def fakes(tmp_path_factory):
         for path, ranks, overrides, which, workload, like_gpu in cases
         for rank in which
     ]
-    found = iter(run_workers(1, "dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry")))
+    found = iter(run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry")))
     return {name: [next(found) for _ in case[2]] for name, case in (FAKE | LIKE_GPU).items()}
 
 
@@ -172,7 +172,7 @@ def test_collectives_have_the_bytes_of_their_tensors(fakes):
 def test_a_step_of_many_microbatches_is_continued_from_a_few(tmp_path):
     # Three are run, then what the last one added is counted again; all eight, and one by one.
     job = {**overrides_of(TINY, []), "workload": [24, 16], "ranks": 1, "rank": 0, "like_gpu": False}
-    few, all_of_them = run_workers(1, "dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
+    few, all_of_them = run_workers(1, "timing_workers.dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
     # But for what the step before has left: a batch is replaced when the next is there.
     assert few | {"peaks": None} == all_of_them | {"peaks": None}
 

@@ -153,9 +153,9 @@ def test_hugging_face_folders_have_the_logits_of_transformers(form, tmp_path):
         logits = cls.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=tokens).logits[..., 328:]
     save_file({"tokens": tokens, "logits": logits.contiguous()}, tmp_path / "expected.safetensors")
     settings = {"folder": str(folder), "expected": str(tmp_path / "expected.safetensors")}
-    found = run_workers(1, "huggingface_logits", {**settings, "layouts": {"one": []}}, tmp_path)
+    found = run_workers(1, "logits_workers.huggingface_logits", {**settings, "layouts": {"one": []}}, tmp_path)
     layouts = {"TP 2": TP2, "PP 2": PP2}
-    found |= run_workers(2, "huggingface_logits", {**settings, "layouts": layouts}, tmp_path)
+    found |= run_workers(2, "logits_workers.huggingface_logits", {**settings, "layouts": layouts}, tmp_path)
     assert max(found.values()) < 1e-5 * logits.abs().max(), found
 
 

@@ -51,7 +51,9 @@ def in_plain_transformers(folder, tokens=PROMPTS):
 
 def on_layouts(ranks, checkpoint, folder, layouts=None):
     settings = {"checkpoint": str(checkpoint), "tokens": PROMPTS.tolist(), "new_tokens": NEW_TOKENS}
-    return run_workers(ranks, "continuations", {**settings, "layouts": layouts or BY_RANKS[ranks]}, folder)
+    return run_workers(
+        ranks, "logits_workers.continuations", {**settings, "layouts": layouts or BY_RANKS[ranks]}, folder
+    )
 
 
 @pytest.mark.parametrize("ranks", BY_RANKS)
@@ -67,7 +69,7 @@ def test_logits_and_greedy_tokens_are_transformers(ranks, imported, tmp_path):
 def resave_and_export(ranks, name, overrides, checkpoint, folder):
     (folder / name).mkdir()
     settings = {"checkpoint": str(checkpoint), "overrides": overrides, "output": str(folder / name)}
-    run_workers(ranks, "resaved", settings, folder / f"answers {name}")
+    run_workers(ranks, "logits_workers.resaved", settings, folder / f"answers {name}")
     return export_checkpoint(folder / name, folder / f"back from {name}", progress_bar=False)
 
 

@@ -98,8 +98,8 @@ def test_a_new_run_starts_from_what_was_trained(interrupted, digit_shards, tmp_p
 
 def test_it_is_sampled_alike_under_tensor_parallelism(interrupted, tmp_path):
     settings = {"checkpoint": str(interrupted / "run"), "options": {"guidance_scale": 0.5, "batch_size": 2}}
-    alone = run_workers(1, "sampled", {**settings, "layouts": {"codes": []}}, tmp_path)
-    assert run_workers(2, "sampled", {**settings, "layouts": {"codes": TP2}}, tmp_path) == alone
+    alone = run_workers(1, "logits_workers.sampled", {**settings, "layouts": {"codes": []}}, tmp_path)
+    assert run_workers(2, "logits_workers.sampled", {**settings, "layouts": {"codes": TP2}}, tmp_path) == alone
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -161,7 +161,7 @@ def test_loading_merges_on_any_layout(trained, tmp_path):
     common = {"checkpoint": str(folder / "run"), "expected": str(tmp_path / "expected.safetensors")}
     for ranks, layouts in ((1, [[]]), (2, [TP2, PP2, VPP2])):
         settings = {**common, "layouts": [[*overrides, precision] for overrides in layouts]}
-        run_workers(ranks, "assert_loaded_weights", settings, tmp_path)
+        run_workers(ranks, "logits_workers.assert_loaded_weights", settings, tmp_path)
 
 
 def test_an_export_has_the_merged_weights_and_verifies(trained, tmp_path):
@@ -169,7 +169,7 @@ def test_an_export_has_the_merged_weights_and_verifies(trained, tmp_path):
     back = export_checkpoint(folder / "run", tmp_path / "back", progress_bar=False)
     settings = {"checkpoint": str(folder / "run"), "overrides": [*TP2, precision], "output": str(tmp_path / "merged")}
     (tmp_path / "merged").mkdir()
-    run_workers(2, "resaved", settings, tmp_path / "answers")
+    run_workers(2, "logits_workers.resaved", settings, tmp_path / "answers")
     expected = load_tensors(export_checkpoint(tmp_path / "merged", tmp_path / "expected", progress_bar=False))
     assert_same_bits(load_tensors(back), expected)
     start = load_tensors(folder / "hf")

@@ -20,7 +20,7 @@ def one_process(checkpoint, tmp_path_factory):
 
 def drawn(ranks, checkpoint, folder, layouts, **options):
     settings = {"checkpoint": checkpoint, "layouts": layouts, "options": {**GUIDED, **options}}
-    return run_workers(ranks, "sampled", settings, folder)
+    return run_workers(ranks, "logits_workers.sampled", settings, folder)
 
 
 def test_neither_batch_size_nor_layout_changes_the_images(checkpoint, one_process, tmp_path):
@@ -50,9 +50,13 @@ def test_every_setting_changes_them(options, checkpoint, one_process, tmp_path):
 
 def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
     """Megatron's schedule without a cache is the oracle; prompts of unequal lengths, then token by token."""
-    found = run_workers(1, "cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": {"one": []}}, tmp_path)
+    found = run_workers(
+        1, "logits_workers.cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": {"one": []}}, tmp_path
+    )
     layouts = {"TP 2": TP2, "PP 2": PP2}
-    found |= run_workers(2, "cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": layouts}, tmp_path)
+    found |= run_workers(
+        2, "logits_workers.cached_and_whole_logits", {"checkpoint": checkpoint, "layouts": layouts}, tmp_path
+    )
     for name, (difference, largest, afterwards) in found.items():
         assert largest > 0.01, name
         assert difference < 1e-5, name

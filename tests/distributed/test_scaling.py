@@ -93,7 +93,7 @@ def test_a_point_that_training_refuses_does_not_end_the_sweep(tmp_path):
 
 
 def test_what_the_late_rank_costs_the_others_is_counted_as_waiting(tmp_path):
-    found = run_workers(2, "late_ranks", {"late": LATE}, tmp_path)
+    found = run_workers(2, "timing_workers.late_ranks", {"late": LATE}, tmp_path)
     spans = {
         name: [[Span(*one[:2], one[2], one[2]) for one in rank] for rank in ranks] for name, ranks in found.items()
     }
@@ -109,12 +109,15 @@ def test_what_the_late_rank_costs_the_others_is_counted_as_waiting(tmp_path):
 
 
 def test_a_rank_alone_waits_for_nobody(tmp_path):
-    assert run_workers(1, "late_ranks", {"late": 0.0}, tmp_path) == {"one stage": [[]], "two stages": [[]]}
+    assert run_workers(1, "timing_workers.late_ranks", {"late": 0.0}, tmp_path) == {
+        "one stage": [[]],
+        "two stages": [[]],
+    }
 
 
 def test_an_even_pipeline_has_the_textbooks_bubble(tmp_path):
     """Megatron-Core's own schedule over stages that sleep for their forward and twice as long for their backward."""
-    found = run_workers(2, "even_pipeline", {"microbatches": [2, 4], "seconds": 0.05}, tmp_path)
+    found = run_workers(2, "timing_workers.even_pipeline", {"microbatches": [2, 4], "seconds": 0.05}, tmp_path)
     for microbatches, ranks in found.items():
         for rank in ranks:
             spans = [Span(*one[:2], one[2], one[2]) for one in rank["spans"]]

@@ -26,7 +26,7 @@ CASES["logits of 10,000"] = {**CASES["batch 1"], "vocabulary": 37, "scale": 1e3}
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_values_and_gradients_equal_float64(ranks, tmp_path):
-    answers = run_workers(ranks, "vocab_parallel_logps", {"cases": CASES}, tmp_path)
+    answers = run_workers(ranks, "logits_workers.vocab_parallel_logps", {"cases": CASES}, tmp_path)
     assert len(answers) == len(CASES)
     for name, worst in answers.items():
         assert all(value < 1e-5 for value in worst.values()), (name, worst)
@@ -34,7 +34,10 @@ def test_values_and_gradients_equal_float64(ranks, tmp_path):
 
 def test_bfloat16_is_as_good_on_two_ranks_as_on_one(tmp_path):
     cases = {"bf16": {**SIZES, "vocabulary": 37, "padded": 64, "chunk_size": 4, "mask": "ragged", "dtype": "bfloat16"}}
-    one, two = (run_workers(ranks, "vocab_parallel_logps", {"cases": cases}, tmp_path)["bf16"] for ranks in (1, 2))
+    one, two = (
+        run_workers(ranks, "logits_workers.vocab_parallel_logps", {"cases": cases}, tmp_path)["bf16"]
+        for ranks in (1, 2)
+    )
     for name in ("logps", "hidden", "weight"):
         assert two[name] <= max(1.01 * one[name], 1e-6), name
     assert one["logps"] < 1e-5
@@ -42,7 +45,7 @@ def test_bfloat16_is_as_good_on_two_ranks_as_on_one(tmp_path):
 
 def test_shards_that_do_not_add_up_are_refused_on_all_ranks(tmp_path):
     settings = {"vocabulary": 20, "rows": [[9, 9], [12, 8], [8, 12], [10, 10]]}
-    assert run_workers(2, "refused_shards", settings, tmp_path) == [
+    assert run_workers(2, "logits_workers.refused_shards", settings, tmp_path) == [
         "weight: 9 rows on each of 2 rank(s) are 18 words, must be at least vocab_size 20",
         "weight: shards of 8 to 12 rows, must be equal on all 2 ranks",
         "weight: shards of 8 to 12 rows, must be equal on all 2 ranks",

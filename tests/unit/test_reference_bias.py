@@ -50,7 +50,7 @@ def asked(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def answer(asked, tmp_path_factory):
     settings = {**vars(asked), "overrides": MODEL}
-    return run_workers(1, "reference_bias", settings, tmp_path_factory.mktemp("rank"))
+    return run_workers(1, "logits_workers.reference_bias", settings, tmp_path_factory.mktemp("rank"))
 
 
 def ratios(answer, policy, reference, length):

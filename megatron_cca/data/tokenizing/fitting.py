@@ -48,9 +48,7 @@ def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, in
     if (frames, height, width) != (1, *grid):
         found, own = (_sized(one, record.pixels_per_code) for one in ((height, width), grid))
         or_else = f", or, for a model of these, --grid {height} {width}" if (frames, height) == (1, width) else ""
-        raise UserError(
-            f"--source: {record.name} has {found}, the model takes {own}; give codes of that size{or_else}"
-        )
+        raise UserError(f"--source: {record.name} has {found}, the model takes {own}; give codes of that size{or_else}")
     if record.codes.max() >= size:
         raise UserError(
             f"--source: {record.name} has codes of another codebook: {record.codes.max()} is beyond the model's {size}"

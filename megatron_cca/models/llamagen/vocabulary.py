@@ -56,6 +56,7 @@ class LlamaGenVocabulary(ImageVocabulary):
 
     def prompt_length(self, caption_length, meta_length):
         """One, with a class or without."""
+        # Of the arguments' shape, which may be arrays.
         return 1 + 0 * (caption_length + meta_length)
 
     def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
