@@ -217,7 +217,7 @@ def read_summary(folder: Path, key: str) -> dict:
     if not folder.is_dir():
         raise UserError(f"{key}: no checkpoint at {folder}; give a run folder or an iter_ folder")
     path = folder / SUMMARY
-    if not path.is_file():
+    if not is_checkpoint(folder):
         raise UserError(f"{key}: {folder} has no {SUMMARY}: it is half-written or not a checkpoint; choose another")
     try:
         summary = records.unsealed(path.read_text())

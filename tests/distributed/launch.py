@@ -38,6 +38,8 @@ def torchrun(ranks: int, *arguments: str, cwd: Path, timeout: float = LIMIT) -> 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
+        # First: it installs the platform, before the others import Megatron-Core.
+        "tests.distributed.ranks",
         "tests.distributed.llamagen_workers",
         "tests.distributed.logits_workers",
         "tests.distributed.timing_workers",

@@ -7,10 +7,6 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_cca import platform
-
-platform.install("cpu")
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

@@ -5,10 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
-from megatron_cca import platform
-
-platform.install("cpu")
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

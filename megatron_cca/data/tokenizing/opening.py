@@ -58,12 +58,7 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)
     with said_of("--text-tokenizer"):
         text = _open_text(settings, vocabulary)
-    own = own_grid(architecture)
-    if own is None and settings.grid is not None:
-        raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
-    if settings.grid is not None and settings.grid[0] != settings.grid[1]:
-        height, width = settings.grid
-        raise UserError(f"--grid: model {settings.model} takes square images alone, found {height} {width}")
+    grid = _grid(settings, architecture)
     images = None
     if settings.image_tokenizer is not None:
         with said_of("--image-tokenizer"):
@@ -76,7 +71,19 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
     with said_of("--source"):
         source = open_source(settings.source, settings.layout, settings.source_options)
     parts = PartsFolder(settings.output, len(source), settings.block)
-    return Job(settings, source, vocabulary, images, text, settings.grid or own, parts)
+    return Job(settings, source, vocabulary, images, text, grid, parts)
+
+
+def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, int] | None:
+    own = own_grid(architecture)
+    if settings.grid is None:
+        return own
+    if own is None:
+        raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
+    height, width = settings.grid
+    if height != width:
+        raise UserError(f"--grid: model {settings.model} takes square images alone, found {height} {width}")
+    return settings.grid
 
 
 def _architecture(model: str) -> Architecture:
