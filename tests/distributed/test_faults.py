@@ -16,7 +16,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.training.events import read_events
 from tests import soak
-from tests.distributed.launch import end_job, run_tool, start_job, torchrun
+from tests.distributed.launch import LIMIT, end_job, run_tool, start_job, torchrun
 from tests.distributed.test_launch import SCRIPT
 from tests.references.small_disk import mounted
 
@@ -74,7 +74,7 @@ def injected(folder, code):
 def running(ranks, script, *options, cwd, at_step):
     """A job that has taken some steps."""
     jobs = start_job(ranks, Path(script), *options, cwd=cwd)
-    metrics, deadline = cwd / "run" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = cwd / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     try:
         while not metrics.exists() or metrics.read_text().count("\n") < at_step:
             assert time.monotonic() < deadline, stderr(cwd, 0)
@@ -102,12 +102,26 @@ def uninterrupted(digit_shards, tmp_path_factory):
     return losses(folder)
 
 
+# So that all are not taken before a busy machine gets to the signal.
+SLOW_STEPS = """
+    import time
+    from megatron_cca.training import loop
+    take = loop.train_step
+    def slowly(run):
+        time.sleep(0.5)
+        return take(run)
+    loop.train_step = slowly
+"""
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_stop_signal_to_any_rank_saves_and_the_same_command_continues(
     number, status, uninterrupted, digit_shards, tmp_path
 ):
     options = arguments(digit_shards)
-    with running(2, SCRIPT, *arguments(digit_shards, **TP2), cwd=tmp_path, at_step=2) as jobs:
+    script = injected(tmp_path, SLOW_STEPS)
+    # A step is told of before it is asked whether to stop: the signal may come between the two.
+    with running(2, script, *arguments(digit_shards, **TP2), cwd=tmp_path, at_step=3) as jobs:
         os.kill(jobs[1].pid, number)
         assert ended(jobs, 60) == [status, status]
     (step,) = saved(tmp_path)
