@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint format docs clean
+.PHONY: help install demo test test-full lint format docs clean
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## set up .venv (the other targets do it by themselves)
 
@@ -20,9 +20,15 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickstart
 	@$(BIN)/python examples/quickstart/run.py
 
-test: $(INSTALLED) ## every test that needs no GPU
-	@$(BIN)/python -m pytest -n 2 tests/unit
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/gpu
+# A file's tests stay together on one of two processes; the long files, which come first, are given out first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(INSTALLED) ## every kind of guarantee, on two processes; needs no GPU
+	@$(PYTEST) -m "not full" tests
+
+test-full: $(INSTALLED) ## what `make test` leaves out: long kills, clusters, studies, benchmarks, 20 steps, the whole fuzz
+	@$(PYTEST) -m full tests
+	@MEGATRON_CCA_FUZZ_SCALE=1 $(PYTEST) tests/unit/test_fuzz_*.py
 
 lint: $(INSTALLED) ## lint and format checks
 	@$(BIN)/ruff check .

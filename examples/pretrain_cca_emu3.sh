@@ -20,12 +20,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PYTHON = "the name that ends bash's here-document, on the last line"
 
-# Guarded, since Megatron's checkpoint writer spawns a helper process that imports this file again.
-if __name__ == "__main__":
+
+
+def main(argv=None):
+    """Train as the command line says; None means this process's."""
     try:
-        from megatron_cca.training.main import main
+        from megatron_cca.training.main import main as train
     except ModuleNotFoundError as error:
         sys.exit(f"pretrain_cca_emu3.sh: {error.name} is not installed in {sys.executable}; run `make install` first")
-    main(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml")
+    train(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml", argv)
+
+
+# Guarded, since Megatron's checkpoint writer spawns a helper process that imports this file again.
+if __name__ == "__main__":
+    main()
 
 PYTHON

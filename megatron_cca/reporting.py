@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,15 @@ from pathlib import Path
 
 from megatron_cca.errors import Stopped, UserError
 
+# By a name of its own, so that who calls a program's main() in its own process can stay alive.
+end_process = os._exit
+
 # What a rank is told when another one is gone. It then waits for torchrun to end it, so that the rank where the trouble
 # began stands as the root cause.
 _PEER_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
-_PEER_LOST_WAIT_SECONDS = 20.0
+_PEER_WAIT_SECONDS = 20.0
+# Not a key of the configuration, since errors are told before one is read.
+_PEER_WAIT = "MEGATRON_CCA_PEER_WAIT_SECONDS"
 
 # A mistake that every rank sees is told by rank 0 alone; one that only another rank sees is told by it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -32,8 +38,12 @@ def reported_errors() -> Iterator[None]:
 
     Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
     words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
+    A rank that has only lost another one first waits for the agent to end it, 20 seconds or what the environment
+    variable MEGATRON_CCA_PEER_WAIT_SECONDS says.
     """
+    peer_wait = _PEER_WAIT_SECONDS
     try:
+        peer_wait = _peer_wait_seconds()
         yield
     except UserError as error:
         line = f"megatron_cca: error: {error}"
@@ -47,7 +57,7 @@ def reported_errors() -> Iterator[None]:
     except Exception as error:
         rank = os.environ.get("RANK")
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
-            _wait_to_be_ended(_PEER_LOST_WAIT_SECONDS)
+            _wait_to_be_ended(peer_wait)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
         leave(where + traceback.format_exc(), status=1)
 
@@ -73,6 +83,17 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
             raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
 
 
+def _peer_wait_seconds() -> float:
+    text = os.environ.get(_PEER_WAIT)
+    try:
+        seconds = _PEER_WAIT_SECONDS if text is None else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{_PEER_WAIT}: must be a number of seconds, 0 or more, found {text!r}")
+    return seconds
+
+
 def _wait_to_be_ended(seconds: float) -> None:
     """Sleep, and let a signal end this process without another word."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -91,4 +112,4 @@ def leave(text: str, status: int) -> None:
     # Megatron-Core's saving starts one that would outlive this process and hold its output open.
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(status)
+    end_process(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from megatron_cca.training.checks import check_run
 from megatron_cca.training.reference_checks import check_dropout
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot run, fill the cache."""
-    arguments = _parse()
+    arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(("nvidia",), "data"):
         config = _with_own_reference(load_config(arguments.config, arguments.set))
@@ -29,7 +30,7 @@ def main() -> None:
         _cache(config, arguments.output, first, last)
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: torchrun --nproc_per_node 8 tools/cache_reference.py --config my.yaml --output caches/my; "
@@ -50,7 +51,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, type=Path, help="a new folder, or a cache to be completed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args()
+    return parser
 
 
 def _with_own_reference(config: Config) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,9 @@ _LAYOUT = (
 _LAYOUT_HELP = "refuse a model that cannot be split so; the output itself loads at any layout (default 1)"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     with reported_tool_errors(("safetensors", "transformers"), "hf"):
         status = arguments.run(arguments)
     sys.exit(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,14 +35,14 @@ class_accuracy.png where there are labels and a classifier.
 _PACKAGES = ("matplotlib", "PIL", "scipy", "sklearn", "torch_fidelity", "torchvision", "transformers")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be evaluated, write the report and print the table."""
-    arguments = _parse()
+    arguments = _parser().parse_args(argv)
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         _evaluate(arguments)
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,7 +87,7 @@ def _parse() -> argparse.Namespace:
         help="a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args()
+    return parser
 
 
 def _add_numbers(parser: argparse.ArgumentParser) -> None:

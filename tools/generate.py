@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +32,9 @@ The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.np
 _PACKAGES = ("matplotlib", "PIL", "safetensors", "sklearn", "tiktoken", "transformers")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be drawn, draw."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         _check(arguments)

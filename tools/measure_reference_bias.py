@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca import platform
@@ -10,9 +11,9 @@ from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_tool_errors
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be measured, print the table."""
-    arguments = _parse()
+    arguments = _parser().parse_args(argv)
     with reported_tool_errors(("matplotlib",), "eval"):
         _check(arguments)
         try:
@@ -22,7 +23,7 @@ def main() -> None:
         _measure(arguments)
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="Example: python tools/measure_reference_bias.py --checkpoint checkpoints/emu3_8b --data shards/train "
@@ -54,7 +55,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="also write the numbers there, and FILE.png beside it"
     )
-    return parser.parse_args()
+    return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:

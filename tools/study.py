@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.errors import UserError
@@ -17,9 +18,9 @@ file holds.
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, do what is missing, write the results."""
-    arguments = _parse()
+    arguments = _parser().parse_args(argv)
     with reported_tool_errors(("sklearn", "matplotlib", "torch_fidelity"), "eval"):
         if arguments.workers < 1:
             raise UserError(f"--workers: must be 1 or more, found {arguments.workers}")
@@ -29,7 +30,7 @@ def main() -> None:
         run_study(arguments.study, arguments.output, arguments.workers, arguments.device)
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +46,7 @@ def _parse() -> argparse.Namespace:
         "--workers", type=int, default=1, metavar="N", help="processes that do runs side by side (default 1)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

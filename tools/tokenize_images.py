@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_cca import platform
@@ -31,9 +31,9 @@ _LAYOUTS = """where the images and captions are. Layouts (recognised from what l
   llamagen    what LlamaGen's own extraction wrote: NAME_codes and NAME_labels (likewise)"""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then tokenise or inspect."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     with reported_tool_errors(_PACKAGES, "data,hf"):
         arguments.run(arguments)
 

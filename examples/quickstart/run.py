@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca import platform
@@ -21,9 +22,9 @@ EXAMPLES = HERE.parent
 PROCESSES = 2
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages; those that were finished before are skipped."""
-    arguments = _parse()
+    arguments = _parser().parse_args(argv)
     started = time.perf_counter()
     output = arguments.output
     with reported_errors():
@@ -41,12 +42,12 @@ def main() -> None:
         print(f"\ndone in {time.perf_counter() - started:.0f} s; open {output / 'samples.png'}")
 
 
-def _parse() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all results")
     parser.add_argument("--seed", type=int, default=1234, help="of training and sampling")
     parser.add_argument("--samples", type=int, default=2000, help="images drawn per model and guidance scale")
-    return parser.parse_args()
+    return parser
 
 
 def _train(title: str, config: Path, output: Path, seed: int, overrides: list[str] | None = None) -> None:

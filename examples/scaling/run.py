@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.reporting import reported_tool_errors
@@ -22,7 +23,7 @@ examples:
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +35,7 @@ def main() -> None:
     _add(commands, "list", "name the points of a sweep")
     point = _add(commands, "point", "measure one point inside a running job")
     point.add_argument("--point", metavar="NAME", help="from `list` (default: the only one of this job's size)")
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["run", *argv]
     arguments = parser.parse_args(argv)

@@ -68,8 +68,15 @@ class BatchLoader:
         if not self._place.reads:
             return
         self.close()
-        rows = self._batches.rows_per_rank(self._place.data_parallel_size)
-        self._feed = SequenceFeed(lambda turn: self._sequences(step + turn), rows, self._device, self._prefetch)
+        place, batches, plans = self._place, self._batches, self._plans
+
+        # Without this object, so that the thread that calls it does not keep it, its process groups among it, alive.
+        def sequences(turn: int) -> np.ndarray:
+            plans[step + turn] = plan = batches.plan(step + turn)
+            return batches.sequences(plan, place.data_parallel_rank, place.data_parallel_size)
+
+        rows = batches.rows_per_rank(place.data_parallel_size)
+        self._feed = SequenceFeed(sequences, rows, self._device, self._prefetch)
         self._next_step = step
 
     def get(self, step: int) -> StepBatch:
@@ -109,7 +116,3 @@ class BatchLoader:
             self.start(step)
         self._next_step = step + 1
         return self._feed.next()
-
-    def _sequences(self, step: int) -> np.ndarray:
-        self._plans[step] = plan = self._batches.plan(step)
-        return self._batches.sequences(plan, self._place.data_parallel_rank, self._place.data_parallel_size)

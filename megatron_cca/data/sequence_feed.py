@@ -19,6 +19,25 @@ def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
     thread.join()
 
 
+def _run_ahead(pipeline, ready: queue.Queue, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        try:
+            # A copy: the pipeline's memory is written again on its next run.
+            found = torch.from_dlpack(pipeline.run()[0].as_tensor()).long()
+        except BaseException as error:
+            found = error
+        _hand_over(found, ready, stopping)
+        if isinstance(found, BaseException):
+            return
+
+
+def _hand_over(found: torch.Tensor | BaseException, ready: queue.Queue, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        with contextlib.suppress(queue.Full):
+            ready.put(found, timeout=0.1)
+            return
+
+
 class SequenceFeed:
     """Runs ``source(0), source(1), ...`` ahead of their use and hands the arrays over on the device, through DALI.
 
@@ -39,10 +58,12 @@ class SequenceFeed:
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
         pipeline = sequence_pipeline(source, rows, device)
-        self._thread = threading.Thread(target=self._work, args=(pipeline,), name="token batches", daemon=True)
-        self._thread.start()
+        # Of a function that does not know this object: a running thread would keep it, and whatever uses it, alive.
+        arguments = (pipeline, self._ready, self._stopping)
+        thread = threading.Thread(target=_run_ahead, args=arguments, name="token batches", daemon=True)
+        thread.start()
         # Also at exit: an interpreter that goes away under a running pipeline aborts.
-        self._stop = weakref.finalize(self, _stop, self._stopping, self._thread)
+        self._stop = weakref.finalize(self, _stop, self._stopping, thread)
 
     def next(self) -> torch.Tensor:
         """The next array, int64 ``[rows, S]``; raises what ``source`` raised for it."""
@@ -54,20 +75,3 @@ class SequenceFeed:
     def close(self) -> None:
         """Stop, and forget what was read ahead."""
         self._stop()
-
-    def _work(self, pipeline) -> None:
-        while not self._stopping.is_set():
-            try:
-                # A copy: the pipeline's memory is written again on its next run.
-                found = torch.from_dlpack(pipeline.run()[0].as_tensor()).long()
-            except BaseException as error:
-                found = error
-            self._hand_over(found)
-            if isinstance(found, BaseException):
-                return
-
-    def _hand_over(self, found: torch.Tensor | BaseException) -> None:
-        while not self._stopping.is_set():
-            with contextlib.suppress(queue.Full):
-                self._ready.put(found, timeout=0.1)
-                return

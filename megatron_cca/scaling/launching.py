@@ -22,7 +22,6 @@ from megatron_cca.scaling.sweep import Task
 
 # The sweep's process; a point does not outlive it.
 PARENT = "MEGATRON_CCA_SWEEP_PROCESS"
-_POLITE_SECONDS = 15
 _TOLD = re.compile(r"megatron_cca: error: (.*)|.*?(\w*OutOfMemoryError: .*)")
 
 
@@ -66,13 +65,18 @@ def _environment(scratch: str) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, **own}
 
 
-def _end(job: subprocess.Popen) -> None:
-    """End a job's processes, if there still are any: torchrun starts its ranks in sessions of their own."""
+def _end(job: subprocess.Popen, polite_seconds: float = 15) -> None:
+    """End a job's processes, if there still are any: torchrun starts its ranks in sessions of their own.
+
+    Args:
+        job: torchrun.
+        polite_seconds: between SIGTERM and SIGKILL.
+    """
     if job.poll() is not None:
         return
     with_children = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
     job.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(with_children, timeout=_POLITE_SECONDS)
+    _, alive = psutil.wait_procs(with_children, timeout=polite_seconds)
     for process in alive:
         process.kill()
     job.wait()

@@ -22,8 +22,6 @@ from megatron_cca.training.progress import PHASES, Place, Progress
 
 _TICKS = 10
 _LONGEST_TICK_SECONDS = 5.0
-# The rank at fault leaves first, so that torchrun names it as the root cause.
-_OTHERS_WAIT_SECONDS = 5.0
 _STACK_FRAMES = 12
 # In larger jobs one rank of each machine asks what the others posted; so many answers are no load for the store.
 _ALL_ASK = 64
@@ -41,10 +39,15 @@ class Watchdog:
         progress: what the training loop says of itself.
         events: where a hang is written down.
         timeout_seconds: longest time without progress; times a phase's patience.
+        others_wait_seconds: how much later than the rank at fault the others leave, so that torchrun names that one as
+            the root cause.
     """
 
-    def __init__(self, progress: Progress, events: EventLog, timeout_seconds: float) -> None:
+    def __init__(
+        self, progress: Progress, events: EventLog, timeout_seconds: float, others_wait_seconds: float = 5.0
+    ) -> None:
         self._progress, self._events, self._timeout = progress, events, timeout_seconds
+        self._others_wait = others_wait_seconds
         self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # A connection of its own: the main thread may be waiting in the other one.
@@ -99,7 +102,7 @@ class Watchdog:
         line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
         silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
         if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
-            time.sleep(_OTHERS_WAIT_SECONDS)
+            time.sleep(self._others_wait)
         stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
         self._events.write("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

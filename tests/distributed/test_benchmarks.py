@@ -1,17 +1,17 @@
 """The benchmarks run, and the ways that they compare compute the same thing. Nothing here looks at a time."""
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.distributed.launch import LIMIT, ROOT, environment
+from tests.distributed.launch import ROOT, typed
+
+pytestmark = pytest.mark.full
 
 
 def table(name, *arguments):
     """The rows of a benchmark's Markdown table, by column name."""
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = typed(sys.executable, ROOT / "benchmarks" / name, *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]

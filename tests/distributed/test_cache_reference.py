@@ -1,6 +1,5 @@
 """The cache of a reference: computed by its program, continued, refused to any other run."""
 
-import subprocess
 import sys
 
 import pytest
@@ -12,11 +11,16 @@ from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.caching import check_cache
-from tests.distributed.launch import LIMIT, ROOT, environment, run_tool, run_workers
+from tests.distributed.launch import ROOT, SCRIPT, run_tool, run_workers, typed
 from tests.distributed.test_layout_parity import CCA
 
+TOOL = ROOT / "tools" / "cache_reference.py"
 SHORT = ["training.global_batch_size=4", "training.micro_batch_size=2"]
 STEPS = BLOCK + 2
+
+
+def cold(*command, cwd):
+    return typed(sys.executable, *command, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +106,17 @@ def checkpoints(overrides, tmp_path_factory):
     return [layout.resolve(folder / name, "key") for name in ("one", "other")]
 
 
-def test_from_cache_to_run_as_a_user_types_it(digit_shards, tmp_path):
+@pytest.mark.parametrize("start", [run_tool, pytest.param(cold, marks=pytest.mark.full)])
+def test_from_cache_to_run(start, digit_shards, tmp_path):
     config = ROOT / "examples" / "emu3_tiny_cca.yaml"
     settings = ["training.train_iters=2", "training.pretrained_checkpoint=null", f"data.path={digit_shards}"]
     settings += ["training.global_batch_size=8", "training.micro_batch_size=4", f"training.output_dir={tmp_path}/run"]
     command = ["--config", str(config), *(word for setting in settings for word in ("--set", setting))]
-    done = typed([sys.executable, str(ROOT / "tools" / "cache_reference.py"), *command, "--output", "cache"], tmp_path)
+    done = start(TOOL, *command, "--output", "cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wrote cache: steps 0 to 1" in done.stdout
     uses = ["--set", "reference.strategy=cached", "--set", "reference.cache=cache"]
-    done = typed(["bash", str(ROOT / "examples" / "pretrain_cca_emu3.sh"), *command, *uses], tmp_path)
+    done = run_tool(SCRIPT, *command, *uses, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step-0 log-ratio: exactly 0" in done.stdout
 
@@ -122,11 +127,7 @@ def test_what_dropout_drew_is_not_kept(tmp_path):
         *("--config", ROOT / "examples" / "emu3_tiny_cca.yaml", "--output", "cache"),
         *(word for setting in settings for word in ("--set", setting)),
     ]
-    done = run_tool(ROOT / "tools" / "cache_reference.py", *command, cwd=tmp_path)
+    done = run_tool(TOOL, *command, cwd=tmp_path)
     assert done.returncode == 2
     assert "model.hidden_dropout: 0.1 draws other masks for the reference than for the policy" in done.stderr
     assert not (tmp_path / "cache").exists()
-
-
-def typed(command, folder):
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT)

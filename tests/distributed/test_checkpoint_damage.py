@@ -112,13 +112,14 @@ def test_a_latest_file_that_names_an_older_one_does_not_take_steps_back_unsaid(s
 
 @pytest.mark.parametrize("name", ["one process", "PP 2", "DP 2"])
 def test_what_is_written_beside_the_training_is_the_step_it_was_begun_at(name, digit_shards, tmp_path):
-    """A slow disk, so that weights and optimizer move on while it writes."""
+    """The disk waits for the other steps, so that weights and optimizer move on before it writes."""
     ranks, overrides = LAYOUTS[name]
     common = [*CCA, *overrides, f"data.path={digit_shards}", "training.micro_batch_size=2"]
     at_once = [*common, f"training.output_dir={tmp_path}/at_once", "training.async_save=false"]
     beside = [*common, f"training.output_dir={tmp_path}/beside"]
     run_workers(ranks, "resume", {"overrides": at_once, "steps": 2, "save": True}, tmp_path)
-    answer = run_workers(ranks, "saved_while_training", {"overrides": beside, "steps": 5, "seconds": 6}, tmp_path)
+    settings = {"overrides": beside, "steps": 5, "may_write": str(tmp_path / "may_write")}
+    answer = run_workers(ranks, "saved_while_training", settings, tmp_path)
     assert answer == {"writing": True, "problems": [None], "iteration": 5}
     first, second = (
         StoredTensors(layout.iteration_folder(tmp_path / name / layout.FOLDER, 2), "key")

@@ -201,6 +201,7 @@ def test_data_of_another_grid_or_family_are_refused(digits, digit_shards, tmp_pa
     assert "was tokenized for another vocabulary" in opened(digit_shards)
 
 
+@pytest.mark.full
 def test_a_study_of_classes(digits, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()

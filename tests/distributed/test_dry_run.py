@@ -18,6 +18,7 @@ from megatron_cca.planner.search import search
 from megatron_cca.planner.trials import Wishes
 from megatron_cca.planner.workload import ImageShape, Workload
 from tests.distributed.launch import ROOT, run_tool, run_workers
+from tests.selection import Computed, mostly_full
 
 TINY = ROOT / "examples" / "emu3_tiny_cca.yaml"
 BIG = ROOT / "examples" / "emu3_8b_cca.yaml"
@@ -61,7 +62,7 @@ FAKE = {
     "fp8 weights": (1, [*BF16, "reference.fp8_param=true"], [0]),
     "adapters": (1, ["reference.strategy=shared", "lora.dim=4"], [0]),
     "plain optimizer": (2, [*BF16, "optimizer.use_distributed_optimizer=false"], [1]),
-    "buckets": (4, [*OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 1, 2, 3]),
+    "buckets": (4, [*OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 3]),
     "two optimizers": (
         4,
         [*BF16, "optimizer.num_distributed_optimizer_instances=2", "optimizer.pad_buckets_for_high_nccl_busbw=true"],
@@ -83,12 +84,27 @@ LIKE_GPU = {
 WIDE_WORKLOAD = Workload(8448, 8100)
 
 
-def overrides_of(path, overrides):
-    return {"config": str(path), "overrides": ["training.pretrained_checkpoint=null", *overrides]}
+# One of each kind of formula.
+KEPT = {
+    *("tp2", "pp2, positions on a grid", "vpp2 x dp2"),
+    *("cp2, positions on a grid", "full recomputation, positions on a grid", "two layers of four", "mlp again"),
+    *("offloaded", "fp8 weights", "adapters", "plain optimizer", "buckets", "likelihood", "tp4", "tp4, fp8 reference"),
+}
+
+
+def overrides_of(path, overrides, ranks=None):
+    """Of a run on so many ranks, for each two microbatches."""
+    common = ["training.pretrained_checkpoint=null", *overrides]
+    if ranks is not None and path == TINY:
+        parallel = load_config(path, common).parallel
+        stages, sizes = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+        replicas = ranks // (stages * sizes * parallel.context_parallel_size)
+        common.append(f"training.global_batch_size={2 * 32 * replicas}")
+    return {"config": str(path), "overrides": common}
 
 
 def predicted(path, overrides, ranks, rank, workload, on_gpu):
-    config = load_config(path, overrides_of(path, overrides)["overrides"])
+    config = load_config(path, overrides_of(path, overrides, ranks)["overrides"])
     per_stage = ranks // config.parallel.pipeline_model_parallel_size
     return predict_memory(
         config,
@@ -110,10 +126,10 @@ def assert_agrees(counted, estimate, on_gpu):
     assert seen_by_tensors(estimate, on_gpu) == pytest.approx(counted["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", mostly_full(REAL, KEPT))
 def test_real_ranks_hold_what_is_predicted_and_what_the_dry_run_counts(name, tmp_path):
     ranks, overrides = REAL[name]
-    settings = {**overrides_of(TINY, overrides), "workload": [24, 16]}
+    settings = {**overrides_of(TINY, overrides, ranks), "workload": [24, 16]}
     real = run_workers(ranks, "timing_workers.counted_steps", settings, tmp_path)
     jobs = [{**settings, "ranks": ranks, "rank": rank, "like_gpu": False} for rank in range(ranks)]
     fakes = run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path)
@@ -133,24 +149,21 @@ def sent(counted):
 
 @pytest.fixture(scope="module")
 def fakes(tmp_path_factory):
-    cases = [(TINY, *case, WORKLOAD, False) for case in FAKE.values()]
-    cases += [(BIG, *case, WIDE_WORKLOAD, True) for case in LIKE_GPU.values()]
-    jobs = [
-        {
-            **overrides_of(path, overrides),
-            "workload": [workload.seq_length, workload.image_tokens],
-            "ranks": ranks,
-            "rank": rank,
-            "like_gpu": like_gpu,
-        }
-        for path, ranks, overrides, which, workload, like_gpu in cases
-        for rank in which
-    ]
-    found = iter(run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path_factory.mktemp("dry")))
-    return {name: [next(found) for _ in case[2]] for name, case in (FAKE | LIKE_GPU).items()}
+    """By name: what each of its ranks holds and sends."""
+    folder = tmp_path_factory.mktemp("dry")
+
+    def count(name):
+        ranks, overrides, which = (FAKE | LIKE_GPU)[name]
+        path, workload = (BIG, WIDE_WORKLOAD) if name in LIKE_GPU else (TINY, WORKLOAD)
+        common = overrides_of(path, overrides, ranks) | {"ranks": ranks, "like_gpu": name in LIKE_GPU}
+        common["workload"] = [workload.seq_length, workload.image_tokens]
+        jobs = [common | {"rank": rank} for rank in which]
+        return {name: run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, folder)}
+
+    return Computed(count)
 
 
-@pytest.mark.parametrize("name", FAKE | LIKE_GPU)
+@pytest.mark.parametrize("name", mostly_full(FAKE | LIKE_GPU, KEPT))
 def test_the_formulas_are_the_dry_run_within_a_tenth(fakes, name):
     on_gpu = name in LIKE_GPU
     ranks, overrides, which = (FAKE | LIKE_GPU)[name]
@@ -171,7 +184,7 @@ def test_collectives_have_the_bytes_of_their_tensors(fakes):
 
 def test_a_step_of_many_microbatches_is_continued_from_a_few(tmp_path):
     # Three are run, then what the last one added is counted again; all eight, and one by one.
-    job = {**overrides_of(TINY, []), "workload": [24, 16], "ranks": 1, "rank": 0, "like_gpu": False}
+    job = {**overrides_of(TINY, ["model.num_layers=2"]), "workload": [24, 16], "ranks": 1, "rank": 0, "like_gpu": False}
     few, all_of_them = run_workers(1, "timing_workers.dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
     # But for what the step before has left: a batch is replaced when the next is there.
     assert few | {"peaks": None} == all_of_them | {"peaks": None}
@@ -227,10 +240,11 @@ def test_what_the_cluster_would_refuse_is_refused_here(arguments, line, tmp_path
     assert not done.stdout and (tmp_path / "there.json").read_text() == "mine"
 
 
+@pytest.mark.full
 def test_a_rank_that_does_not_fit_its_gpu_is_refused_after_the_count(tmp_path):
     settings = ["--set", "parallel.sequence_parallel=false", "--set", "parallel.tensor_model_parallel_size=1"]
-    settings += ["--set", "model.num_layers=20"]
-    done = dry(BIG, "--gpus", "256", "--gpu", "h100-80gb", *settings, tmp_path=tmp_path)
+    settings += ["--set", "model.num_layers=8"]
+    done = dry(BIG, "--gpus", "256", "--gpu", "a100-40gb", *settings, tmp_path=tmp_path)
     assert done.returncode == 2
     assert "peak of all tensors" in done.stdout
     assert "megatron_cca: error: --gpu: rank 0 needs" in done.stderr

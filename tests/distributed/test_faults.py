@@ -16,8 +16,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.training.events import read_events
 from tests import soak
-from tests.distributed.launch import LIMIT, end_job, run_tool, start_job, torchrun
-from tests.distributed.test_launch import SCRIPT
+from tests.distributed.launch import LIMIT, SCRIPT, end_job, ended, run_alone, run_tool, start_job, torchrun
 from tests.references.small_disk import mounted
 
 STEPS = 8
@@ -65,15 +64,15 @@ def injected(folder, code):
     script = folder / "injected.py"
     script.write_text(
         f"import runpy\n{textwrap.dedent(code)}\nif __name__ == '__main__':\n"
-        f"    runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
+        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
     return script
 
 
 @contextmanager
-def running(ranks, script, *options, cwd, at_step):
+def running(ranks, script, *options, cwd, at_step, **variables):
     """A job that has taken some steps."""
-    jobs = start_job(ranks, Path(script), *options, cwd=cwd)
+    jobs = start_job(ranks, Path(script), *options, cwd=cwd, **variables)
     metrics, deadline = cwd / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     try:
         while not metrics.exists() or metrics.read_text().count("\n") < at_step:
@@ -85,18 +84,10 @@ def running(ranks, script, *options, cwd, at_step):
         end_job(jobs)
 
 
-def ended(jobs, seconds):
-    """The exit codes of jobs that end by themselves in time."""
-    deadline = time.monotonic() + seconds
-    for job in jobs:
-        job.join(max(0.0, deadline - time.monotonic()))
-    return [job.exitcode for job in jobs]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(digit_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = run_tool(Path(SCRIPT), *arguments(digit_shards), cwd=folder)
+    done = run_tool(SCRIPT, *arguments(digit_shards), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert named(folder) == ["started", "saved", "finished"]
     return losses(folder)
@@ -130,11 +121,23 @@ def test_a_stop_signal_to_any_rank_saves_and_the_same_command_continues(
         f"megatron_cca: {number.name}: step {step} is saved in run; the same command continues"
     )
     assert [*layout.iteration_folder(tmp_path / "run" / layout.FOLDER, step).parent.glob(".*")] == []
-    done = run_tool(Path(SCRIPT), *options, cwd=tmp_path)
+    done = run_tool(SCRIPT, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == pytest.approx(uninterrupted, rel=1e-5)
     assert named(tmp_path) == ["started", "saved", "stopped", "resumed", "saved", "finished"]
     assert events(tmp_path)[2]["signal"] == number.name
+
+
+def test_a_killed_rank_lets_the_other_end_by_itself(digit_shards, tmp_path):
+    """Also without a launcher that would end it, and with its own words: it has lost a peer."""
+    options = arguments(digit_shards, **TP2, **{"training.train_iters": 10000})
+    with running(2, SCRIPT, *options, cwd=tmp_path, at_step=2, MEGATRON_CCA_PEER_WAIT_SECONDS=0.5) as jobs:
+        os.kill(jobs[1].pid, signal.SIGKILL)
+        jobs[0].join(60)
+        assert jobs[0].exitcode == 1
+    said = stderr(tmp_path, 0)
+    assert "megatron_cca: rank 0 failed\n" in said
+    assert "closed by peer" in said.lower() or "reset by peer" in said.lower()
 
 
 def test_a_stopped_rank_is_noticed_within_the_time_out(digit_shards, tmp_path):
@@ -196,7 +199,7 @@ LINE = "step 3: gradients: NaN or infinity on rank 0 in layer 1 (1 tensor), firs
 
 def test_nan_stops_the_run_before_the_update(digit_shards, tmp_path):
     script = injected(tmp_path, NAN_GRADIENTS.replace("{steps}", "{3}"))
-    done = run_tool(script, *arguments(digit_shards, **{"training.save_interval": 1}), cwd=tmp_path)
+    done = run_alone(script, *arguments(digit_shards, **{"training.save_interval": 1}), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"megatron_cca: error: {LINE}")
     assert "Traceback" not in done.stderr
@@ -207,7 +210,7 @@ def test_nan_stops_the_run_before_the_update(digit_shards, tmp_path):
 
 def test_nan_is_skipped_where_that_is_wanted(digit_shards, tmp_path):
     script = injected(tmp_path, NAN_GRADIENTS.replace("{steps}", "{3}"))
-    done = run_tool(script, *arguments(digit_shards, **{"faults.non_finite": "skip"}), cwd=tmp_path)
+    done = run_alone(script, *arguments(digit_shards, **{"faults.non_finite": "skip"}), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert LINE in done.stdout
     assert "; this update is left out" in done.stdout
@@ -218,7 +221,7 @@ def test_nan_is_skipped_where_that_is_wanted(digit_shards, tmp_path):
 def test_too_many_skipped_in_a_row_stop_the_run(digit_shards, tmp_path):
     script = injected(tmp_path, NAN_GRADIENTS.replace("{steps}", "range(2, 99)"))
     options = {"faults.non_finite": "skip", "faults.max_skipped_steps": 2}
-    done = run_tool(script, *arguments(digit_shards, **options), cwd=tmp_path)
+    done = run_alone(script, *arguments(digit_shards, **options), cwd=tmp_path)
     assert done.returncode == 2
     assert "step 4: gradients" in done.stderr
     assert "2 updates before it were left out already (faults.max_skipped_steps)" in done.stderr
@@ -227,7 +230,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(digit_shards, tmp_path):
 
 def test_an_alarm_can_end_the_run_saved(digit_shards, tmp_path):
     options = {"training.train_iters": 40, "faults.positive_log_ratio_floor": 5.0, "faults.on_alarm": "stop"}
-    done = run_tool(Path(SCRIPT), *arguments(digit_shards, **options), cwd=tmp_path)
+    done = run_tool(SCRIPT, *arguments(digit_shards, **options), cwd=tmp_path)
     assert done.returncode == 2
     assert "nats an image token (faults.positive_log_ratio_floor 5)" in done.stderr
     assert "alarm at step 9: the positive log-ratio has fallen" in done.stdout
@@ -246,11 +249,8 @@ def disk(tmp_path):
 def test_a_full_disk_costs_no_checkpoint_and_no_step(ranks, async_save, digit_shards, tmp_path, disk):
     settings = {"training.save_interval": 2, "training.async_save": async_save, "logging.tensorboard": "true"}
     options = arguments(digit_shards, **settings, **(TP2 if ranks == 2 else {}))
-    jobs = start_job(ranks, Path(SCRIPT), *options, cwd=tmp_path)
-    try:
-        assert ended(jobs, 120) == [2] * ranks
-    finally:
-        end_job(jobs)
+    jobs = start_job(ranks, SCRIPT, *options, cwd=tmp_path)
+    assert ended(jobs, 120) == [2] * ranks
     assert len(losses(tmp_path)) == STEPS
     said = (tmp_path / "rank0.out").read_text()
     assert "step 4 could not be saved: " in said
@@ -260,15 +260,15 @@ def test_a_full_disk_costs_no_checkpoint_and_no_step(ranks, async_save, digit_sh
     check_whole(layout.iteration_folder(disk / layout.FOLDER, 2), "key")
     assert not [*(disk / layout.FOLDER).glob(".*")]
     subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-    done = run_tool(Path(SCRIPT), *options[: -2 * len(TP2)] if ranks == 2 else options, cwd=tmp_path)
+    done = run_tool(SCRIPT, *options[: -2 * len(TP2)] if ranks == 2 else options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert saved(tmp_path) == [2, 4, 6, 8]
 
 
 def test_a_folder_with_checkpoints_is_refused_where_a_fresh_start_is_wanted(digit_shards, tmp_path):
     options = arguments(digit_shards, **{"training.train_iters": 2})
-    assert run_tool(Path(SCRIPT), *options, cwd=tmp_path).returncode == 0
-    done = run_tool(Path(SCRIPT), *options, "--no-auto-resume", cwd=tmp_path)
+    assert run_tool(SCRIPT, *options, cwd=tmp_path).returncode == 0
+    done = run_tool(SCRIPT, *options, "--no-auto-resume", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         "megatron_cca: error: training.output_dir: run/checkpoints holds checkpoints, the newest of step 2; leave "
@@ -276,6 +276,7 @@ def test_a_folder_with_checkpoints_is_refused_where_a_fresh_start_is_wanted(digi
     )
 
 
+@pytest.mark.full
 def test_torchrun_restarts_after_a_kill(uninterrupted, digit_shards, tmp_path):
     """The rank kills itself as the kernel's out-of-memory killer would, once."""
     script = injected(
@@ -299,6 +300,7 @@ def test_torchrun_restarts_after_a_kill(uninterrupted, digit_shards, tmp_path):
     assert [(event["restart"], event["step"]) for event in resumed] == [(1, 4)]
 
 
+@pytest.mark.full
 def test_a_short_soak(digit_shards, tmp_path):
     """Six of the kills of tests/soak.py."""
     tally = soak.soak(tmp_path, str(digit_shards), 6, "TP 2", seed=3, shown=False)

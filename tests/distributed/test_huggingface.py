@@ -1,9 +1,10 @@
 """Emu3 from Hugging Face on every layout and back: the oracle is transformers itself."""
 
+import itertools
 import json
+import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from megatron_cca.errors import UserError
-from tests.distributed.launch import ROOT, environment, run_tool, run_workers, torchrun
+from tests.distributed.launch import LIMIT, ROOT, end_job, ended, run_tool, run_workers, start_job, start_tool, torchrun
 from tests.distributed.test_layout_parity import PP2, TP2, VPP2
 from tests.references.huggingface import assert_same_bits, edit_tensors, load_tensors, save_emu3
+from tests.selection import mostly_full
 
-TOOL = str(ROOT / "tools" / "convert_checkpoint.py")
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 PROMPTS = torch.randint(0, 456, (3, 20), generator=torch.Generator().manual_seed(0))
 NEW_TOKENS = 64
 BY_RANKS = {
@@ -35,7 +37,7 @@ def imported(request, tmp_path_factory):
     return hf, folder / "megatron"
 
 
-def in_plain_transformers(folder, tokens=PROMPTS):
+def in_plain_transformers(folder, tokens=PROMPTS, new_tokens=NEW_TOKENS):
     """Logits of the prompts, and their greedy continuation, by nothing but transformers."""
     from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration
 
@@ -44,23 +46,24 @@ def in_plain_transformers(folder, tokens=PROMPTS):
     model = cls.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
     continued = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
     return logits, continued
 
 
-def on_layouts(ranks, checkpoint, folder, layouts=None):
-    settings = {"checkpoint": str(checkpoint), "tokens": PROMPTS.tolist(), "new_tokens": NEW_TOKENS}
+def on_layouts(ranks, checkpoint, folder, layouts=None, new_tokens=NEW_TOKENS):
+    settings = {"checkpoint": str(checkpoint), "tokens": PROMPTS.tolist(), "new_tokens": new_tokens}
     return run_workers(
         ranks, "logits_workers.continuations", {**settings, "layouts": layouts or BY_RANKS[ranks]}, folder
     )
 
 
+@pytest.mark.parametrize("new_tokens", [8, pytest.param(NEW_TOKENS, marks=pytest.mark.full)])
 @pytest.mark.parametrize("ranks", BY_RANKS)
-def test_logits_and_greedy_tokens_are_transformers(ranks, imported, tmp_path):
+def test_logits_and_greedy_tokens_are_transformers(ranks, new_tokens, imported, tmp_path):
     hf, checkpoint = imported
-    logits, continued = in_plain_transformers(hf)
-    for name, found in on_layouts(ranks, checkpoint, tmp_path).items():
+    logits, continued = in_plain_transformers(hf, new_tokens=new_tokens)
+    for name, found in on_layouts(ranks, checkpoint, tmp_path, new_tokens=new_tokens).items():
         worst = (torch.tensor(found["logits"]) - logits).abs().max().item()
         assert worst <= 1e-5, f"{name}: {worst}"
         assert found["tokens"] == continued.tolist(), name
@@ -79,8 +82,10 @@ def assert_same_folder(back, hf):
         assert path.suffix == ".safetensors" or (back / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("form", ["Emu3ForCausalLM", "transformers"])
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    mostly_full(itertools.product(["Emu3ForCausalLM", "transformers"], ["fp32", "bf16"]), [("transformers", "bf16")]),
+)
 def test_there_through_another_layout_and_back_is_bit_for_bit(form, precision, tmp_path):
     hf = save_emu3(tmp_path / "hf", form, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
@@ -95,7 +100,7 @@ def test_from_layout_to_layout_nothing_changes(imported, tmp_path):
         checkpoint = tmp_path / name
 
 
-@pytest.mark.parametrize("form", ["original repository", "transformers"])
+@pytest.mark.parametrize("form", mostly_full(["original repository", "transformers"], ["original repository"]))
 def test_a_fine_tuned_model_speaks_alike_in_plain_transformers(form, digit_shards, tmp_path):
     hf = save_emu3(tmp_path / "hf", form)
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
@@ -131,7 +136,7 @@ def test_a_run_that_started_here_is_exported_too(digit_shards, tmp_path):
     assert found["tokens"] == continued.tolist()
 
 
-# The tool, in fresh processes.
+# The tool.
 
 
 def convert(*arguments, cwd):
@@ -183,17 +188,39 @@ def test_verify_of_logits_that_are_all_zero_has_a_verdict(tmp_path):
     assert done.stdout.endswith("verdict: NOT the same model\n")
 
 
-def test_verify_takes_any_number_of_ranks_that_can_split_the_model(tmp_path):
+@pytest.fixture
+def verify(tmp_path):
+    """The arguments of a verification that finds the same model on both sides."""
     hf, checkpoint = save_emu3(tmp_path / "hf", "Emu3ForCausalLM"), tmp_path / "megatron"
     import_checkpoint(hf, checkpoint, progress_bar=False)
-    command = [TOOL, "verify", "--hf", str(hf), "--checkpoint", str(checkpoint), "--device", "cpu"]
-    done = torchrun(2, *command, cwd=tmp_path)
+    return ["verify", "--hf", hf, "--checkpoint", checkpoint, "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "status", "file", "line"),
+    [
+        (2, 0, "out", "verdict: the same model\n"),
+        (
+            3,
+            2,
+            "err",
+            "parallel.tensor_model_parallel_size: 3 does not divide num_attention_heads 4; possible: 1, 2, 4\n",
+        ),
+    ],
+)
+def test_verify_takes_any_number_of_ranks_that_can_split_the_model(ranks, status, file, line, verify, tmp_path):
+    jobs = start_job(ranks, TOOL, *verify, cwd=tmp_path)
+    jobs[0].join(LIMIT)
+    assert jobs[0].exitcode == status, (tmp_path / "rank0.err").read_text()
+    end_job(jobs)
+    assert (tmp_path / f"rank0.{file}").read_text().endswith(line)
+
+
+@pytest.mark.full
+def test_torchrun_verifies(verify, tmp_path):
+    done = torchrun(2, TOOL, *verify, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("verdict: the same model\n")
-    done = torchrun(3, *command, cwd=tmp_path)
-    assert done.returncode != 0
-    wanted = "parallel.tensor_model_parallel_size: 3 does not divide num_attention_heads 4; possible: 1, 2, 4"
-    assert wanted in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -213,7 +240,7 @@ def test_the_tool_refuses_in_one_line(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW = """
+SLOW = f"""
 import runpy, sys, time
 from megatron_cca.checkpoint.huggingface import source, target
 
@@ -223,36 +250,39 @@ def slow(self, name, start, stop):
         time.sleep(60)
     return original(self, name, start, stop)
 
-cls = source.HuggingFaceCheckpoint if sys.argv[2] == "import" else target.MegatronCheckpoint
+cls = source.HuggingFaceCheckpoint if sys.argv[1] == "import" else target.MegatronCheckpoint
 original, cls.read = cls.read, slow
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path({str(TOOL)!r}, run_name="__main__")
 """
 
 
-def stopped_midway(verb, start, output, sign):
+def stopped_midway(verb, start, output, sign, folder):
     """What the tool prints and how it ends when a signal reaches it in the middle."""
-    options = ["--hf" if verb == "import" else "--checkpoint", str(start), "--output", str(output)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SLOW, TOOL, verb, *options], env=environment(), **pipes) as process:
-        assert process.stdout.readline() == "midway\n"
-        process.send_signal(sign)
-        told = process.communicate(timeout=30)[1]
-    return process.returncode, told
+    options = ["--hf" if verb == "import" else "--checkpoint", start, "--output", output]
+    (folder / "slow.py").write_text(SLOW)
+    job = start_tool(folder / "slow.py", verb, *options, cwd=folder, log=folder / "log")
+    said, deadline = folder / "log.out", time.monotonic() + LIMIT
+    while not said.exists() or said.read_text() != "midway\n":
+        assert job.is_alive() and time.monotonic() < deadline, (folder / "log.err").read_text()
+        time.sleep(0.01)
+    os.kill(job.pid, sign)
+    (status,) = ended([job], 30)
+    return status, (folder / "log.err").read_text()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_an_interrupted_conversion_says_so_and_leaves_nothing(verb, sign, imported, tmp_path):
-    status, told = stopped_midway(verb, imported[verb == "export"], tmp_path / "output", sign)
+    (tmp_path / "job").mkdir()
+    status, told = stopped_midway(verb, imported[verb == "export"], tmp_path / "output", sign, tmp_path / "job")
     assert (status, told) == (130, "megatron_cca: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])
 def test_a_killed_conversion_does_not_look_whole_and_can_be_repeated(verb, imported, tmp_path):
     start, output = imported[verb == "export"], tmp_path / "output"
-    assert stopped_midway(verb, start, output, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stopped_midway(verb, start, output, signal.SIGKILL, tmp_path)[0] == -signal.SIGKILL
     assert any(path.stat().st_size > 10_000 for path in output.rglob("*") if path.is_file())
     assert not (output / "config.json").exists()
     with pytest.raises(UserError):

@@ -7,15 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from tests.distributed.launch import ROOT, environment, torchrun
+from tests.distributed.launch import SCRIPT, ended, environment, run_tool, start_job, torchrun, typed
 
-SCRIPT = str(ROOT / "examples" / "pretrain_cca_emu3.sh")
 KEYS = {
     *("step", "loss", "positive_log_ratio", "negative_log_ratio", "margin", "accuracy", "grad_norm", "learning_rate"),
     *("samples_per_second", "tokens_per_second"),
@@ -34,12 +32,6 @@ def arguments(data, **settings):
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     return [argument for key, value in short.items() for argument in ("--set", f"{key}={value}")]
-
-
-def plain(*command, cwd, timeout=120):
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
-    )
 
 
 def rows(folder):
@@ -61,16 +53,17 @@ def test_torchrun_trains_logs_saves_and_continues(digit_shards, tmp_path):
     assert (run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     assert not list((run / "checkpoints").glob(".iter*"))
 
-    again = torchrun(1, SCRIPT, *arguments(digit_shards), cwd=tmp_path)
+    again = run_tool(SCRIPT, *arguments(digit_shards), cwd=tmp_path)
     assert (again.returncode, "already at step 3" in again.stdout) == (0, True)
 
     longer = arguments(digit_shards, training__train_iters=5, training__micro_batch_size=2)
-    resumed = torchrun(1, SCRIPT, *longer, cwd=tmp_path)
+    resumed = run_tool(SCRIPT, *longer, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "continuing at step 3" in resumed.stdout
     assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.full
 def test_bash_takes_a_config_file(digit_shards, tmp_path):
     (tmp_path / "my.yaml").write_text(
         yaml.safe_dump(
@@ -82,7 +75,7 @@ def test_bash_takes_a_config_file(digit_shards, tmp_path):
             }
         )
     )
-    done = plain("bash", SCRIPT, "--config", "my.yaml", "--device", "cpu", cwd=tmp_path)
+    done = typed("bash", SCRIPT, "--config", "my.yaml", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     logged = rows(tmp_path / "mine")
     assert len(logged) == 2
@@ -100,13 +93,16 @@ def test_the_default_pretrains_its_base_once(digit_shards, tmp_path):
             "training": {**short, **extra, "output_dir": name},
         }
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    program = "from pathlib import Path\nfrom megatron_cca.training.main import main\n"
-    program += "main(Path('cca.yaml'), Path('base.yaml'), ['--device', 'cpu'])"
-    first = plain(sys.executable, "-c", program, cwd=tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pathlib import Path\nfrom megatron_cca.training import main as training\n"
+        "def main(argv):\n    training.main(Path('cca.yaml'), Path('base.yaml'), argv)\n"
+    )
+    first = run_tool(program, "--device", "cpu", cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "next_token: emu3-tiny" in first.stdout
     assert len(rows(tmp_path / "base")) == len(rows(tmp_path / "cca")) == 2
-    second = plain(sys.executable, "-c", program, cwd=tmp_path)
+    second = run_tool(program, "--device", "cpu", cwd=tmp_path)
     assert "next_token" not in second.stdout
 
 
@@ -120,25 +116,34 @@ def test_the_default_pretrains_its_base_once(digit_shards, tmp_path):
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(settings, line, digit_shards, tmp_path):
-    done = plain("bash", SCRIPT, *arguments(digit_shards, **settings), cwd=tmp_path)
+    assert_refused(run_tool(SCRIPT, *arguments(digit_shards, **settings), cwd=tmp_path), line, tmp_path)
+
+
+def assert_refused(done, line, folder):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"megatron_cca: error: {line}")
     assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+def test_bash_hands_a_refusal_on(digit_shards, tmp_path):
+    done = typed("bash", SCRIPT, *arguments(digit_shards, training__train_iter=3), cwd=tmp_path)
+    assert_refused(done, "training.train_iter: unknown key; did you mean training.train_iters?", tmp_path)
 
 
 def test_a_blend_with_validation_runs_on_two_ranks(digit_shards, tmp_path):
     blend = f"{{{digit_shards}: 0.5, {tmp_path}/more: 0.5}}"
     shutil.copytree(digit_shards, tmp_path / "more")
     options = {"validation__interval": 2, "validation__fraction": 0.05, "validation__iters": 1}
-    done = torchrun(2, SCRIPT, *arguments(blend, **options), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = start_job(2, SCRIPT, *arguments(blend, **options), cwd=tmp_path)
+    assert ended(jobs) == [0, 0], (tmp_path / "rank0.err").read_text()
     logged = rows(tmp_path / "run")
     assert ["validation_loss" in row for row in logged] == [(row["step"] + 1) % 2 == 0 for row in logged]
     assert all(0 <= row["data_wait"] <= 1 for row in logged)
 
 
+@pytest.mark.full
 def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):
     done = torchrun(2, SCRIPT, *arguments(digit_shards, parallel__pipeline_model_parallel_size=4), cwd=tmp_path)
     line = "parallel.tensor_model_parallel_size 1 x parallel.pipeline_model_parallel_size 4 does not divide the 2 proc"
@@ -148,21 +153,23 @@ def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):
 
 
 def test_help_names_every_option(tmp_path):
-    done = plain(sys.executable, SCRIPT, "--help", cwd=tmp_path)
+    done = run_tool(SCRIPT, "--help", cwd=tmp_path)
     assert done.returncode == 0
     for option in ("--config", "--set", "--device"):
         assert option in done.stdout
 
 
+@pytest.mark.full
 def test_a_killed_rank_ends_the_job_within_a_minute(digit_shards, tmp_path):
     endless = arguments(digit_shards, training__train_iters=100000, parallel__tensor_model_parallel_size=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *endless]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    command += endless
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
         try:
             metrics = tmp_path / "run" / "metrics.jsonl"
             _wait(lambda: metrics.exists() and metrics.stat().st_size > 0, 120)
-            ranks = [child for child in psutil.Process(job.pid).children() if SCRIPT in " ".join(child.cmdline())]
+            ranks = [child for child in psutil.Process(job.pid).children() if str(SCRIPT) in " ".join(child.cmdline())]
             assert len(ranks) == 2
             os.kill(ranks[1].pid, signal.SIGKILL)
             assert job.wait(timeout=60) != 0
@@ -191,6 +198,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_error_in_sight(tmp_path):
     assert "the disk of rank 1 is on fire" in root_cause
 
 
+@pytest.mark.full
 def test_a_damaged_sample_ends_the_job_on_the_ranks_that_did_not_read_it(digit_shards, tmp_path):
     shards = shutil.copytree(digit_shards, tmp_path / "shards")
     content = bytearray((shards / "codes.bin").read_bytes())
@@ -213,4 +221,4 @@ def _wait(condition, seconds):
 
 def test_the_script_is_valid_bash_and_python():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
-    compile(Path(SCRIPT).read_text(), SCRIPT, "exec")
+    compile(SCRIPT.read_text(), SCRIPT, "exec")

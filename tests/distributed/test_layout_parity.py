@@ -1,6 +1,6 @@
-"""The same 20 steps under every layout, and against an independent plain-PyTorch trainer.
+"""The same 20 steps (3 in ``make test``) under every layout, and against an independent plain-PyTorch trainer.
 
-fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm, at every one of the 20 steps.
+fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm, at every step.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import run_workers
 from tests.references import emu3
 
-STEPS = 20
+STEPS = [3, pytest.param(20, marks=pytest.mark.full)]
 LOSS_RTOL, NORM_RTOL = 1e-5, 1e-4
 SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.num_query_groups=2"]
 CCA = [
@@ -76,12 +76,17 @@ BY_RANKS = {
 LAYOUTS = [name for layouts in BY_RANKS.values() for name in layouts]
 
 
+@pytest.fixture(scope="module", params=STEPS, ids=lambda steps: f"{steps} steps")
+def steps(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def cca_traces(digit_shards, tmp_path_factory):
+def cca_traces(steps, digit_shards, tmp_path_factory):
     common = [*CCA, f"data.path={digit_shards}"]
     answers = {}
     for ranks, layouts in BY_RANKS.items():
-        settings = {"common": common, "layouts": layouts, "steps": STEPS}
+        settings = {"common": common, "layouts": layouts, "steps": steps}
         answers |= run_workers(ranks, "traces", settings, tmp_path_factory.mktemp(f"ranks{ranks}"))
     return answers
 
@@ -91,9 +96,9 @@ def column(trace, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_trace(cca_traces, layout):
+def test_every_layout_gives_the_same_trace(cca_traces, steps, layout):
     expected, found = cca_traces["one process"], cca_traces[layout]
-    assert len(found) == STEPS
+    assert len(found) == steps
     torch.testing.assert_close(column(found, "loss"), column(expected, "loss"), rtol=LOSS_RTOL, atol=0)
     torch.testing.assert_close(column(found, "grad_norm"), column(expected, "grad_norm"), rtol=NORM_RTOL, atol=0)
     for name in ("positive_log_ratio", "negative_log_ratio", "margin"):
@@ -107,13 +112,13 @@ def test_the_log_ratio_of_step_0_is_exactly_0(cca_traces, layout):
     assert cca_traces[layout][1]["worst"] > 0.0
 
 
-def test_the_trace_equals_an_independent_trainer(cca_traces, digit_shards, initial_weights):
+def test_the_trace_equals_an_independent_trainer(cca_traces, steps, digit_shards, initial_weights):
     config, architecture, weights = initial_weights
     whole = load_config(None, [*CCA, f"data.path={digit_shards}", "training.micro_batch_size=8"])
     batches = training_batches(whole, open_data(whole), with_pairs=True)
     trace = emu3.train(
         weights,
-        [batches.build(step, 0, 1).microbatches[0] for step in range(STEPS)],
+        [batches.build(step, 0, 1).microbatches[0] for step in range(steps)],
         architecture,
         beta=config.objective.beta,
         weight=config.objective.negative_weight,
@@ -144,9 +149,9 @@ def initial_weights():
 
 def test_next_token_pretraining_agrees_too(digit_shards, tmp_path):
     common = [*CCA, "objective.name=next_token", f"data.path={digit_shards}"]
-    one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": 5}, tmp_path)["a"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": 3}, tmp_path)["a"]
     layouts = {"PP 2": PP2, "CP 2": CP2, "PP 2 x VPP 2": VPP2}
-    for two in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 5}, tmp_path).values():
+    for two in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 3}, tmp_path).values():
         torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
         torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
     assert one[-1]["loss"] < one[0]["loss"]
@@ -157,25 +162,32 @@ def test_reference_and_policy_use_the_same_chunk_size(digit_shards, tmp_path):
     assert run_workers(1, "head_chunk_sizes", {"overrides": overrides}, tmp_path) == [7, 7]
 
 
+# One of each kind; the others are for `make test-full`.
+IN_BF16 = {
+    1: ["one process", "selective recompute of the MLP, too"],
+    2: ["TP 2 + SP", "DP 2, overlapped", "PP 2 x VPP 2, micro batch 1", "CP 2"],
+    4: ["TP 2 + SP x PP 2 x VPP 2", "PP 2 x CP 2"],
+}
+
+
 @pytest.mark.parametrize("ranks", BY_RANKS)
-def test_bfloat16_starts_at_exactly_0_and_follows_fp32(ranks, digit_shards, tmp_path, cca_traces):
-    settings = {
-        "common": [*CCA, f"data.path={digit_shards}", "training.precision=bf16"],
-        "layouts": BY_RANKS[ranks],
-        "steps": 5,
-    }
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "every layout"])
+def test_bfloat16_starts_at_exactly_0_and_follows_fp32(ranks, every, digit_shards, tmp_path):
+    own = BY_RANKS[ranks] if every else {name: BY_RANKS[ranks][name] for name in IN_BF16[ranks]}
+    common = [*CCA, f"data.path={digit_shards}"]
+    settings = {"common": [*common, "training.precision=bf16"], "layouts": own, "steps": 3}
+    fp32 = run_workers(1, "traces", {"common": common, "layouts": {"fp32": []}, "steps": 3}, tmp_path)["fp32"]
     for layout, trace in run_workers(ranks, "traces", settings, tmp_path).items():
         assert trace[0]["worst"] == 0.0, layout
-        expected = column(cca_traces["one process"][:5], "loss")
-        torch.testing.assert_close(column(trace, "loss"), expected, rtol=0.05, atol=0)
+        torch.testing.assert_close(column(trace, "loss"), column(fp32, "loss"), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("name", ["dpo", "unlearning"])
 def test_the_ablations_train_on_every_kind_of_layout(name, digit_shards, tmp_path):
     common = [*CCA, f"objective.name={name}", f"data.path={digit_shards}"]
-    one = run_workers(1, "traces", {"common": common, "layouts": {"one": []}, "steps": 5}, tmp_path)["one"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"one": []}, "steps": 3}, tmp_path)["one"]
     layouts = {"TP 2": TP2, "PP 2 x VPP 2": VPP2, "CP 2": CP2}
-    for trace in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 5}, tmp_path).values():
+    for trace in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 3}, tmp_path).values():
         torch.testing.assert_close(column(trace, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=1e-6)
         torch.testing.assert_close(column(trace, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
         assert trace[0]["worst"] == 0.0

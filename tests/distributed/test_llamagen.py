@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed.launch import run_workers
+from tests.selection import Computed, mostly_full
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
@@ -30,6 +31,27 @@ def answers(worker, cases, tmp_path_factory, **common):
     return found
 
 
+def by_model(worker, cases, tmp_path_factory, **common):
+    """By case: its answer; those of a model are computed together."""
+
+    def compute(case):
+        own = {
+            ranks: {name: it for name, it in them.items() if same_model(name, case)} for ranks, them in cases.items()
+        }
+        return answers(worker, own, tmp_path_factory, **common)
+
+    return Computed(compute)
+
+
+def same_model(case, other):
+    return case.partition(",")[0] == other.partition(",")[0]
+
+
+def names(cases):
+    """Of all cases; of those for ``make test`` the model is the one with odd heads."""
+    return mostly_full([name for own in cases.values() for name in own], lambda case: same_model(case, "odd"))
+
+
 LOGITS = {
     ranks: {
         f"{model}, {layout}{', filled up' * (length > 16)}": {"overrides": [*keys, *overrides], "length": length}
@@ -43,10 +65,10 @@ LOGITS = {
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory):
-    return answers("whole_logits", LOGITS, tmp_path_factory)
+    return by_model("whole_logits", LOGITS, tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", [name for cases in LOGITS.values() for name in cases])
+@pytest.mark.parametrize("case", names(LOGITS))
 def test_logits_are_the_plain_models(logits, case):
     difference, largest = logits[case]
     assert largest > 0.5
@@ -67,10 +89,10 @@ CACHED = {
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    return answers("cached_logits", CACHED, tmp_path_factory)
+    return by_model("cached_logits", CACHED, tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", [name for cases in CACHED.values() for name in cases])
+@pytest.mark.parametrize("case", names(CACHED))
 def test_logits_while_drawing_are_the_plain_models(cached, case):
     difference, largest = cached[case]
     assert largest > 0.5
@@ -98,10 +120,10 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return answers("cca_steps", STEPS, tmp_path_factory, common=STEP)
+    return by_model("cca_steps", STEPS, tmp_path_factory, common=STEP)
 
 
-@pytest.mark.parametrize("case", [name for cases in STEPS.values() for name in cases])
+@pytest.mark.parametrize("case", names(STEPS))
 def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     loss, gradient, where, margin = steps[case]
     assert abs(margin) > 0.1

@@ -5,6 +5,7 @@ import torch
 
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, VPP2, column
+from tests.selection import Computed, mostly_full
 
 STEPS = 2
 REDUCE = ["optimizer.overlap_grad_reduce=true"]
@@ -68,18 +69,31 @@ def common(digit_shards):
 
 @pytest.fixture(scope="module")
 def saved(common, tmp_path_factory):
-    found = {}
-    for ranks, layouts in SAVED.items():
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        settings = {"common": common, "layouts": runs_of(layouts), "steps": STEPS, "folder": str(folder)}
-        found[ranks] = run_workers(ranks, "interrupted", settings, folder)
-    return found
+    """By ranks and layout: the plain run and its variants."""
+
+    def run(case):
+        ranks, layout = case
+        folder = tmp_path_factory.mktemp("saved")
+        layouts = runs_of({layout: SAVED[ranks][layout]})
+        settings = {"common": common, "layouts": layouts, "steps": STEPS, "folder": str(folder)}
+        return {case: run_workers(ranks, "interrupted", settings, folder)}
+
+    return Computed(run)
 
 
 @pytest.fixture(scope="module")
 def pipelines(common, tmp_path_factory):
-    settings = {"common": common, "layouts": runs_of(PIPELINES), "steps": 2 * STEPS}
-    return run_workers(2, "traces", settings, tmp_path_factory.mktemp("pipelines"))
+    """By layout: the plain run and its variants."""
+
+    def run(layout):
+        settings = {"common": common, "layouts": runs_of({layout: PIPELINES[layout]}), "steps": 2 * STEPS}
+        return {layout: run_workers(2, "traces", settings, tmp_path_factory.mktemp("pipelines"))}
+
+    return Computed(run)
+
+
+def in_make_test(case):
+    return case[:2] in [(2, "DP"), (4, "VPP x DP"), (2, "VPP")]
 
 
 def assert_equal(found, plain):
@@ -88,36 +102,39 @@ def assert_equal(found, plain):
     assert found[0]["worst"] == 0.0
 
 
-@pytest.mark.parametrize(("ranks", "layout", "variant"), SAVED_CASES)
+@pytest.mark.parametrize(("ranks", "layout", "variant"), mostly_full(SAVED_CASES, in_make_test))
 def test_the_numbers_are_the_plain_run_s(saved, ranks, layout, variant):
-    found, plain = saved[ranks][f"{layout} {variant}"], saved[ranks][layout]
+    found, plain = saved[ranks, layout][f"{layout} {variant}"], saved[ranks, layout][layout]
     assert_equal(found["steps"], plain["steps"])
     assert found["validation"]["loss"] == pytest.approx(plain["validation"]["loss"], rel=LOSS_RTOL)
 
 
-@pytest.mark.parametrize(("ranks", "layout", "variant"), SAVED_CASES)
+@pytest.mark.parametrize(("ranks", "layout", "variant"), mostly_full(SAVED_CASES, in_make_test))
 def test_a_save_holds_the_last_update(saved, ranks, layout, variant):
-    found = saved[ranks][f"{layout} {variant}"]
+    found = saved[ranks, layout][f"{layout} {variant}"]
     assert found["stale"] == 0
     assert found["resumed"] == found["steps"][STEPS:]
 
 
-@pytest.mark.parametrize(("ranks", "layout", "variant"), [case for case in SAVED_CASES if "gathered" in case[2]])
+@pytest.mark.parametrize(
+    ("ranks", "layout", "variant"), mostly_full([case for case in SAVED_CASES if "gathered" in case[2]], in_make_test)
+)
 def test_no_weight_is_used_before_it_has_arrived(saved, ranks, layout, variant):
-    found = saved[ranks][f"{layout} {variant}"]
+    found = saved[ranks, layout][f"{layout} {variant}"]
     assert found["late"] == 0
     # Interleaved, all chunks but the first are one bucket each.
     assert found["buckets"] > 3
 
 
-@pytest.mark.parametrize(("_ranks", "layout", "variant"), PIPELINE_CASES)
+@pytest.mark.parametrize(("_ranks", "layout", "variant"), mostly_full(PIPELINE_CASES, in_make_test))
 def test_how_stages_hand_on_changes_no_number(pipelines, _ranks, layout, variant):
-    assert pipelines[f"{layout} {variant}"] == pipelines[layout]
-    assert_equal(pipelines[f"{layout} {variant}"], pipelines[layout])
+    assert pipelines[layout][f"{layout} {variant}"] == pipelines[layout][layout]
+    assert_equal(pipelines[layout][f"{layout} {variant}"], pipelines[layout][layout])
 
 
+@pytest.mark.full
 def test_what_several_instances_have_saved_continues_anywhere(saved, common, tmp_path):
-    found = saved[4]["DP two instances, gathered"]
+    found = saved[4, "DP"]["DP two instances, gathered"]
     settings = {"overrides": [*common, f"training.output_dir={found['folder']}"], "steps": STEPS}
     rows = run_workers(1, "resume", settings, tmp_path)["rows"]
     torch.testing.assert_close(column(rows, "loss"), column(found["steps"][STEPS:], "loss"), rtol=LOSS_RTOL, atol=0)

@@ -72,3 +72,13 @@ def test_dropout_resumes_exactly(digit_shards, tmp_path):
     run("PP 2", tmp_path / "cut", BEFORE, digit_shards, *extra, save=True)
     rest = run("PP 2", tmp_path / "cut", 2, digit_shards, *extra)["rows"]
     assert [row["loss"] for row in rest] == [row["loss"] for row in whole[BEFORE:]]
+
+
+def test_a_run_that_has_ended_leaves_nothing_in_its_process(digit_shards, tmp_path):
+    """Neither weights nor the thread that reads ahead: the base before the default run, and a study's, must be gone."""
+    overrides = [*CCA, f"data.path={digit_shards}", "training.train_iters=2", "logging.tensorboard=false"]
+    overrides.append(f"training.output_dir={tmp_path}/run")
+    found = run_workers(1, "forgotten_runs", {"overrides": overrides}, tmp_path)
+    assert {precision: models for precision, (models, _) in found.items()} == {"fp32": 0, "bf16": 0}
+    # Those of a pool or two that stays; DALI's alone are four.
+    assert all(threads < 4 for _, threads in found.values()), found

@@ -33,19 +33,19 @@ def test_neither_batch_size_nor_layout_changes_the_images(checkpoint, one_proces
     assert four == dict.fromkeys(four, one_process)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"guidance_scale": 0.0},
-        {"guidance_scale": 0.0, "contrastive_top_k": 8},
-        {"temperature": 0.5},
-        {"temperature": 0.0},
-        {"top_k": 3},
-        {"top_p": 0.3},
-    ],
-)
-def test_every_setting_changes_them(options, checkpoint, one_process, tmp_path):
-    assert drawn(1, checkpoint, tmp_path, {"one": []}, **options)["one"] != one_process
+SETTINGS = {
+    "no guidance": {"guidance_scale": 0.0},
+    "contrastive decoding": {"guidance_scale": 0.0, "contrastive_top_k": 8},
+    "temperature 0.5": {"temperature": 0.5},
+    "temperature 0": {"temperature": 0.0},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.3},
+}
+
+
+def test_every_setting_changes_them(checkpoint, one_process, tmp_path):
+    found = {name: drawn(1, checkpoint, tmp_path, {"one": []}, **own)["one"] for name, own in SETTINGS.items()}
+    assert [name for name, images in found.items() if images == one_process] == []
 
 
 def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
@@ -96,7 +96,7 @@ CODEBOOK, GRID, COUNT = 5, (1, 3), 20_000
 @pytest.mark.parametrize(
     ("options", "passes"),
     [
-        ({}, 1),
+        pytest.param({}, 1, marks=pytest.mark.full),
         ({"guidance_scale": 1.5}, 2),
         ({"contrastive_top_k": 2, "contrastive_alpha": 0.7}, 2),
         ({"temperature": 3.0, "top_k": 4, "top_p": 0.9}, 1),

@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 
 from megatron_cca.scaling.spans import Span, merged, shortest, waiting
-from tests.distributed.launch import LIMIT, ROOT, environment, run_workers
+from tests.distributed.launch import LIMIT, ROOT, environment, run_tool, run_workers
 
-TOOL = str(ROOT / "examples" / "scaling" / "run.py")
+TOOL = ROOT / "examples" / "scaling" / "run.py"
+ARGUMENTS = ["--sweep", "sweep.yaml", "--output", "out", "--device", "cpu"]
 LATE = 1.0
 SWEEP = {
     "name": "tiny",
@@ -32,10 +33,6 @@ SWEEP = {
 }
 
 
-def command(*arguments):
-    return [sys.executable, TOOL, "--sweep", "sweep.yaml", "--output", "out", "--device", "cpu", *arguments]
-
-
 def children_of(process):
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -47,11 +44,12 @@ def wait_for(condition, seconds=200):
     assert condition()
 
 
+@pytest.mark.full
 def test_a_sweep_that_is_interrupted_goes_on(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"training": {"micro_batch_size": 2}}))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     options = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command(), text=True, **options) as sweep:
+    with subprocess.Popen([sys.executable, TOOL, *ARGUMENTS], text=True, **options) as sweep:
         points = tmp_path / "out" / "points"
         # In the middle of the second.
         wait_for(lambda: len(list((tmp_path / "out" / "logs").glob("*.log"))) == 2)
@@ -63,7 +61,7 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path):
     assert not psutil.wait_procs(started, timeout=10)[1]
     (first,) = points.iterdir()
     before = first.stat().st_mtime_ns
-    done = subprocess.run(command(), text=True, timeout=LIMIT, check=False, **options)
+    done = subprocess.run([sys.executable, TOOL, *ARGUMENTS], text=True, timeout=LIMIT, check=False, **options)
     assert done.returncode == 0 and "Traceback" not in done.stdout, done.stdout
     assert first.stat().st_mtime_ns == before
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -81,12 +79,12 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path):
     assert not list((tmp_path / "out").rglob(".*"))
 
 
+@pytest.mark.full
 def test_a_point_that_training_refuses_does_not_end_the_sweep(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"training": {"micro_batch_size": 5}}))
     changes = {"layouts": [{}], "world_sizes": [1], "samples_per_gpu": 8}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}))
-    options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command(), timeout=LIMIT, **options)
+    done = run_tool(TOOL, *ARGUMENTS, cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert "weak-1-dp: failed: training.global_batch_size: 8 is not a multiple" in done.stdout
     assert "is not a multiple" in (tmp_path / "out" / "table.md").read_text()

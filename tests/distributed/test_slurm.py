@@ -34,6 +34,7 @@ def requeued(folder):
     return log.read_text() if log.exists() else ""
 
 
+@pytest.mark.full
 def test_a_job_that_is_asked_to_go_saves_is_requeued_and_continues(variables, digit_shards, tmp_path):
     command = ["bash", str(JOB), *options(digit_shards, tmp_path, **{"training.save_interval": 2})]
     slow = [*command, "--set", "training.train_iters=10000"]

@@ -201,6 +201,7 @@ def test_help_names_every_option(cluster):
         assert f"  {option} " in done.stdout
 
 
+@pytest.mark.full
 def test_two_machines_train(cluster, digit_shards, tmp_path):
     """The real thing; quotes and spaces in arguments arrive as they are."""
     (tmp_path / "hosts").write_text("localhost 1\n127.0.0.1 1\n")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.distributed.launch import LIMIT, ROOT, environment, torchrun
+from tests.distributed.launch import ROOT, environment, run_tool, torchrun
 
 TOOL = str(ROOT / "tools" / "study.py")
 LR = "optimizer.lr"
@@ -49,20 +49,12 @@ def written(folder, shards, **changes):
     return folder
 
 
-def command(folder, *arguments, output="out"):
-    return [sys.executable, TOOL, "--study", "study.yaml", "--output", output, "--device", "cpu", *arguments]
+def words(*arguments, output="out"):
+    return ["--study", "study.yaml", "--output", output, "--device", "cpu", *arguments]
 
 
 def run_study(folder, *arguments, output="out"):
-    return subprocess.run(
-        command(folder, *arguments, output=output),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
+    return run_tool(TOOL, *words(*arguments, output=output), cwd=folder)
 
 
 def studied(folder, *arguments, output="out"):
@@ -125,11 +117,12 @@ def test_only_what_is_missing_is_done_again(alone):
     assert studied(folder).splitlines()[0].startswith("wrote ")
 
 
+@pytest.mark.full
 def test_a_killed_study_goes_on_with_workers(alone, digit_shards, tmp_path):
     """Killed without a chance to tidy up: its workers leave by themselves, and the rest is done by the next one."""
     folder = written(tmp_path / "killed", digit_shards)
     program = subprocess.Popen(
-        command(folder, "--workers", "2"),
+        [sys.executable, TOOL, *words("--workers", "2")],
         cwd=folder,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -149,10 +142,11 @@ def test_a_killed_study_goes_on_with_workers(alone, digit_shards, tmp_path):
     assert worst_difference(results(folder), results(alone[0])) < 1e-6
 
 
+@pytest.mark.full
 def test_torchrun_finds_the_same_on_two_ranks(alone, digit_shards, tmp_path):
     """Also of a run that ends in NaN: both ranks leave it at the same step and go on together."""
     folder = written(tmp_path / "two", digit_shards, set={"parallel.tensor_model_parallel_size": 2})
-    ended = torchrun(2, TOOL, *command(folder)[2:], cwd=folder)
+    ended = torchrun(2, TOOL, *words(), cwd=folder)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert {path.parent.name for path in result_files(folder)} == {path.parent.name for path in result_files(alone[0])}
     assert worst_difference(results(folder), results(alone[0])) < 1e-3

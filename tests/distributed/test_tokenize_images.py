@@ -3,17 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from megatron_cca.data.token_files import TOKEN_FILES
-from tests.distributed.launch import ROOT, environment, run_tool, torchrun
+from tests.distributed.launch import ROOT, ended, run_tool, start_job, start_tool, torchrun
 from tests.references.scans import write_scans
 
-TOOL = str(ROOT / "tools/tokenize_images.py")
+TOOL = ROOT / "tools" / "tokenize_images.py"
 NUMBER = 600
 
 
@@ -44,6 +42,14 @@ def whole(options, tmp_path_factory):
 
 
 def test_two_processes_make_the_same_shards(options, whole, tmp_path):
+    jobs = start_job(2, TOOL, *options, "--output", "shards", cwd=tmp_path)
+    assert ended(jobs) == [0, 0], (tmp_path / "rank0.err").read_text()
+    assert digests(tmp_path / "shards") == digests(whole)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("rank")] == ["shards"]
+
+
+@pytest.mark.full
+def test_torchrun_makes_the_same_shards(options, whole, tmp_path):
     done = torchrun(2, TOOL, *options, "--output", "shards", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "shards") == digests(whole)
@@ -53,18 +59,16 @@ def test_two_processes_make_the_same_shards(options, whole, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
     output = tmp_path / "shards"
-    command = [sys.executable, TOOL, *options, "--output", str(output), "--threads", "1"]
-    job = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    job = start_tool(TOOL, *options, "--output", output, "--threads", "1", cwd=tmp_path, log=tmp_path / "log")
     parts = output.with_name("shards.parts")
-    while len(list(parts.glob("0*"))) < 2 and job.poll() is None:
+    while len(list(parts.glob("0*"))) < 2 and job.is_alive():
         time.sleep(0.01)
     os.kill(job.pid, number)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == (-number if number == signal.SIGKILL else 130)
+    assert ended([job], 60) == [-number if number == signal.SIGKILL else 130]
     assert not output.exists()
     before = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*/part.json")}
     if number != signal.SIGKILL:
-        assert said.strip() == "megatron_cca: interrupted"
+        assert (tmp_path / "log.err").read_text().strip() == "megatron_cca: interrupted"
         assert list((parts).glob("rank*/*")) == []
     done = run_tool(TOOL, *options, "--output", str(output), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -73,6 +77,7 @@ def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
     assert not parts.exists()
 
 
+@pytest.mark.full
 def test_a_rank_that_meets_an_error_ends_all(options, tmp_path):
     done = torchrun(2, TOOL, *options, "--output", "shards", "--max-caption-tokens", "1", cwd=tmp_path)
     assert done.returncode != 0

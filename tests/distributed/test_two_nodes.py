@@ -5,14 +5,15 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.distributed.launch import ROOT, end_job, environment, start_job
-from tests.distributed.test_faults import SCRIPT, TP2, arguments, ended, events, injected, losses, stderr
+from tests.distributed.launch import ROOT, SCRIPT, ended, environment, start_job
+from tests.distributed.test_faults import TP2, arguments, events, injected, losses, stderr
 from tests.references.two_nodes import namespaces_allowed, two_nodes
+
+pytestmark = pytest.mark.full
 
 AGENT = ROOT / "examples" / "cluster" / "agent.py"
 # Five programs import Megatron-Core at once; how long that takes depends on the machine.
@@ -82,11 +83,8 @@ def outcome(started, cwd, seconds=400):
 def on_one_machine(digit_shards, tmp_path_factory):
     """The losses of two ranks on one machine, uninterrupted."""
     folder = tmp_path_factory.mktemp("one_machine")
-    jobs = start_job(2, Path(SCRIPT), *arguments(digit_shards, **TP2), cwd=folder)
-    try:
-        assert ended(jobs, 400) == [0, 0], stderr(folder, 0)
-    finally:
-        end_job(jobs)
+    jobs = start_job(2, SCRIPT, *arguments(digit_shards, **TP2), cwd=folder)
+    assert ended(jobs) == [0, 0], stderr(folder, 0)
     return losses(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cca.config_files import load_config
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.planner.calibration import DEFAULT
 from megatron_cca.planner.dry_run import counted_step, dry_run
 from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
+from megatron_cca.planner.hardware import GPUS, Cluster
 from megatron_cca.planner.observer import Observer
+from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import Workload
 from megatron_cca.scaling.collective_timer import timed_collectives
 
@@ -122,6 +125,28 @@ def dry_runs(settings):
     found = [_dry_run(job) for job in settings["jobs"]]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return found
+
+
+def planned_and_sent_bytes(settings):
+    """By case: the bytes over a link that the time model has a rank wait for, and those that a dry run sends."""
+    dist.destroy_process_group()
+    # A byte takes a second.
+    gpu = replace(GPUS["h100-80gb"], nvlink_bandwidth=1.0, network_bandwidth=1.0)
+    exact = replace(DEFAULT, nvlink_efficiency=1.0, network_efficiency=1.0, collective_latency_seconds=0.0)
+    workload, found = Workload(128, 96), {}
+    for name, (overrides, part, groups) in settings["cases"].items():
+        config = load_config(None, overrides)
+        sent = dry_run(config, 2, 1, workload, like_gpu=False).traffic
+        step = predict_step(config, Cluster(gpu, 2, 8), workload, exact)
+        found[name] = [getattr(step, part), sum(_over_a_link(one) for one in sent if one.group in groups)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return found
+
+
+def _over_a_link(traffic):
+    """Bytes in one direction between two ranks: half of a gather or scatter, all of a sum or of what is received."""
+    weight = {"all_gather": 0.5, "reduce_scatter": 0.5, "all_reduce": 1.0, "recv": 1.0, "send": 1.0}
+    return weight[traffic.operation] * traffic.num_bytes
 
 
 def _dry_run(job):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
 
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.integrity import newest_whole
@@ -22,6 +24,7 @@ from megatron_cca.models import gpt, lora
 from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
+from megatron_cca.training.loop import train
 from megatron_cca.training.saves import begin_save
 from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step, validate
@@ -139,6 +142,24 @@ def resume(settings):
     if settings.get("save"):
         _save(run)
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
+
+
+def forgotten_runs(settings):
+    """By precision, after a whole run in this process: the models under training that are left, and the threads."""
+    answers = {}
+    for precision in ("fp32", "bf16"):
+        config = load_config(None, [*settings["overrides"], f"training.precision={precision}"])
+        split_anew(config)
+        threads = _threads()
+        train(config, open_data(config))
+        gc.collect()
+        models = sum(isinstance(found, DistributedDataParallel) for found in gc.get_objects())
+        answers[precision] = [models, _threads() - threads]
+    return answers
+
+
+def _threads():
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _save(run):
@@ -377,14 +398,15 @@ def _digest_of_state(run):
 
 
 def saved_while_training(settings):
-    """Save at step 2 in the background with a slow disk, train on meanwhile; returns where it is and the last loss."""
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    """Begin to save at step 2 onto a disk that writes only once all other steps are taken; what became of the save."""
+    write, may_write = filesystem_async.FileSystemWriterAsync.write_preloaded_data, Path(settings["may_write"])
 
-    def slowly(*arguments, **options):
-        time.sleep(settings["seconds"])
+    def once_it_may(*arguments, **options):
+        while not may_write.exists():
+            time.sleep(0.01)
         return write(*arguments, **options)
 
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(once_it_may)
     run = _start(settings["overrides"])
     for _ in range(2):
         train_step(run)
@@ -394,6 +416,8 @@ def saved_while_training(settings):
         train_step(run)
         polled += run.saver.poll()
     writing = run.saver.is_writing
+    dist.barrier()
+    may_write.touch()
     ended += polled + run.saver.finish()
     filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
     return {"writing": writing, "problems": [saved.problem for saved in ended], "iteration": run.iteration}

@@ -28,7 +28,6 @@ SUBCOMMANDS = {
     "plan.py": ("search", "dry-run", "calibrate"),
     "tokenize_images.py": ("run", "inspect"),
 }
-BY_NAME = {"ids": lambda path: path.name}
 
 
 def hook(name):
@@ -126,9 +125,9 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("message", MESSAGES)
-def test_quoted_messages_are_printed_by_the_code(message):
-    assert occurs(message)
+def test_quoted_messages_are_printed_by_the_code():
+    missing = [message for message in MESSAGES if not occurs(message)]
+    assert not missing, "\n".join(missing)
 
 
 def test_a_message_that_nobody_prints_is_found():
@@ -182,15 +181,23 @@ def test_options_that_are_shown_exist():
 NO_KEYS = {"py", "md", "json", "jsonl", "yaml", "train_iter"}
 
 
-@pytest.mark.parametrize("page", FRONT, **BY_NAME)
-def test_keys_that_are_named_exist(page):
-    text = page.read_text()
-    for section, key in re.findall(rf"\b({'|'.join(SECTIONS)})\.([a-z]\w+)(?=[`=: ])", text):
-        if key not in NO_KEYS:
-            assert key in {field.name for field in fields(SECTIONS[section]())}, f"{section}.{key}"
+def test_keys_that_are_named_exist():
+    known = {section: {field.name for field in fields(default())} for section, default in SECTIONS.items()}
+    missing = [
+        f"{page.name}: {section}.{key}"
+        for page in FRONT
+        for section, key in re.findall(rf"\b({'|'.join(SECTIONS)})\.([a-z]\w+)(?=[`=: ])", page.read_text())
+        if key not in NO_KEYS and key not in known[section]
+    ]
+    assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("page", PAGES, **BY_NAME)
-def test_files_that_are_named_exist(page):
-    for name in re.findall(r"`((?:tools|tests|benchmarks|examples|docker|megatron_cca)/[\w./-]+)`", page.read_text()):
-        assert (ROOT / name).exists(), name
+def test_files_that_are_named_exist():
+    named = r"`((?:tools|tests|benchmarks|examples|docker|megatron_cca)/[\w./-]+)`"
+    missing = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(named, page.read_text())
+        if not (ROOT / name).exists()
+    ]
+    assert not missing, "\n".join(missing)

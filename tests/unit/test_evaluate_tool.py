@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -220,16 +219,14 @@ def test_nothing_half_written_stays(drawn, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_keeps_out_of_the_folders_that_it_reads(tool, monkeypatch, drawn):
-    arguments = ["--samples", drawn, "--reference", "digits", "--output", drawn / "images" / "out"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    with pytest.raises(UserError, match=r"are in each other's way; give another folder"):
-        tool._evaluate(tool._parse())
+def test_a_report_keeps_out_of_the_folders_that_it_reads(drawn):
+    done = run("--samples", drawn, "--reference", "digits", "--output", drawn / "images" / "out")
+    assert done.returncode == 2
+    assert "are in each other's way; give another folder" in done.stderr
 
 
-def parsed(tool, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--output", "out"])
-    return tool._settings(tool._parse())
+def parsed(tool, *arguments):
+    return tool._settings(tool._parser().parse_args([*map(str, arguments), "--output", "out"]))
 
 
 def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp_path):
@@ -237,7 +234,7 @@ def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     paths = ["a=b", "x=runs/cca", "runs/s=1/images", "samples.npz", "base+cfg0.5=samples.npz"]
     samples = [part for path in paths for part in ("--samples", path)]
-    found = parsed(tool, monkeypatch, *samples, "--reference", "digits-held-out")
+    found = parsed(tool, *samples, "--reference", "digits-held-out")
     assert found.samples == {
         "a=b": "a=b",
         "x": "runs/cca",
@@ -246,9 +243,9 @@ def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp
         "base+cfg0.5": "samples.npz",
     }
     assert (found.extractor, found.metrics) == ("digits", None)
-    found = parsed(tool, monkeypatch, *samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
+    found = parsed(tool, *samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
     assert (found.extractor, found.metrics) == ("inception", ("fid", "kid"))
-    assert parsed(tool, monkeypatch, *samples, "--reference", "real", "--metrics").metrics == ()
+    assert parsed(tool, *samples, "--reference", "real", "--metrics").metrics == ()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +257,7 @@ def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp
         (["--samples", "a", "--kid-subset-size", "1"], "--kid-subset-size: must be 2 or more, found 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(tool, monkeypatch, arguments, message):
+def test_options_that_cannot_be_are_refused(tool, arguments, message):
     with pytest.raises(UserError) as error:
-        parsed(tool, monkeypatch, *arguments, "--reference", "digits")
+        parsed(tool, *arguments, "--reference", "digits")
     assert str(error.value) == message

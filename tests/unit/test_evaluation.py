@@ -6,7 +6,10 @@ import torch
 from PIL import Image
 
 from megatron_cca.data.digits import load_scans
-from megatron_cca.evaluation.digit_judges import DigitJudges
+from megatron_cca.errors import UserError
+from megatron_cca.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.evaluation.digit_judges import DigitJudges, standard_judges
+from megatron_cca.evaluation.images import read_images
 from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_curves
 
 
@@ -16,15 +19,22 @@ def scans():
 
 
 def test_the_judges_know_digits_they_have_not_seen_and_leave_the_random_state_alone(scans):
-    train, held_out = scans
+    _, held_out = scans
     state = torch.get_rng_state()
-    judges = DigitJudges.train(train.images, train.labels)
+    judges = standard_judges()
     assert torch.equal(state, torch.get_rng_state())
     assert judges.accuracy(held_out.images, held_out.labels) > 0.98
     guesses = judges.cnn(torch.from_numpy(held_out.images)[:, None])[1].argmax(1).numpy()
     assert (guesses == held_out.labels).mean() > 0.96
     wrong = (held_out.labels + 1) % 10
     assert judges.accuracy(held_out.images, wrong) < 0.05
+
+
+def test_the_digits_classifier_knows_held_out_scans():
+    held_out = read_images("digits-held-out")
+    assert class_accuracy(held_out.images, held_out.labels, open_classifier("digits")).overall > 0.98
+    with pytest.raises(UserError, match="take images of 8 x 8 pixels, found 9 x 8"):
+        open_classifier("digits")(np.zeros((1, 9, 8, 3), np.uint8))
 
 
 def test_pictures_are_written_whole(scans, tmp_path):
@@ -63,6 +73,7 @@ def test_pictures_show_their_images_and_every_curve(scans, tmp_path):
     assert all(curve.shape != curves[0].shape or (curve != curves[0]).any() for curve in curves[1:])
 
 
+@pytest.mark.full
 def test_the_judges_are_a_function_of_their_seed(scans):
     train = scans[0]
     few = train.images[:200], train.labels[:200]

@@ -196,13 +196,6 @@ def test_class_accuracy_counts_right_answers(tmp_path):
         open_classifier("svm")
 
 
-def test_the_digits_classifier_knows_held_out_scans():
-    held_out = read_images("digits-held-out")
-    assert class_accuracy(held_out.images, held_out.labels, open_classifier("digits")).overall > 0.98
-    with pytest.raises(UserError, match="take images of 8 x 8 pixels, found 9 x 8"):
-        open_classifier("digits")(np.zeros((1, 9, 8, 3), np.uint8))
-
-
 def test_what_a_users_function_raises_is_one_line_with_its_place(tmp_path):
     file = tmp_path / "failing.py"
     file.write_text("def first(images):\n    raise ValueError('no\\nweights')\n")

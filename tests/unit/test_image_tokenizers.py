@@ -166,7 +166,7 @@ assert state() == before, (before, state())
 """
 
 
-@pytest.mark.parametrize("switches", ["older", "newer"])
+@pytest.mark.parametrize("switches", [pytest.param("older", marks=pytest.mark.full), "newer"])
 def test_a_lower_precision_of_the_program_does_not_reach_the_codes(switches, original):
     found = subprocess.run(
         [sys.executable, "-c", PRECISION, str(original), switches], capture_output=True, text=True, timeout=60

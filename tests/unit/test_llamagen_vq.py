@@ -76,6 +76,7 @@ def test_codes_and_pixels_are_the_references(tokenizer, state):
     assert_decodes_as(tokenizer, state, codes_of((3, 6, 10), 40))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("sizes", "factor"), [(VQ_16, 16), (VQ_8, 8)])
 def test_the_released_sizes(sizes, factor, tmp_path):
     state = random_vq(sizes)

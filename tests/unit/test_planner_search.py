@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.trials import Wishes
 from megatron_cca.planner.workload import ImageShape, image_workload
 from megatron_cca.training.checks import check_new_run
+from tests.distributed.launch import run_tool
 from tests.unit.test_planner_throughput import EMU3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +109,10 @@ def by_brute_force(gpus, batch, gpu):
     return sorted(fits)
 
 
-@pytest.mark.parametrize(("gpus", "batch", "gpu"), [(4, 8, "h100-80gb"), (16, 32, "a100-80gb"), (6, 12, "b200")])
+@pytest.mark.parametrize(
+    ("gpus", "batch", "gpu"),
+    [(4, 8, "h100-80gb"), pytest.param(16, 32, "a100-80gb", marks=pytest.mark.full), (6, 12, "b200")],
+)
 def test_the_search_finds_what_brute_force_finds(gpus, batch, gpu, monkeypatch):
     two = ({"recompute_granularity": None}, {"recompute_granularity": "full"})
     monkeypatch.setattr("megatron_cca.planner.candidates._RECOMPUTE", two)
@@ -149,6 +150,7 @@ def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
             assert one.memory.total <= other.memory.total
 
 
+@pytest.mark.full
 def test_recomputation_that_saves_no_memory_is_not_listed():
     """Of the rough memory above only full recomputation saves any."""
     listed = found(emu3(), wishes(64, vary=("recompute",)), top=1000).best
@@ -377,16 +379,7 @@ def test_the_plan_s_yaml_refuses_other_weights(monkeypatch, tmp_path):
 def test_the_command_line(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("training: {precision: bf16}")
-
-    def plan(*arguments):
-        command = [sys.executable, str(ROOT / "tools/plan.py"), *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-    asked = plan("--help")
-    assert asked.returncode == 0
-    assert "search" in asked.stdout
-    refused = plan("--config", str(config), "--gpus", "8", "--gpu", "abacus")
+    refused = run_tool(ROOT / "tools" / "plan.py", "--config", config, "--gpus", 8, "--gpu", "abacus", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith("megatron_cca: error: --gpu: 'abacus' is unknown")
     assert len(refused.stderr.splitlines()) == 1

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +15,7 @@ from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.training import reference_bias as bias
 from megatron_cca.training import reference_bias_report as report
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
-from tests.distributed.launch import ROOT, environment, run_workers
+from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.references import token_shards
 
 LENGTHS = [1, 5, 20, 24]
@@ -201,14 +199,12 @@ def test_the_picture_has_each_two_once_and_no_zeros():
     assert drawn == [[other], [bias_of(2.0)]]
 
 
-def test_the_program_as_a_user_types_it(asked, answer, digit_shards, tmp_path):
+def test_the_program_prints_and_writes(asked, answer, digit_shards, tmp_path):
     (tmp_path / "runs" / "data").mkdir(parents=True)
     (tmp_path / "runs" / "data" / "digits").symlink_to(digit_shards)
-    command = [sys.executable, str(ROOT / "tools" / "measure_reference_bias.py"), "--checkpoint", asked.checkpoint]
-    options = ["--data", "digits", "--rows", "4", "--beta", "1e-9", "--lengths", "8", "16", "--output", "found.json"]
-    done = subprocess.run(
-        command + options, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100, check=False
-    )
+    options = ["--checkpoint", asked.checkpoint, "--data", "digits", "--rows", "4", "--beta", "1e-9"]
+    options += ["--lengths", "8", "16", "--output", "found.json"]
+    done = run_tool(ROOT / "tools" / "measure_reference_bias.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "| fp32 | fp32 | all | exactly 0 |" in done.stdout
     assert "bf16 policy, bf16 reference with FP8 weights: safe up to beta " in done.stdout
