@@ -12,6 +12,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.output import check_file, file_system_errors, write_text
 from megatron_cca.planner.calibration import Calibration, calibration_json
 from megatron_cca.planner.program import image_shape
+from megatron_cca.planner.workload import image_workload
 from megatron_cca.version import installed_versions
 
 # That times depend on.
@@ -53,6 +54,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     """
     config = load_config(settings.config, settings.overrides)
     images = image_shape(config, settings.image_grid, settings.caption_tokens)
+    # For its refusals: measuring the processor alone can take a minute.
+    image_workload(config, images)
     if settings.steps < 1:
         raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
     check_file(settings.output, overwrite=settings.overwrite)

@@ -71,6 +71,21 @@ def result_files(folder, output="out"):
     return {path: path.stat().st_mtime_ns for path in (folder / output).glob("*/*/result.json")}
 
 
+def test_the_smallest_study_leaves_table_numbers_and_a_plot(digit_shards, tmp_path):
+    tuned = {"cfg": STUDY["methods"]["cfg"]["tune"], "control": {LR: [0.001]}, "cca": {LR: [0.001]}}
+    tuned["cfg"] = {name: values[:1] for name, values in tuned["cfg"].items()}
+    methods = {name: {**method, "tune": tuned[name], "sweep": {}} for name, method in STUDY["methods"].items()}
+    changes = {"trials": 1, "methods": methods, "plots": [{"kind": "comparison"}]}
+    folder = written(tmp_path / "smallest", digit_shards, **changes)
+    studied(folder)
+    assert [row["method"] for row in results(folder)["rows"]] == ["base", "cfg", "control", "cca"]
+    assert "| base, guidance-free |  | 1 | 0.00 |" in (folder / "out" / "tiny" / "table.md").read_text()
+    assert Image.open(folder / "out" / "tiny" / "comparison.png").size > (300, 200)
+    before = result_files(folder)
+    assert studied(folder).splitlines()[0].startswith("wrote ")
+    assert result_files(folder) == before
+
+
 @pytest.fixture(scope="module")
 def alone(digit_shards, tmp_path_factory):
     """A study that one process has run from beginning to end; what it printed."""
@@ -78,6 +93,7 @@ def alone(digit_shards, tmp_path_factory):
     return folder, studied(folder)
 
 
+@pytest.mark.full
 def test_a_study_leaves_table_numbers_and_plots(alone):
     folder, printed = alone
     found = results(folder)
@@ -93,6 +109,7 @@ def test_a_study_leaves_table_numbers_and_plots(alone):
     assert (next((folder / "out" / "sampled").glob("base-*")) / "images.npz").is_file()
 
 
+@pytest.mark.full
 def test_a_run_that_ends_in_nan_is_recorded_and_does_not_end_the_study(alone):
     folder, printed = alone
     lost = results(folder)["rows"][-1]
@@ -103,6 +120,7 @@ def test_a_run_that_ends_in_nan_is_recorded_and_does_not_end_the_study(alone):
     assert sum("failed, diverged" in line for line in printed.splitlines()) == 2
 
 
+@pytest.mark.full
 def test_only_what_is_missing_is_done_again(alone):
     folder, _ = alone
     before, found = result_files(folder), results(folder)
@@ -185,6 +203,7 @@ def test_refusals_run_nothing(changes, arguments, said, digit_shards, tmp_path):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.full
 def test_no_two_programs_write_into_one_output(alone, tmp_path):
     folder, _ = alone
     handle = os.open(folder / "out", os.O_RDONLY)

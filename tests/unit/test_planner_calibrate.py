@@ -95,6 +95,15 @@ def test_a_processor_is_planned_for_as_it_was_measured(measured):
         wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest), config)
 
 
+@pytest.fixture
+def nothing_is_measured(monkeypatch):
+    def measured(*_unused):
+        raise AssertionError("measured before it was refused")
+
+    for name in ("peak_flops", "memory_bandwidth"):
+        monkeypatch.setattr(measuring, name, measured)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -105,7 +114,7 @@ def test_a_processor_is_planned_for_as_it_was_measured(measured):
         ({"overwrite": True, "overrides": ["training.precision=fp8"]}, "training.precision: fp8 needs a GPU"),
     ],
 )
-def test_what_cannot_be_measured(measured, options, problem):
+def test_what_cannot_be_measured(measured, nothing_is_measured, options, problem):
     before = measured.output.read_bytes()
     with pytest.raises(UserError, match=problem):
         run_calibrate(replace(measured, **options))
