@@ -10,14 +10,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from megatron_cca import platform
-
 # In a shell's background SIGINT arrives ignored, and every program that a test starts and interrupts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        # pytest-xdist's own process runs no test: half a gigabyte and some seconds less.
+        return
+    from megatron_cca import platform
+
     gpu_only = all("tests/gpu" in str(argument) for argument in config.args) and bool(config.args)
     platform.install("auto" if gpu_only else "cpu")
 

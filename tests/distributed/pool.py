@@ -31,6 +31,8 @@ SERVER.set_forkserver_preload(
     ]
 )
 _SECONDS_TO_TELL = 1.0
+# After so many jobs without one for it a rank leaves: it holds some 200 MB, and another one is forked in no time.
+_IDLE_JOBS = 20
 
 
 @dataclass
@@ -40,6 +42,7 @@ class _Rank:
     process: multiprocessing.process.BaseProcess
     line: Connection
     stack: Path
+    idle: int = 0
 
     @classmethod
     def start(cls) -> _Rank:
@@ -85,9 +88,7 @@ class Pool:
             AssertionError: a rank raised, ended, or was still at work after ``timeout``. The message holds its
                 traceback, or the line at which it stands.
         """
-        while len(self._ranks) < len(jobs):
-            self._ranks.append(_Rank.start())
-        ranks = self._ranks[: len(jobs)]
+        ranks = self._lend(len(jobs))
         for rank, job in zip(ranks, jobs, strict=True):
             rank.line.send(job)
         answers, problems = _answers(ranks, timeout)
@@ -96,6 +97,15 @@ class Pool:
             self.close()
             raise AssertionError("\n".join([f"{name} on {len(jobs)} ranks:", *_in_order({**told, **problems})]))
         return [answers[index] for index in range(len(jobs))]
+
+    def _lend(self, count: int) -> list[_Rank]:
+        while len(self._ranks) < count:
+            self._ranks.append(_Rank.start())
+        for index, rank in enumerate(self._ranks):
+            rank.idle = rank.idle + 1 if index >= count else 0
+        while self._ranks[-1].idle > _IDLE_JOBS:
+            self._ranks.pop().stop()
+        return self._ranks[:count]
 
     def close(self) -> None:
         """End all ranks."""

@@ -58,12 +58,15 @@ def serve(line: Connection, stack: str) -> None:
                 job = line.recv()
             except (EOFError, KeyboardInterrupt):
                 return
-            try:
-                with _restored(stacks):
+            with _restored(stacks):
+                try:
                     answer = job()
-            except BaseException:
-                line.send((None, traceback.format_exc()))
-                return
+                except BaseException:
+                    line.send((None, traceback.format_exc()))
+                    # Until it is killed: the others would take its end, or that of its groups, for their trouble.
+                    with contextlib.suppress(EOFError):
+                        line.recv()
+                    return
             line.send((answer, None))
 
 

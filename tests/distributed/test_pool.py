@@ -36,6 +36,13 @@ def test_ranks_stay_for_jobs_of_any_size(pool, tmp_path):
     assert len(pool.pids()) == 4
 
 
+def test_ranks_that_no_job_wants_leave(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.distributed.pool._IDLE_JOBS", 2)
+    for ranks, left in ((2, 2), (1, 2), (1, 2), (1, 1), (2, 2)):
+        work(pool, tmp_path, "sum_of_ranks", ranks)
+        assert len(pool.pids()) == left
+
+
 def test_one_that_raises_is_named_and_takes_no_neighbour_along(pool, tmp_path):
     work(pool, tmp_path, "sum_of_ranks")
     before = pool.pids()

@@ -63,14 +63,18 @@ def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
         assert afterwards == 0, f"{name}: the model is not as it was before it drew"
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint):
+def loaded(checkpoint):
     from megatron_cca.config_files import load_config
     from megatron_cca.generation.loading import load_for_sampling
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     initialize_distributed(load_config())
     return load_for_sampling(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return loaded(checkpoint)
 
 
 def whole_logits(model, ids):
@@ -127,19 +131,16 @@ def test_drawn_images_follow_the_exact_probabilities(options, passes, toy):
 
 
 @pytest.fixture(scope="module")
-def toy(model):
-    """The same model, of whose codebook only five codes count; its weights enlarged, so that they differ."""
+def toy(checkpoint):
+    """The same weights, of whose codebook only five codes count; enlarged, so that they differ."""
     from dataclasses import replace
 
-    architecture = model.architecture
-    small = replace(architecture.vocabulary, codebook_size=CODEBOOK)
+    model = loaded(checkpoint)
+    small = replace(model.architecture.vocabulary, codebook_size=CODEBOOK)
     with torch.no_grad():
         for parameter in model.chunks[0].parameters():
             parameter.mul_(1.4)
-    yield replace(model, architecture=replace(architecture, vocabulary=small))
-    with torch.no_grad():
-        for parameter in model.chunks[0].parameters():
-            parameter.div_(1.4)
+    return replace(model, architecture=replace(model.architecture, vocabulary=small))
 
 
 def prompt(vocabulary, caption):
