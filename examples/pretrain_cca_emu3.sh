@@ -21,7 +21,6 @@ HERE = Path(__file__).resolve().parent
 PYTHON = "the name that ends bash's here-document, on the last line"
 
 
-
 def main(argv=None):
     """Train as the command line says; None means this process's."""
     try:

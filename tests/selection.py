@@ -1,4 +1,4 @@
-"""Which cases of a matrix belong to ``make test``, and computing only those that are asked for."""
+"""Choose which cases of a matrix belong to ``make test``; compute only the answers that are asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def mostly_full(cases: Iterable, kept: Collection | Callable[[object], bool]) -> list:
-    """Parameters for pytest: what is kept is for ``make test``, the rest for ``make test-full``.
+    """Return parameters for pytest: what is kept is for ``make test``, the rest for ``make test-full``.
 
     Args:
         cases: the whole matrix.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,11 +132,6 @@ def _samples(config: Config, images: ImageShape) -> list[Sample]:
     ]
 
 
-@contextmanager
-def started(config: Config) -> Iterator[Run]:
-    """The run, set up and ready for its first step. Collective over all ranks."""
-    run = set_up(config, open_data(config))
-    try:
-        yield run
-    finally:
-        run.loader.close()
+def started(config: Config) -> Run:
+    """Set up the run, ready for its first step; to be used in a ``with``. Collective over all ranks."""
+    return set_up(config, open_data(config))

@@ -24,7 +24,6 @@ from megatron_cca.training.events import EventLog, Journal
 from megatron_cca.training.faults import heed_alarms, skipped_in_a_row
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
-from megatron_cca.training.optimization import release
 from megatron_cca.training.pictures import open_pictures
 from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves
 from megatron_cca.training.setup import Run, set_up
@@ -44,14 +43,12 @@ def train(config: Config, data: RunData) -> None:
         UserError: loss or gradients that are not finite, an alarm that is to end the run, or a last save that failed.
     """
     initialize_distributed(config)
-    run = set_up(config, data)
-    with run.loader:
+    with set_up(config, data) as run:
         if run.iteration >= config.training.train_iters:
             reached = f"{config.training.output_dir} is already at step {run.iteration}"
             _say(f"{reached}; raise training.train_iters to go on")
         else:
             _train(run)
-    release(run.policy)
 
 
 def _train(run: Run) -> None:

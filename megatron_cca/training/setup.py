@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from megatron.core import parallel_state
@@ -30,7 +31,7 @@ from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.forward import LogpsPass
 from megatron_cca.training.graph_capture import GraphCapture, graph_capture
-from megatron_cca.training.optimization import build_optimizer, build_scheduler, wrap_ddp
+from megatron_cca.training.optimization import build_optimizer, build_scheduler, release, wrap_ddp
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
@@ -70,6 +71,14 @@ class Run:
     def policy_chunks(self) -> list[torch.nn.Module]:
         """The policy's model chunks without DDP."""
         return [chunk.module for chunk in self.policy]
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop reading ahead, and let the policy's memory go; the run can take no further step."""
+        self.loader.close()
+        release(self.policy)
 
     def gather_parameters(self) -> None:
         """Let updated weights arrive that the next forward pass would wait for; for those who read them otherwise.

@@ -19,6 +19,7 @@ SERVER.set_forkserver_preload(
     [
         # First: it installs the platform, before the others import Megatron-Core.
         "tests.distributed.ranks",
+        "tests.distributed.checkpoint_workers",
         "tests.distributed.llamagen_workers",
         "tests.distributed.logits_workers",
         "tests.distributed.timing_workers",
@@ -115,7 +116,7 @@ class Pool:
 
 
 def _answers(ranks: list[_Rank], timeout: float) -> tuple[dict, dict[int, str]]:
-    """What each rank answered and what went wrong there, until all have answered or one cannot."""
+    """Collect answers until all ranks have answered or one cannot; return them, and what went wrong, by rank."""
     answers, problems = {}, {}
     deadline = time.monotonic() + timeout
     while len(answers) < len(ranks) and not problems:

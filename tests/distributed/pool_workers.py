@@ -38,7 +38,7 @@ def hanging(settings):
 
 
 def state(settings):
-    """What a job might have left behind."""
+    """Return what a job might have left behind in its process."""
     return {
         "pid": os.getpid(),
         "left": os.environ.get("LEFT"),

@@ -119,7 +119,10 @@ class ProgramJob:
 
     def __call__(self) -> int:
         """Run it to its end."""
-        with _written_to(*self.files), contextlib.chdir(self.cwd), mock.patch.dict(os.environ, self.variables):
+        # Undone by whoever takes the job.
+        os.environ |= self.variables
+        os.chdir(self.cwd)
+        with _written_to(*self.files):
             return _status(self.script, self.arguments)
 
 
@@ -134,7 +137,7 @@ def _leave(status: int) -> None:
 
 
 def _status(script: str, arguments: list[str]) -> int:
-    """What a process of its own would have ended with."""
+    """Call the program's ``main``; return the exit status that a process of its own would have ended with."""
     with mock.patch.object(sys, "argv", [script, *arguments]), mock.patch.object(reporting, "end_process", _leave):
         try:
             _program(script).main(arguments)
@@ -180,7 +183,7 @@ def _written_to(*files: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _restored(stacks: TextIO) -> Iterator[None]:
-    """What a job does to its process is undone."""
+    """Undo afterwards what a job does to its process."""
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     interval, folder, hook = sys.getswitchinterval(), Path.cwd(), sys.excepthook
     torch.manual_seed(0)

@@ -102,7 +102,9 @@ def checkpoints(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, seed in (("one", 1), ("other", 2)):
         changes = [f"training.seed={seed}", f"training.output_dir={folder}/{name}"]
-        run_workers(1, "resume", {"overrides": [*overrides, *changes], "steps": 1, "save": True}, folder)
+        run_workers(
+            1, "checkpoint_workers.resume", {"overrides": [*overrides, *changes], "steps": 1, "save": True}, folder
+        )
     return [layout.resolve(folder / name, "key") for name in ("one", "other")]
 
 

@@ -36,7 +36,7 @@ def saved(digit_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     overrides = [*CCA, *TP2, f"data.path={digit_shards}", f"training.output_dir={folder}/run"]
     for _ in range(2):
-        run_workers(2, "resume", {"overrides": overrides, "steps": 2, "save": True}, folder)
+        run_workers(2, "checkpoint_workers.resume", {"overrides": overrides, "steps": 2, "save": True}, folder)
     root = folder / "run" / layout.FOLDER
     assert layout.iterations(root) == [BEFORE, NEWEST]
     return root
@@ -59,7 +59,7 @@ def test_every_damage_is_named_and_the_checkpoint_before_taken(saved, tmp_path):
             shutil.copytree(saved, root)
             spoil(root / name)
             roots[str(root)] = (root / name, name)
-    answers = run_workers(2, "newest_checkpoints", {"roots": list(roots)}, tmp_path / "job")
+    answers = run_workers(2, "checkpoint_workers.newest_checkpoints", {"roots": list(roots)}, tmp_path / "job")
     for root, (path, name) in roots.items():
         iteration, passed_over = answers[root]
         # Without the latest-file nothing is lost: the folders say which is newest.
@@ -90,7 +90,9 @@ def test_damage_everywhere_is_refused_and_nothing_starts_over(saved, tmp_path):
         flip(layout.iteration_folder(roots[0], number) / "__0_0.distcp")
     shutil.copytree(saved, roots[1], ignore=shutil.ignore_patterns("iter_*"))
     roots[2].mkdir()
-    answers = run_workers(2, "newest_checkpoints", {"roots": list(map(str, roots))}, tmp_path / "job")
+    answers = run_workers(
+        2, "checkpoint_workers.newest_checkpoints", {"roots": list(map(str, roots))}, tmp_path / "job"
+    )
     damaged, gone, empty, never = (answers[str(root)] for root in roots)
     assert "iter_0000004/__0_0.distcp is damaged" in damaged
     assert "none of" in damaged
@@ -102,7 +104,9 @@ def test_damage_everywhere_is_refused_and_nothing_starts_over(saved, tmp_path):
 def test_a_latest_file_that_names_an_older_one_does_not_take_steps_back_unsaid(saved, tmp_path):
     root = shutil.copytree(saved, tmp_path / "root")
     (root / LATEST).write_text(f"{BEFORE}\n")
-    iteration, said = run_workers(1, "newest_checkpoints", {"roots": [str(root)]}, tmp_path / "job")[str(root)]
+    iteration, said = run_workers(1, "checkpoint_workers.newest_checkpoints", {"roots": [str(root)]}, tmp_path / "job")[
+        str(root)
+    ]
     assert iteration == NEWEST
     assert said == [
         f"{root}/{LATEST} says 2, iter_0000004 is the newest whole checkpoint and is taken; to go back, remove the "
@@ -117,9 +121,9 @@ def test_what_is_written_beside_the_training_is_the_step_it_was_begun_at(name, d
     common = [*CCA, *overrides, f"data.path={digit_shards}", "training.micro_batch_size=2"]
     at_once = [*common, f"training.output_dir={tmp_path}/at_once", "training.async_save=false"]
     beside = [*common, f"training.output_dir={tmp_path}/beside"]
-    run_workers(ranks, "resume", {"overrides": at_once, "steps": 2, "save": True}, tmp_path)
+    run_workers(ranks, "checkpoint_workers.resume", {"overrides": at_once, "steps": 2, "save": True}, tmp_path)
     settings = {"overrides": beside, "steps": 5, "may_write": str(tmp_path / "may_write")}
-    answer = run_workers(ranks, "saved_while_training", settings, tmp_path)
+    answer = run_workers(ranks, "checkpoint_workers.saved_while_training", settings, tmp_path)
     assert answer == {"writing": True, "problems": [None], "iteration": 5}
     first, second = (
         StoredTensors(layout.iteration_folder(tmp_path / name / layout.FOLDER, 2), "key")
@@ -136,7 +140,9 @@ def test_what_is_written_beside_the_training_is_the_step_it_was_begun_at(name, d
 def test_bad_numbers_are_named_move_nothing_and_are_never_saved(name, digit_shards, tmp_path):
     ranks, overrides = LAYOUTS[name]
     common = [*CCA, f"data.path={digit_shards}", f"training.output_dir={tmp_path}/run", "training.micro_batch_size=2"]
-    found = run_workers(ranks, "bad_numbers", {"common": common, "layouts": {name: overrides}}, tmp_path)[name]
+    found = run_workers(
+        ranks, "checkpoint_workers.bad_numbers", {"common": common, "layouts": {name: overrides}}, tmp_path
+    )[name]
     assert found["gradients"].startswith("gradients: NaN or infinity on rank ")
     assert "layer 1 (1 tensor), first in decoder.layers.1.mlp.linear_fc1.weight" in found["gradients"]
     assert found["grad_norm_is_nan"]

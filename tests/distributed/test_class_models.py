@@ -43,7 +43,7 @@ def digits(tmp_path_factory):
 def checkpoint(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     overrides = [*CCA, f"data.path={digits}", f"training.output_dir={folder}/run"]
-    run_workers(1, "resume", {"overrides": overrides, "steps": 3, "save": True}, folder)
+    run_workers(1, "checkpoint_workers.resume", {"overrides": overrides, "steps": 3, "save": True}, folder)
     return str(folder / "run")
 
 
@@ -68,7 +68,9 @@ def test_a_run_on_variants_resumes_exactly(varied, tmp_path):
 
     def run(ranks, folder, steps, *extra, save=False):
         overrides = [*common, f"training.output_dir={tmp_path / folder}", *extra]
-        return run_workers(ranks, "resume", {"overrides": overrides, "steps": steps, "save": save}, tmp_path)["rows"]
+        return run_workers(
+            ranks, "checkpoint_workers.resume", {"overrides": overrides, "steps": steps, "save": save}, tmp_path
+        )["rows"]
 
     whole = run(1, "whole", 5)
     run(1, "cut", 3, save=True)
@@ -169,7 +171,7 @@ def test_it_refuses_in_one_line(arguments, message, checkpoint, tmp_path):
 
 def test_codes_that_nobody_can_decode_are_not_drawn(varied, tmp_path):
     overrides = [*CCA, f"data.path={varied}", f"training.output_dir={tmp_path}/run"]
-    run_workers(1, "resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
+    run_workers(1, "checkpoint_workers.resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
     done = generate("--checkpoint", tmp_path / "run", "--classes", "all", "--output", "drawn", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-2000:]
     assert done.stderr.startswith("megatron_cca: error: --image-tokenizer: ")

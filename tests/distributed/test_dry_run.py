@@ -6,6 +6,7 @@ byte, peaks within a tenth.
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -62,7 +63,7 @@ FAKE = {
     "fp8 weights": (1, [*BF16, "reference.fp8_param=true"], [0]),
     "adapters": (1, ["reference.strategy=shared", "lora.dim=4"], [0]),
     "plain optimizer": (2, [*BF16, "optimizer.use_distributed_optimizer=false"], [1]),
-    "buckets": (4, [*OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 3]),
+    "buckets": (4, [*OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 1, 2, 3]),
     "two optimizers": (
         4,
         [*BF16, "optimizer.num_distributed_optimizer_instances=2", "optimizer.pad_buckets_for_high_nccl_busbw=true"],
@@ -92,19 +93,23 @@ KEPT = {
 }
 
 
-def overrides_of(path, overrides, ranks=None):
-    """Of a run on so many ranks, for each two microbatches."""
+# How many microbatches a replica of the tiny model has in a step; None is the example's own number.
+TWO, ALL = 2, None
+
+
+def overrides_of(path, overrides, ranks=1, microbatches=ALL):
+    """Return the configuration of a run on so many ranks, from random weights."""
     common = ["training.pretrained_checkpoint=null", *overrides]
-    if ranks is not None and path == TINY:
+    if microbatches is not ALL and path == TINY:
         parallel = load_config(path, common).parallel
         stages, sizes = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
         replicas = ranks // (stages * sizes * parallel.context_parallel_size)
-        common.append(f"training.global_batch_size={2 * 32 * replicas}")
+        common.append(f"training.global_batch_size={microbatches * 32 * replicas}")
     return {"config": str(path), "overrides": common}
 
 
-def predicted(path, overrides, ranks, rank, workload, on_gpu):
-    config = load_config(path, overrides_of(path, overrides, ranks)["overrides"])
+def predicted(path, overrides, ranks, rank, workload, on_gpu, microbatches):
+    config = load_config(path, overrides_of(path, overrides, ranks, microbatches)["overrides"])
     per_stage = ranks // config.parallel.pipeline_model_parallel_size
     return predict_memory(
         config,
@@ -126,15 +131,19 @@ def assert_agrees(counted, estimate, on_gpu):
     assert seen_by_tensors(estimate, on_gpu) == pytest.approx(counted["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize("name", mostly_full(REAL, KEPT))
-def test_real_ranks_hold_what_is_predicted_and_what_the_dry_run_counts(name, tmp_path):
+def in_make_test(case):
+    return case[0] in KEPT and case[1] is TWO
+
+
+@pytest.mark.parametrize(("name", "microbatches"), mostly_full(itertools.product(REAL, (TWO, ALL)), in_make_test))
+def test_real_ranks_hold_what_is_predicted_and_what_the_dry_run_counts(name, microbatches, tmp_path):
     ranks, overrides = REAL[name]
-    settings = {**overrides_of(TINY, overrides, ranks), "workload": [24, 16]}
+    settings = {**overrides_of(TINY, overrides, ranks, microbatches), "workload": [24, 16]}
     real = run_workers(ranks, "timing_workers.counted_steps", settings, tmp_path)
     jobs = [{**settings, "ranks": ranks, "rank": rank, "like_gpu": False} for rank in range(ranks)]
     fakes = run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path)
     for rank, (counted, fake) in enumerate(zip(real, fakes, strict=True)):
-        assert_agrees(counted, predicted(TINY, overrides, ranks, rank, WORKLOAD, on_gpu=False), on_gpu=False)
+        assert_agrees(counted, predicted(TINY, overrides, ranks, rank, WORKLOAD, False, microbatches), on_gpu=False)
         for key in (*HELD, "peak", "activations"):
             assert fake[key] == counted[key], key
         # What ranks tell each other in words has no size until it is said.
@@ -149,31 +158,36 @@ def sent(counted):
 
 @pytest.fixture(scope="module")
 def fakes(tmp_path_factory):
-    """By name: what each of its ranks holds and sends."""
+    """Return, by name and microbatches, what each rank holds and sends."""
     folder = tmp_path_factory.mktemp("dry")
 
-    def count(name):
+    def count(case):
+        name, microbatches = case
         ranks, overrides, which = (FAKE | LIKE_GPU)[name]
         path, workload = (BIG, WIDE_WORKLOAD) if name in LIKE_GPU else (TINY, WORKLOAD)
-        common = overrides_of(path, overrides, ranks) | {"ranks": ranks, "like_gpu": name in LIKE_GPU}
+        common = overrides_of(path, overrides, ranks, microbatches) | {"ranks": ranks, "like_gpu": name in LIKE_GPU}
         common["workload"] = [workload.seq_length, workload.image_tokens]
         jobs = [common | {"rank": rank} for rank in which]
-        return {name: run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, folder)}
+        return {case: run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, folder)}
 
     return Computed(count)
 
 
-@pytest.mark.parametrize("name", mostly_full(FAKE | LIKE_GPU, KEPT))
-def test_the_formulas_are_the_dry_run_within_a_tenth(fakes, name):
+# Those of the 8B model have two in any case.
+CASES = [*itertools.product(FAKE, (TWO, ALL)), *((name, TWO) for name in LIKE_GPU)]
+
+
+@pytest.mark.parametrize(("name", "microbatches"), mostly_full(CASES, in_make_test))
+def test_the_formulas_are_the_dry_run_within_a_tenth(fakes, name, microbatches):
     on_gpu = name in LIKE_GPU
     ranks, overrides, which = (FAKE | LIKE_GPU)[name]
     path, workload = (BIG, WIDE_WORKLOAD) if on_gpu else (TINY, WORKLOAD)
-    for rank, counted in zip(which, fakes[name], strict=True):
-        assert_agrees(counted, predicted(path, overrides, ranks, rank, workload, on_gpu), on_gpu)
+    for rank, counted in zip(which, fakes[name, microbatches], strict=True):
+        assert_agrees(counted, predicted(path, overrides, ranks, rank, workload, on_gpu, microbatches), on_gpu)
 
 
 def test_collectives_have_the_bytes_of_their_tensors(fakes):
-    (counted,) = fakes["tp4"]
+    (counted,) = fakes["tp4", TWO]
     stream, layers, microbatches = 2 * 8448 * 4096 * 2, 2, 2
     # A layer gathers at attention and at the MLP, and the head once more.
     assert sent(counted)["tensor", "all_gather", "reference pass"] == (
@@ -182,9 +196,16 @@ def test_collectives_have_the_bytes_of_their_tensors(fakes):
     )
 
 
-def test_a_step_of_many_microbatches_is_continued_from_a_few(tmp_path):
+@pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_a_step_of_many_microbatches_is_continued_from_a_few(layers, tmp_path):
     # Three are run, then what the last one added is counted again; all eight, and one by one.
-    job = {**overrides_of(TINY, ["model.num_layers=2"]), "workload": [24, 16], "ranks": 1, "rank": 0, "like_gpu": False}
+    job = {
+        **overrides_of(TINY, [f"model.num_layers={layers}"]),
+        "workload": [24, 16],
+        "ranks": 1,
+        "rank": 0,
+        "like_gpu": False,
+    }
     few, all_of_them = run_workers(1, "timing_workers.dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
     # But for what the step before has left: a batch is replaced when the next is there.
     assert few | {"peaks": None} == all_of_them | {"peaks": None}
@@ -243,8 +264,8 @@ def test_what_the_cluster_would_refuse_is_refused_here(arguments, line, tmp_path
 @pytest.mark.full
 def test_a_rank_that_does_not_fit_its_gpu_is_refused_after_the_count(tmp_path):
     settings = ["--set", "parallel.sequence_parallel=false", "--set", "parallel.tensor_model_parallel_size=1"]
-    settings += ["--set", "model.num_layers=8"]
-    done = dry(BIG, "--gpus", "256", "--gpu", "a100-40gb", *settings, tmp_path=tmp_path)
+    settings += ["--set", "model.num_layers=20"]
+    done = dry(BIG, "--gpus", "256", "--gpu", "h100-80gb", *settings, tmp_path=tmp_path)
     assert done.returncode == 2
     assert "peak of all tensors" in done.stdout
     assert "megatron_cca: error: --gpu: rank 0 needs" in done.stderr

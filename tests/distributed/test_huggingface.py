@@ -113,7 +113,9 @@ def test_a_fine_tuned_model_speaks_alike_in_plain_transformers(form, digit_shard
         "optimizer.lr=1e-3",
         *TP2,
     ]
-    rows = run_workers(2, "resume", {"overrides": overrides, "steps": 5, "save": True}, tmp_path)["rows"]
+    rows = run_workers(2, "checkpoint_workers.resume", {"overrides": overrides, "steps": 5, "save": True}, tmp_path)[
+        "rows"
+    ]
     assert rows[0]["worst"] == 0.0
     back = export_checkpoint(tmp_path / "run", tmp_path / "back", progress_bar=False)
     before, after = load_tensors(hf), load_tensors(back)
@@ -128,7 +130,7 @@ def test_a_fine_tuned_model_speaks_alike_in_plain_transformers(form, digit_shard
 
 def test_a_run_that_started_here_is_exported_too(digit_shards, tmp_path):
     overrides = [f"data.path={digit_shards}", f"training.output_dir={tmp_path}/run", "training.global_batch_size=32"]
-    run_workers(1, "resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
+    run_workers(1, "checkpoint_workers.resume", {"overrides": overrides, "steps": 1, "save": True}, tmp_path)
     back = export_checkpoint(tmp_path / "run", tmp_path / "back", progress_bar=False)
     logits, continued = in_plain_transformers(back)
     found = on_layouts(1, tmp_path / "run", tmp_path)["one process"]

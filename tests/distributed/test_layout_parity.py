@@ -11,8 +11,9 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import run_workers
 from tests.references import emu3
+from tests.selection import mostly_full
 
-STEPS = [3, pytest.param(20, marks=pytest.mark.full)]
+STEPS, FEW_STEPS = mostly_full([3, 20], [3]), mostly_full([3, 5], [3])
 LOSS_RTOL, NORM_RTOL = 1e-5, 1e-4
 SMALL = ["model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=4", "model.num_query_groups=2"]
 CCA = [
@@ -147,11 +148,12 @@ def initial_weights():
     return config, architecture, {name: value.detach() for name, value in model.named_parameters()}
 
 
-def test_next_token_pretraining_agrees_too(digit_shards, tmp_path):
+@pytest.mark.parametrize("steps", FEW_STEPS)
+def test_next_token_pretraining_agrees_too(steps, digit_shards, tmp_path):
     common = [*CCA, "objective.name=next_token", f"data.path={digit_shards}"]
-    one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": 3}, tmp_path)["a"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"a": []}, "steps": steps}, tmp_path)["a"]
     layouts = {"PP 2": PP2, "CP 2": CP2, "PP 2 x VPP 2": VPP2}
-    for two in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 3}, tmp_path).values():
+    for two in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": steps}, tmp_path).values():
         torch.testing.assert_close(column(two, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0)
         torch.testing.assert_close(column(two, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
     assert one[-1]["loss"] < one[0]["loss"]
@@ -171,23 +173,24 @@ IN_BF16 = {
 
 
 @pytest.mark.parametrize("ranks", BY_RANKS)
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "every layout"])
-def test_bfloat16_starts_at_exactly_0_and_follows_fp32(ranks, every, digit_shards, tmp_path):
-    own = BY_RANKS[ranks] if every else {name: BY_RANKS[ranks][name] for name in IN_BF16[ranks]}
+@pytest.mark.parametrize("steps", FEW_STEPS)
+def test_bfloat16_starts_at_exactly_0_and_follows_fp32(ranks, steps, digit_shards, tmp_path):
+    own = BY_RANKS[ranks] if steps == 5 else {name: BY_RANKS[ranks][name] for name in IN_BF16[ranks]}
     common = [*CCA, f"data.path={digit_shards}"]
-    settings = {"common": [*common, "training.precision=bf16"], "layouts": own, "steps": 3}
-    fp32 = run_workers(1, "traces", {"common": common, "layouts": {"fp32": []}, "steps": 3}, tmp_path)["fp32"]
+    settings = {"common": [*common, "training.precision=bf16"], "layouts": own, "steps": steps}
+    fp32 = run_workers(1, "traces", {"common": common, "layouts": {"fp32": []}, "steps": steps}, tmp_path)["fp32"]
     for layout, trace in run_workers(ranks, "traces", settings, tmp_path).items():
         assert trace[0]["worst"] == 0.0, layout
         torch.testing.assert_close(column(trace, "loss"), column(fp32, "loss"), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("steps", FEW_STEPS)
 @pytest.mark.parametrize("name", ["dpo", "unlearning"])
-def test_the_ablations_train_on_every_kind_of_layout(name, digit_shards, tmp_path):
+def test_the_ablations_train_on_every_kind_of_layout(name, steps, digit_shards, tmp_path):
     common = [*CCA, f"objective.name={name}", f"data.path={digit_shards}"]
-    one = run_workers(1, "traces", {"common": common, "layouts": {"one": []}, "steps": 3}, tmp_path)["one"]
+    one = run_workers(1, "traces", {"common": common, "layouts": {"one": []}, "steps": steps}, tmp_path)["one"]
     layouts = {"TP 2": TP2, "PP 2 x VPP 2": VPP2, "CP 2": CP2}
-    for trace in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 3}, tmp_path).values():
+    for trace in run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": steps}, tmp_path).values():
         torch.testing.assert_close(column(trace, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=1e-6)
         torch.testing.assert_close(column(trace, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
         assert trace[0]["worst"] == 0.0

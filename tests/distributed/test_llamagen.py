@@ -32,7 +32,7 @@ def answers(worker, cases, tmp_path_factory, **common):
 
 
 def by_model(worker, cases, tmp_path_factory, **common):
-    """By case: its answer; those of a model are computed together."""
+    """Return answers by case; those of a model are computed together."""
 
     def compute(case):
         own = {
@@ -48,7 +48,7 @@ def same_model(case, other):
 
 
 def names(cases):
-    """Of all cases; of those for ``make test`` the model is the one with odd heads."""
+    """Return all cases as parameters; ``make test`` has those of the model with odd heads."""
     return mostly_full([name for own in cases.values() for name in own], lambda case: same_model(case, "odd"))
 
 

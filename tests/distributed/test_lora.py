@@ -77,7 +77,7 @@ def test_every_layout_gives_the_same_trace(found, name):
 def train(ranks, overrides, folder, data, steps, *extra, save=False):
     common = [*CCA, *LORA, f"data.path={data}", f"training.output_dir={folder}/run", *extra]
     settings = {"overrides": [*common, *overrides], "steps": steps, "save": save}
-    return run_workers(ranks, "resume", settings, folder)["rows"]
+    return run_workers(ranks, "checkpoint_workers.resume", settings, folder)["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def trained(request, digit_shards, tmp_path_factory):
         *("training.global_batch_size=8", "training.micro_batch_size=4"),
     ]
     settings = {"overrides": [*overrides, *TP2_SP], "steps": BEFORE, "save": True}
-    rows = run_workers(2, "resume", settings, folder)["rows"]
+    rows = run_workers(2, "checkpoint_workers.resume", settings, folder)["rows"]
     assert rows[0]["worst"] == 0.0
     return folder, precision
 

@@ -76,7 +76,7 @@ def saved(common, tmp_path_factory):
         folder = tmp_path_factory.mktemp("saved")
         layouts = runs_of({layout: SAVED[ranks][layout]})
         settings = {"common": common, "layouts": layouts, "steps": STEPS, "folder": str(folder)}
-        return {case: run_workers(ranks, "interrupted", settings, folder)}
+        return {case: run_workers(ranks, "checkpoint_workers.interrupted", settings, folder)}
 
     return Computed(run)
 
@@ -136,7 +136,7 @@ def test_how_stages_hand_on_changes_no_number(pipelines, _ranks, layout, variant
 def test_what_several_instances_have_saved_continues_anywhere(saved, common, tmp_path):
     found = saved[4, "DP"]["DP two instances, gathered"]
     settings = {"overrides": [*common, f"training.output_dir={found['folder']}"], "steps": STEPS}
-    rows = run_workers(1, "resume", settings, tmp_path)["rows"]
+    rows = run_workers(1, "checkpoint_workers.resume", settings, tmp_path)["rows"]
     torch.testing.assert_close(column(rows, "loss"), column(found["steps"][STEPS:], "loss"), rtol=LOSS_RTOL, atol=0)
 
 

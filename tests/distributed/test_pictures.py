@@ -9,8 +9,9 @@ from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from tests.distributed.launch import SCRIPT, ended, run_workers, start_job
 from tests.distributed.test_layout_parity import CCA, CP2, PP2, TP2, VPP2
+from tests.selection import mostly_full
 
-STEPS = 2
+STEPS = [2, 3]
 EVERY = ["logging.sample_interval=1"]
 GATHER = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.ddp_bucket_size=2000"]
 DROPOUT = ["objective.name=next_token", "model.hidden_dropout=0.2", "model.attention_dropout=0.2"]
@@ -33,8 +34,8 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(digit_shards, tmp_path_factory):
+@pytest.fixture(scope="module", params=mostly_full(STEPS, [2]), ids=lambda steps: f"{steps} steps")
+def runs(request, digit_shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     prompts = folder / "prompts.txt"
     prompts.write_text("a handwritten seven\nthe digit one\na scan of a three\n")
@@ -42,7 +43,7 @@ def runs(digit_shards, tmp_path_factory):
     common.append(f"logging.sample_prompts={prompts}")
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        settings = {"common": common, "layouts": layouts, "steps": STEPS}
+        settings = {"common": common, "layouts": layouts, "steps": request.param}
         found |= run_workers(ranks, "pictured_steps", settings, folder)
     return found
 

@@ -3,11 +3,12 @@
 import pytest
 
 from tests.distributed.launch import run_workers
+from tests.selection import mostly_full
 
 TENSOR, PIPELINE, CONTEXT = (
     f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context")
 )
-SMALL = ["model.num_layers=2", "training.micro_batch_size=2", "training.global_batch_size=4"]
+SMALL = ["model.num_layers=2", "training.micro_batch_size=2"]
 
 # Name -> overrides, the part of a step's time, Megatron's groups behind it, and how far they may be apart. Of tensor
 # parallelism the model leaves out the embedding's own, and with sequence parallelism what hides behind products.
@@ -22,9 +23,10 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    cases = {name: [[*SMALL, *overrides], part, groups] for name, (overrides, part, groups, _) in CASES.items()}
+@pytest.fixture(scope="module", params=mostly_full([4, 8], [4]), ids=lambda batch: f"batch {batch}")
+def found(request, tmp_path_factory):
+    common = [*SMALL, f"training.global_batch_size={request.param}"]
+    cases = {name: [[*common, *overrides], part, groups] for name, (overrides, part, groups, _) in CASES.items()}
     return run_workers(1, "timing_workers.planned_and_sent_bytes", {"cases": cases}, tmp_path_factory.mktemp("traffic"))
 
 

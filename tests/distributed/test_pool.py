@@ -20,7 +20,7 @@ def pool():
 
 
 def work(pool, folder, worker, ranks=2, timeout=60, **settings):
-    """What each rank answers, as JSON."""
+    """Run a worker of ``pool_workers.py``; return each rank's answer, as JSON."""
     folder.mkdir(exist_ok=True)
     rendezvous = str(folder / f"rendezvous{time.monotonic_ns()}")
     jobs = [WorkerJob(f"pool_workers.{worker}", settings, rank, ranks, rendezvous) for rank in range(ranks)]

@@ -23,7 +23,7 @@ def run(layout, folder, steps, data, *extra, save=False):
     ranks, overrides = LAYOUTS[layout]
     common = [*CCA, *SCHEDULE, f"data.path={data}", f"training.output_dir={folder}/run", *extra]
     settings = {"overrides": [*common, *overrides], "steps": steps, "save": save}
-    return run_workers(ranks, "resume", settings, folder)
+    return run_workers(ranks, "checkpoint_workers.resume", settings, folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,13 @@ def test_dropout_resumes_exactly(digit_shards, tmp_path):
 def test_a_run_that_has_ended_leaves_nothing_in_its_process(digit_shards, tmp_path):
     """Neither weights nor the thread that reads ahead: the base before the default run, and a study's, must be gone."""
     overrides = [*CCA, f"data.path={digit_shards}", "training.train_iters=2", "logging.tensorboard=false"]
-    overrides.append(f"training.output_dir={tmp_path}/run")
-    found = run_workers(1, "forgotten_runs", {"overrides": overrides}, tmp_path)
-    assert {precision: models for precision, (models, _) in found.items()} == {"fp32": 0, "bf16": 0}
+    runs = {
+        "fp32": [f"training.output_dir={tmp_path}/fp32"],
+        "bf16": ["training.precision=bf16", f"training.output_dir={tmp_path}/bf16"],
+        "diverged": ["optimizer.lr=1e30", f"training.output_dir={tmp_path}/diverged"],
+    }
+    found = run_workers(1, "checkpoint_workers.forgotten_runs", {"overrides": overrides, "runs": runs}, tmp_path)
+    assert {name: run["models"] for name, run in found.items()} == dict.fromkeys(runs, 0)
     # Those of a pool or two that stays; DALI's alone are four.
-    assert all(threads < 4 for _, threads in found.values()), found
+    assert all(run["threads"] < 4 for run in found.values()), found
+    assert [run["ended"] == "finished" for run in found.values()] == [True, True, False]

@@ -52,10 +52,12 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_the_site_builds_without_a_warning(site):
     assert {page.stem for page in site.glob("*.html")} >= {page.stem for page in PAGES}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("link", ["missing.md", "data.md#missing"])
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, link):
     for name in ("docs", "mkdocs.yml"):
@@ -65,6 +67,7 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, link):
     assert build(tmp_path / "site", tmp_path / "mkdocs.yml").returncode != 0
 
 
+@pytest.mark.full
 def test_formulas_need_no_script_and_no_network(site):
     for page in site.glob("*.html"):
         text = page.read_text()
