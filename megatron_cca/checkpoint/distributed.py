@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_cca.checkpoint.bucket_padding import padding_between_buckets
+from megatron_cca.checkpoint.extra_states import (
+    with_all_extra_states,
+    without_absent_extra_states,
+    without_empty_extra_states,
+)
 from megatron_cca.checkpoint.integrity import check_whole_together
+from megatron_cca.checkpoint.megatron_lm import common_state
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import lora
 
@@ -65,6 +73,24 @@ def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool =
     return state
 
 
+def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iteration: int) -> dict:
+    """What a checkpoint holds: :func:`state_dict`, and what plain Megatron asks for. Collective over all ranks.
+
+    Args:
+        chunks: this rank's model chunks, without DDP.
+        optimizer: Megatron's, or None.
+        config: of the run.
+        iteration: number of completed steps.
+    """
+    state = state_dict(chunks, optimizer, is_loading=False)
+    adapted = lora.settings_of(chunks) is not None
+    for name in [name for name in state if name != "optimizer"]:
+        state[name] = without_empty_extra_states(state[name]) if adapted else with_all_extra_states(state[name])
+    state["content_metadata"] = dict(_METADATA)
+    size, has_optimizer = dist.get_world_size(), optimizer is not None
+    return state | common_state(config, iteration, world_size=size, has_optimizer=has_optimizer)
+
+
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
@@ -75,7 +101,7 @@ def _load(template: dict, folder: Path, key: str) -> dict:
     absent = {}
     for name in [name for name in template if name != "optimizer"]:
         _check_fit(template[name], stored, key)
-        template[name], absent[name] = without_absent_extra_states(template[name], stored)
+        template[name], absent[name] = without_absent_extra_states(template[name], stored.objects)
     try:
         with plain_data_only(stored):
             state = dist_checkpointing.load(template, str(folder))
@@ -84,20 +110,6 @@ def _load(template: dict, folder: Path, key: str) -> dict:
     for name, names in absent.items():
         state[name] |= dict.fromkeys(names)
     return state
-
-
-def without_absent_extra_states(state: dict, stored: StoredTensors) -> tuple[dict, list[str]]:
-    """A chunk's sharded state without the extra states that a checkpoint does not have, and their names.
-
-    Transformer Engine keeps FP8 scales in them and local layers nothing, so that a checkpoint from Hugging Face or from
-    the other kind of layers lacks some; both kinds take None for "start afresh".
-    """
-    absent = [
-        name
-        for name, item in state.items()
-        if isinstance(item, ShardedObject) and name.endswith("_extra_state") and item.unique_key not in stored.objects
-    ]
-    return {name: item for name, item in state.items() if name not in absent}, absent
 
 
 def _check_fit(state: dict, stored: StoredTensors, key: str) -> None:

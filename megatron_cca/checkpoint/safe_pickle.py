@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,12 +25,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from megatron_cca.checkpoint.megatron_lm import EXTRA_STATE
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from megatron_cca.pickles import load_tensors, unpickled
 
 _ONE_AT_A_TIME = threading.Lock()
-_EXTRA_STATE = "_extra_state"
+_COMMON_STATE = "common_state"
+# Megatron-LM's way of keeping its arguments: a dictionary with dots.
+_ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
 
 
 @contextmanager
@@ -81,14 +85,24 @@ def plain_data_only(stored: StoredTensors) -> Iterator[None]:
 
 def _loaded(content: bytes, name: str, stored: StoredTensors) -> Any:
     try:
-        found = load_tensors(content)
-        if _EXTRA_STATE in name:
+        is_common = name.startswith(_COMMON_STATE)
+        found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
+        if is_common:
+            _drop_arguments(found)
+        if EXTRA_STATE in name:
             _check_extra_states(found)
     except Exception as error:
         raise UserError(
             f"{stored.option}: {name} in {stored.folder} is damaged or holds more than plain data: {error}"
         ) from None
     return found
+
+
+def _drop_arguments(found: Any) -> None:
+    """Leave out what only Megatron-LM reads: Megatron-Core would also take its way of loading from it."""
+    for part in found if isinstance(found, list | tuple) else ():
+        if isinstance(part, dict):
+            part.pop("args", None)
 
 
 def _check_extra_states(found: Any) -> None:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
-from megatron_cca.checkpoint.distributed import state_dict
+from megatron_cca.checkpoint.distributed import state_to_save
+from megatron_cca.config_files import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
 from megatron_cca.parallel.finite import all_finite
@@ -110,7 +111,7 @@ class CheckpointSaver:
             iteration: number of completed steps.
             chunks: this rank's model chunks, without DDP.
             optimizer: Megatron's optimizer, or None.
-            summary: plain data kept in ``checkpoint.json``.
+            summary: of :func:`summarize`, kept in ``checkpoint.json``.
 
         Returns:
             The saves that ended meanwhile.
@@ -118,7 +119,7 @@ class CheckpointSaver:
         ended = self.finish()
         started = time.perf_counter()
         partial = layout.partial_folder(self._root, iteration)
-        state = state_dict(chunks, optimizer, is_loading=False)
+        state = state_to_save(chunks, optimizer, config_from_dict(summary["config"]), iteration)
         problem = first_problem(_not_finite(state)) or attempted_on_rank_0(lambda: _make_empty(partial))[1]
         if problem is not None:
             return [*ended, Saved(iteration, problem)]

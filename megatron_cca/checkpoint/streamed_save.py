@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,7 @@ from megatron_cca.checkpoint.records import file_system_cause
 
 # How Megatron-Core 0.19 marks the format (dist_checkpointing/core.py), and where it keeps what is not sharded.
 _FORMAT_FILE, _FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-_COMMON_STATE = "common_state/shard_0_1"
+COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,25 @@ class Piece:
     read: Callable[[], Tensor]
 
 
-def save_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+def save_pieces(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any] | None = None) -> None:
     """Write ``pieces`` as a checkpoint into an existing folder.
+
+    Args:
+        folder: of the checkpoint.
+        pieces: of all its tensors.
+        objects: what else is in it, by Megatron's unique keys; :data:`COMMON_STATE` is there in any case.
 
     Raises:
         OSError: from the file system, such as a full disk.
     """
+    planner = _PiecePlanner(pieces, {COMMON_STATE: {}, **(objects or {})})
     checksums = torch.serialization.get_crc32_options()
     # zip's checksums would take longer than everything else, and no reader looks at them.
     torch.serialization.set_crc32_options(False)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=_PiecePlanner(pieces), no_dist=True)
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
     except CheckpointException as error:
         raise file_system_cause(next(iter(error.failures.values()))[0]) from None
     finally:
@@ -66,20 +73,21 @@ def save_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
 
 
 class _PiecePlanner(dcp.DefaultSavePlanner):
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._objects = objects
         self._pieces = {MetadataIndex(piece.key, piece.offsets): piece for piece in pieces}
 
     def create_local_plan(self) -> SavePlan:
-        common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
-        self.plan = SavePlan([common, *(_write_item(index, piece) for index, piece in self._pieces.items())])
+        objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+        self.plan = SavePlan([*objects, *(_write_item(index, piece) for index, piece in self._pieces.items())])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            nothing = io.BytesIO()
-            torch.save([{}], nothing)
-            return nothing
+            content = io.BytesIO()
+            torch.save([self._objects[write_item.index.fqn]], content)
+            return content
         piece = self._pieces[write_item.index]
         return piece.read().view(piece.sizes)
 

@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint import layout, megatron_lm
 from megatron_cca.checkpoint.huggingface import options
 from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.streamed_save import COMMON_STATE, Piece, save_pieces
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config import ParallelConfig
+from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.config_files import load_config
+from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
 from megatron_cca.output import check_apart, check_output, claimed, staging
@@ -67,19 +68,22 @@ def import_checkpoint(
         for info in [source.files.tensors[name]]
     ]
     total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
+    config = _config(source)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
         unfinished = layout.own_names(output, 0) - {layout.LATEST, final.name}
         check_output(output, {layout.LATEST, final.name}, unfinished, overwrite=overwrite)
         stack.enter_context(staging(partial_folder, total))
         progress = stack.enter_context(ByteProgress("importing", total, shown=progress_bar))
-        save_pieces(partial_folder, [replace(piece, read=progress.watched(piece.read)) for piece in pieces])
+        watched = [replace(piece, read=progress.watched(piece.read)) for piece in pieces]
+        save_pieces(partial_folder, watched, _objects(config))
         _copy_files(source.companion_files(), partial_folder / layout.COMPANION_FILES)
         if companions:
             folder = partial_folder / layout.COMPANION_TENSORS
             folder.mkdir()
             write_safetensors(folder, [replace(c, pieces=progress.watch(c.pieces)) for c in companions])
-        layout.finalize(partial_folder, output, 0, _summary(source))
+        origin = {"folder": str(source.folder), "form": source.form}
+        layout.finalize(partial_folder, output, 0, {**summarize(config), "imported_from": origin})
     return final
 
 
@@ -114,7 +118,12 @@ def _copy_files(files: list[Path], to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def _summary(source: PublicCheckpoint) -> dict:
+def _config(source: PublicCheckpoint) -> Config:
     config = load_config()
-    config = replace(config, model=source.model, training=replace(config.training, precision=source.precision))
-    return {**summarize(config), "imported_from": {"folder": str(source.folder), "form": source.form}}
+    return replace(config, model=source.model, training=replace(config.training, precision=source.precision))
+
+
+def _objects(config: Config) -> dict:
+    num_layers = resolve_architecture(config.model).num_layers
+    extra_states = dict.fromkeys(megatron_lm.extra_states(num_layers))
+    return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}

@@ -1,0 +1,154 @@
+"""What plain Megatron asks of a checkpoint besides tensors: extra states, and the state that is common to all ranks.
+
+``megatron.core.dist_checkpointing.load`` refuses a checkpoint that lacks an extra state of a layer. ``load_checkpoint``
+of Megatron-LM 0.19 takes the rest from the common state: where training was, on which layout, and which arguments the
+model was built with (``check_checkpoint_args``, ``load_args_from_checkpoint``).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron_cca.config import Config
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import padded_vocab_size
+
+EXTRA_STATE = "_extra_state"
+FINAL_NORM = "decoder.final_layernorm"
+_LAYERS = "decoder.layers"
+_PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+# From 2.0 on Megatron-LM takes the projections of query, key and value as they lie.
+_CHECKPOINT_VERSION = 3.0
+
+
+def extra_states(num_layers: int) -> Iterator[str]:
+    """Keys of all extra states that a plain GPTModel asks for, of local layers or of Transformer Engine's.
+
+    Without FP8 they hold nothing: both kinds of layers take None.
+    """
+    yield from (
+        f"{_LAYERS}.{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
+        for name in _PROJECTIONS
+        for layer in range(num_layers)
+    )
+    # Only Transformer Engine's norm has one.
+    yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"
+
+
+def common_state(config: Config, iteration: int, *, world_size: int = 1, has_optimizer: bool = False) -> dict:
+    """What Megatron-LM finds beside the tensors.
+
+    Args:
+        config: of the run, or of the model alone, with explicit sizes.
+        iteration: number of completed steps.
+        world_size: ranks of the run.
+        has_optimizer: whether the optimizer's state is in the checkpoint.
+
+    Returns:
+        ``args``, ``iteration`` and ``checkpoint_version``; with an optimizer also ``opt_param_scheduler``.
+    """
+    has_run = {"opt_param_scheduler": _schedule(config, iteration)} if has_optimizer else {}
+    return {
+        "args": Namespace(
+            **_model_arguments(config),
+            **_layout_arguments(config, world_size),
+            **_training_arguments(config, iteration),
+            no_save_optim=not has_optimizer,
+            # Dropout is a function of seed and step: there is no generator's state to save.
+            no_save_rng=True,
+        ),
+        "iteration": iteration,
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        **has_run,
+    }
+
+
+def _model_arguments(config: Config) -> dict:
+    model, architecture = config.model, resolve_architecture(config.model)
+    base = architecture.rotary_base
+    return {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.hidden_size // architecture.num_attention_heads,
+        "seq_length": architecture.max_position_embeddings,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        # Megatron-LM has no name for rotation over a grid; see docs/checkpoints.md.
+        "position_embedding_type": architecture.position_embedding,
+        # Megatron-LM's default, also with rotary positions.
+        "add_position_embedding": True,
+        "rotary_base": int(base) if base == int(base) else base,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": architecture.position_embedding == "rope_2d",
+        "normalization": "RMSNorm",
+        "norm_epsilon": architecture.layernorm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": True,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "vocab_size": architecture.vocabulary.size,
+        "padded_vocab_size": padded_vocab_size(architecture, model, config.parallel.tensor_model_parallel_size),
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        # Tokens are ids already.
+        "tokenizer_type": "NullTokenizer",
+        "ckpt_format": "torch_dist",
+    }
+
+
+def _layout_arguments(config: Config, world_size: int) -> dict:
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return {
+        "world_size": world_size,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "data_parallel_size": world_size // (tensor * pipeline * parallel.context_parallel_size),
+        "expert_model_parallel_size": 1,
+        "sequence_parallel": parallel.sequence_parallel,
+    }
+
+
+def _training_arguments(config: Config, iteration: int) -> dict:
+    training, optimizer = config.training, config.optimizer
+    return {
+        "bf16": training.precision != "fp32",
+        "fp16": False,
+        "seed": training.seed,
+        "data_parallel_random_init": False,
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": training.global_batch_size,
+        "train_iters": training.train_iters,
+        "consumed_train_samples": iteration * training.global_batch_size,
+        "consumed_valid_samples": 0,
+        "skipped_train_samples": 0,
+        "optimizer": "adam",
+        "use_distributed_optimizer": optimizer.use_distributed_optimizer,
+    }
+
+
+def _schedule(config: Config, iteration: int) -> dict:
+    """The learning rate's schedule as Megatron-LM's ``OptimizerParamScheduler`` keeps it, which counts in samples."""
+    optimizer, samples = config.optimizer, config.training.global_batch_size
+    return {
+        "max_lr": optimizer.lr,
+        "min_lr": optimizer.min_lr,
+        "lr_warmup_steps": optimizer.lr_warmup_iters * samples,
+        "lr_decay_steps": max(config.training.train_iters, optimizer.lr_warmup_iters + 1) * samples,
+        "lr_decay_style": optimizer.lr_decay_style,
+        "num_steps": iteration * samples,
+        "start_wd": optimizer.weight_decay,
+        "end_wd": optimizer.weight_decay,
+        "wd_incr_style": "constant",
+        "wd_incr_steps": config.training.train_iters * samples,
+    }
