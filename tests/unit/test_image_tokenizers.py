@@ -19,7 +19,7 @@ from megatron_cca.data.image_size import target_size
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
+from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq, uint8_pixels
 from tests.references.emu3_vq import original_name, save_composite, save_original, small_vq
 
 STILLS, CLIPS = (3, 16, 24, 3), (2, 8, 24, 8, 3)
@@ -53,14 +53,25 @@ def transformers_codes(model, images, mean=0.5, std=0.5):
     return torch.stack(list(found.image_tokens))
 
 
+def postprocessed(values, mean=0.5, std=0.5):
+    """Float ``[..., 3, H, W]`` as the image processor of transformers, whose formula is the authors', writes images."""
+    from transformers import Emu3ImageProcessor
+
+    processor = Emu3ImageProcessor(image_mean=mean, image_std=std)
+    found = [
+        np.asarray(processor.postprocess(plane, input_data_format="channels_first")["pixel_values"][0])
+        for plane in values.flatten(0, -4)
+    ]
+    return torch.from_numpy(np.stack(found)).unflatten(0, values.shape[:-3])
+
+
 @torch.no_grad()
 def transformers_pixels(model, codes, mean=0.5, std=0.5):
-    levels = (model.decode(codes).movedim(-3, -1) * torch.tensor(std) + torch.tensor(mean)) * 255
-    return levels.round().clamp(0, 255).to(torch.uint8)
+    return postprocessed(model.decode(codes), mean, std)
 
 
 def assert_nearly(ours, theirs):
-    """Equal but for a grey level here and there, where a half was rounded."""
+    """Equal but for a grey level here and there, whose fraction lies at its end."""
     assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
     differences = (ours.int() - theirs.int()).abs()
     assert differences.max() <= 1
@@ -144,7 +155,7 @@ def test_autocast_does_not_reach_the_codes_nor_do_gradients_leave(original):
 # By torch's older switches and by its newer ones, which may not be asked for in one process.
 PRECISION = """
 import sys, torch
-from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
+from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq, uint8_pixels
 
 cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
 if sys.argv[2] == "older":
@@ -214,6 +225,19 @@ def test_normalisation_is_the_folders_own_and_else_one_half(file, content, mean,
     codes = tokenizer.encode(pixels(STILLS))
     assert torch.equal(codes, transformers_codes(model, pixels(STILLS), mean, std))
     assert_nearly(tokenizer.decode(codes), transformers_pixels(model, codes, mean, std))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (CLIP_MEAN, CLIP_STD), (0.25, [0.3, 0.7, 1.1])])
+def test_fractions_of_grey_levels_are_cut_off_as_the_authors_do(mean, std):
+    values = torch.randn(2, 4, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    values[0, 0, :, 0] = torch.linspace(-1, 1, 24)
+    # What encoding makes of every grey level, and what lies beyond white and black.
+    values[0, 1, :, 1:12] = ((torch.arange(264) / 255 - 0.5) / 0.5).view(11, 24)
+    values[0, 2, :, 0, :2] = torch.tensor([1e4, -1e4])
+    found = uint8_pixels(values, *(each if isinstance(each, list) else [each] * 3 for each in (mean, std)))
+    assert (found.dtype, found.shape) == (torch.uint8, (2, 4, 16, 24, 3)) and found.is_contiguous()
+    assert torch.equal(found, postprocessed(values, mean, std))
+    assert found.min() == 0 and found.max() == 255
 
 
 def test_of_two_processors_transformers_first_counts(original, spoilt):

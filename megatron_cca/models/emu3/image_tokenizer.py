@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Emu3ImageTokenizer:
         self.codebook_size = model.config.codebook_size
         self._fingerprint = fingerprint
         device = next(model.parameters()).device
-        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        self._mean, self._std = (_per_channel(values, device) for values in (mean, std))
+        self._normalisation = mean, std
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -66,6 +67,8 @@ class Emu3ImageTokenizer:
     def decode(self, codes: Tensor) -> Tensor:
         """int64 ``[N, h, w]`` -> uint8 ``[N, h f, w f, 3]``; ``[N, T', h, w]`` -> ``[N, T' t, h f, w f, 3]``.
 
+        Fractions of grey levels are cut off, see :func:`uint8_pixels`.
+
         Raises:
             UserError: codes of another dtype or shape, or outside the codebook.
         """
@@ -77,8 +80,7 @@ class Emu3ImageTokenizer:
             _frames_once(self._model.decoder, self.temporal_factor, still=codes.dim() == 3),
         ):
             found = self._model.decode(codes.to(self._mean.device)).float()
-        levels = (found * self._std + self._mean) * 255
-        return levels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().to(codes.device)
+        return uint8_pixels(found, *self._normalisation).to(codes.device)
 
     def fingerprint(self) -> str:
         """A short hash of weights, sizes and normalisation; the same for every form and device."""
@@ -93,6 +95,28 @@ class Emu3ImageTokenizer:
         *batch, height, width = codes
         frames = [batch[1] * self.temporal_factor] if len(batch) == 2 else []
         return [batch[0], *frames, height * self.spatial_factor, width * self.spatial_factor, 3]
+
+
+def uint8_pixels(values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo the normalisation and cut off fractions of grey levels, bit for bit as the authors' image processor does.
+
+    Args:
+        values: float32 ``[..., 3, H, W]``, as the decoder returns them.
+        mean, std: per channel, of pixels between 0 and 1.
+
+    Returns:
+        uint8 ``[..., H, W, 3]``, where ``values`` lie.
+    """
+    # The authors normalise once more, by -mean / std and 1 / std. In float32 x * std + mean is something else, unless
+    # std is a power of 2.
+    offset = _per_channel([-of / by for of, by in zip(mean, std, strict=True)], values.device)
+    scale = _per_channel([1 / by for by in std], values.device)
+    levels = (values - offset) / scale * 255
+    return levels.clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def open_emu3_vq(
