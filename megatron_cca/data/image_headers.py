@@ -1,11 +1,14 @@
 """What an encoded image says of itself, read without decoding anything.
 
 Headers are read here and not by Pillow: so a decompression bomb is known before anything is allocated, and Pillow sees
-neither metadata, on which it prints warnings, nor its own global limits. Everything may be called from any thread.
+neither metadata, on which it prints warnings, nor its own global limits. Where an image ends is read, too: phones and
+other programs append a video, an archive or a second image, which nobody after this sees. Everything may be called from
+any thread.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +29,11 @@ _OTHER_FORMATS = (
 _JPEG_PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 _JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC = 0xC4, 0xC8, 0xCC
 _JPEG_FRAMES = set(range(0xC0, 0xD0)) - {_JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC}
-_JPEG_END, _JPEG_SCAN, _JPEG_ADOBE, _JPEG_COMMENT = 0xD9, 0xDA, 0xEE, 0xFE
+_JPEG_BEGIN, _JPEG_END, _JPEG_SCAN, _JPEG_ADOBE, _JPEG_COMMENT = 0xD8, 0xD9, 0xDA, 0xEE, 0xFE
+# Tables, number of lines, restart interval, and what may stand anywhere.
+_JPEG_BETWEEN_SCANS = {_JPEG_HUFFMAN, _JPEG_ARITHMETIC, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), _JPEG_COMMENT}
+# In a scan 0xFF 0x00 is a byte of data and 0xD0 to 0xD7 count restarts; all else ends the scan.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 
 # Of progressive images; DALI has the same limit. Each is a pass over the whole image.
 _JPEG_MAX_SCANS = 256
@@ -44,11 +51,13 @@ class ImageLimits:
 
     Attributes:
         max_pixels: height times width.
-        max_bytes: of the encoded file.
+        max_bytes: of the encoded image, without metadata.
+        cmyk: whether it may be a JPEG of four components, which DALI does not read.
     """
 
     max_pixels: int = 100_000_000
     max_bytes: int = 200_000_000
+    cmyk: bool = False
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -62,7 +71,8 @@ class Header:
         format: "JPEG", "PNG", "WebP" or "BMP".
         height, width: in pixels as stored, before ``orientation``.
         orientation: EXIF's, 1 to 8; 1 where there is none or it is damaged.
-        essential: the file without its metadata.
+        essential: the encoded image, without its metadata and without what stands behind its end.
+        cmyk: whether it is a JPEG of four components.
     """
 
     format: str
@@ -70,6 +80,7 @@ class Header:
     width: int
     orientation: int
     essential: bytes
+    cmyk: bool = False
 
     @property
     def displayed(self) -> tuple[int, int]:
@@ -85,8 +96,6 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
     """
     if not data:
         raise Rejected("the file is empty")
-    if len(data) > limits.max_bytes:
-        raise Rejected(f"the file has {len(data)} bytes; at most {limits.max_bytes} are read")
     name, reader = _reader_of(data)
     try:
         header = reader(data)
@@ -98,6 +107,10 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
         raise Rejected(
             f"the {name} image is {header.width} x {header.height}; at most {limits.max_pixels} pixels are read"
         )
+    if len(header.essential) > limits.max_bytes:
+        raise Rejected(f"the {name} image has {len(header.essential)} bytes; at most {limits.max_bytes} are read")
+    if header.cmyk and not limits.cmyk:
+        raise Rejected("a CMYK or YCCK JPEG image (4 components); save it as RGB")
     return header
 
 
@@ -117,7 +130,7 @@ def _reader_of(data: bytes) -> tuple[str, Callable[[bytes], Header]]:
 
 
 def _jpeg(data: bytes) -> Header:
-    """Segments up to the first scan; the entropy-coded rest must have an end."""
+    """Segments up to the first scan; the scans must have an end."""
     orientation, frame, kept = 1, None, [data[:2]]
     for marker, start, end in _jpeg_segments(data):
         body = data[start + 4 : end]
@@ -132,12 +145,29 @@ def _jpeg(data: bytes) -> Header:
             kept.append(data[start:end])
     if frame is None:
         raise Rejected("the JPEG header is damaged: it describes no frame")
-    if data.find(b"\xff\xd9", end) < 0:
-        raise Rejected("the JPEG file is cut short: it has no end marker")
-    scans = data.count(b"\xff\xda", end) + 1
-    if scans > _JPEG_MAX_SCANS:
-        raise Rejected(f"a JPEG image in {scans} scans; at most {_JPEG_MAX_SCANS} are read")
-    return Header("JPEG", *frame, orientation, b"".join([*kept, data[end:]]))
+    return Header("JPEG", *frame[:2], orientation, b"".join([*kept, data[end : _jpeg_end(data, end)]]), frame[2] == 4)
+
+
+def _jpeg_end(data: bytes, position: int) -> int:
+    """Where the image ends whose first scan's data begin at ``position``; what follows may be anything."""
+    scans = 1
+    while scans <= _JPEG_MAX_SCANS:
+        found = _JPEG_MARKER.search(data, position)
+        if found is None:
+            raise Rejected("the JPEG file is cut short: it has no end marker")
+        marker, start = found[1][0], found.end() - 2
+        if marker == _JPEG_END:
+            return found.end()
+        if marker == _JPEG_BEGIN:
+            raise Rejected(f"the JPEG file is cut short: another image begins at byte {start}, before this one's end")
+        if marker != _JPEG_SCAN and marker not in _JPEG_BETWEEN_SCANS:
+            raise Rejected(f"the JPEG image is damaged: marker {marker:#04x} at byte {start}")
+        scans += marker == _JPEG_SCAN
+        length = struct.unpack_from(">H", data, start + 2)[0]
+        position = start + 2 + length
+        if length < 2 or position > len(data):
+            raise Rejected(f"the JPEG file is damaged or cut short: the segment at byte {start} has no end")
+    raise Rejected(f"a JPEG image in more than {_JPEG_MAX_SCANS} scans; at most {_JPEG_MAX_SCANS} are read")
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -158,15 +188,14 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         position = end
 
 
-def _jpeg_frame(marker: int, body: bytes) -> tuple[int, int]:
+def _jpeg_frame(marker: int, body: bytes) -> tuple[int, int, int]:
+    """Height, width and number of components."""
     depth, height, width, components = struct.unpack_from(">BHHB", body)
-    if components == 4:
-        raise Rejected("a CMYK or YCCK JPEG image (4 components); save it as RGB")
     if depth != 8:
         raise Rejected(f"a {depth}-bit JPEG image; 8 bits are read")
-    if components not in (1, 3) or marker not in _JPEG_PROCESSES:
+    if components not in (1, 3, 4) or marker not in _JPEG_PROCESSES:
         raise Rejected(f"a JPEG image of a kind that is not read (marker {marker:#04x}, {components} components)")
-    return height, width
+    return height, width, components
 
 
 def _png(data: bytes) -> Header:
@@ -202,11 +231,15 @@ def _webp(data: bytes) -> Header:
         raise Rejected("an animated WebP image")
     height, width = _webp_size(chunks)
     orientation = _exif_orientation(chunks.get(b"EXIF", b"").removeprefix(b"Exif\0\0"))
-    return Header("WebP", height, width, orientation, data)
+    return Header("WebP", height, width, orientation, data[: _webp_end(data)])
+
+
+def _webp_end(data: bytes) -> int:
+    return struct.unpack_from("<I", data, 4)[0] + 8
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    end = struct.unpack_from("<I", data, 4)[0] + 8
+    end = _webp_end(data)
     if end > len(data):
         raise IndexError
     position = 12
@@ -241,9 +274,10 @@ def _bmp(data: bytes) -> Header:
     if offset < 14 + header_size:
         raise Rejected("the BMP header is damaged: its pixels begin inside it")
     # A negative height says that the rows go from top to bottom; each row fills whole words of 32 bits.
-    if offset + -(-width * depth // 32) * 4 * abs(height) > len(data):
+    end = offset + -(-width * depth // 32) * 4 * abs(height)
+    if end > len(data):
         raise IndexError
-    return Header("BMP", abs(height), width, 1, data)
+    return Header("BMP", abs(height), width, 1, data[:end])
 
 
 def _exif_orientation(exif: bytes) -> int:

@@ -234,6 +234,65 @@ def test_endless_scans_are_refused():
     assert "scans; at most 256" in reason(data[:scan] + data[scan:-2] * 300 + data[-2:])
 
 
+def others(form):
+    """What programs write behind an image's end, by name; none of it is the image's."""
+    random = np.random.default_rng(0)
+    other = picture(80, 20, seed=1)
+    # As many start-of-scan and end-of-image markers as an hour of video has by chance.
+    video = b"\0\0\0\x18ftypmp42" + random.bytes(9000) + b"\xff\xda\0\0\xff\xd9" * 400
+    chunks = chunk(b"acTL", bytes(8)) + chunk(b"eXIf", exif(6)[6:]) + chunk(b"IEND", b"")
+    return {
+        "the video of a motion photo": video,
+        "zeros of a card's last block": bytes(4096),
+        "a zip archive": b"PK\3\4" + random.bytes(500) + b"PK\5\6" + bytes(18),
+        "another image of that format": encoded(other, form),
+        "an animation": encoded(picture(), "WEBP", **SEVERAL) + b"ANIM\6\0\0\0" + bytes(6),
+        "a JPEG turned by EXIF": encoded(other, "JPEG", exif=exif(6)),
+        "chunks of a PNG": chunks,
+        "half a marker": b"\xff",
+    }
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_stands_behind_an_images_end_is_not_the_images(name, turned):
+    data, form = ALLOWED[name], name.split()[0]
+    if turned and form not in ("BMP", "WebP"):
+        data = encoded(Image.open(io.BytesIO(data)), form, exif=exif(6))
+    size, kept = judge(data), read_header(data)
+    for what, other in others(form).items():
+        assert judge(data + other) == size, what
+        header = read_header(data + other)
+        assert header.orientation == kept.orientation, what
+        assert header.essential == kept.essential, what
+        # What is appended does not count against the limit on bytes.
+        assert judge(data + other, ImageLimits(max_bytes=len(data))) == size, what
+    with Image.open(io.BytesIO(kept.essential)) as image, Image.open(io.BytesIO(data)) as whole:
+        assert (np.asarray(image.convert("RGB")) == np.asarray(whole.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("name", ["JPEG rgb", "JPEG progressive", "PNG rgb"])
+def test_what_stands_behind_does_not_complete_an_image(name):
+    """A file cut short, with something behind the cut that has the marker or bytes that the image lacks."""
+    data = ALLOWED[name]
+    for what, other in others(name.split()[0]).items():
+        for length in range(len(data) // 4, len(data) - 20, len(data) // 9):
+            assert reason(data[:length] + other), (what, length)
+
+
+def test_a_marker_inside_a_scan_is_damage():
+    data = ALLOWED["JPEG rgb"]
+    middle = data.index(b"\xff\xda") + 200
+    assert "marker 0x42 at byte" in reason(data[:middle] + b"\xff\x42" + data[middle:])
+    assert "another image begins at byte" in reason(data[:middle] + data)
+    assert "the segment at byte" in reason(data[:middle] + b"\xff\xfe\0\1" + data[middle:])
+    # Filling and a comment between scans are none.
+    progressive = ALLOWED["JPEG progressive"]
+    scan = progressive.rindex(b"\xff\xda")
+    comment = b"\xff\xff\xfe\0\x08" + b"\xff\xd9\xff\xda\xff\xd8"
+    assert judge(progressive[:scan] + comment + progressive[scan:]) == (HEIGHT, WIDTH)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ALLOWED)), st.binary(max_size=60), st.randoms(use_true_random=False))
 def test_nothing_but_a_rejection_comes_out(name, noise, chance):
