@@ -7,10 +7,12 @@ key is refused in a fraction of a second.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 from pydantic.dataclasses import dataclass
+
+from megatron_cca.paths import typed_path
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -18,7 +20,25 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Blend = dict[str, PositiveFloat]
+
+# The context of a validation whose input a person typed, not a program.
+TYPED = "typed"
+
+
+def _as_typed(text: str, info: ValidationInfo) -> str:
+    return typed_path(text) if info.context == TYPED else text
+
+
+def _all_kept(given: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    found = handler(given)
+    if len(found) < len(given):
+        raise ValueError("two of its names are the same folder; leave one out")
+    return found
+
+
+# The type of every key that holds a path, or a word that may stand in place of one.
+PathText = Annotated[str, AfterValidator(_as_typed), Field(json_schema_extra={"format": "path"})]
+Blend = Annotated[dict[PathText, PositiveFloat], WrapValidator(_all_kept)]
 Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise"]
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -126,9 +146,9 @@ class ReferenceConfig:
     """``resident`` keeps it beside the policy. ``offload`` keeps it in host memory and streams a layer at a time
     through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py`` computed. ``shared`` takes
     the policy with its LoRA adapters off."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Its weights; null means ``training.pretrained_checkpoint``."""
-    cache: str | None = None
+    cache: PathText | None = None
     """For ``cached``: the folder that ``tools/cache_reference.py`` wrote."""
     precision: Precision | None = None
     """Null means the policy's, ``training.precision``."""
@@ -146,7 +166,7 @@ class ReferenceConfig:
 class DataConfig:
     """Section ``data``."""
 
-    path: str | Blend = "digits"
+    path: PathText | Blend = "digits"
     """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: shares of what a run
     sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use."""
     condition_dropout: Probability = 0.1
@@ -167,7 +187,7 @@ class ValidationConfig:
     """Steps between validations; 0 is never."""
     fraction: Probability = 0.0
     """Share of every folder in ``data.path`` that is held out."""
-    path: str | Blend | None = None
+    path: PathText | Blend | None = None
     """Shards of their own to validate on instead, spelled as ``data.path``."""
     iters: PositiveInt | None = None
     """Global batches of a validation; null is as many as one pass over the samples fills, at least one."""
@@ -285,9 +305,9 @@ class TrainingConfig:
     """For ``full``: groups of ``recompute_num_layers`` layers, or that many single layers on each model chunk."""
     recompute_num_layers: PositiveInt = 1
     """See ``recompute_method``."""
-    output_dir: str = "runs/emu3_tiny_cca"
+    output_dir: PathText = "runs/emu3_tiny_cca"
     """Holds metrics.jsonl, TensorBoard events, config.yaml and checkpoints/."""
-    pretrained_checkpoint: str | None = None
+    pretrained_checkpoint: PathText | None = None
     """The weights to start from; null means random ones, the same for every layout."""
     save_interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
@@ -332,13 +352,13 @@ class LoggingConfig:
     sample_interval: NonNegativeInt = 0
     """Steps between pictures that the policy draws, guidance-free, of the same prompts and random numbers; they go to
     TensorBoard and to ``samples/`` in the run's folder. 0 is never."""
-    sample_prompts: str | None = None
+    sample_prompts: PathText | None = None
     """A caption a line, or .jsonl; null means the ten digits, where they are the data."""
     sample_grid: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     """Height and width in visual tokens; null means those of the training data, if all are of one size."""
-    text_tokenizer: str | None = None
+    text_tokenizer: PathText | None = None
     """Its folder; null means the one that came with ``training.pretrained_checkpoint`` or the data."""
-    image_tokenizer: str | None = None
+    image_tokenizer: PathText | None = None
     """Likewise, to turn codes into pictures."""
 
 

@@ -13,6 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.reference_checks import check_dropout
@@ -38,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         "log-ratios start at exactly 0 on the layout, micro batch and machine that it was computed with. An "
         "interrupted computation goes on where it was.",
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the YAML file of the training run")
+    parser.add_argument(
+        "--config", required=True, type=path_option, metavar="FILE", help="the YAML file of the training run"
+    )
     parser.add_argument(
         "--set",
         metavar="SECTION.KEY=VALUE",
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", metavar="FIRST:LAST", help="training steps, LAST excluded (default: 0:training.train_iters)"
     )
-    parser.add_argument("--output", required=True, type=Path, help="a new folder, or a cache to be completed")
+    parser.add_argument("--output", required=True, type=path_option, help="a new folder, or a cache to be completed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 

@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="import|export|verify")
-    folder = {"type": lambda text: Path(text).expanduser(), "metavar": "DIR"}
+    folder = {"type": path_option, "metavar": "DIR"}
     hf = {
         **folder,
         "required": True,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.evaluation.listings import WORDS
 from megatron_cca.evaluation.metrics import METRICS, FidelitySettings
 from megatron_cca.output import check_apart
+from megatron_cca.paths import name_option, path_option, typed_path
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]PATH",
         help="a set of images to judge; may be repeated, a row each (the name is that of the file or folder)",
     )
-    parser.add_argument("--reference", required=True, metavar="PATH", help="the set of real images")
-    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="an empty or new folder")
+    parser.add_argument("--reference", required=True, type=name_option, metavar="PATH", help="the set of real images")
+    parser.add_argument("--output", type=path_option, required=True, metavar="DIR", help="an empty or new folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a former report in --output, nothing else")
     parser.add_argument(
         "--extractor",
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "logits (default: digits where the reference is the digits, else inception)",
     )
     parser.add_argument(
-        "--inception-weights", type=_path, metavar="FILE", help="torch-fidelity's weights file; never downloaded"
+        "--inception-weights", type=path_option, metavar="FILE", help="torch-fidelity's weights file; never downloaded"
     )
     parser.add_argument(
         "--metrics",
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--clip",
-        type=_path,
+        type=path_option,
         metavar="FOLDER",
         help="a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts",
     )
@@ -104,20 +105,18 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default {default})")
 
 
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
 def _named(samples: list[str]) -> dict[str, str]:
     """Name -> path."""
     found: dict[str, str] = {}
     for text in samples:
         name, separator, path = text.partition("=")
         if not separator or "/" in name or Path(text).exists():
-            path = text
-            name = Path(path).expanduser().resolve().name.removesuffix(".npz")
-        if not name or not path:
+            name, path = "", text
+        if separator and not path:
             raise UserError(f"--samples: {text!r} is not of the form [NAME=]PATH")
+        with said_of("--samples"):
+            path = typed_path(path)
+        name = name or Path(path).resolve().name.removesuffix(".npz")
         if name in found:
             raise UserError(f"--samples: two sets are called {name}; tell them apart with NAME=PATH")
         found[name] = path

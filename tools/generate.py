@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
@@ -50,9 +51,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run folder, an iter_ folder, or a Hugging Face folder"
+        "--checkpoint",
+        required=True,
+        type=name_option,
+        metavar="DIR",
+        help="a run folder, an iter_ folder, or a Hugging Face folder",
     )
-    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--output", type=path_option, required=True, metavar="DIR", help="the folder to write")
     _add_what(parser)
     _add_how(parser)
     _add_where(parser)
@@ -67,7 +72,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--prompts",
-        type=_path,
+        type=path_option,
         metavar="FILE",
         help='a caption a line, or .jsonl of {"prompt": ..., "label": ..., "seed": ...}; models of classes want labels',
     )
@@ -76,7 +81,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--class-captions",
-        type=_path,
+        type=path_option,
         metavar="FILE",
         help="a class's caption a line, or ImageNet's LOC_synset_mapping.txt; the line's number is the label (default: "
         "the ten digits, for a model of the digits; for other models of classes the numbers alone)",
@@ -140,17 +145,15 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="default 1")
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="images a replica draws at a time")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="default: the checkpoint's")
-    group.add_argument("--text-tokenizer", type=_path, metavar="DIR", help="default: what belongs to the checkpoint")
     group.add_argument(
-        "--image-tokenizer", type=_path, metavar="PATH", help="likewise; Emu3-VisionTokenizer for Emu3-Gen"
+        "--text-tokenizer", type=path_option, metavar="DIR", help="default: what belongs to the checkpoint"
+    )
+    group.add_argument(
+        "--image-tokenizer", type=path_option, metavar="PATH", help="likewise; Emu3-VisionTokenizer for Emu3-Gen"
     )
     group.add_argument("--no-npz", action="store_true", help="do not write samples.npz")
     group.add_argument("--overwrite", action="store_true", help="replace what a former call wrote into --output")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 
@@ -30,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         "--beta 0.0015 --output bias.json. The objective multiplies log-ratios with beta; a training run stops where "
         "precision alone makes that product larger than 0.05 (root mean square over the rows).",
     )
-    parser.add_argument("--checkpoint", required=True, help="a run folder or an iter_ folder")
-    parser.add_argument("--data", required=True, help="a folder of token shards, or the word digits")
+    parser.add_argument("--checkpoint", required=True, type=name_option, help="a run folder or an iter_ folder")
+    parser.add_argument("--data", required=True, type=name_option, help="a folder of token shards, or the word digits")
     parser.add_argument(
         "--rows", type=int, default=32, metavar="N", help="half of them images with their captions, half with others"
     )
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1234, help="draws the rows, as training.seed does")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="also write the numbers there, and FILE.png beside it"
+        "--output", type=path_option, metavar="FILE.json", help="also write the numbers there, and FILE.png beside it"
     )
     return parser
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """commands (search is meant where none is named):
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command: whose run it is about."""
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--config", required=True, type=path_option, metavar="FILE", help="the run's YAML file")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -95,9 +95,11 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
         help="what may be changed beside the layout: micro_batch, recompute, optimizer, reference, precision, cached "
         "(default: the first four)",
     )
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="what tools/plan.py calibrate wrote")
+    parser.add_argument("--calibration", type=path_option, metavar="FILE", help="what tools/plan.py calibrate wrote")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default 10)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="an empty or new folder (default: print only)")
+    parser.add_argument(
+        "--output", type=path_option, metavar="DIR", help="an empty or new folder (default: print only)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a former plan in --output, nothing else")
     parser.set_defaults(run=_search)
 
@@ -114,7 +116,7 @@ def _add_dry_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="their kind (default: count as a run on CPUs would)")
     parser.add_argument("--rank", type=int, metavar="R", help="which to be (default: the one that should hold most)")
     add_image_options(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a JSON file with all numbers")
+    parser.add_argument("--output", type=path_option, metavar="FILE", help="a JSON file with all numbers")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     parser.set_defaults(run=_dry_run)
 
@@ -131,7 +133,9 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     add_image_options(parser)
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each short run (default 5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="a JSON file, for --calibration")
+    parser.add_argument(
+        "--output", required=True, type=path_option, metavar="FILE", help="a JSON file, for --calibration"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     parser.set_defaults(run=_calibrate)
 

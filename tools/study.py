@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """example:
@@ -34,10 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--study", required=True, type=Path, metavar="FILE", help="the YAML file of the study")
+    parser.add_argument("--study", required=True, type=path_option, metavar="FILE", help="the YAML file of the study")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_option,
         default=Path("runs/studies"),
         metavar="DIR",
         help="folder of all runs and results (default runs/studies)",

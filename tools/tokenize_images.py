@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLES = """examples:
@@ -56,7 +57,7 @@ def _add_run(commands) -> None:
         "tokenize a source into a shard folder; under torchrun on several processes or GPUs; the same command goes on "
         "where an interrupted one stopped (finished parts wait in OUTPUT.parts)",
     )
-    path = {"type": lambda text: Path(text).expanduser(), "metavar": "DIR"}
+    path = {"type": path_option, "metavar": "DIR"}
     command.add_argument("--source", **path, required=True, help=_LAYOUTS)
     command.add_argument("--layout", default="auto", metavar="NAME", help="one of the above (default auto)")
     command.add_argument(
@@ -135,12 +136,12 @@ def _add_inspect(commands) -> None:
         "check every file of a shard folder against its checksum, print counts and histograms of caption length and "
         "grid, and draw a contact sheet of decoded samples beside their captions",
     )
-    command.add_argument("shards", type=Path, metavar="PREFIX", help="the shard folder")
-    command.add_argument("--picture", type=Path, metavar="PNG", help="the contact sheet (default: PREFIX.png)")
+    command.add_argument("shards", type=path_option, metavar="PREFIX", help="the shard folder")
+    command.add_argument("--picture", type=path_option, metavar="PNG", help="the contact sheet (default: PREFIX.png)")
     command.add_argument("--samples", type=_positive, default=16, metavar="N", help="on the sheet (default 16)")
     command.add_argument("--seed", type=_seed, default=0, help="which samples (default 0)")
     command.add_argument(
-        "--image-tokenizer", type=Path, metavar="PATH", help="(default: the one that the manifest names)"
+        "--image-tokenizer", type=path_option, metavar="PATH", help="(default: the one that the manifest names)"
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the image tokenizer")
 

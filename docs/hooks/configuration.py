@@ -22,14 +22,29 @@ A run is one YAML file with these sections, each key of which may be left out, a
 
     torchrun examples/pretrain_cca_emu3.sh --config my.yaml --set optimizer.lr=2.0e-5 --set training.train_iters=500
 
-The value of an override is YAML. Names are Megatron-Core's own where Megatron has the thing; keys without a note mean
+The value of an override is YAML. Of a key that holds text it is taken as typed, whatever characters it has: quotes are
+part of it, `007` and `yes` are text. Where the key may be null, `null` and nothing at all are null; where it may be a
+mapping, `{{...}}` is YAML. Unquoted text in the file is text in the same way.
+
+One rule holds for paths in the file, in overrides and in the options of all programs: `~` and `~name` at the start are
+a home folder, and everything else is taken as typed. A shell variable such as `$HOME` is not replaced; it is refused
+unless something of that very name exists. (An unquoted `~` alone is null in a YAML file; write `~/`.)
+
+Names are Megatron-Core's own where Megatron has the thing; keys without a note mean
 what their name says. A mistyped key, a wrong type or an impossible combination is refused in one line, before any
 process group is made. `config.yaml` in the run's folder has every key with the value that it had, sizes of the preset
 included.
 
 {sections}
 """
-_TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+_TYPES = {
+    "integer": "integer",
+    "number": "number",
+    "string": "text",
+    "path": "path",
+    "boolean": "true or false",
+    "null": "null",
+}
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -85,12 +100,12 @@ def _type(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema)
-    match schema["type"]:
+    match schema.get("format", schema["type"]):
         case "array":
             size = f"{schema['minItems']} x " if schema.get("minItems") == schema.get("maxItems", -1) else ""
             return f"list of {size}{_type(schema['items'])}"
         case "object":
-            return f"text: {_type(schema['additionalProperties'])}"
+            return f"path: {_type(schema['additionalProperties'])}"
         case kind:
             return f"{_TYPES[kind]} {bounds}".strip()
 

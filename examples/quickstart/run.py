@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option, retyped
 from megatron_cca.reporting import reported_errors
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = arguments.output
     with reported_errors():
         _train("1/4 pretrain the base, DP 2", EXAMPLES / "emu3_tiny_base.yaml", output / "base", arguments.seed)
-        from_base = [f"training.pretrained_checkpoint={output / 'base'}"]
+        from_base = [f"training.pretrained_checkpoint={retyped(output / 'base')}"]
         _train("2/4 control: more of the same", HERE / "control.yaml", output / "control", arguments.seed, from_base)
         tensor_parallel = [*from_base, f"parallel.tensor_model_parallel_size={PROCESSES}"]
         cca = EXAMPLES / "emu3_tiny_cca.yaml"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for all results")
+    parser.add_argument("--output", type=path_option, default=Path("runs/quickstart"), help="folder for all results")
     parser.add_argument("--seed", type=int, default=1234, help="of training and sampling")
     parser.add_argument("--samples", type=int, default=2000, help="images drawn per model and guidance scale")
     return parser
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(title: str, config: Path, output: Path, seed: int, overrides: list[str] | None = None) -> None:
     print(f"\n== {title}", flush=True)
-    settings = [f"training.output_dir={output}", f"training.seed={seed}", *(overrides or [])]
+    settings = [f"training.output_dir={retyped(output)}", f"training.seed={seed}", *(overrides or [])]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     command += [str(EXAMPLES / "pretrain_cca_emu3.sh"), "--device", "cpu", "--config", str(config)]
     command += [argument for setting in settings for argument in ("--set", setting)]

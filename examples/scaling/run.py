@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 HERE = Path(__file__).resolve().parent
@@ -45,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _add(commands: argparse._SubParsersAction, name: str, about: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=about, description=about[:1].upper() + about[1:])
-    parser.add_argument("--sweep", type=Path, default=HERE / "tiny.yaml", metavar="FILE", help="default: tiny.yaml")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/scaling"), metavar="DIR", help="default: runs/scaling"
+        "--sweep", type=path_option, default=HERE / "tiny.yaml", metavar="FILE", help="default: tiny.yaml"
+    )
+    parser.add_argument(
+        "--output", type=path_option, default=Path("runs/scaling"), metavar="DIR", help="default: runs/scaling"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_cca.errors import UserError
 from megatron_cca.evaluation.plugins import failures_said, is_function_spec, load_function
+from megatron_cca.paths import typed_path
 from megatron_cca.pickles import load_tensors
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
@@ -65,7 +66,7 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
     network = load_function(name, EXTRACTOR)()
     if not isinstance(network, nn.Module):
         raise UserError(f"{EXTRACTOR}: {name} must return a torch module, found {type(network).__name__}")
-    return Extractor(network, name, {"sha256": _sha256(Path(name.rpartition(":")[0]).expanduser())})
+    return Extractor(network, name, {"sha256": _sha256(Path(typed_path(name.rpartition(":")[0])))})
 
 
 def check_extractor(name: str, weights: Path | None) -> None:

@@ -16,6 +16,7 @@ from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.errors import UserError
 from megatron_cca.evaluation.archives import read_archive
 from megatron_cca.evaluation.listings import HELD_OUT, WORDS, Listing, check_path, list_folder
+from megatron_cca.paths import typed_path
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_images(path: str | Path) -> ImageSet:
         scans = load_scans()[str(path) == HELD_OUT]
         return ImageSet(np.repeat(scans.images[..., None], 3, axis=3), scans.labels)
     check_path(path)
-    path = Path(path).expanduser()
+    path = Path(typed_path(str(path)))
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.foreign import file_below
+from megatron_cca.paths import typed_path
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
@@ -35,7 +36,7 @@ def check_path(path: str | Path) -> None:
     """
     if str(path) in WORDS:
         return
-    what = Path(path).expanduser()
+    what = Path(typed_path(str(path)))
     if not what.exists():
         raise UserError(f"{path}: does not exist; give a folder of images, an .npz, {DIGITS} or {HELD_OUT}")
     if what.is_file() and what.suffix != ".npz":

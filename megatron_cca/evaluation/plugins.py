@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.paths import typed_path
 
 
 def is_function_spec(spec: str) -> bool:
@@ -36,7 +37,8 @@ def load_function(spec: str, option: str) -> Callable:
     if not is_function_spec(spec):
         raise UserError(f"{option}: {spec!r} is not of the form FILE.py:FUNCTION")
     name, _, function = spec.rpartition(":")
-    file = Path(name).expanduser()
+    with said_of(option):
+        file = Path(typed_path(name))
     if not file.is_file():
         raise UserError(f"{option}: the file {file} does not exist")
     module = _run(file, option)
@@ -59,7 +61,7 @@ def failures_said(spec: str, option: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        file = Path(spec.rpartition(":")[0]).expanduser().resolve()
+        file = Path(typed_path(spec.rpartition(":")[0])).resolve()
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f" at line {lines[-1]}" if lines else ""
         reason = " ".join(str(error).split())

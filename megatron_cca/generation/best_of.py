@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.evaluation.clip import CLIP, ClipScorer, check_clip
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.sampler import ImageRequest
+from megatron_cca.paths import typed_path
 
 SCORER = "--scorer"
 _CLIP_PREFIX = "clip:"
@@ -25,7 +26,7 @@ def check_scorer(spec: str) -> None:
     """Refuse a scorer that cannot be opened, without opening it; raises as :func:`open_scorer` does."""
     if spec.startswith(_CLIP_PREFIX):
         try:
-            check_clip(spec.removeprefix(_CLIP_PREFIX))
+            check_clip(_clip_folder(spec))
         except UserError as error:
             raise UserError(str(error).replace(CLIP, SCORER, 1)) from None
     elif is_function_spec(spec):
@@ -47,9 +48,14 @@ def open_scorer(spec: str, device: str | torch.device) -> Scorer:
     """
     check_scorer(spec)
     if spec.startswith(_CLIP_PREFIX):
-        return ClipScorer(Path(spec.removeprefix(_CLIP_PREFIX)), device).scores
+        return ClipScorer(_clip_folder(spec), device).scores
     function = load_function(spec, SCORER)
     return lambda images, prompts: _checked(function(images, list(prompts)), len(images), spec)
+
+
+def _clip_folder(spec: str) -> Path:
+    with said_of(SCORER):
+        return Path(typed_path(spec.removeprefix(_CLIP_PREFIX)))
 
 
 def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageRequest]:

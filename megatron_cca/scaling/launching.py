@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from megatron_cca import platform
+from megatron_cca.paths import retyped
 from megatron_cca.scaling.records import LOGS, write_failed
 from megatron_cca.scaling.settings import OPTION
 from megatron_cca.scaling.sweep import Task
@@ -41,7 +42,7 @@ def run_point(
     log = output / LOGS / f"{task.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={task.num_gpus}"]
-    command += [str(script), "point", OPTION, str(sweep), "--output", str(output)]
+    command += [str(script), "point", OPTION, retyped(sweep), "--output", retyped(output)]
     command += ["--point", task.title, "--device", device]
     # What a job that is killed leaves behind goes with the folder.
     with TemporaryDirectory(prefix="megatron_cca_sweep_") as scratch, log.open("wb") as file:

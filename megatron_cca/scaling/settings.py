@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_cca.config import NonNegativeInt, PositiveInt, strict
+from megatron_cca.config import NonNegativeInt, PathText, PositiveInt, strict
 from megatron_cca.config_files import read_yaml
 from megatron_cca.errors import said_of
-from megatron_cca.studies.settings import Name, from_plain
+from megatron_cca.studies.settings import Keys, Name, from_plain
 
 OPTION = "--sweep"
 
 Mode = Literal["weak", "strong"]
-Keys = dict[str, Any]
 Grid = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 WorldSizes = Annotated[list[PositiveInt], Field(min_length=1)]
 
@@ -43,13 +42,13 @@ class PlannedSettings:
     gpu: str
     """As ``tools/plan.py --gpu`` names it."""
     world_sizes: WorldSizes
-    config: str | None = None
+    config: PathText | None = None
     """A training configuration beside the sweep's file; null means the sweep's own."""
     set: Keys = dataclasses.field(default_factory=dict)
     """Keys of it to change."""
     gpus_per_node: PositiveInt | None = None
     """Null means what is usual."""
-    calibration: str | None = None
+    calibration: PathText | None = None
     """What ``tools/plan.py calibrate`` wrote, beside the sweep's file."""
     layouts: Layouts = "planned"
     """``planned`` takes the fastest that fits, at every world size anew."""
@@ -66,7 +65,7 @@ class SweepSettings:
 
     name: Name
     """For titles."""
-    config: str
+    config: PathText
     """A training configuration, beside the sweep's file."""
     set: Keys = dataclasses.field(default_factory=dict)
     """Keys of it to change."""
@@ -96,7 +95,7 @@ class SweepSettings:
     """On a CPU, allow more processes than there are cores."""
     gpu: str | None = None
     """What the GPU at hand is nearest to, for its peak; null lets it say so itself."""
-    calibration: str | None = None
+    calibration: PathText | None = None
     """For ``layouts: planned``: what ``tools/plan.py calibrate`` wrote, beside this file. A CPU needs one."""
     planned: PlannedSettings | None = None
 
@@ -115,6 +114,6 @@ def read_sweep(path: Path) -> SweepSettings:
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
     """
-    tree = read_yaml(path, OPTION, "keys name, config, mode, world_sizes, ...")
+    tree = read_yaml(path, OPTION, "keys name, config, mode, world_sizes, ...", SweepSettings)
     with said_of(path):
         return from_plain(SweepSettings, tree, sections=_SECTIONS)

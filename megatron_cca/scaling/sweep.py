@@ -192,7 +192,7 @@ def _config(path: Path, name: str, keys: Keys, key: str) -> Config:
             raise UserError(f"set: {dotted} is not of the form section.key, such as training.micro_batch_size")
         tree[section][option] = value
     with said_of("set"):
-        return config_from_dict(tree)
+        return config_from_dict(tree, typed=True)
 
 
 def _calibration(path: Path, name: str | None, key: str) -> str | None:

@@ -131,7 +131,7 @@ def _check_samples(settings: StudySettings) -> None:
 
 def _reference_size(reference: str) -> int:
     """Images of a folder; of an archive, which is long to read and may bring the moments of more, no limit."""
-    folder = Path(reference).expanduser()
+    folder = Path(reference)
     if reference in WORDS or not folder.is_dir():
         return sys.maxsize
     with said_of("reference"):

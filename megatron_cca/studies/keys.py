@@ -67,7 +67,7 @@ def mark(name: str | Path) -> list[Any]:
     Of FILE.py:FUNCTION it is the file. A folder's own time changes with the names in it.
     """
     file, _, function = str(name).rpartition(":")
-    path = Path(file if function and file.endswith(".py") else name).expanduser()
+    path = Path(file if function and file.endswith(".py") else name)
     if not path.exists():
         return [str(name)]
     status = path.stat()

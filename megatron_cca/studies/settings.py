@@ -10,8 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megatron_cca.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
-from megatron_cca.config_files import as_json, read_yaml
+from megatron_cca.config import (
+    TYPED,
+    Config,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    strict,
+)
+from megatron_cca.config_files import NULL, as_json, read_yaml
+from megatron_cca.config_texts import KeysOf
 from megatron_cca.errors import UserError, said_of
 
 OPTION = "--study"
@@ -19,8 +29,8 @@ SAMPLING = "sampling."
 
 Metric = Literal["fid", "inception_score", "precision", "recall", "sfid", "kid"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Keys = dict[str, Any]
-Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
+Keys = Annotated[dict[str, Any], KeysOf(Config)]
+Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], KeysOf(Config)]
 
 
 @strict
@@ -51,9 +61,9 @@ class SamplingConfig:
 class BaseSettings:
     """Section ``base``: the model that every method starts from."""
 
-    config: str | None = None
+    config: PathText | None = None
     """A training configuration that pretrains it, once for every seed; beside the study's file."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Or a checkpoint that is there, the same for all seeds."""
     set: Keys = dataclasses.field(default_factory=dict)
     """Keys of ``config`` to change."""
@@ -63,7 +73,7 @@ class BaseSettings:
 class MethodSettings:
     """One entry of ``methods``."""
 
-    config: str | None = None
+    config: PathText | None = None
     """Its training configuration, beside the study's file; null draws with the base itself."""
     label: str | None = None
     """What tables and plots call it; null means its name."""
@@ -112,15 +122,15 @@ class StudySettings:
     """Images drawn for each setting and seed."""
     tuning_samples: PositiveInt | None = None
     """Images drawn for each trial; null means as many as ``samples``."""
-    prompts: str = "digits"
+    prompts: PathText = "digits"
     """A text or JSON-lines file of prompts, or the word ``digits``."""
-    reference: str = "digits"
+    reference: PathText = "digits"
     """The real images: a folder, an .npz, or the word ``digits``."""
-    extractor: str = "digits"
+    extractor: PathText = "digits"
     """Whose features are compared: ``digits``, ``inception`` or FILE.py:FUNCTION."""
-    inception_weights: str | None = None
+    inception_weights: PathText | None = None
     """The file of Inception's weights."""
-    classifier: str | None = "digits"
+    classifier: PathText | None = "digits"
     """Whose answers make the accuracy: ``digits``, FILE.py:FUNCTION, or null for none."""
     metrics: list[Metric] = dataclasses.field(default_factory=lambda: ["fid", "inception_score", "precision", "recall"])
     inception_score_splits: PositiveInt = 1
@@ -142,7 +152,7 @@ def read_study(path: Path) -> StudySettings:
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
     """
-    tree = read_yaml(path, OPTION, f"keys {', '.join(_known(StudySettings)[:6])}, ...")
+    tree = read_yaml(path, OPTION, f"keys {', '.join(_known(StudySettings)[:6])}, ...", StudySettings)
     with said_of(path):
         return from_plain(StudySettings, tree)
 
@@ -152,7 +162,7 @@ def from_plain(kind: type, tree: object, prefix: str = "", sections: Mapping[str
 
     Args:
         kind: the dataclass.
-        tree: plain data.
+        tree: plain data, as a person typed it.
         prefix: what stands before a key in messages.
         sections: the dataclasses of its keys, whose own keys a message may suggest.
 
@@ -161,7 +171,7 @@ def from_plain(kind: type, tree: object, prefix: str = "", sections: Mapping[str
     """
     try:
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
-        return TypeAdapter(kind).validate_json(as_json(tree))
+        return TypeAdapter(kind).validate_json(as_json(tree), context=TYPED)
     except ValidationError as error:
         raise UserError(f"{prefix}{_one_line(_farthest(error), kind, sections)}") from None
 
@@ -184,6 +194,10 @@ def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -
         return f"{key}: expected keys below it, found {error['input']!r}"
     if error["type"] == "string_pattern_mismatch":
         return f"{key}: must be of a-z, 0-9, _ and -, found {error['input']!r}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    if error["type"] == "string_type" and error["input"] is None:
+        return f"{key}: {NULL}"
     return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 

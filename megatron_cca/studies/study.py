@@ -166,7 +166,7 @@ def with_keys(
     drawn = from_plain(SamplingConfig, trees["sampling"], SAMPLING)
     if drawn.guidance_scale > 0 and drawn.contrastive_top_k > 0:
         raise UserError("sampling.contrastive_top_k: does not go with a guidance scale; set one of them to 0")
-    return config_from_dict(trees["config"]) if config is not None else None, drawn
+    return config_from_dict(trees["config"], typed=True) if config is not None else None, drawn
 
 
 def _set(trees: dict[str, dict], key: str, value: Any) -> None:

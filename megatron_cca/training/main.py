@@ -14,6 +14,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_errors
 from megatron_cca.training.checks import check_run
 
@@ -48,6 +49,7 @@ def _parser(default_config: Path) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--config",
+        type=path_option,
         metavar="FILE",
         help=f"YAML file (default: {default_config.name}: the tiny model on scikit-learn's digits)",
     )

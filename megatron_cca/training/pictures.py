@@ -108,4 +108,4 @@ def _prompts(run: Run) -> list[Prompt]:
 
 
 def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name).expanduser()
+    return None if name is None else Path(name)

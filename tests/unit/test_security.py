@@ -53,7 +53,7 @@ PROGRAMS = {"subprocess.run", "subprocess.Popen", "subprocess.check_call", "subp
 # The environment that launchers and tests set; a secret would be another variable.
 VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE"}
 VARIABLES |= {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHELASTIC_RESTART_COUNT"}
-VARIABLES |= {"GROUP_WORLD_SIZE"}
+VARIABLES |= {"GROUP_WORLD_SIZE", "HOME"}
 
 # (file, what it does): why it may.
 ALLOWED = {
@@ -248,7 +248,9 @@ def bombs(folder, witness):
     np.savez(folder / "images.npz", arr_0=objects)
     return {
         "a configuration": lambda: load_config(folder / "config.yaml"),
-        "an override": lambda: load_config(None, [f"data.path=!!python/object/apply:os.system ['touch {witness}']"]),
+        "an override": lambda: load_config(
+            None, [f"data.path={{!!python/object/apply:os.system ['touch {witness}']: 1}}"]
+        ),
         "token shards": lambda: open_table(folder, 1),
         "a codebook": lambda: open_image_tokenizer(folder),
         "an image tokenizer": lambda: open_image_tokenizer(folder / "vq_ds16_c2i.pt"),
@@ -434,4 +436,5 @@ def test_secrets_are_neither_read_nor_written(monkeypatch, tmp_path):
         assert "unknown key" in refused(lambda key=key: load_config(None, [f"{key}=s3cret"]))
     path = tmp_path / "config.yaml"
     path.write_text("training: {output_dir: $WANDB_API_KEY, seed: 1}\n")
-    assert load_config(path).training.output_dir == "$WANDB_API_KEY"
+    said = refused(lambda: load_config(path))
+    assert "$WANDB_API_KEY is not replaced here" in said and SECRETS["WANDB_API_KEY"] not in said
