@@ -33,7 +33,8 @@ _JPEG_BEGIN, _JPEG_END, _JPEG_SCAN, _JPEG_ADOBE, _JPEG_COMMENT = 0xD8, 0xD9, 0xD
 # Tables, number of lines, restart interval, and what may stand anywhere.
 _JPEG_BETWEEN_SCANS = {_JPEG_HUFFMAN, _JPEG_ARITHMETIC, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), _JPEG_COMMENT}
 # In a scan 0xFF 0x00 is a byte of data and 0xD0 to 0xD7 count restarts; all else ends the scan.
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+# (A pattern that begins with \xff+ is 30 times slower.)
+_JPEG_MARKER, _JPEG_FILLING = re.compile(rb"\xff([^\x00\xd0-\xd7])"), re.compile(rb"\xff*")
 
 # Of progressive images; DALI has the same limit. Each is a pass over the whole image.
 _JPEG_MAX_SCANS = 256
@@ -155,7 +156,10 @@ def _jpeg_end(data: bytes, position: int) -> int:
         found = _JPEG_MARKER.search(data, position)
         if found is None:
             raise Rejected("the JPEG file is cut short: it has no end marker")
-        marker, start = found[1][0], found.end() - 2
+        marker, start = found[1][0], found.start()
+        if marker == 0xFF:
+            position = _JPEG_FILLING.match(data, start).end() - 1
+            continue
         if marker == _JPEG_END:
             return found.end()
         if marker == _JPEG_BEGIN:
