@@ -98,6 +98,13 @@ def _add_run(commands) -> None:
         help="target area, aspect ratio kept (default 720*720)",
     )
     command.add_argument(
+        "--resize",
+        choices=("dali", "authors"),
+        default="dali",
+        help="who decodes and resizes: dali, in one pass, on a GPU where there is one; or authors, in Pillow, bit for "
+        "bit as the programs of the model's authors: take it to train a released model on (default dali)",
+    )
+    command.add_argument(
         "--clip-meta",
         metavar="TEXT",
         help="what stands between BOI and IMG of a clip, with {frames}, {height}, {width} of the code grid; Emu3's "
@@ -203,6 +210,7 @@ def _run(arguments: argparse.Namespace) -> None:
         grid=tuple(arguments.grid) if arguments.grid else None,
         flips=arguments.flips,
         area=arguments.area,
+        resize=arguments.resize,
         clip_meta=arguments.clip_meta,
         max_caption_tokens=arguments.max_caption_tokens,
         max_skipped=arguments.max_skipped,

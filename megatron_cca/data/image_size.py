@@ -30,8 +30,7 @@ def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, i
             a positive integer; says why.
     """
     _check_positive(height=height, width=width, area=area, factor=factor)
-    ratio = (area / (height * width)) ** 0.5
-    height, width = round(height * ratio), round(width * ratio)
+    height, width = scaled_size(height, width, area)
     if min(height, width) < factor:
         raise ValueError(f"{height} x {width} pixels at an area of {area}: a side is below the {factor} of one token")
     aspect = max(height, width) / min(height, width)
@@ -39,6 +38,17 @@ def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, i
         said = math.ceil(aspect * 100) / 100  # rounded up, so that none is said to be 5
         raise ValueError(f"aspect ratio {said} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
     return _rounded(height, width, factor, min(MIN_PIXELS, area), max(MAX_PIXELS, area))
+
+
+def scaled_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """Height and width at an area, before they become multiples of anything: Emu3's first step.
+
+    Args:
+        height, width: of the image, in pixels.
+        area: height x width to aim at, in pixels.
+    """
+    ratio = (area / (height * width)) ** 0.5
+    return round(height * ratio), round(width * ratio)
 
 
 def covering_size(height: int, width: int, crop_height: int, crop_width: int) -> tuple[int, int]:

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Header, ImageLimits, Rejected, read_header
 from megatron_cca.errors import UserError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-def judge(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+
+def judge(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
     """Whether an image can be used: header, completeness, and whatever damage Pillow finds by decoding it.
 
     Grey, palette, 1-bit and alpha images are fine; alpha is dropped.
 
     Args:
         data: an encoded image.
-        limits: of size.
+        limits: of an image.
+        upright: whether EXIF's orientation is to be applied.
 
     Returns:
-        Height and width in pixels as displayed, with EXIF's orientation applied.
+        Height and width in pixels, as displayed or as stored.
 
     Raises:
-        Rejected: empty, of another format, damaged, cut short, CMYK, more than 8 bits deep, animated, without pixels,
-            or over the limits.
+        Rejected: empty, of another format, damaged, cut short, CMYK unless the limits allow it, more than 8 bits deep,
+            animated, without pixels, or over the limits.
     """
     header = read_header(data, limits)
-    _decode(header)
-    return header.displayed
+    with _opened(header) as image:
+        # For JPEG: all of the stream is read, an eighth of the size is computed.
+        image.draft("RGB", (1, 1))
+        image.load()
+    return header.displayed if upright else (header.height, header.width)
 
 
-def _decode(header: Header) -> None:
+def stored_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image:
+    """Decode an image as Pillow does and convert it to RGB as Pillow does, not turned; alpha is dropped.
+
+    Args:
+        data: an encoded image.
+        limits: of an image.
+
+    Raises:
+        Rejected: as :func:`judge`.
+    """
+    with _opened(read_header(data, limits)) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(header: Header) -> Iterator[Image]:
     opener = _pillow()[header.format]
     try:
         with opener(BytesIO(header.essential)) as image:
             if image.size != (header.width, header.height):
                 raise ValueError(f"its parts disagree on its size, {image.size} and {(header.width, header.height)}")
-            # For JPEG: all of the stream is read, an eighth of the size is computed.
-            image.draft("RGB", (1, 1))
-            image.load()
+            yield image
     except Exception as error:  # Pillow promises no closed set of exceptions for damaged files.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Rejected(f"the {header.format} image is damaged ({reason})") from None

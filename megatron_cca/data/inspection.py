@@ -58,6 +58,7 @@ def report(shards: TokenShards) -> str:
         f"caption tokens      {int(lengths.sum(dtype=np.int64)):,}",
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
+        *_resizing(shards.manifest.get("resize")),
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
         "tokens per caption",
         *_bars(_length_bins(lengths)),
@@ -67,6 +68,10 @@ def report(shards: TokenShards) -> str:
     if len(grids) > _BARS:
         lines.append(f"  and {len(grids) - _BARS} more")
     return "\n".join(lines)
+
+
+def _resizing(choice: object) -> list[str]:
+    return [] if choice is None else [f"images resized by   {printable(str(choice))}"]
 
 
 def _variants(counts: np.ndarray) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
+from megatron_cca.data.resizing import DALI
 from megatron_cca.data.shards import merge_shards
 from megatron_cca.data.tokenizing.opening import Job, open_job
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartWriter, Span
@@ -92,7 +93,7 @@ def _description(job: Job) -> dict:
         "image_tokenizer": job.images.fingerprint() if job.images is not None else None,
         "text_tokenizer": job.text.fingerprint() if job.text is not None else None,
         "area": settings.area,
-        **_of_grids(job),
+        **_of_choices(job),
         "max_caption_tokens": settings.max_caption_tokens,
         "max_pixels": settings.limits.max_pixels,
         "block": settings.block,
@@ -100,9 +101,10 @@ def _description(job: Job) -> dict:
     }
 
 
-def _of_grids(job: Job) -> dict:
+def _of_choices(job: Job) -> dict:
     """What is said only where there is something to say: jobs and shards without are those of earlier versions."""
-    facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None}
+    resize = None if job.settings.resize == DALI else job.settings.resize
+    facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -187,6 +189,6 @@ def _facts(job: Job, skipped: int) -> dict:
         "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
         "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint()},
         "area": settings.area,
-        **_of_grids(job),
+        **_of_choices(job),
         "version": __version__,
     }

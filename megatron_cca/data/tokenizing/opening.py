@@ -8,6 +8,7 @@ import torch
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.resizing import RESIZINGS
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing.parts import PartsFolder
@@ -53,6 +54,8 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
         raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
     if settings.source.is_dir():
         check_apart(settings.output, settings.source, "--source")
+    if settings.resize not in RESIZINGS:
+        raise UserError(f"--resize: must be {' or '.join(RESIZINGS)}, found {settings.resize!r}")
     architecture = _architecture(settings.model)
     vocabulary = architecture.vocabulary
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)

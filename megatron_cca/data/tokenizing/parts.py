@@ -83,11 +83,13 @@ class PartsFolder:
                 raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
             time.sleep(0.1)
         theirs = json_object(path)
-        for key in job:
-            if theirs.get(key) != job[key]:
+        # Also what only they have: a choice is not written down where it is the default.
+        for key in {**job, **theirs}:
+            if theirs.get(key) != job.get(key):
+                said = [repr(facts[key]) if key in facts else "none" for facts in (theirs, job)]
                 raise UserError(
-                    f"{OPTION}: {self.folder} was begun with {key} {theirs.get(key)!r}, not {job[key]!r}; go on as it "
-                    "was begun, or remove that folder"
+                    f"{OPTION}: {self.folder} was begun with {key} {said[0]}, not {said[1]}; go on as it was begun, or "
+                    "remove that folder"
                 )
 
     @contextmanager

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cca.data.dali import ImageDecoder
-from megatron_cca.data.image_headers import Rejected
-from megatron_cca.data.image_size import centre, covering_size, target_size
-from megatron_cca.data.images import judge
+from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
+from megatron_cca.data.image_size import centre
+from megatron_cca.data.resizing import DALI, RESIZINGS, Plan
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.text import TextTokenizer
 from megatron_cca.data.token_files import Sample
@@ -38,7 +37,7 @@ class _Captioned:
 
     record: Record
     caption: np.ndarray
-    size: tuple[int, int]
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class SampleMaker:
         grid: height and width of the one grid that the model takes; None where it takes any.
 
     Raises:
-        UserError: DALI is missing.
+        UserError: DALI is missing and asked for.
     """
 
     def __init__(
@@ -79,7 +78,9 @@ class SampleMaker:
         self._source, self._vocabulary, self._settings, self._grid = source, vocabulary, settings, grid
         self._images, self._text = image_tokenizer, text_tokenizer
         self._pool = ThreadPoolExecutor(settings.threads)
-        self._decoder = ImageDecoder(device, settings.threads, settings.limits) if image_tokenizer is not None else None
+        self._resizing = None
+        if image_tokenizer is not None:
+            self._resizing = RESIZINGS[settings.resize](device, settings.threads, settings.limits)
 
     def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
         """Read, check and decode; one outcome for each record index.
@@ -90,8 +91,8 @@ class SampleMaker:
         found = list(self._pool.map(self._captioned, records))
         wanted = [one for one in found if isinstance(one, _Captioned)]
         frames = [frame for one in wanted for frame in one.record.frames]
-        sizes = [one.size for one in wanted for _ in one.record.frames]
-        decoded = iter(self._decoder.decode(frames, sizes) if frames else ())
+        plans = [one.plan for one in wanted for _ in one.record.frames]
+        decoded = iter(self._resizing.decode(frames, plans) if frames else ())
         return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
 
     def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
@@ -125,7 +126,7 @@ class SampleMaker:
         except Unreadable as error:
             return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
         try:
-            return _Captioned(record, self._caption(record), self._size(record))
+            return _Captioned(record, self._caption(record), self._plan(record))
         except Rejected as error:
             return Skipped(record.name, str(error))
 
@@ -145,30 +146,42 @@ class SampleMaker:
             raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
         return np.array(ids, dtype=np.int32)
 
-    def _size(self, record: Record) -> tuple[int, int]:
-        """Height and width that the images are resized to."""
+    def _plan(self, record: Record) -> Plan:
+        """The sizes that the images pass through."""
         if record.codes is not None:
-            if self._settings.flips:
-                raise UserError(f"--flips: {record.name} holds codes, which cannot be mirrored; leave it out")
+            self._check_needs_no_pixels(record.name)
             check_codes(record, self._vocabulary, self._grid)
-            return (0, 0)
+            return ()
         if self._images is None:
             raise Rejected("it is an image; an image tokenizer is needed for it")
         self._check_clip(len(record.frames))
-        sizes = {judge(frame, self._settings.limits) for frame in record.frames}
+        sizes = {self._resizing.judge(frame) for frame in record.frames}
         if len(sizes) > 1:
             raise Rejected(f"its frames differ in size: {sorted(sizes)}")
         if self._grid is not None:
-            return covering_size(*sizes.pop(), *self._cropped())
+            return self._covering(*sizes.pop())
         try:
-            return target_size(*sizes.pop(), self._settings.area, self._images.spatial_factor)
+            return self._resizing.to_area(*sizes.pop(), self._settings.area, self._images.spatial_factor)
         except ValueError as error:
             raise Rejected(str(error)) from None
 
-    def _cropped(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the model's one grid."""
+    def _covering(self, height: int, width: int) -> Plan:
+        plan = self._resizing.to_cover(height, width, self._side())
+        if plan[-1].height * plan[-1].width > DEFAULT_LIMITS.max_pixels:
+            raise Rejected(f"it is {width} x {height}, too long to be cut to a square of {self._side()}")
+        return plan
+
+    def _check_needs_no_pixels(self, name: str) -> None:
+        if self._settings.flips:
+            raise UserError(f"--flips: {name} holds codes, which cannot be mirrored; leave it out")
+        if self._settings.resize != DALI:
+            raise UserError(f"--resize: {name} holds codes, which nobody resizes; leave it out")
+
+    def _side(self) -> int:
+        """Height and width, in pixels, of the model's one grid, which is square."""
         height, width = self._grid
-        return height * self._images.spatial_factor, width * self._images.spatial_factor
+        assert height == width
+        return height * self._images.spatial_factor
 
     def _check_clip(self, frames: int) -> None:
         if frames == 1:
@@ -188,7 +201,7 @@ class SampleMaker:
         if not frames:
             return Prepared(one.record, one.caption, None)
         if self._grid is not None:
-            frames = [centre(frame, *self._cropped()) for frame in frames]
+            frames = [centre(frame, self._side(), self._side()) for frame in frames]
         return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
 
     def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:

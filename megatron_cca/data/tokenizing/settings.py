@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_cca.data.image_headers import ImageLimits
+from megatron_cca.data.resizing import DALI
 from megatron_cca.data.sources import SourceOptions
 
 
@@ -23,6 +24,8 @@ class TokenizeSettings:
         flips: whether each image is tokenised mirrored too, as a second variant.
         area: images are resized to about this many pixels, keeping their aspect ratio; for a model of one grid they are
             cropped to it instead.
+        resize: who decodes and resizes: "dali", in one pass, or "authors", bit for bit as the model's authors do, see
+            :mod:`megatron_cca.data.resizing`.
         clip_meta: what stands between BOI and IMG of a clip, see :meth:`ImageVocabulary.meta_text`.
         max_caption_tokens: records with longer captions are skipped.
         max_skipped: share of the records that may be skipped; more end the job.
@@ -42,6 +45,7 @@ class TokenizeSettings:
     grid: tuple[int, int] | None = None
     flips: bool = False
     area: int = 518_400
+    resize: str = DALI
     clip_meta: str | None = None
     max_caption_tokens: int = 1024
     max_skipped: float = 0.1
