@@ -19,6 +19,16 @@ class UserError(ValueError):
         super().__init__(shortened(one_line(str(message)), _MAX_LENGTH))
 
 
+class SurroundingsError(Exception):
+    """A cache, a temporary folder or the like that cannot be used. The message is one line: which folder, what to set.
+
+    No :class:`UserError`, which readers take for a fault of what they read. Programs end with it in the same way.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shortened(one_line(str(message)), _MAX_LENGTH))
+
+
 def one_line(text: str) -> str:
     """The text with escapes in place of line breaks, other control characters and lone surrogates."""
     if text.isprintable():

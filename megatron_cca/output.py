@@ -16,8 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cca.errors import UserError
+from megatron_cca.surroundings import refusal, surroundings_fault
 
 OPTION = "--output"
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def check_output(output: Path, former: Collection[str], unfinished: Collection[str], *, overwrite: bool) -> None:
@@ -45,6 +47,31 @@ def check_output(output: Path, former: Collection[str], unfinished: Collection[s
 
 def _some(names: list[str]) -> str:
     return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+
+
+def check_writable(path: Path, option: str = OPTION) -> None:
+    """Refuse, before any work, a file or folder that could not be written after it; nothing is made.
+
+    Args:
+        path: it need not exist.
+        option: where the user named it, for messages.
+
+    Raises:
+        UserError: says what the file system has against it.
+    """
+    is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises below a folder that may not be entered
+    error = refusal(path if is_folder else path.parent, make=False)
+    if error is not None:
+        raise _cannot_be_written(path, error, option)
+
+
+def _cannot_be_written(path: Path, error: OSError, option: str = OPTION) -> UserError:
+    if error.errno == errno.ENOTDIR:
+        found = next((str(one) for one in path.parents if one.is_file()), "a part of it")
+        return UserError(f"{option}: {path} cannot be written: {found} is a file; give another folder")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{option}: the disk of {path} is full ({error.strerror}); free some space or give another")
+    return UserError(f"{option}: {path} cannot be written ({error.strerror}); give a folder that can be")
 
 
 def check_apart(output: Path, source: Path, option: str) -> None:
@@ -177,8 +204,19 @@ def file_system_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        fault = surroundings_fault(error)
+        if fault is not None:
+            raise fault from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{OPTION}: the disk of {output} is full ({error.strerror}); free some space or give another"
-            ) from None
+            raise _cannot_be_written(output, error) from None
+        if error.errno in _NOT_ALLOWED and _leads_to(error.filename, output):
+            raise _cannot_be_written(Path(error.filename), error) from None
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from None
+
+
+def _leads_to(name: object, output: Path) -> bool:
+    """Whether a file lies in an output, beside it, or on the way to it: what is read may have the same errors."""
+    if not isinstance(name, str):
+        return False
+    file, whole = Path(name).absolute(), output.absolute()
+    return file.is_relative_to(whole) or whole.parent.is_relative_to(file.parent)

@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_cca.errors import Stopped, UserError
+from megatron_cca.errors import Stopped, SurroundingsError, UserError
+from megatron_cca.surroundings import check_surroundings, surroundings_fault
 
 # By a name of its own, so that who calls a program's main() in its own process can stay alive.
 end_process = os._exit
@@ -34,6 +35,8 @@ _OTHER_RANKS_WAIT_SECONDS = 5.0
 def reported_errors() -> Iterator[None]:
     """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
 
+    Surroundings that cannot be used, such as a cache, are one line with status 2, too.
+
     An interruption (Ctrl-C) is one line with status 130, a run that was asked to go one with 128 + the signal's number.
 
     Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
@@ -44,17 +47,18 @@ def reported_errors() -> Iterator[None]:
     peer_wait = _PEER_WAIT_SECONDS
     try:
         peer_wait = _peer_wait_seconds()
+        check_surroundings()
         yield
-    except UserError as error:
-        line = f"megatron_cca: error: {error}"
-        if os.environ.get("RANK", "0") != "0":
-            _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
-        leave(line, status=2)
+    except (UserError, SurroundingsError) as error:
+        _leave_in_one_line(error)
     except Stopped as stopped:
         leave(f"megatron_cca: {stopped}", stopped.status)
     except KeyboardInterrupt:
         leave("megatron_cca: interrupted", status=130)
     except Exception as error:
+        fault = surroundings_fault(error)
+        if fault is not None:
+            _leave_in_one_line(fault)
         rank = os.environ.get("RANK")
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
             _wait_to_be_ended(peer_wait)
@@ -80,7 +84,15 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
                 raise
             raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
         except OSError as error:
-            raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from None
+            raise surroundings_fault(error) or UserError(
+                f"{error.filename or 'file system'}: {error.strerror or error}"
+            ) from None
+
+
+def _leave_in_one_line(error: Exception) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
+    leave(f"megatron_cca: error: {error}", status=2)
 
 
 def _peer_wait_seconds() -> float:
@@ -107,8 +119,10 @@ def leave(text: str, status: int) -> None:
     print(text, file=sys.stderr, flush=True)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+        # Its disk may be what is full; standard error has the text already.
+        with suppress(OSError):
+            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     # Megatron-Core's saving starts one that would outlive this process and hold its output open.
     for child in multiprocessing.active_children():
         child.kill()

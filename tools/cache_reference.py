@@ -13,6 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 from megatron_cca.training.checks import check_run
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(("nvidia",), "data"):
+        check_writable(arguments.output)
         config = _with_own_reference(load_config(arguments.config, arguments.set))
         first, last = _steps(arguments.steps, config.training.train_iters)
         check_run(config, int(os.environ["WORLD_SIZE"]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(("safetensors", "transformers"), "hf"):
+        if "output" in arguments:
+            check_writable(arguments.output)
         status = arguments.run(arguments)
     sys.exit(status)
 

@@ -12,7 +12,7 @@ from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.evaluation.listings import WORDS
 from megatron_cca.evaluation.metrics import METRICS, FidelitySettings
-from megatron_cca.output import check_apart
+from megatron_cca.output import check_apart, check_writable
 from megatron_cca.paths import name_option, path_option, typed_path
 from megatron_cca.reporting import reported_tool_errors
 
@@ -155,6 +155,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     settings = _settings(arguments)
     check(settings)
+    check_writable(arguments.output)
     sources = [("--samples", path) for path in settings.samples.values()] + [("--reference", settings.reference)]
     for option, path in sources:
         if Path(path).is_dir():

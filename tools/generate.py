@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.output import check_writable
 from megatron_cca.paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         _check(arguments)
+        check_writable(arguments.output)
         try:
             platform.install(arguments.device)
         except ValueError as error:

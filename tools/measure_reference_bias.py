@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -69,6 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
     if output is not None:
+        check_writable(output)
         # Wanted at the end only; its lack is better known now.
         import matplotlib  # noqa: F401
 

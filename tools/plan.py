@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv = ["search", *argv]
     arguments = parser.parse_args(argv)
     with reported_tool_errors(("matplotlib",), "eval"):
+        if arguments.output is not None:
+            check_writable(arguments.output)
         arguments.run(arguments)
 
 

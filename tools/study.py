@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_tool_errors(("sklearn", "matplotlib", "torch_fidelity"), "eval"):
         if arguments.workers < 1:
             raise UserError(f"--workers: must be 1 or more, found {arguments.workers}")
+        check_writable(arguments.output)
         # Imported late, for the options above are told in no time.
         from megatron_cca.studies.program import run_study
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -193,6 +194,7 @@ def _install(choice: platform.DeviceChoice) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    check_writable(arguments.output)
     _install(arguments.device)
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.data.image_headers import ImageLimits
@@ -247,6 +249,7 @@ def _picture(arguments: argparse.Namespace) -> Path:
     picture = arguments.picture or folder.with_name(f"{folder.name}.png")
     if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():
         raise UserError(f"--picture: {picture} must be a .png in a folder that exists")
+    check_writable(picture, "--picture")
     return picture
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option, retyped
 from megatron_cca.reporting import reported_errors
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     output = arguments.output
     with reported_errors():
+        check_writable(output)
         _train("1/4 pretrain the base, DP 2", EXAMPLES / "emu3_tiny_base.yaml", output / "base", arguments.seed)
         from_base = [f"training.pretrained_checkpoint={retyped(output / 'base')}"]
         _train("2/4 control: more of the same", HERE / "control.yaml", output / "control", arguments.seed, from_base)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv = ["run", *argv]
     arguments = parser.parse_args(argv)
     with reported_tool_errors(("matplotlib",), "eval"):
+        if arguments.command != "list":
+            check_writable(arguments.output)
         _do(arguments)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError, one_line
+from megatron_cca.errors import SurroundingsError, UserError, one_line
 
 
 def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
@@ -24,7 +24,7 @@ def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | 
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except (OSError, UserError) as error:
+        except (OSError, SurroundingsError, UserError) as error:
             outcome[1] = described(error)
     dist.broadcast_object_list(outcome)
     return outcome[0], outcome[1]

@@ -14,6 +14,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_errors
 from megatron_cca.training.checks import check_run
@@ -34,6 +35,8 @@ def main(default_config: Path, base_config: Path, argv: Sequence[str] | None = N
         base = None if arguments.config else _missing_base(config, load_config(default_config), base_config)
         runs = [config] if base is None else [base, config]
         _check_all(runs)
+        for run in runs:
+            check_writable(Path(run.training.output_dir), "training.output_dir")
         if not arguments.auto_resume:
             _check_fresh(config)
         _install(arguments.device)

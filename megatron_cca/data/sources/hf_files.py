@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from megatron_cca.data.sources.files import is_file, own_file
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.data.sources.trees import walked
-from megatron_cca.errors import UserError
+from megatron_cca.errors import SurroundingsError, UserError
+from megatron_cca.surroundings import check_cache, surroundings_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +27,7 @@ SAVED = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _DEFAULT_SPLIT = "train"
+_CACHE = "HF_DATASETS_CACHE"
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 # The words by which ``datasets`` tells splits, in a folder's or file's name.
 _SPLIT_WORDS = {
@@ -50,6 +52,7 @@ def open_folder(root: Path, split: str | None) -> tuple[Dataset, str]:
 
     Raises:
         UserError: no data, no such split, several without "train", or what ``datasets`` says.
+        SurroundingsError: the cache cannot be written.
     """
     _refuse_chain(root)
     with _refusing(root), _quiet():
@@ -88,6 +91,7 @@ def _open_files(root: Path, split: str | None) -> tuple[Dataset, str]:
     from datasets import load_dataset
     from datasets.data_files import DataFilesList
 
+    check_cache(_CACHE)
     builder, files = data_files(root)
     splits = _splits(files)
     name = _chosen(list(splits), split, root)
@@ -160,10 +164,13 @@ def _chosen(splits: list[str], split: str | None, root: Path) -> str:
 def _refusing(root: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
+    except (SurroundingsError, UserError):
         raise
     # Foreign files under a large library: nearly anything can be raised.
     except Exception as error:
+        fault = surroundings_fault(error, _CACHE)
+        if fault is not None:
+            raise fault from None
         cause = error.__cause__ or error
         said = str(cause).strip().splitlines() or [""]
         raise UserError(

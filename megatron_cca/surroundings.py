@@ -1,0 +1,186 @@
+"""Folders that libraries write to beside what the user has named: caches, and the one for temporary files.
+
+A fault there is no fault of the user's data. It becomes one line: which folder, and which variable sets another.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cca.errors import SurroundingsError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HOME, _TEMPORARY = "HOME", "TMPDIR"
+# Of a cache: below which variable's folder it lies where its own variable is not set, and under which name.
+_CACHES = {
+    "HF_DATASETS_CACHE": ("HF_HOME", "datasets"),
+    "HF_MODULES_CACHE": ("HF_HOME", "modules"),
+    "HF_HOME": ("XDG_CACHE_HOME", "huggingface"),
+    "TORCH_HOME": ("XDG_CACHE_HOME", "torch"),
+    "TORCH_EXTENSIONS_DIR": ("XDG_CACHE_HOME", "torch_extensions"),
+    "TORCHINDUCTOR_CACHE_DIR": (_TEMPORARY, "torchinductor_"),
+    "TRITON_CACHE_DIR": (_HOME, ".triton"),
+    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "matplotlib"),
+    "XDG_CACHE_HOME": (_HOME, ".cache"),
+    "XDG_CONFIG_HOME": (_HOME, ".config"),
+}
+# Too wide to be named where a library has a variable of its own.
+_WIDE = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", _HOME, _TEMPORARY)
+# What Python and torch call their own there; all else is the user's.
+_TEMPORARY_NAMES = re.compile(r"tmp[a-z0-9_]{8}|(pymp-|torchelastic_|torchinductor_|matplotlib-|megatron_cca_).*")
+_PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that a library writes to, and the variable that sets another."""
+
+    folder: Path
+    variable: str
+
+    def fault(self, error: OSError) -> SurroundingsError:
+        """The line for what the file system says of it."""
+        problem = "is full" if error.errno in _FULL else "cannot be written"
+        return SurroundingsError(
+            f"{self.variable}: {self.folder} {problem} ({error.strerror or error}); set {self.variable} to a folder "
+            f"that can be written{' and has room' if error.errno in _FULL else ''}"
+        )
+
+
+def check_surroundings() -> None:
+    """Refuse to start where every program would fail.
+
+    Raises:
+        SurroundingsError: the current folder is gone, or no temporary folder can be written.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise SurroundingsError("the current folder has been removed; change to one that exists") from None
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise _no_temporary_folder(error) from None
+
+
+def check_cache(variable: str) -> None:
+    """Refuse a cache that cannot be written, before a library needs it; the folder is made.
+
+    Args:
+        variable: of the environment; one that sets a cache.
+
+    Raises:
+        SurroundingsError: names the folder and what to set.
+    """
+    place = _place(variable)
+    error = refusal(place.folder)
+    if error is not None:
+        raise place.fault(error)
+
+
+def surroundings_fault(error: BaseException, cache: str | None = None) -> SurroundingsError | None:
+    """The fault of our surroundings behind an error; None where it is another.
+
+    Args:
+        error: what a library raised; its causes count, too.
+        cache: the variable of what is being filled, for a full disk whose error names no file.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, SurroundingsError):
+            return cause
+        if isinstance(cause, FileNotFoundError) and "No usable temporary directory" in str(cause):
+            return _no_temporary_folder(cause)
+        if isinstance(cause, OSError):
+            place = _place_of(cause, cache)
+            # An unreadable file may lie in a cache, such as a model's own.
+            if place is not None and (cause.errno in _FULL or refusal(place.folder) is not None):
+                return place.fault(cause)
+    return None
+
+
+def refusal(folder: Path, *, make: bool = True) -> OSError | None:
+    """What the file system has against writing into a folder; None where it can be written.
+
+    Args:
+        folder: it need not exist.
+        make: make it; otherwise, where it is missing, the nearest folder above it is tried, and nothing stays behind.
+    """
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        while not folder.is_dir():
+            if os.path.lexists(folder):
+                return NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+            folder = folder.parent
+        handle, name = tempfile.mkstemp(prefix=".megatron_cca_", dir=folder)
+        try:
+            os.write(handle, bytes(_PROBE_BYTES))
+        finally:
+            os.close(handle)
+            os.unlink(name)  # noqa: PTH108 - a name, not a path
+    except OSError as error:
+        return error
+    return None
+
+
+def _place(variable: str) -> Place:
+    """Where a variable leads, and which one to set: itself, unless one above it was set to lead elsewhere."""
+    above, name = _CACHES[variable]
+    if given := _given(variable):
+        return Place(Path(given).absolute(), variable)
+    if above not in _CACHES:
+        root = Path(tempfile.gettempdir()) if above == _TEMPORARY else _home()
+        return Place(root / name, variable)
+    upper = _place(above)
+    is_narrow = above not in _WIDE or _given(above) is not None
+    return Place(upper.folder / name, upper.variable if is_narrow else variable)
+
+
+def _given(name: str) -> str | None:
+    return os.environ.get(name) or None if name in _CACHES else None
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
+
+
+def _place_of(error: OSError, cache: str | None) -> Place | None:
+    """The narrowest place that an error's file lies in."""
+    if error.filename is None:
+        return _place(cache) if cache is not None and error.errno in _FULL else None
+    file = Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "").absolute()
+    places = [_place(variable) for variable in _CACHES]
+    temporary = Path(tempfile.gettempdir())
+    if file.is_relative_to(temporary) and _TEMPORARY_NAMES.fullmatch((*file.relative_to(temporary).parts, "")[0]):
+        places.append(Place(temporary, _TEMPORARY))
+    holding = [place for place in places if file.is_relative_to(place.folder)]
+    if holding:
+        return max(holding, key=lambda place: len(place.folder.parts))
+    # A folder is made from above: the error then names one of those that lead to it.
+    led_to = [place for place in places if _given(place.variable) and place.folder.is_relative_to(file)]
+    return min(led_to, key=lambda place: len(place.folder.parts), default=None)
+
+
+def _no_temporary_folder(error: OSError) -> SurroundingsError:
+    tried = (error.strerror or str(error)).partition(" in ")[2]
+    return SurroundingsError(
+        f"{_TEMPORARY}: no temporary folder can be written, of {tried}; set {_TEMPORARY} to a folder that can be"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        yield found
+        seen.append(found)
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
