@@ -35,6 +35,8 @@ _WIDE = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", _HOME, _TEMPORARY)
 # What Python and torch call their own there; all else is the user's.
 _TEMPORARY_NAMES = re.compile(r"tmp[a-z0-9_]{8}|(pymp-|torchelastic_|torchinductor_|matplotlib-|megatron_cca_).*")
 _PROBE_BYTES = 4096
+# What a launcher tells the processes of a job.
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,14 @@ def check_surroundings() -> None:
     """Refuse to start where every program would fail.
 
     Raises:
-        SurroundingsError: the current folder is gone, or no temporary folder can be written.
+        SurroundingsError: the current folder is gone, no temporary folder can be written, a launcher's variable is no
+            number.
     """
+    for name in _NUMBERS:
+        if not (_given(name) or "0").isdecimal():
+            raise SurroundingsError(
+                f"{name}: must be a whole number, found {_given(name)!r}; torchrun sets it, or unset it"
+            )
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -143,7 +151,7 @@ def _place(variable: str) -> Place:
 
 
 def _given(name: str) -> str | None:
-    return os.environ.get(name) or None if name in _CACHES else None
+    return os.environ.get(name) or None if name in (*_CACHES, *_NUMBERS) else None
 
 
 def _home() -> Path:

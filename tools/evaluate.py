@@ -153,9 +153,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_cca.evaluation.planning import check
     from megatron_cca.evaluation.report import reserved
 
+    check_writable(arguments.output)
     settings = _settings(arguments)
     check(settings)
-    check_writable(arguments.output)
     sources = [("--samples", path) for path in settings.samples.values()] + [("--reference", settings.reference)]
     for option, path in sources:
         if Path(path).is_dir():

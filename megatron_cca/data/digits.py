@@ -17,9 +17,10 @@ from megatron_cca.data.shards import write_shards
 from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import train_tokenizer
 from megatron_cca.data.token_files import Sample
-from megatron_cca.errors import UserError
+from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.models import tiny_architecture
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.surroundings import refusal
 
 # What data.path means by it, and where its tokens go (below the working directory, like every run).
 KEYWORD = "digits"
@@ -70,10 +71,20 @@ def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None)
     Args:
         vocabulary: of a small model; says whether captions are words or classes.
         folder: where the shards are; None means below the working directory, where each kind has its own.
+
+    Raises:
+        SurroundingsError: there are none, and the folder cannot be written.
     """
     if folder is None:
         folder = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    refused = refusal(folder.parent)
+    if refused is not None and (not folder.exists() or _is_of_an_earlier_version(folder)):
+        raise SurroundingsError(
+            f"{folder.absolute()} cannot be written ({refused.strerror}), where the word digits has its shards made; "
+            "start in a folder that can be"
+        )
+    if refused is not None:
+        return folder
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if _is_of_an_earlier_version(folder):
             shutil.rmtree(folder)

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from megatron_cca import platform
+from megatron_cca.errors import UserError
 from megatron_cca.paths import retyped
 from megatron_cca.scaling.records import LOGS, write_failed
 from megatron_cca.scaling.settings import OPTION
@@ -92,8 +93,14 @@ def _reason(log: Path) -> str | None:
 
 def leave_with_the_sweep() -> None:
     """Let this process end soon after the sweep that started it; does nothing in a job of another launcher's."""
-    if PARENT in os.environ:
-        threading.Thread(target=_watch, args=(int(os.environ[PARENT]),), daemon=True).start()
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    if not parent.isdecimal():
+        raise UserError(
+            f"{PARENT}: must be the number of a process, found {parent!r}; unset it, a sweep sets it itself"
+        )
+    threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

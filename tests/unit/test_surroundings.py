@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_cca import reporting, surroundings
+from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.errors import SurroundingsError, UserError, said_of
+from megatron_cca.models.emu3.presets import PRESETS
 from megatron_cca.output import check_writable, claimed, file_system_errors
+from megatron_cca.scaling import launching
 from megatron_cca.surroundings import check_cache, check_surroundings, refusal, surroundings_fault
 from tests.references.small_disk import mounted
 
@@ -54,6 +57,7 @@ def test_a_cache_is_looked_for_where_its_library_does(monkeypatch, tmp_path):
     assert of("TRITON_CACHE_DIR") == (f"{tmp_path}/home/.triton", "TRITON_CACHE_DIR")
 
 
+@pytest.mark.full
 def test_the_places_are_those_of_the_libraries_themselves():
     from datasets import config
 
@@ -213,3 +217,26 @@ def test_refusal_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "a").exists()
     assert refusal(tmp_path / "a" / "b") is None
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_a_launchers_number_that_is_none_is_said(name, monkeypatch):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(SurroundingsError, match=f"^{name}: must be a whole number, found 'two'"):
+        check_surroundings()
+    monkeypatch.setenv(name, "0")
+    check_surroundings()
+
+
+def test_digits_that_are_there_need_no_folder_that_can_be_written(digit_shards, monkeypatch, tmp_path):
+    vocabulary = PRESETS["emu3-tiny"].vocabulary
+    monkeypatch.setattr(digits, "refusal", lambda folder: denied(folder, errno.EROFS))
+    assert digits.ensure_digit_shards(vocabulary, Path(digit_shards)) == Path(digit_shards)
+    with pytest.raises(SurroundingsError, match=r"new/digits cannot be written \(Read-only file system\)"):
+        digits.ensure_digit_shards(vocabulary, tmp_path / "new" / "digits")
+
+
+def test_a_sweeps_process_must_be_a_number(monkeypatch):
+    monkeypatch.setenv(launching.PARENT, "mine")
+    with pytest.raises(UserError, match=f"{launching.PARENT}: must be the number of a process, found 'mine'"):
+        launching.leave_with_the_sweep()
