@@ -1,4 +1,4 @@
-"""What somebody else may have written: JSON, and the names that a list or an index gives to the files beside it."""
+"""What somebody else may have written: JSON, files of any kind, and the names that a list gives to files beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,75 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cca.errors import UserError, shortened
+
+BOM = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# How many bytes of a file :func:`kind_of` wants.
+KIND_BYTES = 512
+_KINDS = (
+    (0, LFS_POINTER, "a Git LFS pointer in place of the file (git lfs pull brings the file)"),
+    (0, b"\x1f\x8b", "compressed (gzip)"),
+    (0, b"BZh", "compressed (bzip2)"),
+    (0, b"\xfd7zXZ", "compressed (xz)"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"PK\3\4", "a zip archive"),
+    (257, b"ustar", "a tar"),
+    (0, b"PAR1", "a Parquet file"),
+    (0, b"ARROW1", "an Arrow file"),
+    (0, b"\x93NUMPY", "a numpy file"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"SQLite format 3\0", "an SQLite database"),
+    (0, b"%PDF-", "a PDF"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"GIF8", "a GIF image"),
+    (8, b"WEBP", "a WebP image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (4, b"ftyp", "a HEIC or AVIF image, or a video"),
+    (0, b"\xff\xfe\0\0", "text in UTF-32"),
+    (0, b"\xff\xfe", "text in UTF-16"),
+    (0, b"\xfe\xff", "text in UTF-16"),
+)
+_PAGES = (b"<!doctype html", b"<html")
+
+
+def kind_of(start: bytes) -> str | None:
+    """What a file is by its first :data:`KIND_BYTES` bytes, in words; None where they say nothing, as of plain text."""
+    for offset, magic, name in _KINDS:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    if start[:20].lstrip().lower().startswith(_PAGES):
+        return "a web page"
+    # A letter of ASCII in UTF-16 has a zero byte before or behind it.
+    return "text in UTF-16" if len(start) > 1 and (start[0] == 0) != (start[1] == 0) else None
+
+
+def kind_of_file(path: Path) -> str | None:
+    """:func:`kind_of` a file; None where it cannot be read, which its reader says."""
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(KIND_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+def hub_blobs(folder: str | os.PathLike) -> Path | None:
+    """Where the hub's cache keeps the contents of a snapshot, whose files are links to there.
+
+    Args:
+        folder: ``.../snapshots/REVISION``, or a folder in it; without symbolic links.
+
+    Returns:
+        ``blobs`` beside ``snapshots``; None for any other folder.
+    """
+    for revision in (Path(folder), *Path(folder).parents):
+        blobs = revision.parent.parent / "blobs"
+        if revision.parent.name == "snapshots" and os.path.isdir(blobs):  # noqa: PTH112 - never raises
+            return Path(os.path.realpath(blobs))
+    return None
 
 
 def file_below(folder: Path, name: object) -> Path:

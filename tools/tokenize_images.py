@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, one_line
 from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
@@ -24,7 +24,7 @@ _EXAMPLES = """examples:
 """
 _PACKAGES = ("datasets", "PIL", "safetensors", "tiktoken", "transformers")
 _LAYOUTS = """where the images and captions are. Layouts (recognised from what lies there; else set --layout):
-  captions    captions.jsonl ({"file_name": ..., "caption": ...}), or a .txt beside each image
+  captions    captions.jsonl ({"file_name": ..., "caption": ...}), or a .txt or .caption beside each image
   classes     one folder per class, as ImageNet; names from classes.json or LOC_synset_mapping.txt if there is one
   journeydb   JourneyDB's annotation jsonl beside its imgs/ folders
   webdataset  tars
@@ -64,8 +64,20 @@ def _add_run(commands) -> None:
     command.add_argument(
         "--caption-field", metavar="NAME", help="JSON key or column of the caption; JourneyDB's is prompt"
     )
+    command.add_argument(
+        "--caption-of-list",
+        choices=("first", "random"),
+        help="of an image with a list of captions take the first, or one by chance, the same in every run",
+    )
     command.add_argument("--image-field", metavar="NAME", help="column of the image, in datasets")
     command.add_argument("--split", metavar="NAME", help="part of a data set that has several (default train)")
+    command.add_argument(
+        "--allow-outside",
+        **path,
+        action="append",
+        help="a folder outside --source where images may lie that links or lists of --source name; may be repeated "
+        "(default: what leads out of --source is not read)",
+    )
     command.add_argument("--output", **path, required=True, help="the shard folder to write; must not exist")
     command.add_argument(
         "--model", default="emu3-8b", metavar="NAME", help="preset whose vocabulary is used (default emu3-8b)"
@@ -207,7 +219,13 @@ def _run(arguments: argparse.Namespace) -> None:
         text_tokenizer=arguments.text_tokenizer,
         image_tokenizer=arguments.image_tokenizer,
         layout=arguments.layout,
-        source_options=SourceOptions(arguments.caption_field, arguments.image_field, arguments.split),
+        source_options=SourceOptions(
+            arguments.caption_field,
+            arguments.image_field,
+            arguments.split,
+            arguments.caption_of_list,
+            tuple(arguments.allow_outside) if arguments.allow_outside else None,
+        ),
         model=arguments.model,
         grid=tuple(arguments.grid) if arguments.grid else None,
         flips=arguments.flips,
@@ -225,6 +243,8 @@ def _run(arguments: argparse.Namespace) -> None:
     result = tokenize(settings, *place, platform.device())
     if result is not None:
         skipped = f", {result.skipped} skipped (see skipped.jsonl there)" if result.skipped else ""
+        if result.skipped:
+            print(f"skipped {one_line(result.reasons)}")
         print(f"wrote {settings.output}: {result.samples} samples{skipped}, {result.images_per_second:.1f} images/s")
 
 

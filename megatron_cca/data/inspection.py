@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +13,10 @@ from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.skip_reasons import reasons_in
 from megatron_cca.data.text import open_text_tokenizer
 from megatron_cca.data.token_files import code_lengths
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, one_line, said_of
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -60,6 +59,7 @@ def report(shards: TokenShards) -> str:
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
         *_resizing(shards.manifest.get("resize")),
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
+        *(f"of the source       {notice}" for notice in _notices(shards.manifest)),
         "tokens per caption",
         *_bars(_length_bins(lengths)),
         "code grids (height x width)",
@@ -101,11 +101,18 @@ def _bars(bins: Iterable[tuple[str, int]]) -> list[str]:
     return [f"  {name:>{width}}  {count:>9}  {'#' * round(_BAR_WIDTH * count / most)}" for name, count in bins]
 
 
+def _notices(manifest: Json) -> list[str]:
+    """What the reader of the source said of it."""
+    source = manifest.get("source")
+    notices = source.get("notices") if isinstance(source, dict) else None
+    return [one_line(notice) for notice in notices if isinstance(notice, str)] if isinstance(notices, list) else []
+
+
 def _reasons(folder: Path) -> str:
     path = folder / "skipped.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     try:
-        return f", the first: {printable(str(json.loads(lines[0])['reason']))}" if lines else ""
+        reasons = reasons_in([path] if path.is_file() else [])
+        return f" ({one_line(reasons.line())})" if len(reasons) else ""
     except (ValueError, KeyError, TypeError, RecursionError):
         return f", but {path.name} is damaged"
 

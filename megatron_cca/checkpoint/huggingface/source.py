@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.foreign import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
@@ -191,10 +192,8 @@ def companion_files(folder: Path) -> list[Path]:
         and path.suffix not in _WEIGHTS
         and not path.name.endswith(".index.json")
     )
-    # Of snapshots/<revision> in its cache, the hub keeps the contents in blobs beside snapshots.
-    places = tuple(
-        f"{os.path.realpath(place)}/" for place in (folder, Path(os.path.realpath(folder)).parent.parent / "blobs")
-    )
+    real = os.path.realpath(folder)
+    places = tuple(f"{place}/" for place in (real, hub_blobs(real)) if place is not None)
     for path in files:
         if path.is_symlink() and path.exists() and not os.path.realpath(path).startswith(places):
             raise UserError(f"{path} is a symbolic link that leaves the folder; copy the file there")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_cca.data.sources import captions, classes, emu3, huggingface, journeydb, llamagen, webdataset
-from megatron_cca.data.sources.files import is_file, is_folder
+from megatron_cca.data.sources.files import is_file, is_folder, names_in
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.texts import OF_LIST, printable, split_of
 from megatron_cca.errors import UserError
 
 __all__ = ["AUTO", "DEFAULTS", "LAYOUTS", "Layout", "Record", "Source", "SourceOptions", "Unreadable", "open_source"]
@@ -26,7 +26,7 @@ class Layout:
     Attributes:
         recognises: whether a path has this layout, by a short look.
         opens: makes the source of a path; raises UserError.
-        options: the fields of :class:`SourceOptions` that mean something to it.
+        options: the fields of :class:`SourceOptions` that mean something to it; ``allow_outside`` does to all.
     """
 
     recognises: Callable[[Path], bool]
@@ -34,14 +34,13 @@ class Layout:
     options: frozenset[str] = frozenset()
 
 
+_CAPTIONS = frozenset({"caption_field", "caption_of_list"})
 LAYOUTS: dict[str, Layout] = {
-    "captions": Layout(captions.recognises, captions.open_captions, frozenset({"caption_field"})),
+    "captions": Layout(captions.recognises, captions.open_captions, _CAPTIONS),
     "classes": Layout(classes.recognises, classes.open_classes),
     "journeydb": Layout(journeydb.recognises, journeydb.open_journeydb, frozenset({"caption_field", "split"})),
-    "webdataset": Layout(webdataset.recognises, webdataset.open_webdataset, frozenset({"caption_field"})),
-    "datasets": Layout(
-        huggingface.recognises, huggingface.open_huggingface, frozenset({"caption_field", "image_field", "split"})
-    ),
+    "webdataset": Layout(webdataset.recognises, webdataset.open_webdataset, _CAPTIONS),
+    "datasets": Layout(huggingface.recognises, huggingface.open_huggingface, _CAPTIONS | {"image_field", "split"}),
     "emu3": Layout(emu3.recognises, emu3.open_emu3),
     "llamagen": Layout(llamagen.recognises, llamagen.open_llamagen),
 }
@@ -52,7 +51,7 @@ def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULT
 
     Args:
         path: a folder; for webdataset also a tar, for emu3 also a list. Nothing outside it is read, but for the
-            folder that a list of Emu3's names.
+            folder that a list of Emu3's names, the contents of a snapshot in the hub's cache, and ``allow_outside``.
         layout: a key of :data:`LAYOUTS`, or "auto".
         options: what the layout's defaults leave open.
 
@@ -64,10 +63,12 @@ def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULT
     if layout not in (AUTO, *LAYOUTS):
         raise UserError(f"layout: {printable(layout)!r} is unknown; choose one of {', '.join((AUTO, *LAYOUTS))}")
     _check_path(path)
+    _check_options(options)
     if layout == AUTO:
         layout = _recognised(path)
     for option in fields(options):
-        if getattr(options, option.name) is not None and option.name not in LAYOUTS[layout].options:
+        meant = option.name == "allow_outside" or option.name in LAYOUTS[layout].options
+        if getattr(options, option.name) is not None and not meant:
             raise UserError(f"{option.name}: means nothing to the layout {layout}; leave it out")
     try:
         return LAYOUTS[layout].opens(path, options)
@@ -82,16 +83,49 @@ def _check_path(path: Path) -> None:
     if not os.access(path, os.R_OK | (os.X_OK if is_folder(path) else 0), effective_ids=True):
         raise UserError(f"{shown} may not be read; change its permissions")
 
+    if is_folder(path / "blobs") and is_folder(path / "snapshots"):
+        snapshots = ", ".join(printable(f"{shown}/snapshots/{name}") for name in names_in(path / "snapshots"))
+        raise UserError(f"{shown} is a repository in the hub's cache; give one of its snapshots: {snapshots}")
+
+
+def _check_options(options: SourceOptions) -> None:
+    for folder in options.allow_outside or ():
+        if not is_folder(folder):
+            raise UserError(f"allow_outside: {printable(str(folder))} is not a folder; give one that holds images")
+    if options.caption_of_list not in (None, *OF_LIST):
+        raise UserError(
+            f"caption_of_list: {printable(str(options.caption_of_list))!r} is unknown; choose {' or '.join(OF_LIST)}"
+        )
+
 
 def _recognised(path: Path) -> str:
     found = [name for name, layout in LAYOUTS.items() if layout.recognises(path)]
     if len(found) > 1:
         # Images in sub-folders are classes only where no list beside them says otherwise.
         found = [name for name in found if name != "classes"]
-    if len(found) != 1:
-        what = f"could be {' or '.join(found)}" if found else "has no layout known here"
-        raise UserError(f"{printable(str(path))} {what}; set the layout to one of {', '.join(LAYOUTS)}")
+    if len(found) > 1:
+        raise UserError(f"{printable(str(path))} could be {' or '.join(found)}; {_CHOOSE}")
+    if not found:
+        raise UserError(f"{printable(str(path))} has no layout known here; {_advice(path)}")
     return found[0]
+
+
+_CHOOSE = f"set the layout to one of {', '.join(LAYOUTS)}"
+_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
+
+
+def _advice(path: Path) -> str:
+    """What would make something of a folder that no layout recognises."""
+    names = names_in(path) if is_folder(path) else []
+    folders = [name for name in names if is_folder(path / name)]
+    if splits := [name for name in folders if split_of(name.lower())]:
+        return f"it holds splits of a data set; give one of them: {printable(str(path / splits[0]))}"
+    if lists := [name for name in names if name.lower().endswith(_LISTS)]:
+        return (
+            f"{printable(lists[0])} is not read; write captions.jsonl, a line for each image such as "
+            '{"file_name": "a.png", "caption": "a cat"}'
+        )
+    return _CHOOSE
 
 
 def _on_one_line(message: str) -> str:

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_cca.data.sources.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    is_file,
+    Root,
     is_folder,
+    outside_hint,
     own_file,
     read_below,
     real_folder,
 )
 from megatron_cca.data.sources.lines import JsonLines
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import PackedStrings, caption_in, decoded, short_hash, tidy, unique_names
-from megatron_cca.data.sources.trees import ImageTree, is_image, walked
+from megatron_cca.data.sources.texts import (
+    PackedStrings,
+    caption_in,
+    decoded,
+    printable,
+    short_hash,
+    tidy,
+    unique_names,
+)
+from megatron_cca.data.sources.trees import ImageTree, PassedOver, hashes, is_image, text_beside, walked
 from megatron_cca.errors import UserError
 
 LIST = "captions.jsonl"
@@ -37,7 +49,7 @@ def recognises(path: Path) -> bool:
 
 def _has_texts(path: Path) -> bool:
     images = islice((name for name in walked(path) if is_image(name)), _LOOKED_AT)
-    return any(is_file((path / name).with_suffix(".txt")) for name in images)
+    return any(text_beside(path, name) is not None for name in images)
 
 
 def open_captions(path: Path, options: SourceOptions) -> Source:
@@ -48,25 +60,31 @@ def open_captions(path: Path, options: SourceOptions) -> Source:
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the images")
-    root = real_folder(path)
+    root = real_folder(path, options.allow_outside)
     if os.path.lexists(path / LIST):
-        return CaptionLines(root, options.caption_field)
-    if options.caption_field is not None:
-        raise UserError(f"caption_field: {path} has no {LIST}, and text files have no fields; leave it out")
+        return CaptionLines(root, options)
+    for option in ("caption_field", "caption_of_list"):
+        if getattr(options, option) is not None:
+            raise UserError(f"{option}: {path} has no {LIST}, and text files have no fields; leave it out")
     return CaptionTree(root)
 
 
 class CaptionLines:
     """``captions.jsonl``: {"file_name": ..., "caption": ..., "condition": ...}, or "frames": [...] for a clip."""
 
-    def __init__(self, root: Path, caption_field: str | None) -> None:
-        self._root = root
-        self._field = caption_field
-        self._lines = JsonLines(own_file(root, LIST))
-        self._has_field = caption_field is None
+    def __init__(self, root: Root, options: SourceOptions) -> None:
+        self._root, self._options = root, options
+        # Whether it is of another kind is said of its lines.
+        self._lines = JsonLines(own_file(root, LIST, kinds=None))
+        self._has_field = options.caption_field is None
+        self._listed, self._outside = array("q"), []
         self._names = PackedStrings(unique_names(self._first_names()))
         if not self._has_field:
-            raise UserError(f"caption_field: no line of {root / LIST} has {caption_field!r}; choose a key that it has")
+            raise UserError(
+                f"caption_field: no line of {root / LIST} has {options.caption_field!r}; choose a key that it has"
+            )
+        if len(self._outside) == len(self):
+            raise UserError(self._outside_line())
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -75,22 +93,62 @@ class CaptionLines:
         index = checked_index(index, len(self))
         name = self._names[index]
         found = self._lines.object(index)
-        caption, condition = caption_in(found, self._field, name), tidy(found.get("condition"), "condition", name)
+        caption, condition = caption_in(found, self._options, name), tidy(found.get("condition"), "condition", name)
         return Record(name, caption, condition, self._frames(_references(found, name), name))
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
-        return short_hash(self._lines.digest, self._field)
+        return short_hash(self._lines.digest, self._options.caption_field, *_said(self._options.caption_of_list))
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`; walks through the folder."""
+        lines, listed = [], np.array(self._listed, dtype=np.int64)
+        if self._outside:
+            lines.append(self._outside_line())
+        if repeats := len(listed) - len(np.unique(listed)):
+            lines.append(f"{LIST} names {repeats} images again that it has named before; each line is a sample")
+        passed = PassedOver()
+        images = hashes(_images_in(self._root, passed))
+        if unlisted := int((~np.isin(images, listed)).sum()):
+            lines.append(f"{unlisted} of {len(images)} images that lie there are not in {LIST} and are not read")
+        return lines + ([line] if (line := passed.line()) else [])
 
     def _first_names(self) -> Iterator[str]:
         """Each line's first file, or the line where it names none."""
         for index, found in enumerate(self._lines.objects()):
             label = self._lines.label(index)
-            self._has_field |= self._field in found
+            self._has_field |= self._options.caption_field in found
             try:
-                yield _references(found, label)[0]
+                references = _references(found, label)
             except Unreadable:
                 yield label
+                continue
+            self._listed.extend(hash(self._relative(reference)) for reference in references)
+            if outside := [reference for reference in references if self._leaves(reference)]:
+                self._outside.append(outside[0])
+            yield references[0]
+
+    def _relative(self, reference: str) -> str:
+        """As a walk through the folder calls it."""
+        return os.path.normpath(reference).removeprefix(f"{self._root}/")
+
+    def _leaves(self, reference: str) -> bool:
+        """Whether the name alone says that a file lies elsewhere; links are followed only where it may."""
+        relative = self._relative(reference)
+        if not relative.startswith(("/", "../")):
+            return False
+        try:
+            return not self._root.holds(reference)
+        except ValueError:
+            return False
+
+    def _outside_line(self) -> str:
+        first = self._outside[0]
+        targets = [os.path.join(self._root, name) for name in self._outside[:_LOOKED_AT]]  # noqa: PTH118
+        return (
+            f"{len(self._outside)} of {len(self)} lines of {printable(str(self._root / LIST))} name files outside the "
+            f"folder, such as {printable(first)}; {outside_hint(targets)}"
+        )
 
     def _frames(self, references: list[str], name: str) -> tuple[bytes, ...]:
         frames, left = [], MAX_IMAGE_BYTES
@@ -98,6 +156,19 @@ class CaptionLines:
             frames.append(read_below(self._root, reference, name, left))
             left -= len(frames[-1])
         return tuple(frames)
+
+
+def _said(option: str | None) -> tuple[str, ...]:
+    """Of an option that is not given a fingerprint says nothing, so that those of earlier versions stay."""
+    return () if option is None else (option,)
+
+
+def _images_in(root: Root, passed: PassedOver) -> Iterator[str]:
+    for name in walked(root, passed):
+        if is_image(name):
+            yield name
+        elif name != LIST:
+            passed.add(name)
 
 
 def _references(found: dict[str, Any], name: str) -> list[str]:
@@ -118,11 +189,11 @@ def _references(found: dict[str, Any], name: str) -> list[str]:
 
 
 class CaptionTree:
-    """A tree of images with a ``.txt`` beside each; an image without one has no caption."""
+    """A tree of images with a text (``.txt``, ``.caption``) beside each; an image without one has no caption."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Root) -> None:
         self._root = root
-        self._images = ImageTree(root)
+        self._images = ImageTree(root, wants_texts=True)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -130,8 +201,10 @@ class CaptionTree:
     def __getitem__(self, index: int) -> Record:
         index = checked_index(index, len(self))
         name, path = self._images.names[index], self._images.paths[index]
-        text = self._text(path, name)
-        caption = None if text is None else tidy(decoded(text, "the .txt beside it", name), "caption", name)
+        beside = text_beside(self._root, path)
+        text = self._text(beside, name)
+        what = f"the {Path(beside).suffix} beside it" if beside else ""
+        caption = None if text is None else tidy(decoded(text, what, name), "caption", name)
         return Record(name, caption, None, (read_below(self._root, path, name),))
 
     def fingerprint(self) -> str:
@@ -139,14 +212,38 @@ class CaptionTree:
         digest = self._images.digest()
         for index in range(len(self)):
             try:
-                text = self._text(self._images.paths[index], "")
+                text = self._text(text_beside(self._root, self._images.paths[index]), "")
                 digest.update(b"none" if text is None else b"%d\0" % len(text) + text)
             except Unreadable as error:
                 digest.update(str(error).encode())
         return digest.hexdigest()[:16]
 
-    def _text(self, path: str, name: str) -> bytes | None:
-        beside = Path(path).with_suffix(".txt")
-        if not os.path.lexists(self._root / beside):
-            return None
-        return read_below(self._root, str(beside), name, MAX_TEXT_BYTES, may_be_empty=True)
+    def notices(self) -> list[str]:
+        """See :class:`Source`."""
+        images, texts = (hashes(map(_stem, _all(names))) for names in (self._images.paths, self._images.texts))
+        lines = self._images.notices()
+        mute = int((~np.isin(images, texts)).sum())
+        if mute == len(images):
+            lines.insert(0, f"none of {mute} images has a text (.txt) beside it, and there is no {LIST}")
+        elif mute:
+            lines.insert(0, f"{mute} of {len(images)} images have no text (.txt) beside them")
+        orphans = np.flatnonzero(~np.isin(texts, images))
+        if len(orphans):
+            name = printable(self._images.texts[int(orphans[0])])
+            lines.append(f"{len(orphans)} texts have no image beside them ({name})")
+        if shared := len(images) - len(np.unique(images)):
+            lines.append(f"{shared} images share the text of another one whose name differs in its suffix alone")
+        if second := len(texts) - len(np.unique(texts)):
+            lines.append(f"{second} texts are second ones of an image; of several the first of .txt, .caption is read")
+        return lines
+
+    def _text(self, beside: str | None, name: str) -> bytes | None:
+        return None if beside is None else read_below(self._root, beside, name, MAX_TEXT_BYTES, may_be_empty=True)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 - called for every file
+
+
+def _all(names: PackedStrings) -> Iterator[str]:
+    return (names[index] for index in range(len(names)))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from megatron_cca.data.sources.files import MAX_TEXT_BYTES, is_file, is_folder, own_file, read_below, real_folder
+from megatron_cca.data.sources.files import (
+    MAX_TEXT_BYTES,
+    Root,
+    is_file,
+    is_folder,
+    names_in,
+    own_file,
+    read_below,
+    real_folder,
+)
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import decoded, parsed_object, printable, tidy
-from megatron_cca.data.sources.trees import ImageTree, is_image, walked
+from megatron_cca.data.sources.texts import decoded, parsed_object, printable, split_of, tidy
+from megatron_cca.data.sources.trees import ImageTree, is_image, text_beside, walked
 from megatron_cca.errors import UserError
 
 NAMES = "classes.json"
@@ -23,18 +33,19 @@ def recognises(path: Path) -> bool:
         return False
     images = list(islice((name for name in walked(path) if is_image(name)), _LOOKED_AT))
     in_classes = all(len(PurePosixPath(name).parts) == 2 for name in images)
-    return bool(images) and in_classes and not any(is_file((path / name).with_suffix(".txt")) for name in images)
+    return bool(images) and in_classes and not any(text_beside(path, name) for name in images)
 
 
 def open_classes(path: Path, options: SourceOptions) -> Source:
     """The source in a folder.
 
     Raises:
-        UserError: no images, or a list of class names that cannot be read.
+        UserError: no images, folders that are splits and not classes, or a list of class names that cannot be read or
+            names other classes.
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the classes' folders")
-    return ClassFolders(real_folder(path))
+    return ClassFolders(real_folder(path, options.allow_outside))
 
 
 class ClassFolders:
@@ -44,12 +55,18 @@ class ClassFolders:
     which that refuses, does not count.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Root) -> None:
         self._root = root
-        self._images = ImageTree(root)
-        self._captions = _class_names(root)
-        folders = {path.partition("/")[0] for path in self._images.paths if "/" in path}
-        self._labels = {folder: label for label, folder in enumerate(sorted(folders))}
+        self._images = ImageTree(root, others=(NAMES, SYNSETS))
+        paths = (self._images.paths[index] for index in range(len(self._images)))
+        # Folder and how deep below it an image lies.
+        places = Counter((path.partition("/")[0], path.count("/") > 1) for path in paths if "/" in path)
+        self._deeper = sum(count for (_, is_deeper), count in places.items() if is_deeper)
+        folders = sorted({folder for folder, _ in places})
+        _refuse_splits(root, folders)
+        self._names_from, self._captions = _class_names(root)
+        _refuse_other_names(root, self._names_from, self._captions, folders)
+        self._labels = {folder: label for label, folder in enumerate(folders)}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -71,17 +88,67 @@ class ClassFolders:
         digest.update(json.dumps(self._captions, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
+    def notices(self) -> list[str]:
+        """See :class:`Source`."""
+        lines = []
+        if len(self._labels) == 1:
+            lines.append(f"all images are of one class, {printable(next(iter(self._labels)))}")
+        if self._deeper:
+            lines.append(f"{self._deeper} images lie deeper than in a class's folder; the first folder is their class")
+        empty = [name for name in names_in(self._root.path) if is_folder(self._root / name)]
+        if empty := [name for name in empty if name not in self._labels]:
+            lines.append(
+                f"{len(empty)} folders hold no images and count as no class ({printable(empty[0])}): "
+                "labels count the other folders"
+            )
+        return lines + self._name_notices() + self._images.notices()
 
-def _class_names(root: Path) -> dict[str, str]:
-    """Captions by folder, from whichever list is there."""
+    def _name_notices(self) -> list[str]:
+        if self._names_from is None:
+            return []
+        lines = []
+        if nameless := [folder for folder in self._labels if folder not in self._captions]:
+            lines.append(
+                f"{len(nameless)} classes have no name in {self._names_from} and keep that of their folder "
+                f"({printable(nameless[0])})"
+            )
+        if homeless := [folder for folder in self._captions if folder not in self._labels]:
+            lines.append(f"{len(homeless)} names in {self._names_from} are of no folder ({printable(homeless[0])})")
+        if self._names_from != SYNSETS and is_file(self._root / SYNSETS):
+            lines.append(f"{SYNSETS} is not read, since there is {self._names_from}")
+        return lines
+
+
+def _refuse_splits(root: Root, folders: list[str]) -> None:
+    """Folders that are called as splits are hold classes, or images of all; they are none."""
+    splits = [folder for folder in folders if split_of(folder.lower())]
+    kinds = {split_of(folder.lower()) for folder in splits}
+    if splits and (len(splits) == len(folders) or len(kinds) > 1):
+        shown = " and ".join(f"{printable(folder)}/" for folder in splits[:3])
+        raise UserError(
+            f"{printable(str(root))}: {shown} hold a split of a data set each and are no classes; give one of them: "
+            f"{printable(str(root / splits[0]))}"
+        )
+
+
+def _refuse_other_names(root: Root, file: str | None, names: dict[str, str], folders: list[str]) -> None:
+    if names and folders and not names.keys() & set(folders):
+        raise UserError(
+            f"{printable(str(root / file))} names {printable(next(iter(names)))!r}, and none of the folders, such as "
+            f"{printable(folders[0])!r}; correct it or remove it"
+        )
+
+
+def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
+    """The list that is there, and its captions by folder."""
     for file, parse in ((NAMES, _parsed_names), (SYNSETS, _parsed_synsets)):
         if is_file(root / file):
             own_file(root, file)
             try:
-                return parse(read_below(root, file, file, MAX_TEXT_BYTES))
+                return file, parse(read_below(root, file, file, MAX_TEXT_BYTES))
             except Unreadable as error:
                 raise UserError(f"{printable(str(root))}: {error.reason}; correct {file} or remove it") from None
-    return {}
+    return None, {}
 
 
 def _parsed_names(content: bytes) -> dict[str, str]:

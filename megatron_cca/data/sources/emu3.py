@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_cca.data.sources.files import (
+    Root,
     is_file,
     is_folder,
     names_in,
@@ -22,7 +24,9 @@ from megatron_cca.data.sources.files import (
 from megatron_cca.data.sources.plain_pth import load_plain
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import PackedStrings, printable, tidy, unique_names
+from megatron_cca.data.sources.trees import hashes, walked
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import kind_of_file
 from megatron_cca.pickles import NotPlainError
 
 FEATURES = "feature"
@@ -65,17 +69,17 @@ def open_emu3(path: Path, options: SourceOptions) -> Source:
     Raises:
         UserError: no list or several, a damaged or empty one, or a ``prefix`` that leads nowhere.
     """
-    path = path if is_file(path) else _only_list(path)
+    path = path if is_file(path) else _only_list(path, options)
     prefix, names = _read_list(path)
-    return TokenizedFiles(_found_folder(path, prefix), names)
+    return TokenizedFiles(real_folder(_found_folder(path, prefix), options.allow_outside), names)
 
 
-def _only_list(folder: Path) -> Path:
+def _only_list(folder: Path, options: SourceOptions) -> Path:
     lists = _lists(folder)
     if len(lists) != 1:
         found = f"several lists ({', '.join(printable(path.name) for path in lists)})" if lists else "no list"
         raise UserError(f'{folder} holds {found}; give one JSON file with "prefix" and "path_list"')
-    return own_file(real_folder(folder), str(lists[0].relative_to(folder)))
+    return own_file(real_folder(folder, options.allow_outside), str(lists[0].relative_to(folder)))
 
 
 def _read_list(path: Path) -> tuple[str, list[str]]:
@@ -83,7 +87,9 @@ def _read_list(path: Path) -> tuple[str, list[str]]:
         found = json.loads(path.read_bytes())
         prefix, names = found["prefix"], found["path_list"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{path} is not a list of Emu3\'s; it needs "prefix" and "path_list"') from None
+        kind = kind_of_file(path)
+        found = f"it is {kind}, and " if kind else ""
+        raise UserError(f'{path} is not a list of Emu3\'s; {found}it needs "prefix" and "path_list"') from None
     if not isinstance(prefix, str) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{path}: "prefix" must be a folder and "path_list" a list of file names')
     if not names:
@@ -96,14 +102,14 @@ def _found_folder(path: Path, prefix: str) -> Path:
     path = path.absolute()
     for folder in (path.parent / prefix, path.parent.parent / FEATURES):
         if is_folder(folder):
-            return real_folder(folder)
+            return folder
     raise UserError(f'{path}: neither its "prefix" {printable(prefix)} nor {path.parent.parent / FEATURES} is a folder')
 
 
 class TokenizedFiles:
     """One ``.pth`` for each record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
 
-    def __init__(self, root: Path, names: list[str]) -> None:
+    def __init__(self, root: Root, names: list[str]) -> None:
         self._root = root
         self._paths = PackedStrings(names)
         self._names = PackedStrings(unique_names(names))
@@ -123,6 +129,17 @@ class TokenizedFiles:
         if not isinstance(found, dict) or "images" not in found:
             raise Unreadable(name, 'not one of Emu3\'s files: it has no "images"')
         return Record(name, tidy(found.get("texts"), "texts", name), None, (), _codes(found["images"], name))
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`; lists the folder."""
+        lines = []
+        listed = hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
+        if repeats := len(listed) - len(np.unique(listed)):
+            lines.append(f"the list names {repeats} files again that it has named before; each is a sample")
+        there = hashes(name for name in walked(self._root) if name.endswith(".pth"))
+        if unlisted := int((~np.isin(there, listed)).sum()):
+            lines.append(f"{unlisted} of {len(there)} .pth files that lie there are not in the list and are not read")
+        return lines
 
     def fingerprint(self) -> str:
         """See :class:`Source`; reads the check sums in each file, not its codes."""

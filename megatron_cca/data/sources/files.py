@@ -4,36 +4,81 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cca.data.sources.records import Unreadable
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import LFS_POINTER, hub_blobs, kind_of, kind_of_file
 
 # Far beyond any image; keeps a forged size from filling the memory.
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24
 
 
-def real_folder(folder: Path) -> Path:
-    """The folder that the user named, without symbolic links: what everything below is measured against."""
-    return Path(os.path.realpath(folder))
+@dataclass(frozen=True)
+class Root:
+    """A folder that the user named, and where its files may lead.
 
-
-def leaves(root: Path, reference: str) -> bool:
-    """Whether a reference from inside ``root`` (a result of :func:`real_folder`) ends outside it.
-
-    Raises:
-        ValueError: a name that no file can have.
+    Attributes:
+        path: of the folder, without symbolic links.
+        others: further folders, likewise, in which files may be read because a link or a list says so.
     """
-    return Path(reference).is_absolute() or not Path(os.path.realpath(root / reference)).is_relative_to(root)
+
+    path: Path
+    others: tuple[Path, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str | os.PathLike) -> Path:
+        return self.path / name
+
+    def holds(self, reference: str | os.PathLike) -> bool:
+        """Whether a reference from inside the folder ends in it, or in one of the others.
+
+        Raises:
+            ValueError: a name that no file can have.
+        """
+        target = Path(os.path.realpath(self.path / reference))
+        return any(target.is_relative_to(place) for place in (self.path, *self.others))
+
+
+def real_folder(folder: Path, others: Iterable[Path] | None = None) -> Root:
+    """What everything below a folder is measured against.
+
+    Args:
+        folder: that the user named. Of a snapshot in the hub's cache, the contents lie in the cache's ``blobs``.
+        others: folders outside it that the user allows, too.
+    """
+    real = Path(os.path.realpath(folder))
+    places = [Path(os.path.realpath(other)) for other in others or ()]
+    blobs = hub_blobs(real)
+    return Root(real, (*places, *([blobs] if blobs is not None else [])))
+
+
+def outside_hint(targets: Sequence[str]) -> str:
+    """What a user can do about files that lie outside the folder; an end of a sentence.
+
+    Args:
+        targets: absolute names of some of them.
+    """
+    there = [os.path.realpath(target) for target in targets if os.path.exists(target)]  # noqa: PTH110 - foreign names
+    if not there:
+        return "no such files are there; write their names relative to the folder"
+    place = os.path.commonpath([target if is_folder(Path(target)) else os.path.dirname(target) for target in there])  # noqa: PTH120
+    return f"copy them there, or allow the place where they are: --allow-outside {printable(place)}"
 
 
 def read_below(
-    root: Path, reference: str, name: str, limit: int = MAX_IMAGE_BYTES, may_be_empty: bool = False
+    root: Root, reference: str, name: str, limit: int = MAX_IMAGE_BYTES, may_be_empty: bool = False
 ) -> bytes:
     """The contents of a file below a folder.
 
@@ -53,15 +98,18 @@ def read_below(
             raise OSError("is empty")
         if size > limit:
             raise OSError(f"has {size} bytes, at most {limit} are read")
-        return file.read(limit)
+        content = file.read(limit)
+        if content.startswith(LFS_POINTER):
+            raise OSError(f"is {kind_of(content)}")
+        return content
 
 
 @contextmanager
-def opened_below(root: Path, reference: str, name: str) -> Iterator[BinaryIO]:
+def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
     """A file below a folder; see :func:`read_below`. What goes wrong in the block with the file is told alike."""
     shown = printable(reference)
     try:
-        if leaves(root, reference):
+        if not root.holds(reference):
             raise Unreadable(name, f"{shown} leaves the folder")
         # A named pipe must not block the job.
         descriptor = os.open(root / reference, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -78,19 +126,27 @@ def opened_below(root: Path, reference: str, name: str) -> Iterator[BinaryIO]:
         raise Unreadable(name, f"{shown} is not a file name") from None
 
 
-def own_file(root: Path, name: str) -> Path:
+def own_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
     """The path of a file of the layout itself (a list, an archive), free of symbolic links.
 
+    Args:
+        root: a result of :func:`real_folder`.
+        name: relative to it.
+        kinds: what :func:`~megatron_cca.foreign.kind_of` may say of it; None does not ask.
+
     Raises:
-        UserError: it is missing, no file, cannot be read or leaves the folder.
+        UserError: it is missing, no file, cannot be read, leaves the folder or is of another kind.
     """
     path = root / name
     if not is_file(path):
         raise UserError(f"{printable(str(path))} is missing or not a file")
-    if leaves(root, name):
-        raise UserError(f"{printable(str(path))} leaves the folder by a symbolic link; copy the file there")
+    if not root.holds(name):
+        hint = outside_hint([str(path)])
+        raise UserError(f"{printable(str(path))} leaves the folder by a symbolic link; {hint}")
     if not os.access(path, os.R_OK, effective_ids=True):
         raise UserError(f"{printable(str(path))} may not be read; change its permissions")
+    if kinds is not None and (kind := kind_of_file(path)) not in (None, *kinds):
+        raise UserError(f"{printable(str(path))} is {kind}, and is not read as anything else; give the file itself")
     return Path(os.path.realpath(path))
 
 

@@ -9,14 +9,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from megatron_cca.data.sources.files import is_file, own_file
-from megatron_cca.data.sources.texts import printable
-from megatron_cca.data.sources.trees import walked
+from megatron_cca.data.sources.files import Root, is_file, own_file
+from megatron_cca.data.sources.texts import printable, split_of
+from megatron_cca.data.sources.trees import PassedOver, is_image, walked
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.surroundings import check_cache, surroundings_fault
 
@@ -26,16 +27,11 @@ if TYPE_CHECKING:
 SAVED = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# By their first bytes; metadata may also be plain text.
+KINDS = ("a Parquet file", "an Arrow file")
 _DEFAULT_SPLIT = "train"
 _CACHE = "HF_DATASETS_CACHE"
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
-# The words by which ``datasets`` tells splits, in a folder's or file's name.
-_SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 
 
 def is_saved(folder: Path) -> bool:
@@ -43,22 +39,39 @@ def is_saved(folder: Path) -> bool:
     return is_file(folder / SAVED_SPLITS) or all(is_file(folder / name) for name in SAVED)
 
 
-def open_folder(root: Path, split: str | None) -> tuple[Dataset, str]:
-    """The data of one split, and the split's name. Parquet is unpacked into the cache of ``datasets`` on first use.
+@dataclass(frozen=True)
+class Opened:
+    """The data of one split.
+
+    Attributes:
+        dataset: its rows.
+        split: its name.
+        notices: see :class:`~megatron_cca.data.sources.records.Source`.
+        lists_images: whether it is a list of images that lie in the folder.
+    """
+
+    dataset: Dataset
+    split: str
+    notices: tuple[str, ...]
+    lists_images: bool = False
+
+
+def open_folder(root: Root, split: str | None) -> Opened:
+    """The data of one split. Parquet is unpacked into the cache of ``datasets`` on first use.
 
     Args:
         root: a result of :func:`~megatron_cca.data.sources.files.real_folder`.
         split: None: the only one, or "train".
 
     Raises:
-        UserError: no data, no such split, several without "train", or what ``datasets`` says.
+        UserError: no data, no such split, several without "train", a file of another kind, or what ``datasets`` says.
         SurroundingsError: the cache cannot be written.
     """
-    _refuse_chain(root)
+    _refuse_chain(root.path)
     with _refusing(root), _quiet():
-        found = _open_saved(root, split) if is_saved(root) else _open_files(root, split)
+        found = _open_saved(root, split) if is_saved(root.path) else _open_files(root, split)
         # pyarrow follows offsets wherever they lead, which ends the process; once they are checked they stay inside.
-        found[0].data.validate(full=True)
+        found.dataset.data.validate(full=True)
         return found
 
 
@@ -68,55 +81,98 @@ def _refuse_chain(path: Path) -> None:
         raise UserError(f'{printable(str(path))} has "::" in its name, which datasets cannot open; rename it')
 
 
-def _open_saved(root: Path, split: str | None) -> tuple[Dataset, str]:
+def _open_saved(root: Root, split: str | None) -> Opened:
     from datasets import Dataset
 
-    folder = ""
+    folder, notices = "", ()
     if is_file(root / SAVED_SPLITS):
-        folder = _chosen(_json(root, SAVED_SPLITS)["splits"], split, root)
+        splits = _json(root, SAVED_SPLITS)["splits"]
+        folder = _chosen(splits, split, root)
+        notices = _other_splits(splits, folder)
     elif split is not None:
         raise UserError(f"split: {printable(str(root))} has no splits; leave it out")
     for file in SAVED:
         own_file(root, f"{folder}/{file}".lstrip("/"))
     for file in _json(root, f"{folder}/{SAVED[1]}".lstrip("/"))["_data_files"]:
-        own_file(root, f"{folder}/{file['filename']}".lstrip("/"))
-    return Dataset.load_from_disk(str(root / folder)).with_format(None), folder or _DEFAULT_SPLIT
+        own_file(root, f"{folder}/{file['filename']}".lstrip("/"), KINDS)
+    return Opened(Dataset.load_from_disk(str(root / folder)).with_format(None), folder or _DEFAULT_SPLIT, notices)
 
 
-def _json(root: Path, name: str) -> dict:
+def _json(root: Root, name: str) -> dict:
     return json.loads(own_file(root, name).read_bytes())
 
 
-def _open_files(root: Path, split: str | None) -> tuple[Dataset, str]:
+def _open_files(root: Root, split: str | None) -> Opened:
     from datasets import load_dataset
     from datasets.data_files import DataFilesList
 
     check_cache(_CACHE)
-    builder, files = data_files(root)
+    builder, files, passed = data_files(root)
     splits = _splits(files)
     name = _chosen(list(splits), split, root)
-    paths = [own_file(root, file) for file in splits[name]]
-    for path in paths:
-        _refuse_chain(path)
+    for file in splits[name]:
+        _refuse_chain(root / file)
+        _refuse_chain(own_file(root, file, KINDS))
+    # Of the hub's cache by the links' own names: those of the contents say neither kind nor folder.
+    paths = [root / file for file in splits[name]]
     # Not as patterns, which every bracket in a folder's name would change; the cache is keyed by sizes and times.
     times = [(str(path.stat().st_size), str(path.stat().st_mtime_ns)) for path in paths]
     found = DataFilesList([str(path) for path in paths], times)
-    return load_dataset(builder, data_files={_DEFAULT_SPLIT: found}, split=_DEFAULT_SPLIT), name
+    dataset = load_dataset(builder, data_files={_DEFAULT_SPLIT: found}, split=_DEFAULT_SPLIT)
+    lists_images = builder == "imagefolder"
+    notices = (*_other_splits(splits, name), *_several_folders(splits[name], lists_images))
+    line = passed.line()
+    return Opened(dataset, name, notices + ((line,) if line else ()), lists_images)
 
 
-def data_files(root: Path) -> tuple[str, list[str]]:
-    """The builder of ``datasets`` for a folder and the files that it is given, in order.
+def data_files(root: Root) -> tuple[str, list[str], PassedOver]:
+    """The builder of ``datasets`` for a folder, the files that it is given, in order, and those that it is not.
 
     Raises:
-        UserError: nothing that it could read.
+        UserError: nothing that it could read; folders in it that ``save_to_disk`` wrote.
     """
-    files = sorted(walked(root), key=os.fsencode)
+    passed = PassedOver()
+    files = sorted(walked(root, passed), key=os.fsencode)
+    builder, found = _found(root, files)
+    is_list = builder == "imagefolder"
+    for file in sorted(set(files) - set(found)):
+        # Images that a list does not name are counted by who reads the list.
+        if not (is_list and is_image(file)):
+            passed.add(file)
+    return builder, found, passed
+
+
+def _found(root: Root, files: list[str]) -> tuple[str, list[str]]:
+    names = {PurePosixPath(file).name for file in files}
+    if names & {SAVED_SPLITS, SAVED[1]}:
+        inside = next(file for file in files if PurePosixPath(file).name in (SAVED_SPLITS, SAVED[1]))
+        folder = PurePosixPath(inside).parent
+        raise UserError(
+            f"{printable(str(root))} holds folders that save_to_disk wrote; give one: {printable(str(root / folder))}"
+        )
     if metadata := [file for file in files if PurePosixPath(file).name in METADATA]:
         return "imagefolder", metadata
     for builder in ("parquet", "arrow"):
-        if found := [file for file in files if file.endswith(f".{builder}")]:
+        if found := [file for file in files if file.endswith(f".{builder}") and not _is_cached(file)]:
             return builder, found
     raise UserError(f"{printable(str(root))} has no .parquet or .arrow files and no {', '.join(METADATA)}")
+
+
+def _is_cached(file: str) -> bool:
+    """What ``map`` and ``filter`` of ``datasets`` leave beside the data: rows of it once more."""
+    return PurePosixPath(file).name.startswith("cache-") and file.endswith(".arrow")
+
+
+def _other_splits(splits: Iterable[str], chosen: str) -> tuple[str, ...]:
+    others = ", ".join(sorted(printable(name) for name in splits if name != chosen))
+    return (f"split {printable(chosen)} is read, {others} not (--split chooses)",) if others else ()
+
+
+def _several_folders(files: list[str], lists_images: bool) -> tuple[str, ...]:
+    folders = sorted({str(PurePosixPath(file).parent) for file in files})
+    if lists_images or len(folders) == 1:
+        return ()
+    return (f"files of {len(folders)} folders are read as one data set: {', '.join(map(printable, folders[:5]))}",)
 
 
 def _splits(files: list[str]) -> dict[str, list[str]]:
@@ -137,15 +193,10 @@ def _split_of(file: str) -> str:
     path = PurePosixPath(file)
     if shard := _SHARD.match(path.name):
         return shard[1]
-    for part in path.parts:
-        words = set(_BETWEEN_WORDS.split(part))
-        for split, known in _SPLIT_WORDS.items():
-            if words & known:
-                return split
-    return ""
+    return next((split for part in path.parts if (split := split_of(part))), "")
 
 
-def _chosen(splits: list[str], split: str | None, root: Path) -> str:
+def _chosen(splits: list[str], split: str | None, root: Root) -> str:
     """``split`` or the default one.
 
     Raises:
@@ -161,7 +212,7 @@ def _chosen(splits: list[str], split: str | None, root: Path) -> str:
 
 
 @contextmanager
-def _refusing(root: Path) -> Iterator[None]:
+def _refusing(root: Root) -> Iterator[None]:
     try:
         yield
     except (SurroundingsError, UserError):

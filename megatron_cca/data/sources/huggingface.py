@@ -8,11 +8,14 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from megatron_cca.data.sources.files import is_folder, read_below, real_folder
-from megatron_cca.data.sources.hf_files import METADATA, is_saved, open_folder
+import numpy as np
+
+from megatron_cca.data.sources.files import Root, is_folder, read_below, real_folder
+from megatron_cca.data.sources.hf_columns import caption_column
+from megatron_cca.data.sources.hf_files import METADATA, Opened, is_saved, open_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import CAPTION_FIELDS, printable, tidy
-from megatron_cca.data.sources.trees import walked
+from megatron_cca.data.sources.texts import caption_of, printable, tidy
+from megatron_cca.data.sources.trees import hashes, is_image, walked
 from megatron_cca.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 
 # Trees of images may have millions of files and no data set among them.
 _LOOKED_AT = 100_000
-_CAPTIONS = (*CAPTION_FIELDS, "prompt")
 
 
 def recognises(path: Path) -> bool:
@@ -41,23 +43,24 @@ def open_huggingface(path: Path, options: SourceOptions) -> Source:
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the data set")
-    root = real_folder(path)
-    dataset, split = open_folder(root, options.split)
-    if not len(dataset):
-        raise UserError(f"{path}: split {split} is empty")
-    return DatasetRows(root, dataset, split, options)
+    root = real_folder(path, options.allow_outside)
+    opened = open_folder(root, options.split)
+    if not len(opened.dataset):
+        raise UserError(f"{path}: split {opened.split} is empty")
+    return DatasetRows(root, opened, options)
 
 
 class DatasetRows:
     """The rows of a split, as "train:17" (counted from 0)."""
 
-    def __init__(self, root: Path, dataset: Dataset, split: str, options: SourceOptions) -> None:
+    def __init__(self, root: Root, opened: Opened, options: SourceOptions) -> None:
         from datasets import ClassLabel, Image
 
-        self._root = root
-        self._split = printable(split)
+        dataset = opened.dataset
+        self._root, self._opened, self._of_list = root, opened, options.caption_of_list
+        self._split = printable(opened.split)
         self._image = _image_column(dataset, options.image_field, root)
-        self._caption = _caption_column(dataset, options.caption_field, root)
+        self._caption, self._others = caption_column(dataset, options, self._image, root)
         label = dataset.features[self._caption] if self._caption else None
         self._label = label if isinstance(label, ClassLabel) else None
         columns = [self._image, *([self._caption] if self._caption else [])]
@@ -83,7 +86,9 @@ class DatasetRows:
 
     def fingerprint(self) -> str:
         """See :class:`Source`; reads every caption."""
-        digest = hashlib.sha256(repr((self._split, self._image, self._caption, len(self))).encode())
+        digest = hashlib.sha256(
+            repr((self._split, self._image, self._caption, len(self), *self._list_option())).encode()
+        )
         rows = self._rows.remove_columns(self._image) if self._caption else None
         for start in range(0, len(self) if rows is not None else 0, 1000):
             try:
@@ -94,10 +99,28 @@ class DatasetRows:
             digest.update(repr(captions).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
 
+    def _list_option(self) -> tuple[str, ...]:
+        return () if self._of_list is None else (self._of_list,)
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`; walks through the folder where the data is a list of its images."""
+        lines = [*self._opened.notices, *self._others]
+        if self._opened.lists_images:
+            listed = hashes(os.path.relpath(path, self._root) for path in self._paths())
+            images = hashes(name for name in walked(self._root) if is_image(name))
+            if unlisted := int((~np.isin(images, listed)).sum()):
+                lines.insert(
+                    0, f"{unlisted} of {len(images)} images that lie there are in no metadata and are not read"
+                )
+        return lines
+
+    def _paths(self) -> list[str]:
+        return [row["path"] for row in self._rows[self._image] if row and row["path"]]
+
     def _text(self, value: Any, name: str) -> tuple[str | None, str | None]:
         """Caption and condition."""
         if self._label is None:
-            return tidy(value, "caption", name), None
+            return caption_of(value, self._of_list, name), None
         if value is None or value < 0:
             return None, None
         caption = tidy(self._label.int2str(value), "label", name)
@@ -114,7 +137,7 @@ class DatasetRows:
         return read_below(self._root, os.path.relpath(path, self._root) if inside else path, name)
 
 
-def _image_column(dataset: Dataset, field: str | None, root: Path) -> str:
+def _image_column(dataset: Dataset, field: str | None, root: Root) -> str:
     from datasets import Image
 
     images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
@@ -127,25 +150,3 @@ def _image_column(dataset: Dataset, field: str | None, root: Path) -> str:
         found = ", ".join(printable(name) for name in images) or "no column of images"
         raise UserError(f"image_field: {root} has {found}; choose one of {shown}")
     return field if field is not None else images[0]
-
-
-def _caption_column(dataset: Dataset, field: str | None, root: Path) -> str | None:
-    """The column with text, else the one with classes; None where there is neither."""
-    from datasets import ClassLabel
-
-    texts = [name for name, feature in dataset.features.items() if _is_text(feature)]
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    if field is not None and field not in texts + labels:
-        shown = ", ".join(printable(name) for name in texts + labels) or "none"
-        raise UserError(f"caption_field: {root} has no text in {printable(field)!r}; columns of text: {shown}")
-    if field is not None:
-        return field
-    if found := [name for name in _CAPTIONS if name in texts]:
-        return found[0]
-    if len(labels) > 1:
-        raise UserError(f"caption_field: {root} has several columns of classes; choose one of {', '.join(labels)}")
-    return labels[0] if labels else None
-
-
-def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_cca.data.sources.files import is_folder, names_in, own_file, read_below, real_folder
+from megatron_cca.data.sources.files import (
+    Root,
+    is_folder,
+    names_in,
+    outside_hint,
+    own_file,
+    read_below,
+    real_folder,
+)
 from megatron_cca.data.sources.lines import JsonLines
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import printable, short_hash, tidy
+from megatron_cca.data.sources.trees import PassedOver, is_image, walked
 from megatron_cca.errors import UserError
 
 LISTS = "*anno*repath*.jsonl"
@@ -38,7 +47,7 @@ def open_journeydb(path: Path, options: SourceOptions) -> Source:
     if len(lists) > 1:
         raise UserError(f"{folder} has several lists ({', '.join(map(printable, lists))}); choose one by split")
     _check_images(folder)
-    return JourneyDB(real_folder(folder), lists[0], field)
+    return JourneyDB(real_folder(folder, options.allow_outside), lists[0], field)
 
 
 def _found_lists(path: Path, split: str | None) -> tuple[Path, list[str]]:
@@ -72,13 +81,13 @@ class JourneyDB:
     A record is named by its line: names from inside the lines would take a pass over gigabytes of JSON.
     """
 
-    def __init__(self, root: Path, annotations: str, caption_field: str) -> None:
-        self._images = root / IMAGES
-        if not real_folder(self._images).is_relative_to(root):
-            raise UserError(f"{self._images} leaves the folder by a symbolic link; give the folder that it leads to")
-        self._images = real_folder(self._images)
-        self._field = caption_field
-        self._lines = JsonLines(own_file(root, annotations))
+    def __init__(self, root: Root, annotations: str, caption_field: str) -> None:
+        if not root.holds(IMAGES):
+            hint = outside_hint([str(root / IMAGES)])
+            raise UserError(f"{root / IMAGES} leaves the folder by a symbolic link; {hint}")
+        self._images = real_folder(root / IMAGES, root.others)
+        self._field, self._annotations = caption_field, annotations
+        self._lines = JsonLines(own_file(root, annotations, kinds=None))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -92,6 +101,19 @@ class JourneyDB:
         prompt = tidy(found.get("prompt"), "prompt", name)
         caption = prompt if self._field == "prompt" else _described(found, name)
         return Record(name, caption, prompt, (read_below(self._images, reference, name),))
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`; walks through the images' folders."""
+        passed, images = PassedOver(), 0
+        for name in walked(self._images, passed):
+            if is_image(name):
+                images += 1
+            else:
+                passed.add(name)
+        lines = []
+        if images > len(self):
+            lines.append(f"{images} images lie in {IMAGES}, and {printable(self._annotations)} has {len(self)} lines")
+        return lines + [f"in {IMAGES}, {line}" for line in [passed.line()] if line]
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""

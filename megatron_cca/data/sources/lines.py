@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,31 +13,59 @@ import numpy as np
 from megatron_cca.data.sources.records import Unreadable
 from megatron_cca.data.sources.texts import parsed_object, printable
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import BOM, KIND_BYTES, kind_of
 
 _CHUNK = 1 << 24
 _MAX_LINE_BYTES = 1 << 26
 _NEWLINE = 10
+_IS_SPACE = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
+_LOOKED_AT = 100
+_ARRAY = "one JSON array"
+_WANTED = "write one JSON object a line, in UTF-8"
 
 
 class JsonLines:
-    """The lines of a file that are not empty.
+    """The lines of a file that hold more than white space.
 
     Attributes:
         digest: sha256 of the file.
 
     Raises:
-        UserError: a file that cannot be read, or without lines.
+        UserError: a file that cannot be read, is of another kind, or is without lines.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._offsets, self.digest = _scanned(path)
+            with path.open("rb") as file:
+                kind = kind_of(file.read(KIND_BYTES))
+                if kind is None:
+                    self._offsets, self._lines, self.digest = _scanned(file)
+                    kind = self._other_kind(file)
         except OSError as error:
             raise UserError(f"{printable(str(path))}: {error.strerror}") from None
-        self._lines = np.flatnonzero(np.diff(self._offsets) > 1)
+        if kind is not None:
+            raise UserError(f"{printable(str(path))} holds no records: it is {kind}; {_WANTED}")
         if not len(self._lines):
-            raise UserError(f"{printable(str(path))} holds no records; write one JSON object a line")
+            raise UserError(f"{printable(str(path))} holds no records; {_WANTED}")
+
+    def _other_kind(self, file: BinaryIO) -> str | None:
+        """What the file is where none of its first lines begins as a JSON object does."""
+        first = None
+        for line in self._lines[:_LOOKED_AT].tolist():
+            file.seek(int(self._offsets[line]))
+            start = file.read(min(KIND_BYTES, int(self._offsets[line + 1] - self._offsets[line])))
+            start = start.removeprefix(BOM).strip()
+            if start.startswith(b"{"):
+                return None
+            if first is None and start.startswith(b"[") and not _is_json(start):
+                return _ARRAY
+            first = start if first is None else first
+        if first is None:
+            return None
+        if first.startswith(b"["):
+            return _ARRAY
+        return f"no JSON, its first line is {printable(first.decode(errors='replace'))[:80]!r}"
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -75,13 +104,34 @@ class JsonLines:
         return parsed_object(file.read(end - start), "the line", name)
 
 
-def _scanned(path: Path) -> tuple[np.ndarray, str]:
-    """Where each line begins and the last one ends, int64 ``[lines + 1]``, and the file's sha256."""
-    digest, position = hashlib.sha256(), 0
-    starts = [np.zeros(1, dtype=np.int64)]
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            starts.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == _NEWLINE) + position + 1)
-            position += len(chunk)
-    return np.concatenate([*starts, np.array([position])]), digest.hexdigest()
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _scanned(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, str]:
+    """Where each line begins and the last one ends, int64 ``[lines + 1]``; which lines hold something; the sha256."""
+    file.seek(0)
+    # A byte order mark is nothing that a line holds.
+    mark = len(BOM) if file.read(len(BOM)) == BOM else 0
+    file.seek(0)
+    digest, position, is_begun = hashlib.sha256(), 0, False
+    starts, filled = [np.zeros(1, dtype=np.int64)], []
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        content = np.frombuffer(chunk, dtype=np.uint8)
+        breaks = np.flatnonzero(content == _NEWLINE)
+        has_ink = ~_IS_SPACE[content]
+        has_ink[: max(0, mark - position)] = False
+        # Each break ends a line; what is behind the last one goes on in the next chunk.
+        found = np.logical_or.reduceat(np.append(has_ink, False), np.concatenate([[0], breaks + 1]))
+        found[0] |= is_begun
+        filled.append(found[:-1])
+        is_begun = found[-1]
+        starts.append(breaks + position + 1)
+        position += len(chunk)
+    lines = np.flatnonzero(np.concatenate([*filled, [is_begun]]))
+    return np.concatenate([*starts, np.array([position])]), lines, digest.hexdigest()

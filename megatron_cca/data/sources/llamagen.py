@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cca.arrays import array_in
-from megatron_cca.data.sources.files import is_folder, leaves, names_in, read_below, real_folder
+from megatron_cca.data.sources.files import Root, is_folder, names_in, outside_hint, read_below, real_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.trees import PassedOver
 from megatron_cca.errors import UserError
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
@@ -60,7 +61,7 @@ def open_llamagen(path: Path, options: SourceOptions) -> Source:
     if len(extractions) > 1 and not _are_first_and_second(extractions):
         names = ", ".join(printable(pair.codes) for pair in extractions)
         raise UserError(f"{printable(str(path))} holds several extractions ({names}); give a folder that holds one")
-    return CodeFolders(real_folder(path), extractions)
+    return CodeFolders(real_folder(path, options.allow_outside), extractions)
 
 
 def _extractions(path: Path) -> list[_Pair]:
@@ -97,7 +98,7 @@ class CodeFolders:
         UserError: files that are missing in the middle, not as many labels as codes.
     """
 
-    def __init__(self, root: Path, pairs: list[_Pair]) -> None:
+    def __init__(self, root: Root, pairs: list[_Pair]) -> None:
         self._root, self._pairs = root, pairs
         counts = {folder: _count(root, folder) for pair in pairs for folder in (pair.codes, pair.labels)}
         if len(set(counts.values())) > 1:
@@ -121,6 +122,27 @@ class CodeFolders:
             raise Unreadable(name, "the two extractions have images of different sizes")
         codes = np.concatenate(variants)
         return Record(name, None, None, (), codes, labels[0], _PIXELS_PER_CODE)
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`; lists the folders."""
+        read = {folder for pair in self._pairs for folder in (pair.codes, pair.labels)}
+        places = sorted({folder.rpartition("/")[0] for folder in read})
+        lines = []
+        for place in places:
+            prefix = f"{place}/" if place else ""
+            alone = [
+                f"{prefix}{name}"
+                for name in names_in(self._root / place)
+                if name.endswith((_CODES, _LABELS)) and f"{prefix}{name}" not in read
+            ]
+            if alone:
+                lines.append(f"{printable(alone[0])} has no partner ({_CODES} and {_LABELS}) and is not read")
+        passed = PassedOver()
+        for folder in sorted(read):
+            for name in names_in(self._root / folder):
+                if not _is_numbered(name):
+                    passed.add(f"{folder}/{name}")
+        return lines + ([line] if (line := passed.line()) else [])
 
     def fingerprint(self) -> str:
         """See :class:`Source`; of how many images there are, and of 1,024 from all over the list: codes and labels."""
@@ -162,11 +184,11 @@ class CodeFolders:
         return found
 
 
-def _count(root: Path, folder: str) -> int:
+def _count(root: Root, folder: str) -> int:
     """How many files 0.npy, 1.npy, ... a folder holds, none of which is missing."""
     shown = printable(str(root / folder))
-    if leaves(root, folder):
-        raise UserError(f"{shown} leaves the folder by a symbolic link; give the folder where it really is")
+    if not root.holds(folder):
+        raise UserError(f"{shown} leaves the folder by a symbolic link; {outside_hint([str(root / folder)])}")
     try:
         with os.scandir(root / folder) as entries:
             found = np.array([int(entry.name[:-4]) for entry in entries if _is_numbered(entry.name)], dtype=np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,12 @@ class Source(Protocol):
             IndexError: there is no such record.
         """
 
+    def notices(self) -> list[str]:
+        """What lies there and is not read, or is read otherwise than one may think; one line each.
+
+        May walk through all files; nothing changes by it.
+        """
+
     def fingerprint(self) -> str:
         """A short hash that changes with the list of records and with their captions."""
 
@@ -79,11 +86,15 @@ class SourceOptions:
         caption_field: where the caption stands: a key of a JSON object, or a column.
         image_field: the column that holds the image.
         split: which part of a data set that has several.
+        caption_of_list: which caption is taken where a record has a list of them: "first" or "random".
+        allow_outside: folders outside the source where files may be read because a link or a list of it says so.
     """
 
     caption_field: str | None = None
     image_field: str | None = None
     split: str | None = None
+    caption_of_list: str | None = None
+    allow_outside: tuple[Path, ...] | None = None
 
 
 def checked_index(index: int, size: int) -> int:

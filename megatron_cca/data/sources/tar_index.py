@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import kind_of_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -40,6 +41,9 @@ def members(path: Path) -> Iterator[Member]:
         raise
     # A forged header can make tarfile raise nearly anything.
     except Exception as error:
+        kind = kind_of_file(path)
+        if kind not in (None, "a tar"):
+            raise UserError(f"{shown} is no tar but {kind}; give it the name of what it is") from None
         raise UserError(
             f"{shown} is truncated, damaged or not a tar ({printable(str(error))}); copy it again"
         ) from None

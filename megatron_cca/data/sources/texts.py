@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.sources.records import Unreadable
+from megatron_cca.data.sources.records import SourceOptions, Unreadable
 from megatron_cca.errors import one_line, shortened
+from megatron_cca.foreign import BOM, KIND_BYTES, kind_of
 
 # The keys and columns that hold a caption where the user names none.
 CAPTION_FIELDS = ("caption", "text")
+OF_LIST = ("first", "random")
+OF_LIST_HINT = "choose one of each list with --caption-of-list first or random"
+# The words by which ``datasets`` tells splits, in a folder's or file's name.
+_SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 _MAX_SHOWN = 200
-_BOM = b"\xef\xbb\xbf"
 
 
 def printable(text: str) -> str:
@@ -95,9 +105,10 @@ def decoded(content: bytes, what: str, name: str) -> str:
         Unreadable: not UTF-8.
     """
     try:
-        return content.removeprefix(_BOM).decode()
+        return content.removeprefix(BOM).decode()
     except UnicodeDecodeError:
-        raise Unreadable(name, f"{what} is not UTF-8") from None
+        kind = kind_of(content[:KIND_BYTES])
+        raise Unreadable(name, f"{what} is not UTF-8{f': it is {kind}' if kind else ''}") from None
 
 
 def parsed_object(content: bytes, what: str, name: str) -> dict[str, Any]:
@@ -118,15 +129,43 @@ def parsed_object(content: bytes, what: str, name: str) -> dict[str, Any]:
     return found
 
 
-def caption_in(found: dict[str, Any], field: str | None, name: str) -> str | None:
-    """The caption in a JSON object: that of ``field``, else the first of :data:`CAPTION_FIELDS` that is there.
+def caption_in(found: dict[str, Any], options: SourceOptions, name: str) -> str | None:
+    """The caption in a JSON object: that of the field asked for, else the first of :data:`CAPTION_FIELDS` there.
 
     Raises:
-        Unreadable: it is not a string.
+        Unreadable: it is neither a string nor a list that :func:`caption_of` takes.
     """
-    fields = (field,) if field is not None else CAPTION_FIELDS
+    fields = (options.caption_field,) if options.caption_field is not None else CAPTION_FIELDS
     value = next((found[key] for key in fields if found.get(key) is not None), None)
-    return tidy(value, "caption", name)
+    return caption_of(value, options.caption_of_list, name)
+
+
+def caption_of(value: Any, of_list: str | None, name: str) -> str | None:
+    """A caption that may be one of a list.
+
+    Args:
+        value: foreign; of a list those that hold text count.
+        of_list: "first", or "random", which the record's name decides; None takes no list.
+        name: the record's.
+
+    Raises:
+        Unreadable: a list where none is taken, or what :func:`tidy` refuses.
+    """
+    if not isinstance(value, list):
+        return tidy(value, "caption", name)
+    if of_list is None:
+        raise Unreadable(name, f"caption must be a string, found a list of {len(value)}; {OF_LIST_HINT}")
+    texts = [text for one in value if (text := tidy(one, "a caption of the list", name)) is not None]
+    if not texts:
+        return None
+    place = 0 if of_list == OF_LIST[0] else int(short_hash(name), 16) % len(texts)
+    return texts[place]
+
+
+def split_of(name: str) -> str:
+    """The split that a folder's or file's name says: "train", "validation" or "test"; "" where it says none."""
+    words = set(_BETWEEN_WORDS.split(name))
+    return next((split for split, known in _SPLIT_WORDS.items() if words & known), "")
 
 
 def short_hash(*parts: object) -> str:

@@ -4,39 +4,125 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
+from megatron_cca.data.sources.files import Root, outside_hint, real_folder
 from megatron_cca.data.sources.texts import PackedStrings, printable, unique_names
 from megatron_cca.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Of the texts beside images, in the order in which they are looked for.
+TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
+# What every download or version control leaves.
+_NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
+_SHOWN_KINDS = 6
+_EXAMPLES = 20
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - called for every file
 
 
-def walked(root: Path) -> Iterator[str]:
+def text_beside(root: Root | Path, image: str) -> str | None:
+    """The text of an image, relative to ``root``; None where there is none."""
+    stem = os.path.splitext(image)[0]  # noqa: PTH122
+    return next((stem + suffix for suffix in TEXT_SUFFIXES if os.path.lexists(root / (stem + suffix))), None)
+
+
+class PassedOver:
+    """Counts files that a reader meets and does not read, by kind, with an example of each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, name: str, kind: str | None = None) -> None:
+        """Count a file, or a folder (its name ends with "/"); its suffix is its kind where none is given."""
+        base = name.rstrip("/").rpartition("/")[2]
+        if base in _NOT_WORTH_SAYING:
+            return
+        if kind is None:
+            suffix = "folders" if name.endswith("/") else os.path.splitext(base)[1].lower()  # noqa: PTH122
+            kind = "hidden" if base.startswith(".") else suffix or "without a suffix"
+        self._counts[kind] += 1
+        self._examples[kind] = min(name, self._examples.get(kind, name))
+
+    def line(self) -> str | None:
+        """ "not read: 3 .heic (a.heic), 1 .csv (labels.csv)"; None where there is nothing to say."""
+        if not self._counts:
+            return None
+        kinds = sorted(self._counts.items(), key=lambda found: (-found[1], found[0]))
+        said = [
+            f"{count} {printable(kind)} ({printable(self._examples[kind])})" for kind, count in kinds[:_SHOWN_KINDS]
+        ]
+        if len(kinds) > _SHOWN_KINDS:
+            said.append(f"{sum(count for _, count in kinds[_SHOWN_KINDS:])} of {len(kinds) - _SHOWN_KINDS} more kinds")
+        return f"not read: {', '.join(said)}"
+
+
+def walked(root: Root | Path, passed: PassedOver | None = None) -> Iterator[str]:
     """The files below a folder, relative to it, "/" between folders; hidden ones are left out, order is arbitrary.
 
+    Args:
+        root: the folder.
+        passed: is told what is hidden.
+
     Raises:
-        UserError: a folder that may not be read, or a symbolic link to one: following it might lead anywhere, and
-            not following it would lose its images in silence.
+        UserError: a folder that may not be read, or a symbolic link to one that does not lead to a place that the user
+            allowed: following it might lead anywhere, and not following it would lose its images in silence.
     """
-    for folder, folders, files in os.walk(root, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = os.path.relpath(folder, root)
-        for name in folders:
-            if os.path.islink(os.path.join(folder, name)):  # noqa: PTH114, PTH118 - called for every file
-                shown = printable(os.path.normpath(os.path.join(root, here, name)))  # noqa: PTH118
-                raise UserError(f"{shown} is a symbolic link to a folder, which is not followed; copy it there")
-        yield from (os.path.normpath(os.path.join(here, name)) for name in files if not name.startswith("."))  # noqa: PTH118
+    return (name for name, _ in _walked(root if isinstance(root, Root) else real_folder(root), passed))
 
 
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read")
+def _walked(root: Root, passed: PassedOver | None) -> Iterator[tuple[str, bool]]:
+    """Each file, and whether it is a symbolic link."""
+    waiting, followed = [""], set()
+    while waiting:
+        here = waiting.pop()
+        for entry in _entries(root / here):
+            name = f"{here}{entry.name}"
+            is_folder = _is_folder(entry)
+            if entry.name.startswith("."):
+                if passed is not None:
+                    passed.add(f"{name}/" if is_folder else name)
+            elif not is_folder:
+                yield name, entry.is_symlink()
+            else:
+                if entry.is_symlink():
+                    _check_linked_folder(root, name, followed)
+                waiting.append(f"{name}/")
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def _check_linked_folder(root: Root, name: str, followed: set[str]) -> None:
+    """Refuse a link to a folder, but for one into a place that the user allowed; each place is entered once."""
+    target = os.path.realpath(root / name)
+    shown = f"{printable(str(root / name))} is a symbolic link to a folder"
+    if target in followed:
+        raise UserError(f"{shown} that is linked twice; remove one of the links")
+    if Path(target).is_relative_to(root.path) or not root.holds(name):
+        raise UserError(f"{shown}, which is not followed; {outside_hint([target])}")
+    followed.add(target)
 
 
 class ImageTree:
@@ -45,17 +131,39 @@ class ImageTree:
     Attributes:
         paths: relative to the folder.
         names: the same, printable and unique.
+        texts: the texts that lie there (:data:`TEXT_SUFFIXES`), relative likewise; only where they are wanted.
+
+    Args:
+        root: the folder.
+        wants_texts: whether texts are read, too.
+        others: files at the top that are read otherwise.
 
     Raises:
-        UserError: no images, or what :func:`walked` refuses.
+        UserError: no images, all of them links that leave the folder, or what :func:`walked` refuses.
     """
 
-    def __init__(self, root: Path) -> None:
-        found = sorted((path for path in walked(root) if is_image(path)), key=os.fsencode)
+    def __init__(self, root: Root, *, wants_texts: bool = False, others: Iterable[str] = ()) -> None:
+        self._passed, self._outside, self._targets = PassedOver(), 0, []
+        found, texts, known = [], [], frozenset(others)
+        for name, is_link in _walked(root, self._passed):
+            if is_image(name):
+                found.append(name)
+                self._count_link(root, name, is_link)
+            elif wants_texts and name.endswith(TEXT_SUFFIXES):
+                texts.append(name)
+            elif name not in known:
+                self._passed.add(name)
         if not found:
-            raise UserError(f"{printable(str(root))} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            found_instead = f"; {line}" if (line := self._passed.line()) else ""
+            raise UserError(
+                f"{printable(str(root))} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){found_instead}"
+            )
+        if self._outside == len(found):
+            raise UserError(f"{printable(str(root))}: {self._outside_line(len(found))}")
+        found.sort(key=os.fsencode)
         self.paths = PackedStrings(found)
         self.names = PackedStrings(unique_names(found))
+        self.texts = PackedStrings(sorted(texts, key=os.fsencode))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,3 +171,27 @@ class ImageTree:
     def digest(self) -> hashlib._Hash:
         """A sha256 of the paths, to be fed with more."""
         return hashlib.sha256(b"%d\0" % len(self) + self.paths.blob)
+
+    def notices(self) -> list[str]:
+        """See :class:`~megatron_cca.data.sources.records.Source`."""
+        outside = [self._outside_line(len(self))] if self._outside else []
+        line = self._passed.line()
+        return outside + ([line] if line else [])
+
+    def _count_link(self, root: Root, name: str, is_link: bool) -> None:
+        if is_link and os.path.exists(root / name) and not root.holds(name):  # noqa: PTH110 - never raises
+            self._outside += 1
+            self._targets = sorted([*self._targets, str(root / name)])[:_EXAMPLES]
+
+    def _outside_line(self, total: int) -> str:
+        first = self._targets[0]
+        shown = f"{printable(first.rpartition('/')[2])} to {printable(os.path.realpath(first))}"
+        return (
+            f"{self._outside} of {total} images are symbolic links that leave the folder, such as {shown}; "
+            f"{outside_hint(self._targets)}"
+        )
+
+
+def hashes(names: Iterable[str]) -> np.ndarray:
+    """A number for each name, int64 ``[N]``: the same for equal names within this process."""
+    return np.array(array("q", map(hash, names)), dtype=np.int64)

@@ -14,20 +14,32 @@ from megatron_cca.data.sources.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     is_file,
+    is_folder,
     names_in,
     own_file,
     real_folder,
 )
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.tar_index import members
-from megatron_cca.data.sources.texts import PackedStrings, caption_in, decoded, parsed_object, tidy, unique_names
+from megatron_cca.data.sources.texts import (
+    PackedStrings,
+    caption_in,
+    decoded,
+    parsed_object,
+    printable,
+    tidy,
+    unique_names,
+)
+from megatron_cca.data.sources.trees import PassedOver
 from megatron_cca.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
-# The columns of the index; of several images in a record the first kind counts.
-_KINDS = (*_IMAGES, "txt", "json", "cls")
+_TEXTS = ("txt", "caption")
+# The columns of the index; of several images or texts in a record the first kind counts.
+_KINDS = (*_IMAGES, "txt", "json", "cls", "caption")
 _COLUMN = {kind: column for column, kind in enumerate(_KINDS)}
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_DOTTED = "images with a second dot in their names, behind which webdataset ends a record's name"
 _ABSENT = -1
 _LOOKED_AT = 100
 
@@ -35,7 +47,7 @@ _LOOKED_AT = 100
 def recognises(path: Path) -> bool:
     """Whether it is a tar, or a folder with tars."""
     names = [path.name] if is_file(path) else names_in(path)
-    return any(name.endswith((".tar", *_PACKED)) for name in names)
+    return any(name.lower().endswith((".tar", *_PACKED)) for name in names)
 
 
 def open_webdataset(path: Path, options: SourceOptions) -> Source:
@@ -45,18 +57,28 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
         UserError: no tars, a compressed, damaged or unsafe one, none with images, or a ``caption_field`` that no JSON
             has.
     """
+    passed = PassedOver()
     if is_file(path):
         tars = [path]
     else:
-        packed = [name for name in names_in(path) if name.endswith(_PACKED)]
+        names = names_in(path)
+        packed = [name for name in names if name.lower().endswith(_PACKED)]
         if packed:
             raise UserError(f"{path / packed[0]} is compressed, which allows no random access; decompress it")
-        tars = [own_file(real_folder(path), name) for name in names_in(path) if name.endswith(".tar")]
+        root = real_folder(path, options.allow_outside)
+        tars = [own_file(root, name, kinds=None) for name in names if _is_tar(name)]
+        for name in names:
+            if not _is_tar(name):
+                passed.add(f"{name}/" if is_folder(path / name) else name)
     if not tars:
         raise UserError(f"{path} holds no .tar files")
-    source = TarRecords(tars, options.caption_field)
+    source = TarRecords(tars, options, passed)
     source.check_caption_field()
     return source
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
 
 
 class TarRecords:
@@ -66,15 +88,18 @@ class TarRecords:
     size, -1 where there is no such member.
     """
 
-    def __init__(self, tars: list[Path], caption_field: str | None) -> None:
-        self._tars = tars
-        self._field = caption_field
+    def __init__(self, tars: list[Path], options: SourceOptions, passed: PassedOver | None = None) -> None:
+        self._tars, self._options = tars, options
+        self._field = options.caption_field
+        # Beside the tars, and in them.
+        self._passed, self._members = passed or PassedOver(), PassedOver()
         places: list[np.ndarray] = []
         self._names = PackedStrings(unique_names(self._read_index(places)))
         self._tar_ids = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows in places])
         self._places = np.concatenate(places)
         if not (self._places[:, : len(_IMAGES), 0] != _ABSENT).any():
-            raise UserError(f"{tars[0].parent} has no tar with images ({', '.join(_IMAGES)})")
+            found = f"; {line}" if (line := self._members.line()) else ""
+            raise UserError(f"{tars[0].parent} has no tar with images ({', '.join(_IMAGES)}){found}")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -89,14 +114,33 @@ class TarRecords:
 
     def fingerprint(self) -> str:
         """See :class:`Source`; reads every text."""
-        digest = hashlib.sha256(repr(self._field).encode() + self._names.blob + self._places[:, :, 1].tobytes())
+        # Of kinds and options that earlier versions did not know, only where they are there.
+        kinds = [kind for kind in _KINDS if kind != "caption" or (self._places[:, _COLUMN[kind], 0] != _ABSENT).any()]
+        sizes = self._places[:, : len(kinds), 1]
+        asked = repr(self._field) + (self._options.caption_of_list or "")
+        digest = hashlib.sha256(asked.encode() + self._names.blob + sizes.tobytes())
         for index in range(len(self)):
-            for kind in ("txt", "json", "cls"):
+            for kind in kinds[len(_IMAGES) :]:
                 try:
                     digest.update(self._read(index, kind, MAX_TEXT_BYTES) or b"")
                 except Unreadable as error:
                     digest.update(str(error).encode())
         return digest.hexdigest()[:16]
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`."""
+        lines = []
+        counts = np.bincount(self._tar_ids, minlength=len(self._tars))
+        if empty := [tar.name for tar, count in zip(self._tars, counts, strict=True) if not count]:
+            lines.append(f"{len(empty)} tars hold no records ({printable(empty[0])})")
+        here = self._places[:, :, 0] != _ABSENT
+        imageless = int((~here[:, : len(_IMAGES)].any(1)).sum())
+        if imageless:
+            lines.append(f"{imageless} of {len(self)} records have no image ({', '.join(_IMAGES)})")
+        if several := int((here[:, : len(_IMAGES)].sum(1) > 1).sum()):
+            lines.append(f"{several} records have several images, of which the first of {', '.join(_IMAGES)} is read")
+        lines += [f"in the tars, {line}" for line in [self._members.line()] if line]
+        return lines + [f"beside the tars, {line}" for line in [self._passed.line()] if line]
 
     def check_caption_field(self) -> None:
         """Look for the field in the first records.
@@ -113,7 +157,7 @@ class TarRecords:
     def _read_index(self, places: list[np.ndarray]) -> Iterator[str]:
         """Names, tar by tar; appends each tar's rows to ``places``."""
         for tar in self._tars:
-            keys, rows = _grouped(tar)
+            keys, rows = _grouped(tar, self._members)
             places.append(rows)
             yield from (f"{tar.name}/{key}" for key in keys)
 
@@ -145,12 +189,14 @@ class TarRecords:
 
     def _text(self, index: int) -> tuple[str | None, str | None]:
         """Caption and condition."""
-        name, text = self._names[index], self._read(index, "txt", MAX_TEXT_BYTES)
+        name = self._names[index]
+        kind = next((kind for kind in _TEXTS if self._places[index, _COLUMN[kind], 0] != _ABSENT), _TEXTS[0])
+        text = self._read(index, kind, MAX_TEXT_BYTES)
         has_json = self._places[index, _COLUMN["json"], 0] != _ABSENT
         if has_json and (text is None or self._field is not None):
-            caption = caption_in(self._object(index), self._field, name)
+            caption = caption_in(self._object(index), self._options, name)
         else:
-            caption = None if text is None else tidy(decoded(text, "its .txt", name), "caption", name)
+            caption = None if text is None else tidy(decoded(text, f"its .{kind}", name), "caption", name)
         return caption, self._class(index)
 
     def _class(self, index: int) -> str | None:
@@ -163,10 +209,14 @@ class TarRecords:
         return f"class {int(digits)}"
 
 
-def _grouped(tar: Path) -> tuple[list[str], np.ndarray]:
+def _grouped(tar: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
     """The keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
 
     A second member of one key and kind begins another record, as when two folders were put into one tar.
+
+    Args:
+        tar: the file.
+        passed: is told of members that are not read.
     """
     keys: list[str] = []
     rows: dict[str, int] = {}
@@ -177,6 +227,8 @@ def _grouped(tar: Path) -> tuple[list[str], np.ndarray]:
         stem, _, kind = base.partition(".")
         column = _COLUMN.get(kind.lower())
         if not stem or column is None:
+            is_dotted = stem and "." in kind and kind.rpartition(".")[2].lower() in _IMAGES
+            passed.add(f"{tar.name}/{name}", _DOTTED if is_dotted else None)
             continue
         key = f"{folder}/{stem}" if folder else stem
         if key not in rows or rows[key] * len(_KINDS) + column in taken:

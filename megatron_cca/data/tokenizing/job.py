@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +16,13 @@ from megatron_cca import __version__
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.resizing import DALI
 from megatron_cca.data.shards import merge_shards
+from megatron_cca.data.skip_reasons import Reasons, reasons_in
 from megatron_cca.data.tokenizing.opening import Job, open_job
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartWriter, Span
 from megatron_cca.data.tokenizing.progress import Progress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, one_line
 from megatron_cca.output import claimed, file_system_errors
 
 # Records that are decoded together, while those before them are encoded.
@@ -30,11 +32,12 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    """What a job wrote: ``samples`` in the shard folder, ``skipped`` records; the speed of all its processes."""
+    """What a job wrote: ``samples``, ``skipped`` records and the reasons, counted; the speed of all its processes."""
 
     samples: int
     skipped: int
     images_per_second: float
+    reasons: str = ""
 
 
 def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
@@ -65,6 +68,9 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
 
 def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
     job = open_job(settings, device)
+    notices = job.source.notices() if rank == 0 else []
+    for notice in notices:
+        print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
     with (
         file_system_errors(settings.output),
         claimed(job.parts.scratch(rank)),
@@ -78,9 +84,11 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
                 time.sleep(_POLL_SECONDS)
                 progress.refresh()
         parts, speed = job.parts.done(), progress.per_second()
-        _merge(job, parts)
+        _merge(job, parts, notices)
+        reasons = reasons_in(part.folder / SKIPPED for part in parts).line()
         shutil.rmtree(job.parts.folder)
-        return Result(sum(part.samples for part in parts), sum(part.skipped for part in parts), speed)
+        samples, skipped = sum(part.samples for part in parts), sum(part.skipped for part in parts)
+        return Result(samples, skipped, speed, reasons)
 
 
 def _description(job: Job) -> dict:
@@ -113,6 +121,8 @@ def _write_parts(job: Job, rank: int, world_size: int, device: torch.device, pro
     if not spans:
         return
     maker = SampleMaker(job.source, job.vocabulary, job.images, job.text, device, job.settings, job.grid)
+    maker.check_some(job.settings.max_skipped)
+    reasons = Reasons()
     with ThreadPoolExecutor(1) as ahead:
         for span in spans:
             with PartWriter(job.parts, rank, span[0], job.vocabulary) as writer:
@@ -121,7 +131,9 @@ def _write_parts(job: Job, rank: int, world_size: int, device: torch.device, pro
                     writer.add(outcomes)
                     skips = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
                     progress.count(len(outcomes), len(skips))
-                    _check_skips(job, progress.skipped, skips)
+                    for skip in skips:
+                        reasons.add(skip.reason)
+                    _check_skips(job, progress.skipped, skips, reasons)
             progress.refresh()
 
 
@@ -137,18 +149,20 @@ def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iter
         yield prepared
 
 
-def _check_skips(job: Job, skipped: int, latest: list[Skipped]) -> None:
+def _check_skips(job: Job, skipped: int, latest: list[Skipped], reasons: Reasons) -> None:
     if skipped > job.skip_limit:
         last = f"; the last, {latest[-1].name}: {latest[-1].reason}" if latest else ""
+        if len(reasons) > 1:
+            last = f"; {reasons.line()}"
         raise UserError(
             f"--source: {skipped} of {len(job.source)} records cannot be used, --max-skipped "
             f"{job.settings.max_skipped:g} allows {job.skip_limit}{last}"
         )
 
 
-def _merge(job: Job, parts: list[Part]) -> None:
+def _merge(job: Job, parts: list[Part], notices: list[str]) -> None:
     skipped = sum(part.skipped for part in parts)
-    _check_skips(job, skipped, [])
+    _check_skips(job, skipped, [], reasons_in(part.folder / SKIPPED for part in parts))
     if skipped == len(job.source):
         raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
 
@@ -171,13 +185,18 @@ def _merge(job: Job, parts: list[Part]) -> None:
         job.vocabulary,
         None if job.text is None else job.text.encode,
         write_extras,
-        _facts(job, skipped),
+        _facts(job, skipped, notices),
         aside,
         job.settings.clip_meta,
     )
 
 
-def _facts(job: Job, skipped: int) -> dict:
+def _passed_over(notices: list[str]) -> dict:
+    """What the source's reader said of it; nothing where it said nothing, as in shards of earlier versions."""
+    return {"notices": [one_line(notice) for notice in notices]} if notices else {}
+
+
+def _facts(job: Job, skipped: int, notices: list[str]) -> dict:
     """What the manifest says of where the tokens came from."""
     settings, images = job.settings, None
     if job.images is not None:
@@ -187,7 +206,7 @@ def _facts(job: Job, skipped: int) -> dict:
         "skipped": skipped,
         "image_tokenizer": images,
         "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
-        "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint()},
+        "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_passed_over(notices)},
         "area": settings.area,
         **_of_choices(job),
         "version": __version__,

@@ -22,6 +22,9 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
+_LOOKED_AT = 32
+_TOLERANT = 0.5
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -81,6 +84,28 @@ class SampleMaker:
         self._resizing = None
         if image_tokenizer is not None:
             self._resizing = RESIZINGS[settings.resize](device, settings.threads, settings.limits)
+
+    def check_some(self, share: float) -> None:
+        """Look at some records from all over the source, and refuse a source that is wrong as a whole.
+
+        Args:
+            share: of the records that may be skipped. Where it is large, all of some may be bad by chance.
+
+        Raises:
+            UserError: none of them can be used; names the first, with the reason.
+        """
+        count = len(self._source)
+        if share > _TOLERANT and count > _LOOKED_AT:
+            return
+        looked = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).round().astype(int)).tolist()
+        first = None
+        for index in looked:
+            found = self._captioned(index)
+            if not isinstance(found, Skipped):
+                return
+            first = first or found
+        of = f"the {count} records" if len(looked) == count else f"{len(looked)} records from all of {count}"
+        raise UserError(f"--source: none of {of} can be used; the first, {first.name}: {first.reason}")
 
     def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
         """Read, check and decode; one outcome for each record index.
