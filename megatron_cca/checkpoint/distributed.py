@@ -19,6 +19,7 @@ from megatron_cca.checkpoint.extra_states import (
 )
 from megatron_cca.checkpoint.integrity import check_whole_together
 from megatron_cca.checkpoint.megatron_lm import common_state
+from megatron_cca.checkpoint.optimizer_settings import keep_present_settings
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
@@ -53,10 +54,12 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
     """Fill model chunks, with their adapters, and optimizer from any layout's checkpoint; collective over all ranks.
 
-    The checkpoint must have been found whole (:func:`integrity.newest_whole`).
+    The optimizer keeps its settings, such as betas, which are the configuration's. The checkpoint must have been found
+    whole (:func:`integrity.newest_whole`).
     """
     state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
+    keep_present_settings(state["optimizer"], optimizer.param_groups)
     optimizer.load_state_dict(state["optimizer"])
 
 

@@ -29,6 +29,19 @@ def weights_fingerprint(folder: Path, key: str) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
+def recorded_fingerprint(folder: Path, key: str) -> str:
+    """A short hash of what a checkpoint's summary records of its tensors' files; reads none of them.
+
+    Of another kind than :func:`weights_fingerprint`; likewise the same weights saved anew have another.
+
+    Raises:
+        UserError: not a whole checkpoint.
+    """
+    files = layout.read_summary(folder, key)["files"]
+    recorded = sorted((name, record["xxh3"]) for name, record in files.items() if name.endswith(".distcp"))
+    return hashlib.sha256(repr(recorded).encode()).hexdigest()[:16]
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ def initialize_distributed(config: Config) -> None:
             context_parallel_size=parallel.context_parallel_size,
             num_distributed_optimizer_instances=config.optimizer.num_distributed_optimizer_instances,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=config.training.distributed_timeout_minutes,
         )
     # Graphs can replay only Transformer Engine's kind of random numbers.
     captures = config.kernels.cuda_graph_impl != "none"

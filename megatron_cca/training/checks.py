@@ -10,36 +10,14 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
-from megatron_cca.models import explicit, resolve_architecture
+from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
 from megatron_cca.training.overlap_checks import check_overlaps
 from megatron_cca.training.reference_checks import check_reference
-
-PRETRAINED = "training.pretrained_checkpoint"
-REFERENCE = "reference.checkpoint"
-OUTPUT = "training.output_dir"
+from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
 # Keys of ``optimizer`` that Megatron takes only from its precision-aware optimizer.
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-
-# A resumed run must not differ in these; layout, logging and the number of steps may.
-_FIXED_SECTIONS = ("model", "lora", "objective", "reference", "data")
-_FIXED_KEYS = (
-    ("training", "seed"),
-    ("training", "global_batch_size"),
-    ("training", "precision"),
-    ("training", "fp8_format"),
-    ("training", "fp8_recipe"),
-    ("validation", "fraction"),
-    ("validation", "seed"),
-)
-_FREE_KEYS = {
-    ("data", "prefetch"),
-    ("data", "pad_to_multiple_of"),
-    ("reference", "strategy"),
-    ("reference", "cache"),
-    ("reference", "allow_bias"),
-}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -49,7 +27,7 @@ def check_run(config: Config, world_size: int) -> None:
         UserError: an unsuitable layout, batch size, schedule or checkpoint; names the key.
     """
     check_new_run(config, world_size)
-    _check_resume(config)
+    check_resume(config)
 
 
 def check_new_run(config: Config, world_size: int) -> None:
@@ -188,22 +166,3 @@ def check_weights(config: Config, path: str, key: str) -> None:
         # Rotary positions have no weights: a run may use more of them than the checkpoint's did.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:
             raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
-
-
-def _check_resume(config: Config) -> None:
-    root = Path(config.training.output_dir) / layout.FOLDER
-    newest = layout.newest_complete(root)
-    if newest is None:
-        # If there are damaged ones only, newest_whole says so, having tried them all.
-        return
-    folder = layout.iteration_folder(root, newest)
-    ours, theirs = asdict(explicit(config)), asdict(saved_config(folder, OUTPUT))
-    keys = [(section, name) for section in _FIXED_SECTIONS for name in ours[section]]
-    for section, name in [*keys, *_FIXED_KEYS]:
-        if (section, name) in _FREE_KEYS:
-            continue
-        if ours[section][name] != theirs[section][name]:
-            raise UserError(
-                f"{section}.{name}: {ours[section][name]!r}, but the run in {config.training.output_dir} was started "
-                f"with {theirs[section][name]!r}; set it so, or choose another training.output_dir"
-            )

@@ -17,7 +17,8 @@ from megatron_cca.errors import UserError
 from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
 from megatron_cca.reporting import reported_errors
-from megatron_cca.training.checks import check_run
+from megatron_cca.training.checks import check_new_run, check_run
+from megatron_cca.training.resuming import check_resume
 
 
 def main(default_config: Path, base_config: Path, argv: Sequence[str] | None = None) -> None:
@@ -98,7 +99,8 @@ def _check_all(runs: Sequence[Config]) -> None:
     check_run(runs[0], world_size)
     if len(runs) > 1:
         # Its base does not exist yet; everything else about it can be refused now.
-        check_run(replace(runs[1], training=replace(runs[1].training, pretrained_checkpoint=None)), world_size)
+        check_new_run(replace(runs[1], training=replace(runs[1].training, pretrained_checkpoint=None)), world_size)
+        check_resume(runs[1], start_exists=False)
 
 
 def _check_fresh(config: Config) -> None:
@@ -133,5 +135,7 @@ def _train_all(runs: Sequence[Config]) -> None:
     for config in runs:
         data = open_data(config)
         check_cache(config, data)
+        # Once more, for a run whose base has only just been trained.
+        check_resume(config)
         train(config, data)
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_cca.checkpoint.saving import Saved
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.training.events import Journal
+from megatron_cca.training.resuming import STARTED_FROM
 from megatron_cca.training.setup import Run
 
 # A disk is slower than a device, and may be asked by many at once.
@@ -20,7 +21,7 @@ def begin_save(run: Run) -> list[Saved]:
     """As :func:`save_checkpoint`; returns the saves that ended meanwhile."""
     run.progress.at("saving", patience=_PATIENCE)
     run.gather_parameters()
-    summary = summarize(run.config, run.batches.data.fingerprint())
+    summary = {**summarize(run.config, run.batches.data.fingerprint()), STARTED_FROM: run.started_from}
     return run.saver.save(run.iteration, run.policy_chunks, run.optimizer, summary)
 
 

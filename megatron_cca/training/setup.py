@@ -35,6 +35,7 @@ from megatron_cca.training.optimization import build_optimizer, build_scheduler,
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
+from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
 from megatron_cca.training.user_buffers import initialize_user_buffers
 
 
@@ -59,6 +60,8 @@ class Run:
     progress: Progress
     saver: CheckpointSaver
     graphs: GraphCapture | None
+    started_from: dict[str, str | None]
+    """See :func:`resuming.started_from`."""
     passed_over: tuple[str, ...] = ()
     """Why newer checkpoints than the one continued from were not taken; one line each."""
 
@@ -156,6 +159,7 @@ def build_run(
         progress=progress,
         saver=_saver(config, start),
         graphs=graph_capture(config, policy, optimizer),
+        started_from=started_from(config),
     )
 
 
@@ -234,18 +238,19 @@ def frozen_chunks(config: Config, architecture: Architecture) -> list[torch.nn.M
 
 
 def _resume(run: Run) -> None:
-    newest = newest_whole(run.checkpoints, checks.OUTPUT)
+    newest = newest_whole(run.checkpoints, OUTPUT)
     if newest is None:
         return
     folder = layout.iteration_folder(run.checkpoints, newest.iteration)
-    trained_on = layout.read_summary(folder, checks.OUTPUT)["data"]
-    if trained_on != run.batches.data.fingerprint():
+    summary = layout.read_summary(folder, OUTPUT)
+    if summary["data"] != run.batches.data.fingerprint():
         raise UserError(
             f"data.path: {run.config.data.path} is not the data that the run in "
             f"{run.config.training.output_dir} was started with; restore it, or choose another training.output_dir"
         )
-    distributed.load_training_state(folder, run.policy_chunks, run.optimizer, checks.OUTPUT)
+    distributed.load_training_state(folder, run.policy_chunks, run.optimizer, OUTPUT)
     run.iteration, run.passed_over = newest.iteration, newest.passed_over
+    run.started_from = summary.get(STARTED_FROM, run.started_from)
     run.saver.last_saved = newest.iteration
     run.scheduler.step(increment=newest.iteration)
 
