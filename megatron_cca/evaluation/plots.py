@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -102,8 +103,9 @@ def training_curves(path: Path, metrics: Sequence[dict[str, float]]) -> None:
 
 
 def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: str, colour: str) -> None:
-    steps = [row["step"] for row in metrics]
-    axis.plot(steps, [row[name] for row in metrics], color=colour, label=label, linewidth=1.6)
+    # A gap where a step has no such number.
+    values = [math.nan if row.get(name) is None else row[name] for row in metrics]
+    axis.plot([row["step"] for row in metrics], values, color=colour, label=label, linewidth=1.6)
 
 
 def _label(axis: Axes, title: str, unit: str) -> None:

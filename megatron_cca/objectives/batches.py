@@ -48,18 +48,17 @@ class PairLogps:
 
         ``positive_log_ratio`` is the mean over all rows; ``negative_log_ratio``, ``margin`` (mean positive minus
         negative log-ratio) and ``accuracy`` (share with positive > negative) are over the rows with a true negative;
-        ``positive_as_negative`` is the share of the other rows.
+        ``positive_as_negative`` is the share of the other rows. Where no row has a true negative, these three are
+        undefined and left out.
         """
         positive, negative = self.log_ratios()
         true_negative = ~self.negative_is_positive
-        return {
-            "loss": loss.detach(),
-            "positive_log_ratio": positive.mean(),
-            "negative_log_ratio": _masked_mean(negative, true_negative),
-            "margin": _masked_mean(positive - negative, true_negative),
-            "accuracy": _masked_mean((positive > negative).to(positive.dtype), true_negative),
-            "positive_as_negative": self.negative_is_positive.to(positive.dtype).mean(),
-        }
+        found = {"loss": loss.detach(), "positive_log_ratio": positive.mean()}
+        if true_negative.any():
+            found["negative_log_ratio"] = negative[true_negative].mean()
+            found["margin"] = (positive - negative)[true_negative].mean()
+            found["accuracy"] = (positive > negative)[true_negative].to(positive.dtype).mean()
+        return found | {"positive_as_negative": self.negative_is_positive.to(positive.dtype).mean()}
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,27 @@ class SequenceLogps:
     policy: Tensor
     mean_num_tokens: float
 
+    def metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """The loss is the only one."""
+        return {"loss": loss.detach()}
+
 
 @dataclass(frozen=True)
 class ObjectiveResult:
-    """A differentiable scalar ``loss`` and detached scalar ``metrics``."""
+    """What an objective makes of rows.
+
+    Attributes:
+        loss: a differentiable scalar.
+        rows: what it was called with.
+    """
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    rows: PairLogps | SequenceLogps
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached scalars. Computed when asked for, since that may wait for the device."""
+        return self.rows.metrics(self.loss)
 
 
 def must_be_positive(objective: object, *keys: str) -> None:
@@ -89,9 +102,3 @@ def must_be_positive(objective: object, *keys: str) -> None:
     for key in keys:
         if not getattr(objective, key) > 0:
             raise UserError(f"objective.{key}: must be greater than 0, found {getattr(objective, key)}")
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask`` holds; 0 where it holds nowhere. Both ``[B]``; returns a scalar."""
-    weights = mask.to(values.dtype)
-    return (torch.where(mask, values, torch.zeros_like(values))).sum() / weights.sum().clamp(min=1)

@@ -38,4 +38,4 @@ class CCA:
         sign, weight = pairs.negative_signs_and_weights(self.negative_weight)
         rows = -logsigmoid(self.beta * positive) - weight * logsigmoid(sign * self.beta * negative)
         loss = rows.mean() / max(self.negative_weight, 1.0)
-        return ObjectiveResult(loss, pairs.metrics(loss))
+        return ObjectiveResult(loss, pairs)

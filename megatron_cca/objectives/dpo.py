@@ -34,4 +34,4 @@ class DPO:
         """The loss over B rows, and :meth:`PairLogps.metrics`."""
         positive, negative = pairs.log_ratios()
         loss = -logsigmoid(self.beta * (positive - negative)).mean()
-        return ObjectiveResult(loss, pairs.metrics(loss))
+        return ObjectiveResult(loss, pairs)

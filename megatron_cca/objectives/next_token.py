@@ -16,4 +16,4 @@ class NextToken:
     def __call__(self, sequences: SequenceLogps) -> ObjectiveResult:
         """The loss over B rows; its only metric is itself."""
         loss = -sequences.policy.mean() / sequences.mean_num_tokens
-        return ObjectiveResult(loss, {"loss": loss.detach()})
+        return ObjectiveResult(loss, sequences)

@@ -34,4 +34,4 @@ class Unlearning:
         sign, weight = pairs.negative_signs_and_weights(self.negative_weight)
         rows = -positive - weight * sign * negative
         loss = rows.mean() / max(self.negative_weight, 1.0)
-        return ObjectiveResult(loss, pairs.metrics(loss))
+        return ObjectiveResult(loss, pairs)

@@ -87,8 +87,14 @@ def _trained(task: Training) -> Outcome:
     last = rows[-_LAST_STEPS:]
     return {
         "status": FINISHED,
-        **{f"last_{key}": fmean(row[key] for row in last) for key in _LOGGED if key in last[0]},
+        **_means(last),
     }
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Over the rows that have a number: what is undefined in a step is left out of its row."""
+    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in _LOGGED}
+    return {f"last_{key}": fmean(values) for key, values in found.items() if values}
 
 
 def _failed(reason: str) -> Outcome:

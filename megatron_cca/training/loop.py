@@ -20,6 +20,7 @@ from megatron_cca.parallel.agreement import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.batches import RunData
+from megatron_cca.training.contrast import ContrastWatch
 from megatron_cca.training.events import EventLog, Journal
 from megatron_cca.training.faults import heed_alarms, skipped_in_a_row
 from megatron_cca.training.log_ratio_gate import judge
@@ -82,11 +83,12 @@ def _train_and_log(run: Run, events: EventLog) -> None:
 def _loop(run: Run, journal: Journal) -> None:
     training = run.config.training
     pictures, alarms, skipped = open_pictures(run), Alarms(run.config), 0
+    contrast = _watch_contrast(run, journal)
     with StopRequest() as stop, watched(run.progress, journal.events, run.config.faults.hang_timeout_seconds):
         if pictures is not None and run.iteration == 0:
             pictures.draw(0, journal.log)
         while run.iteration < training.train_iters:
-            report = _step(run, journal)
+            report = _step(run, journal, contrast)
             skipped = skipped_in_a_row(run, report, skipped, journal)
             heed_alarms(run, alarms, report, journal)
             if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:
@@ -104,7 +106,15 @@ def _loop(run: Run, journal: Journal) -> None:
         _finish(run, journal)
 
 
-def _step(run: Run, journal: Journal) -> StepReport:
+def _watch_contrast(run: Run, journal: Journal) -> ContrastWatch | None:
+    if not run.uses_pairs or journal.log is None:
+        return None
+    watch = ContrastWatch(run.config, run.batches.data)
+    watch.begin(journal)
+    return watch
+
+
+def _step(run: Run, journal: Journal, contrast: ContrastWatch | None) -> StepReport:
     step = run.iteration
     started = time.perf_counter()
     report = train_step(run)
@@ -116,6 +126,8 @@ def _step(run: Run, journal: Journal) -> StepReport:
         run.progress.at("validation")
         row |= {f"validation_{name}": value for name, value in validate(run).items()}
     journal.log_row(row)
+    if contrast is not None:
+        contrast.after(step, row, journal)
     return report
 
 

@@ -132,4 +132,6 @@ def _short(row: dict[str, float]) -> str:
         "validation_loss": "val",
     }
     values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
+    # In place of what is undefined then.
+    values += "  nothing to contrast" * (row.get("positive_as_negative") == 1.0)
     return f"{values}  {row['samples_per_second']:.0f} samples/s"
