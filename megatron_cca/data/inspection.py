@@ -71,7 +71,7 @@ def report(shards: TokenShards) -> str:
 
 
 def _resizing(choice: object) -> list[str]:
-    return [] if choice is None else [f"images resized by   {printable(str(choice))}"]
+    return [] if choice is None else [f"images resized by   {one_line(str(choice))}"]
 
 
 def _variants(counts: np.ndarray) -> str:
