@@ -166,9 +166,10 @@ class ReferenceConfig:
 class DataConfig:
     """Section ``data``."""
 
-    path: PathText | Blend = "digits"
+    path: PathText | Blend | None = None
     """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: shares of what a run
-    sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use."""
+    sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use. Every run must say it; null means
+    unknown, as in a checkpoint that was imported."""
     condition_dropout: Probability = 0.1
     """Share of rows whose caption is emptied (the authors' ``uncond_ratio``)."""
     length_bucketing: PositiveInt = 1

@@ -18,7 +18,8 @@ _INTRODUCTION = """# Configuration reference
 
 <!-- Written by docs/hooks/configuration.py from megatron_cca/config.py; change it there, then `make docs`. -->
 
-A run is one YAML file with these sections, each key of which may be left out, and overrides on the command line:
+A run is one YAML file with these sections, each key of which but `data.path` may be left out, and overrides on the
+command line:
 
     torchrun examples/pretrain_cca_emu3.sh --config my.yaml --set optimizer.lr=2.0e-5 --set training.train_iters=500
 

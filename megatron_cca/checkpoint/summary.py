@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.config import Config
+from megatron_cca.config import Config, ModelConfig, TrainingConfig
 from megatron_cca.config_files import config_from_dict, config_to_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.version import code_version
+
+# The key of checkpoint.json that says which folder or file an import read.
+IMPORTED_FROM = "imported_from"
 
 
 def summarize(config: Config, data: str | None = None) -> dict:
@@ -27,8 +31,26 @@ def summarize(config: Config, data: str | None = None) -> dict:
     }
 
 
+def imported_summary(model: ModelConfig, precision: str, source: dict[str, str]) -> dict:
+    """:func:`summarize` of weights that no run wrote: of a configuration only what the weights say is known.
+
+    Args:
+        model: every size that was read or given.
+        precision: ``training.precision`` of the weights' width.
+        source: where they came from.
+    """
+    return {**summarize(config_of_weights(model, precision)), IMPORTED_FROM: source}
+
+
+def config_of_weights(model: ModelConfig, precision: str) -> Config:
+    """A configuration of weights alone; all its other keys have defaults, which say nothing about these weights."""
+    return Config(model=model, training=TrainingConfig(precision=precision))
+
+
 def saved_config(folder: Path, key: str) -> Config:
-    """The configuration that a whole checkpoint names.
+    """The configuration that a whole checkpoint names; of an imported one its model and precision alone.
+
+    Earlier versions recorded the defaults of all keys in an import, ``data.path: digits`` among them.
 
     Args:
         folder: the checkpoint's own folder.
@@ -37,8 +59,15 @@ def saved_config(folder: Path, key: str) -> Config:
     Raises:
         UserError: not a whole checkpoint, or one whose configuration is damaged; names the file.
     """
-    saved = layout.read_summary(folder, key).get("config")
+    summary = layout.read_summary(folder, key)
+    saved = summary.get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{key}: {folder / layout.SUMMARY} is damaged: it has no config; choose another checkpoint")
     with said_of(f"{key}: {folder / layout.SUMMARY}"):
-        return explicit(config_from_dict(saved))
+        config = explicit(config_from_dict(saved))
+    return config_of_weights(config.model, config.training.precision) if _no_run_wrote(summary) else config
+
+
+def _no_run_wrote(summary: dict[str, Any]) -> bool:
+    """A run records the fingerprint of its data; an import, the folder that it came from."""
+    return IMPORTED_FROM in summary and summary.get("data") is None

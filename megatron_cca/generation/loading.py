@@ -11,9 +11,8 @@ from megatron.core import parallel_state
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.huggingface.loading import load_weights
 from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
-from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
-from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
@@ -74,8 +73,7 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
     """
     if is_huggingface(checkpoint):
         source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
-        defaults = load_config()
-        config = replace(defaults, model=source.model, training=replace(defaults.training, precision=source.precision))
+        config = config_of_weights(source.model, source.precision)
         folder = source.folder
     else:
         source = folder = layout.resolve(checkpoint, OPTION)

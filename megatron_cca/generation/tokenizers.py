@@ -19,6 +19,7 @@ from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.grids import own_grid
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -72,10 +73,10 @@ def open_tokenizers(
 def usual_grid(config: Config) -> tuple[int, int]:
     """Height and width, in visual tokens, that a model draws: its only ones, or those of all that it was trained on.
 
-    Where the data are not here or of several sizes, it is what the released model draws.
+    Where the data are unknown, not here or of several sizes, it is what the released model draws.
 
     Raises:
-        UserError: a model that was not released, with images of several sizes or data that are gone.
+        UserError: then, a model that was not released or has too few positions for that.
     """
     architecture = resolve_architecture(config.model)
     own = own_grid(architecture)
@@ -84,10 +85,19 @@ def usual_grid(config: Config) -> tuple[int, int]:
     grids = {grid for folder in _data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
     if len(grids) == 1:
         return grids.pop()
-    if architecture.vocabulary.released_grid is not None:
-        return architecture.vocabulary.released_grid
-    seen = f"{len(grids)} sizes" if grids else "data that are not here"
-    raise UserError(f"the model was trained on {seen}; give height and width in visual tokens, such as 16 16")
+    released = architecture.vocabulary.released_grid
+    if released is not None and _fits(architecture, *released):
+        return released
+    if config.data.path is None:
+        seen = "the checkpoint does not say what images the model was trained on"
+    else:
+        seen = f"the model was trained on {f'{len(grids)} sizes' if grids else 'data that are not here'}"
+    raise UserError(f"{seen}; give height and width in visual tokens, such as 16 16")
+
+
+def _fits(architecture: Architecture, height: int, width: int) -> bool:
+    length = architecture.vocabulary.sequence_length(0, 0, height, width)
+    return length <= architecture.max_position_embeddings
 
 
 def _grids(folder: Path) -> Iterator[tuple[int, int]]:
@@ -112,10 +122,10 @@ def _text_of(checkpoint: Path, config: Config) -> TextTokenizer:
     for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *_data_folders(config)):
         if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_NAME).is_file():
             return open_text_tokenizer(folder)
-    raise UserError(
-        f"neither {checkpoint} nor the data it was trained on has a text tokenizer; give a folder with "
-        f"{TOKENIZER_FILE} or {TIKTOKEN_NAME}"
-    )
+    lacking = f"{checkpoint} has no text tokenizer with it"
+    if config.data.path is not None:
+        lacking = f"neither {checkpoint} nor the data it was trained on has a text tokenizer"
+    raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_NAME}")
 
 
 def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
@@ -136,6 +146,6 @@ def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> 
 
 
 def _data_folders(config: Config) -> Iterator[Path]:
-    names = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-    for name in names:
+    path = config.data.path
+    for name in [path] if isinstance(path, str) else path or ():
         yield digit_shards(config.model) if name == KEYWORD else Path(name)

@@ -19,13 +19,13 @@ from megatron_cca.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import resolve_architecture, tiny_architecture
 from megatron_cca.models.grids import grid_misfit
 from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
 from megatron_cca.studies.settings import Keys, StudySettings
 from megatron_cca.studies.study import Method, Study
-from megatron_cca.training.checks import check_new_run
+from megatron_cca.training.checks import check_data, check_new_run
 
 CONTROL = "control"
 # How much the training of one method may cost more than another's.
@@ -153,6 +153,7 @@ def _check_runs(study: Study, world_size: int) -> None:
         with said_of(where):
             # The base does not exist yet, and it is the same model.
             check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
+            check_data(config)
             if first is not None and config.parallel != first.parallel:
                 raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
             _check_model(study, config.model)
@@ -177,10 +178,15 @@ def _base_model(study: Study) -> ModelConfig:
 
 
 def _check_conditions(study: Study) -> None:
-    if study.settings.prompts != KEYWORD:
-        with said_of("prompts"):
-            vocabulary = resolve_architecture(_base_model(study)).vocabulary
-            check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
+    model = _base_model(study)
+    vocabulary = resolve_architecture(model).vocabulary
+    if study.settings.prompts == KEYWORD:
+        # Other models know nothing of the digits, and no caption or class of theirs means one.
+        if vocabulary != tiny_architecture(model).vocabulary:
+            raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")
+        return
+    with said_of("prompts"):
+        check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
 
 
 def _check_grids(study: Study) -> None:

@@ -27,6 +27,7 @@ def check_run(config: Config, world_size: int) -> None:
         UserError: an unsuitable layout, batch size, schedule or checkpoint; names the key.
     """
     check_new_run(config, world_size)
+    check_data(config)
     check_resume(config)
 
 
@@ -49,6 +50,15 @@ def check_new_run(config: Config, world_size: int) -> None:
         check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
     if config.reference.checkpoint is not None:
         check_weights(config, config.reference.checkpoint, REFERENCE)
+
+
+def check_data(config: Config) -> None:
+    """Refuse a run that does not say what it trains on; planning needs no data."""
+    if config.data.path is None:
+        raise UserError(
+            "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes, or the word "
+            "digits for scikit-learn's scans"
+        )
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

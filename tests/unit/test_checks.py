@@ -14,9 +14,13 @@ from megatron_cca.training import reference_checks
 from megatron_cca.training.checks import check_run, data_parallel_size
 
 
+def a_run(overrides):
+    return load_config(None, ["data.path=digits", *overrides])
+
+
 def refused(overrides, world_size=1):
     with pytest.raises(UserError) as error:
-        check_run(load_config(None, overrides), world_size)
+        check_run(a_run(overrides), world_size)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -147,18 +151,18 @@ def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monk
     overrides = [*EIGHT_B, "reference.strategy=offload", "training.precision=bf16", "training.micro_batch_size=1"]
     # 8,492,011,520 weights of two bytes.
     monkeypatch.setattr(reference_checks, "available_host_bytes", lambda: 2 * 8_492_011_520)
-    check_run(load_config(None, overrides), 1)
+    check_run(a_run(overrides), 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "offload needs 31.6GiB of host memory on this machine, 15.8GiB are available" in refused(overrides, 2)
-    check_run(load_config(None, [*overrides, "parallel.tensor_model_parallel_size=2"]), 2)
+    check_run(a_run([*overrides, "parallel.tensor_model_parallel_size=2"]), 2)
     # All but the LM head in one byte.
     monkeypatch.setattr(reference_checks, "available_host_bytes", lambda: 2 * (8_492_011_520 + 184_622 * 4096))
-    check_run(load_config(None, [*overrides, "reference.fp8_param=true"]), 2)
+    check_run(a_run([*overrides, "reference.fp8_param=true"]), 2)
 
 
 def test_a_run_may_go_on_with_another_reference_strategy(run_folder):
     here = [f"training.output_dir={run_folder}"]
-    check_run(load_config(None, [*here, "reference.strategy=offload", "reference.allow_bias=1"]), 1)
+    check_run(a_run([*here, "reference.strategy=offload", "reference.allow_bias=1"]), 1)
     assert "reference.precision: 'bf16', but the run in" in refused([*here, "reference.precision=bf16"])
     assert "lora.dim: 4, but the run in" in refused([*here, "lora.dim=4"])
 
@@ -167,6 +171,10 @@ def test_a_run_may_go_on_with_another_reference_strategy(run_folder):
     ("overrides", "message"),
     [
         (["data.path={}"], "data.path: names no folder"),
+        (
+            ["data.path=null"],
+            "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes",
+        ),
         (["validation.interval=5"], "validation.interval: 5, but nothing to validate on; set validation.fraction"),
         (
             ["validation.fraction=0.1", "validation.path=shards"],
@@ -208,12 +216,12 @@ def test_dropout_beside_a_reference_must_be_asked_for(overrides, message):
 @pytest.mark.parametrize("strategy", ["resident", "offload"])
 def test_dropout_beside_a_reference_can_be_had(strategy, tmp_path):
     overrides = [*DROPOUT, f"reference.strategy={strategy}", "reference.allow_bias=1"]
-    check_run(load_config(None, [*overrides, f"training.output_dir={tmp_path}"]), 1)
+    check_run(a_run([*overrides, f"training.output_dir={tmp_path}"]), 1)
 
 
 def test_dropout_is_fine_for_next_token(tmp_path):
     overrides = ["model.hidden_dropout=0.1", "objective.name=next_token", f"training.output_dir={tmp_path}"]
-    check_run(load_config(None, overrides), 1)
+    check_run(a_run(overrides), 1)
 
 
 def test_data_parallel_size_is_what_is_left():
@@ -235,7 +243,7 @@ def run_folder(tmp_path):
     partial = layout.partial_folder(root, 10)
     partial.mkdir(parents=True)
     (partial / "__0_0.distcp").write_bytes(b"x" * 100)
-    config = load_config(None, [f"training.output_dir={tmp_path}/run"])
+    config = a_run([f"training.output_dir={tmp_path}/run"])
     layout.finalize(partial, root, 10, {"config": config_to_dict(explicit(config))})
     return tmp_path / "run"
 
@@ -249,7 +257,7 @@ def test_a_checkpoint_is_found_by_any_of_its_folders(run_folder):
 def test_half_written_and_damaged_checkpoints_are_named(run_folder):
     whole = run_folder / layout.FOLDER / "iter_0000010"
     override = [f"training.pretrained_checkpoint={run_folder}", "training.output_dir=/nowhere/else"]
-    check_run(load_config(None, override), 1)
+    check_run(a_run(override), 1)
     shard = whole / "__0_0.distcp"
     shard.write_bytes(b"x" * 99)
     assert "__0_0.distcp has 99 bytes instead of 100: it is truncated" in refused(override)
@@ -267,19 +275,19 @@ def test_weights_of_another_size_are_refused(run_folder):
     message = refused([f"training.pretrained_checkpoint={run_folder}", "model.num_layers=2", "training.output_dir=/x"])
     assert "has num_layers 4, this run's model 2" in message
     longer = [f"training.pretrained_checkpoint={run_folder}", "model.max_position_embeddings=256"]
-    check_run(load_config(None, [*longer, "training.output_dir=/x"]), 1)
+    check_run(a_run([*longer, "training.output_dir=/x"]), 1)
 
 
 def test_what_is_held_out_stays_held_out_and_reading_may_change(run_folder):
     here = [f"training.output_dir={run_folder}"]
-    check_run(load_config(None, [*here, "data.prefetch=9", "data.pad_to_multiple_of=64"]), 1)
+    check_run(a_run([*here, "data.prefetch=9", "data.pad_to_multiple_of=64"]), 1)
     for change in ("validation.fraction=0.1", "validation.seed=1", "data.length_bucketing=2"):
         assert "was started with" in refused([*here, change])
 
 
 def test_a_run_does_not_continue_as_another_run(run_folder):
     same = [f"training.output_dir={run_folder}"]
-    check_run(load_config(None, [*same, "training.train_iters=99", "training.micro_batch_size=16"]), 1)
+    check_run(a_run([*same, "training.train_iters=99", "training.micro_batch_size=16"]), 1)
     message = refused([*same, "objective.beta=0.5"])
     assert message.startswith("objective.beta: 0.5, but the run in")
     assert "was started with 0.02" in message

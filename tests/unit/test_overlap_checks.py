@@ -177,7 +177,7 @@ def test_what_the_configuration_rules_out_is_refused(overrides, world_size, mess
     ],
 )
 def test_what_can_be_is_let_through(overrides, world_size):
-    check_run(load_config(None, overrides), world_size)
+    check_run(load_config(None, ["data.path=digits", *overrides]), world_size)
 
 
 def test_one_row_length_is_told_from_several():

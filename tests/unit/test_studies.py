@@ -75,7 +75,7 @@ def written(folder, **changes):
         else:
             place[name] = value
     for name, config in CONFIGS.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"data": {"path": "digits"}, **config}))
     (folder / "study.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     return folder / "study.yaml"
 

@@ -19,10 +19,8 @@ from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import COMMON_STATE, Piece, save_pieces
-from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.config_files import load_config
-from megatron_cca.models import resolve_architecture
+from megatron_cca.checkpoint.summary import config_of_weights, imported_summary
+from megatron_cca.config import ParallelConfig
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
 from megatron_cca.output import check_apart, check_output, claimed, staging
@@ -68,7 +66,6 @@ def import_checkpoint(
         for info in [source.files.tensors[name]]
     ]
     total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
-    config = _config(source)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
         unfinished = layout.own_names(output, 0) - {layout.LATEST, final.name}
@@ -76,14 +73,13 @@ def import_checkpoint(
         stack.enter_context(staging(partial_folder, total))
         progress = stack.enter_context(ByteProgress("importing", total, shown=progress_bar))
         watched = [replace(piece, read=progress.watched(piece.read)) for piece in pieces]
-        save_pieces(partial_folder, watched, _objects(config))
+        save_pieces(partial_folder, watched, _objects(source))
         _copy_files(source.companion_files(), partial_folder / layout.COMPANION_FILES)
         if companions:
             folder = partial_folder / layout.COMPANION_TENSORS
             folder.mkdir()
             write_safetensors(folder, [replace(c, pieces=progress.watch(c.pieces)) for c in companions])
-        origin = {"folder": str(source.folder), "form": source.form}
-        layout.finalize(partial_folder, output, 0, {**summarize(config), "imported_from": origin})
+        layout.finalize(partial_folder, output, 0, _summary(source))
     return final
 
 
@@ -118,12 +114,11 @@ def _copy_files(files: list[Path], to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def _config(source: PublicCheckpoint) -> Config:
-    config = load_config()
-    return replace(config, model=source.model, training=replace(config.training, precision=source.precision))
-
-
-def _objects(config: Config) -> dict:
-    num_layers = resolve_architecture(config.model).num_layers
-    extra_states = dict.fromkeys(megatron_lm.extra_states(num_layers))
+def _objects(source: PublicCheckpoint) -> dict:
+    extra_states = dict.fromkeys(megatron_lm.extra_states(source.architecture.num_layers))
+    config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}
+
+
+def _summary(source: PublicCheckpoint) -> dict:
+    return imported_summary(source.model, source.precision, {"folder": str(source.folder), "form": source.form})
