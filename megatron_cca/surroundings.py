@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,14 +68,27 @@ def check_surroundings() -> None:
             raise SurroundingsError(
                 f"{name}: must be a whole number, found {_given(name)!r}; torchrun sets it, or unset it"
             )
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise SurroundingsError("the current folder has been removed; change to one that exists") from None
+    _check_current_folder()
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise _no_temporary_folder(error) from None
+
+
+def leave_without_current_folder() -> None:
+    """End the process with one line and status 2 if the current folder is gone, for what would end it otherwise."""
+    try:
+        _check_current_folder()
+    except SurroundingsError as error:
+        print(f"megatron_cca: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise SurroundingsError("the current folder has been removed; change to one that exists") from None
 
 
 def check_cache(variable: str) -> None:

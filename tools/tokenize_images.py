@@ -137,7 +137,7 @@ def _add_run(commands) -> None:
     command.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="images encoded together (default 8)"
     )
-    command.add_argument("--threads", type=_positive, default=_threads(), metavar="N", help="that read and decode")
+    command.add_argument("--threads", type=_positive, metavar="N", help="that read and decode")
     command.add_argument(
         "--block",
         type=_positive,
@@ -236,7 +236,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_skipped=arguments.max_skipped,
         limits=ImageLimits(max_pixels=arguments.max_pixels),
         batch_size=arguments.batch_size,
-        threads=arguments.threads,
+        threads=arguments.threads or _threads(),
         block=arguments.block,
     )
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+from megatron_cca.surroundings import leave_without_current_folder
+
+# MKL ends the process where there is none, with words about a library.
+leave_without_current_folder()
+import torch  # noqa: E402
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 

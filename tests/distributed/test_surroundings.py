@@ -70,6 +70,17 @@ def test_a_cache_that_cannot_be_written_is_not_laid_on_the_data(variable, parque
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("program", OUTPUTS, ids=lambda program: f"{program.parent.name}/{program.name}")
+def test_a_current_folder_that_is_gone_is_said_by_a_cold_start(program, tmp_path):
+    gone = 'import os, sys; os.mkdir("a"); os.chdir("a"); os.rmdir("../a"); os.execv(sys.argv[1], sys.argv[1:])'
+    done = typed(sys.executable, "-c", gone, sys.executable, program, *OUTPUTS[program][0], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "megatron_cca: error: the current folder has been removed; change to one that exists\n",
+    )
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     "program", [SCRIPT, TOOLS / "generate.py", TOOLS / "plan.py"], ids=lambda program: program.name
 )

@@ -24,7 +24,7 @@ LEVELS = {
     "reporting": 2,
     "config": 2,
     "config_files": 3,
-    "platform": 1,
+    "platform": 2,
     "objectives": 3,
     "parallel": 3,
     "models": 4,
