@@ -1,0 +1,211 @@
+"""DALI's one pass beside the authors' resizing, on real photographs: pixels, and the share of codes that differ.
+
+.venv/bin/pip install scikit-image    # for its photographs
+.venv/bin/python benchmarks/resizing.py
+
+The released tokenizers' weights are not at hand. Two substitutes stand in for them, see resizing.md, where results are
+kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+
+import numpy as np
+import torch
+from measuring import machine, markdown_table
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_cca.data.image_headers import ImageLimits, Rejected
+from megatron_cca.data.image_size import centre
+from megatron_cca.data.resizing import RESIZINGS
+
+CPU = torch.device("cpu")
+AREA = 720 * 720
+NAMES = (
+    *(
+        f"{name}.png"
+        for name in ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "moon")
+    ),
+    *("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg"),
+)
+# Name, side of the square (None: Emu3's area), pixels per code, codes, dimensions of the released codebook.
+SETTINGS = (
+    ("LlamaGen, 256 x 256", 256, 16, 16_384, 8),
+    ("LlamaGen, 384 x 384", 384, 16, 16_384, 8),
+    ("Emu3, area 720 x 720", None, 8, 32_768, 4),
+)
+PARTS = ("pixels", "patches", "networks")
+# Rows whose distances to a codebook are held together, and what k-means sees of each centre.
+ROWS, PATCHES_PER_CENTRE, STEPS = 1024, 3, 2
+
+Way = dict[str, Tensor]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--photographs", type=int, nargs=2, default=(4, 1), help="for the networks of each family")
+    arguments = parser.parse_args()
+    photographs = {name: (files("skimage.data") / name).read_bytes() for name in NAMES}
+    pixels = {
+        setting[0]: {name: prepared(photographs, name, *setting[1:3]) for name in RESIZINGS} for setting in SETTINGS
+    }
+    print(f"{machine('cpu')}; {len(photographs)} photographs of scikit-image", flush=True)
+    if "pixels" in arguments.parts:
+        header = ["size", "PSNR in dB: least, median, most", "largest difference", "pixels that differ"]
+        print("\n" + markdown_table(header, [[name, *pixel_row(**ways)] for name, ways in pixels.items()]), flush=True)
+    columns = ["size", "codes", "codes that differ", "per photograph: least, median, most"]
+    if "patches" in arguments.parts:
+        rows = [patch_row(setting, pixels[setting[0]]) for setting in SETTINGS]
+        print("\nCodebook of k-means on the photographs' patches\n\n" + markdown_table(columns, rows), flush=True)
+    if "networks" in arguments.parts:
+        numbers = [arguments.photographs[0]] * 2 + [arguments.photographs[1]]
+        latents = [llamagen_latents, llamagen_latents, emu3_latents]
+        rows = [network_row(*each, pixels[each[0][0]]) for each in zip(SETTINGS, latents, numbers, strict=True)]
+        print("\nThe released networks' shape with random weights\n\n" + markdown_table(columns, rows))
+
+
+def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: int) -> Way:
+    """Each photograph as tokenize_images.py brings it to size: uint8 ``[H, W, 3]``."""
+    resizing = RESIZINGS[way](CPU, 2, ImageLimits())
+    found = {}
+    for name, data in photographs.items():
+        size = resizing.judge(data)
+        plan = resizing.to_area(*size, AREA, factor) if side is None else resizing.to_cover(*size, side)
+        (image,) = resizing.decode([data], [plan])
+        if isinstance(image, Rejected):
+            sys.exit(f"{name}: {image}")
+        found[name] = image if side is None else centre(image, side, side)
+    return found
+
+
+def pixel_row(dali: Way, authors: Way) -> list[str]:
+    """How far two ways are apart."""
+    differences = [dali[name].int() - authors[name].int() for name in dali]
+    decibels = sorted(10 * np.log10(255**2 / max(float(each.double().square().mean()), 1e-9)) for each in differences)
+    changed = np.mean([float((each != 0).any(-1).double().mean()) for each in differences])
+    most = max(int(each.abs().max()) for each in differences)
+    return [spread(decibels, "{:.1f}"), str(most), f"{changed:.1%}"]
+
+
+def spread(numbers: list[float], form: str) -> str:
+    """Least, median and most."""
+    return ", ".join(form.format(each) for each in (min(numbers), float(np.median(numbers)), max(numbers)))
+
+
+def patch_row(setting: tuple, ways: dict[str, Way]) -> list[str]:
+    """Codes of a codebook of patches that were drawn at any offset, so from neither way's grid."""
+    name, _, factor, size, _ = setting
+    generator = torch.Generator().manual_seed(0)
+    patches = drawn_patches(list(ways["authors"].values()), factor, PATCHES_PER_CENTRE * size, generator)
+    codebook = k_means(patches, size, name)
+    found = {
+        way: {photo: nearest(grid_patches(image, factor), codebook) for photo, image in images.items()}
+        for way, images in ways.items()
+    }
+    return [name, f"{size:,}", *shares(**found)]
+
+
+def drawn_patches(images: list[Tensor], side: int, number: int, generator: torch.Generator) -> Tensor:
+    """float32 ``[number, side * side * 3]``."""
+    found = []
+    for image in images:
+        share = -(-number // len(images))
+        tops, lefts = (torch.randint(0, length - side + 1, (share,), generator=generator) for length in image.shape[:2])
+        found += [
+            image[top : top + side, left : left + side].reshape(-1)
+            for top, left in zip(tops.tolist(), lefts.tolist(), strict=True)
+        ]
+    return torch.stack(found)[torch.randperm(len(found), generator=generator)[:number]].float()
+
+
+def grid_patches(image: Tensor, side: int) -> Tensor:
+    """float32 ``[h * w, side * side * 3]``."""
+    height, width, _ = image.shape
+    rows = image.view(height // side, side, width // side, side, 3).transpose(1, 2)
+    return rows.reshape(-1, side * side * 3).float()
+
+
+def k_means(points: Tensor, size: int, name: str) -> Tensor:
+    """Lloyd's steps from the first ``size`` points."""
+    centres = points[:size].clone()
+    for _ in tqdm(range(STEPS), desc=f"k-means, {name}", unit="step"):
+        labels = nearest(points, centres)
+        counts = torch.bincount(labels, minlength=size)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, labels, points)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
+def nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """int64 ``[M]``: the place of the nearest vector."""
+    squares = codebook.square().sum(1)
+    return torch.cat([(squares - 2 * part @ codebook.T).argmin(1) for part in points.split(ROWS)])
+
+
+def network_row(setting: tuple, latents_of: Callable, number: int, ways: dict[str, Way]) -> list[str]:
+    """Codes by a Gaussian codebook with the latents' own mean and covariance."""
+    name, _, _, size, _ = setting
+    photos = list(ways["authors"])[: number * 2 : 2] if number > 1 else ["coffee.png"]
+    with tqdm(total=len(photos) * len(ways), desc=f"encoding, {name}", unit="image") as bar:
+        found = {way: latents_of({photo: images[photo] for photo in photos}, bar) for way, images in ways.items()}
+    together = torch.cat([each for images in found.values() for each in images.values()])
+    spread_of = torch.linalg.cholesky(torch.cov(together.T.double()) + 1e-12 * torch.eye(together.shape[1]))
+    noise = torch.randn(size, together.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    codebook = together.double().mean(0) + noise @ spread_of.T
+    codes = {way: {photo: nearest(each.double(), codebook) for photo, each in of.items()} for way, of in found.items()}
+    return [name, f"{size:,}", *shares(**codes)]
+
+
+@torch.no_grad()
+def llamagen_latents(images: Way, bar: tqdm) -> Way:
+    """What VQ-16 compares with its codebook, float32 ``[h * w, 8]``, of unit length."""
+    from megatron_cca.models.llamagen.image_tokenizer import LlamaGenImageTokenizer
+    from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes
+
+    torch.manual_seed(0)
+    sizes = VqSizes(128, (128, 128, 256, 256, 512), 2, 256, 16_384, 8)
+    tokenizer = LlamaGenImageTokenizer(VqNetwork(sizes), sizes, "random")
+    found = {}
+    for name, image in images.items():
+        vectors = tokenizer.latents(image[None])[0].movedim(0, -1).reshape(-1, 8)
+        found[name] = torch.nn.functional.normalize(vectors, dim=-1)
+        bar.update()
+    return found
+
+
+@torch.no_grad()
+def emu3_latents(images: Way, bar: tqdm) -> Way:
+    """What Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``."""
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
+
+    from megatron_cca.models.emu3.image_tokenizer import Emu3ImageTokenizer
+
+    torch.manual_seed(0)
+    # The released sizes are transformers' defaults; the codebook is not used here.
+    model, seen = Emu3VQVAE(Emu3VQVAEConfig(codebook_size=8)), []
+    model.quantize.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    tokenizer, found = Emu3ImageTokenizer(model, [0.5] * 3, [0.5] * 3, "random"), {}
+    for name, image in images.items():
+        tokenizer.encode(image[None])
+        found[name] = seen.pop()[0].movedim(1, -1).reshape(-1, 4)
+        bar.update()
+    return found
+
+
+def shares(dali: Way, authors: Way) -> list[str]:
+    """Of all codes, and by photograph."""
+    each = [float((dali[name] != authors[name]).double().mean()) for name in dali]
+    differing = sum(int((dali[name] != authors[name]).sum()) for name in dali)
+    total = sum(len(codes) for codes in dali.values())
+    return [f"{differing / total:.1%}", spread(each, "{:.1%}")]
+
+
+if __name__ == "__main__":
+    main()
