@@ -75,6 +75,12 @@ def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[st
         raise UserError(f"cannot be read as .npz ({_reason(error)})") from None
 
 
+def archived_names(path: Path) -> list[str]:
+    """The arrays' names in an ``.npz`` that :func:`archived_arrays` has read."""
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def _array_in(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as file:
         shape, _, dtype = _header(file)

@@ -12,6 +12,7 @@ from megatron_cca.errors import UserError, shortened
 
 BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ZIP = "a zip archive"
 # How many bytes of a file :func:`kind_of` wants.
 KIND_BYTES = 512
 _KINDS = (
@@ -22,7 +23,7 @@ _KINDS = (
     (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (0, b"Rar!", "a RAR archive"),
-    (0, b"PK\3\4", "a zip archive"),
+    (0, b"PK\3\4", ZIP),
     (257, b"ustar", "a tar"),
     (0, b"PAR1", "a Parquet file"),
     (0, b"ARROW1", "an Arrow file"),
@@ -91,7 +92,8 @@ def file_below(folder: Path, name: object) -> Path:
         UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, no such file.
     """
     if not isinstance(name, str) or not is_below(folder, name):
-        raise UserError(f"{shortened(repr(name), 80)} is not a file of {folder}")
+        reason = "; names are relative to it" if isinstance(name, str) and Path(name).is_absolute() else ""
+        raise UserError(f"{shortened(repr(name), 80)} is not a file of {folder}{reason}")
     path = folder / name
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
         raise UserError(f"{shortened(name, 80)} is missing in {folder}")
@@ -99,12 +101,16 @@ def file_below(folder: Path, name: object) -> Path:
 
 
 def is_below(folder: Path, name: str) -> bool:
-    """Whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it."""
+    """Whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it.
+
+    Of a snapshot in the hub's cache, a link may lead into the cache's contents.
+    """
     try:
-        target = os.path.realpath(folder / name)
+        target, real = os.path.realpath(folder / name), os.path.realpath(folder)
     except (OSError, ValueError):
         return False
-    return not Path(name).is_absolute() and target.startswith(f"{os.path.realpath(folder)}/".replace("//", "/"))
+    places = [f"{place}/".replace("//", "/") for place in (real, hub_blobs(real)) if place is not None]
+    return not Path(name).is_absolute() and target.startswith(tuple(places))
 
 
 def json_object(path: Path) -> dict[str, Any]:

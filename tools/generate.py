@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -251,6 +252,7 @@ def _prompts(arguments: argparse.Namespace, checkpoint: Inspected) -> list[Promp
     if arguments.prompts is not None:
         with said_of("--prompts"):
             prompts = read_prompts(arguments.prompts)
+            _say_hashes(prompts)
             check_conditions(vocabulary, prompts)
     elif arguments.classes is not None:
         captions = _class_captions(arguments.class_captions, checkpoint.config, vocabulary.num_classes)
@@ -261,6 +263,15 @@ def _prompts(arguments: argparse.Namespace, checkpoint: Inspected) -> list[Promp
     else:
         prompts = [Prompt(caption) for caption in arguments.caption]
     return seeded(repeated(prompts, arguments.images_per_prompt), arguments.seed)
+
+
+def _say_hashes(prompts: list[Prompt]) -> None:
+    """A prompt may begin with "#", and so may what somebody meant as a comment."""
+    hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
+    if hashes and os.environ.get("RANK", "0") == "0":
+        print(
+            f'--prompts: {hashes} of {len(prompts)} prompts begin with "#" and are drawn as all others', file=sys.stderr
+        )
 
 
 def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.arrays import archived_arrays
+from megatron_cca.arrays import archived_arrays, archived_names
+from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.foreign import ZIP, kind_of_file
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments]:
-    """Images uint8 ``[N, H, W, 3]``, labels int64 ``[N]`` or None, no prompts, and the moments that are there.
+def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments, tuple[str, ...]]:
+    """Images uint8 ``[N, H, W, 3]``, labels int64 ``[N]`` or None, no prompts, the moments, and what is not read.
 
     OpenAI's reference batches hold 10,000 images beside ``mu`` and ``sigma`` of the whole training set's Inception
     features (``mu_s`` and ``sigma_s`` of the spatial ones); their FID is to the latter.
@@ -24,15 +26,21 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
         UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
     """
     with said_of(path):
-        arrays = archived_arrays(path, {IMAGES, LABELS, *(name for names in _MOMENTS.values() for name in names)})
+        if (kind := kind_of_file(path)) not in (None, ZIP):
+            raise UserError(f"cannot be read as .npz: it is {kind}; write it with numpy.savez")
+        known = {IMAGES, LABELS, *(name for names in _MOMENTS.values() for name in names)}
+        arrays = archived_arrays(path, known)
+        others = ", ".join(map(printable, sorted(set(archived_names(path)) - known)))
     if IMAGES not in arrays:
-        raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]")
+        found = f", found {others}" if others else ""
+        raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]{found}")
     images = arrays[IMAGES]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(f"{path}: {IMAGES} must be uint8 [N, H, W, 3], found {images.dtype} {list(images.shape)}")
     if not len(images):
         raise UserError(f"{path}: {IMAGES} holds no images")
-    return images, _labels(path, arrays.get(LABELS), len(images)), None, _moments(path, arrays)
+    notices = (f"arrays are not read: {others}",) if others else ()
+    return images, _labels(path, arrays.get(LABELS), len(images)), None, _moments(path, arrays), notices
 
 
 def _labels(path: Path, labels: np.ndarray | None, count: int) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,24 @@ import torch
 from megatron_cca.errors import UserError
 
 CLIP = "--clip"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many of ``count`` prompts have more tokens than the model reads, which are ``tokens``."""
+
+    prompts: int
+    count: int
+    tokens: int
+
+    def line(self) -> str | None:
+        """For people; None where nothing is cut."""
+        if not self.prompts:
+            return None
+        return (
+            f"{self.prompts} of {self.count} prompts are longer than the {self.tokens} tokens that this CLIP reads; "
+            "their ends are not scored"
+        )
 
 
 class ClipScorer:
@@ -47,7 +66,8 @@ class ClipScorer:
         """100 * max(cosine, 0) of each image and its prompt, float32 ``[N]``.
 
         This is what the field's tables call CLIP score. CLIPScore's paper (arXiv 2104.08718) has 2.5 in place of 100
-        and puts "A photo depicts" before the text, which is not done here. Prompts are cut to the model's length.
+        and puts "A photo depicts" before the text, which is not done here. Prompts are cut to the model's length;
+        :meth:`cut` counts those.
 
         Args:
             images: uint8 ``[N, H, W, 3]``.
@@ -63,13 +83,25 @@ class ClipScorer:
                 on_progress(len(scores[-1]))
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
 
+    __call__ = scores
+
+    def cut(self, prompts: Sequence[str]) -> Cut:
+        """How many of some prompts are cut before they are scored."""
+        long = 0
+        for start in range(0, len(prompts), self.batch_size):
+            batch = list(prompts[start : start + self.batch_size])
+            ids = self.processor.tokenizer(batch, truncation=False, verbose=False)["input_ids"]
+            long += sum(len(one) > self._length for one in ids)
+        return Cut(long, len(prompts), self._length)
+
+    @property
+    def _length(self) -> int:
+        """Tokens that the model reads, begin and end included."""
+        return self.model.config.text_config.max_position_embeddings
+
     @torch.no_grad()
     def _batch(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        options = {
-            "padding": True,
-            "truncation": True,
-            "max_length": self.model.config.text_config.max_position_embeddings,
-        }
+        options = {"padding": True, "truncation": True, "max_length": self._length}
         inputs = self.processor(
             images=list(images), text=prompts, return_tensors="pt", input_data_format="channels_last", **options
         )

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_cca.errors import said_of
 from megatron_cca.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.evaluation.clip import ClipScorer
+from megatron_cca.evaluation.clip import ClipScorer, Cut
 from megatron_cca.evaluation.extraction import widths
 from megatron_cca.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor
 from megatron_cca.evaluation.images import ImageSet, read_images
@@ -36,6 +36,7 @@ class SetResult:
         left_out: metric -> why it is not among them.
         accuracy: where there are labels and a classifier.
         clip_scores: float32 ``[N]``, where there are prompts and a CLIP.
+        clip_cut: how many of the prompts it read in part.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SetResult:
     left_out: dict[str, str]
     accuracy: ClassAccuracy | None = None
     clip_scores: np.ndarray | None = None
+    clip_cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,12 @@ def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
     metrics = _fidelities(settings, sets, reference, extractor, plans)
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
+    cuts = _cuts(sets, scorer) if scorer is not None else {}
     scores = _clip_scores(sets, scorer) if scorer is not None else {}
     results = [
-        SetResult(name, images, metrics[name], plans[name].left_out, accuracies.get(name), scores.get(name))
+        SetResult(
+            name, images, metrics[name], plans[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
+        )
         for name, images in sets.items()
     ]
     origin = extractor.origin if extractor is not None else {}
@@ -91,7 +96,18 @@ def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
 
 def _read(option: str, path: str) -> ImageSet:
     with said_of(option):
-        return read_images(path)
+        found = read_images(path)
+    for notice in found.notices:
+        print(f"{option} {path}: {notice}", file=sys.stderr)
+    return found
+
+
+def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, Cut]:
+    found = {name: scorer.cut(one.prompts) for name, one in sets.items() if one.prompts is not None}
+    for name, cut in found.items():
+        if (line := cut.line()) is not None:
+            print(f"{name}: {line}", file=sys.stderr)
+    return found
 
 
 def _open(settings: EvaluationSettings, device: torch.device) -> Extractor:

@@ -18,6 +18,8 @@ from megatron_cca.evaluation.archives import read_archive
 from megatron_cca.evaluation.listings import HELD_OUT, WORDS, Listing, check_path, list_folder
 from megatron_cca.paths import typed_path
 
+_OPAQUE = 255
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -29,12 +31,14 @@ class ImageSet:
         prompts: ``N`` texts or None.
         moments: mean and covariance of Inception's ``features`` and ``spatial`` features over more images than these,
             as OpenAI's reference batches hold them; empty elsewhere.
+        notices: what lies there and is not among the images, or not all of it; one line each.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     prompts: list[str] | None = None
     moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    notices: tuple[str, ...] = ()
 
 
 def read_images(path: str | Path) -> ImageSet:
@@ -59,17 +63,23 @@ def read_images(path: str | Path) -> ImageSet:
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)
-    return ImageSet(_read_files(listing), listing.labels, listing.prompts)
+    images, transparent = _read_files(listing)
+    notices = listing.notices
+    if transparent:
+        notices += (f"{transparent} of {len(images)} images are transparent in places; alpha is dropped",)
+    return ImageSet(images, listing.labels, listing.prompts, notices=notices)
 
 
-def _read_files(listing: Listing) -> np.ndarray:
-    first = _decode(listing.files[0])
+def _read_files(listing: Listing) -> tuple[np.ndarray, int]:
+    """The images, and how many of them are transparent in places."""
+    transparent, (first, _) = 0, _decode(listing.files[0])
     images = np.empty((len(listing.files), *first.shape), dtype=np.uint8)
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         tqdm(total=len(images), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
     ):
-        for index, (file, pixels) in enumerate(zip(listing.files, pool.map(_decode, listing.files), strict=True)):
+        for index, (file, decoded) in enumerate(zip(listing.files, pool.map(_decode, listing.files), strict=True)):
+            pixels, is_transparent = decoded
             if pixels.shape != first.shape:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise UserError(
@@ -77,16 +87,17 @@ def _read_files(listing: Listing) -> np.ndarray:
                     "set must be of one size"
                 )
             images[index] = pixels
+            transparent += is_transparent
             bar.update()
-    return images
+    return images, transparent
 
 
 def _size(pixels: np.ndarray) -> str:
     return f"{pixels.shape[0]} x {pixels.shape[1]}"
 
 
-def _decode(file: Path) -> np.ndarray:
-    """uint8 ``[H, W, 3]``, upright; alpha is dropped."""
+def _decode(file: Path) -> tuple[np.ndarray, bool]:
+    """uint8 ``[H, W, 3]``, upright, without alpha; and whether that is anywhere less than full."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -95,7 +106,10 @@ def _decode(file: Path) -> np.ndarray:
         data = file.read_bytes()
         header = read_header(data)
         with Image.open(BytesIO(data if header.orientation != 1 else header.essential)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image)
+            has_alpha = "A" in upright.getbands() or "transparency" in upright.info
+            is_transparent = has_alpha and upright.convert("RGBA").getextrema()[3][0] < _OPAQUE
+            return np.asarray(upright.convert("RGB")), is_transparent
     except Rejected as rejected:
         raise UserError(f"{file}: {rejected}") from None
     except Exception as error:  # Pillow promises no closed set of exceptions for damaged files.

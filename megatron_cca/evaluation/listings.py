@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_cca.data.sources.files import real_folder
+from megatron_cca.data.sources.texts import printable, split_of
+from megatron_cca.data.sources.trees import LINKED, PassedOver, walked
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.foreign import file_below
+from megatron_cca.foreign import file_below, kind_of_file
 from megatron_cca.paths import typed_path
 
 PROMPTS = "prompts.jsonl"
@@ -20,12 +24,16 @@ DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder; ``labels`` int64 ``[N]`` and ``prompts``, where every image has one."""
+    """The files of a folder; ``labels`` int64 ``[N]`` and ``prompts``, where every image has one.
+
+    ``notices`` say, a line each, what lies there and is not among the files.
+    """
 
     folder: Path
     files: list[Path]
     labels: np.ndarray | None = None
     prompts: list[str] | None = None
+    notices: tuple[str, ...] = ()
 
 
 def check_path(path: str | Path) -> None:
@@ -39,7 +47,7 @@ def check_path(path: str | Path) -> None:
     what = Path(typed_path(str(path)))
     if not what.exists():
         raise UserError(f"{path}: does not exist; give a folder of images, an .npz, {DIGITS} or {HELD_OUT}")
-    if what.is_file() and what.suffix != ".npz":
+    if what.is_file() and what.suffix.lower() != ".npz":
         raise UserError(f"{path}: is a file, but no .npz; give a folder of images or an .npz")
 
 
@@ -58,13 +66,58 @@ def list_folder(folder: Path) -> Listing:
         for file in folder.glob(pattern)
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
     ]
+    notices = _passed_over(folder)
     if not files:
-        raise UserError(f"{folder}: holds no PNG or JPEG files, neither there nor one level below")
-    return Listing(folder, sorted(files))
+        found = "".join(f"; {line}" for line in notices)
+        raise UserError(f"{folder}: holds no PNG or JPEG files, neither there nor one level below{found}")
+    return Listing(folder, sorted(files), notices=notices)
+
+
+def _passed_over(folder: Path) -> tuple[str, ...]:
+    """What of a folder is no image of the set; folders that are links are not looked into."""
+    found, deeper, passed = [], [], PassedOver()
+    for name in walked(real_folder(folder), passed, strict=False):
+        if name.endswith("/"):
+            # One level below, links are read as folders are.
+            if name.count("/") > 1:
+                passed.add(name, LINKED)
+        elif Path(name).suffix.lower() not in SUFFIXES:
+            passed.add(name)
+        elif name.count("/") > 1:
+            deeper.append(name)
+        else:
+            found.append(name)
+    splits = sorted(
+        {name.partition("/")[0] for name in found if name.count("/") == 1 and split_of(name.partition("/")[0])}
+    )
+    together = f"{' and '.join(map(printable, splits))} are taken together as one set" if len(splits) > 1 else ""
+    line = passed.line()
+    below = (
+        f"{len(deeper)} images lie deeper than one level and are not read ({printable(min(deeper))})" if deeper else ""
+    )
+    return tuple(notice for notice in (together, below, line) if notice)
+
+
+def _not_listed(files: list[Path]) -> tuple[str, ...]:
+    """What lies beside the files of a list, and which of them it names again."""
+    named = {os.path.realpath(file) for file in files}
+    there = {
+        os.path.realpath(file)
+        for folder in sorted({file.parent for file in files})
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    }
+    again, others = len(files) - len(named), sorted(there - named)
+    return (
+        *((f"{again} lines name an image again, which counts again",) if again else ()),
+        *((f"{len(others)} images are not in {PROMPTS} and are not read ({printable(others[0])})",) if others else ()),
+    )
 
 
 def _listed(folder: Path) -> Listing:
     files, labels, prompts = [], [], []
+    if (kind := kind_of_file(folder / PROMPTS)) is not None:
+        raise UserError(f"{folder / PROMPTS}: is {kind}; it must hold one JSON object a line, in UTF-8")
     for number, line in enumerate((folder / PROMPTS).read_bytes().split(b"\n"), 1):
         if line.strip():
             with said_of(f"{folder / PROMPTS}: line {number}"):
@@ -85,6 +138,7 @@ def _listed(folder: Path) -> Listing:
         files,
         np.array(labels, dtype=np.int64) if labels[0] is not None else None,
         prompts if prompts[0] is not None else None,
+        _not_listed(files),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_cca import __version__
 from megatron_cca.evaluation.evaluate import Evaluation, SetResult
+from megatron_cca.evaluation.images import ImageSet
 from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.evaluation.report_plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.output import check_output, claimed, replacing
@@ -89,6 +90,7 @@ def as_json(evaluation: Evaluation) -> dict:
             "path": settings.reference,
             **_extent(evaluation.reference.images),
             "brings_moments_of": sorted(evaluation.reference.moments or ()),
+            **_notices(evaluation.reference),
         },
         "sets": [_set_as_json(settings.samples[one.name], one) for one in evaluation.sets],
     }
@@ -98,9 +100,16 @@ def _set_as_json(path: str, one: SetResult) -> dict:
     found = {"name": one.name, "path": path, **_extent(one.images.images), **values(one)}
     if one.clip_scores is not None:
         found["clip_score_std"] = float(one.clip_scores.std(dtype=np.float64))
+    if one.clip_cut is not None:
+        found |= {"clip_prompts_cut": one.clip_cut.prompts, "clip_tokens": one.clip_cut.tokens}
     if one.accuracy is not None:
         found["class_accuracy_per_class"] = {str(label): share for label, share in one.accuracy.per_class.items()}
-    return {**found, "left_out": one.left_out}
+    return {**found, **_notices(one.images), "left_out": one.left_out}
+
+
+def _notices(images: ImageSet) -> dict:
+    """What lies beside the images and was not read; nothing where that is all."""
+    return {"notices": list(images.notices)} if images.notices else {}
 
 
 def _extent(images: np.ndarray) -> dict:
@@ -131,6 +140,8 @@ def table(evaluation: Evaluation) -> str:
         lines.append(f"| {name} | {len(one.images.images)} | {' | '.join(cells)} |")
     settings, reference = evaluation.settings, evaluation.reference.images
     lines += ["", f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
+    cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
+    lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.evaluation.clip import CLIP, ClipScorer, check_clip
+from megatron_cca.evaluation.clip import CLIP, ClipScorer, Cut, check_clip
 from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.sampler import ImageRequest
 from megatron_cca.paths import typed_path
@@ -48,7 +48,7 @@ def open_scorer(spec: str, device: str | torch.device) -> Scorer:
     """
     check_scorer(spec)
     if spec.startswith(_CLIP_PREFIX):
-        return ClipScorer(_clip_folder(spec), device).scores
+        return ClipScorer(_clip_folder(spec), device)
     function = load_function(spec, SCORER)
     return lambda images, prompts: _checked(function(images, list(prompts)), len(images), spec)
 
@@ -56,6 +56,11 @@ def open_scorer(spec: str, device: str | torch.device) -> Scorer:
 def _clip_folder(spec: str) -> Path:
     with said_of(SCORER):
         return Path(typed_path(spec.removeprefix(_CLIP_PREFIX)))
+
+
+def cut_prompts(scorer: Scorer | None, prompts: Sequence[str]) -> Cut | None:
+    """How many of the prompts a scorer reads in part; None where that is not known."""
+    return scorer.cut(prompts) if isinstance(scorer, ClipScorer) else None
 
 
 def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageRequest]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -19,7 +20,7 @@ from megatron_cca import __version__, platform
 from megatron_cca.errors import UserError
 from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.generation import files
-from megatron_cca.generation.best_of import Scorer, best, candidates
+from megatron_cca.generation.best_of import SCORER, Scorer, best, candidates, cut_prompts
 from megatron_cca.generation.painting import Painter
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings
@@ -114,6 +115,9 @@ def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
             check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
             stack.enter_context(staging(partial, 0))
             (partial / files.IMAGES).mkdir()
+            cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
+            if cut is not None and (line := cut.line()) is not None:
+                print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
         dist.barrier()
         started = time.perf_counter()
         bar = stack.enter_context(_bar(job) if leads else nullcontext())
@@ -122,7 +126,7 @@ def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
         seconds = time.perf_counter() - started
         if leads:
             bar.close()
-            _finish(job, requests, partial, shares)
+            _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
         dist.barrier()
     kept = len(job.prompts)
     tokens = kept * job.best_of * job.settings.height * job.settings.width
@@ -182,7 +186,9 @@ def _collected(share: _Share) -> list[_Share]:
     return everyone
 
 
-def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share]) -> None:
+def _finish(
+    job: Job, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share], facts: dict[str, int]
+) -> None:
     """Put together what all replicas wrote, and let it appear in the output folder; ``settings.json`` comes last."""
     count = len(job.prompts)
     codes = np.empty((count, job.settings.height, job.settings.width), dtype=np.int32)
@@ -203,7 +209,7 @@ def _finish(job: Job, requests: Sequence[ImageRequest], partial: Path, shares: S
     shown = on_sheet(count)
     images = [files.read_image(partial, place) for place in shown]
     contact_sheet(partial / files.SHEET, images, [job.prompts[place].title for place in shown])
-    (partial / files.SETTINGS).write_text(json.dumps(_record(job), indent=1) + "\n")
+    (partial / files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
     _place(partial, job.output)
 
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.foreign import KIND_BYTES, kind_of
 
+_WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
 # Image seeds of one run do not meet those of the next.
 _SEEDS_PER_RUN = 1_000_000
 
@@ -108,12 +110,20 @@ def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]
         num_classes: how many there must be; None means any.
 
     Raises:
-        UserError: unreadable, empty, or of another number of classes.
+        UserError: unreadable, empty, of another number of classes, with labels in another order, or partly in
+            ImageNet's form.
     """
-    captions = [prompt.title for prompt in read_prompts(path)]
+    prompts = read_prompts(path)
+    for place, prompt in enumerate(prompts):
+        if prompt.label not in (None, place):
+            raise UserError(f"{path}: name {place} has the label {prompt.label}; put the names in the labels' order")
+    captions = [prompt.title for prompt in prompts]
     if num_classes is not None and len(captions) != num_classes:
         raise UserError(f"{path} names {len(captions)} classes, the model has {num_classes}")
     synsets = [re.fullmatch(r"n[0-9]{8} ([^,]+)(,.*)?", caption) for caption in captions]
+    if any(synsets) and not all(synsets):
+        other = captions[synsets.index(None)]
+        raise UserError(f"{path}: {other[:60]!r} is not like the other lines, such as 'n01440764 tench, Tinca tinca'")
     return [found[1].strip() for found in synsets] if all(synsets) else captions
 
 
@@ -124,19 +134,61 @@ def read_prompts(path: Path) -> list[Prompt]:
         UserError: unreadable, empty, or a line that is not as it should be; names file and line.
     """
     with said_of(path):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError("is not text in UTF-8") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{getattr(error, 'strerror', None) or error}; give a text file or JSON lines") from None
-        # Not at everything that Unicode takes for the end of a line: JSON may hold it.
-        lines = text.replace("\r\n", "\n").split("\n")
-        read = _json_prompt if path.suffix in (".jsonl", ".json") else _text_prompt
+        text, is_json = _text_of(path), path.suffix.lower() in (".jsonl", ".json")
+        _refuse_other_forms(path, text, is_json=is_json)
+        read = _json_prompt if is_json else _text_prompt
+        lines = text.split("\n")
         prompts = [read(line, number) for number, line in _numbered(lines)]
         if not prompts:
             raise UserError("holds no prompt; give one a line")
         return prompts
+
+
+def _text_of(path: Path) -> str:
+    """What a file of text holds, lines ended as on this system.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{getattr(error, 'strerror', None) or error}; give a text file or JSON lines") from None
+    kind = kind_of(content[:KIND_BYTES])
+    if kind is None and b"\0" in content:
+        kind = "no text, it has zero bytes"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = None
+    if kind is not None or text is None:
+        raise UserError(f"is not text in UTF-8{f': it is {kind}' if kind else ''}")
+    # Not at everything that Unicode takes for the end of a line: JSON may hold it.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _refuse_other_forms(path: Path, text: str, *, is_json: bool) -> None:
+    """Refuse what would be read line by line and is no list of lines."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise UserError(f"is a table; {_WANTED}")
+    whole = _parsed(text)
+    if isinstance(whole, list):
+        raise UserError(f"is one JSON array; {_WANTED}")
+    if isinstance(whole, dict) and "\n" in text.strip():
+        raise UserError(f"is one JSON object over several lines; {_WANTED}")
+    filled = [line for line in text.split("\n") if line.strip()]
+    if not is_json and filled and all(isinstance(_parsed(line), dict) for line in filled):
+        raise UserError("holds JSON lines; name it .jsonl, so that it is read as such")
+
+
+def _parsed(text: str) -> Any:
+    """The JSON object or array that a text is; None for anything else."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _numbered(lines: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from tests.distributed.launch import ROOT, ended, run_tool, run_workers, start_job, torchrun
 from tests.distributed.test_layout_parity import PP2, TP2
+from tests.references import tiny_clip
 from tests.references.huggingface import save_emu3
 
 TOOL = ROOT / "tools" / "generate.py"
@@ -124,6 +125,19 @@ def test_best_of_keeps_what_the_scorer_likes(checkpoint, tmp_path):
     assert [row["score"] for row in rows(tmp_path / "best")] == pytest.approx((-means[1]).tolist())
     assert not (tmp_path / "best" / "samples.npz").exists()
     assert json.loads((tmp_path / "best" / "settings.json").read_text())["scorer"] == "ink.py:dark"
+
+
+def test_prompts_that_the_scorer_reads_in_part_are_said(checkpoint, tmp_path):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (tmp_path / "prompts.txt").write_text("# a seven\na seven\na handwritten seven of a pen\n")
+    best = ["--best-of", 2, "--scorer", f"clip:{tiny_clip.save(clip)}", "--output", "best"]
+    done = generate("--checkpoint", checkpoint, "--prompts", "prompts.txt", *best, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = "--scorer: 1 of 3 prompts are longer than the 20 tokens that this CLIP reads; their ends are not scored"
+    assert said in done.stderr
+    assert '--prompts: 1 of 3 prompts begin with "#" and are drawn as all others' in done.stderr
+    assert json.loads((tmp_path / "best" / "settings.json").read_text())["scorer_prompts_cut"] == 1
 
 
 def test_the_sheet_shows_images_of_the_whole_list():

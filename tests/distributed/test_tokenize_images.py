@@ -94,6 +94,34 @@ def test_inspect_prints_counts_and_draws_a_sheet(whole, tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_source_with_links_and_lists_of_captions(options, scans, whole, tmp_path):
+    """What is refused says the option; with it the job does what it says, and tells what it left out."""
+    names = sorted(path.name for path in scans.iterdir() if path.suffix == ".png")[:6]
+    (tmp_path / "mine").mkdir()
+    for name in names:
+        (tmp_path / "mine" / name).symlink_to(scans / name)
+    listed = [{"file_name": name, "caption": ["a one", "a two"]} for name in [*names, "gone.png"]]
+    text = "\r\n\r\n".join(map(json.dumps, listed))
+    (tmp_path / "mine/captions.jsonl").write_text(f"\ufeff{text}", encoding="utf-8", newline="")
+    (tmp_path / "mine/more.heic").write_bytes(b"x")
+    run = [*options, "--source", "mine", "--output", "shards", "--max-skipped", "0.2"]
+    for option, hint in (
+        (
+            ["--caption-of-list", "first"],
+            "leaves the folder; copy the files there, or allow the folder where they are by",
+        ),
+        (["--allow-outside", scans], "caption must be a string, found a list of 2; choose one of each list with"),
+    ):
+        done = run_tool(TOOL, *run, *option, cwd=tmp_path)
+        assert done.returncode == 2
+        assert hint in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "shards").exists()
+    done = run_tool(TOOL, *run, "--caption-of-list", "first", "--allow-outside", scans, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--source: not read: 1 .heic (more.heic)" in done.stderr
+    assert "skipped 1: gone.png is missing\nwrote shards: 6 samples, 1 skipped (see skipped.jsonl there)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

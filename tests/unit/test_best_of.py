@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.best_of import best, candidates, check_scorer, open_scorer
+from megatron_cca.generation.best_of import best, candidates, check_scorer, cut_prompts, open_scorer
 from megatron_cca.generation.sampler import ImageRequest
 from tests.references import tiny_clip
 
@@ -43,6 +43,20 @@ def test_clip_scores_are_those_of_evaluation(tmp_path):
     prompts = ["a handwritten seven"] * 6
     found = open_scorer(f"clip:{folder}", "cpu")(IMAGES, prompts)
     np.testing.assert_array_equal(found, ClipScorer(folder).scores(IMAGES, prompts))
+
+
+def test_prompts_that_clip_reads_in_part_are_counted(tmp_path):
+    scorer = open_scorer(f"clip:{tiny_clip.save(tmp_path)}", "cpu")
+    # 18 letters, begin and end are the 20 tokens that this CLIP reads.
+    prompts = ["a" * 18, "a" * 19, "b" * 90, ""]
+    cut = cut_prompts(scorer, prompts)
+    assert (cut.prompts, cut.count, cut.tokens) == (2, 4, 20)
+    assert cut.line().startswith("2 of 4 prompts are longer than the 20 tokens")
+    assert cut_prompts(scorer, prompts[:1]).line() is None
+    long, short = scorer(IMAGES[:2], ["a" * 19, "a" * 18])
+    assert long == scorer(IMAGES[:1], ["a" * 60])[0]
+    assert cut_prompts(open_scorer(plugin(tmp_path, "[0.0] * len(prompts)"), "cpu"), prompts) is None
+    assert np.isfinite(short)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_cca.evaluation.extractors import open_extractor
 from megatron_cca.evaluation.fidelity import METRICS, FidelitySettings, fidelity
 from megatron_cca.evaluation.images import ImageSet
 from megatron_cca.evaluation.planning import EvaluationSettings, check, plan
-from megatron_cca.evaluation.report import reserved, table, write_report
+from megatron_cca.evaluation.report import as_json, reserved, table, write_report
 from tests.distributed.launch import ROOT, run_tool
 from tests.references import tiny_clip
 
@@ -184,6 +185,26 @@ def test_clip_scores_and_accuracy_need_no_extractor(drawn, tmp_path):
     with reserved(output, overwrite=False):
         assert "fid_is.png" not in write_report(output, evaluation)
     assert json.loads((output / "metrics.json").read_text())["sets"][0]["clip_score"] == pytest.approx(expected.mean())
+
+
+def test_prompts_that_clip_cuts_and_files_that_are_not_read_are_in_the_report(drawn, tmp_path, capsys):
+    folder = shutil.copytree(drawn, tmp_path / "drawn")
+    lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    lines[3]["prompt"] = "seven " * 40
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    clip = tiny_clip.save(tmp_path)
+    limit, count = 20, len(lines) - 1
+    ids = ClipScorer(clip).processor.tokenizer
+    cut = sum(len(ids(line["prompt"])["input_ids"]) > limit for line in lines[1:])
+    assert 0 < cut < count or cut == count
+    evaluation = evaluate(settings_of(folder, metrics=(), clip=clip, samples={"drawn": str(folder)}), CPU)
+    line = f"{cut} of {count} prompts are longer than the 20 tokens that this CLIP reads; their ends are not scored"
+    said = capsys.readouterr().err
+    assert f"drawn: {line}" in said
+    assert f"--samples {folder}: 1 images are not in prompts.jsonl and are not read" in said
+    assert table(evaluation).endswith(f"CLIP score of drawn: {line}.")
+    report = as_json(evaluation)["sets"][0]
+    assert (report["clip_prompts_cut"], report["clip_tokens"], len(report["notices"])) == (cut, 20, 1)
 
 
 def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path, tool):

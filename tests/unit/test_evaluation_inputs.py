@@ -1,5 +1,6 @@
 """What evaluation reads: sets of images in their forms, functions in the user's files."""
 
+import gzip
 import json
 
 import numpy as np
@@ -145,7 +146,8 @@ def test_damaged_archives_are_refused(tmp_path, pixels):
     assert message(path).startswith(f"{path}: cannot be read as .npz (")
     with path.open("wb") as file:
         np.save(file, pixels)
-    for content in (path.read_bytes(), whole[: len(whole) // 2], b"", b"hello"):
+    assert message(path) == f"{path}: cannot be read as .npz: it is a numpy file; write it with numpy.savez"
+    for content in (whole[: len(whole) // 2], b"", b"hello"):
         path.write_bytes(content)
         assert message(path) == (
             f"{path}: cannot be read as .npz: it is cut short or something else; write it with numpy.savez"
@@ -223,3 +225,69 @@ def test_functions_that_cannot_be_loaded_are_refused(tmp_path, monkeypatch, text
     assert str(error.value).startswith("--scorer: ")
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_of_a_folder_is_no_image_of_the_set_is_counted(tmp_path, pixels):
+    save(tmp_path, pixels, ["a.PNG", "b/c.jpeg", "b/c/d.png", "b/c/e.JPG", ".hidden.png"])
+    save(tmp_path, pixels[:2], ["b/f.webp", "g.bmp"])
+    for name in ("._a.png", "Thumbs.db", "b/notes.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "b/deep").symlink_to(tmp_path / "b/c")
+    found = read_images(tmp_path)
+    assert len(found.images) == 3
+    assert found.notices == (
+        "2 images lie deeper than one level and are not read (b/c/d.png)",
+        "not read: 2 hidden (._a.png), 1 .bmp (g.bmp), 1 .db (Thumbs.db), 1 .txt (b/notes.txt), 1 .webp (b/f.webp), "
+        "1 linked folders (b/deep/)",
+    )
+    save(tmp_path / "other", pixels[:1], ["a.webp"])
+    none = f"{tmp_path / 'other'}: holds no PNG or JPEG files, neither there nor one level below"
+    assert message(tmp_path / "other") == f"{none}; not read: 1 .webp (a.webp)"
+    save(tmp_path / "plain", pixels[:1], ["a.png"])
+    assert read_images(tmp_path / "plain").notices == ()
+
+
+def test_what_a_list_of_images_leaves_out_or_repeats_is_counted(tmp_path, pixels):
+    save(tmp_path, pixels, [f"images/{index}.png" for index in range(4)] + ["sheet.png"])
+    records = [{"file": f"images/{index}.png"} for index in (0, 1, 0)]
+    content = "\ufeff" + "\r\n\r\n".join(map(json.dumps, records))
+    (tmp_path / "prompts.jsonl").write_text(content, encoding="utf-8", newline="")
+    found = read_images(tmp_path)
+    assert len(found.images) == 3
+    assert found.notices == (
+        "1 lines name an image again, which counts again",
+        f"2 images are not in prompts.jsonl and are not read ({tmp_path / 'images/2.png'})",
+    )
+    (tmp_path / "prompts.jsonl").write_bytes(json.dumps(records[0]).encode("utf-16"))
+    assert message(tmp_path).endswith("prompts.jsonl: is text in UTF-16; it must hold one JSON object a line, in UTF-8")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"file": str(tmp_path / "images/0.png")}))
+    assert message(tmp_path).endswith("; names are relative to it")
+
+
+@pytest.mark.parametrize(("alpha", "count"), [(255, 0), (254, 1)])
+def test_transparency_is_said_where_there_is_any(alpha, count, tmp_path, pixels):
+    save(tmp_path, pixels[:1], ["a.png"])
+    image = Image.fromarray(pixels[1]).convert("RGBA")
+    image.putalpha(Image.fromarray(np.full(pixels.shape[1:3], alpha, np.uint8)))
+    image.save(tmp_path / "b.png")
+    Image.fromarray(pixels[2]).convert("L").save(tmp_path / "c.png")
+    said = (f"{count} of 3 images are transparent in places; alpha is dropped",) if count else ()
+    assert read_images(tmp_path).notices == said
+
+
+def test_arrays_of_an_archive_that_are_not_read_are_named(tmp_path, pixels):
+    np.savez(tmp_path / "a.NPZ.npz", arr_0=pixels, labels=np.arange(5))
+    found = read_images(tmp_path / "a.NPZ.npz")
+    assert (found.labels, found.notices) == (None, ("arrays are not read: labels",))
+    (tmp_path / "a.NPZ.npz").rename(tmp_path / "a.NPZ")
+    assert len(read_images(tmp_path / "a.NPZ").images) == 5
+    np.savez(tmp_path / "b.npz", images=pixels, labels=np.arange(5))
+    assert message(tmp_path / "b.npz").endswith("uint8 [N, H, W, 3], found images, labels")
+    (tmp_path / "c.npz").write_bytes(gzip.compress(b"x"))
+    assert "cannot be read as .npz: it is compressed (gzip);" in message(tmp_path / "c.npz")
+
+
+def test_splits_that_are_taken_together_are_said(tmp_path, pixels):
+    save(tmp_path, pixels[:3], ["train/a.png", "val/a.png", "cat/a.png"])
+    assert read_images(tmp_path).notices == ("train and val are taken together as one set",)

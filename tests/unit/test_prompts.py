@@ -1,12 +1,22 @@
 """Prompts from files and classes; what is refused names file and line."""
 
+import gzip
 import json
+import re
 
 import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.prompts import Prompt, class_prompts, digit_prompts, read_prompts, repeated, seeded
+from megatron_cca.generation.prompts import (
+    Prompt,
+    class_prompts,
+    digit_prompts,
+    read_class_captions,
+    read_prompts,
+    repeated,
+    seeded,
+)
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
@@ -42,7 +52,20 @@ def test_byte_order_marks_and_other_separators_are_no_lines(name, tmp_path):
             "line 1: label: must be a whole number of 0 or more, found True",
         ),
         ("p.txt", b"\n \n", "holds no prompt; give one a line"),
-        ("p.txt", b"\xff\xfe\x00", "is not text in UTF-8"),
+        ("p.txt", b"\xff\xfe\x00", "is not text in UTF-8: it is text in UTF-16"),
+        ("p.txt", "a fox".encode("utf-16-le"), "is not text in UTF-8: it is text in UTF-16"),
+        ("p.txt", b"a fox\0\n", "is not text in UTF-8: it is no text, it has zero bytes"),
+        ("p.txt", gzip.compress(b"a fox"), "is not text in UTF-8: it is compressed (gzip)"),
+        ("p.jsonl", b"\x89PNG\r\n\x1a\n", "is not text in UTF-8: it is a PNG image"),
+        ("p.txt", b"version https://git-lfs.github.com/spec/v1\n", "is not text in UTF-8: it is a Git LFS pointer"),
+        ("p.csv", b"prompt,seed\na fox,1\n", "is a table; write a prompt a line (.txt), or JSON lines such as"),
+        ("p.TSV", b"prompt\tseed\n", "is a table"),
+        ("p.txt", b'{"prompt": "a fox"}\n\n{"prompt": "b"}\n', "holds JSON lines; name it .jsonl"),
+        ("p.txt", b'["a fox",\n "b"]', "is one JSON array"),
+        ("p.json", b'[{"prompt": "a fox"}]', "is one JSON array"),
+        ("p.jsonl", b'[\n{"prompt": "a fox"}\n]', "is one JSON array"),
+        ("p.json", b'{\n "prompt": "a fox"\n}', "is one JSON object over several lines"),
+        ("p.txt", b"", "holds no prompt; give one a line"),
     ],
 )
 def test_bad_files_are_refused(name, content, message, tmp_path):
@@ -87,3 +110,39 @@ def test_digit_prompts_show_every_digit_in_turn():
 
 def _words():
     return ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_what_looks_like_json_alone_may_be_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("[red] fox\n{a} cat\n# of a kind\n")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.txt")] == ["[red] fox", "{a} cat", "# of a kind"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["p.txt", "p.JSONL"])
+def test_any_line_end_ends_a_line(name, end, tmp_path):
+    texts = ["a fox", "b "]
+    lines = texts if name == "p.txt" else [json.dumps({"prompt": text}) for text in texts]
+    for closing in ("", end, end + " " + end):
+        (tmp_path / name).write_bytes((end + end.join(lines) + closing).encode())
+        assert [prompt.text.strip() for prompt in read_prompts(tmp_path / name)] == ["a fox", "b"]
+
+
+def test_a_folder_of_prompts_is_refused(tmp_path):
+    with pytest.raises(UserError, match="Is a directory; give a text file or JSON lines"):
+        read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "n01440764 tench\nn01443537 goldfish, Carassius\nthe ray\n", "'the ray' is not like the other lines"),
+        ("c.jsonl", '{"prompt": "b", "label": 1}\n{"prompt": "a", "label": 0}\n', "name 0 has the label 1; put the"),
+        ("c.txt", "a\n# b\nc\n", "names 3 classes, the model has 2"),
+    ],
+)
+def test_names_of_classes_that_would_shift_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_class_captions(tmp_path / name, 2 if "names 3" in message else None)
+    (tmp_path / "good.txt").write_bytes("\ufeffn01440764 tench, Tinca\r\n\r\nn01443537 goldfish\r\n".encode())
+    assert read_class_captions(tmp_path / "good.txt", 2) == ["tench", "goldfish"]

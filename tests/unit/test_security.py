@@ -405,6 +405,16 @@ def test_a_listing_stays_in_its_folder(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
         (folder / "prompts.jsonl").write_text(json.dumps({"file": name}))
         assert "is not a file of" in refused(lambda: list_folder(folder))
+    snapshot, blobs = tmp_path / "hub/snapshots/1", tmp_path / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0").write_bytes(b"public")
+    (snapshot / "0.png").symlink_to("../../blobs/0")
+    (snapshot / "1.png").symlink_to(tmp_path / "secret.png")
+    (snapshot / "prompts.jsonl").write_text(json.dumps({"file": "0.png"}))
+    assert list_folder(snapshot).files == [snapshot / "0.png"]
+    (snapshot / "prompts.jsonl").write_text(json.dumps({"file": "1.png"}))
+    assert "is not a file of" in refused(lambda: list_folder(snapshot))
 
 
 def test_files_that_travel_with_a_model_are_its_own(hf, tmp_path):

@@ -195,8 +195,11 @@ def test_a_linked_folder_is_entered_where_it_is_allowed(pool, tmp_path):
     assert f"which is not followed; copy them there, or allow the place where they are: --allow-outside {pool}" in (
         refused(tmp_path / "data", "classes")
     )
-    found = open_source(tmp_path / "data", "classes", SourceOptions(allow_outside=(pool,)))
+    found = open_source(tmp_path / "data", options=SourceOptions(allow_outside=(pool,)))
     assert [(record.name, record.label) for record in found] == [("a/0.png", 0), ("a/1.png", 0), ("b/2.png", 1)]
+    linked(tmp_path / "alone", "a", "../pool")
+    assert "which is not followed" in refused(tmp_path / "alone")
+    assert len(open_source(tmp_path / "alone", options=SourceOptions(allow_outside=(pool,)))) == 2
     linked(pool, "loop", "../pool")
     assert "is linked twice" in refused(tmp_path / "data", "classes", allow_outside=(pool,))
 
@@ -264,6 +267,17 @@ def test_only_blobs_of_the_same_repository_are_its_contents(tmp_path):
     assert hub_blobs(tmp_path / "hub/one") is None
 
 
+def test_what_cannot_be_walked_through_stops_no_list(tmp_path):
+    """A list says which files it wants; a linked folder beside them is none of its business, and is said."""
+    write_all(tmp_path, {"data/captions.jsonl": lines(PAIRS[0]), "data/a.png": A, "other/b.png": B})
+    linked(tmp_path / "data", "more", "../other")
+    linked(tmp_path / "data", "loop", "loop")
+    assert notices(tmp_path / "data") == ["not read: 1 linked folders (more/), 1 without a suffix (loop)"]
+    journey = {"anno_repath.jsonl": lines({"img_path": "a.png", "prompt": "p"}), "imgs/a.png": A}
+    linked(write_all(tmp_path / "journey", journey) / "imgs", "more", "../../other")
+    assert notices(tmp_path / "journey") == ["in imgs, not read: 1 linked folders (more/)"]
+
+
 # classes
 
 
@@ -327,6 +341,13 @@ def test_a_folder_with_another_kind_of_list_says_what_to_write(tmp_path):
     write_all(tmp_path, {"a.png": A, "labels.csv": "file,caption\na.png,x\n"})
     assert "has no layout known here; labels.csv is not read; write captions.jsonl" in refused(tmp_path)
     assert notices(tmp_path, "captions")[-1] == "not read: 1 .csv (labels.csv)"
+
+
+def test_a_file_or_an_archive_in_place_of_a_folder_says_so(tmp_path):
+    listed = write(tmp_path, "captions.jsonl", lines(*PAIRS))
+    assert refused(listed).endswith("it is one file; give the folder that it lies in, a tar, or a list of Emu3's")
+    assert "it is a Parquet file; give the folder" in refused(write(tmp_path, "train.parquet", b"PAR1"))
+    assert refused(write(tmp_path / "z", "images.zip", b"PK\3\4").parent).endswith("images.zip is packed; unpack it")
 
 
 def test_a_folder_of_kinds_that_are_not_read_says_which(tmp_path):

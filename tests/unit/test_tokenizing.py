@@ -14,6 +14,7 @@ from PIL import Image
 from megatron_cca import output
 from megatron_cca.data import token_files, tokenizing
 from megatron_cca.data.image_tokenizers import PatchImageTokenizer, open_image_tokenizer
+from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shards import TokenShards, write_shards
 from megatron_cca.data.text import open_text_tokenizer
@@ -382,3 +383,51 @@ def test_a_codebook_of_patches_takes_no_clips(settings, scans, tmp_path):
         file.write(json.dumps({"frames": ["00000.png", "00001.png"], "caption": "two"}) + "\n")
     tokenize(replace(settings, source=folder))
     assert "takes single images" in (settings.output / "skipped.jsonl").read_text()
+
+
+def test_what_is_not_read_is_said_at_the_start_and_in_the_manifest(settings, scans, tmp_path, capsys):
+    folder = shutil.copytree(scans, tmp_path / "images")
+    (folder / "labels.csv").write_text("x")
+    shutil.copy(folder / "00000.png", folder / "more.png")
+    with (folder / "captions.jsonl").open("a") as file:
+        for name in ("gone.png", "lost.png", "00001.png"):
+            file.write(json.dumps({"file_name": name} | ({} if name[0] == "0" else {"caption": "c"})) + "\r\n\r\n")
+    result = tokenize(replace(settings, source=folder))
+    lines = [
+        "captions.jsonl names 1 images again that it has named before; each line is a sample",
+        "1 of 151 images that lie there are not in captions.jsonl and are not read",
+        "not read: 1 .csv (labels.csv)",
+    ]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.removeprefix("--source: ") for line in said if line.startswith("--source: ")] == lines
+    assert (result.samples, result.skipped) == (NUMBER, 3)
+    assert result.reasons == "2 such as: gone.png is missing; 1: it has no caption"
+    shards = open_for_inspection(settings.output)
+    assert shards.manifest["source"]["notices"] == lines
+    text = report(shards)
+    assert "skipped             3 (2 such as: gone.png is missing; 1: it has no caption)" in text
+    assert "of the source       not read: 1 .csv (labels.csv)" in text
+
+
+def test_a_source_that_is_wrong_as_a_whole_is_told_once_before_anything_is_kept(settings, scans, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(80):
+        (folder / f"{index}.png").write_bytes(b"GIF89a" + bytes(99))
+        (folder / f"{index}.txt").write_text("a caption")
+    said = (
+        "--source: none of 32 records from all of 80 can be used, --max-skipped {} allows {} to be skipped; the first, "
+    )
+    for share, limit in ((0.1, 8), (0.5, 40)):
+        with pytest.raises(UserError, match=said.format(share, limit) + "0.png: a GIF image; only JPEG, PNG"):
+            tokenize(replace(settings, source=folder, max_skipped=share))
+    assert list(tmp_path.iterdir()) == [folder]
+    for index in range(0, 80, 2):
+        shutil.copy(scans / f"{index:05d}.png", folder / f"{index}.png")
+        (folder / f"{index + 1}.txt").unlink()
+    (folder / "1.txt").write_text("one")
+    several = r"41 of 80 records cannot be used|\d+ of 80 records cannot be used, --max-skipped 0.1 allows 8; "
+    with pytest.raises(UserError, match=several + r"\d+: it has no caption; 1: a GIF image"):
+        tokenize(replace(settings, source=folder, block=80))
+    # Whoever allows nearly all to be skipped may have a source of which some are good.
+    assert tokenize(replace(settings, source=folder, max_skipped=0.9)).samples == 40

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 from megatron_cca.data.sources import captions, classes, emu3, huggingface, journeydb, llamagen, webdataset
-from megatron_cca.data.sources.files import is_file, is_folder, names_in
+from megatron_cca.data.sources.files import is_file, is_folder, names_in, real_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable
 from megatron_cca.data.sources.texts import OF_LIST, printable, split_of
+from megatron_cca.data.sources.trees import walked
 from megatron_cca.errors import UserError
+from megatron_cca.foreign import kind_of_file
 
 __all__ = ["AUTO", "DEFAULTS", "LAYOUTS", "Layout", "Record", "Source", "SourceOptions", "Unreadable", "open_source"]
 
@@ -29,7 +32,7 @@ class Layout:
         options: the fields of :class:`SourceOptions` that mean something to it; ``allow_outside`` does to all.
     """
 
-    recognises: Callable[[Path], bool]
+    recognises: Callable[[Path, SourceOptions], bool]
     opens: Callable[[Path, SourceOptions], Source]
     options: frozenset[str] = frozenset()
 
@@ -65,7 +68,7 @@ def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULT
     _check_path(path)
     _check_options(options)
     if layout == AUTO:
-        layout = _recognised(path)
+        layout = _recognised(path, options)
     for option in fields(options):
         meant = option.name == "allow_outside" or option.name in LAYOUTS[layout].options
         if getattr(options, option.name) is not None and not meant:
@@ -98,28 +101,42 @@ def _check_options(options: SourceOptions) -> None:
         )
 
 
-def _recognised(path: Path) -> str:
-    found = [name for name, layout in LAYOUTS.items() if layout.recognises(path)]
+def _recognised(path: Path, options: SourceOptions) -> str:
+    found = [name for name, layout in LAYOUTS.items() if layout.recognises(path, options)]
     if len(found) > 1:
         # Images in sub-folders are classes only where no list beside them says otherwise.
         found = [name for name in found if name != "classes"]
     if len(found) > 1:
         raise UserError(f"{printable(str(path))} could be {' or '.join(found)}; {_CHOOSE}")
     if not found:
-        raise UserError(f"{printable(str(path))} has no layout known here; {_advice(path)}")
+        raise UserError(f"{printable(str(path))} has no layout known here; {_advice(path, options)}")
     return found[0]
 
 
 _CHOOSE = f"set the layout to one of {', '.join(LAYOUTS)}"
+_LOOKED_AT = 100_000
+_PACKED = (".zip", ".7z", ".rar")
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
 
 
-def _advice(path: Path) -> str:
-    """What would make something of a folder that no layout recognises."""
-    names = names_in(path) if is_folder(path) else []
+def _advice(path: Path, options: SourceOptions) -> str:
+    """What would make something of a folder that no layout recognises.
+
+    Raises:
+        UserError: a link to a folder in it, of which all may consist.
+    """
+    if is_file(path):
+        kind = kind_of_file(path)
+        found = f"it is {kind}" if kind else "it is one file"
+        return f"{found}; give the folder that it lies in, a tar, or a list of Emu3's"
+    for _ in islice(walked(real_folder(path, options.allow_outside)), _LOOKED_AT):
+        pass
+    names = names_in(path)
     folders = [name for name in names if is_folder(path / name)]
     if splits := [name for name in folders if split_of(name.lower())]:
         return f"it holds splits of a data set; give one of them: {printable(str(path / splits[0]))}"
+    if packed := [name for name in names if name.lower().endswith(_PACKED)]:
+        return f"{printable(packed[0])} is packed; unpack it"
     if lists := [name for name in names if name.lower().endswith(_LISTS)]:
         return (
             f"{printable(lists[0])} is not read; write captions.jsonl, a line for each image such as "

@@ -32,7 +32,7 @@ from megatron_cca.data.sources.texts import (
     tidy,
     unique_names,
 )
-from megatron_cca.data.sources.trees import ImageTree, PassedOver, hashes, is_image, text_beside, walked
+from megatron_cca.data.sources.trees import LINKED, ImageTree, PassedOver, hashes, is_image, text_beside, walked
 from megatron_cca.errors import UserError
 
 LIST = "captions.jsonl"
@@ -40,16 +40,16 @@ LIST = "captions.jsonl"
 _LOOKED_AT = 1000
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether a folder has a ``captions.jsonl``, or texts beside its images."""
     if not is_folder(path):
         return False
-    return os.path.lexists(path / LIST) or _has_texts(path)
+    return os.path.lexists(path / LIST) or _has_texts(real_folder(path, options.allow_outside))
 
 
-def _has_texts(path: Path) -> bool:
-    images = islice((name for name in walked(path) if is_image(name)), _LOOKED_AT)
-    return any(text_beside(path, name) is not None for name in images)
+def _has_texts(root: Root) -> bool:
+    images = islice((name for name in walked(root, strict=False) if is_image(name)), _LOOKED_AT)
+    return any(text_beside(root, name) is not None for name in images)
 
 
 def open_captions(path: Path, options: SourceOptions) -> Source:
@@ -164,11 +164,11 @@ def _said(option: str | None) -> tuple[str, ...]:
 
 
 def _images_in(root: Root, passed: PassedOver) -> Iterator[str]:
-    for name in walked(root, passed):
+    for name in walked(root, passed, strict=False):
         if is_image(name):
             yield name
         elif name != LIST:
-            passed.add(name)
+            passed.add(name, LINKED if name.endswith("/") else None)
 
 
 def _references(found: dict[str, Any], name: str) -> list[str]:

@@ -27,11 +27,12 @@ SYNSETS = "LOC_synset_mapping.txt"
 _LOOKED_AT = 1000
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether all images of a folder lie in sub-folders of it, without texts beside them."""
     if not is_folder(path):
         return False
-    images = list(islice((name for name in walked(path) if is_image(name)), _LOOKED_AT))
+    root = real_folder(path, options.allow_outside)
+    images = list(islice((name for name in walked(root, strict=False) if is_image(name)), _LOOKED_AT))
     in_classes = all(len(PurePosixPath(name).parts) == 2 for name in images)
     return bool(images) and in_classes and not any(text_beside(path, name) for name in images)
 

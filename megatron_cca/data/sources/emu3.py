@@ -36,7 +36,7 @@ _MAX_PTH_BYTES = 1 << 28
 _START_BYTES = 1 << 12
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether it is a list, or a folder with one in it or in its ``list``."""
     return bool(_lists(path))
 
@@ -136,7 +136,7 @@ class TokenizedFiles:
         listed = hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
         if repeats := len(listed) - len(np.unique(listed)):
             lines.append(f"the list names {repeats} files again that it has named before; each is a sample")
-        there = hashes(name for name in walked(self._root) if name.endswith(".pth"))
+        there = hashes(name for name in walked(self._root, strict=False) if name.endswith(".pth"))
         if unlisted := int((~np.isin(there, listed)).sum()):
             lines.append(f"{unlisted} of {len(there)} .pth files that lie there are not in the list and are not read")
         return lines

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 _LOOKED_AT = 100_000
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether a folder was saved by ``datasets``, or has parquet, arrow or a metadata file."""
     if not is_folder(path):
         return False
     if is_saved(path):
         return True
-    files = islice(walked(path), _LOOKED_AT)
+    files = islice(walked(real_folder(path, options.allow_outside), strict=False), _LOOKED_AT)
     return any(PurePosixPath(file).name in METADATA or file.endswith((".parquet", ".arrow")) for file in files)
 
 
@@ -107,7 +107,7 @@ class DatasetRows:
         lines = [*self._opened.notices, *self._others]
         if self._opened.lists_images:
             listed = hashes(os.path.relpath(path, self._root) for path in self._paths())
-            images = hashes(name for name in walked(self._root) if is_image(name))
+            images = hashes(name for name in walked(self._root, strict=False) if is_image(name))
             if unlisted := int((~np.isin(images, listed)).sum()):
                 lines.insert(
                     0, f"{unlisted} of {len(images)} images that lie there are in no metadata and are not read"

@@ -17,7 +17,7 @@ from megatron_cca.data.sources.files import (
 from megatron_cca.data.sources.lines import JsonLines
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import printable, short_hash, tidy
-from megatron_cca.data.sources.trees import PassedOver, is_image, walked
+from megatron_cca.data.sources.trees import LINKED, PassedOver, is_image, walked
 from megatron_cca.errors import UserError
 
 LISTS = "*anno*repath*.jsonl"
@@ -25,7 +25,7 @@ IMAGES = "imgs"
 CAPTION_FIELDS = ("prompt", "Task2.Caption")
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether a folder, or the ``data/train`` or ``data/valid`` in it, has JourneyDB's annotations."""
     return any(is_folder(folder) and _lists(folder) for folder in (path, path / "data/train", path / "data/valid"))
 
@@ -105,11 +105,11 @@ class JourneyDB:
     def notices(self) -> list[str]:
         """See :class:`Source`; walks through the images' folders."""
         passed, images = PassedOver(), 0
-        for name in walked(self._images, passed):
+        for name in walked(self._images, passed, strict=False):
             if is_image(name):
                 images += 1
             else:
-                passed.add(name)
+                passed.add(name, LINKED if name.endswith("/") else None)
         lines = []
         if images > len(self):
             lines.append(f"{images} images lie in {IMAGES}, and {printable(self._annotations)} has {len(self)} lines")

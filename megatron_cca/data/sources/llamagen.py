@@ -42,7 +42,7 @@ class _Pair:
     labels: str
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether a folder holds NAME_codes beside NAME_labels, or two folders that do."""
     return is_folder(path) and bool(_extractions(path))
 

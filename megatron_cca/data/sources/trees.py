@@ -21,6 +21,7 @@ TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
 # What every download or version control leaves.
 _NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
 _SHOWN_KINDS = 6
+LINKED = "linked folders"
 _EXAMPLES = 20
 
 
@@ -66,26 +67,28 @@ class PassedOver:
         return f"not read: {', '.join(said)}"
 
 
-def walked(root: Root | Path, passed: PassedOver | None = None) -> Iterator[str]:
+def walked(root: Root | Path, passed: PassedOver | None = None, *, strict: bool = True) -> Iterator[str]:
     """The files below a folder, relative to it, "/" between folders; hidden ones are left out, order is arbitrary.
 
     Args:
         root: the folder.
         passed: is told what is hidden.
+        strict: whether a folder that may not be read, or a link that leads elsewhere, is refused; else the former is
+            passed over, and a link is named, with a "/" behind it.
 
     Raises:
         UserError: a folder that may not be read, or a symbolic link to one that does not lead to a place that the user
             allowed: following it might lead anywhere, and not following it would lose its images in silence.
     """
-    return (name for name, _ in _walked(root if isinstance(root, Root) else real_folder(root), passed))
+    return (name for name, _ in _walked(root if isinstance(root, Root) else real_folder(root), passed, strict))
 
 
-def _walked(root: Root, passed: PassedOver | None) -> Iterator[tuple[str, bool]]:
+def _walked(root: Root, passed: PassedOver | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
     """Each file, and whether it is a symbolic link."""
     waiting, followed = [""], set()
     while waiting:
         here = waiting.pop()
-        for entry in _entries(root / here):
+        for entry in _entries(root / here, None if strict else passed or PassedOver()):
             name = f"{here}{entry.name}"
             is_folder = _is_folder(entry)
             if entry.name.startswith("."):
@@ -93,17 +96,22 @@ def _walked(root: Root, passed: PassedOver | None) -> Iterator[tuple[str, bool]]
                     passed.add(f"{name}/" if is_folder else name)
             elif not is_folder:
                 yield name, entry.is_symlink()
-            else:
-                if entry.is_symlink():
-                    _check_linked_folder(root, name, followed)
+            elif not entry.is_symlink() or (reason := _why_not_entered(root, name, followed)) is None:
                 waiting.append(f"{name}/")
+            elif strict:
+                raise UserError(reason)
+            else:
+                yield f"{name}/", True
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
+def _entries(folder: Path, passed: PassedOver | None) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
+        if passed is not None:
+            passed.add(f"{folder}/", "folders that may not be read")
+            return []
         raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read") from None
 
 
@@ -114,15 +122,16 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _check_linked_folder(root: Root, name: str, followed: set[str]) -> None:
-    """Refuse a link to a folder, but for one into a place that the user allowed; each place is entered once."""
+def _why_not_entered(root: Root, name: str, followed: set[str]) -> str | None:
+    """Why a link to a folder is not entered; None where it leads into an allowed place. Each place is entered once."""
     target = os.path.realpath(root / name)
     shown = f"{printable(str(root / name))} is a symbolic link to a folder"
     if target in followed:
-        raise UserError(f"{shown} that is linked twice; remove one of the links")
+        return f"{shown} that is linked twice; remove one of the links"
     if Path(target).is_relative_to(root.path) or not root.holds(name):
-        raise UserError(f"{shown}, which is not followed; {outside_hint([target])}")
+        return f"{shown}, which is not followed; {outside_hint([target])}"
     followed.add(target)
+    return None
 
 
 class ImageTree:

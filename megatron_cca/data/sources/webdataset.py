@@ -44,7 +44,7 @@ _ABSENT = -1
 _LOOKED_AT = 100
 
 
-def recognises(path: Path) -> bool:
+def recognises(path: Path, options: SourceOptions) -> bool:
     """Whether it is a tar, or a folder with tars."""
     names = [path.name] if is_file(path) else names_in(path)
     return any(name.lower().endswith((".tar", *_PACKED)) for name in names)

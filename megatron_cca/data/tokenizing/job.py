@@ -68,14 +68,15 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
 
 def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
     job = open_job(settings, device)
-    notices = job.source.notices() if rank == 0 else []
-    for notice in notices:
-        print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
     with (
         file_system_errors(settings.output),
         claimed(job.parts.scratch(rank)),
         job.parts.begun(_description(job), leads=rank == 0),
     ):
+        # While the others work: it may walk through all files.
+        notices = job.source.notices() if rank == 0 else []
+        for notice in notices:
+            print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
         with Progress(job.parts, len(job.source), shown=rank == 0) as progress:
             _write_parts(job, rank, world_size, device, progress)
             if rank != 0:

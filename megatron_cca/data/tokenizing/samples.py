@@ -104,8 +104,13 @@ class SampleMaker:
             if not isinstance(found, Skipped):
                 return
             first = first or found
+        leaves = first.reason.endswith("leaves the folder")
+        hint = "; copy the files there, or allow the folder where they are by --allow-outside" if leaves else ""
         of = f"the {count} records" if len(looked) == count else f"{len(looked)} records from all of {count}"
-        raise UserError(f"--source: none of {of} can be used; the first, {first.name}: {first.reason}")
+        raise UserError(
+            f"--source: none of {of} can be used, --max-skipped {share:g} allows {int(share * count)} to be skipped; "
+            f"the first, {first.name}: {first.reason}{hint}"
+        )
 
     def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
         """Read, check and decode; one outcome for each record index.
