@@ -3,6 +3,7 @@
 #   torchrun examples/pretrain_cca_emu3.sh [--config FILE] [--set SECTION.KEY=VALUE ...] [--device auto|cpu|cuda]
 #   torchrun --nproc_per_node 2 examples/pretrain_cca_emu3.sh --set parallel.tensor_model_parallel_size=2
 #   bash examples/pretrain_cca_emu3.sh [the same arguments]     (NPROC_PER_NODE processes; default 1)
+#   NPROC_PER_NODE=2 nohup bash examples/pretrain_cca_emu3.sh ... > log 2>&1 &      (goes on when the terminal closes)
 # Python reads the bash part as a docstring; bash reads the Python part as a here-document.
 """:"
 set -euo pipefail
@@ -10,7 +11,8 @@ script="${BASH_SOURCE[0]}"
 python="$(cd "$(dirname "$script")/.." && pwd)/.venv/bin/python"
 [ -x "$python" ] || python=python3
 [ "${NPROC_PER_NODE:-1}" = 1 ] && exec "$python" "$script" "$@"
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" "$script" "$@"
+# torchrun itself ends at SIGHUP, nohup or not.
+exec "$python" "$(dirname "$script")/cluster/agent.py" --standalone --nproc_per_node "$NPROC_PER_NODE" "$script" "$@"
 : <<'PYTHON'
 ":"""
 

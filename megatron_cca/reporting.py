@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -14,7 +15,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron_cca.display import OutputClosed, goes_on, guarded
 from megatron_cca.errors import Stopped, SurroundingsError, UserError
+from megatron_cca.signals import handle
 from megatron_cca.surroundings import check_surroundings, surroundings_fault
 
 # By a name of its own, so that who calls a program's main() in its own process can stay alive.
@@ -27,23 +30,35 @@ _PEER_WAIT_SECONDS = 20.0
 # Not a key of the configuration, since errors are told before one is read.
 _PEER_WAIT = "MEGATRON_CCA_PEER_WAIT_SECONDS"
 
+# Asks a program that writes files to go, beside Ctrl-C.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
 # A mistake that every rank sees is told by rank 0 alone; one that only another rank sees is told by it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
 
 
 @contextmanager
-def reported_errors() -> Iterator[None]:
+def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
     """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
 
     Surroundings that cannot be used, such as a cache, are one line with status 2, too.
 
     An interruption (Ctrl-C) is one line with status 130, a run that was asked to go one with 128 + the signal's number.
+    Standard output and error may go away meanwhile; see :func:`display.guarded`.
 
     Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
     words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
     A rank that has only lost another one first waits for the agent to end it, 20 seconds or what the environment
     variable MEGATRON_CCA_PEER_WAIT_SECONDS says.
+
+    Args:
+        needs_output: whether a closed pipe ends the program, in one line with status 141.
     """
+    with guarded(ends=needs_output):
+        yield from _reported()
+
+
+def _reported() -> Iterator[None]:
     peer_wait = _PEER_WAIT_SECONDS
     try:
         peer_wait = _peer_wait_seconds()
@@ -55,6 +70,8 @@ def reported_errors() -> Iterator[None]:
         leave(f"megatron_cca: {stopped}", stopped.status)
     except KeyboardInterrupt:
         leave("megatron_cca: interrupted", status=130)
+    except OutputClosed as closed:
+        leave(f"megatron_cca: {closed}, and nobody reads on; ended", status=128 + signal.SIGPIPE)
     except Exception as error:
         fault = surroundings_fault(error)
         if fault is not None:
@@ -68,15 +85,16 @@ def reported_errors() -> Iterator[None]:
 
 @contextmanager
 def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[None]:
-    """:func:`reported_errors` for a program that writes files: SIGTERM and SIGHUP end it as Ctrl-C does.
+    """:func:`reported_errors` for a program that writes files: SIGTERM, SIGHUP and SIGQUIT end it as Ctrl-C does.
+
+    Under nohup a SIGHUP does not. A closed pipe ends it, too.
 
     Args:
         packages: top-level modules that may be missing.
         extras: what installs them, such as "data,hf".
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    with reported_errors():
+    handle(_ENDING, signal.default_int_handler)
+    with reported_errors(needs_output=True):
         try:
             yield
         except ModuleNotFoundError as error:
@@ -108,15 +126,17 @@ def _peer_wait_seconds() -> float:
 
 def _wait_to_be_ended(seconds: float) -> None:
     """Sleep, and let a signal end this process without another word."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    handle((signal.SIGINT, *_ENDING), signal.SIG_DFL)
     time.sleep(seconds)
 
 
 def leave(text: str, status: int) -> None:
     """End this process at once, with its last words on standard error and in torchrun's error file."""
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    goes_on()
+    # Outside of guarded() too, as in a thread that outlives it.
+    with suppress(OSError):
+        sys.stdout.flush()
+        print(text, file=sys.stderr, flush=True)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         # Its disk may be what is full; standard error has the text already.

@@ -7,20 +7,25 @@ It takes torchrun's arguments and PET_* variables and differs from it in three w
 - It exits with what its ranks exited with, where torchrun exits with 1 for everything: 0 trained to the end; 2 refused;
   138 or 143 asked to go, and saved; above 128, another signal ended a rank (137: SIGKILL); 128 anything else. What is
   128 or more another attempt may cure, which is also how Kubeflow's ``restartPolicy: ExitCode`` reads it.
-- SIGUSR1 is passed on to the ranks as SIGTERM is, and they have ten minutes to finish their step and save
-  (``--shutdown-timeout``).
+- SIGUSR1 and SIGUSR2 are passed on to the ranks as SIGTERM is, and they have ten minutes to finish their step and save
+  (``--shutdown-timeout``). Signals that it is to ignore, as SIGHUP under nohup, it ignores, and so do the ranks.
 - Restarts over several machines begin with a fresh store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 DEFAULTS = {
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SIGNALS_TO_HANDLE": ",".join(
+        name for name in SIGNALS if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
+    ),
     "PET_SHUTDOWN_TIMEOUT": "600",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.main(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(error, file=sys.stderr)
+        _say(str(error))
         return _leave(f"rank {rank} ended with exit status {failure.exitcode}", _status(failure.exitcode))
     except SignalException as error:
         return _leave(f"{error.sigval.name}: passed on to the ranks, which have ended", OTHER + error.sigval)
@@ -69,8 +74,14 @@ def _status(exit_code: int) -> int:
 
 
 def _leave(line: str, status: int) -> int:
-    print(f"agent.py on {socket.gethostname()}: {line}", file=sys.stderr, flush=True)
+    _say(f"agent.py on {socket.gethostname()}: {line}")
     return status
+
+
+def _say(text: str) -> None:
+    # The terminal may be what has gone.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

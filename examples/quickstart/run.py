@@ -18,6 +18,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option, retyped
 from megatron_cca.reporting import reported_errors
+from megatron_cca.signals import launcher_environment
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent
@@ -59,7 +60,7 @@ def _train(title: str, config: Path, output: Path, seed: int, overrides: list[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     command += [str(EXAMPLES / "pretrain_cca_emu3.sh"), "--device", "cpu", "--config", str(config)]
     command += [argument for setting in settings for argument in ("--set", setting)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **launcher_environment(), "OMP_NUM_THREADS": "1"}
     if subprocess.run(command, env=environment, check=False).returncode != 0:  # noqa: S603 - our own script, no shell
         raise UserError(f"stage {title!r} failed; its message is above")
 

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_cca.checkpoint import records
 from megatron_cca.checkpoint.records import file_system_cause
 from megatron_cca.parallel.agreement import described
+from megatron_cca.signals import STOPPING
 
 _PR_SET_PDEATHSIG = 1
 
@@ -120,6 +121,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPPING:
         # They go to the whole job; the rank decides what they mean, and waits for this process.
         signal.signal(number, signal.SIG_IGN)

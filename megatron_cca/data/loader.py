@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_cca.data.microbatches import BatchBuilder, StepBatch, StepPlan
 from megatron_cca.data.sequence_feed import SequenceFeed
+from megatron_cca.errors import UserError
+from megatron_cca.parallel.agreement import described
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,24 @@ class BatchLoader:
         Raises:
             UserError: as :meth:`BatchBuilder.plan` and :meth:`BatchBuilder.sequences` do.
         """
+        return self._get(step, self._read(step) if self._place.reads else None)
+
+    def attempt(self, step: int) -> tuple[StepBatch, str | None]:
+        """As :meth:`get`, for ranks that are to meet trouble together.
+
+        Returns:
+            The batch, and why this rank could not read it, in one line. A batch that was not read holds zeros and must
+            change nothing; the loader is of no further use.
+        """
+        try:
+            return self.get(step), None
+        except (UserError, OSError) as error:
+            problem = described(error)
+        plan = self._plans.setdefault(step, self._batches.plan(step))
+        return self._get(step, self._room_for(plan).zero_() if self._place.reads else None), problem
+
+    def _get(self, step: int, ids: Tensor | None) -> StepBatch:
         place = self._place
-        ids = self._read(step) if place.reads else None
         plan = self._plans.pop(step) if place.reads else self._batches.plan(step)
         if place.needs_tokens:
             ids = self._shared(plan, ids)

@@ -26,6 +26,7 @@ from megatron_cca.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_cca.data.open_file import OpenFile
 from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -119,7 +120,7 @@ def _meta_words(
 
 
 class TokenShards:
-    """Random access to a shard folder, memory-mapped.
+    """Random access to a shard folder; what was removed after it was opened can still be read.
 
     Args:
         folder: what :func:`write_shards` wrote.
@@ -150,8 +151,7 @@ class TokenShards:
             self.table, self.variants = open_table(self.folder, len(self), has_variants=has_variants)
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
-        self._codes = IndexedDataset(str(self.folder / "codes"))
-        self._captions = IndexedDataset(str(self.folder / "captions"))
+        self._codes, self._captions = _indexed(self.folder / "codes"), _indexed(self.folder / "captions")
 
     def __len__(self) -> int:
         return self.manifest["num_samples"]
@@ -170,8 +170,10 @@ class TokenShards:
         return self._checked(self._captions, "captions", sample, self.table[sample]["caption"])
 
     def _checked(self, tokens: IndexedDataset, name: str, sample: int, expected: np.uint64) -> np.ndarray:
-        # A copy: Megatron's reader unmaps the file under its arrays when it goes.
-        found = tokens[int(sample)].copy()
+        try:
+            found = tokens[int(sample)]
+        except OSError as error:
+            raise UserError(f"{self._key}: {self.folder / name}.bin: sample {sample}: {error.strerror}") from None
         if checksum(found) != expected:
             raise UserError(
                 f"{self._key}: {self.folder / name}.bin: sample {sample} is not what was written (its checksum "
@@ -217,3 +219,9 @@ class TokenShards:
                 f"{self.folder} was tokenized for another vocabulary ({theirs}) than the model's ({ours}); tokenize it "
                 "again for this model"
             )
+
+
+def _indexed(prefix: Path) -> IndexedDataset:
+    found = IndexedDataset(str(prefix), mmap=False)
+    found.bin_reader = OpenFile(prefix.with_name(f"{prefix.name}.bin"))
+    return found

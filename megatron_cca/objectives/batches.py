@@ -55,9 +55,9 @@ class PairLogps:
         true_negative = ~self.negative_is_positive
         found = {"loss": loss.detach(), "positive_log_ratio": positive.mean()}
         if true_negative.any():
-            found["negative_log_ratio"] = negative[true_negative].mean()
-            found["margin"] = (positive - negative)[true_negative].mean()
-            found["accuracy"] = (positive > negative)[true_negative].to(positive.dtype).mean()
+            found["negative_log_ratio"] = _masked_mean(negative, true_negative)
+            found["margin"] = _masked_mean(positive - negative, true_negative)
+            found["accuracy"] = _masked_mean((positive > negative).to(positive.dtype), true_negative)
         return found | {"positive_as_negative": self.negative_is_positive.to(positive.dtype).mean()}
 
 
@@ -102,3 +102,8 @@ def must_be_positive(objective: object, *keys: str) -> None:
     for key in keys:
         if not getattr(objective, key) > 0:
             raise UserError(f"objective.{key}: must be greater than 0, found {getattr(objective, key)}")
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` where ``mask`` holds, which it does somewhere. Both ``[B]``; returns a scalar."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.to(values.dtype).sum()

@@ -214,11 +214,11 @@ class _Rows:
         self._samples, self._workload = config.training.micro_batch_size, workload
         self.rows_per_microbatch = rows_per_microbatch(config)
 
-    def get(self, step: int) -> StepBatch:
-        """A step of so many microbatches."""
+    def attempt(self, step: int) -> tuple[StepBatch, None]:
+        """A step of so many microbatches, which nothing can keep from being read."""
         length = self._workload.seq_length
         rows = [self._microbatch() for _ in range(self.microbatches)]
-        return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length)
+        return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length), None
 
     def _microbatch(self) -> Microbatch:
         shape, device = (self.rows_per_microbatch, self._workload.seq_length), platform.device()

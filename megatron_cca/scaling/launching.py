@@ -21,6 +21,7 @@ from megatron_cca.paths import retyped
 from megatron_cca.scaling.records import LOGS, write_failed
 from megatron_cca.scaling.settings import OPTION
 from megatron_cca.scaling.sweep import Task
+from megatron_cca.signals import launcher_environment
 
 # The sweep's process; a point does not outlive it.
 PARENT = "MEGATRON_CCA_SWEEP_PROCESS"
@@ -64,7 +65,7 @@ def run_point(
 def _environment(scratch: str) -> dict[str, str]:
     """Threads as torchrun would set them, without its warning."""
     own = {"TMPDIR": scratch, PARENT: str(os.getpid())}
-    return {"OMP_NUM_THREADS": "1", **os.environ, **own}
+    return {"OMP_NUM_THREADS": "1", **os.environ, **launcher_environment(), **own}
 
 
 def _end(job: subprocess.Popen, polite_seconds: float = 15) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from megatron_cca.errors import UserError
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.events import Journal
 from megatron_cca.training.saves import finish_saves, save_checkpoint
 from megatron_cca.training.setup import Run
-from megatron_cca.training.step import StepReport
+from megatron_cca.training.step import DataLost, StepReport
 
 
 class Diverged(UserError):
@@ -42,6 +44,19 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
         else "lower optimizer.lr, look at the data of this step, or set faults.non_finite=skip to leave it out"
     )
     raise Diverged(f"step {step}: {report.problem}", advice)
+
+
+def stop_without_data(run: Run, lost: DataLost, journal: Journal) -> NoReturn:
+    """Save what was trained before data went away, and end. Collective over all ranks.
+
+    Raises:
+        UserError: says what could not be read, and which step is saved.
+    """
+    if run.iteration and run.saver.last_saved != run.iteration:
+        save_checkpoint(run, journal)
+    finish_saves(run, journal)
+    kept = "nothing is saved" if run.saver.last_saved is None else f"step {run.saver.last_saved} is saved"
+    raise UserError(f"{lost}; {kept} in {run.config.training.output_dir}; mend it, then the same command continues")
 
 
 def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) -> None:

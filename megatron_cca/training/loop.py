@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -13,22 +14,24 @@ import yaml
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config_files import config_to_dict
+from megatron_cca.display import losses_told_to
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
+from megatron_cca.output import write_text
 from megatron_cca.parallel.agreement import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.batches import RunData
 from megatron_cca.training.contrast import ContrastWatch
 from megatron_cca.training.events import EventLog, Journal
-from megatron_cca.training.faults import heed_alarms, skipped_in_a_row
+from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_without_data
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.pictures import open_pictures
 from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves
 from megatron_cca.training.setup import Run, set_up
-from megatron_cca.training.step import StepReport, train_step, validate
+from megatron_cca.training.step import DataLost, StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest
 from megatron_cca.training.watchdog import watched
 from megatron_cca.version import code_version
@@ -40,7 +43,7 @@ def train(config: Config, data: RunData) -> None:
     Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
 
     Raises:
-        Stopped: SIGTERM or SIGUSR1 came; the run has saved.
+        Stopped: one of :data:`signals.STOPPING` came; the run has saved.
         UserError: loss or gradients that are not finite, an alarm that is to end the run, or a last save that failed.
     """
     initialize_distributed(config)
@@ -55,22 +58,35 @@ def train(config: Config, data: RunData) -> None:
 def _train(run: Run) -> None:
     events = EventLog(Path(run.config.training.output_dir))
     try:
-        if dist.get_rank() == 0:
-            _train_and_log(run, events)
-        else:
-            _loop(run, Journal(None, events))
+        with losses_told_to(lambda stream, reason: _lose_output(events, stream, reason)):
+            if dist.get_rank() == 0:
+                _train_and_log(run, events)
+            else:
+                _loop(run, Journal(None, events))
     except (Exception, KeyboardInterrupt) as error:
         if not isinstance(error, Stopped):
             events.write("failed", step=run.iteration, error=described(error))
         raise
 
 
+def _lose_output(events: EventLog, stream: str, reason: str) -> None:
+    line = f"{stream} cannot be written ({reason}); the run goes on, its logs are in its folder"
+    events.write("output_lost", reason=line)
+    print(f"megatron_cca: {line}", file=sys.stderr, flush=True)
+
+
 def _train_and_log(run: Run, events: EventLog) -> None:
     config = run.config
     output = Path(config.training.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(config_to_dict(explicit(config)), sort_keys=False))
-    options = {"tensorboard": config.logging.tensorboard, "progress_bar": config.logging.progress_bar}
+    try:
+        write_text(output / "config.yaml", yaml.safe_dump(config_to_dict(explicit(config)), sort_keys=False))
+    except OSError as error:
+        raise UserError(f"training.output_dir: cannot be written: {described(error)}; choose another") from None
+    options = {
+        "tensorboard": config.logging.tensorboard,
+        "progress_bar": config.logging.progress_bar,
+        "on_loss": lambda line: events.write("logs_lost", reason=line),
+    }
     with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
         journal = Journal(log, events)
         began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
@@ -88,7 +104,10 @@ def _loop(run: Run, journal: Journal) -> None:
         if pictures is not None and run.iteration == 0:
             pictures.draw(0, journal.log)
         while run.iteration < training.train_iters:
-            report = _step(run, journal, contrast)
+            try:
+                report = _step(run, journal, contrast)
+            except DataLost as lost:
+                stop_without_data(run, lost, journal)
             skipped = skipped_in_a_row(run, report, skipped, journal)
             heed_alarms(run, alarms, report, journal)
             if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_cca.foreign import json_lines
+from megatron_cca.training.line_file import LineFile
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
@@ -28,18 +29,25 @@ class MetricsLog:
         train_iters: the run's length, for the progress bar.
         tensorboard: whether to write TensorBoard events.
         progress_bar: whether to show a bar (only where standard error is a terminal).
+        on_loss: called with a line when logs are lost, beside its being said.
     """
 
     def __init__(
-        self, output_dir: Path, first_step: int, train_iters: int, *, tensorboard: bool, progress_bar: bool
+        self,
+        output_dir: Path,
+        first_step: int,
+        train_iters: int,
+        *,
+        tensorboard: bool,
+        progress_bar: bool,
+        on_loss: Callable[[str], None] = lambda line: None,
     ) -> None:
         path = output_dir / METRICS_FILE
         kept = [line for line, row in json_lines(path, step=int) if row["step"] < first_step]
         path.write_text("".join(kept))
-        # Unbuffered, so that no line waits for room that never comes.
-        self._file = path.open("ab", buffering=0)
-        self._complained = False
-        self._tensorboard = _summary_writer(output_dir / "tensorboard", first_step) if tensorboard else None
+        self._path, self._file = path, LineFile(path)
+        self._complained, self._on_loss = False, on_loss
+        self._curves = _curves(output_dir / TENSORBOARD, first_step) if tensorboard else None
         self._bar = tqdm(
             total=train_iters,
             initial=first_step,
@@ -58,9 +66,9 @@ class MetricsLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
         self._file.close()
-        if self._tensorboard is not None:
+        if self._curves is not None:
             with self.tolerating_a_full_disk():
-                self._tensorboard.close()
+                self._curves.close()
 
     @contextmanager
     def tolerating_a_full_disk(self) -> Iterator[None]:
@@ -69,17 +77,22 @@ class MetricsLog:
             yield
         except OSError as error:
             if not self._complained:
-                self.say(f"{error.filename or self._file.name}: {error.strerror}; the run goes on without these logs")
+                self._lose(f"{error.filename or self._path}: {error.strerror}; the run goes on without these logs")
             self._complained = True
+
+    def _lose(self, line: str) -> None:
+        self.say(line)
+        self._on_loss(line)
 
     def write(self, row: dict[str, float]) -> None:
         """Log one step; ``row["step"]`` counts from 0. What is not finite is null, which any reader of JSON takes.
 
-        A full disk costs lines of the log, not the run.
+        A full disk costs lines of the log, and so does somebody who removes it; neither costs the run.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self.tolerating_a_full_disk():
-            self._file.write((json.dumps(finite) + "\n").encode())
+            if self._file.append(json.dumps(finite)):
+                self._lose(f"{self._path}: was removed or replaced; it goes on with step {row['step']}")
         with self.tolerating_a_full_disk():
             self._scalars({name: value for name, value in finite.items() if name != "step"}, row["step"])
         self._bar.set_postfix_str(_short(row), refresh=False)
@@ -89,17 +102,20 @@ class MetricsLog:
             self.say(f"step {done}/{self._train_iters}  {_short(row)}")
 
     def _scalars(self, values: dict[str, float | None], step: int) -> None:
-        if self._tensorboard is None:
+        if self._curves is None:
             return
+        if self._curves.renewed(step):
+            self._lose(f"{self._path.parent / TENSORBOARD}: was removed; it goes on with step {step}")
         for name, value in values.items():
             if value is not None:
-                self._tensorboard.add_scalar(name, value, step)
+                self._curves.writer.add_scalar(name, value, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
         """Hand a PNG to TensorBoard; it stays where it is."""
-        if self._tensorboard is not None:
+        if self._curves is not None:
             with Image.open(picture) as image:
-                self._tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                pixels = np.asarray(image.convert("RGB"))
+            self._curves.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -116,10 +132,11 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     return [row for _, row in json_lines(output_dir / METRICS_FILE, step=int)]
 
 
-def _summary_writer(folder: Path, first_step: int):
-    from torch.utils.tensorboard import SummaryWriter
+def _curves(folder: Path, first_step: int):
+    # A run without curves needs no TensorBoard.
+    from megatron_cca.training.curves import Curves
 
-    return SummaryWriter(str(folder), purge_step=first_step)
+    return Curves(folder, first_step)
 
 
 def _short(row: dict[str, float]) -> str:

@@ -15,12 +15,17 @@ from torch import Tensor
 from megatron_cca import platform
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.objectives import PairLogps, SequenceLogps
+from megatron_cca.parallel.agreement import first_problem
 from megatron_cca.training.batches import loader
 from megatron_cca.training.forward import gathered_rows
 from megatron_cca.training.health import not_finite, terms_not_finite
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, log_ratio_spread
 from megatron_cca.training.reference_settings import dropout_key
 from megatron_cca.training.setup import Run, seed_step
+
+
+class DataLost(Exception):
+    """Some rank could not read its batch; raised on all ranks at the same step, before it changed anything."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,16 @@ def train_step(run: Run) -> StepReport:
     """Take the step ``run.iteration`` and advance it. Collective over all ranks.
 
     Loss and gradients that are not finite leave weights and optimizer as they were.
+
+    Raises:
+        DataLost: a batch could not be read.
     """
     step = run.iteration
     if dropout_key(run.config) is not None:
         seed_step(run.config, step)
     run.progress.at("reading the batch" if run.loader.reads else "receiving the batch", step)
     started = time.perf_counter()
-    batch = run.loader.get(step)
+    batch, unread = run.loader.attempt(step)
     data_wait_seconds = time.perf_counter() - started
     run.progress.at("reference pass")
     reference = run.reference.logps(batch, step) if run.reference is not None else {}
@@ -68,7 +76,9 @@ def train_step(run: Run) -> StepReport:
     rows = _policy_pass(run, batch, reference)
     metrics, log_ratio, loss_problem = _global_metrics(run, rows, batch.mean_num_tokens)
     run.progress.at("optimizer step")
-    problem = not_finite(run.policy, loss_problem)
+    problem = not_finite(run.policy, unread or loss_problem)
+    if problem is not None:
+        _check_read(unread)
     grad_norm = run.optimizer.step()[1] if problem is None else math.nan
     learning_rate = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=1)
@@ -86,15 +96,32 @@ def train_step(run: Run) -> StepReport:
 
 
 def validate(run: Run) -> dict[str, float]:
-    """The objective's metrics over all validation batches, the same for any layout. Collective over all ranks."""
+    """The objective's metrics over all validation batches, the same for any layout. Collective over all ranks.
+
+    Raises:
+        DataLost: a batch could not be read.
+    """
     for chunk in run.policy:
         chunk.eval()
+    unread = None
     with loader(run.config, run.validation.batches) as batches:
-        steps = [_validation_rows(run, batches.get(step), step) for step in range(run.validation.iters)]
+        steps = []
+        for step in range(run.validation.iters):
+            batch, problem = batches.attempt(step)
+            unread = unread or problem
+            steps.append(_validation_rows(run, batch, step))
+    _check_read(unread)
     for chunk in run.policy:
         chunk.train()
     rows = [row for step, _ in steps for row in step]
     return _global_metrics(run, rows, fmean(mean_num_tokens for _, mean_num_tokens in steps))[0]
+
+
+def _check_read(problem: str | None) -> None:
+    """Let all ranks raise what one of them met."""
+    found = first_problem(problem)
+    if found is not None:
+        raise DataLost(found)
 
 
 def _validation_rows(run: Run, batch: StepBatch, step: int) -> tuple[list[PairLogps | SequenceLogps], float]:

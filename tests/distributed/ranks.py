@@ -37,9 +37,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_cca import reporting
 from megatron_cca.config import Config
 from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.signals import STOPPING
 from megatron_cca.training.optimization import release
 
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_HANDLED = STOPPING
 _JOB = {}
 
 

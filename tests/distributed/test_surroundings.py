@@ -1,98 +1,196 @@
-"""Programs in surroundings that cannot be used: one line, status 2, before any work."""
+"""A run that is asked to go by any signal, or loses what is around it: it saves and says so, or goes on."""
 
-import sys
+import os
+import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 
-from tests.distributed.launch import ROOT, SCRIPT, run_tool, typed
-
-TOOLS, EXAMPLES = ROOT / "tools", ROOT / "examples"
-CLOSED = "/sys/closed"
-CONFIG = ["--config", EXAMPLES / "emu3_tiny_base.yaml"]
-GRID = ["--image-grid", "4x4", "--caption-tokens", "4"]
-# What every program is told; the option that says where to write, and what to write there, come last.
-OUTPUTS = {
-    SCRIPT: [[*CONFIG, "--set", "data.path=.", "--set", f"training.output_dir={CLOSED}"]],
-    TOOLS / "cache_reference.py": [[*CONFIG, "--output", CLOSED]],
-    TOOLS / "convert_checkpoint.py": [
-        ["import", "--hf", "hf", "--output", CLOSED],
-        ["export", "--checkpoint", "run", "--output", CLOSED],
-    ],
-    TOOLS / "evaluate.py": [["--samples", "a", "--reference", "b", "--output", CLOSED]],
-    TOOLS / "generate.py": [["--checkpoint", "run", "--caption", "a", "--output", CLOSED]],
-    TOOLS / "measure_reference_bias.py": [["--checkpoint", "run", "--data", "a", "--output", "/sys/closed.json"]],
-    TOOLS / "plan.py": [
-        [*CONFIG, *GRID, "--gpus", "8", "--gpu", "h200", "--output", CLOSED],
-        ["dry-run", *CONFIG, *GRID, "--gpus", "8", "--output", CLOSED],
-        ["calibrate", *CONFIG, *GRID, "--output", CLOSED],
-    ],
-    TOOLS / "study.py": [["--study", EXAMPLES / "studies" / "figure4.yaml", "--output", CLOSED]],
-    TOOLS / "tokenize_images.py": [["run", "--source", "a", "--output", CLOSED]],
-    EXAMPLES / "scaling" / "run.py": [["--output", CLOSED], ["point", "--output", CLOSED]],
-    EXAMPLES / "quickstart" / "run.py": [["--output", CLOSED]],
-}
-
-
-def test_every_program_says_first_that_its_output_cannot_be_written(tmp_path):
-    assert OUTPUTS.keys() == {*TOOLS.glob("*.py"), *EXAMPLES.glob("*/run.py"), SCRIPT}
-    for program, calls in OUTPUTS.items():
-        for words in calls:
-            done = run_tool(program, *words, cwd=tmp_path)
-            option = "training.output_dir" if program == SCRIPT else "--output"
-            assert done.returncode == 2, (words, done.stderr)
-            assert done.stderr.startswith(f"megatron_cca: error: {option}: {CLOSED}"), (words, done.stderr)
-            assert "cannot be written (" in done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def parquet(tmp_path):
-    """A folder that nothing is wrong with."""
-    datasets = pytest.importorskip("datasets")
-    rows = {"image": [{"bytes": b"x", "path": None}], "text": ["a"]}
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    (tmp_path / "pq").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pq" / "train.parquet")
-    return tmp_path / "pq"
-
-
-@pytest.mark.parametrize("variable", ["HF_HOME", "HF_DATASETS_CACHE"])
-def test_a_cache_that_cannot_be_written_is_not_laid_on_the_data(variable, parquet, digit_shards, tmp_path, monkeypatch):
-    monkeypatch.setenv(variable, CLOSED)
-    tokenizers = ["--image-tokenizer", digit_shards, "--text-tokenizer", digit_shards]
-    model = ["--model", "emu3-tiny", "--area", "64"]
-    words = ["run", "--source", parquet, "--output", tmp_path / "out", *model, *tokenizers]
-    done = run_tool(TOOLS / "tokenize_images.py", *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"megatron_cca: error: {variable}: {CLOSED}")
-    assert done.stderr.endswith(f"; set {variable} to a folder that can be written\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pq"]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("program", OUTPUTS, ids=lambda program: f"{program.parent.name}/{program.name}")
-def test_a_current_folder_that_is_gone_is_said_by_a_cold_start(program, tmp_path):
-    gone = 'import os, sys; os.mkdir("a"); os.chdir("a"); os.rmdir("../a"); os.execv(sys.argv[1], sys.argv[1:])'
-    done = typed(sys.executable, "-c", gone, sys.executable, program, *OUTPUTS[program][0], cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "megatron_cca: error: the current folder has been removed; change to one that exists\n",
-    )
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "program", [SCRIPT, TOOLS / "generate.py", TOOLS / "plan.py"], ids=lambda program: program.name
+from tests.distributed.launch import LIMIT, SCRIPT, ended, environment, run_alone, run_tool, start_job
+from tests.distributed.test_faults import (
+    SLOW_STEPS,
+    STEPS,
+    TP2,
+    arguments,
+    events,
+    injected,
+    losses,
+    named,
+    running,
+    saved,
+    stderr,
 )
-def test_a_cache_that_is_wanted_at_import_is_said_by_a_cold_start(program, tmp_path):
-    """Torch makes its folder for compiled kernels when Megatron-Core is imported."""
-    words = {
-        "generate.py": ["--checkpoint", "run", "--caption", "a", "--output", "drawn"],
-        "plan.py": ["dry-run", *CONFIG, *GRID, "--gpus", "1"],
-    }.get(program.name, [])
-    done = typed(sys.executable, program, *words, cwd=tmp_path, HOME="/sys", TORCHINDUCTOR_CACHE_DIR=CLOSED)
-    assert done.returncode == 2, done.stderr
+from tests.selection import mostly_full
+
+PP2 = {"parallel.pipeline_model_parallel_size": 2}
+SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU]
+ENDLESS = {"training.train_iters": 100000, "faults.hang_timeout_seconds": 0}
+
+
+@pytest.mark.parametrize("number", mostly_full(SIGNALS, [signal.SIGHUP]))
+def test_every_signal_that_asks_to_go_saves(number, digit_shards, tmp_path):
+    script = injected(tmp_path, SLOW_STEPS)
+    with running(1, script, *arguments(digit_shards), cwd=tmp_path, at_step=1) as jobs:
+        os.kill(jobs[0].pid, number)
+        assert ended(jobs, 60) == [128 + number]
+    (step,) = saved(tmp_path)
+    assert 0 < step < STEPS
+    assert stderr(tmp_path, 0).splitlines()[-1] == (
+        f"megatron_cca: {number.name}: step {step} is saved in run; the same command continues"
+    )
+    assert named(tmp_path) == ["started", "saved", "stopped"]
+    # Others than Ctrl-C need no word from whom they come.
+    assert ("Ctrl-C again ends it at once" in stderr(tmp_path, 0)) == (number == signal.SIGINT)
+
+
+@pytest.mark.full
+def test_a_second_ctrl_c_ends_the_run_at_once(digit_shards, tmp_path):
+    script = injected(tmp_path, SLOW_STEPS.replace("0.5", "60 * (run.iteration == 1)"))
+    with running(1, script, *arguments(digit_shards), cwd=tmp_path, at_step=1) as jobs:
+        os.kill(jobs[0].pid, signal.SIGINT)
+        time.sleep(1.5)
+        assert jobs[0].is_alive()
+        os.kill(jobs[0].pid, signal.SIGINT)
+        assert ended(jobs, 30) == [130]
+    assert stderr(tmp_path, 0).splitlines()[-1] == "megatron_cca: interrupted"
+    assert saved(tmp_path) == []
+
+
+def test_a_signal_that_nohup_has_ignored_stops_nothing(digit_shards, tmp_path):
+    ignored = "import signal\n    signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    script = injected(tmp_path, SLOW_STEPS.replace("import time", f"import time\n    {ignored}"))
+    with running(1, script, *arguments(digit_shards), cwd=tmp_path, at_step=1) as jobs:
+        os.kill(jobs[0].pid, signal.SIGHUP)
+        assert ended(jobs, 60) == [0]
+    assert len(losses(tmp_path)) == STEPS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", [["nohup", "bash"], ["bash"]])
+def test_a_terminal_that_closes_on_two_processes(command, digit_shards, tmp_path):
+    """Under nohup the run goes on, until it is asked to go; without, it saves and goes."""
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(
+            [*command, SCRIPT, *arguments(digit_shards, **ENDLESS)],
+            cwd=tmp_path,
+            env={**environment(), "NPROC_PER_NODE": "2"},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            steps = wait_for_steps(tmp_path, 3, job)
+            job.send_signal(signal.SIGHUP)
+            if command[0] == "nohup":
+                wait_for_steps(tmp_path, steps + 20, job)
+                assert saved(tmp_path) == []
+                job.send_signal(signal.SIGTERM)
+            assert job.wait(120) == 128 + (signal.SIGTERM if command[0] == "nohup" else signal.SIGHUP)
+        finally:
+            job.terminate()
+            job.wait(60)
+    assert len(saved(tmp_path)) == 1
+    assert named(tmp_path) == ["started", "saved", "stopped"]
+
+
+def wait_for_steps(folder, number, job):
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + LIMIT
+    while True:
+        steps = metrics.read_text().count("\n") if metrics.exists() else 0
+        if steps >= number:
+            return steps
+        assert time.monotonic() < deadline
+        assert job.poll() is None, (folder / "log").read_text()
+        time.sleep(0.1)
+
+
+AT_STEP_3 = """
+    import megatron_cca.training.loop as loop
+    take = loop.train_step
+    def losing(run):
+        if run.iteration == 3:
+            {loss}
+        return take(run)
+    loop.train_step = losing
+"""
+
+
+def lose(loss, data, folder, **settings):
+    script = injected(folder, AT_STEP_3.replace("{loss}", loss))
+    done = run_alone(script, *arguments(data, **settings), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert saved(folder)[-1] == STEPS
+    assert named(folder)[-1] == "finished"
+    return done
+
+
+def reasons(folder, event):
+    return [found["reason"] for found in events(folder) if found["event"] == event]
+
+
+def test_folders_that_are_removed_stop_nothing(digit_shards, tmp_path):
+    """All of the run and its data at once: what is logged after that is there."""
+    data = shutil.copytree(digit_shards, tmp_path / "data")
+    loss = f"import shutil; shutil.rmtree('run'); shutil.rmtree({str(data)!r})"
+    done = lose(loss, data, tmp_path, **{"training.save_interval": 2, "logging.tensorboard": "true"})
+    assert saved(tmp_path) == [4, 6, 8]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == STEPS - 3
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    told = ["metrics.jsonl: was removed or replaced; it goes on with step 3", "tensorboard: was removed; it goes on"]
+    printed = [line for line in done.stdout.splitlines() if "removed" in line]
+    for expected, event, line in zip(told, reasons(tmp_path, "logs_lost"), printed, strict=True):
+        assert expected in event
+        assert expected in line
+
+
+CUT = {"one process": (1, {}), "TP 2": (2, TP2), "DP 2": (2, {}), "PP 2": (2, PP2)}
+
+
+@pytest.mark.parametrize("layout", mostly_full(CUT, ["TP 2"]))
+def test_data_that_are_cut_short_cost_no_step(layout, digit_shards, tmp_path):
+    """A memory map would end the process with SIGBUS; one rank reads, and all save."""
+    ranks, settings = CUT[layout]
+    data = shutil.copytree(digit_shards, tmp_path / "data")
+    script = injected(tmp_path, AT_STEP_3.replace("{loss}", f"import os; os.truncate({str(data / 'codes.bin')!r}, 16)"))
+    options = arguments(data, **settings)
+    assert ended(start_job(ranks, script, *options, cwd=tmp_path), 120) == [2] * ranks
+    said = stderr(tmp_path, 0).splitlines()[-1]
+    (step,) = saved(tmp_path)
+    assert 3 < step < STEPS
+    assert "codes.bin: sample " in said
+    assert said.endswith(
+        f": is shorter than it was when the run began; step {step} is saved in run; mend it, then the same command "
+        "continues"
+    )
+    shutil.copy(digit_shards / "codes.bin", data / "codes.bin")
+    done = run_tool(SCRIPT, *arguments(data), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path)) == STEPS
+    assert named(tmp_path) == ["started", "saved", *["failed"] * ranks, "resumed", "saved", "finished"]
+
+
+CLOSE = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 1)"
+
+
+@pytest.mark.parametrize("loss", mostly_full([CLOSE, f"{CLOSE}; os.dup2(1, 2)"], [CLOSE]))
+def test_a_pipe_that_is_closed_stops_nothing(loss, digit_shards, tmp_path):
+    done = lose(loss, digit_shards, tmp_path)
+    assert len(losses(tmp_path)) == STEPS
+    lost = reasons(tmp_path, "output_lost")
+    assert lost[0] == ("standard output cannot be written (Broken pipe); the run goes on, its logs are in its folder")
+    if loss == CLOSE:
+        assert lost == lost[:1]
+        assert f"megatron_cca: {lost[0]}\n" in done.stderr
+    else:
+        assert lost[1].startswith("standard error cannot be written")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(digit_shards, tmp_path):
+    done = run_tool(SCRIPT, *arguments(digit_shards, **{"training.output_dir": "/proc/run"}), cwd=tmp_path)
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        f"megatron_cca: error: TORCHINDUCTOR_CACHE_DIR: {CLOSED} cannot be written ("
+        "megatron_cca: error: training.output_dir: cannot be written: /proc/run: "
     )
     assert "Traceback" not in done.stderr

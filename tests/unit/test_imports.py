@@ -13,10 +13,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down only: a package may import those with a smaller number, and itself.
 LEVELS = {
     "errors": 0,
+    "signals": 0,
     "version": 0,
     "paths": 1,
     "surroundings": 1,
     "config_texts": 1,
+    "display": 1,
     "arrays": 1,
     "foreign": 1,
     "output": 2,

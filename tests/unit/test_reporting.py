@@ -70,3 +70,34 @@ def test_a_rank_that_lost_another_waits_as_long_as_it_is_told(end, monkeypatch, 
             "megatron_cca: error: MEGATRON_CCA_PEER_WAIT_SECONDS: must be a number of seconds, 0 or more, found "
             f"{bad!r}\n"
         )
+
+
+WAITING = """
+import time
+from megatron_cca.reporting import reported_tool_errors
+with reported_tool_errors((), ""):
+    print("waiting", flush=True)
+    time.sleep(2)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_signal_ends_a_tool_in_one_line_unless_nohup_or_a_shell_has_it_ignored(number, is_ignored):
+    goes_on = is_ignored and number != signal.SIGTERM
+    ignoring = ["env", f"--ignore-signal={number.name[3:]}"] if is_ignored else []
+    command = [*ignoring, sys.executable, "-c", WAITING]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert tool.stdout.readline() == "waiting\n"
+    tool.send_signal(number)
+    said, error = tool.communicate(timeout=30)
+    expected = (0, "done\n", "") if goes_on else (130, "", "megatron_cca: interrupted\n")
+    assert (tool.returncode, said, error) == expected
+
+
+@pytest.mark.parametrize(("ignored", "expected"), [([], "{}"), (["HUP"], "SIGTERM,SIGINT,SIGQUIT")])
+def test_a_torchrun_ignores_what_nohup_has_ignored(ignored, expected):
+    code = "from megatron_cca.signals import launcher_environment as found; print(found())"
+    command = ["env", *(f"--ignore-signal={name}" for name in ignored), sys.executable, "-c", code]
+    assert expected in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,142 @@
+"""Standard output and error, either of which may go away while a program works: a closed pipe, terminal or disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+_NAMES = {"stdout": "standard output", "stderr": "standard error"}
+# Room may come back, and whoever reads may catch up; everything else does not.
+_FOR_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)
+
+
+class OutputClosed(BaseException):
+    """Whoever read this program's output has closed it. Like KeyboardInterrupt nothing on the way should catch it."""
+
+
+class Guarded:
+    """A text stream that outlives its other end. What cannot be written is lost.
+
+    Args:
+        stream: a standard stream.
+        on_loss: called at the first loss, with what went wrong.
+    """
+
+    def __init__(self, stream: TextIO, on_loss: Callable[[OSError], None]) -> None:
+        self._stream, self._on_loss = stream, on_loss
+        self._is_known = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's own."""
+        with self._losses():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """As the stream's own."""
+        with self._losses():
+            self._stream.writelines(lines)
+
+    def flush(self) -> None:
+        """As the stream's own."""
+        with self._losses():
+            self._stream.flush()
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._let_go(for_now=error.errno in _FOR_NOW)
+            if not self._is_known:
+                self._is_known = True
+                self._on_loss(error)
+
+    def _let_go(self, *, for_now: bool) -> None:
+        """Point the descriptor nowhere, so that C libraries and what is still in buffers meet no error either."""
+        # Not every stream has one.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            descriptor = self._stream.fileno()
+            kept = os.dup(descriptor) if for_now else None
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            try:
+                self._stream.flush()
+            finally:
+                if kept is not None:
+                    os.dup2(kept, descriptor)
+                    os.close(kept)
+
+
+class _Losses:
+    """Whom to tell of a loss; one for the process."""
+
+    def __init__(self) -> None:
+        self.ends = False
+        self.listener: Callable[[str, str], None] | None = None
+
+    def lost(self, name: str, error: OSError) -> None:
+        if self.ends and error.errno == errno.EPIPE:
+            self.ends = False
+            raise OutputClosed(f"{_NAMES[name]} is closed")
+        if self.listener is not None:
+            self.listener(_NAMES[name], error.strerror or str(error))
+
+
+_LOSSES = _Losses()
+
+
+@contextmanager
+def guarded(*, ends: bool) -> Iterator[None]:
+    """Within the block neither standard stream raises.
+
+    Args:
+        ends: whether a closed pipe ends the program, as it ends ``cat``: the first write into it raises
+            :class:`OutputClosed`. A terminal that is gone and a full disk never do.
+    """
+    before = sys.stdout, sys.stderr
+    _fill_holes()
+    _LOSSES.ends = ends
+    streams = {
+        name: Guarded(stream or open(os.devnull, "w"), lambda error, name=name: _LOSSES.lost(name, error))  # noqa: SIM115, PTH123
+        for name, stream in zip(_NAMES, before, strict=True)
+    }
+    sys.stdout, sys.stderr = streams["stdout"], streams["stderr"]
+    try:
+        yield
+    finally:
+        goes_on()
+        for stream in streams.values():
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def goes_on() -> None:
+    """From now on no loss ends this program; for its last words."""
+    _LOSSES.ends = False
+
+
+@contextmanager
+def losses_told_to(listener: Callable[[str, str], None]) -> Iterator[None]:
+    """Within the block the loss of a standard stream is told: which one, and why."""
+    _LOSSES.listener = listener
+    try:
+        yield
+    finally:
+        _LOSSES.listener = None
+
+
+def _fill_holes() -> None:
+    """A file that is opened later must not take the place of a standard stream that was closed before the start."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
