@@ -12,7 +12,8 @@ python="$(cd "$(dirname "$script")/.." && pwd)/.venv/bin/python"
 [ -x "$python" ] || python=python3
 [ "${NPROC_PER_NODE:-1}" = 1 ] && exec "$python" "$script" "$@"
 # torchrun itself ends at SIGHUP, nohup or not.
-exec "$python" "$(dirname "$script")/cluster/agent.py" --standalone --nproc_per_node "$NPROC_PER_NODE" "$script" "$@"
+agent="$(dirname "$(readlink -f "$script")")/cluster/agent.py"
+exec "$python" "$agent" --standalone --nproc_per_node "$NPROC_PER_NODE" "$script" "$@"
 : <<'PYTHON'
 ":"""
 

@@ -168,7 +168,8 @@ def test_data_that_are_cut_short_cost_no_step(layout, digit_shards, tmp_path):
     done = run_tool(SCRIPT, *arguments(data), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path)) == STEPS
-    assert named(tmp_path) == ["started", "saved", *["failed"] * ranks, "resumed", "saved", "finished"]
+    first = [event["event"] for event in events(tmp_path) if event["rank"] == 0]
+    assert first == ["started", "saved", "failed", "resumed", "saved", "finished"]
 
 
 CLOSE = "import os; ends = os.pipe(); os.close(ends[0]); os.dup2(ends[1], 1)"
