@@ -70,6 +70,10 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     vocab_size: PositiveInt | None = None
     """Not the preset's: the token ids then have no known meaning, and the model can only be converted."""
+    codebook_size: PositiveInt | None = None
+    """Codes of the image tokenizer, for a model of classes; ``vocab_size`` follows from it."""
+    num_classes: PositiveInt | None = None
+    """Classes, for a model that takes those; the null class is not counted. ``vocab_size`` follows from it."""
     make_vocab_size_divisible_by: PositiveInt = 128
     """The vocabulary is padded to a multiple of this times ``tensor_model_parallel_size``."""
     padded_vocab_size: PositiveInt | None = None

@@ -13,12 +13,18 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 from unittest.mock import patch
 
 from megatron_cca.errors import shortened
 
 _MAX_MESSAGE = 500
+# What torch before 1.6 begins a file with: its magic number, a pickle of its own. A zip archive begins otherwise.
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_MAX_LINE = 4096
+_ITEM_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4} | dict.fromkeys(
+    ("Half", "BFloat16", "Short"), 2
+)
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -32,8 +38,8 @@ class _PlainUnpickler(pickle._Unpickler):
         code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
     }
 
-    def __init__(self, content: bytes, is_allowed: Callable[[str, str], bool]) -> None:
-        super().__init__(io.BytesIO(content))
+    def __init__(self, content: Readable, is_allowed: Callable[[str, str], bool]) -> None:
+        super().__init__(content)
         self._is_allowed = is_allowed
 
     def find_class(self, module: str, name: str) -> Any:
@@ -59,7 +65,7 @@ def unpickled(content: bytes, is_allowed: Callable[[str, str], bool]) -> Any:
     Raises:
         Exception: of nearly any class: damaged, or asking for something that is not allowed. Nothing else was called.
     """
-    return _PlainUnpickler(content, is_allowed).load()
+    return _PlainUnpickler(io.BytesIO(content), is_allowed).load()
 
 
 def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, str]] = ()) -> Any:
@@ -69,8 +75,8 @@ def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, 
     it, which trusts its input (a forged data type makes it follow pointers). Only torch's tensors are taken here.
 
     Args:
-        content: foreign; the bytes, a file open at their start, or a path: its tensors are then maps of the file, and
-            what older torch wrote, which cannot be mapped, is refused.
+        content: foreign; the bytes, a file open at their start, or a path: its tensors are then maps of the file, but
+            for what torch before 1.6 wrote, which is read into memory.
         allowed: what else may be called, and the name by which the file calls it.
 
     Raises:
@@ -79,9 +85,11 @@ def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, 
     import torch
 
     source = io.BytesIO(content) if isinstance(content, bytes) else content
-    mapped = isinstance(source, Path)
-    with source.open("rb") if mapped else nullcontext(source) as file:
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         _refuse_swollen(file)
+        mapped = not _is_old(file) and isinstance(source, Path)
+        if not mapped:
+            _refuse_swollen_storages(file)
     try:
         with _only(allowed):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -127,3 +135,79 @@ def _refuse_swollen(file: BinaryIO) -> None:
             if sum(member.file_size for member in archive.infolist()) > size:
                 raise NotPlainError("a compressed archive, which torch does not write")
     file.seek(start)
+
+
+def _is_old(file: BinaryIO) -> bool:
+    start = file.tell()
+    beginning = file.read(len(_OLD_MAGIC))
+    file.seek(start)
+    return beginning == _OLD_MAGIC
+
+
+def _refuse_swollen_storages(file: BinaryIO) -> None:
+    """torch before 1.6 says how large a tensor's storage is before it comes, and memory is taken for it at once."""
+    if not _is_old(file):
+        return
+    start, rest = file.tell(), _Rest(file)
+    unpickler = None
+    # The magic number, the version, the machine's; then the data, in which storages are named.
+    for _ in range(4):
+        unpickler = _StorageClaims(rest)
+        unpickler.load()
+    claimed = sum(unpickler.claims.values())
+    file.seek(start)
+    if claimed > rest.size:
+        raise EOFError(f"its tensors claim {claimed} bytes, more than its own {rest.size}")
+
+
+class Readable(Protocol):
+    """What an unpickler reads from."""
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes."""
+
+    def readline(self) -> bytes:
+        """Up to the end of the line."""
+
+
+class _Rest:
+    """What is left of a file, never asked for more than that."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, start = file, file.tell()
+        self._end = file.seek(0, io.SEEK_END)
+        self.size = self._end - start
+        file.seek(start)
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._end - self._file.tell()))
+
+    def readline(self) -> bytes:
+        return self._file.readline(_MAX_LINE)
+
+
+class _Inert(dict):
+    """In place of whatever a pickle asks for: nothing is called, and what it is given is let go."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _StorageClaims(_PlainUnpickler):
+    """Reads a pickle for the storages that it names; ``claims`` are their bytes by key."""
+
+    def __init__(self, content: Readable) -> None:
+        super().__init__(content, lambda module, name: True)
+        self.claims: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return name.removesuffix("Storage") if name.endswith("Storage") else _Inert
+
+    def persistent_load(self, pid: Any) -> None:
+        kind, storage, key, _, count, _ = pid
+        if kind not in ("storage", b"storage") or not isinstance(count, int) or not isinstance(storage, str):
+            raise NotPlainError("it names something else than the storages of tensors")
+        self.claims[str(key)] = max(0, count) * _ITEM_BYTES.get(storage, 1)

@@ -22,6 +22,8 @@ _EXAMPLES = """examples:
   python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
   python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
   python tools/convert_checkpoint.py import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
+  python tools/convert_checkpoint.py import --hf mine.pt --set model.num_attention_heads=8 \\
+      --set model.max_position_embeddings=257 --section ema --output checkpoints/mine
 """
 _DIFFERENT, _MAX_TOKENS = 3, 10_000
 _LAYOUT = (
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     hf = {
         **folder,
         "required": True,
-        "help": "Hugging Face folder with safetensors, either form; or the .pt of a family's own authors",
+        "help": "Hugging Face folder with safetensors, either form; or the .pt or .safetensors of a family's own",
     }
     checkpoint = {**folder, "required": True, "help": "a run folder, an import's output, or an iter_ folder"}
     output = {**folder, "required": True, "help": "an empty or new folder"}
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the model in a .pt, which does not say it: 257 for 256 px, 577 for 384 px (default: the preset's)",
     )
+    _add_reading(command)
     for size in _LAYOUT:
         command.add_argument(f"--{size.replace('_', '-')}", type=int, default=1, metavar="N", help=_LAYOUT_HELP)
 
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--hf", **hf)
     command.add_argument("--checkpoint", **checkpoint)
+    _add_reading(command)
     command.add_argument("--rows", type=int, default=2, metavar="N", help="random token sequences (default 2)")
     command.add_argument("--length", type=int, default=64, metavar="N", help="tokens in each (default 64)")
     command.add_argument("--seed", type=int, default=0, help="of the tokens")
@@ -109,6 +113,38 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
     return command
 
 
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="model.KEY=VALUE",
+        help="what a .pt does not say of its model, such as model.num_attention_heads=8; released sizes need none",
+    )
+    command.add_argument(
+        "--section",
+        metavar="NAME",
+        help="which set of weights to take, such as ema, where a file or folder holds several that differ",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("fp32",),
+        help="widen weights in float16 or bfloat16, or in several widths, to float32, which loses nothing (default: "
+        "keep the bits; weights in float16 or of several widths are refused)",
+    )
+
+
+def _sizes(settings: Sequence[str]) -> dict[str, float]:
+    from megatron_cca.config_files import load_config
+
+    model = load_config(None, settings).model
+    keys = [setting.partition("=")[0].strip() for setting in settings]
+    for key in keys:
+        if not key.startswith("model."):
+            raise UserError(f"--set {key}: is no key of the section model, and an import stores no others")
+    return {name: getattr(model, name) for name in (key.removeprefix("model.") for key in keys)}
+
+
 def _must_be_alone() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("import and export run in one process; call them with python instead of torchrun")
@@ -119,6 +155,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from megatron_cca.checkpoint.huggingface import import_checkpoint
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config_files import load_config
+    from megatron_cca.models import sizes_beside_preset
 
     sizes = {f"parallel.{name}": getattr(arguments, name) for name in _LAYOUT}
     parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel
@@ -126,18 +163,28 @@ def _import(arguments: argparse.Namespace) -> int:
     if positions is not None and (positions < 1 or arguments.hf.is_dir()):
         found = "a folder says it itself" if arguments.hf.is_dir() else f"must be 1 or more, found {positions}"
         raise UserError(f"--max-position-embeddings: {found}")
+    said = _sizes(arguments.set)
     folder = import_checkpoint(
         arguments.hf,
         arguments.output,
         overwrite=arguments.overwrite,
         parallel=parallel,
         max_position_embeddings=positions,
+        sizes=said,
+        section=arguments.section,
+        dtype=arguments.dtype,
     )
     model = saved_config(folder, "--output").model
     if arguments.hf.is_file():
-        said = "as said" if positions else "the preset's; --max-position-embeddings says another"
-        print(f"{model.name}, model.max_position_embeddings {model.max_position_embeddings} ({said})")
+        is_said = positions is not None or "max_position_embeddings" in said
+        more = "as said" if is_said else "the preset's or the file's; --max-position-embeddings says another"
+        print(
+            f"{model.name}, model.num_attention_heads {model.num_attention_heads}, model.max_position_embeddings "
+            f"{model.max_position_embeddings} ({more})"
+        )
     print(f"wrote {folder}; use it as training.pretrained_checkpoint={arguments.output}")
+    if own := sizes_beside_preset(model):
+        print(f"its runs need its sizes: model: {{{', '.join(f'{key}: {value}' for key, value in own.items())}}}")
     return 0
 
 
@@ -160,6 +207,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
+    from megatron_cca.checkpoint.huggingface.options import Reading
 
     for option in ("rows", "length"):
         if getattr(arguments, option) < 1:
@@ -172,7 +220,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         platform.install(arguments.device)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    source, target = open_both(arguments.hf, arguments.checkpoint)
+    reading = Reading(_sizes(arguments.set), section=arguments.section, dtype=arguments.dtype)
+    source, target = open_both(arguments.hf, arguments.checkpoint, reading)
     is_first = os.environ.get("RANK", "0") == "0"
     identical = is_first and _say_tensors(compare_tensors(source, target))
     if arguments.hf.is_file():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_cca import platform
+from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, one_line
 from megatron_cca.output import check_writable
 from megatron_cca.paths import path_option
@@ -80,7 +81,10 @@ def _add_run(commands) -> None:
     )
     command.add_argument("--output", **path, required=True, help="the shard folder to write; must not exist")
     command.add_argument(
-        "--model", default="emu3-8b", metavar="NAME", help="preset whose vocabulary is used (default emu3-8b)"
+        "--model",
+        default="emu3-8b",
+        metavar="NAME",
+        help="preset, or checkpoint folder, whose vocabulary is used (default emu3-8b)",
     )
     command.add_argument(
         "--image-tokenizer",
@@ -227,6 +231,7 @@ def _run(arguments: argparse.Namespace) -> None:
             tuple(arguments.allow_outside) if arguments.allow_outside else None,
         ),
         model=arguments.model,
+        sizes=_sizes(arguments.model),
         grid=tuple(arguments.grid) if arguments.grid else None,
         flips=arguments.flips,
         area=arguments.area,
@@ -246,6 +251,18 @@ def _run(arguments: argparse.Namespace) -> None:
         if result.skipped:
             print(f"skipped {one_line(result.reasons)}")
         print(f"wrote {settings.output}: {result.samples} samples{skipped}, {result.images_per_second:.1f} images/s")
+
+
+def _sizes(model: str) -> ModelConfig | None:
+    """Of a checkpoint; None where it is a preset's name."""
+    from megatron_cca.checkpoint import layout
+    from megatron_cca.checkpoint.summary import saved_config
+    from megatron_cca.models import FAMILIES
+
+    folder = Path(model).expanduser()
+    if any(model in family.presets for family in FAMILIES.values()) or not folder.is_dir():
+        return None
+    return saved_config(layout.resolve(folder, "--model"), "--model").model
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

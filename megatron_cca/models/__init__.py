@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.errors import UserError
@@ -49,6 +50,22 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
 def explicit(config: Config) -> Config:
     """The configuration with the model's preset resolved into sizes: what a checkpoint records."""
     return replace(config, model=with_explicit_sizes(config.model, resolve_architecture(config.model)))
+
+
+def sizes_beside_preset(config: ModelConfig) -> dict[str, Any]:
+    """The keys that a configuration needs for such a model: its preset's name, and every size that is not the preset's.
+
+    Args:
+        config: a ``model`` section with every size.
+
+    Returns:
+        Empty where the preset alone would do.
+    """
+    preset = with_explicit_sizes(ModelConfig(name=config.name), resolve_architecture(ModelConfig(name=config.name)))
+    own = {key: value for key, value in vars(config).items() if value != getattr(preset, key)}
+    # It follows from the two sizes of a vocabulary of classes.
+    own = {key: value for key, value in own.items() if key != "vocab_size" or config.num_classes is None}
+    return {"name": config.name, **own} if own else {}
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -39,14 +39,13 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     """The preset with every size that ``config`` does not leave at null.
 
     Raises:
-        UserError: heads that do not divide the hidden size, groups that do not divide the heads, or positions that are
-            no square grid where the model wants one.
+        UserError: heads that do not divide the hidden size, groups that do not divide the heads, positions that are
+            no square grid where the model wants one, or sizes of the vocabulary that do not fit each other.
     """
     names = {field.name for field in fields(config)}
     given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
     architecture = replace(preset, **{name: value for name, value in given.items() if value is not None})
-    if config.vocab_size not in (None, preset.vocabulary.size):
-        architecture = replace(architecture, vocabulary=Vocabulary(config.vocab_size))
+    architecture = replace(architecture, vocabulary=_vocabulary(preset.vocabulary, config))
     _must_divide("model.num_attention_heads", architecture.num_attention_heads, "hidden_size", architecture.hidden_size)
     _must_divide(
         "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
@@ -60,6 +59,18 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     if architecture.position_embedding == "rope_2d":
         _check_grid(architecture, channels)
     return architecture
+
+
+def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
+    if config.codebook_size is None and config.num_classes is None:
+        return preset if config.vocab_size in (None, preset.size) else Vocabulary(config.vocab_size)
+    vocabulary = preset.resized(config.codebook_size, config.num_classes)
+    if config.vocab_size not in (None, vocabulary.size):
+        raise UserError(
+            f"model.vocab_size: {config.vocab_size}, but model.codebook_size and model.num_classes make it "
+            f"{vocabulary.size}; leave it out"
+        )
+    return vocabulary
 
 
 def _check_grid(architecture: Architecture, channels: int) -> None:
@@ -87,7 +98,10 @@ def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> Mode
     """The same model with every size written out, so that a later change of a preset cannot change its meaning."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
     sizes = {name: getattr(architecture, name) for name in shared}
-    return replace(config, vocab_size=architecture.vocabulary.size, **sizes)
+    vocabulary = architecture.vocabulary
+    if getattr(vocabulary, "num_classes", None) is not None:
+        sizes |= {"codebook_size": vocabulary.codebook_size, "num_classes": vocabulary.num_classes}
+    return replace(config, vocab_size=vocabulary.size, **sizes)
 
 
 def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:

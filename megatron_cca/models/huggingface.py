@@ -63,11 +63,13 @@ class HuggingFaceFormat(Protocol):
 
     Attributes:
         weights: the weight map.
+        marker: its name for a tensor that every model has, by which sets of weights are found in a folder.
         model_types: what ``model_type`` may say.
         namings: every way in which tensors are named on disk; of one form, the first is the one written.
     """
 
     weights: WeightMap
+    marker: str
     model_types: frozenset[str]
     namings: Sequence[Naming]
 

@@ -1,10 +1,10 @@
-"""Tensors by name out of one file that ``torch.save`` wrote and somebody else made."""
+"""Tensors by name out of one file that ``torch.save``, or safetensors, wrote and somebody else made."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, shortened
+from megatron_cca.models.weight_sets import WeightSet, unwrapped, weight_sets
 from megatron_cca.pickles import NotPlainError, load_tensors
 
+SAFETENSORS = ".safetensors"
+# Keys within keys, such as "state_dict" within "trainer", under which weights are looked for.
+_DEEPEST = 3
 
-def tensors_in(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a file, as maps of it.
 
-    Args:
-        path: the file.
-        sections: keys under which they may be, the first that is there counts; without any, they are the file's own.
+def contents_of(path: Path) -> Any:
+    """What a file holds, its tensors as maps of it; in memory where torch before 1.6 wrote it.
 
     Raises:
-        UserError: a damaged file, one that holds anything but tensors by name, or tensors that claim more bytes than
-            the file has; does not name the file.
+        UserError: a damaged file, or one that holds more than plain data; does not name the file.
     """
-    found = _loaded(path)
-    section = next((name for name in sections if isinstance(found, dict) and name in found), None)
-    return _plain(found if section is None else found[section], path.stat().st_size)
-
-
-def _loaded(path: Path) -> Any:
+    if path.suffix == SAFETENSORS:
+        return _safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,10 +36,86 @@ def _loaded(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from None
     except NotPlainError as error:
-        raise UserError(f"holds more than tensors: {error}") from None
+        raise UserError(
+            f"holds more than tensors: {error}; torch.save its state dict alone into another file"
+        ) from None
     except Exception as error:  # torch.load promises no closed set for damaged files
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"is truncated or not what torch.save writes: {shortened(why, 120)}") from None
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"is truncated or not a safetensors file: {shortened(why, 120)}") from None
+
+
+def tensors_in(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a file, as maps of it, by names without wrappers.
+
+    Args:
+        path: the file.
+        sections: keys under which they may be, the first that is there counts; without any, they are the file's own.
+
+    Raises:
+        UserError: see :func:`contents_of`; anything but tensors by name, or tensors that claim more bytes than the file
+            has; does not name the file.
+    """
+    return tensors_under(contents_of(path), sections, path.stat().st_size)
+
+
+def tensors_under(found: Any, sections: Sequence[str], num_bytes: int) -> dict[str, Tensor]:
+    """:func:`tensors_in` of what a file of ``num_bytes`` holds."""
+    section = next((name for name in sections if isinstance(found, dict) and name in found), None)
+    tensors = _plain(found if section is None else found[section], num_bytes)
+    return {name: tensors[stored] for name, stored in unwrapped(tensors).items()}
+
+
+def sets_in(found: Any, markers: Collection[str], num_bytes: int) -> list[WeightSet[Tensor]]:
+    """Every set of weights in what a file holds, under whatever keys and prefixes; numbers and texts may lie beside.
+
+    Args:
+        found: from :func:`contents_of`.
+        markers: see :func:`weight_sets`.
+        num_bytes: of the file.
+
+    Raises:
+        UserError: a tensor that is no plain one, or tensors that claim more bytes than the file has.
+    """
+    sets = list(_sets(found, markers, (), set()))
+    for one in sets:
+        _plain(one.weights, num_bytes)
+    return sets
+
+
+def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set[int]) -> Iterator[WeightSet[Tensor]]:
+    # A pickle can name one dictionary many times, and let it hold itself.
+    if not isinstance(found, Mapping) or id(found) in seen:
+        return
+    seen.add(id(found))
+    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    yield from weight_sets(tensors, markers, ".".join(keys))
+    if len(keys) < _DEEPEST:
+        for key, value in found.items():
+            if isinstance(key, str):
+                yield from _sets(value, markers, (*keys, key), seen)
+
+
+def same_tensors(sets: Sequence[WeightSet[Tensor]]) -> bool:
+    """Whether all sets have the same names and, in every tensor, the same numbers."""
+    first, *others = (one.weights for one in sets)
+    return all(
+        first.keys() == other.keys()
+        and all(first[name].dtype == other[name].dtype and torch.equal(first[name], other[name]) for name in first)
+        for other in others
+    )
 
 
 def _plain(found: Any, num_bytes: int) -> dict[str, Tensor]:

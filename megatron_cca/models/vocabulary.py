@@ -7,6 +7,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from megatron_cca.errors import UserError
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -21,6 +23,15 @@ class Vocabulary:
     def output_size(self) -> int:
         """How many of the ids, from 0 on, the LM head predicts; the rows behind them are masked, as padding is."""
         return self.size
+
+    def resized(self, codebook_size: int | None, num_classes: int | None) -> Vocabulary:
+        """The vocabulary of the same family with other sizes; None leaves one as it is.
+
+        Raises:
+            UserError: a family whose vocabulary has one size.
+        """
+        key = "codebook_size" if codebook_size is not None else "num_classes"
+        raise UserError(f"model.{key}: this model's vocabulary has one size, {self.size}; leave the key out")
 
     def fingerprint(self) -> str:
         """A short hash of the whole layout; shards and models that differ in it do not fit."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ def import_checkpoint(
     overwrite: bool = False,
     parallel: ParallelConfig | None = None,
     max_position_embeddings: int | None = None,
+    sizes: Mapping[str, float] | None = None,
+    section: str | None = None,
+    dtype: Literal["fp32"] | None = None,
     progress_bar: bool = True,
 ) -> Path:
     """Turn a Hugging Face folder, or a file of a family's authors, into a Megatron distributed checkpoint, bit for bit.
@@ -46,7 +50,10 @@ def import_checkpoint(
             ``training.pretrained_checkpoint``.
         overwrite: replace a former import in ``output``.
         parallel: a layout that the model is meant for, so that one it cannot take is refused now and not on a cluster.
-        max_position_embeddings: of a model whose weights do not tell.
+        max_position_embeddings: of a model whose weights do not tell; the same as in ``sizes``.
+        sizes: keys of the ``model`` section that a file's tensors do not tell, such as ``num_attention_heads``.
+        section: which set of weights to take where there are several that differ, as the refusal lists them.
+        dtype: ``fp32`` widens weights of fewer bits, or of several widths, without loss; None keeps their bits.
         progress_bar: show one on a terminal.
 
     Returns:
@@ -55,7 +62,11 @@ def import_checkpoint(
     Raises:
         UserError: see :func:`open_public`; an output that holds something else; a full disk.
     """
-    source, output = open_public(Path(hf), options.HF, max_position_embeddings), Path(output)
+    sizes = dict(sizes or {})
+    if max_position_embeddings is not None:
+        sizes["max_position_embeddings"] = max_position_embeddings
+    source = open_public(Path(hf), options.HF, options.Reading(sizes, section=section, dtype=dtype))
+    output = Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
     check_apart(output, source.folder, options.HF)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
-from megatron_cca.checkpoint.huggingface.weights_file import SUFFIXES, WeightsFile
+from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
+from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.weights_file import READABLE, WeightsFile
 from megatron_cca.errors import UserError
 
 PublicCheckpoint = HuggingFaceCheckpoint | WeightsFile
 
 
-def open_public(path: Path, option: str, max_position_embeddings: int | None = None) -> PublicCheckpoint:
+def open_public(path: Path, option: str, reading: Reading = AS_IT_IS) -> PublicCheckpoint:
     """Recognise and check it.
 
     Args:
         path: the folder or file.
         option: the command-line option that named it, for messages.
-        max_position_embeddings: of a file's model, whose weights do not tell; a folder says it itself.
+        reading: what the user said of it.
 
     Raises:
-        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`.
+        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; sizes said of a folder.
     """
     if path.is_file():
-        return WeightsFile(path, option, max_position_embeddings)
-    if path.suffix in SUFFIXES and not path.exists():
+        return WeightsFile(path, option, reading)
+    if path.suffix in READABLE and not path.exists():
         raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
-    return HuggingFaceCheckpoint(path, option)
+    if reading.sizes:
+        raise UserError(f"model.{next(iter(reading.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
+    return HuggingFaceCheckpoint(path, option, reading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -39,9 +40,10 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies, what it is called there and what it is."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -53,6 +55,9 @@ class TensorInfo:
 
 class SafetensorsFolder:
     """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
+
+    Attributes:
+        tensors: by name, without the parts that wrappers add to it.
 
     Args:
         folder: where they lie.
@@ -66,14 +71,19 @@ class SafetensorsFolder:
         self.option = option
         # In transformers' order: a folder may have both.
         has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
-        self.tensors = self._scan_index(folder) if has_index else self._scan_single(folder)
+        found = self._scan_index(folder) if has_index else self._scan_single(folder)
+        with said_of(f"{option}: {folder}"):
+            self.tensors = {name: found[stored] for name, stored in unwrapped(found).items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start .. stop`` as a view of a memory map that lives as long as the tensor; the whole of a scalar."""
-        info = self.tensors[name]
+        return self.read_info(self.tensors[name], start, stop)
+
+    def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
+        """The same by what is known of the tensor, whatever it is called here."""
         # Opened each time: a map that stays open keeps every page that was ever read in the resident set.
         with safe_open(info.file, framework="pt") as file:
-            return file.get_slice(name)[start:stop] if info.shape else file.get_tensor(name)
+            return file.get_slice(info.name)[start:stop] if info.shape else file.get_tensor(info.name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A whole tensor, piece by piece."""
@@ -124,12 +134,28 @@ class SafetensorsFolder:
                     shape = tuple(part.get_shape())
                     if max(shape, default=0) > _MAX_SIZE:
                         raise UserError(f"{self.option}: tensor {name} in {path} claims the shape {list(shape)}")
-                    found[name] = TensorInfo(path, shape, _DTYPES[dtype])
+                    found[name] = TensorInfo(path, name, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.option}: {path} is truncated or not a safetensors file: {str(error).splitlines()[0]}"
             ) from None
         return found
+
+
+def same_tensors(files: SafetensorsFolder, sets: Sequence[WeightSet[TensorInfo]]) -> bool:
+    """Whether all sets have the same names and, in every tensor, the same bits."""
+    first, *others = (one.weights for one in sets)
+    return all(
+        first.keys() == other.keys() and all(_same(files, first[name], other[name]) for name in first)
+        for other in others
+    )
+
+
+def _same(files: SafetensorsFolder, one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    ranges = row_ranges(one.shape, one.dtype)
+    return all(torch.equal(files.read_info(one, *rows), files.read_info(other, *rows)) for rows in ranges)
 
 
 def _what_else(folder: Path) -> str:

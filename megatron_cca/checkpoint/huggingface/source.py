@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
+from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
+from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
+from megatron_cca.checkpoint.huggingface.widths import PRECISIONS, one_dtype
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.foreign import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.rotary_frequencies import check_frequencies
+from megatron_cca.models.weight_sets import chosen_set, is_recomputed, weight_sets
 
 CONFIG = "config.json"
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 # What is not copied along: weights in any format, and their index.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
@@ -32,22 +35,21 @@ class HuggingFaceCheckpoint:
         model: its sizes as a ``model`` section; ``architecture``: the same, resolved.
         dtype: of all the decoder's tensors.
         companions: tensors beside the decoder, by the name that does not depend on the form.
-        silent_about: sizes that it does not say.
 
     Raises:
-        UserError: not of a known family, a size that Megatron cannot have, missing, extra or misshapen tensors, mixed
-            or unsuitable dtypes, damaged files; names the key, tensor or file.
+        UserError: not of a known family, a size that Megatron cannot have, several sets of weights, missing, extra or
+            misshapen tensors, mixed or unsuitable dtypes, damaged files; names the key, tensor or file.
     """
 
-    silent_about: frozenset[str] = frozenset()
-
-    def __init__(self, folder: Path, option: str) -> None:
+    def __init__(self, folder: Path, option: str, reading: Reading = AS_IT_IS) -> None:
         self.folder, self.option = folder, option
         self.config = read_config(folder, option)
         self.format = recognise(self.config, folder, option)
         self.form = self.format.form(self.config)
         self.model, self.architecture = self._sizes()
         self.files = SafetensorsFolder(folder, option)
+        with said_of(f"{option}: {folder}"):
+            self.files.tensors = self._own_tensors(reading.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
         self._check_form()
         self._check_tensors()
@@ -55,20 +57,36 @@ class HuggingFaceCheckpoint:
             bare: name for name in self.files.tensors if (bare := self.naming.companion(name)) is not None
         }
         self._check_companions()
-        self.dtype = self._one_dtype()
+        with said_of(f"{option}: {folder}"):
+            self.dtype = self._one_dtype(reading)
 
     @property
     def precision(self) -> str:
         """``training.precision`` of the same width."""
-        return _PRECISIONS[self.dtype]
+        return PRECISIONS[self.dtype]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a decoder's tensor under its name in the weight map."""
-        return self.files.read(self.naming.on_disk(name), start, stop)
+        return self.files.read(self.naming.on_disk(name), start, stop).to(self.dtype)
 
     def companion_files(self) -> list[Path]:
         """See :func:`companion_files`."""
         return companion_files(self.folder)
+
+    def _own_tensors(self, section: str | None) -> dict[str, TensorInfo]:
+        """The tensors by the names that this family's programs give them, those that are computed left out."""
+        found = self.files.tensors
+        markers = {naming.on_disk(self.format.marker) for naming in self.format.namings}
+        sets = weight_sets(found, markers)
+        if sets:
+            are_alike = len(sets) > 1 and section is None and same_tensors(self.files, sets)
+            chosen = chosen_set(sets, section, are_alike=are_alike)
+            found = chosen.weights | {name: found[name] for name in chosen.beside if section is None}
+        computed = {name: info for name, info in found.items() if is_recomputed(name)}
+        for name, info in computed.items():
+            if name.endswith("inv_freq"):
+                check_frequencies(name, self.files.read_info(info), self.architecture)
+        return {name: info for name, info in found.items() if name not in computed}
 
     def _sizes(self) -> tuple[ModelConfig, Architecture]:
         with said_of(f"{self.option}: {self.folder / CONFIG}"):
@@ -115,15 +133,9 @@ class HuggingFaceCheckpoint:
         for name, shape in wanted.items():
             check_shape(name, found[name], shape, self.option)
 
-    def _one_dtype(self) -> torch.dtype:
+    def _one_dtype(self, reading: Reading) -> torch.dtype:
         names = [self.naming.on_disk(name) for name in self.format.weights.huggingface_shapes(self.architecture)]
-        dtype = self.files.tensors[names[0]].dtype
-        for name in names:
-            found = self.files.tensors[name].dtype
-            if found != dtype:
-                raise UserError(f"{self.option}: tensor {name} is {found}, {names[0]} is {dtype}; they must be alike")
-        check_dtype(dtype, self.folder, self.option)
-        return dtype
+        return one_dtype({name: self.files.tensors[name].dtype for name in names}, reading.dtype)
 
 
 def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
@@ -132,12 +144,6 @@ def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: st
         raise UserError(
             f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
         )
-
-
-def check_dtype(dtype: torch.dtype, folder: Path, option: str) -> None:
-    """Raise :class:`UserError` for weights in a dtype that no model here has."""
-    if dtype not in _PRECISIONS:
-        raise UserError(f"{option}: {folder} is in {dtype}; models here are in float32 or bfloat16")
 
 
 def _and_more(names: list[str]) -> str:

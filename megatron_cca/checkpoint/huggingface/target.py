@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface.adapters import MergedTensors
-from megatron_cca.checkpoint.huggingface.source import check_dtype
+from megatron_cca.checkpoint.huggingface.widths import check_dtype
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.weight_map import sources
 
@@ -79,5 +79,6 @@ class MegatronCheckpoint:
             if self.stored.dtype(tensor.key) != self.stored.dtype(first):
                 raise UserError(f"{self.option}: tensor {tensor.key} in {self.folder} has another dtype than {first}")
         dtype = self.stored.dtype(first)
-        check_dtype(dtype, self.folder, self.option)
+        with said_of(f"{self.option}: {self.folder}"):
+            check_dtype(dtype)
         return dtype

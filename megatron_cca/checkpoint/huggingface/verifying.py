@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface import options
 from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
+from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
@@ -66,13 +67,23 @@ class LogitComparison:
         return self.finite and self.max_relative <= RELATIVE_TOLERANCE
 
 
-def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[PublicCheckpoint, MegatronCheckpoint]:
+def open_both(
+    hf: str | Path, checkpoint: str | Path, reading: Reading = AS_IT_IS
+) -> tuple[PublicCheckpoint, MegatronCheckpoint]:
     """Recognise and check both sides.
+
+    Args:
+        hf: a folder or file.
+        checkpoint: Megatron's.
+        reading: what the user said of the first. Sizes that neither it nor the user tells are the checkpoint's.
 
     Raises:
         UserError: what either refuses; sizes that differ.
     """
-    source, target = open_public(Path(hf), options.HF), MegatronCheckpoint(checkpoint, options.CHECKPOINT)
+    target = MegatronCheckpoint(checkpoint, options.CHECKPOINT)
+    unsaid = getattr(target.format, "unsaid", ())
+    assumed = {name: getattr(target.architecture, name) for name in unsaid}
+    source = open_public(Path(hf), options.HF, replace(reading, assumed=assumed))
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
@@ -81,7 +92,7 @@ def open_both(hf: str | Path, checkpoint: str | Path) -> tuple[PublicCheckpoint,
                     f"{options.CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} "
                     f"{theirs[name].size}"
                 )
-        elif ours[name] != theirs[name] and name not in source.silent_about:
+        elif ours[name] != theirs[name]:
             raise UserError(
                 f"{options.CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
             )

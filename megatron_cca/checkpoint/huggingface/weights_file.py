@@ -1,26 +1,30 @@
-"""A family's own file of weights: one ``.pt``, seen as :class:`HuggingFaceCheckpoint` shows a folder, and written."""
+"""A family's own file of weights, seen as :class:`HuggingFaceCheckpoint` shows a folder, and written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
-from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint, check_dtype
+from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.checkpoint.huggingface.widths import one_dtype
+from megatron_cca.config_files import config_from_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.huggingface import Naming
-from megatron_cca.models.torch_file import tensors_in
+from megatron_cca.models.torch_file import SAFETENSORS, contents_of, same_tensors, sets_in, tensors_under
+from megatron_cca.models.weight_sets import chosen_set, is_recomputed
 from megatron_cca.models.weights_file import WeightsFileFormat
 from megatron_cca.output import OPTION, check_file, check_space, file_system_errors, whole_file
 
 SUFFIXES = (".pt", ".pth")
+READABLE = (*SUFFIXES, SAFETENSORS)
 
 
 class WeightsFile:
@@ -28,36 +32,35 @@ class WeightsFile:
 
     Attributes:
         folder: the file; it has this name for what is done alike with a folder.
-        format, form, naming, model, architecture, dtype, companions, silent_about: as those of
-            :class:`HuggingFaceCheckpoint`.
+        format, form, naming, model, architecture, dtype, companions: as those of :class:`HuggingFaceCheckpoint`.
 
     Raises:
-        UserError: damaged, of no known family or size, missing, extra or misshapen tensors, mixed or unsuitable dtypes;
-            names the file and the tensor.
+        UserError: damaged, of no known family, sizes that nothing tells, several sets of weights, missing, extra or
+            misshapen tensors, mixed or unsuitable dtypes; names the file and the tensor.
     """
 
     form = "a file of its authors"
     naming = Naming("file", {"": ""})
-    silent_about = frozenset({"max_position_embeddings"})
 
-    def __init__(self, path: Path, option: str, max_position_embeddings: int | None = None) -> None:
+    def __init__(self, path: Path, option: str, reading: Reading = AS_IT_IS) -> None:
         self.folder, self.option, self.companions = path, option, {}
         with said_of(f"{option}: {path}"):
-            self.format, found = _recognised(path)
-            self.model = self.format.read_model_config({name: tuple(tensor.shape) for name, tensor in found.items()})
-            if max_position_embeddings is not None:
-                self.model = replace(self.model, max_position_embeddings=max_position_embeddings)
+            # So that what is given has the types and ranges of the configuration's keys.
+            config_from_dict({"model": dict(reading.sizes)})
+            self.format, found = _recognised(path, reading.section)
+            shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+            self.model = self.format.read_model_config(shapes, reading.sizes, reading.assumed)
             self.architecture = resolve_architecture(self.model)
-            self._tensors = {name: tensor for name, tensor in found.items() if name not in self.format.ignored}
+            self._tensors = {name: tensor for name, tensor in found.items() if not is_recomputed(name)}
             self._check_shapes()
-            self.dtype = self._one_dtype()
-        check_dtype(self.dtype, path, option)
+            dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+            self.dtype = one_dtype(dtypes, reading.dtype)
 
     precision = HuggingFaceCheckpoint.precision
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor under its name in the weight map."""
-        return self._tensors[name][start:stop].contiguous()
+        return self._tensors[name][start:stop].to(self.dtype).contiguous()
 
     def companion_files(self) -> list[Path]:
         """None lie in a file."""
@@ -74,21 +77,23 @@ class WeightsFile:
                 found = list(self._tensors[name].shape)
                 raise UserError(f"tensor {name} has shape {found}, {self.model.name} has {list(shape)}")
 
-    def _one_dtype(self) -> torch.dtype:
-        (first, dtype), *others = ((name, tensor.dtype) for name, tensor in self._tensors.items())
-        for name, other in others:
-            if other != dtype:
-                raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike")
-        return dtype
 
-
-def _recognised(path: Path) -> tuple[WeightsFileFormat, dict[str, Tensor]]:
+def _recognised(path: Path, section: str | None) -> tuple[WeightsFileFormat, dict[str, Tensor]]:
     formats = {name: family.weights_file for name, family in FAMILIES.items() if family.weights_file}
-    sections = tuple(dict.fromkeys(section for one in formats.values() for section in one.sections))
-    found = tensors_in(path, sections)
+    content, size = contents_of(path), path.stat().st_size
     for one in formats.values():
-        if one.knows(found):
-            return one, found
+        sets = [found for found in sets_in(content, (one.marker,), size) if one.knows(found.weights)]
+        if not sets:
+            continue
+        chosen = chosen_set(sets, section, are_alike=len(sets) > 1 and section is None and same_tensors(sets))
+        if section is None and chosen.beside:
+            raise UserError(
+                f"tensor {chosen.beside[0]} is none of the weights under {chosen.place!r}; --section {chosen.place} "
+                "takes those alone"
+            )
+        return one, chosen.weights
+    sections = tuple(dict.fromkeys(section for one in formats.values() for section in one.sections))
+    found = tensors_under(content, sections, size)
     raise UserError(f"is of no family known here ({', '.join(formats)}); it {_looks_like(found)}")
 
 

@@ -56,7 +56,7 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
         check_apart(settings.output, settings.source, "--source")
     if settings.resize not in RESIZINGS:
         raise UserError(f"--resize: must be {' or '.join(RESIZINGS)}, found {settings.resize!r}")
-    architecture = _architecture(settings.model)
+    architecture = _architecture(settings)
     vocabulary = architecture.vocabulary
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)
     with said_of("--text-tokenizer"):
@@ -89,9 +89,14 @@ def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, 
     return settings.grid
 
 
-def _architecture(model: str) -> Architecture:
+def _architecture(settings: TokenizeSettings) -> Architecture:
     with said_of("--model"):
-        return resolve_architecture(ModelConfig(name=model))
+        architecture = resolve_architecture(settings.sizes or ModelConfig(name=settings.model))
+        if not isinstance(architecture.vocabulary, ImageVocabulary):
+            raise UserError(
+                f"{settings.model} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known"
+            )
+        return architecture
 
 
 def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextTokenizer | None:

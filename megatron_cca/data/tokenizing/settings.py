@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_cca.config import ModelConfig
 from megatron_cca.data.image_headers import ImageLimits
 from megatron_cca.data.resizing import DALI
 from megatron_cca.data.sources import SourceOptions
@@ -17,7 +18,8 @@ class TokenizeSettings:
     Attributes:
         source, layout, source_options: where the images and captions are, see :func:`open_source`.
         output: the shard folder to write.
-        model: the preset whose vocabulary the tokens are for.
+        model: the preset whose vocabulary the tokens are for, or a name for messages beside ``sizes``.
+        sizes: the ``model`` section of a checkpoint whose vocabulary and grid they are for; None means the preset's.
         image_tokenizer: its folder; None for sources that hold codes already.
         text_tokenizer: its folder; None where the model's captions are classes.
         grid: height and width, in codes, that the model takes; None means the preset's, or any where it takes any.
@@ -42,6 +44,7 @@ class TokenizeSettings:
     layout: str = "auto"
     source_options: SourceOptions = field(default_factory=SourceOptions)
     model: str = "emu3-8b"
+    sizes: ModelConfig | None = None
     grid: tuple[int, int] | None = None
     flips: bool = False
     area: int = 518_400

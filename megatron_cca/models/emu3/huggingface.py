@@ -52,6 +52,7 @@ class Emu3HuggingFace:
     """See :class:`megatron_cca.models.huggingface.HuggingFaceFormat`."""
 
     weights = EMU3_WEIGHTS
+    marker = "model.embed_tokens.weight"
     model_types = frozenset({"Emu3", "emu3", "emu3_text_model"})
     namings = (
         Naming(

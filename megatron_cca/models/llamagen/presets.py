@@ -38,6 +38,8 @@ def _sized(
     )
 
 
+# The sizes that the authors published.
+RELEASED = ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b")
 PRESETS = {
     "llamagen-b": _sized(12, 768, 12),
     "llamagen-l": _sized(24, 1024, 16),

@@ -25,6 +25,10 @@ class LlamaGenVocabulary(ImageVocabulary):
     codebook_size: int
     num_classes: int
 
+    def resized(self, codebook_size: int | None, num_classes: int | None) -> LlamaGenVocabulary:
+        """See :class:`Vocabulary`."""
+        return class_vocabulary(codebook_size or self.codebook_size, num_classes or self.num_classes)
+
     @property
     def visual_start(self) -> int:
         """The id of code 0."""

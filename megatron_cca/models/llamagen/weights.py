@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
-from megatron_cca.models.architecture import Architecture, with_explicit_sizes
-from megatron_cca.models.llamagen.presets import PRESETS
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.llamagen.presets import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
-from megatron_cca.models.weights_file import Shapes
+from megatron_cca.models.weights_file import Shapes, Sizes
 
 _OURS = "decoder.layers."
 _THEIRS = "layers.{layer}."
 _CODES, _CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
-_FIRST_GATE = "layers.0.feed_forward.w1.weight"
+_FIRST_GATE, _FIRST_QKV = "layers.0.feed_forward.w1.weight", "layers.0.attention.wqkv.weight"
+_FREQUENCIES = "freqs_cis"
+# For what all sizes have in common.
+_ANY = PRESETS[RELEASED[0]]
 
 LLAMAGEN_WEIGHTS = WeightMap(
     rules=[
@@ -42,44 +45,109 @@ class LlamaGenWeightsFile:
     weights = LLAMAGEN_WEIGHTS
     # What the authors' and CCA's samplers look for, in their order; without any it is an FSDP run's file.
     sections = ("model", "module", "state_dict")
-    ignored = ("freqs_cis", "causal_mask")
+    marker = _CODES
+    unsaid = ("num_attention_heads", "max_position_embeddings", "rotary_base", "layernorm_epsilon")
 
     def knows(self, names: Collection[str]) -> bool:
         """By the table of codes, which text-to-image models have, too."""
         return _CODES in names and any(name.startswith("cls_embedding.") for name in names)
 
-    def read_model_config(self, shapes: Shapes) -> ModelConfig:
-        """The preset with these sizes; heads and the image's size leave no trace in shapes, and are the preset's.
+    def read_model_config(self, shapes: Shapes, given: Sizes, assumed: Sizes) -> ModelConfig:
+        """See the protocol.
 
-        Raises:
-            UserError: see the protocol.
+        Shapes tell all but the heads, the image's size and two constants of the authors' program. A released decoder,
+        whatever its codes and classes, has the released heads, and 24 x 24 codes unless somebody says otherwise.
         """
         if any(name.startswith("cls_embedding.cap_proj") for name in shapes):
             raise UserError("looks like LlamaGen's text-to-image model; only class-to-image models are known here")
-        for name in (_CODES, _CLASSES, _FIRST_GATE):
+        for name in (_CODES, _CLASSES, _FIRST_GATE, _FIRST_QKV):
             if len(shapes.get(name, ())) != 2:
                 raise UserError(f"looks like LlamaGen, but tensor {name} is missing or no matrix")
-        layers = {int(match[1]) for name in shapes if (match := re.match(r"layers\.(\d{1,6})\.", name))}
-        found = (
-            len(layers),
-            shapes[_CODES][1],
-            shapes[_FIRST_GATE][0],
-            shapes[_CODES][0],
-            shapes[_CLASSES][0] - 1,
-        )
-        for name, preset in PRESETS.items():
-            if _told_by_shapes(preset) == found:
-                return with_explicit_sizes(ModelConfig(name=name), preset)
-        known = "; ".join(f"{name} {_in_words(_told_by_shapes(preset))}" for name, preset in PRESETS.items())
-        raise UserError(f"looks like a LlamaGen of {_in_words(found)}, which is none of those known here: {known}")
+        told = _told_by_shapes(shapes)
+        if min(told.values()) < 1:
+            raise UserError(f"looks like LlamaGen, but of {_in_words(told)}")
+        name, preset = _known(told)
+        usual = {} if preset is None else {key: getattr(preset, key) for key in self.unsaid}
+        sources = {
+            "num_attention_heads": (_told_by_frequencies(shapes), usual, assumed),
+            "max_position_embeddings": (_told_by_frequencies(shapes), assumed, usual),
+            "rotary_base": (assumed, vars(_ANY)),
+            "layernorm_epsilon": (assumed, vars(_ANY)),
+        }
+        open_sizes = {key: _first(key, (given, *places)) for key, places in sources.items()}
+        missing = [key for key, value in open_sizes.items() if value is None]
+        if missing:
+            raise UserError(_asked_for(told, missing))
+        sizes = told | open_sizes
+        sizes["num_query_groups"] = _query_groups(shapes, sizes["num_attention_heads"])
+        for key, value in given.items():
+            if key not in sizes:
+                raise UserError(f"model.{key}: is no size of the weights; leave it out")
+            if sizes[key] != value:
+                raise UserError(f"model.{key}: {value}, but the tensors have {sizes[key]}; leave it out")
+        return ModelConfig(name=name, vocab_size=sizes["codebook_size"] + sizes["num_classes"] + 1, **sizes)
 
 
-def _told_by_shapes(preset: Architecture) -> tuple[int, int, int, int, int]:
+def _told_by_shapes(shapes: Shapes) -> dict[str, int]:
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"layers\.(\d{1,6})\.", name))}
+    return {
+        "num_layers": len(layers),
+        "hidden_size": shapes[_CODES][1],
+        "ffn_hidden_size": shapes[_FIRST_GATE][0],
+        "codebook_size": shapes[_CODES][0],
+        "num_classes": shapes[_CLASSES][0] - 1,
+    }
+
+
+def _told_by_frequencies(shapes: Shapes) -> dict[str, int]:
+    """Of ``freqs_cis``, ``[positions, channels of a head / 2, 2]``, which some programs save along."""
+    shape, hidden = shapes.get(_FREQUENCIES, ()), shapes[_CODES][1]
+    if len(shape) != 3 or shape[2] != 2 or not shape[1] or hidden % (2 * shape[1]):
+        return {}
+    return {"max_position_embeddings": shape[0], "num_attention_heads": hidden // (2 * shape[1])}
+
+
+def _known(told: Mapping[str, int]) -> tuple[str, Architecture | None]:
+    """The preset of these sizes, or the released one whose decoder it is; else any, as a name for the family."""
+    for name, preset in PRESETS.items():
+        if _sizes_of(preset) == told:
+            return name, preset
+    for name in RELEASED:
+        if all(getattr(PRESETS[name], key) == told[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size")):
+            return name, PRESETS[name]
+    return RELEASED[0], None
+
+
+def _sizes_of(preset: Architecture) -> dict[str, int]:
     vocabulary = preset.vocabulary
-    sizes = preset.num_layers, preset.hidden_size, preset.ffn_hidden_size
-    return *sizes, vocabulary.output_size, vocabulary.size - vocabulary.output_size - 1
+    decoder = {key: getattr(preset, key) for key in ("num_layers", "hidden_size", "ffn_hidden_size")}
+    return decoder | {"codebook_size": vocabulary.codebook_size, "num_classes": vocabulary.num_classes}
 
 
-def _in_words(sizes: tuple[int, int, int, int, int]) -> str:
-    layers, hidden, ffn, codes, classes = sizes
-    return f"{layers} layers of {hidden} (FFN {ffn}), {codes} codes, {classes} classes"
+def _first(key: str, places: tuple[Sizes, ...]) -> float | None:
+    return next((place[key] for place in places if key in place), None)
+
+
+def _query_groups(shapes: Shapes, heads: float) -> int:
+    rows, hidden = shapes[_FIRST_QKV]
+    keys = (rows - hidden) // 2
+    groups, rest = divmod(keys * int(heads), hidden)
+    if rest or groups < 1 or (rows - hidden) % 2:
+        raise UserError(f"tensor {_FIRST_QKV} has {rows} rows, which {heads} query heads cannot have")
+    return groups
+
+
+def _asked_for(told: Mapping[str, int], missing: Collection[str]) -> str:
+    examples = {"num_attention_heads": "N", "max_position_embeddings": "577 (the class and 24 x 24 codes)"}
+    said = " ".join(f"--set model.{key}={examples[key]}" for key in missing)
+    return (
+        f"looks like a LlamaGen of {_in_words(told)}, which is none of those known here ({', '.join(PRESETS)}), and "
+        f"its tensors do not tell {' and '.join(missing)}; give {said}"
+    )
+
+
+def _in_words(sizes: Mapping[str, int]) -> str:
+    return (
+        f"{sizes['num_layers']} layers of {sizes['hidden_size']} (FFN {sizes['ffn_hidden_size']}), "
+        f"{sizes['codebook_size']} codes, {sizes['num_classes']} classes"
+    )

@@ -1,0 +1,119 @@
+"""Sets of weights among names that other programs changed: prefixes of wrappers, several copies, computed buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_cca.errors import UserError
+
+# What torch's and Lightning's wrappers put into names, at any depth; no family here has such parts in its own.
+_WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module"}
+)
+# Buffers that a model computes when it is built or while it draws.
+_RECOMPUTED = frozenset(
+    {"freqs_cis", "inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "causal_mask", "k_cache", "v_cache"}
+)
+# Where a set has no prefix and lies under no key.
+TOP = "."
+
+
+@dataclass(frozen=True)
+class WeightSet[Value]:
+    """One set of weights.
+
+    Attributes:
+        place: the keys and the prefix under which it lies, joined by dots.
+        weights: by name without wrappers and prefix.
+        beside: stored names in the same dictionary that belong to no set.
+    """
+
+    place: str
+    weights: dict[str, Value]
+    beside: tuple[str, ...]
+
+
+def is_recomputed(name: str) -> bool:
+    """Whether a tensor of this name is computed and not learnt: frequencies, masks, caches."""
+    return name.rpartition(".")[2] in _RECOMPUTED
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without the parts that wrappers add, and what each is called in the file.
+
+    Raises:
+        UserError: two names that differ in wrappers alone.
+    """
+    found: dict[str, str] = {}
+    for stored in names:
+        name = ".".join(part for part in stored.split(".") if part not in _WRAPPERS) or stored
+        if name in found:
+            raise UserError(f"tensors {found[name]} and {stored} have one name, {name}, without their wrappers")
+        found[name] = stored
+    return found
+
+
+def weight_sets[Value](
+    stored: Mapping[str, Value], markers: Collection[str], place: str = ""
+) -> list[WeightSet[Value]]:
+    """The sets in a flat dictionary of tensors; none where no marker is there.
+
+    Args:
+        stored: tensors, or whatever stands for them, by stored name.
+        markers: names that every set has one of.
+        place: where the dictionary itself lies.
+
+    Raises:
+        UserError: see :func:`unwrapped`.
+    """
+    names = unwrapped(stored)
+    # Of two markers that a name ends with, the longer leaves the shorter prefix.
+    longest_first = sorted(markers, key=len, reverse=True)
+    prefixes = {prefix for name in names if (prefix := _before_marker(name, longest_first)) is not None}
+    # A name belongs to the longest prefix that it has; the empty one takes the rest.
+    by_prefix: dict[str | None, list[str]] = {prefix: [] for prefix in sorted(prefixes)}
+    for name in names:
+        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        by_prefix.setdefault(owner, []).append(name)
+    beside = tuple(names[name] for name in by_prefix.pop(None, []))
+    return [
+        WeightSet(
+            ".".join(part for part in (place, prefix.removesuffix(".")) if part) or TOP,
+            {name.removeprefix(prefix): stored[names[name]] for name in owned},
+            beside,
+        )
+        for prefix, owned in by_prefix.items()
+    ]
+
+
+def _before_marker(name: str, markers: Iterable[str]) -> str | None:
+    for marker in markers:
+        if name == marker or name.endswith(f".{marker}"):
+            return name.removesuffix(marker)
+    return None
+
+
+def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_alike: bool) -> WeightSet[Value]:
+    """The set that is meant.
+
+    Args:
+        sets: at least one.
+        section: the place that the user named, or None.
+        are_alike: whether all sets hold the same weights, so that it does not matter which is taken.
+
+    Raises:
+        UserError: a place that holds no set, or several sets that differ and no place.
+    """
+    places = ", ".join(one.place for one in sets)
+    if section is not None:
+        named = [one for one in sets if one.place == section]
+        if not named:
+            raise UserError(f"no weights of this family lie under {section!r}; there are: {places}")
+        return named[0]
+    if len(sets) > 1 and not are_alike:
+        raise UserError(
+            f"holds {len(sets)} sets of weights that differ ({places}); say which to take: --section "
+            f"{sets[0].place} (tools/convert_checkpoint.py import)"
+        )
+    return sets[0]

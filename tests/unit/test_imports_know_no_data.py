@@ -1,0 +1,141 @@
+"""What a checkpoint that no run wrote is believed to be: its weights' sizes and width, and nothing about data."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface import import_checkpoint
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.data.text import train_tokenizer
+from megatron_cca.errors import UserError
+from megatron_cca.generation.loading import inspect_for_sampling
+from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
+from megatron_cca.models import resolve_architecture
+from megatron_cca.studies import checks as study_checks
+from megatron_cca.studies.study import Study
+from tests.references import llamagen, thin
+from tests.references.resealed import reseal
+
+ALONE = ParallelConfig()
+
+
+@pytest.fixture(scope="module")
+def emu3(tmp_path_factory):
+    return thin.save_emu3(tmp_path_factory.mktemp("hub") / "emu3")
+
+
+@pytest.fixture(scope="module")
+def imported_emu3(emu3, tmp_path_factory):
+    return import_checkpoint(emu3, tmp_path_factory.mktemp("emu3") / "out", progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def imported_llamagen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamagen")
+    torch.save({"model": llamagen.random_weights(thin.LLAMAGEN)}, folder / "thin.pt")
+    return import_checkpoint(folder / "thin.pt", folder / "out", sizes=thin.LLAMAGEN_KEYS, progress_bar=False)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where nothing has been tokenised yet."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "runs").exists()
+
+
+def refused(call, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_import_stores_that_its_data_are_unknown(imported_emu3, imported_llamagen):
+    for folder, precision in ((imported_emu3, "bf16"), (imported_llamagen, "fp32")):
+        assert json.loads((folder / layout.SUMMARY).read_text())["config"]["data"]["path"] is None
+        config = saved_config(folder, "")
+        assert (config.data.path, config.training.precision) == (None, precision)
+
+
+@pytest.mark.parametrize("source", ["import", "folder"])
+def test_the_released_emu3_draws_the_released_grid(source, emu3, imported_emu3):
+    found = inspect_for_sampling(str(emu3 if source == "folder" else imported_emu3), ALONE)
+    assert usual_grid(found.config) == (90, 90)
+    vocabulary = found.architecture.vocabulary
+    assert (vocabulary.size, vocabulary.visual_start, vocabulary.codebook_size) == (184_622, 151_854, 32_768)
+
+
+def test_who_has_no_room_for_the_released_grid_is_asked_for_one(tmp_path):
+    thin.save_emu3(tmp_path, max_position_embeddings=5120)
+    found = inspect_for_sampling(str(tmp_path), ALONE)
+    assert refused(usual_grid, found.config) == (
+        "the checkpoint does not say what images the model was trained on; give height and width in visual tokens, "
+        "such as 16 16"
+    )
+
+
+def test_a_missing_tokenizer_is_what_is_named(imported_emu3, imported_llamagen, tmp_path):
+    def opened(checkpoint, **given):
+        found = inspect_for_sampling(str(checkpoint), ALONE)
+        return refused(open_tokenizers, found.folder, found.config, found.architecture.vocabulary, **given)
+
+    lacking = "has no image tokenizer with it; give the"
+    wanted = f"--image-tokenizer: {imported_llamagen} {lacking} .pt of LlamaGen's, such as vq_ds16_c2i.pt"
+    assert opened(imported_llamagen) == wanted
+    wanted = f"--image-tokenizer: {imported_emu3} {lacking} config.json and safetensors of Emu3's"
+    (tmp_path / "words").mkdir()
+    train_tokenizer(["a cat"], 300).save(str(tmp_path / "words" / "tokenizer.json"))
+    assert opened(imported_emu3, text=tmp_path / "words") == wanted
+    hf = thin.save_emu3(tmp_path / "hf")
+    (hf / "emu3.tiktoken").unlink()
+    lacking = "has no text tokenizer with it; give a folder with tokenizer.json or emu3.tiktoken"
+    assert opened(hf) == f"--text-tokenizer: {hf} {lacking}"
+
+
+def rewritten(folder, to, **changes):
+    """A copy of a checkpoint whose summary has the defaults of former versions, and other changes."""
+    to.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (to / path.name).write_bytes(path.read_bytes())
+
+    def change(summary):
+        summary["config"]["data"]["path"] = "digits"
+        summary["config"]["objective"]["beta"] = 7.0
+        return {key: value for key, value in (summary | changes).items() if value is not ...}
+
+    reseal(to, change)
+    return to
+
+
+def test_imports_of_former_versions_know_as_little(imported_llamagen, tmp_path):
+    config = saved_config(rewritten(imported_llamagen, tmp_path / "former"), "")
+    assert config.data.path is None
+    assert config.objective == Config().objective
+    assert config.model == saved_config(imported_llamagen, "").model
+
+
+def test_what_a_run_wrote_is_believed(imported_llamagen, tmp_path):
+    config = saved_config(rewritten(imported_llamagen, tmp_path / "run", imported_from=..., data="abc"), "")
+    assert (config.data.path, config.objective.beta) == ("digits", 7.0)
+
+
+def test_a_study_does_not_ask_a_model_of_other_things_for_digits(imported_llamagen, monkeypatch):
+    settings = type("Settings", (), {"prompts": "digits"})()
+    monkeypatch.setattr(study_checks, "_base_model", lambda study: saved_config(imported_llamagen, "").model)
+    message = refused(study_checks._check_conditions, Study(None, settings, None, {}))
+    assert message == "prompts: digits are for models of the digits; name a file of this model's prompts"
+
+
+def test_all_1000_classes_are_there(imported_llamagen):
+    vocabulary = resolve_architecture(saved_config(imported_llamagen, "").model).vocabulary
+    assert (vocabulary.num_classes, vocabulary.codebook_size) == (1000, 16_384)
+    none = np.empty(0, dtype=np.int64)
+    ids = [int(vocabulary.prompt(np.array([label]), none)[0]) for label in (0, 207, 999)]
+    assert ids == [16_384, 16_591, 17_383]
+    assert int(vocabulary.prompt(none, none)[0]) == 17_384
