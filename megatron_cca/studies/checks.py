@@ -20,10 +20,10 @@ from megatron_cca.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.models import resolve_architecture, tiny_architecture
-from megatron_cca.models.grids import grid_misfit
+from megatron_cca.models.grids import grid_misfit, own_grid
 from megatron_cca.studies.compute import run_units, units_per_sample
 from megatron_cca.studies.plot_checks import check_plots
-from megatron_cca.studies.settings import Keys, StudySettings
+from megatron_cca.studies.settings import Keys, SamplingConfig, StudySettings
 from megatron_cca.studies.study import Method, Study
 from megatron_cca.training.checks import check_data, check_new_run
 
@@ -190,10 +190,18 @@ def _check_conditions(study: Study) -> None:
 
 
 def _check_grids(study: Study) -> None:
-    architecture = resolve_architecture(_base_model(study))
+    model, digits = _base_model(study), SamplingConfig()
+    architecture = resolve_architecture(model)
     positions = architecture.max_position_embeddings
+    # Of a model with one grid every other is a misfit.
+    takes_any = own_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
     for method in study.methods.values():
         for sampling in (method.point(values).sampling for values in variants(method)):
+            if takes_any and (sampling.height, sampling.width) == (digits.height, digits.width):
+                raise UserError(
+                    f"sampling: {digits.height} x {digits.width} is the grid of the digits; give this model's height "
+                    "and width"
+                )
             misfit = grid_misfit(architecture, 1, sampling.height, sampling.width)
             if misfit is not None:
                 raise UserError(f"sampling: {misfit}")

@@ -16,7 +16,8 @@ from megatron_cca.generation.loading import inspect_for_sampling
 from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
 from megatron_cca.models import resolve_architecture
 from megatron_cca.studies import checks as study_checks
-from megatron_cca.studies.study import Study
+from megatron_cca.studies.settings import SamplingConfig
+from megatron_cca.studies.study import Method, Study
 from tests.references import llamagen, thin
 from tests.references.resealed import reseal
 
@@ -130,6 +131,18 @@ def test_a_study_does_not_ask_a_model_of_other_things_for_digits(imported_llamag
     monkeypatch.setattr(study_checks, "_base_model", lambda study: saved_config(imported_llamagen, "").model)
     message = refused(study_checks._check_conditions, Study(None, settings, None, {}))
     assert message == "prompts: digits are for models of the digits; name a file of this model's prompts"
+
+
+def test_a_study_does_not_draw_the_digits_grid_with_another_model(imported_emu3, monkeypatch):
+    monkeypatch.setattr(study_checks, "_base_model", lambda study: saved_config(imported_emu3, "").model)
+
+    def drawing(**sizes):
+        method = Method("base", "base", None, SamplingConfig(**sizes), [{}], [])
+        return Study(None, None, None, {"base": method})
+
+    wanted = "sampling: 4 x 4 is the grid of the digits; give this model's height and width"
+    assert refused(study_checks._check_grids, drawing()) == wanted
+    study_checks._check_grids(drawing(height=90, width=90))
 
 
 def test_all_1000_classes_are_there(imported_llamagen):
