@@ -12,7 +12,7 @@ from megatron_cca import platform
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, one_line
 from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLES = """examples:
@@ -82,6 +82,7 @@ def _add_run(commands) -> None:
     command.add_argument("--output", **path, required=True, help="the shard folder to write; must not exist")
     command.add_argument(
         "--model",
+        type=name_option,
         default="emu3-8b",
         metavar="NAME",
         help="preset, or checkpoint folder, whose vocabulary is used (default emu3-8b)",
@@ -259,7 +260,7 @@ def _sizes(model: str) -> ModelConfig | None:
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import FAMILIES
 
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if any(model in family.presets for family in FAMILIES.values()) or not folder.is_dir():
         return None
     return saved_config(layout.resolve(folder, "--model"), "--model").model
