@@ -55,7 +55,7 @@ def test_byte_order_marks_and_other_separators_are_no_lines(name, tmp_path):
         ("p.txt", b"\xff\xfe\x00", "is not text in UTF-8: it is text in UTF-16"),
         ("p.txt", "a fox".encode("utf-16-le"), "is not text in UTF-8: it is text in UTF-16"),
         ("p.txt", b"a fox\0\n", "is not text in UTF-8: it is no text, it has zero bytes"),
-        ("p.txt", gzip.compress(b"a fox"), "is not text in UTF-8: it is compressed (gzip)"),
+        ("p.txt", gzip.compress(b"a fox", mtime=0), "is not text in UTF-8: it is compressed (gzip)"),
         ("p.jsonl", b"\x89PNG\r\n\x1a\n", "is not text in UTF-8: it is a PNG image"),
         ("p.txt", b"version https://git-lfs.github.com/spec/v1\n", "is not text in UTF-8: it is a Git LFS pointer"),
         ("p.csv", b"prompt,seed\na fox,1\n", "is a table; write a prompt a line (.txt), or JSON lines such as"),
