@@ -22,8 +22,8 @@ _PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.
 _CHECKPOINT_VERSION = 3.0
 
 
-def extra_states(num_layers: int) -> Iterator[str]:
-    """Keys of all extra states that a plain GPTModel asks for, of local layers or of Transformer Engine's.
+def extra_state_keys(num_layers: int) -> Iterator[str]:
+    """Unique keys of all extra states that a plain GPTModel asks for, of local layers or of Transformer Engine's.
 
     Without FP8 they hold nothing: both kinds of layers take None.
     """
@@ -48,20 +48,18 @@ def common_state(config: Config, iteration: int, *, world_size: int = 1, has_opt
     Returns:
         ``args``, ``iteration`` and ``checkpoint_version``; with an optimizer also ``opt_param_scheduler``.
     """
-    has_run = {"opt_param_scheduler": _schedule(config, iteration)} if has_optimizer else {}
-    return {
-        "args": Namespace(
-            **_model_arguments(config),
-            **_layout_arguments(config, world_size),
-            **_training_arguments(config, iteration),
-            no_save_optim=not has_optimizer,
-            # Dropout is a function of seed and step: there is no generator's state to save.
-            no_save_rng=True,
-        ),
-        "iteration": iteration,
-        "checkpoint_version": _CHECKPOINT_VERSION,
-        **has_run,
-    }
+    arguments = Namespace(
+        **_model_arguments(config),
+        **_layout_arguments(config, world_size),
+        no_save_optim=not has_optimizer,
+        # Dropout is a function of seed and step: there is no generator's state to save.
+        no_save_rng=True,
+    )
+    state = {"args": arguments, "iteration": iteration, "checkpoint_version": _CHECKPOINT_VERSION}
+    if has_optimizer:
+        vars(arguments).update(_run_arguments(config, iteration))
+        state["opt_param_scheduler"] = _schedule(config, iteration)
+    return state
 
 
 def _model_arguments(config: Config) -> dict:
@@ -100,6 +98,8 @@ def _model_arguments(config: Config) -> dict:
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         # Tokens are ids already.
         "tokenizer_type": "NullTokenizer",
+        "bf16": config.training.precision != "fp32",
+        "fp16": False,
         "ckpt_format": "torch_dist",
     }
 
@@ -119,11 +119,9 @@ def _layout_arguments(config: Config, world_size: int) -> dict:
     }
 
 
-def _training_arguments(config: Config, iteration: int) -> dict:
-    training, optimizer = config.training, config.optimizer
+def _run_arguments(config: Config, iteration: int) -> dict:
+    training = config.training
     return {
-        "bf16": training.precision != "fp32",
-        "fp16": False,
         "seed": training.seed,
         "data_parallel_random_init": False,
         "micro_batch_size": training.micro_batch_size,
@@ -133,7 +131,7 @@ def _training_arguments(config: Config, iteration: int) -> dict:
         "consumed_valid_samples": 0,
         "skipped_train_samples": 0,
         "optimizer": "adam",
-        "use_distributed_optimizer": optimizer.use_distributed_optimizer,
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
     }
 
 

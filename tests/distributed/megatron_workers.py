@@ -1,12 +1,14 @@
-"""What plain Megatron does with checkpoints of ours: nothing of the project but where it runs; plain data is returned."""
+"""What plain Megatron makes of checkpoints of ours; each function returns plain data."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -15,20 +17,44 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_cca.checkpoint import distributed, saving
 from megatron_cca.config_files import load_config
 from megatron_cca.platform import cpu
+from megatron_cca.training.saves import begin_save
 from tests.distributed.ranks import split_anew
+from tests.distributed.workers import start, take_steps
 
-# What a CPU lacks, and this model's size on it.
-_ON_A_CPU = (
-    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-bias-swiglu-fusion "
-    "--no-bias-dropout-fusion --no-rope-fusion --no-gradient-accumulation-fusion --distributed-backend gloo"
-).split()
+# What a CPU lacks.
+_ON_A_CPU = [
+    "--transformer-impl=local",
+    "--distributed-backend=gloo",
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+    "--no-gradient-accumulation-fusion",
+]
+
+
+def trained(settings):
+    """Train for some steps and save; what Megatron-LM should find. ``older`` saves nothing for it."""
+    run = start(settings["overrides"])
+    take_steps(run, settings["steps"])
+    with patch.object(saving, "state_to_save", _without_more if settings["older"] else saving.state_to_save):
+        ended = [*begin_save(run), *run.saver.finish()]
+    assert [saved.problem for saved in ended] == [None]
+    return {"second_moment": _second_moment(run.optimizer), "learning_rate": run.optimizer.param_groups[0]["lr"]}
+
+
+def _without_more(chunks, optimizer, config, iteration):
+    return distributed.state_dict(chunks, optimizer, is_loading=False)
 
 
 def logits(settings):
-    """By checkpoint: a plain GPTModel's logits of ``settings["tokens"]``, or the name of the error."""
+    """By checkpoint: a plain GPTModel's logits of ``settings["tokens"]``, or why it has none."""
     split_anew(load_config(None, settings["overrides"]))
     return {name: _logits(folder, settings) for name, folder in settings["folders"].items()}
 
@@ -51,7 +77,7 @@ def _logits(folder, settings):
     model = _gpt(config, 512, settings["rotary_base"])
     try:
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         return f"{type(error).__name__}: {error}"
     model.load_state_dict(state["model"])
     return _forward(model, settings["tokens"])
@@ -94,19 +120,16 @@ def loaded_by_megatron_lm(settings):
 def _megatron_lm(words):
     """Megatron-LM started with a command line; forgotten at the end."""
     from megatron.training import checkpointing, global_vars
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_and_validate_args
 
+    environment = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     with (
         patch.object(sys, "argv", ["pretrain_gpt.py", *words]),
+        patch.dict(os.environ, environment),
         patch.object(checkpointing, "torch", cpu._TorchOnCpu()),
     ):
-        args = parse_args()
         try:
-            if args.use_checkpoint_args:
-                args, _ = checkpointing.load_args_from_checkpoint(args)
-            validate_args(args)
-            global_vars.set_global_variables(args)
-            yield args, checkpointing
+            yield parse_and_validate_args(), checkpointing
         finally:
             global_vars.destroy_global_vars()
             unset_num_microbatches_calculator()
@@ -125,13 +148,20 @@ def _loaded(args, checkpointing, tokens):
     optimizer = get_megatron_optimizer(options, chunks, config_overrides=overrides, use_gloo_process_groups=False)
     scheduler = get_optimizer_param_scheduler(optimizer)
     iteration, _ = checkpointing.load_checkpoint(chunks, optimizer, scheduler)
-    state = optimizer.chained_optimizers[0].optimizer.state
-    return {
+    found = {
         "iteration": iteration,
         "samples": args.consumed_train_samples,
         "learning_rate": optimizer.param_groups[0]["lr"],
         "step": optimizer.param_groups[0].get("step"),
         "scheduled": scheduler.num_steps,
-        "second_moment": sum(of["exp_avg_sq"].double().sum().item() for of in state.values()),
-        "logits": _forward(model.eval(), tokens),
+        "second_moment": _second_moment(optimizer),
     }
+    return found if args.pipeline_model_parallel_size > 1 else {**found, "logits": _forward(model.eval(), tokens)}
+
+
+def _second_moment(optimizer):
+    """The sum of Adam's second moment over all parameters of all ranks."""
+    states = optimizer.chained_optimizers[0].optimizer.state.values()
+    total = torch.tensor(sum(state["exp_avg_sq"].double().sum().item() for state in states), dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()

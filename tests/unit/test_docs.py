@@ -165,10 +165,25 @@ def commands(text):
 
 # Of other programs, that our pages speak of.
 FOREIGN = {"--constraint", "--max-restarts", "--shutdown-timeout", "--signals-to-handle"}
+MEGATRON_LM = {
+    "--dist-ckpt-strictness",
+    "--exit-on-missing-checkpoint",
+    "--finetune",
+    "--load",
+    "--no-load-optim",
+    "--no-load-rng",
+    "--override-opt-param-scheduler",
+    "--position-embedding-type",
+    "--pretrained-checkpoint",
+    "--tokenizer-type",
+    "--use-checkpoint-args",
+    "--use-distributed-optimizer",
+    "--vocab-size",
+}
 
 
 def test_options_that_are_shown_exist():
-    known = set(FOREIGN)
+    known = FOREIGN | MEGATRON_LM
     for program in [*PROGRAMS, "pretrain_cca_emu3.sh"]:
         for subcommand in SUBCOMMANDS.get(program, (None,)):
             known |= options(program, subcommand)

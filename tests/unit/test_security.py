@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -337,12 +338,12 @@ def state(common, extra):
     }
 
 
-def written(folder, common, extra):
+def written(folder, common, extra, **more):
     """A checkpoint by Megatron itself."""
     from megatron.core import dist_checkpointing
 
     folder.mkdir()
-    dist_checkpointing.save(state(common, extra), str(folder))
+    dist_checkpointing.save({**state(common, extra), **more}, str(folder))
     return folder
 
 
@@ -377,6 +378,19 @@ def test_a_checkpoint_runs_no_code_through_megatron(one_process, tmp_path, witne
         folder = written(tmp_path / str(number), common, extra)
         said = refused(lambda folder=folder: loaded(folder))
         assert name in said and "is damaged or holds more than plain data" in said
+
+
+def test_arguments_of_megatron_lm_are_plain_data_and_left_out(one_process, tmp_path, witness):
+    """Megatron-Core takes its way of loading from them."""
+    arguments = Namespace(num_layers=2, async_save=True, async_strategy="nowhere")
+    common = {"args": arguments, "iteration": 3, "checkpoint_version": 3.0}
+    found = loaded(written(tmp_path / "a", {}, None, **common))
+    assert (found["iteration"], "args" in found) == (3, False)
+    for number, hostile in enumerate((Namespace(num_layers=Bomb(witness)), Bomb(witness))):
+        folder = written(tmp_path / str(number), {}, None, args=hostile)
+        assert "common_state" in refused(lambda folder=folder: loaded(folder))
+    folder = written(tmp_path / "elsewhere", {}, arguments)
+    assert "it asks for argparse.Namespace" in refused(lambda: loaded(folder))
 
 
 def test_megatron_alone_would_run_it(one_process, tmp_path):

@@ -126,7 +126,7 @@ def _copy_files(files: list[Path], to: Path) -> None:
 
 
 def _objects(source: PublicCheckpoint) -> dict:
-    extra_states = dict.fromkeys(megatron_lm.extra_states(source.architecture.num_layers))
+    extra_states = dict.fromkeys(megatron_lm.extra_state_keys(source.architecture.num_layers))
     config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}
 
