@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.resources import files
 
 import numpy as np
@@ -33,15 +33,16 @@ NAMES = (
     ),
     *("motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg"),
 )
-# Name, side of the square (None: Emu3's area), pixels per code, codes, dimensions of the released codebook.
+# Name, side of the square (None: Emu3's area), pixels per code, codes.
 SETTINGS = (
-    ("LlamaGen, 256 x 256", 256, 16, 16_384, 8),
-    ("LlamaGen, 384 x 384", 384, 16, 16_384, 8),
-    ("Emu3, area 720 x 720", None, 8, 32_768, 4),
+    ("LlamaGen, 256 x 256", 256, 16, 16_384),
+    ("LlamaGen, 384 x 384", 384, 16, 16_384),
+    ("Emu3, area 720 x 720", None, 8, 32_768),
 )
+IN_COLOUR = ("coffee.png", "retina.jpg", "astronaut.png", "rocket.jpg", "chelsea.png", "motorcycle_left.png")
 PARTS = ("pixels", "patches", "networks")
 # Rows whose distances to a codebook are held together, and what k-means sees of each centre.
-ROWS, PATCHES_PER_CENTRE, STEPS = 1024, 3, 2
+ROWS, PATCHES_PER_CENTRE, STEPS = 1024, 2, 1
 
 Way = dict[str, Tensor]
 
@@ -50,7 +51,15 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--photographs", type=int, nargs=2, default=(4, 1), help="for the networks of each family")
+    parser.add_argument("--patches", type=int, default=len(NAMES), metavar="N", help="photographs for the patches")
+    parser.add_argument(
+        "--networks",
+        type=int,
+        nargs=2,
+        default=(4, 1),
+        metavar="N",
+        help="photographs for LlamaGen's and Emu3's network",
+    )
     arguments = parser.parse_args()
     photographs = {name: (files("skimage.data") / name).read_bytes() for name in NAMES}
     pixels = {
@@ -62,13 +71,17 @@ def main() -> None:
         print("\n" + markdown_table(header, [[name, *pixel_row(**ways)] for name, ways in pixels.items()]), flush=True)
     columns = ["size", "codes", "codes that differ", "per photograph: least, median, most"]
     if "patches" in arguments.parts:
-        rows = [patch_row(setting, pixels[setting[0]]) for setting in SETTINGS]
-        print("\nCodebook of k-means on the photographs' patches\n\n" + markdown_table(columns, rows), flush=True)
+        print_table("Codebook of k-means on the photographs' patches", columns, patch_rows(pixels, arguments.patches))
     if "networks" in arguments.parts:
-        numbers = [arguments.photographs[0]] * 2 + [arguments.photographs[1]]
-        latents = [llamagen_latents, llamagen_latents, emu3_latents]
-        rows = [network_row(*each, pixels[each[0][0]]) for each in zip(SETTINGS, latents, numbers, strict=True)]
-        print("\nThe released networks' shape with random weights\n\n" + markdown_table(columns, rows))
+        title = "The released networks' shape with random weights"
+        print_table(title, columns, network_rows(pixels, *arguments.networks))
+
+
+def print_table(title: str, columns: list[str], rows: Iterator[list[str]]) -> None:
+    """Print each row as soon as it is known."""
+    print(f"\n{title}\n\n{markdown_table(columns, [])}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: int) -> Way:
@@ -99,17 +112,21 @@ def spread(numbers: list[float], form: str) -> str:
     return ", ".join(form.format(each) for each in (min(numbers), float(np.median(numbers)), max(numbers)))
 
 
-def patch_row(setting: tuple, ways: dict[str, Way]) -> list[str]:
-    """Codes of a codebook of patches that were drawn at any offset, so from neither way's grid."""
-    name, _, factor, size, _ = setting
-    generator = torch.Generator().manual_seed(0)
-    patches = drawn_patches(list(ways["authors"].values()), factor, PATCHES_PER_CENTRE * size, generator)
-    codebook = k_means(patches, size, name)
-    found = {
-        way: {photo: nearest(grid_patches(image, factor), codebook) for photo, image in images.items()}
-        for way, images in ways.items()
-    }
-    return [name, f"{size:,}", *shares(**found)]
+def patch_rows(pixels: dict[str, dict[str, Way]], number: int) -> Iterator[list[str]]:
+    """Codes of codebooks of patches that were drawn at any offset, so from neither way's grid."""
+    codebooks: dict[tuple[int, int], Tensor] = {}
+    for name, _, factor, size in SETTINGS:
+        ways = {way: dict(list(images.items())[:number]) for way, images in pixels[name].items()}
+        if (factor, size) not in codebooks:
+            generator = torch.Generator().manual_seed(0)
+            images = list(pixels[name]["authors"].values())
+            patches = drawn_patches(images, factor, PATCHES_PER_CENTRE * size, generator)
+            codebooks[factor, size] = k_means(patches, size, name)
+        codes = {
+            way: {photo: nearest(grid_patches(image, factor), codebooks[factor, size]) for photo, image in of.items()}
+            for way, of in tqdm(ways.items(), desc=f"codes, {name}", unit="way")
+        }
+        yield [name, f"{size:,}", *shares(**codes)]
 
 
 def drawn_patches(images: list[Tensor], side: int, number: int, generator: torch.Generator) -> Tensor:
@@ -149,18 +166,27 @@ def nearest(points: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(squares - 2 * part @ codebook.T).argmin(1) for part in points.split(ROWS)])
 
 
-def network_row(setting: tuple, latents_of: Callable, number: int, ways: dict[str, Way]) -> list[str]:
-    """Codes by a Gaussian codebook with the latents' own mean and covariance."""
-    name, _, _, size, _ = setting
-    photos = list(ways["authors"])[: number * 2 : 2] if number > 1 else ["coffee.png"]
-    with tqdm(total=len(photos) * len(ways), desc=f"encoding, {name}", unit="image") as bar:
-        found = {way: latents_of({photo: images[photo] for photo in photos}, bar) for way, images in ways.items()}
-    together = torch.cat([each for images in found.values() for each in images.values()])
-    spread_of = torch.linalg.cholesky(torch.cov(together.T.double()) + 1e-12 * torch.eye(together.shape[1]))
-    noise = torch.randn(size, together.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    codebook = together.double().mean(0) + noise @ spread_of.T
-    codes = {way: {photo: nearest(each.double(), codebook) for photo, each in of.items()} for way, of in found.items()}
-    return [name, f"{size:,}", *shares(**codes)]
+def network_rows(pixels: dict[str, dict[str, Way]], llamagen: int, emu3: int) -> Iterator[list[str]]:
+    """Codes of each network's latents, by a codebook that is drawn from a Gaussian of their mean and covariance."""
+    for name, side, _, size in SETTINGS:
+        latents_of, number = (emu3_latents, emu3) if side is None else (llamagen_latents, llamagen)
+        photos = IN_COLOUR[:number]
+        with tqdm(total=2 * number, desc=f"encoding, {name}", unit="image") as bar:
+            found = {
+                way: latents_of({photo: images[photo] for photo in photos}, bar) for way, images in pixels[name].items()
+            }
+        codebook = gaussian(torch.cat([each for of in found.values() for each in of.values()]).double(), size)
+        codes = {
+            way: {photo: nearest(each.double(), codebook) for photo, each in of.items()} for way, of in found.items()
+        }
+        yield [name, f"{size:,}", *shares(**codes)]
+
+
+def gaussian(points: Tensor, number: int) -> Tensor:
+    """float64 ``[number, D]`` with the mean and covariance of points ``[M, D]``."""
+    factor = torch.linalg.cholesky(torch.cov(points.T) + 1e-12 * torch.eye(points.shape[1]))
+    noise = torch.randn(number, points.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return points.mean(0) + noise @ factor.T
 
 
 @torch.no_grad()
