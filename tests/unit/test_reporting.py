@@ -44,6 +44,8 @@ def end(monkeypatch):
         raise Ended(status, *waits)
 
     monkeypatch.setattr(reporting, "end_process", leave)
+    # Those of this process are the ranks of other tests.
+    monkeypatch.setattr(reporting.multiprocessing, "active_children", list)
     monkeypatch.setattr(reporting, "_wait_to_be_ended", waits.append)
     monkeypatch.setenv("RANK", "1")
 
