@@ -159,4 +159,6 @@ def judge(judging: Judging, images: np.ndarray, prompts: Sequence[Prompt]) -> di
 def _reference(reference: str, extractor: str, weights: str | None) -> Reference:
     network = open_extractor(extractor, weights and Path(weights)).to(platform.device())
     images = read_images(reference)
+    for notice in images.notices:
+        print(f"reference {reference}: {notice}", file=sys.stderr)
     return Reference(images.images, network, images.moments if extractor == "inception" else None)

@@ -20,6 +20,11 @@ __all__ = ["hf_cache"]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 
 
+def zipped(text):
+    """By gzip, without the time, which would be in the name of a test."""
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def notices(path, layout="auto", **options):
     found = open_source(path, layout, SourceOptions(**options)).notices()
     assert all(line.isprintable() for line in found)
@@ -54,7 +59,7 @@ def test_blank_lines_are_no_records(end, blank, mark, chunk, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(lines(*PAIRS).encode(), mtime=0), "holds no records: it is compressed (gzip); write one JSON object a"),
+        (zipped(lines(*PAIRS)), "holds no records: it is compressed (gzip); write one JSON object a"),
         (lines(*PAIRS).encode("utf-16"), "it is text in UTF-16"),
         (lines(*PAIRS).encode("utf-16-le"), "it is text in UTF-16"),
         (json.dumps(PAIRS), "it is one JSON array"),
@@ -329,7 +334,7 @@ def test_what_is_odd_about_classes_is_said(tmp_path):
         ("classes.json", '["cat"]', "must hold a JSON object, found a list"),
         ("classes.json", '{"n1": "cat"}'.encode("utf-16"), "is text in UTF-16"),
         ("LOC_synset_mapping.txt", LFS, "is a Git LFS pointer"),
-        ("LOC_synset_mapping.txt", gzip.compress(b"n1 ray", mtime=0), "is compressed (gzip)"),
+        ("LOC_synset_mapping.txt", zipped("n1 ray"), "is compressed (gzip)"),
     ],
 )
 def test_names_of_other_classes_are_refused(name, content, message, tmp_path):
@@ -360,6 +365,17 @@ def test_a_pointer_of_git_lfs_is_no_image(tmp_path):
     assert "a.png: is a Git LFS pointer in place of the file (git lfs pull" in everything(open_source(tmp_path))[0]
 
 
+def test_names_that_other_systems_and_the_network_know_say_what_they_are(tmp_path):
+    names = ["sub\\a.png", "https://example.org/a.png", "s3://bucket/a.png", "a.png"]
+    listed = lines(*({"file_name": name, "caption": "c"} for name in names))
+    write_all(tmp_path, {"captions.jsonl": listed, "a.png": A, "sub/a.png": A})
+    windows, web, bucket, good = everything(open_source(tmp_path))
+    assert windows.endswith('is missing; folders are divided by "/"')
+    for found in (web, bucket):
+        assert found.endswith("is an address, and nothing is downloaded; download the images first")
+    assert good.frames == (A,)
+
+
 # webdataset
 
 
@@ -368,7 +384,7 @@ def test_what_a_tar_holds_besides_is_counted(tmp_path):
     files += [("b.jpg", B), ("d.npy", b"x"), ("x/0.5_cat.jpg", B), ("__MACOSX/._a.JPG", b"x")]
     tar(tmp_path / "a.TAR", files)
     tar(tmp_path / "b.tar", [("e.heic", b"x")])
-    write_all(tmp_path, {"list.csv": "x", "sub/a.tar": b"x"})
+    write_all(tmp_path, {"list.csv": "x", "sub/a.tar": b"x", ".a.tar": b"x", ".gitattributes": "x"})
     source = open_source(tmp_path)
     assert [record if isinstance(record, str) else record.caption for record in everything(source)][:2] == ["A", "B"]
     assert source.notices()[:3] == [
@@ -381,6 +397,7 @@ def test_what_a_tar_holds_besides_is_counted(tmp_path):
         assert part in inside
     assert beside.startswith("beside the tars, not read: ")
     assert "1 .csv (list.csv)" in beside
+    assert "1 hidden (.a.tar)" in beside
     assert "1 folders (sub/)" in beside
 
 
@@ -434,7 +451,7 @@ def test_what_of_a_data_set_is_not_read_is_said(hf_cache, tmp_path):
     write_all(tmp_path / "arrow", {"x-train.arrow": arrow, "cache-1f.arrow": arrow})
     assert len(open_source(tmp_path / "arrow")) == 2
     assert notices(tmp_path / "arrow") == ["not read: 1 .arrow (cache-1f.arrow)"]
-    for content, kind in ((LFS, "a Git LFS pointer"), (gzip.compress(b"x", mtime=0), "compressed (gzip)"), (A, "a PNG image")):
+    for content, kind in ((LFS, "a Git LFS pointer"), (zipped("x"), "compressed (gzip)"), (A, "a PNG image")):
         assert f"train.parquet is {kind}" in refused(write(tmp_path / "p", "train.parquet", content).parent)
 
 
@@ -466,7 +483,7 @@ def test_emu3s_unlisted_files_are_counted(tmp_path):
         "the list names 1 files again that it has named before; each is a sample",
         "1 of 2 .pth files that lie there are not in the list and are not read",
     ]
-    packed = write(tmp_path, "train.json", gzip.compress(b"x", mtime=0))
+    packed = write(tmp_path, "train.json", zipped("x"))
     assert "it is compressed (gzip), and it needs" in refused(packed, "emu3")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError
 from megatron_cca.foreign import LFS_POINTER, hub_blobs, kind_of, kind_of_file
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # Far beyond any image; keeps a forged size from filling the memory.
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24
@@ -109,6 +111,8 @@ def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
     """A file below a folder; see :func:`read_below`. What goes wrong in the block with the file is told alike."""
     shown = printable(reference)
     try:
+        if _ADDRESS.match(reference):
+            raise Unreadable(name, f"{shown} is an address, and nothing is downloaded; download the images first")
         if not root.holds(reference):
             raise Unreadable(name, f"{shown} leaves the folder")
         # A named pipe must not block the job.
@@ -119,7 +123,8 @@ def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "rb") as file:
             yield file
     except FileNotFoundError:
-        raise Unreadable(name, f"{shown} is missing") from None
+        hint = '; folders are divided by "/"' if "\\" in reference else ""
+        raise Unreadable(name, f"{shown} is missing{hint}") from None
     except OSError as error:
         raise Unreadable(name, f"{shown}: {error.strerror or error}") from None
     except ValueError:
@@ -160,13 +165,15 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
-def names_in(folder: Path) -> list[str]:
-    """The names in a folder without hidden ones, sorted.
+def names_in(folder: Path, *, hidden: bool = False) -> list[str]:
+    """The names in a folder that are not hidden, or those that are, sorted.
 
     Raises:
         UserError: it may not be read.
     """
     try:
-        return sorted((entry.name for entry in folder.iterdir() if not entry.name.startswith(".")), key=os.fsencode)
+        return sorted(
+            (entry.name for entry in folder.iterdir() if entry.name.startswith(".") == hidden), key=os.fsencode
+        )
     except OSError as error:
         raise UserError(f"{printable(str(folder))}: {error.strerror}; give a folder that may be read") from None

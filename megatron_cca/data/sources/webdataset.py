@@ -70,6 +70,8 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
         for name in names:
             if not _is_tar(name):
                 passed.add(f"{name}/" if is_folder(path / name) else name)
+        for name in names_in(path, hidden=True):
+            passed.add(name)
     if not tars:
         raise UserError(f"{path} holds no .tar files")
     source = TarRecords(tars, options, passed)
