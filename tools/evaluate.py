@@ -110,13 +110,12 @@ def _named(samples: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in samples:
         name, separator, path = text.partition("=")
-        if not separator or "/" in name or Path(text).exists():
-            name, path = "", text
-        if separator and not path:
-            raise UserError(f"--samples: {text!r} is not of the form [NAME=]PATH")
+        is_path = not separator or "/" in name or Path(text).exists()
         with said_of("--samples"):
-            path = typed_path(path)
-        name = name or Path(path).resolve().name.removesuffix(".npz")
+            path = typed_path(text) if is_path else path and typed_path(path)
+        name = Path(path).resolve().name.removesuffix(".npz") if is_path else name
+        if not name or not path:
+            raise UserError(f"--samples: {text!r} is not of the form [NAME=]PATH")
         if name in found:
             raise UserError(f"--samples: two sets are called {name}; tell them apart with NAME=PATH")
         found[name] = path
