@@ -19,6 +19,8 @@ from tests.references import llamagen, llamagen_vq, thin
 CONVERT = ROOT / "tools" / "convert_checkpoint.py"
 TOKENIZE = ROOT / "tools" / "tokenize_images.py"
 GIVEN = [part for key, value in thin.LLAMAGEN_KEYS.items() for part in ("--set", f"model.{key}={value}")]
+# A pixel for each code: a thousand pictures are soon drawn.
+PIXELS = {"first": 32, "widths": (32,), "blocks": 1, "latent": 2, "codebook": (16_384, 2)}
 STATE = llamagen.random_weights(thin.LLAMAGEN, std=0.3)
 
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory):
     """``made`` is imported; ``vq.pt`` is its image tokenizer; ``model.yaml`` what its runs need."""
     folder = tmp_path_factory.mktemp("imported")
     torch.save({"model": {f"module.{name}": value for name, value in STATE.items()}}, folder / "thin.pt")
-    torch.save(llamagen_vq.random_vq({**llamagen_vq.TINY, "codebook": (16_384, 8)}), folder / "vq.pt")
+    torch.save(llamagen_vq.random_vq(PIXELS), folder / "vq.pt")
     done = run_tool(CONVERT, "import", "--hf", "thin.pt", "--output", "made", *GIVEN, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout.splitlines()[-1]
