@@ -140,8 +140,11 @@ def test_our_own_small_preset_says_nothing_of_other_peoples_models():
 
 def test_saved_frequencies_tell_heads_and_positions(tmp_path):
     state = llamagen.random_weights(SMALL) | {"freqs_cis": torch.zeros(26, 16, 2)}
-    model = saved_config(imported(saved(tmp_path / "f.pt", state), tmp_path / "out"), "").model
+    path = saved(tmp_path / "f.pt", state)
+    model = saved_config(imported(path, tmp_path / "out"), "").model
     assert (model.num_attention_heads, model.max_position_embeddings) == (4, 26)
+    message = refused(path, tmp_path / "no", sizes={"num_attention_heads": 8})
+    assert message.endswith("model.num_attention_heads: 8, but the tensors have 4; leave it out")
 
 
 def test_key_heads_follow_from_the_query_heads(tmp_path):

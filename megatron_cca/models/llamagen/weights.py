@@ -67,18 +67,10 @@ class LlamaGenWeightsFile:
         if min(told.values()) < 1:
             raise UserError(f"looks like LlamaGen, but of {_in_words(told)}")
         name, preset = _known(told)
-        usual = {} if preset is None else {key: getattr(preset, key) for key in self.unsaid}
-        sources = {
-            "num_attention_heads": (_told_by_frequencies(shapes), usual, assumed),
-            "max_position_embeddings": (_told_by_frequencies(shapes), assumed, usual),
-            "rotary_base": (assumed, vars(_ANY)),
-            "layernorm_epsilon": (assumed, vars(_ANY)),
-        }
-        open_sizes = {key: _first(key, (given, *places)) for key, places in sources.items()}
-        missing = [key for key, value in open_sizes.items() if value is None]
+        sizes = told | self._not_told_by_weights(shapes, given, assumed, preset)
+        missing = [key for key in self.unsaid if sizes[key] is None]
         if missing:
             raise UserError(_asked_for(told, missing))
-        sizes = told | open_sizes
         sizes["num_query_groups"] = _query_groups(shapes, sizes["num_attention_heads"])
         for key, value in given.items():
             if key not in sizes:
@@ -86,6 +78,21 @@ class LlamaGenWeightsFile:
             if sizes[key] != value:
                 raise UserError(f"model.{key}: {value}, but the tensors have {sizes[key]}; leave it out")
         return ModelConfig(name=name, vocab_size=sizes["codebook_size"] + sizes["num_classes"] + 1, **sizes)
+
+    def _not_told_by_weights(
+        self, shapes: Shapes, given: Sizes, assumed: Sizes, preset: Architecture | None
+    ) -> dict[str, float | None]:
+        """The sizes in ``unsaid``; None where nothing tells one."""
+        usual = {} if preset is None else {key: getattr(preset, key) for key in self.unsaid}
+        buffer = _told_by_frequencies(shapes)
+        places = {
+            "num_attention_heads": (buffer, given, usual, assumed),
+            # A released decoder may be of either size of image: only the released default comes last.
+            "max_position_embeddings": (buffer, given, assumed, usual),
+            "rotary_base": (given, assumed, vars(_ANY)),
+            "layernorm_epsilon": (given, assumed, vars(_ANY)),
+        }
+        return {key: next((place[key] for place in places[key] if key in place), None) for key in self.unsaid}
 
 
 def _told_by_shapes(shapes: Shapes) -> dict[str, int]:
@@ -122,10 +129,6 @@ def _sizes_of(preset: Architecture) -> dict[str, int]:
     vocabulary = preset.vocabulary
     decoder = {key: getattr(preset, key) for key in ("num_layers", "hidden_size", "ffn_hidden_size")}
     return decoder | {"codebook_size": vocabulary.codebook_size, "num_classes": vocabulary.num_classes}
-
-
-def _first(key: str, places: tuple[Sizes, ...]) -> float | None:
-    return next((place[key] for place in places if key in place), None)
 
 
 def _query_groups(shapes: Shapes, heads: float) -> int:
