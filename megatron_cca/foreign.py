@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from megatron_cca.errors import UserError, shortened
 
 BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-ZIP = "a zip archive"
+ZIP, UTF_16 = "a zip archive", "text in UTF-16"
 # How many bytes of a file :func:`kind_of` wants.
 KIND_BYTES = 512
 _KINDS = (
@@ -39,8 +39,8 @@ _KINDS = (
     (0, b"MM\0*", "a TIFF image"),
     (4, b"ftyp", "a HEIC or AVIF image, or a video"),
     (0, b"\xff\xfe\0\0", "text in UTF-32"),
-    (0, b"\xff\xfe", "text in UTF-16"),
-    (0, b"\xfe\xff", "text in UTF-16"),
+    (0, b"\xff\xfe", UTF_16),
+    (0, b"\xfe\xff", UTF_16),
 )
 _PAGES = (b"<!doctype html", b"<html")
 
@@ -53,7 +53,7 @@ def kind_of(start: bytes) -> str | None:
     if start[:20].lstrip().lower().startswith(_PAGES):
         return "a web page"
     # A letter of ASCII in UTF-16 has a zero byte before or behind it.
-    return "text in UTF-16" if len(start) > 1 and (start[0] == 0) != (start[1] == 0) else None
+    return UTF_16 if len(start) > 1 and (start[0] == 0) != (start[1] == 0) else None
 
 
 def kind_of_file(path: Path) -> str | None:
@@ -63,6 +63,17 @@ def kind_of_file(path: Path) -> str | None:
             return kind_of(file.read(KIND_BYTES))
     except (OSError, ValueError):
         return None
+
+
+def said_kind(path: Path, but: Collection[str] = ()) -> str:
+    """What a file is instead of what its reader expects, to stand at the end of a message.
+
+    Args:
+        path: the file.
+        but: kinds that the reader's own files are of.
+    """
+    kind = kind_of_file(path)
+    return "" if kind is None or kind in but else f"; it is {kind}"
 
 
 def hub_blobs(folder: str | os.PathLike) -> Path | None:
@@ -126,7 +137,7 @@ def json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it holds no JSON object{said_kind(path)}")
     return found
 
 

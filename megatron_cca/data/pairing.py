@@ -27,8 +27,8 @@ class GlobalBatch:
         sample_ids: int64; the sample whose image (and own caption) the row holds.
         negative_ids: int64; the sample whose caption is the row's negative condition.
         condition_dropped: bool; both conditions of the row are the empty caption.
-        negative_is_positive: bool; the row has no true negative: its condition was dropped, or no other condition
-            stands in the whole batch.
+        negative_is_positive: bool; the row has no true negative: its condition was dropped, or the whole batch holds
+            no other condition of another image.
         variants: int64; which variant of the row's image it is.
     """
 
@@ -65,7 +65,8 @@ class Pairing:
         """The batch of a step, which counts from 0."""
         samples = self._samples(step)
         table = self.rows(samples)
-        negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"])
+        # What is said of the same image elsewhere is true of it, too: captions of one photograph differ.
+        negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"], table["codes"])
         draws = np.random.default_rng((self.seed, _DROPOUT, step)).random(self.global_batch_size)
         dropped = draws < self.condition_dropout
         is_positive = dropped | ~has_negative

@@ -51,6 +51,11 @@ class TokenData:
         """The table's rows (:data:`SAMPLE`) of these sample ids."""
         return self._looked_up(samples, np.empty(len(samples), SAMPLE), lambda shards: shards.table)
 
+    def num_repeated_images(self) -> int:
+        """How many samples show the image of a sample before them, as under another caption: their codes are equal."""
+        codes = np.concatenate([shards.table["codes"] for shards in self.shards])
+        return len(codes) - len(np.unique(codes))
+
     def num_variants(self, samples: np.ndarray) -> np.ndarray:
         """How many variants these sample ids have, int32."""
         return self._looked_up(samples, np.empty(len(samples), np.int32), lambda shards: shards.variants)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, shortened
+from megatron_cca.foreign import UTF_16, ZIP, said_kind
 from megatron_cca.models.weight_sets import WeightSet, unwrapped, weight_sets
 from megatron_cca.pickles import NotPlainError, load_tensors
 
@@ -41,7 +42,8 @@ def contents_of(path: Path) -> Any:
         ) from None
     except Exception as error:  # torch.load promises no closed set for damaged files
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"is truncated or not what torch.save writes: {shortened(why, 120)}") from None
+        kind = said_kind(path, but=[ZIP])
+        raise UserError(f"is truncated or not what torch.save writes{kind or f': {shortened(why, 120)}'}") from None
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -54,7 +56,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"is truncated or not a safetensors file: {shortened(why, 120)}") from None
+        # A header's length looks like it.
+        kind = said_kind(path, but=[UTF_16])
+        raise UserError(f"is truncated or not a safetensors file{kind or f': {shortened(why, 120)}'}") from None
 
 
 def tensors_in(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:

@@ -61,21 +61,27 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     settings = reference_settings(config)
     architecture = {f"model.{name}": value for name, value in asdict(resolve_architecture(config.model)).items()}
     vocabulary = architecture.pop("model.vocabulary")["size"]
-    return architecture | {
-        "model.vocab_size": vocabulary,
-        "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
-        "data": data.training.fingerprint(),
-        "training.seed": config.training.seed,
-        "training.global_batch_size": config.training.global_batch_size,
-        "data.condition_dropout": config.data.condition_dropout,
-        "data.length_bucketing": config.data.length_bucketing,
-        "validation data": data.validation.fingerprint() if data.validation is not None else None,
-        "validation.fraction": config.validation.fraction,
-        "validation.seed": config.validation.seed,
-        "reference.precision": settings.precision,
-        "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
-        "reference.fp8_param": config.reference.fp8_param,
-    }
+    # Only where there are some: former versions took another caption of the same image for a negative.
+    repeated = data.training.num_repeated_images()
+    return (
+        architecture
+        | {
+            "model.vocab_size": vocabulary,
+            "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
+            "data": data.training.fingerprint(),
+            "training.seed": config.training.seed,
+            "training.global_batch_size": config.training.global_batch_size,
+            "data.condition_dropout": config.data.condition_dropout,
+            "data.length_bucketing": config.data.length_bucketing,
+            "validation data": data.validation.fingerprint() if data.validation is not None else None,
+            "validation.fraction": config.validation.fraction,
+            "validation.seed": config.validation.seed,
+            "reference.precision": settings.precision,
+            "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
+            "reference.fp8_param": config.reference.fp8_param,
+        }
+        | ({"repeated images": repeated} if repeated else {})
+    )
 
 
 def _drawn(config: Config) -> str:

@@ -74,6 +74,10 @@ def test_pictures_are_cropped_labelled_and_mirrored(pictures, shards, flips, tmp
             assert np.array_equal(made.codes(index, variant)[0], codebook.encode(scan[None])[0])
     manifest = json.loads((tmp_path / "made/manifest.json").read_text())
     assert (manifest["grid"], manifest.get("flips")) == ([4, 4], flips or None)
+    # A model of ten classes; a folder that is missing shifts the labels of those behind it.
+    assert manifest["source"]["notices"][0] == (
+        "folders of 3 classes, while the model has 10: they are taken for its first 3, in the order of their names"
+    )
 
 
 def test_sources_without_classes_are_refused(pictures, shards, tmp_path):

@@ -131,7 +131,10 @@ def test_a_layout_that_cannot_split_the_model_is_refused_before_the_cluster_is(s
 def test_missing_and_damaged_files_are_named(hf, tmp_path):
     file = hf / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} is truncated or not a safetensors file" in refused(hf, tmp_path)
+    assert f"{file} is truncated or not a safetensors file: Error" in refused(hf, tmp_path)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    pointer = "it is a Git LFS pointer in place of the file (git lfs pull brings the file)"
+    assert f"{file} is truncated or not a safetensors file; {pointer}" in refused(hf, tmp_path)
     file.unlink()
     assert "has neither model.safetensors nor" in refused(hf, tmp_path)
     (hf / "config.json").write_text("{")

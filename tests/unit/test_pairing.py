@@ -42,10 +42,11 @@ def test_distinct_conditions_are_rolled_by_one():
 NUMBER = 1000
 
 
-def table(samples, captions=50, classes=10):
-    """Of sample i the caption i % captions, the class i % classes, and a length that goes with i."""
+def table(samples, captions=50, classes=10, images=NUMBER):
+    """Of sample i: caption i % captions, class i % classes, image i % images, and a length that goes with i."""
     rows = np.zeros(len(samples), SAMPLE)
     rows["caption"], rows["condition"] = samples % captions, samples % classes + 10_000
+    rows["codes"] = samples % images + 20_000
     rows["grid"] = np.stack([np.ones_like(samples), 1 + samples % 7, np.full_like(samples, 3)], axis=1)
     rows["caption_length"] = samples % 5
     return rows
@@ -82,6 +83,13 @@ def test_negatives_share_neither_caption_nor_condition_unless_flagged(step, seed
     # A flag is the exception: a row that is not dropped has it only if the batch holds nothing else.
     for row in np.flatnonzero(rows.negative_is_positive & ~rows.condition_dropped):
         assert ((ours["caption"] == ours["caption"][row]) | (ours["condition"] == ours["condition"][row])).all()
+
+
+def test_another_caption_of_the_same_image_is_no_negative():
+    """As COCO has five captions an image: sample i shows image i % 20."""
+    rows = pairing(rows=lambda samples: table(samples, captions=NUMBER, classes=NUMBER, images=20)).at(3)
+    assert (rows.sample_ids % 20 != rows.negative_ids % 20).all()
+    assert (rows.negative_is_positive == rows.condition_dropped).all()
 
 
 def test_dropped_rows_are_flagged_and_about_as_many_as_asked_for():

@@ -352,6 +352,7 @@ def test_a_file_or_an_archive_in_place_of_a_folder_says_so(tmp_path):
     listed = write(tmp_path, "captions.jsonl", lines(*PAIRS))
     assert refused(listed).endswith("it is one file; give the folder that it lies in, a tar, or a list of Emu3's")
     assert "it is a Parquet file; give the folder" in refused(write(tmp_path, "train.parquet", b"PAR1"))
+    assert refused(write(tmp_path / "g", "captions.jsonl.gz", zipped("x")).parent).endswith("is packed; unpack it")
     assert refused(write(tmp_path / "z", "images.zip", b"PK\3\4").parent).endswith("images.zip is packed; unpack it")
 
 
@@ -377,6 +378,22 @@ def test_names_that_other_systems_and_the_network_know_say_what_they_are(tmp_pat
 
 
 # webdataset
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["00000", "00001", "00004", "00005"], "2 of 6 tars that are numbered through are missing (00002.tar)"),
+        (["cc-8", "cc-9", "cc-11"], None),  # 9 and 11 have not one width
+        (["cc-08", "cc-09", "cc-11"], "1 of 4 tars that are numbered through are missing (cc-10.tar)"),
+        (["20240101", "20240201", "20240301"], None),  # dates
+        (["a", "b"], None),
+    ],
+)
+def test_a_tar_missing_between_others_is_said(names, said, tmp_path):
+    for name in names:
+        tar(tmp_path / f"{name}.tar", [("x.png", A), ("x.txt", b"a cat")])
+    assert notices(tmp_path) == ([said] if said else [])
 
 
 def test_what_a_tar_holds_besides_is_counted(tmp_path):

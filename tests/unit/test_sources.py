@@ -887,7 +887,7 @@ def test_what_is_not_there_or_unknown(tmp_path):
     possible = "set the layout to one of captions, classes, journeydb, webdataset, datasets, emu3, llamagen"
     assert refused(tmp_path).endswith(f"has no layout known here; {possible}")
     write(tmp_path, "flat.png", A)
-    assert "has no layout known here" in refused(tmp_path)
+    assert "has no layout known here; its images have no captions; write captions.jsonl" in refused(tmp_path)
     assert open_source(tmp_path, "captions")[0].caption is None
     tar(tmp_path / "a.tar", [("a.png", A)])
     write(tmp_path, "captions.jsonl", lines({"file_name": "flat.png"}))

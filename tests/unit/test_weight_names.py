@@ -244,6 +244,8 @@ def test_damaged_and_hostile_files_of_the_former_format_are_refused(tmp_path, ca
     for content in (whole[: len(whole) // 2], whole[:-1], whole[:20], whole[:17]):
         path.write_bytes(content)
         assert "is truncated or not what torch.save writes" in refused(path, tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert "is truncated or not what torch.save writes; it is a Git LFS pointer" in refused(path, tmp_path)
     # Two billion numbers in place of 123, which torch would take memory for before it looks for them.
     swollen = whole.replace(b"K" + bytes([123]) + b"N", b"J\xff\xff\xff\x7fN")
     assert swollen != whole

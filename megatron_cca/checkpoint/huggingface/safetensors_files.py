@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.foreign import UTF_16, said_kind
 from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,9 +137,9 @@ class SafetensorsFolder:
                         raise UserError(f"{self.option}: tensor {name} in {path} claims the shape {list(shape)}")
                     found[name] = TensorInfo(path, name, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.option}: {path} is truncated or not a safetensors file: {str(error).splitlines()[0]}"
-            ) from None
+            # A header's length looks like UTF-16.
+            why = said_kind(path, but=[UTF_16]) or f": {str(error).splitlines()[0]}"
+            raise UserError(f"{self.option}: {path} is truncated or not a safetensors file{why}") from None
         return found
 
 

@@ -12,7 +12,7 @@ from megatron_cca.data.sources import captions, classes, emu3, huggingface, jour
 from megatron_cca.data.sources.files import is_file, is_folder, names_in, real_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable
 from megatron_cca.data.sources.texts import OF_LIST, printable, split_of
-from megatron_cca.data.sources.trees import walked
+from megatron_cca.data.sources.trees import is_image, walked
 from megatron_cca.errors import UserError
 from megatron_cca.foreign import kind_of_file
 
@@ -115,7 +115,7 @@ def _recognised(path: Path, options: SourceOptions) -> str:
 
 _CHOOSE = f"set the layout to one of {', '.join(LAYOUTS)}"
 _LOOKED_AT = 100_000
-_PACKED = (".zip", ".7z", ".rar")
+_PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
 
 
@@ -142,6 +142,8 @@ def _advice(path: Path, options: SourceOptions) -> str:
             f"{printable(lists[0])} is not read; write captions.jsonl, a line for each image such as "
             '{"file_name": "a.png", "caption": "a cat"}'
         )
+    if any(is_image(name) for name in names):
+        return "its images have no captions; write captions.jsonl or a text (.txt) beside each, or sort them by class"
     return _CHOOSE
 
 

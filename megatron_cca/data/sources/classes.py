@@ -69,6 +69,11 @@ class ClassFolders:
         _refuse_other_names(root, self._names_from, self._captions, folders)
         self._labels = {folder: label for label, folder in enumerate(folders)}
 
+    @property
+    def num_classes(self) -> int:
+        """Folders that count as a class."""
+        return len(self._labels)
+
     def __len__(self) -> int:
         return len(self._images)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"
 _DOTTED = "images with a second dot in their names, behind which webdataset ends a record's name"
 _ABSENT = -1
 _LOOKED_AT = 100
+_NUMBER = re.compile(r"[0-9]{1,12}$")
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
@@ -77,6 +79,24 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
     source = TarRecords(tars, options, passed)
     source.check_caption_field()
     return source
+
+
+def _gap(names: Iterable[str]) -> str | None:
+    """Which numbers are missing among tars that are numbered through, as after a download that was cut short."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        stem = name[: -len(".tar")]
+        digits = _NUMBER.search(stem)
+        if digits is not None:
+            series.setdefault((stem[: digits.start()], len(digits[0])), set()).add(int(digits[0]))
+    for (prefix, width), numbers in sorted(series.items()):
+        count = max(numbers) - min(numbers) + 1
+        # Dates and the like leave larger gaps; they are no count.
+        if len(numbers) < count < 2 * len(numbers):
+            first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
+            missing = printable(f"{prefix}{first:0{width}d}.tar")
+            return f"{count - len(numbers)} of {count} tars that are numbered through are missing ({missing})"
+    return None
 
 
 def _is_tar(name: str) -> bool:
@@ -131,7 +151,7 @@ class TarRecords:
 
     def notices(self) -> list[str]:
         """See :class:`Source`."""
-        lines = []
+        lines = [line] if (line := _gap(tar.name for tar in self._tars)) else []
         counts = np.bincount(self._tar_ids, minlength=len(self._tars))
         if empty := [tar.name for tar, count in zip(self._tars, counts, strict=True) if not count]:
             lines.append(f"{len(empty)} tars hold no records ({printable(empty[0])})")

@@ -1,4 +1,4 @@
-"""Whether a record is one for a model: its class, its codes, their grid.
+"""Whether a source and its records are for a model: classes, codes, their grid.
 
 A model of classes, or of one grid, is given sources that were made for it. What one record has wrong there, all have,
 or their labels mean something else: it ends the job, while a record that is damaged or unusual is skipped.
@@ -7,7 +7,8 @@ or their labels mean something else: it ends the job, while a record that is dam
 from __future__ import annotations
 
 from megatron_cca.data.image_headers import Rejected
-from megatron_cca.data.sources import Record
+from megatron_cca.data.sources import Record, Source
+from megatron_cca.data.sources.classes import ClassFolders
 from megatron_cca.errors import UserError
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -25,6 +26,17 @@ def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
             f"--source: {record.name} has the label {record.label}, the model takes 0 to {vocabulary.num_classes - 1}"
         )
     return record.label
+
+
+def class_notices(source: Source, vocabulary: ImageVocabulary) -> list[str]:
+    """Say of folders of classes that are fewer than the model's which of its classes they are taken for."""
+    known = vocabulary.num_classes
+    if known is None or not isinstance(source, ClassFolders) or source.num_classes >= known:
+        return []
+    return [
+        f"folders of {source.num_classes} classes, while the model has {known}: they are taken for its first "
+        f"{source.num_classes}, in the order of their names"
+    ]
 
 
 def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, int] | None) -> None:

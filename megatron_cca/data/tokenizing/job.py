@@ -17,6 +17,7 @@ from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.resizing import DALI
 from megatron_cca.data.shards import merge_shards
 from megatron_cca.data.skip_reasons import Reasons, reasons_in
+from megatron_cca.data.tokenizing.fitting import class_notices
 from megatron_cca.data.tokenizing.opening import Job, open_job
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartWriter, Span
 from megatron_cca.data.tokenizing.progress import Progress
@@ -74,7 +75,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
         job.parts.begun(_description(job), leads=rank == 0),
     ):
         # While the others work: it may walk through all files.
-        notices = job.source.notices() if rank == 0 else []
+        notices = [*class_notices(job.source, job.vocabulary), *job.source.notices()] if rank == 0 else []
         for notice in notices:
             print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
         with Progress(job.parts, len(job.source), shown=rank == 0) as progress:
