@@ -11,6 +11,7 @@ import torch
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint, importing
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from tests.distributed.launch import ROOT, run_workers
 from tests.distributed.test_huggingface import in_plain_transformers
 from tests.distributed.test_layout_parity import PP2, TP2
@@ -99,6 +100,16 @@ def test_a_plain_gptmodel_has_the_logits_of_transformers(ranks, overrides, impor
     assert worst(found["import"], in_transformers(hf)) <= 1e-5
     export_checkpoint(run[0], tmp_path / "back", progress_bar=False)
     assert worst(found["run"], in_transformers(tmp_path / "back")) <= 1e-5
+
+
+def test_transformer_engines_layers_find_all_that_they_ask_for(imported, run):
+    """The oracle is a GPTModel of Transformer Engine 2.11's layers, whose sharded state named these keys."""
+    projections = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    asked = {f"decoder.layers.{name}._extra_state/shard_{layer}_4" for name in projections for layer in range(4)}
+    asked.add("decoder.final_layernorm._extra_state/shard_0_1")
+    for folder in (imported[1], run[0]):
+        stored = StoredTensors(layout.resolve(folder, "checkpoint"), "checkpoint")
+        assert stored.objects == {"common_state/shard_0_1", *asked}
 
 
 def documented(title, **folders):
