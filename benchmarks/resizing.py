@@ -3,8 +3,7 @@
 .venv/bin/pip install scikit-image    # for its photographs
 .venv/bin/python benchmarks/resizing.py
 
-The released tokenizers' weights are not at hand. Two substitutes stand in for them, see resizing.md, where results are
-kept.
+The released tokenizers' weights are not at hand; resizing.md, where results are kept, says what stands in for them.
 """
 
 from __future__ import annotations
@@ -40,9 +39,11 @@ SETTINGS = (
     ("Emu3, area 720 x 720", None, 8, 32_768),
 )
 IN_COLOUR = ("coffee.png", "retina.jpg", "astronaut.png", "rocket.jpg", "chelsea.png", "motorcycle_left.png")
-PARTS = ("pixels", "patches", "networks")
-# Rows whose distances to a codebook are held together, and what k-means sees of each centre.
-ROWS, PATCHES_PER_CENTRE, STEPS = 1024, 2, 1
+PARTS = ("pixels", "networks")
+# Of an image at Emu3's area, the side of what its network encodes: the whole takes minutes of a core.
+EMU3_WINDOW = 256
+# Rows whose distances to a codebook are held together.
+ROWS = 1024
 
 Way = dict[str, Tensor]
 
@@ -51,12 +52,11 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--patches", type=int, default=len(NAMES), metavar="N", help="photographs for the patches")
     parser.add_argument(
         "--networks",
         type=int,
         nargs=2,
-        default=(4, 1),
+        default=(2, 2),
         metavar="N",
         help="photographs for LlamaGen's and Emu3's network",
     )
@@ -70,8 +70,6 @@ def main() -> None:
         header = ["size", "PSNR in dB: least, median, most", "largest difference", "pixels that differ"]
         print("\n" + markdown_table(header, [[name, *pixel_row(**ways)] for name, ways in pixels.items()]), flush=True)
     columns = ["size", "codes", "codes that differ", "per photograph: least, median, most"]
-    if "patches" in arguments.parts:
-        print_table("Codebook of k-means on the photographs' patches", columns, patch_rows(pixels, arguments.patches))
     if "networks" in arguments.parts:
         title = "The released networks' shape with random weights"
         print_table(title, columns, network_rows(pixels, *arguments.networks))
@@ -110,54 +108,6 @@ def pixel_row(dali: Way, authors: Way) -> list[str]:
 def spread(numbers: list[float], form: str) -> str:
     """Least, median and most."""
     return ", ".join(form.format(each) for each in (min(numbers), float(np.median(numbers)), max(numbers)))
-
-
-def patch_rows(pixels: dict[str, dict[str, Way]], number: int) -> Iterator[list[str]]:
-    """Codes of codebooks of patches that were drawn at any offset, so from neither way's grid."""
-    codebooks: dict[tuple[int, int], Tensor] = {}
-    for name, _, factor, size in SETTINGS:
-        ways = {way: dict(list(images.items())[:number]) for way, images in pixels[name].items()}
-        if (factor, size) not in codebooks:
-            generator = torch.Generator().manual_seed(0)
-            images = list(pixels[name]["authors"].values())
-            patches = drawn_patches(images, factor, PATCHES_PER_CENTRE * size, generator)
-            codebooks[factor, size] = k_means(patches, size, name)
-        codes = {
-            way: {photo: nearest(grid_patches(image, factor), codebooks[factor, size]) for photo, image in of.items()}
-            for way, of in tqdm(ways.items(), desc=f"codes, {name}", unit="way")
-        }
-        yield [name, f"{size:,}", *shares(**codes)]
-
-
-def drawn_patches(images: list[Tensor], side: int, number: int, generator: torch.Generator) -> Tensor:
-    """float32 ``[number, side * side * 3]``."""
-    found = []
-    for image in images:
-        share = -(-number // len(images))
-        tops, lefts = (torch.randint(0, length - side + 1, (share,), generator=generator) for length in image.shape[:2])
-        found += [
-            image[top : top + side, left : left + side].reshape(-1)
-            for top, left in zip(tops.tolist(), lefts.tolist(), strict=True)
-        ]
-    return torch.stack(found)[torch.randperm(len(found), generator=generator)[:number]].float()
-
-
-def grid_patches(image: Tensor, side: int) -> Tensor:
-    """float32 ``[h * w, side * side * 3]``."""
-    height, width, _ = image.shape
-    rows = image.view(height // side, side, width // side, side, 3).transpose(1, 2)
-    return rows.reshape(-1, side * side * 3).float()
-
-
-def k_means(points: Tensor, size: int, name: str) -> Tensor:
-    """Lloyd's steps from the first ``size`` points."""
-    centres = points[:size].clone()
-    for _ in tqdm(range(STEPS), desc=f"k-means, {name}", unit="step"):
-        labels = nearest(points, centres)
-        counts = torch.bincount(labels, minlength=size)[:, None]
-        sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    return centres
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
@@ -208,7 +158,7 @@ def llamagen_latents(images: Way, bar: tqdm) -> Way:
 
 @torch.no_grad()
 def emu3_latents(images: Way, bar: tqdm) -> Way:
-    """What Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``."""
+    """What Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``, of each image's middle."""
     from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
     from megatron_cca.models.emu3.image_tokenizer import Emu3ImageTokenizer
@@ -219,7 +169,7 @@ def emu3_latents(images: Way, bar: tqdm) -> Way:
     model.quantize.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     tokenizer, found = Emu3ImageTokenizer(model, [0.5] * 3, [0.5] * 3, "random"), {}
     for name, image in images.items():
-        tokenizer.encode(image[None])
+        tokenizer.encode(centre(image, EMU3_WINDOW, EMU3_WINDOW)[None])
         found[name] = seen.pop()[0].movedim(1, -1).reshape(-1, 4)
         bar.update()
     return found
