@@ -66,6 +66,7 @@ def test_any_of_1000_classes_is_drawn_as_the_plain_model_draws_it(folder):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.full
 def test_all_means_all_of_the_models_own(folder):
     found, _ = drawn(folder, "made", "--classes", "all")
     assert [(row["prompt"], row["label"]) for row in found] == [(f"class {label}", label) for label in range(1000)]

@@ -1,5 +1,6 @@
 """What a checkpoint that no run wrote is believed to be: its weights' sizes and width, and nothing about data."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.studies import checks as study_checks
 from megatron_cca.studies.settings import SamplingConfig
 from megatron_cca.studies.study import Method, Study
+from tests.distributed.launch import ROOT
 from tests.references import llamagen, thin
 from tests.references.resealed import reseal
 
@@ -69,6 +71,34 @@ def test_the_released_emu3_draws_the_released_grid(source, emu3, imported_emu3):
     assert usual_grid(found.config) == (90, 90)
     vocabulary = found.architecture.vocabulary
     assert (vocabulary.size, vocabulary.visual_start, vocabulary.codebook_size) == (184_622, 151_854, 32_768)
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """tools/generate.py, as far as it needs no job."""
+    spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def job(checkpoint, *arguments):
+        parsed = module._parser().parse_args(["--checkpoint", str(checkpoint), "--output", "drawn", *arguments])
+        return module._job(parsed, inspect_for_sampling(str(checkpoint), ALONE))
+
+    return job
+
+
+def test_the_program_draws_what_the_model_is_of(generate, imported_emu3, imported_llamagen, tmp_path):
+    job = generate(imported_emu3, "--caption", "a cat")
+    assert (job.settings.height, job.settings.width) == (90, 90)
+    job = generate(imported_llamagen, "--classes", "all")
+    assert (job.settings.height, job.settings.width) == (4, 4)
+    assert [(prompt.title, prompt.label) for prompt in job.prompts] == [(f"class {n}", n) for n in range(1000)]
+    assert [prompt.label for prompt in generate(imported_llamagen, "--classes", "207", "360").prompts] == [207, 360]
+    (tmp_path / "names.txt").write_text("".join(f"name {n}\n" for n in range(1000)))
+    (prompt,) = generate(imported_llamagen, "--classes", "name 42", "--class-captions", "names.txt").prompts
+    assert (prompt.title, prompt.label) == ("name 42", 42)
+    message = refused(generate, imported_llamagen, "--classes", "1000")
+    assert message.startswith("--classes: '1000' is no class; there are 1000: 0 to 999; --class-captions gives")
 
 
 def test_who_has_no_room_for_the_released_grid_is_asked_for_one(tmp_path):
