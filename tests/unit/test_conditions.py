@@ -75,8 +75,10 @@ def test_names_of_classes(tmp_path):
     file.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\nn01484850 white shark\n")
     assert read_class_captions(file, 3) == ["tench", "goldfish", "white shark"]
     assert refused(read_class_captions, file, 1000) == f"{file} names 3 classes, the model has 1000"
+    file.write_text("tench, a fish\ngoldfish\n")
+    assert read_class_captions(file) == ["tench, a fish", "goldfish"]
     file.write_text("tench, a fish\nn01443537 goldfish\n")
-    assert read_class_captions(file) == ["tench, a fish", "n01443537 goldfish"]
+    assert "'tench, a fish' is not like the other lines" in refused(read_class_captions, file)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 2.0, 4.0])

@@ -194,8 +194,8 @@ def test_unquoted_text_in_a_file_stays_as_typed(tmp_path):
 
 # Options that take a text which is no path, or one that is a path in part and has a test below.
 TEXT_OPTIONS = {"caption", "negative_prompt", "prompt_suffix", "classes", "set", "overrides", "layout", "caption_field"}
-TEXT_OPTIONS |= {"image_field", "split", "model", "clip_meta", "steps", "image_grid", "gpu", "vary", "precisions"}
-TEXT_OPTIONS |= {"metrics", "point"}
+TEXT_OPTIONS |= {"image_field", "split", "clip_meta", "steps", "image_grid", "gpu", "vary", "precisions"}
+TEXT_OPTIONS |= {"metrics", "point", "section"}
 IN_PART = {"samples", "extractor", "classifier", "scorer"}
 
 

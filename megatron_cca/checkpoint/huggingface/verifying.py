@@ -80,10 +80,13 @@ def open_both(
     Raises:
         UserError: what either refuses; sizes that differ.
     """
+    hf = Path(hf)
+    source = None if hf.is_file() else open_public(hf, options.HF, reading)
     target = MegatronCheckpoint(checkpoint, options.CHECKPOINT)
-    unsaid = getattr(target.format, "unsaid", ())
-    assumed = {name: getattr(target.architecture, name) for name in unsaid}
-    source = open_public(Path(hf), options.HF, replace(reading, assumed=assumed))
+    if source is None:
+        unsaid = getattr(target.format, "unsaid", ())
+        assumed = {name: getattr(target.architecture, name) for name in unsaid}
+        source = open_public(hf, options.HF, replace(reading, assumed=assumed))
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
