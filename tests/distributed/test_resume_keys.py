@@ -174,7 +174,8 @@ REFUSED = {
 def overrides(values, places):
     """``--set`` arguments, with what stands in braces filled in."""
     words = {key: value.format(**places) if isinstance(value, str) else value for key, value in values.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in words.items()]
+    # Text is taken as typed: quotes would be part of it.
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in words.items()]
 
 
 @pytest.fixture(scope="module")
