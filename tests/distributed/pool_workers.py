@@ -1,5 +1,6 @@
 """Workers that behave badly, for the tests of the pool; each function returns plain data."""
 
+import logging
 import os
 import random
 import signal
@@ -52,6 +53,7 @@ def state(settings):
         "precision": torch.get_float32_matmul_precision(),
         "dtype": str(torch.get_default_dtype()),
         "grad": torch.is_grad_enabled(),
+        "log": [logging.root.level, len(logging.root.handlers)],
     }
 
 
@@ -62,6 +64,7 @@ def untidy(settings):
     os.chdir("/")
     random.seed(1)
     torch.rand(7)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
     sys.setswitchinterval(0.5)
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -187,6 +188,7 @@ def _restored(stacks: TextIO) -> Iterator[None]:
     """Undo afterwards what a job does to its process."""
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     interval, folder, hook = sys.getswitchinterval(), Path.cwd(), sys.excepthook
+    log, log_level = logging.root.handlers[:], logging.root.level
     torch.manual_seed(0)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
     try:
@@ -200,6 +202,9 @@ def _restored(stacks: TextIO) -> Iterator[None]:
         sys.setswitchinterval(interval)
         # torch.distributed puts one more around it each time that a job is joined.
         sys.excepthook = hook
+        # Megatron-LM's imports make it write to standard output.
+        logging.root.handlers[:] = log
+        logging.root.setLevel(log_level)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         _close_groups()
