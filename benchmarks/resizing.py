@@ -97,7 +97,7 @@ def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: 
 
 
 def pixel_row(dali: Way, authors: Way) -> list[str]:
-    """How far two ways are apart."""
+    """Say how far the pixels of two ways are apart, in decibels and levels."""
     differences = [dali[name].int() - authors[name].int() for name in dali]
     decibels = sorted(10 * np.log10(255**2 / max(float(each.double().square().mean()), 1e-9)) for each in differences)
     changed = np.mean([float((each != 0).any(-1).double().mean()) for each in differences])
@@ -141,7 +141,7 @@ def gaussian(points: Tensor, number: int) -> Tensor:
 
 @torch.no_grad()
 def llamagen_latents(images: Way, bar: tqdm) -> Way:
-    """What VQ-16 compares with its codebook, float32 ``[h * w, 8]``, of unit length."""
+    """Return the vectors that VQ-16 compares with its codebook, float32 ``[h * w, 8]``, of unit length."""
     from megatron_cca.models.llamagen.image_tokenizer import LlamaGenImageTokenizer
     from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes
 
@@ -158,7 +158,7 @@ def llamagen_latents(images: Way, bar: tqdm) -> Way:
 
 @torch.no_grad()
 def emu3_latents(images: Way, bar: tqdm) -> Way:
-    """What Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``, of each image's middle."""
+    """Return what Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``, of each image's middle."""
     from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
     from megatron_cca.models.emu3.image_tokenizer import Emu3ImageTokenizer
@@ -176,7 +176,7 @@ def emu3_latents(images: Way, bar: tqdm) -> Way:
 
 
 def shares(dali: Way, authors: Way) -> list[str]:
-    """Of all codes, and by photograph."""
+    """Count the codes that differ, of all and by photograph."""
     each = [float((dali[name] != authors[name]).double().mean()) for name in dali]
     differing = sum(int((dali[name] != authors[name]).sum()) for name in dali)
     total = sum(len(codes) for codes in dali.values())

@@ -1,4 +1,4 @@
-"""What plain Megatron asks of a checkpoint besides tensors: extra states, and the state that is common to all ranks.
+"""Add what plain Megatron asks of a checkpoint besides tensors: extra states, and the state common to all ranks.
 
 ``megatron.core.dist_checkpointing.load`` refuses a checkpoint that lacks an extra state of a layer. ``load_checkpoint``
 of Megatron-LM 0.19 takes the rest from the common state: where training was, on which layout, and which arguments the

@@ -113,7 +113,7 @@ def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set
 
 
 def same_tensors(sets: Sequence[WeightSet[Tensor]]) -> bool:
-    """Whether all sets have the same names and, in every tensor, the same numbers."""
+    """Tell whether all sets have the same names and, in every tensor, the same numbers."""
     first, *others = (one.weights for one in sets)
     return all(
         first.keys() == other.keys()

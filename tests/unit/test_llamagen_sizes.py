@@ -14,6 +14,7 @@ from megatron_cca.models import resolve_architecture, sizes_beside_preset
 from megatron_cca.models.llamagen.presets import PRESETS
 from megatron_cca.models.llamagen.weights import LLAMAGEN_WEIGHTS, LlamaGenWeightsFile
 from tests.references import llamagen, thin
+from tests.references.huggingface import refused
 from tests.references.llamagen_in_megatron import whole_tensors
 
 # 2 layers of 128 as the user had; other classes and another codebook, too.
@@ -28,14 +29,6 @@ def saved(path, content):
 
 def imported(path, output, **options):
     return import_checkpoint(path, output, progress_bar=False, **options)
-
-
-def refused(path, folder, **options):
-    with pytest.raises(UserError) as caught:
-        imported(path, folder / "out", **options)
-    assert not (folder / "out").exists()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ class SafetensorsFolder:
 
 
 def same_tensors(files: SafetensorsFolder, sets: Sequence[WeightSet[TensorInfo]]) -> bool:
-    """Whether all sets have the same names and, in every tensor, the same bits."""
+    """Tell whether all sets have the same names and, in every tensor, the same bits."""
     first, *others = (one.weights for one in sets)
     return all(
         first.keys() == other.keys() and all(_same(files, first[name], other[name]) for name in first)
