@@ -208,13 +208,13 @@ def test_an_import_keeps_all_that_drawing_takes(tmp_path):
 
 
 def test_what_is_exported_draws_the_same_in_plain_transformers(checkpoint, tmp_path):
-    """The README's own lines, on the digits: greedy codes of transformers are those of the training checkpoint."""
+    """The documentation's lines, on the digits: greedy codes of transformers are those of the training checkpoint."""
     export_checkpoint(checkpoint, tmp_path / "exported", progress_bar=False)
     arguments = ["--checkpoint", checkpoint, "--classes", "all", "--class-captions", "classes.txt", "--temperature", 0]
     (tmp_path / "classes.txt").write_text("a handwritten seven\nthe digit one\na scan of a three\n")
     done = generate(*arguments, "--output", "drawn", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    code = readme_lines().replace("Emu3-Gen-CCA", "exported")
+    code = documented_lines().replace("Emu3-Gen-CCA", "exported")
     for emu3, digits in (("90, 90", "4, 4"), ("151846", "321"), ("151854, 184622", "328, 456")):
         assert emu3 in code
         code = code.replace(emu3, digits)
@@ -224,9 +224,9 @@ def test_what_is_exported_draws_the_same_in_plain_transformers(checkpoint, tmp_p
     assert told.getvalue().splitlines()[-1] == "3 of 3 images are the same"
 
 
-def readme_lines():
-    """The README's code block that generates with transformers."""
-    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+def documented_lines():
+    """The documentation's code block that generates with transformers."""
+    blocks = (ROOT / "docs" / "sampling-and-evaluation.md").read_text(encoding="utf-8").split("```python\n")[1:]
     return next(block.split("```")[0] for block in blocks if "prefix_allowed_tokens_fn" in block)
 
 

@@ -151,7 +151,9 @@ def options(program, subcommand):
 
 def commands(text):
     """Program, subcommand and options of every command line that starts one of our programs."""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    in_tables = re.findall(r"`((?:torchrun|python|bash) [^`]+)`", text)
+    for line in [*lines, *in_tables]:
         called = re.search(r"\b(?:tools|examples)/([a-z_]+\.(?:py|sh))\b(.*)", line)
         if called is None or not line.startswith((" ", "torchrun", "python", "bash")) or called[1] == "run.py":
             continue
