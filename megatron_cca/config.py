@@ -182,6 +182,9 @@ class DataConfig:
     """Rows are padded to a multiple of this, so that few lengths occur."""
     prefetch: PositiveInt = 2
     """Steps that are read ahead."""
+    loader: Literal["dali", "torch"] | None = None
+    """Who takes batches to the device: NVIDIA DALI, or torch alone through page-locked memory; the same bytes. Null is
+    DALI where it is installed, torch elsewhere; a run says which on its first line."""
 
 
 @strict

@@ -128,44 +128,54 @@ class ImageDecoder:
             for job, output in zip(batch, outputs, strict=True)
         ]
         if self._device.type != "cpu":
-            # The outputs' memory is DALI's, which may use it again once they are gone.
-            platform.synchronize()
+            # The outputs' memory is DALI's, which may use it again once they are gone. This may be any thread.
+            platform.synchronize(self._device)
         return copies
 
     def _built(self) -> Any:
-        try:
-            pipeline = _decoding_pipeline(self._device, self._threads)
-            pipeline.build()
-        except RuntimeError as error:
-            raise UserError(f"DALI does not start on {self._device}: {_one_line(error)}") from None
-        return pipeline
+        return _start(_decoding_pipeline(self._device, self._threads), self._device)
 
 
-def sequence_pipeline(source: Callable[[int], np.ndarray], rows: int, device: torch.device) -> Any:
-    """A pipeline whose runs return ``source(0)``, ``source(1)``, ... on the device.
+def is_installed() -> bool:
+    """Whether NVIDIA DALI can be imported."""
+    try:
+        _dali()
+    except UserError:
+        return False
+    return True
+
+
+def sequence_stage(rows: int, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    """What takes an array to the device: int32 ``[rows, S]`` -> the same there, in memory of DALI's.
+
+    DALI may write into that memory again once the tensor is gone, and at the next call. The tensor is ready for the
+    current stream of the thread that calls.
 
     Args:
-        source: turn -> int32 ``[rows, S]``; called by ``run``, in the thread that calls that.
-        rows: of every array.
+        rows: of every array; S may differ from call to call.
         device: where the arrays go.
 
     Raises:
-        UserError: DALI is not installed.
+        UserError: DALI is not installed, or does not start on this device.
     """
     dali = _dali()
     with _pipeline(device, rows, threads=1) as pipeline:
-        ids = dali.fn.external_source(
-            source=lambda batch: source(batch.iteration), batch=True, batch_info=True, dtype=dali.types.INT32, ndim=1
-        )
+        ids = dali.fn.external_source(name="ids", dtype=dali.types.INT32, ndim=1)
         pipeline.set_outputs(ids if device.type == "cpu" else ids.gpu())
-    return pipeline
+    _start(pipeline, device)
+
+    def stage(array: np.ndarray) -> Tensor:
+        (staged,) = pipeline.run(ids=array)
+        return torch.from_dlpack(staged.as_tensor())
+
+    return stage
 
 
 def _dali() -> ModuleType:
     try:
         import nvidia.dali.fn
     except ImportError:
-        raise UserError("reading data needs NVIDIA DALI; pip install -e '.[data]'") from None
+        raise UserError("needs NVIDIA DALI; pip install -e '.[data]'") from None
     return nvidia.dali
 
 
@@ -176,6 +186,14 @@ def _pipeline(device: torch.device, batch_size: int, threads: int) -> Any:
     return _dali().Pipeline(
         batch_size=batch_size, num_threads=threads, device_id=index if on_gpu else None, prefetch_queue_depth=1
     )
+
+
+def _start(pipeline: Any, device: torch.device) -> Any:
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        raise UserError(f"DALI does not start on {device}: {_one_line(error)}") from None
+    return pipeline
 
 
 def _decoding_pipeline(device: torch.device, threads: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_cca.data.microbatches import BatchBuilder, StepBatch, StepPlan
-from megatron_cca.data.sequence_feed import SequenceFeed
+from megatron_cca.data.sequence_feed import SequenceFeed, loader_in_force
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.agreement import described
 
@@ -46,10 +47,14 @@ class BatchLoader:
         place: this rank's.
         device: where the tokens go.
         prefetch: so many steps are read ahead.
+        loader: who takes them there, as ``data.loader``.
     """
 
-    def __init__(self, batches: BatchBuilder, place: Place, device: torch.device, prefetch: int) -> None:
+    def __init__(
+        self, batches: BatchBuilder, place: Place, device: torch.device, prefetch: int, loader: str | None = None
+    ) -> None:
         self._batches, self._place, self._device, self._prefetch = batches, place, device, prefetch
+        self._wanted = loader
         self._feed: SequenceFeed | None = None
         self._plans: dict[int, StepPlan] = {}
         self._next_step: int | None = None
@@ -65,6 +70,15 @@ class BatchLoader:
         """Whether this rank reads from disk; others are sent what it read, or need nothing."""
         return self._place.reads
 
+    @cached_property
+    def loader(self) -> str:
+        """Who takes the batches to the device: ``dali`` or ``torch``.
+
+        Raises:
+            UserError: DALI is wanted and not installed.
+        """
+        return loader_in_force(self._wanted)
+
     def start(self, step: int) -> None:
         """Begin to read ahead for this step; :meth:`get` does so by itself, but then has to wait the first time."""
         if not self._place.reads:
@@ -78,7 +92,7 @@ class BatchLoader:
             return batches.sequences(plan, place.data_parallel_rank, place.data_parallel_size)
 
         rows = batches.rows_per_rank(place.data_parallel_size)
-        self._feed = SequenceFeed(sequences, rows, self._device, self._prefetch)
+        self._feed = SequenceFeed(sequences, rows, self._device, self._prefetch, self.loader)
         self._next_step = step
 
     def get(self, step: int) -> StepBatch:

@@ -1,4 +1,4 @@
-"""A thread that runs a DALI pipeline of token batches ahead of the training loop."""
+"""A thread that reads token batches ahead of the training loop and takes them to the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,47 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from megatron_cca.data.dali import sequence_pipeline
+from megatron_cca.data import dali
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.platform.transfers import SideQueue, host_buffer, used_here
+
+KEY = "data.loader"
+DALI, TORCH = "dali", "torch"
+# int32 [rows, S] in host memory -> the same on the device or in page-locked memory, good until the next call.
+Stage = Callable[[np.ndarray], Tensor]
+
+
+def loader_in_force(wanted: str | None) -> str:
+    """Who takes batches to the device: as ``data.loader`` says; if that is None, DALI where it is installed.
+
+    Raises:
+        UserError: DALI is wanted and not installed.
+    """
+    is_installed = wanted != TORCH and dali.is_installed()
+    if wanted == DALI and not is_installed:
+        raise UserError(f"{KEY}: {DALI} is not installed here; pip install -e '.[data]', or set it to {TORCH}")
+    return DALI if is_installed else TORCH
+
+
+def _stage(loader: str, rows: int, device: torch.device) -> Stage:
+    if loader == DALI:
+        with said_of(KEY):
+            return dali.sequence_stage(rows, device)
+    return torch.from_numpy if device.type == "cpu" else _LockedStage(device)
+
+
+class _LockedStage:
+    """Copies arrays into page-locked memory, always the same, from where a GPU takes them by itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._memory = device, host_buffer(0, torch.int32, device)
+
+    def __call__(self, array: np.ndarray) -> Tensor:
+        if self._memory.numel() < array.size:
+            self._memory = host_buffer(array.size, torch.int32, self._device)
+        return self._memory[: array.size].view(array.shape).copy_(torch.from_numpy(array))
 
 
 def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
@@ -19,19 +58,38 @@ def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
     thread.join()
 
 
-def _run_ahead(pipeline, ready: queue.Queue, stopping: threading.Event) -> None:
+def _run_ahead(
+    source: Callable[[int], np.ndarray],
+    move: Callable[[np.ndarray], Tensor],
+    ready: queue.Queue,
+    stopping: threading.Event,
+) -> None:
+    turn = 0
     while not stopping.is_set():
         try:
-            # A copy: the pipeline's memory is written again on its next run.
-            found = torch.from_dlpack(pipeline.run()[0].as_tensor()).long()
+            found = move(source(turn))
         except BaseException as error:
             found = error
         _hand_over(found, ready, stopping)
         if isinstance(found, BaseException):
             return
+        turn += 1
 
 
-def _hand_over(found: torch.Tensor | BaseException, ready: queue.Queue, stopping: threading.Event) -> None:
+def _mover(stage: Stage, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    work = SideQueue(device)
+
+    def move(array: np.ndarray) -> Tensor:
+        with work.finished():
+            # Held until the copy is done: the stage's memory is written again as soon as nobody holds it.
+            staged = stage(array)
+            ids = staged.to(device, non_blocking=True).long()
+        return ids
+
+    return move
+
+
+def _hand_over(found: Tensor | BaseException, ready: queue.Queue, stopping: threading.Event) -> None:
     while not stopping.is_set():
         with contextlib.suppress(queue.Full):
             ready.put(found, timeout=0.1)
@@ -39,38 +97,45 @@ def _hand_over(found: torch.Tensor | BaseException, ready: queue.Queue, stopping
 
 
 class SequenceFeed:
-    """Runs ``source(0), source(1), ...`` ahead of their use and hands the arrays over on the device, through DALI.
+    """Runs ``source(0), source(1), ...`` ahead of their use and hands the arrays over on the device.
 
-    DALI calls a Python source in the thread that runs the pipeline; a thread of its own keeps that off the training
-    loop.
+    A thread of its own keeps that off the training loop, and a queue of its own on the device off the computing.
 
     Args:
-        source: turn -> int32 ``[rows, S]``; S may differ from turn to turn.
+        source: turn -> int32 ``[rows, S]``, dense; S may differ from turn to turn. Its memory may be the same again.
         rows: of every array.
         device: where the arrays go.
         depth: so many turns are run ahead.
+        loader: who takes them there; see :func:`loader_in_force`.
 
     Raises:
-        UserError: DALI is not installed.
+        UserError: DALI is wanted and not installed, or does not start.
     """
 
-    def __init__(self, source: Callable[[int], np.ndarray], rows: int, device: torch.device, depth: int) -> None:
+    def __init__(
+        self,
+        source: Callable[[int], np.ndarray],
+        rows: int,
+        device: torch.device,
+        depth: int,
+        loader: str | None = None,
+    ) -> None:
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
-        pipeline = sequence_pipeline(source, rows, device)
+        move = _mover(_stage(loader_in_force(loader), rows, device), device)
         # Of a function that does not know this object: a running thread would keep it, and whatever uses it, alive.
-        arguments = (pipeline, self._ready, self._stopping)
+        arguments = (source, move, self._ready, self._stopping)
         thread = threading.Thread(target=_run_ahead, args=arguments, name="token batches", daemon=True)
         thread.start()
         # Also at exit: an interpreter that goes away under a running pipeline aborts.
         self._stop = weakref.finalize(self, _stop, self._stopping, thread)
 
-    def next(self) -> torch.Tensor:
+    def next(self) -> Tensor:
         """The next array, int64 ``[rows, S]``; raises what ``source`` raised for it."""
         found = self._ready.get()
         if isinstance(found, BaseException):
             raise found
-        return found
+        return used_here(found)
 
     def close(self) -> None:
         """Stop, and forget what was read ahead."""

@@ -121,10 +121,14 @@ def _fresh_rendezvous(attempt: str) -> dict:
     return {"store": torch.distributed.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
-def synchronize() -> None:
-    """Wait for the work queued on the device, so that a wall-clock reading means something."""
+def synchronize(on: torch.device | None = None) -> None:
+    """Wait for the work queued on the device, so that a wall-clock reading means something.
+
+    Args:
+        on: the device; None is the current one, which in another thread than the main one is the machine's first.
+    """
     if current().is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(on)
 
 
 def memory_bytes() -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -14,6 +17,7 @@ from torch import Tensor
 from megatron_cca import platform
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_device_calls = threading.Lock()
 
 
 def host_copy(tensor: Tensor) -> Tensor:
@@ -72,6 +76,63 @@ class Arriving:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
         return self._tensors
+
+
+class SideQueue:
+    """Device work of a thread that does not compute, beside the compute queue; on a CPU it is done at once.
+
+    Args:
+        device: where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _side_stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Queue the device work of a block here, and wait at its end until that is done.
+
+        What the block has read may be written again thereafter, and any thread may use what it has made. The compute
+        queue is not waited for.
+        """
+        if self._stream is None:
+            yield
+            return
+        # The stream's device also becomes the thread's, whose own would be the machine's first GPU.
+        with _device_calls, torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: torch has 32, and would hand out again what others hold.
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def without_side_work() -> Iterator[None]:
+    """Keep the blocks of every :class:`SideQueue` waiting.
+
+    For a graph capture in CUDA's mode "global": it fails where another thread allocates or waits meanwhile.
+    """
+    with _device_calls:
+        yield
+
+
+def used_here(tensor: Tensor) -> Tensor:
+    """The tensor, whose memory then is not given to others before what this thread has queued so far and later is done.
+
+    To be called by whoever takes a tensor that a :class:`SideQueue` has allocated.
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
+
+
+def host_buffer(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised host memory for ``count`` numbers, page-locked if they are to be copied to a GPU."""
+    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def available_host_bytes() -> int:

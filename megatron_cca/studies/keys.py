@@ -17,6 +17,7 @@ from megatron_cca.studies.digests import digest
 _FREE_SECTIONS = ("parallel", "logging")
 _FREE_KEYS = (
     ("data", "prefetch"),
+    ("data", "loader"),
     ("training", "micro_batch_size"),
     ("training", "save_interval"),
     ("training", "distributed_timeout_minutes"),

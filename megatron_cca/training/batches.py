@@ -125,7 +125,7 @@ def _builder(
 
 def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
     """This rank's reader of batches; Megatron's groups must be initialised."""
-    return BatchLoader(batches, _this_place(), platform.device(), config.data.prefetch)
+    return BatchLoader(batches, _this_place(), platform.device(), config.data.prefetch, config.data.loader)
 
 
 def _this_place() -> Place:

@@ -7,6 +7,7 @@ from megatron.core.tensor_parallel import layers
 
 from megatron_cca import platform
 from megatron_cca.config import Config
+from megatron_cca.data.sequence_feed import loader_in_force
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models.layer_specs import check_fp8_device
 from megatron_cca.training.fp8_checks import check_fp8_sizes
@@ -14,11 +15,12 @@ from megatron_cca.training.reference_settings import settings_by_key
 
 
 def check_devices(config: Config) -> None:
-    """Refuse precisions and optimizer settings that need what is not here.
+    """Refuse precisions, optimizer settings and a loader that need what is not here.
 
     Raises:
         UserError: names the key and what is missing or does not fit.
     """
+    loader_in_force(config.data.loader)
     for key, one in settings_by_key(config).items():
         if one.precision == "fp8":
             with said_of(key):

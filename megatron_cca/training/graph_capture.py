@@ -12,6 +12,7 @@ from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.utils import get_model_config
 
 from megatron_cca.config import Config
+from megatron_cca.platform.transfers import without_side_work
 from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
 
 
@@ -46,7 +47,9 @@ class GraphCapture:
         # What gathers updated weights must not be captured; from now on Megatron calls it beside the graphs.
         for chunk in self._policy if self._gathers else ():
             chunk.disable_forward_pre_hook(param_sync=False)
-        self._helper.create_cudagraphs()
+        # Transformer Engine captures in the mode in which a batch that is being read would end the capture.
+        with without_side_work():
+            self._helper.create_cudagraphs()
         for chunk in self._policy if self._gathers else ():
             chunk.enable_forward_pre_hook()
         if self._gathers:

@@ -90,6 +90,7 @@ def _train_and_log(run: Run, events: EventLog) -> None:
     with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
         journal = Journal(log, events)
         began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
+        began |= {"loader": run.loader.loader}
         journal.tell("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
         for line in run.passed_over:
             journal.tell("passed_over", f"passed over: {line}", reason=line)
@@ -198,6 +199,7 @@ def _headline(run: Run) -> str:
     if parallel.context_parallel_size > 1:
         sizes.append(f"CP {parallel.context_parallel_size}")
     layout = f"{' x '.join(sizes)} on {dist.get_world_size()} process(es), {platform.device_name()}"
+    layout += f", batches through {run.loader.loader}"
     resumed = f", continuing at step {run.iteration}" if run.iteration else ""
     return f"{config.objective.name}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
 

@@ -53,7 +53,7 @@ _KEYS = {
         OnResume.REFUSED: ("checkpoint", "precision", "fp8_recipe", "fp8_param"),
     },
     "data": {
-        OnResume.SAME_NUMBERS: ("pad_to_multiple_of", "prefetch"),
+        OnResume.SAME_NUMBERS: ("pad_to_multiple_of", "prefetch", "loader"),
         OnResume.REFUSED: ("path", "condition_dropout", "length_bucketing"),
     },
     "validation": {

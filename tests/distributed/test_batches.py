@@ -21,9 +21,12 @@ BY_RANKS = {
         "micro batch 8": (["training.micro_batch_size=8"], [True]),
         "micro batch 1, prefetch 1": (["training.micro_batch_size=1", "data.prefetch=1"], [True]),
         "prefetch 9": (["training.micro_batch_size=4", "data.prefetch=9"], [True]),
+        "torch": (["training.micro_batch_size=4", "data.loader=torch"], [True]),
     },
     2: {
         "DP 2": (["training.micro_batch_size=4"], [True, True]),
+        "DP 2, torch": (["training.micro_batch_size=4", "data.loader=torch"], [True, True]),
+        "TP 2, torch": ([*TP2, "training.micro_batch_size=2", "data.loader=torch"], [True, False]),
         "TP 2": ([*TP2, "training.micro_batch_size=2"], [True, False]),
         "PP 2": ([*PP2, "training.micro_batch_size=8"], [True, True]),
         "CP 2": ([*CP2, "training.micro_batch_size=2", "data.prefetch=3"], [True, False]),
@@ -31,6 +34,10 @@ BY_RANKS = {
     4: {
         "DP 4": (["training.micro_batch_size=1"], [True] * 4),
         "DP 2 x TP 2": ([*TP2, "training.micro_batch_size=2"], [True, False, True, False]),
+        "DP 2 x CP 2, torch": (
+            [*CP2, "training.micro_batch_size=2", "data.loader=torch", "data.prefetch=3"],
+            [True, False, True, False],
+        ),
         "PP 4": (
             ["parallel.pipeline_model_parallel_size=4", "training.micro_batch_size=4"],
             [True, False, False, True],

@@ -158,6 +158,15 @@ def test_a_dali_that_decodes_nothing_is_an_error_and_not_a_rejection(monkeypatch
         decoder.decode([ALLOWED["JPEG rgb"]], [(5, 5)])
 
 
+def test_whatever_thread_decodes_waits_for_the_device_of_its_copies(monkeypatch):
+    """The current device of a thread is the machine's first GPU, not its rank's."""
+    decoder, waited = ImageDecoder(CPU, threads=1), []
+    monkeypatch.setattr(decoder, "_device", torch.device("cuda", 3))
+    monkeypatch.setattr(dali.platform, "synchronize", lambda *device: waited.append(device))
+    decoder.decode([ALLOWED["JPEG rgb"]], [(5, 5)])
+    assert waited == [(torch.device("cuda", 3),)]
+
+
 def test_a_missing_dali_says_how_to_get_it(monkeypatch):
     real = builtins.__import__
 
