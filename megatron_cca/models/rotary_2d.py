@@ -1,13 +1,14 @@
 """Rotary positions over the square grid of an image (``rope_2d``; the definition is that of arXiv 2406.06525's model).
 
 The first half of a head's pairs of channels turns with the code's row, the second with its column; a pair are
-neighbouring channels. Tokens before the image have no place on the grid: there both cosine and sine are 0, so that
-queries and keys vanish, which no angle can say.
+neighbouring channels. Tokens before the image have no place on the grid: there cosine and sine are both 0, so that
+queries and keys are zero. No rotation angle gives zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from megatron.core import parallel_state
@@ -65,28 +66,38 @@ def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
     # Of a sequence that is dealt out in zigzag order, rank 0 has the beginning.
     if architecture.prefix_tokens == 0 or context.rank() > 0:
         return
-    hook = _PrefixBlanking(architecture.prefix_tokens, pieces=2 if context.size() > 1 else 1)
+    blanking = _Blanking(architecture.prefix_tokens, pieces=2 if context.size() > 1 else 1)
     for layer in gpt.decoder.layers:
-        # Before the core attention, whichever it is: there queries and keys have been rotated, and every rank has the
+        # In the core attention, whichever it is: there queries and keys have been rotated, and every rank has the
         # sequence in order again. It runs once more where activations are recomputed.
-        layer.self_attention.core_attention.register_forward_pre_hook(hook)
+        attention = layer.self_attention.core_attention
+        attention.blanking = blanking
+        attention.__class__ = _blanked_class(type(attention))
 
 
 @dataclass(frozen=True)
-class _PrefixBlanking:
-    """Puts zeros for the queries and keys of the first tokens: ``[S, B, heads, D]`` each, values left as they are."""
+class _Blanking:
+    """Puts zeros for the queries or keys of the first tokens, ``[S, B, heads, D]``."""
 
     prefix_tokens: int
     pieces: int
 
-    def __call__(self, _module: torch.nn.Module, arguments: tuple) -> tuple:
-        query, key, *others = arguments
-        assert self.prefix_tokens <= query.size(0) // self.pieces, "the prefix does not fit a rank's part of a row"
-        return self._blanked(query), self._blanked(key), *others
-
-    def _blanked(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.prefix_tokens <= x.size(0) // self.pieces, "the prefix does not fit a rank's part of a row"
         # Not in place: selective recomputation hands in leaves.
         return pad(x[self.prefix_tokens :], (*(0, 0) * 3, self.prefix_tokens, 0))
+
+
+class _Blanked:
+    """Mixed into the class of a core attention. Not a hook: Megatron's CUDA graphs refuse layers that have hooks."""
+
+    def forward(self, query: Tensor, key: Tensor, *others, **more) -> Tensor:
+        return super().forward(self.blanking(query), self.blanking(key), *others, **more)
+
+
+@cache
+def _blanked_class(cls: type) -> type:
+    return type(f"Blanked{cls.__name__}", (_Blanked, cls), {})
 
 
 @dataclass(frozen=True)

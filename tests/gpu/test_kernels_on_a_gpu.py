@@ -55,3 +55,23 @@ def test_graphs_are_captured_at_all(digit_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(TECudaGraphHelper, "create_cudagraphs", spy)
     losses(digit_shards, tmp_path, "kernels.cuda_graph_impl=transformer_engine")
     assert captured == [True]
+
+
+@pytest.fixture(scope="module")
+def class_shards(tmp_path_factory):
+    from megatron_cca.config_files import load_config
+    from megatron_cca.data.digits import ensure_digit_shards
+    from megatron_cca.models import resolve_architecture
+
+    vocabulary = resolve_architecture(load_config(None, ["model.name=llamagen-tiny"]).model).vocabulary
+    return ensure_digit_shards(vocabulary, tmp_path_factory.mktemp("data") / "digits_classes")
+
+
+# Only a GPU captures; tests/unit/test_graph_hooks.py asks on a CPU what Megatron asks before a replay.
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
+def test_graphs_of_a_model_with_positions_on_a_grid_change_the_loss_by_rounding_alone(impl, class_shards, tmp_path):
+    pytest.importorskip("transformer_engine.pytorch")
+    model = "model.name=llamagen-tiny"
+    without = losses(class_shards, tmp_path / "without", model)
+    captured = losses(class_shards, tmp_path / "captured", model, f"kernels.cuda_graph_impl={impl}")
+    torch.testing.assert_close(captured, without, rtol=2e-2, atol=0)
