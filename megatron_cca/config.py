@@ -319,8 +319,9 @@ class TrainingConfig:
     """The weights to start from; null means random ones, the same for every layout."""
     save_interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 saves at the end only."""
-    async_save: bool = True
-    """Let another process write a checkpoint while training goes on; costs its size in host memory meanwhile."""
+    async_save: bool | None = None
+    """Let a forked process write a checkpoint while training goes on; costs its size in host memory meanwhile. null is
+    true on a CPU and false on a GPU, since CUDA does not support a fork after its start."""
     keep_last: PositiveInt | None = None
     """So many of the newest checkpoints are kept; null keeps all."""
     keep_every: PositiveInt | None = None

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_cca import platform
 from megatron_cca.checkpoint import records
 from megatron_cca.checkpoint.records import file_system_cause
 from megatron_cca.parallel.agreement import described
@@ -66,6 +67,15 @@ class ResultsFile:
         self._read += 8 + size
         # From this rank's own forked child, through memory that no one else can open.
         return pickle.loads(data)  # noqa: S301
+
+
+def writes_in_background(wanted: bool | None) -> bool:
+    """Whether a forked process writes while training goes on.
+
+    Args:
+        wanted: ``training.async_save``; None is true on a CPU alone: CUDA does not support a fork after its start.
+    """
+    return not platform.current().is_cuda if wanted is None else wanted
 
 
 def serve_results() -> ResultsFile:

@@ -26,6 +26,7 @@ def check_devices(config: Config) -> None:
             with said_of(key):
                 check_fp8_device(one.fp8_recipe)
             check_fp8_sizes(config, one, key)
+    _check_fork(config)
     if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
         raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
     kernels, has_engine = config.kernels, HAVE_TE and platform.current().is_cuda
@@ -42,6 +43,16 @@ def check_devices(config: Config) -> None:
             )
     if kernels.gradient_accumulation_fusion:
         _check_gradient_fusion(config, has_engine)
+
+
+def _check_fork(config: Config) -> None:
+    offloads = config.objective.name != "next_token" and config.reference.strategy == "offload"
+    if platform.current().is_cuda and config.training.async_save and offloads:
+        raise UserError(
+            "training.async_save: true forks a process at each save, which either lacks or copies the host memory that "
+            "CUDA has locked for reference.strategy offload; leave training.async_save out, or keep the reference "
+            "otherwise"
+        )
 
 
 def _check_gradient_fusion(config: Config, has_engine: bool) -> None:

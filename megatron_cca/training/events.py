@@ -30,8 +30,8 @@ class EventLog:
         """Append one event.
 
         Args:
-            event: started, resumed, passed_over, nothing_to_contrast, little_to_contrast, saved, save_failed, removed,
-                skipped_step, alarm, logs_lost, output_lost, stopped, hang, failed or finished.
+            event: started, resumed, passed_over, forks, nothing_to_contrast, little_to_contrast, saved, save_failed,
+                removed, skipped_step, alarm, logs_lost, output_lost, stopped, hang, failed or finished.
             details: plain data.
         """
         line = {

@@ -29,7 +29,7 @@ from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_wit
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.pictures import open_pictures
-from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves
+from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import DataLost, StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest
@@ -94,6 +94,7 @@ def _train_and_log(run: Run, events: EventLog) -> None:
         journal.tell("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
         for line in run.passed_over:
             journal.tell("passed_over", f"passed over: {line}", reason=line)
+        warn_of_fork(run, journal)
         _loop(run, journal)
 
 

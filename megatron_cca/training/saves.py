@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_cca import platform
 from megatron_cca.checkpoint.saving import Saved
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.training.events import Journal
@@ -10,6 +11,16 @@ from megatron_cca.training.setup import Run
 
 # A disk is slower than a device, and may be asked by many at once.
 _PATIENCE = 6.0
+
+
+def warn_of_fork(run: Run, journal: Journal) -> None:
+    """Say what ``training.async_save`` risks on a GPU, where it must have been asked for."""
+    if platform.current().is_cuda and run.config.training.async_save:
+        line = (
+            "training.async_save: true forks this process at each save, which CUDA does not support after its start; "
+            "if a save hangs or a process dies, set it to null, which waits for each save"
+        )
+        journal.tell("forks", line)
 
 
 def save_checkpoint(run: Run, journal: Journal) -> None:

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.background import writes_in_background
 from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.saving import CheckpointSaver
 from megatron_cca.config import Config, TrainingConfig
@@ -168,7 +169,7 @@ def _saver(config: Config, start: Path | None) -> CheckpointSaver:
     return CheckpointSaver(
         _checkpoints(config),
         start=start,
-        in_background=training.async_save,
+        in_background=writes_in_background(training.async_save),
         keep_last=training.keep_last,
         keep_every=training.keep_every,
     )

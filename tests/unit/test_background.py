@@ -3,10 +3,14 @@
 import os
 import queue
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_cca.checkpoint.background import ResultsFile
+from megatron_cca import platform
+from megatron_cca.checkpoint.background import ResultsFile, writes_in_background
+from megatron_cca.config_files import load_config
+from megatron_cca.training.saves import warn_of_fork
 
 
 def test_items_come_back_in_order_also_from_a_forked_child():
@@ -34,3 +38,20 @@ def test_the_file_goes_with_the_object():
     assert open_files() == before + 5
     del results
     assert open_files() == before
+
+
+@pytest.mark.parametrize(("wanted", "on_a_cpu", "on_a_gpu"), [(None, True, False), (True, True, True), (False,) * 3])
+def test_a_process_is_forked_on_a_cpu_and_on_a_gpu_only_where_it_is_asked_for(wanted, on_a_cpu, on_a_gpu, monkeypatch):
+    assert writes_in_background(wanted) == on_a_cpu
+    monkeypatch.setattr(platform, "current", lambda: platform.Platform("cuda", "nccl"))
+    assert writes_in_background(wanted) == on_a_gpu
+
+
+@pytest.mark.parametrize(("device", "wanted", "lines"), [("cuda", "true", 1), ("cuda", "null", 0), ("cpu", "true", 0)])
+def test_a_fork_on_a_gpu_is_told_of(device, wanted, lines, monkeypatch):
+    monkeypatch.setattr(platform, "current", lambda: SimpleNamespace(is_cuda=device == "cuda"))
+    told = []
+    journal = SimpleNamespace(tell=lambda event, line: told.append((event, line)))
+    warn_of_fork(SimpleNamespace(config=load_config(None, [f"training.async_save={wanted}"])), journal)
+    assert len(told) == lines
+    assert all(event == "forks" and line.startswith("training.async_save: true forks") for event, line in told)

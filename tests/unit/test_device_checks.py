@@ -114,3 +114,16 @@ def test_optimizer_settings_for_gpus_are_refused_without_one():
     assert refused("optimizer.use_precision_aware_optimizer=true").startswith(
         "optimizer.use_precision_aware_optimizer: needs a GPU and the package transformer-engine"
     )
+
+
+OFFLOAD, FORK = "reference.strategy=offload", "training.async_save=true"
+
+
+def test_a_fork_beside_locked_host_memory_is_refused(gpu):
+    assert refused(OFFLOAD, FORK).startswith("training.async_save: true forks a process at each save, which either")
+    for overrides in ([OFFLOAD], [FORK], [OFFLOAD, FORK, "objective.name=next_token"]):
+        check_devices(load_config(None, overrides))
+
+
+def test_a_cpu_locks_no_memory():
+    check_devices(load_config(None, [OFFLOAD, FORK]))
