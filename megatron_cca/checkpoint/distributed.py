@@ -18,9 +18,10 @@ from megatron_cca.checkpoint.extra_states import (
     without_empty_extra_states,
 )
 from megatron_cca.checkpoint.integrity import check_whole_together
+from megatron_cca.checkpoint.master_weights import check_master_weights
 from megatron_cca.checkpoint.megatron_lm import common_state
-from megatron_cca.checkpoint.optimizer_settings import keep_present_settings
-from megatron_cca.checkpoint.safe_pickle import plain_data_only
+from megatron_cca.checkpoint.optimizer_settings import keep_present_settings, leave_out_classes, let_parts_count
+from megatron_cca.checkpoint.safe_pickle import checked_extra_states, plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config
@@ -56,11 +57,16 @@ def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, 
 
     The optimizer keeps its settings, such as betas, which are the configuration's. The checkpoint must have been found
     whole (:func:`integrity.newest_whole`).
+
+    Raises:
+        UserError: see :func:`check_master_weights`; tensors missing or misshapen.
     """
+    check_master_weights(StoredTensors(folder, key))
     state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
     keep_present_settings(state["optimizer"], optimizer.param_groups)
     optimizer.load_state_dict(state["optimizer"])
+    let_parts_count(optimizer)
 
 
 def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
@@ -86,6 +92,7 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
         iteration: number of completed steps.
     """
     state = state_dict(chunks, optimizer, is_loading=False)
+    leave_out_classes(state.get("optimizer", {}))
     adapted = lora.settings_of(chunks) is not None
     for name in [name for name in state if name != "optimizer"]:
         state[name] = without_empty_extra_states(state[name]) if adapted else with_all_extra_states(state[name])
@@ -95,8 +102,10 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
 
 
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{index}"])
+    """Give the chunks what :func:`_load` has read."""
+    with checked_extra_states():
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(state[f"model{index}"])
 
 
 def _load(template: dict, folder: Path, key: str) -> dict:

@@ -9,6 +9,7 @@ has numpy's trusting functions on it. Transformer Engine unpickles the bytes of 
 from __future__ import annotations
 
 import io
+import os
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from megatron_cca.pickles import load_tensors, unpickled
 
 _ONE_AT_A_TIME = threading.Lock()
 _COMMON_STATE = "common_state"
+# Transformer Engine 2.16 and later unpickle the extra states of FP8's delayed scaling only where it is 1.
+_TE_MAY_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 # Megatron-LM's way of keeping its arguments: a dictionary with dots.
 _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
 
@@ -81,6 +84,24 @@ def plain_data_only(stored: StoredTensors) -> Iterator[None]:
                 raise cause from None
             why = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise UserError(f"{stored.option}: {stored.folder} cannot be read, a file is damaged: {why}") from None
+
+
+@contextmanager
+def checked_extra_states() -> Iterator[None]:
+    """Within the block, Transformer Engine takes pickled extra states of layers.
+
+    Only for those that were read under :func:`plain_data_only`, which has refused what would run anything. The
+    environment is left as it was.
+    """
+    before = os.environ.get(_TE_MAY_UNPICKLE)
+    os.environ[_TE_MAY_UNPICKLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TE_MAY_UNPICKLE]
+        else:
+            os.environ[_TE_MAY_UNPICKLE] = before
 
 
 def _loaded(content: bytes, name: str, stored: StoredTensors) -> Any:

@@ -137,8 +137,7 @@ class _Rank:
         if self.config.training.precision == "fp32":
             master = 0
         elif options.use_precision_aware_optimizer:
-            # Transformer Engine's FusedAdam keeps what bf16 has rounded off a master weight.
-            master = 2
+            master = _SIZES[options.main_params_dtype]
         else:
             master = FP32
         numbers = optimizer_numbers(self.config, self.pipeline_rank, self._sharing_ranks, self.sharing_rank)

@@ -52,33 +52,36 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
     return policy
 
 
-def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with Megatron's mixed precision and sharding; collective over all ranks."""
+def optimizer_settings(config: Config) -> OptimizerConfig:
+    """What Megatron is told of the optimizer: AdamW with its mixed precision and sharding."""
     options, is_fp32 = config.optimizer, config.training.precision == "fp32"
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=not is_fp32,
-            params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
-            fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
-            use_distributed_optimizer=options.use_distributed_optimizer,
-            overlap_param_gather=options.overlap_param_gather,
-            optimizer_cpu_offload=options.optimizer_cpu_offload,
-            optimizer_offload_fraction=options.optimizer_offload_fraction,
-            overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
-            use_precision_aware_optimizer=options.use_precision_aware_optimizer,
-            **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
-        ),
-        policy,
-        use_gloo_process_groups=False,
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=not is_fp32,
+        params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
+        fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+        optimizer_cpu_offload=options.optimizer_cpu_offload,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
+        use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+        # Megatron-Core 0.19.2 saves the remainders of master weights as if they were the weights.
+        store_param_remainders=False,
+        **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
     )
+
+
+def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's optimizer of :func:`optimizer_settings` for the policy; collective over all ranks."""
+    optimizer = get_megatron_optimizer(optimizer_settings(config), policy, use_gloo_process_groups=False)
     get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 

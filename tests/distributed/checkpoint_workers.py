@@ -6,12 +6,14 @@ import gc
 import hashlib
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.integrity import newest_whole
@@ -34,6 +36,31 @@ def resume(settings):
     if settings.get("save"):
         _save(run)
     return {"before": before, "rows": rows, "latest": layout.latest_iteration(run.checkpoints)}
+
+
+def saved_remainders(settings):
+    """Save what Megatron-Core does of remainders of master weights; what a resume and a new start make of it."""
+    run = start(settings["overrides"])
+    take_steps(run, 2)
+    look_up = DistributedOptimizer._get_main_param_and_optimizer_states
+
+    def remainders(optimizer, parameter):
+        tensors = look_up(optimizer, parameter)
+        return {**tensors, "param": (tensors["param"].view(torch.int32) & 0xFFFF).to(torch.int16)}
+
+    with mock.patch.object(DistributedOptimizer, "_get_main_param_and_optimizer_states", remainders):
+        _save(run)
+    weights = [weight.clone() for chunk in run.policy_chunks for weight in chunk.parameters()]
+    try:
+        start(settings["overrides"])
+        refusal = None
+    except UserError as error:
+        refusal = str(error)
+    folder = layout.iteration_folder(run.checkpoints, 2)
+    again = start([*settings["overrides"], f"training.pretrained_checkpoint={folder}", *settings["elsewhere"]])
+    began = [weight for chunk in again.policy_chunks for weight in chunk.parameters()]
+    same = all(torch.equal(*pair) for pair in zip(weights, began, strict=True))
+    return {"folder": str(folder), "refusal": refusal, "same weights": same, "rows": take_steps(again, 1)}
 
 
 def forgotten_runs(settings):

@@ -155,3 +155,17 @@ def test_bad_numbers_are_named_move_nothing_and_are_never_saved(name, digit_shar
     assert "linear_fc1" in saved
     assert saved.endswith("holds NaN or infinity")
     assert found["files"] == []
+
+
+def test_remainders_saved_as_master_weights_are_not_resumed_and_the_weights_are_whole(digit_shards, tmp_path):
+    common = [*CCA, "model.num_layers=2", "training.precision=bf16", f"data.path={digit_shards}"]
+    settings = {
+        "overrides": [*common, f"training.output_dir={tmp_path}/run"],
+        "elsewhere": [f"training.output_dir={tmp_path}/again"],
+    }
+    answer = run_workers(1, "checkpoint_workers.saved_remainders", settings, tmp_path)
+    assert answer["refusal"].startswith(
+        f"training.output_dir: {answer['folder']} cannot be resumed: its master weights"
+    )
+    assert answer["same weights"]
+    assert answer["rows"][0]["worst"] == 0.0

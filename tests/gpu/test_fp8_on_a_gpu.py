@@ -96,14 +96,18 @@ def test_no_fp8_copy_of_a_frozen_weight_stays_behind(digit_shards, tmp_path):
             assert not getattr(module, "_fp8_workspaces", None)
 
 
-@pytest.mark.parametrize("options", [["optimizer.optimizer_cpu_offload=true"], ["precision aware"]])
+@pytest.mark.parametrize("options", [["offload"], ["precision aware"]])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_memory_saving_optimizers_train_and_resume(options, precision, digit_shards, tmp_path):
     from megatron_cca.training.saves import begin_save
 
+    aware = ["optimizer.use_precision_aware_optimizer=true"]
     if options == ["precision aware"]:
-        options = ["optimizer.use_precision_aware_optimizer=true", "optimizer.main_grads_dtype=bf16"]
+        options = ["optimizer.grad_reduce_in_fp32=false", "optimizer.main_grads_dtype=bf16"]
         options += ["optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16"]
+    else:
+        options = ["optimizer.optimizer_cpu_offload=true"]
+    options = [*aware, *options]
     common = [*SIZES, f"training.precision={precision}", "reference.allow_bias=100", *options]
     whole = [report.metrics["loss"] for report in trace(start(digit_shards, tmp_path / "whole", *common), 8)]
     run = start(digit_shards, tmp_path / "cut", *common)

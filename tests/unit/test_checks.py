@@ -104,6 +104,7 @@ def test_impossible_runs_are_refused(overrides, world_size, message, tmp_path):
 SHARED = ["reference.strategy=shared"]
 LORA = ["lora.dim=4"]
 EIGHT_B = ["model.name=emu3-8b"]
+AWARE = ["optimizer.use_precision_aware_optimizer=true", "training.precision=bf16"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,26 @@ EIGHT_B = ["model.name=emu3-8b"]
         (
             ["optimizer.use_precision_aware_optimizer=true", "optimizer.use_distributed_optimizer=false"],
             "optimizer.use_precision_aware_optimizer: needs optimizer.use_distributed_optimizer",
+        ),
+        (
+            ["optimizer.use_precision_aware_optimizer=true", "training.precision=fp32"],
+            "optimizer.use_precision_aware_optimizer: of no use with training.precision fp32",
+        ),
+        (
+            [*AWARE, "optimizer.main_grads_dtype=bf16"],
+            "optimizer.main_grads_dtype: bf16 needs optimizer.grad_reduce_in_fp32 false",
+        ),
+        (
+            ["optimizer.optimizer_cpu_offload=true", "training.precision=bf16"],
+            "optimizer.optimizer_cpu_offload: needs optimizer.use_precision_aware_optimizer, without which Megatron-Co",
+        ),
+        (
+            [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=0"],
+            "optimizer.optimizer_offload_fraction: 0 moves nothing; leave optimizer.optimizer_cpu_offload out",
+        ),
+        (
+            [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.exp_avg_dtype=bf16"],
+            "optimizer.exp_avg_dtype: bf16, but optimizer.optimizer_cpu_offload keeps fp32",
         ),
         (["optimizer.exp_avg_dtype=bf16"], "optimizer.exp_avg_dtype: bf16 needs optimizer.use_precision_aware_optim"),
         (

@@ -65,6 +65,10 @@ ALLOWED = {
     ): "between a rank and its forked child, through their memory",
     ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",
     ("megatron_cca/scaling/launching.py", "os.environ of PARENT"): "a process number that the sweep hands to its jobs",
+    (
+        "megatron_cca/checkpoint/safe_pickle.py",
+        "os.environ of _TE_MAY_UNPICKLE",
+    ): "lets Transformer Engine read what was checked, and is put back",
     ("megatron_cca/reporting.py", "os.environ of _PEER_WAIT"): "how long a rank waits, a number of seconds",
     ("megatron_cca/surroundings.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
     ("megatron_cca/config_files.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
