@@ -14,6 +14,7 @@ CORE = [
     "filelock",
     "megatron-core==0.19.2",
     "numpy",
+    "pillow",
     "psutil",  # Megatron's checkpoint writer hangs without it
     "pydantic>=2.7",
     "pyyaml",

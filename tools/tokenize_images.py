@@ -23,7 +23,7 @@ _EXAMPLES = """examples:
   python tools/tokenize_images.py run --source extracted --output shards/imagenet384 --model llamagen-l
   python tools/tokenize_images.py inspect shards/train
 """
-_PACKAGES = ("datasets", "PIL", "safetensors", "tiktoken", "transformers")
+_PACKAGES = ("datasets", "matplotlib", "PIL", "safetensors", "tiktoken", "transformers")
 _LAYOUTS = """where the images and captions are. Layouts (recognised from what lies there; else set --layout):
   captions    captions.jsonl ({"file_name": ..., "caption": ...}), or a .txt or .caption beside each image
   classes     one folder per class, as ImageNet; names from classes.json or LOC_synset_mapping.txt if there is one
@@ -37,7 +37,7 @@ _LAYOUTS = """where the images and captions are. Layouts (recognised from what l
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then tokenise or inspect."""
     arguments = _parser().parse_args(argv)
-    with reported_tool_errors(_PACKAGES, "data,hf"):
+    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         arguments.run(arguments)
 
 

@@ -15,12 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cca.data.dali import ImageDecoder
+from megatron_cca.data.dali import ImageDecoder, is_installed
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.image_size import covering_size, scaled_size, target_size
 from megatron_cca.data.images import judge, stored_image
+from megatron_cca.errors import UserError
 
 DALI, AUTHORS = "dali", "authors"
+
+
+def check_resizing(resize: str) -> None:
+    """Refuse a way that does not exist or needs what is not here.
+
+    Raises:
+        UserError: names the option.
+    """
+    if resize not in RESIZINGS:
+        raise UserError(f"--resize: must be {' or '.join(RESIZINGS)}, found {resize!r}")
+    if resize == DALI and not is_installed():
+        raise UserError(
+            f"--resize: {DALI} needs NVIDIA DALI; pip install -e '.[data]', or take {AUTHORS}, which needs Pillow alone"
+        )
 
 
 class Step(NamedTuple):

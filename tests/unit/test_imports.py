@@ -1,8 +1,6 @@
 """The house rules that can be read off the imports."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -115,21 +113,3 @@ def named_families(file):
 def test_no_module_imports_a_family_by_name():
     found = [line for file in FILES for line in named_families(file)]
     assert not found, "\n".join(["ask the vocabulary or the family table:", *found])
-
-
-WITHOUT_EXTRAS = """
-import sys
-from megatron_cca import platform
-platform.install("cpu")
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"matplotlib", "sklearn", "scipy", "torch_fidelity", "transformers", "nvidia"}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-import megatron_cca.training.loop
-"""
-
-
-def test_training_needs_no_extra():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

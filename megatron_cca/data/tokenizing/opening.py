@@ -8,7 +8,7 @@ import torch
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
-from megatron_cca.data.resizing import RESIZINGS
+from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing.parts import PartsFolder
@@ -54,8 +54,9 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
         raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
     if settings.source.is_dir():
         check_apart(settings.output, settings.source, "--source")
-    if settings.resize not in RESIZINGS:
-        raise UserError(f"--resize: must be {' or '.join(RESIZINGS)}, found {settings.resize!r}")
+    # Codes are not resized: then the default need not be there.
+    if settings.image_tokenizer is not None or settings.resize != DALI:
+        check_resizing(settings.resize)
     architecture = _architecture(settings)
     vocabulary = architecture.vocabulary
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)
