@@ -2,177 +2,274 @@
 
 .venv/bin/python benchmarks/logps.py --tokens 1024 8192 --hidden-size 1024
 
-Results are kept in logps.md.
+Results are kept in logps.md. Other programs call :func:`measure`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
+from logps_peers import DENSE, MAIN_GRAD, PADDED_PEERS, PEERS
 from measuring import in_fresh_process, machine, markdown_table
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca import platform
 
-VOCABULARY = 184_622
-# As Megatron pads it for one rank.
-PADDED = 184_704
+# Rows of a head are padded to a multiple of this, as Megatron pads them for one rank.
+PADDING = 128
+# Of a pass without recomputation: the logits, and the gradients of hidden states and weight.
+PRODUCTS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a peer is given.
+
+    Attributes:
+        tokens: T, all of them masked in.
+        hidden_size: H.
+        vocabulary: V.
+        dtype: of hidden states and weight; a torch name.
+        device: ``"cpu"`` or ``"cuda"``.
+        chunk_size: tokens in a tile, for ours; None is its default on the device.
+    """
+
+    tokens: int
+    hidden_size: int
+    vocabulary: int = 184_622
+    dtype: str = "float32"
+    device: str = "cpu"
+    chunk_size: int | None = None
+
+    @property
+    def useful_flops(self) -> float:
+        """Operations of three matrix products, whatever a peer computes twice."""
+        return 2.0 * PRODUCTS * self.tokens * self.hidden_size * self.vocabulary
 
 
 def main() -> None:
-    """Measure every way at every length, or, inside a measuring process, one."""
+    """Measure every peer at every length, or, inside a measuring process, one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--hidden-size", type=int, default=1024, help="Emu3's is 4096; needs much memory on a CPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=None)
+    parser.add_argument("--ways", nargs="+", choices=list(PEERS), default=None, help="default: those of the device")
+    parser.add_argument("--chunk-size", type=int, default=None, help="for ours; default: that of the device")
+    parser.add_argument("--repetitions", type=int, default=3, help="after a small pass that is not timed")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(**json.loads(arguments.measure))))
-    else:
-        ways = arguments.ways or [way for way in WAYS if way != "cut-cross-entropy" or arguments.device == "cuda"]
-        compare(ways, arguments.tokens, arguments.hidden_size, arguments.dtype, arguments.device)
+        settings = json.loads(arguments.measure)
+        shape = Shape(**settings.pop("shape"))
+        print(json.dumps(measure(shape, [settings["peer"]], settings["repetitions"])[0]))
+        return
+    sizes = {name: getattr(arguments, name) for name in ("hidden_size", "dtype", "device", "chunk_size")}
+    shapes = [Shape(tokens, **sizes) for tokens in arguments.tokens]
+    compare(shapes, arguments.ways or default_peers(arguments.device), arguments.repetitions)
 
 
-def compare(ways: list[str], tokens: list[int], hidden_size: int, dtype: str, device: str) -> None:
-    """Print the table; every way's values and gradients are checked against the dense way's."""
-    print(f"{machine(device)}; vocabulary {VOCABULARY}, hidden size {hidden_size}, {dtype}")
-    cases = [(length, way) for length in tokens for way in ways]
-    results = {}
-    for length, way in tqdm(cases, desc="measuring", unit="case"):
-        settings = {"way": way, "tokens": length, "hidden_size": hidden_size, "dtype": dtype, "device": device}
-        results[length, way] = in_fresh_process(__file__, settings)
-    print(markdown_table(_HEADER, [_row(length, way, results) for length, way in cases]))
+def default_peers(device: str) -> list[str]:
+    """The names of the peers that run on a device, installed or not."""
+    return [name for name, peer in PEERS.items() if device in peer.devices]
 
 
-_HEADER = ["tokens", "way", "forward s", "backward s", "time / dense", "extra GiB", "extra / dense", "differs by"]
+def compare(shapes: Sequence[Shape], peers: Sequence[str], repetitions: int) -> None:
+    """Print the table, of a fresh process for every row."""
+    first = shapes[0]
+    print(
+        f"{machine(first.device)}; vocabulary {first.vocabulary}, hidden size {first.hidden_size}, {first.dtype}, "
+        f"medians of {repetitions}"
+    )
+    results = []
+    for shape, peer in tqdm([(shape, peer) for shape in shapes for peer in peers], desc="measuring", unit="case"):
+        case = {"shape": asdict(shape), "peer": peer, "repetitions": repetitions}
+        found = in_fresh_process(__file__, case)
+        results.append(found if "peer" in found else _without_figures(shape, peer, "out of memory"))
+    print(table(results))
 
 
-def _row(length: int, way: str, results: dict) -> list[str]:
-    found, dense = results[length, way], results.get((length, "dense"), {"out_of_memory": True})
-    if "out_of_memory" in found:
-        return [str(length), way, "out of memory", *[""] * 5]
-    cells = [f"{found['forward']:.2f}", f"{found['backward']:.2f}", "", f"{found['extra'] / 2**30:.3f}", "", ""]
-    if "out_of_memory" not in dense:
-        seconds, dense_seconds = (result["forward"] + result["backward"] for result in (found, dense))
-        differences = [abs(found[name] / dense[name] - 1) for name in ("sum", "hidden_norm", "weight_norm")]
-        cells[2], cells[4] = f"{seconds / dense_seconds:.2f}", f"{found['extra'] / dense['extra']:.3f}"
-        cells[5] = f"{max(differences):.0e}"
-    return [str(length), way, *cells]
+def measure(
+    shape: Shape, peers: Sequence[str] | None = None, repetitions: int = 5, *, seconds: float = math.inf
+) -> list[dict]:
+    """Measure peers in this process, one after the other.
 
+    A peer that is not installed, runs out of memory or fails is a result, too; the next one is measured then. On a CPU
+    memory that an earlier peer gave back may count as a later one's: measure one peer in a process there.
 
-def measure(way: str, tokens: int, hidden_size: int, dtype: str, device: str) -> dict:
-    """One forward and backward pass in this process.
+    Args:
+        shape: what they are given; the same numbers for every peer.
+        peers: names in ``PEERS``; None takes those that run on the device.
+        repetitions: forward and backward passes that are timed, after a small one that is not.
+        seconds: no pass begins after so long; a peer without a timed pass says so.
 
-    Inputs and both gradient tensors exist beforehand, since every way needs them; ``extra`` is the peak beyond them.
+    Returns:
+        For each peer a dict of plain data: the fields of ``shape``, ``peer``, and either ``note`` (why there are no
+        figures) or ``forward_ms``, ``backward_ms``, ``total_ms`` (each ``median``, ``least``, ``most``),
+        ``repetitions`` (as many as were timed), ``tflops`` (of the median; recomputed products are not counted),
+        ``extra_bytes`` (the peak beyond inputs and gradient tensors), ``sum``, ``hidden_norm``, ``weight_norm`` (what
+        was computed), ``version`` (of the peer's package).
     """
-    platform.install(device)
-    function = WAYS[way]
+    platform.install(shape.device)
+    deadline = time.monotonic() + seconds
+    return [_measure_peer(shape, peer, repetitions, deadline) for peer in peers or default_peers(shape.device)]
+
+
+def table(results: Iterable[dict]) -> str:
+    """A Markdown table of what :func:`measure` returned; ratios are to the dense peer at the same shape."""
+    results = list(results)
+    dense = {_shape_key(row): row for row in results if row["peer"] == DENSE and "note" not in row}
+    return markdown_table(_HEADER, [_cells(row, dense.get(_shape_key(row))) for row in results])
+
+
+_HEADER = [
+    *("tokens", "way", "forward ms", "backward ms", "total ms", "least to most", "TFLOP/s", "time / dense"),
+    *("extra GiB", "extra / dense", "differs by"),
+]
+
+
+def _cells(row: dict, dense: dict | None) -> list[str]:
+    head = [str(row["tokens"]), row["peer"]]
+    if "note" in row:
+        return [*head, row["note"], *[""] * (len(_HEADER) - 3)]
+    total = row["total_ms"]
+    cells = [
+        *head,
+        *(_digits(row[name]["median"]) for name in ("forward_ms", "backward_ms", "total_ms")),
+        f"{_digits(total['least'])} to {_digits(total['most'])}",
+        _digits(row["tflops"]),
+        "",
+        f"{row['extra_bytes'] / 2**30:.3f}",
+        *("", ""),
+    ]
+    if dense is not None:
+        cells[7] = f"{total['median'] / dense['total_ms']['median']:.2f}"
+        cells[9] = f"{row['extra_bytes'] / max(dense['extra_bytes'], 1):.3f}"
+        names = ("sum", "hidden_norm", "weight_norm")
+        cells[10] = f"{max(abs(row[name] / dense[name] - 1) for name in names):.0e}"
+    return cells
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _shape_key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("tokens", "hidden_size", "vocabulary", "dtype", "device"))
+
+
+def _without_figures(shape: Shape, peer: str, note: str) -> dict:
+    return {**asdict(shape), "peer": peer, "note": note}
+
+
+def _measure_peer(shape: Shape, peer: str, repetitions: int, deadline: float) -> dict:
+    """One peer's figures, or why there are none."""
+    try:
+        figures = _figures(shape, peer, repetitions, deadline)
+    except ImportError as error:
+        return _without_figures(shape, peer, f"not installed ({error})")
+    except torch.OutOfMemoryError:
+        return _without_figures(shape, peer, "out of memory")
+    except Exception as error:
+        return _without_figures(shape, peer, f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    if figures is None:
+        return _without_figures(shape, peer, "no time was left")
+    return {**asdict(shape), "peer": peer, **figures}
+
+
+def _figures(shape: Shape, peer: str, repetitions: int, deadline: float) -> dict | None:
+    if time.monotonic() >= deadline:
+        return None
+    function, version = PEERS[peer].load(), PEERS[peer].version()
     # A small pass first: thread pools, kernels, the libraries' own workspaces.
-    _pass(function, *_inputs(way, 256, hidden_size, dtype, device))
-    inputs = _inputs(way, tokens, hidden_size, dtype, device)
+    _pass(function, shape, _inputs(peer, Shape(**{**asdict(shape), "tokens": min(256, shape.tokens)})))
+    inputs = _inputs(peer, shape)
     before = platform.memory_bytes()
     platform.reset_peak_memory()
-    forward, backward, total = _pass(function, *inputs)
+    passes = []
+    while len(passes) < repetitions and time.monotonic() < deadline:
+        _clear_gradients(*inputs[:2])
+        passes.append(_pass(function, shape, inputs))
+    if not passes:
+        return None
     extra = platform.peak_memory_bytes() - before
-    hidden, weight = inputs[:2]
-    weight_grad = getattr(weight, "main_grad", weight.grad)
+    forward, backward, totals = zip(*passes, strict=True)
+    whole = [sum(pair) for pair in zip(forward, backward, strict=True)]
     return {
-        "forward": forward,
-        "backward": backward,
-        "extra": extra,
-        "sum": total,
-        "hidden_norm": hidden.grad.double().norm().item(),
-        # In slices: a float64 copy of the whole would be the largest tensor of all.
-        "weight_norm": sum(part.double().square().sum().item() for part in weight_grad.split(4096)) ** 0.5,
+        **{
+            f"{name}_ms": {
+                "median": 1e3 * statistics.median(values),
+                "least": 1e3 * min(values),
+                "most": 1e3 * max(values),
+            }
+            for name, values in (("forward", forward), ("backward", backward), ("total", whole))
+        },
+        "repetitions": len(passes),
+        "tflops": shape.useful_flops / statistics.median(whole) / 1e12,
+        "extra_bytes": extra,
+        "version": version,
+        "sum": totals[-1],
+        **_gradient_norms(*inputs[:2]),
     }
 
 
-def _inputs(way: str, tokens: int, hidden_size: int, dtype: str, device: str):
-    generator = torch.Generator(device).manual_seed(0)
-    kind = {"dtype": getattr(torch, dtype), "device": device, "generator": generator}
-    hidden = torch.randn(tokens, 1, hidden_size, **kind).requires_grad_()
-    targets = torch.randint(0, VOCABULARY, (1, tokens), device=device, generator=generator)
+def _inputs(peer: str, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states ``[T, 1, H]``, weight, targets and mask, with gradient tensors that a pass adds to."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+    kind = {"dtype": getattr(torch, shape.dtype), "device": shape.device, "generator": generator}
+    hidden = torch.randn(shape.tokens, 1, shape.hidden_size, **kind).requires_grad_()
+    targets = torch.randint(0, shape.vocabulary, (1, shape.tokens), device=shape.device, generator=generator)
     # The other ways have no use for padding rows: cutting them off would cost a copy.
-    rows = PADDED if way in PADDED_WAYS else VOCABULARY
-    weight = (torch.randn(rows, hidden_size, **kind).mul_(2 * hidden_size**-0.5)).requires_grad_()
-    mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
-    hidden.grad = torch.ones_like(hidden).zero_()  # written to, so that its pages are there
-    if way == MAIN_GRAD_WAY:
-        weight.main_grad = torch.ones(weight.shape, dtype=torch.float32, device=device).zero_()
+    rows = math.ceil(shape.vocabulary / PADDING) * PADDING if peer in PADDED_PEERS else shape.vocabulary
+    weight = torch.randn(rows, shape.hidden_size, **kind).mul_(2 * shape.hidden_size**-0.5).requires_grad_()
+    mask = torch.ones(1, shape.tokens, dtype=torch.bool, device=shape.device)
+    hidden.grad = torch.empty_like(hidden)
+    if peer == MAIN_GRAD:
+        weight.main_grad = torch.empty(weight.shape, dtype=torch.float32, device=shape.device)
     else:
-        weight.grad = torch.ones_like(weight).zero_()
+        weight.grad = torch.empty_like(weight)
+    # Written to before memory is counted, so that their pages are there.
+    _clear_gradients(hidden, weight)
     return hidden, weight, targets, mask
 
 
-def _pass(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[float, float, float]:
+def _clear_gradients(hidden: Tensor, weight: Tensor) -> None:
+    with torch.no_grad():
+        hidden.grad.fill_(1).zero_()
+        if hasattr(weight, "main_grad"):
+            weight.main_grad.fill_(1).zero_()
+            # As Megatron's hook does after each backward.
+            weight.grad = None
+        else:
+            weight.grad.fill_(1).zero_()
+
+
+def _gradient_norms(hidden: Tensor, weight: Tensor) -> dict[str, float]:
+    gradient = getattr(weight, "main_grad", weight.grad)
+    # In slices: a float64 copy of the whole would be the largest tensor of all.
+    squares = sum(part.double().square().sum().item() for part in gradient.split(4096))
+    return {"hidden_norm": hidden.grad.double().norm().item(), "weight_norm": squares**0.5}
+
+
+def _pass(function: Callable[..., Tensor], shape: Shape, inputs: tuple) -> tuple[float, float, float]:
     """Seconds of forward and backward, and the sum of all log-probabilities."""
     platform.synchronize()
     started = time.perf_counter()
-    total = function(*inputs).sum()
+    total = function(shape, *inputs).sum()
     platform.synchronize()
     middle = time.perf_counter()
     total.backward()
     platform.synchronize()
     return middle - started, time.perf_counter() - middle, total.item()
-
-
-def _ours(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    from megatron_cca.parallel import sequence_logps
-
-    return sequence_logps(hidden, weight, targets, mask, vocab_size=VOCABULARY)
-
-
-def _dense(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """The authors' way, with no tensor kept longer than autograd needs it."""
-    logits = (hidden.transpose(0, 1) @ weight.t()).float()
-    logps = torch.log_softmax(logits, dim=-1)
-    del logits
-    return (logps.gather(-1, targets[..., None]).squeeze(-1) * mask).sum(1)
-
-
-def _megatron(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    _join_alone()
-    logits = (hidden @ weight.t()).float()
-    losses = vocab_parallel_cross_entropy(logits, targets.t().contiguous())
-    return -(losses.t() * mask).sum(1)
-
-
-def _join_alone() -> None:
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    if not dist.is_initialized():
-        dist.init_process_group(**platform.process_group_options())
-        parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-
-
-def _cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    losses = linear_cross_entropy(hidden.transpose(0, 1), weight, targets, reduction="none")
-    return -(losses * mask).sum(1)
-
-
-# The head's gradient goes into a main_grad, as under Megatron's data parallelism.
-MAIN_GRAD_WAY = "ours, main_grad"
-PADDED_WAYS = ("ours", MAIN_GRAD_WAY)
-WAYS: dict[str, Callable[..., Tensor]] = {
-    "dense": _dense,
-    "ours": _ours,
-    MAIN_GRAD_WAY: _ours,
-    "megatron": _megatron,
-    "cut-cross-entropy": _cut_cross_entropy,
-}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks run, and the ways that they compare compute the same thing. Nothing here looks at a time."""
 
+import json
 import sys
 
 import pytest
@@ -18,9 +19,33 @@ def table(name, *arguments):
 
 
 def test_all_ways_to_log_probabilities_agree():
-    rows = table("logps.py", "--tokens", "32", "--hidden-size", "16", "--device", "cpu")
-    assert [row["way"] for row in rows] == ["dense", "ours", "ours, main_grad", "megatron"]
-    assert all(float(row["differs by"]) < 1e-5 for row in rows)
+    ways = ("dense", "ours", "ours, main_grad", "megatron", "torch, chunked")
+    arguments = ("--tokens", "32", "--hidden-size", "16", "--device", "cpu", "--repetitions", "1")
+    rows = table("logps.py", *arguments, "--ways", *ways, "Liger")
+    assert [row["way"] for row in rows] == [*ways, "Liger"]
+    assert all(float(row["differs by"]) < 1e-5 for row in rows[:4])
+    # Its sum over tokens is in fp32.
+    assert float(rows[4]["differs by"]) < 1e-3
+    # What is not there is a line, and no end.
+    assert rows[5]["forward ms"].startswith("not installed") and not rows[5]["total ms"]
+
+
+def test_measurements_of_log_probabilities_are_plain_data_within_a_time(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import logps
+
+    shape = logps.Shape(8, 4, vocabulary=300)
+    rows = logps.measure(shape, ["dense", "ours, main_grad", "torch, chunked", "Liger"], repetitions=3)
+    assert json.loads(json.dumps(rows)) == rows
+    for row in rows[:3]:
+        assert row["repetitions"] == 3 and row["tflops"] > 0
+        assert 0 < row["total_ms"]["least"] <= row["total_ms"]["median"] <= row["total_ms"]["most"]
+        for name in ("sum", "hidden_norm", "weight_norm"):
+            assert row[name] == pytest.approx(rows[0][name], rel=1e-4)
+    assert rows[3]["note"].startswith("not installed")
+    (late,) = logps.measure(shape, ["dense"], seconds=0)
+    assert late["note"] == "no time was left"
+    assert len(logps.table([*rows, late]).splitlines()) == 2 + 5
 
 
 def test_three_steps_have_the_losses_of_plain_transformers():
