@@ -86,7 +86,9 @@ class ModelConfig:
     init_method_std: PositiveFloat = 0.02
     """Standard deviation of weights that come from no checkpoint."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere."""
+    """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere. Transformer
+    Engine has no fused attention for fp32, nor for heads whose channels are no multiple of 8 or more than 128: there
+    ``auto`` takes torch's attention between Transformer Engine's layers, ``transformer_engine`` its unfused one."""
 
 
 @strict

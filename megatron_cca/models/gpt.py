@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.models.attention import head_channels
 from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
 from megatron_cca.models.rotary_2d import use_grid_positions
@@ -139,9 +140,15 @@ def _build_chunk(
 ) -> torch.nn.Module:
     pipeline_chunks = parallel.pipeline_model_parallel_size * num_model_chunks(parallel)
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    layers = layer_spec(
+        model.transformer_impl,
+        architecture.num_layers // pipeline_chunks,
+        channels=head_channels(architecture),
+        precision="fp32" if config.params_dtype == torch.float32 else "bf16",
+    )
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(model.transformer_impl, architecture.num_layers // pipeline_chunks),
+        transformer_layer_spec=layers,
         vocab_size=padded_vocab_size(architecture, model, parallel.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**place),

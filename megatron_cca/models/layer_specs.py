@@ -11,24 +11,35 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_cca import platform
+from megatron_cca.config import Precision
 from megatron_cca.errors import UserError
+from megatron_cca.models.attention import has_engine_attention
 from megatron_cca.models.local_layers import RMSNorm, ScaledDotProductAttention
 
 
-def layer_spec(transformer_impl: str, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
+def engine_is_available() -> bool:
+    """Whether Transformer Engine is installed and has a GPU."""
+    return HAVE_TE and platform.current().is_cuda
+
+
+def layer_spec(
+    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's layers for ``model.transformer_impl``.
 
     Args:
         transformer_impl: ``auto``, ``local`` or ``transformer_engine``.
         num_layers: layers on this pipeline stage.
+        channels: of an attention head.
+        precision: that the model computes in.
 
     Raises:
         UserError: Transformer Engine asked for where it is not installed or has no GPU.
     """
-    available = HAVE_TE and platform.current().is_cuda
+    available = engine_is_available()
     if transformer_impl == "transformer_engine" and not available:
         raise UserError(
             "model.transformer_impl: transformer_engine needs a GPU and the package transformer-engine "
@@ -36,7 +47,10 @@ def layer_spec(transformer_impl: str, num_layers: int) -> ModuleSpec | Transform
         )
     if transformer_impl == "local" or not available:
         return _local_block(num_layers)
-    return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    if has_engine_attention(transformer_impl, channels, precision):
+        return spec
+    return dataclasses.replace(spec, submodules=_with_torch_attention(spec.submodules))
 
 
 def check_fp8_device(recipe: str) -> None:
@@ -48,7 +62,7 @@ def check_fp8_device(recipe: str) -> None:
     Raises:
         UserError: says what is missing.
     """
-    if not (HAVE_TE and platform.current().is_cuda):
+    if not engine_is_available():
         raise UserError(
             "fp8 needs a GPU of the Ada, Hopper or Blackwell generation and the package transformer-engine "
             "(pip install 'megatron-cca[gpu]'); use bf16 here"
@@ -62,15 +76,15 @@ def check_fp8_device(recipe: str) -> None:
 
 
 def _local_block(num_layers: int) -> TransformerBlockSubmodules:
-    submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
-    attention = submodules.self_attention
-    attention = dataclasses.replace(
-        attention, submodules=dataclasses.replace(attention.submodules, core_attention=ScaledDotProductAttention)
-    )
-    submodules = dataclasses.replace(
-        submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention
-    )
+    submodules = _with_torch_attention(get_gpt_layer_local_submodules(normalization="RMSNorm"))
+    submodules = dataclasses.replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
     # Named here too: a bare layer spec would leave the final norm to Megatron's fallback.
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=TransformerLayer, submodules=submodules)] * num_layers, layer_norm=RMSNorm
     )
+
+
+def _with_torch_attention(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    attention = layer.self_attention
+    submodules = dataclasses.replace(attention.submodules, core_attention=ScaledDotProductAttention)
+    return dataclasses.replace(layer, self_attention=dataclasses.replace(attention, submodules=submodules))

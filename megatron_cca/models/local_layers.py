@@ -1,4 +1,4 @@
-"""Layers for machines without Transformer Engine, where Megatron-Core's own fall short for image-length sequences."""
+"""Layers where Megatron-Core's own, or Transformer Engine's, fall short for image-length sequences."""
 
 from __future__ import annotations
 
@@ -91,6 +91,9 @@ class ScaledDotProductAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if query.is_cuda and query.dtype == torch.float32:
+            # The one fused kernel that takes fp32 takes no grouped queries.
+            key, value = (tensor.repeat_interleave(query.size(1) // key.size(1), 1) for tensor in (key, value))
         context = scaled_dot_product_attention(
             query,
             key,

@@ -1,14 +1,15 @@
 """Bytes of a forward and backward pass on one rank: what layers keep, and what is alive while they work.
 
 Every term names tensors of Megatron's layers; ``tests/unit/test_planner_memory.py`` holds them to the dry run's count.
-Not counted are scores of attention, which flash kernels never hold.
+Scores of attention are held only where Transformer Engine's attention is not fused (``models/attention.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_cca.config import Config
+from megatron_cca.config import Config, ModelConfig, Precision
+from megatron_cca.models.attention import keeps_scores
 from megatron_cca.planner.sizes import Sizes, architecture_of
 
 FP32 = 4
@@ -27,6 +28,7 @@ class LayerShape:
         ffn: this rank's channels between fc1 and fc2.
         heads: this rank's.
         rotary: numbers in a table of rotary positions.
+        scores: bytes of a layer's scores of attention, where they are kept for backward; else 0.
         fuses_norms, fuses_swiglu: whether each is a kernel of its own, that keeps nothing of its inner steps.
     """
 
@@ -39,6 +41,7 @@ class LayerShape:
     ffn: float
     heads: float
     rotary: float
+    scores: float
     fuses_norms: bool
     fuses_swiglu: bool
 
@@ -62,9 +65,18 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, f
         ffn=architecture.ffn_hidden_size / tensor,
         heads=architecture.num_attention_heads / tensor,
         rotary=sizes.seq_length / sizes.context * channels,
+        scores=layer_scores(config.model, sizes, "fp32" if size == FP32 else "bf16"),
         fuses_norms=fuses_norms,
         fuses_swiglu=fuses_swiglu,
     )
+
+
+def layer_scores(model: ModelConfig, sizes: Sizes, precision: Precision) -> float:
+    """Bytes of the scores ``[rows, heads, S, S]`` that a layer keeps for backward; 0 where its attention is fused."""
+    if not keeps_scores(model, sizes.architecture, precision):
+        return 0.0
+    number = FP32 if precision == "fp32" else FP32 // 2
+    return number * sizes.rows * sizes.architecture.num_attention_heads / sizes.tensor * sizes.seq_length**2
 
 
 def norm_kept(shape: LayerShape) -> float:
@@ -81,7 +93,12 @@ def attention_kept(shape: LayerShape, context: int) -> float:
     channels = (shape.queries + shape.keys) + (shape.queries + shape.keys / 2) + shape.queries
     gathered = shape.keys * context if context > 1 else 0
     tables = 4 * shape.size * shape.rotary
-    return shape.size * shape.tokens * (channels + gathered) + FP32 * shape.heads * shape.tokens + tables
+    return shape.size * shape.tokens * (channels + gathered) + _softmax_kept(shape) + tables
+
+
+def _softmax_kept(shape: LayerShape) -> float:
+    """The scores, or of a fused kernel a logarithm for each head and token."""
+    return shape.scores or FP32 * shape.heads * shape.tokens
 
 
 def mlp_kept(shape: LayerShape) -> float:
@@ -112,7 +129,7 @@ def chunk_kept(shape: LayerShape, config: Config, layers: int, context: int) -> 
 
 def _selectively_recomputed(shape: LayerShape, config: Config) -> float:
     modules = config.training.recompute_modules
-    attention = FP32 * shape.heads * shape.tokens if "core_attn" in modules else 0
+    attention = _softmax_kept(shape) if "core_attn" in modules else 0
     return attention + (mlp_kept(shape) if "mlp" in modules else 0)
 
 
@@ -129,7 +146,7 @@ def recomputed_at_once(shape: LayerShape, config: Config, layers: int, context: 
 
 
 def layer_backward(shape: LayerShape, config: Config) -> float:
-    """Alive in the backward pass of a layer besides what it kept: at fc2 or at SwiGLU, whichever has more."""
+    """Alive in the backward pass of a layer besides what it kept: at fc2, SwiGLU or unfused attention, the largest."""
     whole = shape.size * shape.tokens * shape.hidden
     gathered = whole if config.parallel.sequence_parallel else 0
     inner = shape.size * shape.tokens * shape.ffn
@@ -137,14 +154,18 @@ def layer_backward(shape: LayerShape, config: Config) -> float:
     at_fc2 = shape.stream + gathered + inner + weight
     # The gradient that came from fc2 and the two that SwiGLU makes of it; fc2's input is gone by now.
     at_swiglu = shape.stream + 2 * inner
-    return max(at_fc2, at_swiglu)
+    # The gradients of the probabilities and of the scores.
+    at_scores = shape.stream + 2 * shape.scores
+    return max(at_fc2, at_swiglu, at_scores)
 
 
 def layer_forward(shape: LayerShape, config: Config) -> float:
-    """Alive in a forward pass that keeps nothing, at fc1 and SwiGLU."""
+    """Alive in a forward pass that keeps nothing, at fc1 and SwiGLU or at unfused attention."""
     gathered = shape.size * shape.tokens * shape.hidden if config.parallel.sequence_parallel else 0
     inner = shape.size * shape.tokens * shape.ffn
-    return 2 * shape.stream + max(gathered + 2 * inner, (3 if shape.fuses_swiglu else 5) * inner)
+    at_mlp = max(gathered + 2 * inner, (3 if shape.fuses_swiglu else 5) * inner)
+    # The scores and the probabilities.
+    return 2 * shape.stream + max(at_mlp, 2 * shape.scores)
 
 
 def microbatches_in_flight(sizes: Sizes, pipeline_rank: int, group: int | None) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.planner.activations import layer_scores
 from megatron_cca.planner.calibration import Calibration
 from megatron_cca.planner.flops import ATTENTION_BACKWARD, attention_forward, products
 from megatron_cca.planner.hardware import Gpu
@@ -120,7 +121,11 @@ class Compute:
         # Around a ring of context-parallel ranks the output is put together from as many parts, in fp32.
         joined = 12 * sizes.context if sizes.context > 1 else 0
         joining = self._bytes(joined * sizes.tokens * sizes.architecture.hidden_size / sizes.tensor)
-        flops = sizes.rows * attention_forward(sizes.architecture, sizes.seq_length) / sizes.context / sizes.tensor
+        scores = layer_scores(self.config.model, sizes, self.settings.precision)
+        row = attention_forward(sizes.architecture, sizes.seq_length, causal=not scores)
+        flops = sizes.rows * row / sizes.context / sizes.tensor
+        # Unfused: scores are written and read, their probabilities, too.
+        joining += self._bytes(4 * scores)
         return flops / (self._half_peak() * self.calibration.attention_efficiency) + joining
 
     def _head_product(self) -> float:

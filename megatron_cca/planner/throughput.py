@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cca.config import Config
+from megatron_cca.models.attention import has_engine_attention, head_channels
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.communication import Group
 from megatron_cca.planner.compute import Compute
@@ -186,11 +187,12 @@ class _Step:
         return self.tp.collective(compute.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size)
 
     def _keys_and_values(self, compute: Compute, *, backward: bool) -> float:
-        """Of one layer and one way: gathered by the local layers, passed around a ring by Transformer Engine's."""
+        """Of one layer and one way: gathered by torch's attention, passed around a ring by Transformer Engine's."""
         architecture = self.sizes.architecture
         width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
         part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
-        if self.config.model.transformer_impl == "local":
+        impl, precision = self.config.model.transformer_impl, compute.settings.precision
+        if not has_engine_attention(impl, head_channels(architecture), precision):
             # Backward has them still, and scatters their gradients.
             return self.cp.collective(part * self.sizes.context)
         # In backward they go round again, and their gradients with them; behind attention both ways.

@@ -12,6 +12,7 @@ from megatron_cca.config import Config, OptimizerConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.training.attention import check_attention
 from megatron_cca.training.overlap_checks import check_overlaps
 from megatron_cca.training.reference_checks import check_reference
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
@@ -42,6 +43,7 @@ def check_new_run(config: Config, world_size: int) -> None:
     _check_saving(config)
     _check_optimizer(config)
     check_overlaps(config, data_parallel)
+    check_attention(config)
     _check_validation(config)
     _check_pictures(config)
     if config.objective.name != "next_token":

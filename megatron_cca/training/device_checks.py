@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.tensor_parallel import layers
 
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.sequence_feed import loader_in_force
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.layer_specs import check_fp8_device
+from megatron_cca.models.layer_specs import check_fp8_device, engine_is_available
 from megatron_cca.training.fp8_checks import check_fp8_sizes
 from megatron_cca.training.reference_settings import settings_by_key
 
@@ -29,7 +28,7 @@ def check_devices(config: Config) -> None:
     _check_fork(config)
     if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
         raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
-    kernels, has_engine = config.kernels, HAVE_TE and platform.current().is_cuda
+    kernels, has_engine = config.kernels, engine_is_available()
     for key, is_wanted in (
         ("optimizer.use_precision_aware_optimizer", config.optimizer.use_precision_aware_optimizer),
         ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),

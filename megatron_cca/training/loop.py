@@ -18,10 +18,12 @@ from megatron_cca.display import losses_told_to
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
+from megatron_cca.models.layer_specs import engine_is_available
 from megatron_cca.output import write_text
 from megatron_cca.parallel.agreement import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
+from megatron_cca.training.attention import attention_lines
 from megatron_cca.training.batches import RunData
 from megatron_cca.training.contrast import ContrastWatch
 from megatron_cca.training.events import EventLog, Journal
@@ -92,6 +94,8 @@ def _train_and_log(run: Run, events: EventLog) -> None:
         began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
         began |= {"loader": run.loader.loader}
         journal.tell("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
+        for line in attention_lines(config, has_engine=engine_is_available()):
+            journal.say(line)
         for line in run.passed_over:
             journal.tell("passed_over", f"passed over: {line}", reason=line)
         warn_of_fork(run, journal)

@@ -9,8 +9,8 @@ from megatron.core.tensor_parallel import layers
 from megatron_cca import platform
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models import kernels
-from megatron_cca.training import device_checks, user_buffers
+from megatron_cca.models import kernels, layer_specs
+from megatron_cca.training import user_buffers
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.device_checks import check_devices
 from megatron_cca.training.shapes import fixed_row_length
@@ -204,7 +204,7 @@ def test_what_needs_a_gpu_is_refused_without_one(override, message):
 def test_gradients_are_fused_by_the_layers_or_by_apex(monkeypatch):
     wanted = ["kernels.gradient_accumulation_fusion=true"]
     monkeypatch.setattr(platform, "current", lambda: types.SimpleNamespace(is_cuda=True))
-    monkeypatch.setattr(device_checks, "HAVE_TE", True)
+    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
     check_devices(load_config(None, wanted))
     assert refused(check_devices, [*wanted, "model.transformer_impl=local"]).startswith("kernels.gradient_accumulation")
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
