@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_cca.platform import nvml
 from megatron_cca.surroundings import leave_without_current_folder
 
 # MKL ends the process where there is none, with words about a library.
@@ -62,8 +63,7 @@ def install(choice: DeviceChoice = "auto") -> Platform:
     quiet.hide_expected_messages()
     # Checkpoints are written by Megatron's own writer; where it finds this one, it ends at import if that is too old.
     sys.modules.setdefault("nvidia_resiliency_ext.checkpointing.async_ckpt.core", None)
-    # Megatron overlaps tensor-parallel communication with compute correctly only with a single hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _limit_hardware_queues()
     platform = _choose(choice)
     if platform is _CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -73,6 +73,17 @@ def install(choice: DeviceChoice = "auto") -> Platform:
     adam.serve_megatron()
     _installed = platform
     return platform
+
+
+def _limit_hardware_queues() -> None:
+    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` to 1 where it is needed and nobody has set it; CUDA must not have started.
+
+    Up to Hopper, Megatron overlaps tensor- and context-parallel communication with compute only if one hardware queue
+    keeps the order of launches. Blackwell (compute capability 10) needs no such limit, which would cost it overlap.
+    """
+    found = nvml.compute_capabilities()
+    if not found or min(found) < (10, 0):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _choose(choice: DeviceChoice) -> Platform:
