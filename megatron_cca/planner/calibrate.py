@@ -19,7 +19,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.planner import measuring
 from megatron_cca.planner.calibration import DEFAULT, Calibration
-from megatron_cca.planner.flops import products
+from megatron_cca.planner.flops import Product, products
 from megatron_cca.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.planner.short_runs import Observation, observe, short_configs
 from megatron_cca.planner.throughput import predict_step
@@ -27,6 +27,8 @@ from megatron_cca.planner.workload import ImageShape, image_workload
 from megatron_cca.training.device_checks import check_devices
 from megatron_cca.training.shapes import rows_per_sample
 
+# Of every side of an FP8 product (cuBLASLt).
+FP8_MULTIPLE = 16
 # Tokens that single products and attention are measured with, at most.
 _MOST_TOKENS = 16384
 # No cache holds so much.
@@ -40,12 +42,14 @@ class Measured:
     Attributes:
         gpu: as predictions need it.
         calibration: the fit.
+        has_fp8: whether FP8 products were measured, not taken from the defaults.
         observations: the short runs.
         errors: of each, predicted from the others, as a share of what was measured.
     """
 
     gpu: Gpu
     calibration: Calibration
+    has_fp8: bool
     observations: list[Observation]
     errors: list[float]
 
@@ -59,12 +63,12 @@ def calibrate(config: Config, images: ImageShape, gpu: str | None, steps: int) -
     configs = short_configs(config)
     check_devices(configs[0])
     device = _device(gpu, config, images)
-    base = _by_itself(config, images, device)
+    base, has_fp8 = _by_itself(config, images, device)
     with TemporaryDirectory() as folder:
         bar = tqdm(configs, desc="short runs", unit="run", disable=None)
         observations = [observe(one, images, steps, Path(folder) / str(index)) for index, one in enumerate(bar)]
     calibration, errors = fit(observations, device, base)
-    return Measured(device, replace(calibration, gpu=device.name), observations, errors)
+    return Measured(device, replace(calibration, gpu=device.name), has_fp8, observations, errors)
 
 
 def _device(name: str | None, config: Config, images: ImageShape) -> Gpu:
@@ -98,8 +102,8 @@ def _dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> Calibration:
-    """Efficiencies of products, attention and memory at the run's shapes, nothing else going on."""
+def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibration, bool]:
+    """Efficiencies of products, attention and memory at the run's shapes, nothing else going on; whether FP8's, too."""
     architecture, workload = resolve_architecture(config.model), image_workload(config, images)
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
     rows = config.training.micro_batch_size * rows_per_sample(config)
@@ -107,25 +111,42 @@ def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> Calibration:
     tokens, dtype = rows * workload.seq_length, _dtype(precision)
     shapes = products(architecture)
     seconds = measuring.products_seconds(shapes, tokens, dtype)
-    # The time that a perfect efficiency would have taken, short sides and all.
-    unit = replace(DEFAULT, matmul_efficiency=1.0)
-    ideal = sum(
-        2 * tokens * one.weights / gpu.flops[precision] / unit.matmul(precision, min(tokens, one.inputs, one.outputs))
-        for one in shapes
-    )
+    matmul = _ideal_seconds(shapes, tokens, gpu, precision) / seconds
     heads = architecture.num_attention_heads
     channels = architecture.hidden_size // heads
     attention = measuring.attention_seconds(rows, heads, workload.seq_length, channels, dtype)
     attention_flops = rows * 2.0 * workload.seq_length**2 * architecture.hidden_size
-    return replace(
+    fp8 = measured_fp8(shapes, tokens, gpu)
+    found = replace(
         DEFAULT,
-        matmul_efficiency=ideal / seconds,
+        matmul_efficiency=matmul,
+        # Where FP8 products cannot be measured they are as far from their peak as by default, beside bf16's.
+        fp8_matmul_efficiency=fp8 or DEFAULT.fp8_matmul_efficiency / DEFAULT.matmul_efficiency * matmul,
         attention_efficiency=attention_flops / attention / gpu.flops[precision],
         memory_efficiency=measuring.memory_bandwidth(_activation_bytes(config, images)) / gpu.memory_bandwidth,
         # Part of what whole steps show.
         layer_launch_seconds=0.0,
         microbatch_overhead_seconds=0.0,
         step_overhead_seconds=0.0,
+    )
+    return found, fp8 is not None
+
+
+def measured_fp8(shapes: Sequence[Product], tokens: int, gpu: Gpu) -> float | None:
+    """Share of the FP8 peak that a layer's products reach; None where a GPU has none, or the widths do not suit it."""
+    tokens -= tokens % FP8_MULTIPLE
+    fits = tokens > 0 and all(one.inputs % FP8_MULTIPLE == one.outputs % FP8_MULTIPLE == 0 for one in shapes)
+    if "fp8" not in gpu.flops or not fits:
+        return None
+    return _ideal_seconds(shapes, tokens, gpu, "fp8") / measuring.fp8_products_seconds(shapes, tokens)
+
+
+def _ideal_seconds(shapes: Sequence[Product], tokens: int, gpu: Gpu, precision: str) -> float:
+    """What the products would take at a perfect efficiency, short sides and all."""
+    unit = replace(DEFAULT, matmul_efficiency=1.0, fp8_matmul_efficiency=1.0)
+    return sum(
+        2 * tokens * one.weights / gpu.flops[precision] / unit.matmul(precision, min(tokens, one.inputs, one.outputs))
+        for one in shapes
     )
 
 
@@ -152,11 +173,7 @@ def fit(observations: Sequence[Observation], gpu: Gpu, base: Calibration) -> tup
     fitted = replace(
         base,
         matmul_efficiency=base.matmul_efficiency / slowdown,
-        # FP8 products by themselves are not measured; beside bf16's they are as by default.
-        fp8_matmul_efficiency=DEFAULT.fp8_matmul_efficiency
-        / DEFAULT.matmul_efficiency
-        * base.matmul_efficiency
-        / slowdown,
+        fp8_matmul_efficiency=base.fp8_matmul_efficiency / slowdown,
         attention_efficiency=base.attention_efficiency / slowdown,
         memory_efficiency=base.memory_efficiency / slowdown,
         microbatch_overhead_seconds=microbatch,

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cca import __version__, platform
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.output import check_file, file_system_errors, write_text
-from megatron_cca.planner.calibration import Calibration, calibration_json
+from megatron_cca.planner.calibration import calibration_json
 from megatron_cca.planner.program import image_shape
 from megatron_cca.planner.workload import image_workload
 from megatron_cca.version import installed_versions
+
+if TYPE_CHECKING:
+    from megatron_cca.planner.calibrate import Measured
 
 # That times depend on.
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
@@ -72,7 +76,7 @@ def run_calibrate(settings: CalibrateSettings) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device_name": platform.device_name(),
         "packages": installed_versions(PACKAGES),
-        "not_measured": "NVLink, network, host bandwidth, overlaps: the defaults",
+        "not_measured": _not_measured(found),
         "runs": [
             {
                 "layers": one.config.model.num_layers,
@@ -87,14 +91,29 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     }
     with file_system_errors(settings.output):
         write_text(settings.output, calibration_json(found.calibration, found.gpu, **about))
-    print(f"{_summary(found.calibration)}\nwrote {settings.output}")
+    print(f"{_summary(found)}\nwrote {settings.output}")
 
 
-def _summary(found: Calibration) -> str:
+def _not_measured(measured: Measured) -> str:
+    products = "" if measured.has_fp8 else ", FP8 products"
+    return f"NVLink, network, host bandwidth, overlaps{products}: the defaults"
+
+
+def _fp8_words(measured: Measured) -> str:
+    if measured.has_fp8:
+        return f"those in FP8 {measured.calibration.fp8_matmul_efficiency:.0%} of theirs"
+    if "fp8" not in measured.gpu.flops:
+        return "there are none in FP8 here"
+    return "those in FP8 were not measured, whose widths must be multiples of 16"
+
+
+def _summary(measured: Measured) -> str:
+    found = measured.calibration
     return (
-        f"{platform.device_name()} as {found.gpu}: products reach {found.matmul_efficiency:.0%} of the peak, attention "
-        f"{found.attention_efficiency:.0%}, memory {found.memory_efficiency:.0%}; a microbatch costs "
-        f"{found.microbatch_overhead_seconds * 1e3:.1f} ms besides, a step {found.step_overhead_seconds * 1e3:.1f}.\n"
+        f"{platform.device_name()} as {found.gpu}: products reach {found.matmul_efficiency:.0%} of the peak, "
+        f"{_fp8_words(measured)}, attention {found.attention_efficiency:.0%}, memory {found.memory_efficiency:.0%}; a "
+        f"microbatch costs {found.microbatch_overhead_seconds * 1e3:.1f} ms besides, a step "
+        f"{found.step_overhead_seconds * 1e3:.1f}.\n"
         f"Short runs predicted from the others are off by {found.relative_error:.0%} (root mean square). Links between "
         "GPUs were not measured."
     )

@@ -1,16 +1,19 @@
 """Calibrations: fitted to steps of known cost, and measured on this machine."""
 
+import json
 from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 
 from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.planner import measuring
+from megatron_cca.planner import calibrate, measuring
 from megatron_cca.planner.calibrate import fit
 from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
 from megatron_cca.planner.calibration import DEFAULT, read_calibration
+from megatron_cca.planner.flops import Product
 from megatron_cca.planner.hardware import GPUS, Cluster
 from megatron_cca.planner.program import PlanSettings
 from megatron_cca.planner.program import _wishes as wishes_of
@@ -93,6 +96,49 @@ def test_a_processor_is_planned_for_as_it_was_measured(measured):
         wishes_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest), config)
     with pytest.raises(UserError, match=r"--gpu: cpu needs --calibration"):
         wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest), config)
+
+
+def test_a_processor_says_that_it_has_no_fp8(measured):
+    found = json.loads(measured.output.read_text())
+    assert found["not_measured"].endswith("overlaps, FP8 products: the defaults")
+    share = DEFAULT.fp8_matmul_efficiency / DEFAULT.matmul_efficiency
+    calibration = found["calibration"]
+    assert calibration["fp8_matmul_efficiency"] == pytest.approx(share * calibration["matmul_efficiency"])
+
+
+def test_fp8_products_are_measured_where_a_device_has_a_peak_for_them(monkeypatch):
+    monkeypatch.setattr(measuring, "_ENOUGH_SECONDS", 0.0)
+    small = (Product("linear_proj", 64, 32, splits_outputs=False), Product("linear_fc2", 128, 64, splits_outputs=False))
+    # This processor's own speed at FP8 is that of a conversion; only that it is one product after another counts.
+    share = calibrate.measured_fp8(small, 40, H100)
+    assert 0 < share < 1
+    slow = replace(H100, flops={**H100.flops, "fp8": H100.flops["fp8"] / 1000})
+    assert 30 * share < calibrate.measured_fp8(small, 40, slow) < 30000 * share
+    assert calibrate.measured_fp8(small, 40, GPUS["a100-80gb"]) is None
+    assert calibrate.measured_fp8(small, 15, H100) is None
+    assert calibrate.measured_fp8((Product("linear_fc1", 64, 40, splits_outputs=True),), 40, H100) is None
+
+
+def test_the_fp8_products_that_are_timed_are_the_layers(monkeypatch):
+    shapes = []
+
+    def spy(inputs, weight, **options):
+        shapes.append((*inputs.shape, weight.shape[1], inputs.dtype, options["out_dtype"]))
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    monkeypatch.setattr(measuring, "seconds_of", lambda work: work() or 2.0)
+    assert measuring.fp8_products_seconds((Product("linear_fc1", 64, 96, splits_outputs=True),) * 2, 32) == 4.0
+    assert shapes == [(32, 64, 96, torch.float8_e4m3fn, torch.bfloat16)] * 2
+
+
+def test_plans_in_fp8_follow_the_measured_share():
+    config = load_config(None, [*EMU3, "training.precision=fp8", "data.pad_to_multiple_of=128"])
+    workload = image_workload(config, ImageShape(90, 90, 128))
+    seconds = [
+        predict_step(config, Cluster(H100, 1, 1), workload, replace(BASE, fp8_matmul_efficiency=share)).compute
+        for share in (0.3, 0.6)
+    ]
+    assert seconds[0] > 1.4 * seconds[1]
 
 
 @pytest.fixture
