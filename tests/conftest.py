@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -21,14 +22,15 @@ def pytest_configure(config):
         return
     from megatron_cca import platform
 
-    gpu_only = all("tests/gpu" in str(argument) for argument in config.args) and bool(config.args)
+    # With tests.te.rig what is installed already is an emulated GPU.
+    gpu_only = all(re.search("tests/(gpu|te)", str(argument)) for argument in config.args) and bool(config.args)
     platform.install("auto" if gpu_only else "cpu")
 
 
 @pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory) -> Path:
-    """The real digits, tokenised once per test session."""
-    from megatron_cca.data.digits import ensure_digit_shards
+    """The real digits, tokenised once per test session; drawn ones without scikit-learn, which has the real ones."""
     from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+    from tests.references.drawn_digits import shards_of_digits
 
-    return ensure_digit_shards(tiny_vocabulary(), tmp_path_factory.mktemp("data") / "digits")
+    return shards_of_digits(tiny_vocabulary(), tmp_path_factory.mktemp("data") / "digits")
