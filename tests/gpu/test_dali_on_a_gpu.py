@@ -15,7 +15,7 @@ from megatron_cca import platform
 from megatron_cca.data.image_headers import Rejected
 from tests.unit.test_images import allowed, chunk, encoded, exif, picture
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.needs_hardware("nvJPEG")]
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def turns(turn):
     return torch.full((ROWS, LENGTH), turn, dtype=torch.int32).numpy()
 
 
+@pytest.mark.needs_hardware("streams")
 def test_batch_k_is_batch_k_when_it_was_read_behind_a_long_kernel(kind):
     """What is read ahead while the compute queue is busy must neither wait in that queue nor be read over."""
     torch.cuda._sleep(4 * LONG)
@@ -58,6 +59,7 @@ def test_batch_k_is_batch_k_when_it_was_read_behind_a_long_kernel(kind):
     assert busy.query()
 
 
+@pytest.mark.needs_hardware("streams")
 def test_reading_ahead_does_not_wait_for_the_compute_queue(kind):
     feed = SequenceFeed(turns, ROWS, platform.device(), 2, kind)
     feed.next()
@@ -71,6 +73,7 @@ def test_reading_ahead_does_not_wait_for_the_compute_queue(kind):
     torch.cuda.synchronize()
 
 
+@pytest.mark.needs_hardware("streams")
 def test_the_memory_of_a_batch_is_not_given_away_before_its_last_use(kind):
     """A batch is dropped by the host long before the kernels that read it have run."""
     feed = SequenceFeed(turns, ROWS, platform.device(), 2, kind)

@@ -9,8 +9,9 @@ from megatron_cca.config_files import load_config
 from megatron_cca.planner.memory import predict_memory
 from megatron_cca.planner.workload import Workload
 from tests.distributed.launch import ROOT
+from tests.gpu.memory import bytes_in_use
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.needs_hardware("memory and clocks")]
 
 WORKLOAD = Workload(2048, 1800)
 # Wide enough that a GPU's own granularity does not matter.
@@ -46,7 +47,7 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
     ]
     config = load_config(ROOT / "examples" / "emu3_8b_cca.yaml", [*KEYS, *overrides])
     initialize_distributed(config)
-    before = platform.memory_bytes()
+    before = bytes_in_use()
     platform.reset_peak_memory()
     with Observer() as observer:
         counted = counted_step(config, WORKLOAD, observer, 4)

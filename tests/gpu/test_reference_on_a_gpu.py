@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_cca import platform
 from megatron_cca.config_files import load_config
 from tests.distributed.test_layout_parity import CCA
+from tests.gpu.memory import bytes_in_use
 
 pytestmark = pytest.mark.gpu
 WIDE = [
@@ -76,16 +76,15 @@ def test_weights_in_fp8_are_near_and_the_same_offloaded(implementation, digit_sh
 
 
 def held_bytes(digit_shards, folder, *overrides):
-    platform.synchronize()
-    before = platform.memory_bytes()
+    before = bytes_in_use()
     run = start(digit_shards, folder, BF16, *WIDE, *overrides)
     trace(run, 2)
-    platform.synchronize()
-    held = platform.memory_bytes() - before
+    held = bytes_in_use() - before
     del run
     return held
 
 
+@pytest.mark.needs_hardware("memory")
 def test_each_strategy_keeps_on_the_gpu_what_it_says(digit_shards, tmp_path):
     held = {
         name: held_bytes(digit_shards, tmp_path / name, *overrides)
@@ -96,6 +95,7 @@ def test_each_strategy_keeps_on_the_gpu_what_it_says(digit_shards, tmp_path):
     assert held["fp8"] - held["offload"] < 0.56 * weights
 
 
+@pytest.mark.needs_hardware("streams")
 def test_copies_of_an_offloaded_reference_run_beside_the_computation(tmp_path):
     """The copy waits for what was queued before it, and the queue for the copy only where its tensors are used."""
     from megatron_cca.platform.transfers import Fetcher, host_copy
@@ -111,6 +111,7 @@ def test_copies_of_an_offloaded_reference_run_beside_the_computation(tmp_path):
     assert all(tensor.is_pinned() for tensor in hosts)
 
 
+@pytest.mark.needs_hardware("streams")
 def test_what_a_dropped_copy_held_is_not_overwritten_by_it():
     from megatron_cca.platform.transfers import Fetcher, host_copy
 

@@ -25,8 +25,15 @@ def start(digit_shards, folder, *overrides):
     return set_up(config, open_data(config))
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
-@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+@pytest.mark.parametrize(
+    ("implementation", "precision", "tolerance"),
+    [
+        ("local", "fp32", 1e-4),
+        ("local", "bf16", 0.1),
+        ("transformer_engine", "fp32", 1e-2),  # of float32's mantissa its products keep 10 bits: TF32
+        ("transformer_engine", "bf16", 0.1),
+    ],
+)
 def test_cached_logits_are_those_of_a_whole_pass(implementation, precision, tolerance, digit_shards, tmp_path):
     from megatron_cca.generation.decoder import decoding
 

