@@ -176,6 +176,7 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.process_groups import initialize_distributed
     from megatron_cca.training.batches import open_data
+    from megatron_cca.training.forward import head_options
     from megatron_cca.training.reference_bias import prefix_logps, training_rows
     from megatron_cca.training.setup import build_chunks
 
@@ -188,7 +189,7 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     rows = [_cut(row, tokens) for row in training_rows(config, open_data(config))]
     initialize_distributed(config)
     lengths = [2**power for power in range(8, 14) if 2**power <= tokens]
-    head = {"vocab_size": architecture.vocabulary.output_size, "chunk_size": training.logps_chunk_size}
+    head = head_options(config, architecture.vocabulary)
     bar = tqdm(total=len(rows) * (len(WEIGHTS) + len(ARITHMETIC) + 2), desc="parts", unit="row")
 
     def logps(chunks):

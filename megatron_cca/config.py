@@ -142,6 +142,9 @@ class ObjectiveConfig:
     """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
     negative_weight: PositiveFloat = 1.0
     """The paper's lambda: larger means more fidelity and less diversity."""
+    normalization: Literal["vocabulary", "image"] = "vocabulary"
+    """What log p(x | c) is normalised over at each visual token: all words that the head predicts, as the authors do,
+    or the visual words alone, as drawing does. The latter computes less of the head."""
 
 
 @strict

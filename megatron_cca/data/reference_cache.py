@@ -25,6 +25,9 @@ from megatron_cca.output import OPTION, file_system_errors, whole_file
 Split = Literal["training", "validation"]
 BLOCK = 64
 
+# The one part of a cache's identity that former versions did not write, and what it was.
+NORMALIZATION, FORMER_NORMALIZATION = "objective.normalization", "vocabulary"
+
 _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
 _TOOL = "tools/cache_reference.py"
@@ -160,6 +163,7 @@ def _read_manifest(folder: Path, key: str) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
         parts = (manifest["identity"], manifest["path"])
+        manifest["identity"] = {NORMALIZATION: FORMER_NORMALIZATION, **manifest["identity"]}
         whole = manifest["format"] == _FORMAT and all(isinstance(part, dict) for part in parts)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -167,7 +169,7 @@ def _build_chunk(
 
 
 def image_logps(
-    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: int
+    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: Any
 ) -> Tensor:
     """One forward pass of a model chunk. Chunks with neither the first nor the last layers need no tokens.
 
@@ -176,7 +178,7 @@ def image_logps(
         tokens: int64 ``[B, S]``, the whole sequences also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
         mask: bool ``[B, S]``, true where the target is an image token.
-        head: ``vocab_size`` and ``chunk_size`` of :func:`sequence_logps`.
+        head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
         On the last chunk of the pipeline the log-probability of each row's image tokens, float32 ``[B]``, the same on
@@ -185,7 +187,7 @@ def image_logps(
     return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
 
 
-def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: int) -> Tensor:
+def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:
     """What :func:`image_logps` sums, token by token: float32 ``[B, S]``, 0 where masked out.
 
     Arguments are those of :func:`image_logps`. Not for context parallelism, where no rank has a whole row.

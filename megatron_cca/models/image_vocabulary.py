@@ -102,6 +102,11 @@ class ImageVocabulary(Vocabulary, ABC):
         """Ids in a whole sequence, for sizing without building it; of numbers or of arrays."""
         return self.prompt_length(caption_length, meta_length) + self.image_length(frames, height, width)
 
+    @property
+    def visual_ids(self) -> range:
+        """The ids of the visual tokens."""
+        return range(self.visual_start, self.visual_start + self.codebook_size)
+
     def is_visual(self, ids):
         """Where an array or tensor of ids holds visual tokens: bool, of the same shape."""
         return (ids >= self.visual_start) & (ids < self.visual_start + self.codebook_size)

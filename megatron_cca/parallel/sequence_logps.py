@@ -3,7 +3,7 @@
 The LM head is applied tile by tile: a chunk of tokens times a block of words. Each token keeps three numbers, the
 largest logit, the sum of exponentials and the target's logit, which are reduced over the tensor-parallel group once at
 the end; backward recomputes the tiles. Words past ``vocab_size`` (padding) are never computed, so the result does not
-depend on how the vocabulary was padded for a layout.
+depend on how the vocabulary was padded for a layout. With a ``support`` the same holds for all words outside of it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def sequence_logps(
     *,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
+    support: range | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> Tensor:
     """Sum over masked-in positions of log p(target | prefix); float32 ``[B]``, nats.
@@ -48,13 +49,16 @@ def sequence_logps(
         mask: bool ``[B, S]``; only these positions are computed at all.
         tp_group: the tensor-parallel group; None where the head is whole.
         vocab_size: the true size; rows at or past it never take part.
+        support: the words whose probabilities sum to 1, consecutive ids; None is the whole vocabulary. Others have no
+            probability, are not computed, and their rows of ``weight`` have a gradient of exactly 0.
         chunk_size: tokens in a tile; memory beyond inputs and gradients grows with it.
 
     Raises:
-        ValueError: a target outside the vocabulary where the mask is on (names position and id), shapes or dtypes that
-            do not fit, a chunk size below 1, shards that do not add up to the vocabulary.
+        ValueError: a target outside the support where the mask is on (names position and id), a support that is not
+            part of the vocabulary, shapes or dtypes that do not fit, a chunk size below 1, shards that do not add up
+            to the vocabulary.
     """
-    options = {"tp_group": tp_group, "vocab_size": vocab_size, "chunk_size": chunk_size}
+    options = {"tp_group": tp_group, "vocab_size": vocab_size, "support": support, "chunk_size": chunk_size}
     # Thousands of terms: the sum itself must not be what limits the log-ratio.
     return token_logps(hidden, weight, targets, mask, **options).double().sum(dim=1).float()
 
@@ -67,15 +71,18 @@ def token_logps(
     *,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
+    support: range | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> Tensor:
     """Per-token variant of :func:`sequence_logps`: float32 ``[B, S]``, 0 where masked out."""
     _check_shapes(hidden, weight, targets, mask, chunk_size)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
     words = targets.t().reshape(-1).index_select(0, positions)
-    _check_targets(words, positions, mask.size(0), vocab_size)
+    support = range(vocab_size) if support is None else support
+    _check_support(support, vocab_size)
+    _check_targets(words, positions, mask.size(0), support)
     flat_hidden = hidden.reshape(-1, hidden.size(-1))
-    logps = _SelectedLogps.apply(flat_hidden, weight, positions, words, tp_group, vocab_size, chunk_size)
+    logps = _SelectedLogps.apply(flat_hidden, weight, positions, words, tp_group, vocab_size, support, chunk_size)
     flat = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
@@ -97,13 +104,18 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor,
             raise ValueError(f"{name}: {tensor.dtype}, must be {dtype}")
 
 
-def _check_targets(words: Tensor, positions: Tensor, batch: int, vocab_size: int) -> None:
-    outside = (words < 0) | (words >= vocab_size)
+def _check_support(support: range, vocab_size: int) -> None:
+    if support.step != 1 or not 0 <= support.start < support.stop <= vocab_size:
+        raise ValueError(f"support: {support}, must be consecutive ids of 0 to {vocab_size - 1}, at least one")
+
+
+def _check_targets(words: Tensor, positions: Tensor, batch: int, support: range) -> None:
+    outside = (words < support.start) | (words >= support.stop)
     if outside.any():
         first = int(outside.nonzero()[0])
         token, row = divmod(int(positions[first]), batch)
         raise ValueError(
-            f"targets: id {int(words[first])} at row {row}, position {token}, must be 0 to {vocab_size - 1} "
+            f"targets: id {int(words[first])} at row {row}, position {token}, must be {support[0]} to {support[-1]} "
             "where the mask is on"
         )
 
@@ -112,8 +124,8 @@ class _SelectedLogps(torch.autograd.Function):
     """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and words ``[N]`` -> fp32 ``[N]``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positions, words, tp_group, vocab_size, chunk_size):
-        head = _HeadShard(weight, words, tp_group, vocab_size, chunk_size)
+    def forward(ctx, hidden, weight, positions, words, tp_group, vocab_size, support, chunk_size):
+        head = _HeadShard(weight, words, tp_group, vocab_size, support, chunk_size)
         selected = hidden.index_select(0, positions)
         peak = selected.new_full((words.numel(),), -torch.inf, dtype=head.sum_dtype)
         sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
@@ -126,7 +138,7 @@ class _SelectedLogps(torch.autograd.Function):
                 )
         peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
         ctx.save_for_backward(hidden, weight, positions, words, peak, sum_exp)
-        ctx.settings = (tp_group, vocab_size, chunk_size)
+        ctx.settings = (tp_group, vocab_size, support, chunk_size)
         # In this order: the logits may be huge and nearly equal.
         return (target_logits - peak).sub_(sum_exp.log()).float()
 
@@ -159,30 +171,36 @@ class _SelectedLogps(torch.autograd.Function):
             # Each rank's rows of the head give a part of the gradient of hidden states that are the same everywhere.
             grad_selected = head.all_reduce(grad_selected, dist.ReduceOp.SUM)
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
-        return grad_hidden, head_gradient.result() if wants_weight else None, None, None, None, None, None
+        return grad_hidden, head_gradient.result() if wants_weight else None, *[None] * 6
 
 
 class _HeadShard:
     """This rank's rows of the LM head, applied to N tokens in tiles, and the reductions over the other ranks."""
 
     def __init__(
-        self, weight: Tensor, words: Tensor, tp_group: dist.ProcessGroup | None, vocab_size: int, chunk_size: int
+        self,
+        weight: Tensor,
+        words: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        vocab_size: int,
+        support: range,
+        chunk_size: int,
     ) -> None:
         self.weight, self.words, self.vocab_size, self.chunk_size = weight, words, vocab_size, chunk_size
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
-        self.num_words = min(max(vocab_size - self.first_word, 0), weight.size(0))
+        self.own_words = own_part(support, self.first_word, weight.size(0))
         self.sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.operations = softmax_tiles.operations_for(weight.device)
         self._workspace: Tensor | None = None
 
     def blocks(self) -> Iterator[slice]:
-        """Slices of this rank's true words, one tile wide."""
-        return _slices(self.num_words, _TILE_WIDTH[self.weight.device.type])
+        """Slices of this rank's words of the support, one tile wide."""
+        return _slices(self.own_words, _TILE_WIDTH[self.weight.device.type])
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the tokens, one tile high."""
-        return _slices(self.words.numel(), self.chunk_size)
+        return _slices(range(self.words.numel()), self.chunk_size)
 
     def local_targets(self, rows: slice, block: slice) -> Tensor:
         """The targets as columns of a block; outside of it where the target is another block's or rank's."""
@@ -268,5 +286,17 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(torch.mm(left, right, out_dtype=total.dtype))
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def own_part(support: range, first_word: int, rows: int) -> range:
+    """The rows of a shard of the head that hold words of the support; empty where there are none.
+
+    Args:
+        support: consecutive ids.
+        first_word: the id of the shard's first row.
+        rows: of the shard.
+    """
+    start, stop = (min(max(word - first_word, 0), rows) for word in (support.start, support.stop))
+    return range(start, stop)
+
+
+def _slices(places: range, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, places.stop)) for start in places[::size])

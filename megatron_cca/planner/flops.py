@@ -9,7 +9,7 @@ from megatron_cca.config import Config
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.reference_settings import uses_reference_pass
-from megatron_cca.training.shapes import rows_per_sample
+from megatron_cca.training.shapes import head_support, rows_per_sample
 
 # A flash kernel keeps no scores: backward computes them again and then four products, where forward has two.
 ATTENTION_BACKWARD = 2.5
@@ -67,9 +67,15 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
     return 4.0 * seq_length**2 * architecture.hidden_size * (0.5 if causal else 1.0)
 
 
-def head_forward(architecture: Architecture, image_tokens: int) -> float:
-    """Of the LM head, for one row: only image tokens pass through it, and only true words are computed."""
-    return 2.0 * image_tokens * architecture.hidden_size * architecture.vocabulary.output_size
+def head_forward(architecture: Architecture, image_tokens: int, words: int | None = None) -> float:
+    """Of the LM head, for one row: only image tokens pass through it, and only true words are computed.
+
+    Args:
+        architecture: the sizes.
+        image_tokens: of the row.
+        words: that log-probabilities are normalised over; None is all that are predicted.
+    """
+    return 2.0 * image_tokens * architecture.hidden_size * (words or architecture.vocabulary.output_size)
 
 
 def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:
@@ -79,7 +85,7 @@ def model_flops(config: Config, architecture: Architecture, workload: Workload, 
     """
     layers, head = (
         architecture.num_layers * workload.seq_length * products_forward(architecture),
-        head_forward(architecture, workload.image_tokens),
+        head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary))),
     )
     attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
     # Forward, gradient of the inputs, gradient of the weights.

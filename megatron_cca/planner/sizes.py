@@ -11,7 +11,7 @@ from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.planner.flops import products
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.checks import data_parallel_size
-from megatron_cca.training.shapes import rows_per_sample
+from megatron_cca.training.shapes import head_support, rows_per_sample
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sizes:
         seq_length: S.
         layer_weights: numbers in one layer's projections on one rank.
         head_weights: numbers in the head's rows on one rank.
-        words: true words of the head on one rank.
+        words: words of the head that are computed, on the tensor-parallel rank that has most.
     """
 
     architecture: Architecture
@@ -88,5 +88,16 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         seq_length=workload.seq_length,
         layer_weights=sum(product.weights for product in products(architecture)) / tensor,
         head_weights=vocabulary * architecture.hidden_size / tensor,
-        words=architecture.vocabulary.output_size / tensor,
+        words=_words(config, architecture, vocabulary // tensor),
     )
+
+
+def _words(config: Config, architecture: Architecture, rows: int) -> float:
+    tensor, support = config.parallel.tensor_model_parallel_size, head_support(config, architecture.vocabulary)
+    if len(support) == architecture.vocabulary.output_size:
+        # The last rank has a little less, for the padding.
+        return len(support) / tensor
+    shards = (
+        range(max(first, support.start), min(first + rows, support.stop)) for first in range(0, rows * tensor, rows)
+    )
+    return max(len(shard) for shard in shards)

@@ -20,13 +20,20 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.config import Config
 from megatron_cca.data.loader import BatchLoader
-from megatron_cca.data.reference_cache import BLOCK, ReferenceCache, ReferenceCacheWriter, Split, finished_blocks
+from megatron_cca.data.reference_cache import (
+    BLOCK,
+    NORMALIZATION,
+    ReferenceCache,
+    ReferenceCacheWriter,
+    Split,
+    finished_blocks,
+)
 from megatron_cca.models import resolve_architecture
 from megatron_cca.output import claimed
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
-from megatron_cca.training.forward import LogpsPass, gathered_rows
+from megatron_cca.training.forward import LogpsPass, gathered_rows, head_options
 from megatron_cca.training.log_ratio_gate import numeric_path
 from megatron_cca.training.reference import Reference, own_reference
 from megatron_cca.training.reference_settings import reference_settings
@@ -69,6 +76,7 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
             "model.vocab_size": vocabulary,
             "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
             "data": data.training.fingerprint(),
+            NORMALIZATION: config.objective.normalization,
             "training.seed": config.training.seed,
             "training.global_batch_size": config.training.global_batch_size,
             "data.condition_dropout": config.data.condition_dropout,
@@ -105,8 +113,8 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
     initialize_distributed(config)
     initialize_user_buffers(config)
     batches = training_batches(config, data, with_pairs=True)
-    vocab_size = resolve_architecture(config.model).vocabulary.output_size
-    forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size)
+    vocabulary = resolve_architecture(config.model).vocabulary
+    forward = LogpsPass(batches.rows_per_microbatch, head_options(config, vocabulary))
     with ExitStack() as stack:
         writer = None
         if _writes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,27 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_cca.config import Config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models.gpt import image_logps
+from megatron_cca.models.vocabulary import Vocabulary
+from megatron_cca.training.shapes import head_support
 
 LossOf = Callable[[int, Microbatch, Tensor], tuple[Tensor, dict]]
+
+
+def head_options(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What ``sequence_logps`` is told of a run besides tensors: its keyword arguments.
+
+    Args:
+        config: of the run.
+        vocabulary: of its model.
+    """
+    return {
+        "vocab_size": vocabulary.output_size,
+        "support": head_support(config, vocabulary),
+        "chunk_size": config.training.logps_chunk_size,
+    }
 
 
 @dataclass(frozen=True)
@@ -23,14 +41,12 @@ class LogpsPass:
 
     Attributes:
         rows_per_microbatch: rows of one forward pass.
-        vocab_size: how many words the head predicts, without padding.
-        chunk_size: tokens that pass through the LM head at a time.
+        head: from :func:`head_options`.
         beat: called at every microbatch, for whoever watches whether this rank goes on.
     """
 
     rows_per_microbatch: int
-    vocab_size: int
-    chunk_size: int
+    head: dict[str, Any]
     beat: Callable[[], None] = lambda: None
 
     def logps(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> dict[int, Tensor]:
@@ -78,8 +94,7 @@ class LogpsPass:
     def _forward(self, microbatches: Iterator, model: torch.nn.Module) -> tuple[int, Microbatch, Tensor]:
         self.beat()
         index, rows = next(microbatches)
-        head = {"vocab_size": self.vocab_size, "chunk_size": self.chunk_size}
-        return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **head)
+        return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **self.head)
 
     def _schedule(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, forward_step, **options) -> list:
         return get_forward_backward_func()(

@@ -191,6 +191,7 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
         "samples_per_second": run.config.training.global_batch_size / seconds,
         "tokens_per_second": report.num_tokens / seconds,
         "data_wait": report.data_wait_seconds / seconds,
+        "normalized_words": len(run.forward.head["support"]),
         "peak_memory_gib": platform.peak_memory_bytes() / 2**30,
     }
 
@@ -206,7 +207,8 @@ def _headline(run: Run) -> str:
     layout = f"{' x '.join(sizes)} on {dist.get_world_size()} process(es), {platform.device_name()}"
     layout += f", batches through {run.loader.loader}"
     resumed = f", continuing at step {run.iteration}" if run.iteration else ""
-    return f"{config.objective.name}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
+    words = ", normalised over visual words" if config.objective.normalization == "image" else ""
+    return f"{config.objective.name}{words}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
 
 
 def _say(text: str) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from megatron_cca.models.layer_specs import check_fp8_device
 from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import RunData, training_batches
+from megatron_cca.training.forward import head_options
 from megatron_cca.training.fp8_checks import check_fp8_sizes
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread, log_ratio_spread
 from megatron_cca.training.setup import build_chunks, frozen_chunks
@@ -128,11 +130,11 @@ def measure(settings: BiasSettings) -> list[PairBias]:
     policies = [Variant(name) for name in precisions]
     references = [Variant(name, fp8_param) for fp8_param in (False, True) for name in precisions]
     runs = [(variant, _policy) for variant in policies] + [(variant, _reference) for variant in references]
-    found = []
+    found, head = [], head_options(config, resolve_architecture(config.model).vocabulary)
     with tqdm(total=len(runs) * len(rows), unit="row", file=sys.stderr) as bar:
         for variant, build in runs:
             bar.set_description(f"{build.__name__[1:]} {variant}")
-            found.append(prefix_logps(build(config, variant), rows, lengths, _head(config), bar))
+            found.append(prefix_logps(build(config, variant), rows, lengths, head, bar))
             # Should modules hold each other in cycles: the next model wants the room.
             gc.collect()
     ours, theirs = found[: len(policies)], found[len(policies) :]
@@ -230,11 +232,6 @@ def _lengths(asked: Sequence[int] | None, shortest: int) -> list[int]:
     return sorted(set(asked))
 
 
-def _head(config: Config) -> dict[str, int]:
-    vocab_size = resolve_architecture(config.model).vocabulary.output_size
-    return {"vocab_size": vocab_size, "chunk_size": config.training.logps_chunk_size}
-
-
 def _policy(config: Config, variant: Variant) -> list[torch.nn.Module]:
     training = replace(config.training, **variant.keys())
     architecture = resolve_architecture(config.model)
@@ -251,7 +248,7 @@ def prefix_logps(
     chunks: Sequence[torch.nn.Module],
     rows: Sequence[Microbatch],
     lengths: Sequence[int],
-    head: dict[str, int],
+    head: dict[str, Any],
     bar: tqdm | None = None,
 ) -> Tensor:
     """log p of the first image tokens of each row, float64 ``[rows, lengths]``, nats, on the CPU.
@@ -260,7 +257,7 @@ def prefix_logps(
         chunks: a model in one piece, from ``build_gpt``.
         rows: from :func:`training_rows`; one at a time passes through the model.
         lengths: how many image tokens; at most as many as every row has.
-        head: ``vocab_size`` and ``chunk_size`` of ``sequence_logps``.
+        head: from ``head_options``.
         bar: advanced by each row.
     """
     (model,), device, last = chunks, platform.device(), torch.tensor(lengths) - 1

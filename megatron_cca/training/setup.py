@@ -30,7 +30,7 @@ from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
-from megatron_cca.training.forward import LogpsPass
+from megatron_cca.training.forward import LogpsPass, head_options
 from megatron_cca.training.graph_capture import GraphCapture, graph_capture
 from megatron_cca.training.optimization import build_optimizer, build_scheduler, release, wrap_ddp
 from megatron_cca.training.progress import Progress
@@ -131,8 +131,7 @@ def build_run(
     """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective."""
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
-    vocab_size = architecture.vocabulary.output_size
-    forward = LogpsPass(batches.rows_per_microbatch, vocab_size, config.training.logps_chunk_size, progress.beat)
+    forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
     own = uses_pairs and has_own_weights(config)
     initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from megatron_cca.config import Config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import sequence_multiple
+from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.models.vocabulary import Vocabulary
 
 
 def rows_per_sample(config: Config) -> int:
@@ -15,6 +17,19 @@ def rows_per_sample(config: Config) -> int:
 def rows_per_microbatch(config: Config) -> int:
     """Rows of one forward pass."""
     return config.training.micro_batch_size * rows_per_sample(config)
+
+
+def head_support(config: Config, vocabulary: Vocabulary) -> range:
+    """The ids that log-probabilities are normalised over, as ``objective.normalization`` says.
+
+    Args:
+        config: of the run.
+        vocabulary: of its model, whose ids have a meaning where normalization is ``image``.
+    """
+    if config.objective.normalization == "vocabulary":
+        return range(vocabulary.output_size)
+    assert isinstance(vocabulary, ImageVocabulary)
+    return vocabulary.visual_ids
 
 
 def shared_multiple(config: Config) -> int:

@@ -31,29 +31,32 @@ def vocab_parallel_logps(settings):
     return {name: _vocab_parallel_case(**case) for name, case in settings["cases"].items()}
 
 
-def _vocab_parallel_case(length, batch, width, vocabulary, padded, chunk_size, mask, dtype="float32", scale=1.0):
+def _vocab_parallel_case(
+    length, batch, width, vocabulary, padded, chunk_size, mask, dtype="float32", scale=1.0, support=None
+):
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(0)
     hidden = (scale * torch.randn(length, batch, width, generator=generator)).to(getattr(torch, dtype))
     whole = torch.randn(padded, width, generator=generator).to(hidden.dtype)
     hidden, weight = hidden.requires_grad_(), whole.chunk(ranks)[rank].clone().requires_grad_()
-    border = padded // ranks
-    targets = torch.randint(0, vocabulary, (batch, length), generator=generator)
-    # Targets on the borders of the shards, and the last true word.
-    edges = [edge for edge in (0, border - 1, border, 2 * border - 1, vocabulary - 1) if edge < vocabulary]
+    border, words = padded // ranks, range(*support) if support is not None else range(vocabulary)
+    targets = torch.randint(words.start, words.stop, (batch, length), generator=generator)
+    # Targets on the borders of the shards, and the first and last word that counts.
+    edges = [edge for edge in (words[0], border - 1, border, 2 * border - 1, words[-1]) if edge in words]
     targets[0, : len(edges)] = torch.tensor(edges)
     masks = {"full": torch.ones(batch, length), "empty": torch.zeros(batch, length)}
     masks["ragged"] = (torch.rand(batch, length, generator=generator) < 0.7).float()
     masks["ragged"][0] = 1
     mask = masks[mask].bool()
-    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, vocab_size=vocabulary, chunk_size=chunk_size)
+    head = {"vocab_size": vocabulary, "support": words if support is not None else None, "chunk_size": chunk_size}
+    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, **head)
     upstream = torch.randn(batch, generator=generator)
     logps.backward(upstream)
     weight_grads = [torch.empty_like(weight) for _ in range(ranks)]
     dist.all_gather(weight_grads, weight.grad)
     # The oracle, on every rank.
     hidden64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, whole))
-    dense = dense_token_logps(hidden64, weight64, targets, mask, vocabulary).sum(1)
+    dense = dense_token_logps(hidden64, weight64, targets, mask, vocabulary, words).sum(1)
     dense.backward(upstream.double())
     return {
         "logps": worst_relative_error(logps, dense),

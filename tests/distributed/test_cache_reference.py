@@ -61,6 +61,7 @@ def test_the_run_that_it_was_computed_for_may_use_it(overrides, cache):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ("objective.normalization=image", "objective.normalization vocabulary, not with this run's image"),
         ("training.seed=5", "training.seed 1234, not with this run's 5"),
         ("training.global_batch_size=8", "training.global_batch_size 4, not with this run's 8"),
         ("data.condition_dropout=0.3", "data.condition_dropout 0.2, not with this run's 0.3"),

@@ -21,6 +21,21 @@ CASES = {
     )
 }
 CASES["batch 1"] = {**SIZES, "batch": 1, "vocabulary": 37, "padded": 64, "chunk_size": 4, "mask": "full"}
+# Supports on the last ranks alone, across borders of shards, on one of several tiles, on the first rank alone.
+for vocabulary, padded, support in [
+    (37, 64, (20, 37)),
+    (64, 64, (15, 40)),
+    (9001, 9216, (8000, 9001)),
+    (64, 64, (0, 9)),
+]:
+    CASES[f"words {support} of {padded}"] = {
+        **SIZES,
+        "vocabulary": vocabulary,
+        "padded": padded,
+        "chunk_size": 5,
+        "mask": "ragged",
+        "support": support,
+    }
 CASES["logits of 10,000"] = {**CASES["batch 1"], "vocabulary": 37, "scale": 1e3}
 
 

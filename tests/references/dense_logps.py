@@ -3,9 +3,16 @@
 import torch
 
 
-def dense_token_logps(hidden, weight, targets, mask, vocab_size):
-    """[B, S] from hidden [S, B, H] and the whole head [>= vocab_size, H], in their precision; 0 where masked out."""
+def dense_token_logps(hidden, weight, targets, mask, vocab_size, support=None):
+    """[B, S] from hidden [S, B, H] and the whole head [>= vocab_size, H], in their precision; 0 where masked out.
+
+    Words outside of the support, a range of ids, have no probability; None is the whole vocabulary.
+    """
     logits = hidden.transpose(0, 1) @ weight[:vocab_size].t()
+    if support is not None:
+        outside = torch.ones(vocab_size, dtype=torch.bool)
+        outside[support.start : support.stop] = False
+        logits = logits.masked_fill(outside, -torch.inf)
     logps = torch.log_softmax(logits, -1).gather(-1, targets.clamp(0, vocab_size - 1)[..., None]).squeeze(-1)
     return torch.where(mask, logps, 0.0)
 

@@ -39,10 +39,10 @@ def upstream(rows=B):
     return torch.randn(rows, generator=torch.Generator().manual_seed(1))
 
 
-def oracle(hidden, weight, targets, mask):
+def oracle(hidden, weight, targets, mask, support=None):
     """Values and gradients in float64, for the upstream gradient above."""
     hidden64, weight64 = leaves(hidden, weight, dtype=torch.float64)
-    values = dense_token_logps(hidden64, weight64, targets, mask, V).sum(1)
+    values = dense_token_logps(hidden64, weight64, targets, mask, V, support).sum(1)
     values.backward(upstream(len(values)).double())
     return values.detach(), hidden64.grad, weight64.grad
 
@@ -67,6 +67,34 @@ def test_values_and_gradients_equal_float64(chunk_size, padded, mask):
     assert found[0].dtype == torch.float32
     assert (found[2][V:] == 0).all()
     assert (found[1].transpose(0, 1)[~MASKS[mask]] == 0).all()
+
+
+# Within a tile of words, across three, a single word, and all of them.
+@pytest.mark.parametrize("support", [range(5, 700), range(1000, 4100), range(9, 10), range(V)])
+@pytest.mark.parametrize("mask", ["full", "ragged"])
+def test_words_outside_of_a_support_have_no_probability(support, mask):
+    hidden, weight, targets = inputs(padded=4224)
+    # Of no use to anyone: huge, so that one of them in a sum would show.
+    weight[: support.start] *= 100
+    weight[support.stop :] *= 100
+    targets = support.start + targets % len(support)
+    found = ours(hidden, weight, targets, MASKS[mask], support=support, chunk_size=4)
+    expected = oracle(hidden, weight, targets, MASKS[mask], support)
+    for mine, exact in zip(found, expected, strict=True):
+        assert worst_relative_error(mine, exact) < 1e-5
+    assert (found[2][: support.start] == 0).all() and (found[2][support.stop :] == 0).all()
+
+
+def test_gradients_of_a_support_equal_finite_differences():
+    hidden, weight, _ = inputs(torch.float64)
+    targets = torch.randint(100, 107, (B, S), generator=torch.Generator().manual_seed(2))
+
+    def logps(hidden, weight):
+        whole = torch.cat([torch.ones(100, H, dtype=torch.float64), weight, torch.ones(9, H, dtype=torch.float64)])
+        return token_logps(hidden, whole, targets, MASKS["full"], vocab_size=110, support=range(100, 107), chunk_size=4)
+
+    # To fp32 they are cast in the end, so the differences are wide.
+    assert torch.autograd.gradcheck(logps, leaves(hidden, weight[:7]), eps=1e-2, atol=1e-3, rtol=1e-3)
 
 
 def test_a_batch_of_one():
@@ -210,6 +238,13 @@ def test_the_logits_are_never_held():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"support": range(7, 7)}, r"support: range\(7, 7\), must be consecutive ids of 0 to 4132, at least one"),
+        (
+            {"support": range(0, V + 1)},
+            r"support: range\(0, 4134\), must be consecutive ids of 0 to 4132, at least one",
+        ),
+        ({"support": range(0, V, 2)}, r"support: range\(0, 4133, 2\), must be consecutive"),
+        ({"support": range(1, V)}, r"targets: id 0 at row 0, position 0, must be 1 to 4132 where the mask is on"),
         ({"chunk_size": 0}, r"chunk_size: 0, must be 1 or more"),
         ({"hidden": torch.zeros(S, H)}, r"hidden: shape \(7, 16\), must be \[S, B, H\]"),
         ({"weight": torch.zeros(V, H + 1)}, r"weight: shape \(4133, 17\), must be \[V_local, 16\] to fit hidden"),
