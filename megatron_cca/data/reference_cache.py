@@ -25,8 +25,9 @@ from megatron_cca.output import OPTION, file_system_errors, whole_file
 Split = Literal["training", "validation"]
 BLOCK = 64
 
-# The one part of a cache's identity that former versions did not write, and what it was.
-NORMALIZATION, FORMER_NORMALIZATION = "objective.normalization", "vocabulary"
+NORMALIZATION = "objective.normalization"
+# What caches of former versions, which do not say it, were computed with.
+_FORMER = {NORMALIZATION: "vocabulary"}
 
 _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
@@ -163,7 +164,6 @@ def _read_manifest(folder: Path, key: str) -> dict | None:
     try:
         manifest = json.loads(path.read_text())
         parts = (manifest["identity"], manifest["path"])
-        manifest["identity"] = {NORMALIZATION: FORMER_NORMALIZATION, **manifest["identity"]}
         whole = manifest["format"] == _FORMAT and all(isinstance(part, dict) for part in parts)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         whole = False
@@ -173,6 +173,7 @@ def _read_manifest(folder: Path, key: str) -> dict | None:
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    theirs, ours = _FORMER | dict(theirs), _FORMER | dict(ours)
     for name in sorted(theirs.keys() | ours.keys()):
         old, new = theirs.get(name), ours.get(name)
         if old != new:

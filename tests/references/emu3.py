@@ -54,17 +54,21 @@ def logits(weights, tokens, architecture):
     return x @ weights["output_layer.weight"][: architecture.vocabulary.size].t()
 
 
-def image_logps(weights, microbatch, architecture):
-    """Sum of log p over the image tokens of each row."""
-    logps = logits(weights, microbatch.tokens, architecture).log_softmax(-1)
-    return (logps.gather(-1, microbatch.targets[..., None]).squeeze(-1) * microbatch.mask).sum(1)
+def image_logps(weights, microbatch, architecture, words=slice(None)):
+    """Sum of log p over the image tokens of each row; other words than these have no probability."""
+    scores = logits(weights, microbatch.tokens, architecture)
+    logps = torch.full_like(scores, -torch.inf)
+    logps[..., words] = scores[..., words].log_softmax(-1)
+    # Outside of the mask a target may have no probability, and -inf * 0 is no number.
+    targets = torch.where(microbatch.mask, microbatch.targets, range(scores.size(-1))[words][0])
+    return (logps.gather(-1, targets[..., None]).squeeze(-1) * microbatch.mask).sum(1)
 
 
-def cca_loss(weights, reference, microbatch, architecture, beta, weight):
+def cca_loss(weights, reference, microbatch, architecture, beta, weight, words=slice(None)):
     """The authors' loss on one batch: positives in the first half of the rows, negatives in the second."""
     with torch.no_grad():
-        base = image_logps(reference, microbatch, architecture)
-    positive, negative = (image_logps(weights, microbatch, architecture) - base).chunk(2)
+        base = image_logps(reference, microbatch, architecture, words)
+    positive, negative = (image_logps(weights, microbatch, architecture, words) - base).chunk(2)
     sigma = torch.nn.functional.logsigmoid
     flagged = microbatch.negative_is_positive
     rows = -sigma(beta * positive)
@@ -72,7 +76,7 @@ def cca_loss(weights, reference, microbatch, architecture, beta, weight):
     return rows.mean() / max(weight, 1)
 
 
-def train(start, batches, architecture, *, beta, weight, lr, betas, eps, weight_decay, clip):
+def train(start, batches, architecture, *, beta, weight, lr, betas, eps, weight_decay, clip, words=slice(None)):
     """(loss, gradient norm) of each step, with torch's own AdamW and clipping."""
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     decayed = [value for value in weights.values() if value.dim() > 1]
@@ -86,7 +90,7 @@ def train(start, batches, architecture, *, beta, weight, lr, betas, eps, weight_
     trace = []
     for microbatch in batches:
         optimizer.zero_grad()
-        loss = cca_loss(weights, start, microbatch, architecture, beta, weight)
+        loss = cca_loss(weights, start, microbatch, architecture, beta, weight, words)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), clip)
         optimizer.step()

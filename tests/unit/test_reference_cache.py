@@ -55,6 +55,7 @@ def test_steps_come_back_as_they_were_written(cache):
         ({"weights": "xyz"}, "was computed with weights abc, not with this run's xyz"),
         ({"training.seed": 2}, "was computed with training.seed 1, not with this run's 2"),
         ({"reference.fp8_recipe": "tensorwise"}, "reference.fp8_recipe none, not with this run's tensorwise"),
+        ({"objective.normalization": "image"}, "objective.normalization vocabulary, not with this run's image"),
         ({"new": 1}, "was computed with new none, not with this run's 1"),
     ],
 )
@@ -131,3 +132,7 @@ def test_a_full_disk_leaves_no_half_block(small_disk):
     message = refused(writer.write, "training", 0, logps(BLOCK, rows=4000))
     assert "is full" in message
     assert [path.name for path in small_disk.iterdir()] == ["cache.json"]
+
+
+def test_a_cache_of_a_former_version_is_of_the_whole_vocabulary(cache):
+    ReferenceCache(cache).check({**IDENTITY, "objective.normalization": "vocabulary"})
