@@ -1,4 +1,4 @@
-"""Token batches: the loader beside a torch DataLoader on the same shards, and beside Emu3's own .pth files.
+"""Token batches: the loader, by DALI and by torch, beside a torch DataLoader on the same shards and Emu3's .pth files.
 
 .venv/bin/python benchmarks/data.py
 
@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.data import dali
 
 GRID, CAPTION = (90, 90), (20, 120)  # a 720 x 720 image; tokens of a caption, from and to
 _PTH_FILES = 2000
+DALI, TORCH = _LOADERS = ("dali", "torch")
 
 
 def main() -> None:
@@ -47,7 +49,8 @@ def compare(arguments: argparse.Namespace) -> None:
     folder = str(arguments.folder)
     in_fresh_process(__file__, {"part": "prepare", "folder": folder, "samples": arguments.samples})
     common = {"folder": folder, "size": arguments.global_batch_size}
-    cases = [("loader", {}), *(("DataLoader", {"workers": n}) for n in (0, 1, 2))]
+    cases = [("loader", {"loader": name}) for name in _LOADERS if name != DALI or dali.is_installed()]
+    cases += [("DataLoader", {"workers": n}) for n in (0, 1, 2)]
     cases += [("Emu3's .pth", {"workers": n}) for n in (0, 1, 2)]
     found = []
     for part, options in tqdm(cases, desc="measuring", unit="case"):
@@ -56,16 +59,25 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"{machine('cpu')}; {arguments.samples} samples of {GRID[0]} x {GRID[1]}, batches of {size}")
     speeds = [one["tokens"] / one["seconds"] for one in found]
     rows = [
-        [part, str(options.get("workers", "a thread")), f"{speed / 1e6:.1f}", f"{speeds[0] / speed:.2f}"]
+        [
+            _name(part, options),
+            str(options.get("workers", "a thread")),
+            f"{speed / 1e6:.1f}",
+            f"{speeds[0] / speed:.2f}",
+        ]
         for (part, options), speed in zip(cases, speeds, strict=True)
     ]
-    print(markdown_table(["way", "workers", "million tokens/s", "loader / this"], rows))
+    print(markdown_table(["way", "workers", "million tokens/s", f"{rows[0][0]} / this"], rows))
     far = in_fresh_process(__file__, {"part": "far", **common})
     print(f"\nopening the shards and the first batch of step 1,000,000: {far['seconds']:.2f} s")
     memory = {"part": "memory", "folder": folder, "size": 256, "samples": arguments.memory_samples}
     marks = in_fresh_process(__file__, memory)["marks"]
     cells = [[f"{samples:,}", f"{mib:.0f}"] for samples, mib in marks]
     print("\n" + markdown_table(["samples read", "memory of the process, MiB"], cells))
+
+
+def _name(part: str, options: dict) -> str:
+    return f"{part}, {options['loader']}" if "loader" in options else part
 
 
 def prepare(folder: str, samples: int) -> dict:
@@ -114,10 +126,10 @@ def _batches(folder: str, size: int):
     return BatchBuilder(data, pairing, True, size, sequence_multiple=1, max_sequence_length=9216)
 
 
-def _loader(folder: str, size: int):
+def _loader(folder: str, size: int, loader: str | None = None):
     from megatron_cca.data.loader import BatchLoader, Place
 
-    return BatchLoader(_batches(folder, size), Place(), torch.device("cpu"), prefetch=2)
+    return BatchLoader(_batches(folder, size), Place(), torch.device("cpu"), prefetch=2, loader=loader)
 
 
 def _tokens_per_second(batches: Iterator[torch.Tensor], seconds: float, padding: int) -> dict:
@@ -129,10 +141,10 @@ def _tokens_per_second(batches: Iterator[torch.Tensor], seconds: float, padding:
     return {"tokens": tokens, "seconds": time.perf_counter() - began}
 
 
-def loader(folder: str, size: int, seconds: float) -> dict:
-    """Ours."""
+def loader(folder: str, size: int, seconds: float, loader: str) -> dict:
+    """Ours, through DALI or torch alone."""
     _install()
-    with _loader(folder, size) as batches:
+    with _loader(folder, size, loader) as batches:
         return _tokens_per_second(_counted(batches.get), seconds, padding=151_643)
 
 
