@@ -2,8 +2,9 @@
 
 The LM head is applied tile by tile: a chunk of tokens times a block of words. Each token keeps three numbers, the
 largest logit, the sum of exponentials and the target's logit, which are reduced over the tensor-parallel group once at
-the end; backward recomputes the tiles. Words past ``vocab_size`` (padding) are never computed, so the result does not
-depend on how the vocabulary was padded for a layout. With a ``support`` the same holds for all words outside of it.
+the end; backward recomputes the tiles. Words past ``vocab_size`` (padding) never count, whatever their rows hold, so
+the result does not depend on how the vocabulary was padded for a layout. With a ``support`` the same holds for all
+words outside of it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cca.parallel import softmax_tiles
-
-DEFAULT_CHUNK_SIZE = 1024
-
-# Words in a tile: on a CPU the tile stays in cache, on a GPU it is wide enough to fill the machine. Both measured or
-# bounded in benchmarks/logps.md.
-_TILE_WIDTH = {"cpu": 2048, "cuda": 16384}
+from megatron_cca.parallel import accumulation, softmax_tiles
+from megatron_cca.parallel.placeholder import MainGradPlaceholder
+from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, tile_sizes
 
 
 def sequence_logps(
@@ -33,13 +30,13 @@ def sequence_logps(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Sum over masked-in positions of log p(target | prefix); float32 ``[B]``, nats.
 
     Differentiable in ``hidden`` and ``weight``. Where ``weight`` has a ``main_grad`` (Megatron's data parallelism),
     its gradient is added there, in that dtype, as Megatron's own fused layers do; ``weight.grad`` gets a placeholder
-    that Megatron ignores. Elsewhere it is summed in fp32 and cast to the weight's dtype once.
+    that holds no numbers and no memory. Elsewhere it is summed in fp32 and cast to the weight's dtype once.
 
     Args:
         hidden: ``[S, B, H]``, fp32, bf16 or fp16; the full sequence on every tensor-parallel rank. Its gradient is
@@ -50,8 +47,9 @@ def sequence_logps(
         tp_group: the tensor-parallel group; None where the head is whole.
         vocab_size: the true size; rows at or past it never take part.
         support: the words whose probabilities sum to 1, consecutive ids; None is the whole vocabulary. Others have no
-            probability, are not computed, and their rows of ``weight`` have a gradient of exactly 0.
-        chunk_size: tokens in a tile; memory beyond inputs and gradients grows with it.
+            probability, and their rows of ``weight`` have a gradient of exactly 0.
+        chunk_size: tokens in a tile; memory beyond inputs and gradients grows with it. None: 1,024 on a CPU, 4,096 on
+            a GPU (:mod:`megatron_cca.parallel.tile_sizes`).
 
     Raises:
         ValueError: a target outside the support where the mask is on (names position and id), a support that is not
@@ -72,7 +70,7 @@ def token_logps(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Per-token variant of :func:`sequence_logps`: float32 ``[B, S]``, 0 where masked out."""
     _check_shapes(hidden, weight, targets, mask, chunk_size)
@@ -87,8 +85,8 @@ def token_logps(
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, chunk_size: int) -> None:
-    if chunk_size < 1:
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: {chunk_size}, must be 1 or more")
     if hidden.dim() != 3:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)}, must be [S, B, H]")
@@ -130,9 +128,10 @@ class _SelectedLogps(torch.autograd.Function):
         peak = selected.new_full((words.numel(),), -torch.inf, dtype=head.sum_dtype)
         sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
         for block in head.blocks():
+            columns = head.operand(weight[block])
             for rows in head.chunks():
                 head.operations.absorb(
-                    head.logits(selected[rows], block),
+                    head.logits(head.operand(selected[rows]), columns, block),
                     head.local_targets(rows, block),
                     *(peak[rows], sum_exp[rows], target_logits[rows]),
                 )
@@ -149,21 +148,13 @@ class _SelectedLogps(torch.autograd.Function):
         head = _HeadShard(weight, words, *ctx.settings)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         selected = hidden.index_select(0, positions)
-        upstream = grad_logps.to(head.sum_dtype).contiguous()
-        grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype)
+        statistics = (peak, sum_exp, grad_logps.to(head.sum_dtype).contiguous())
+        grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype) if wants_hidden else None
         head_gradient = _HeadGradient(weight, head.sum_dtype) if wants_weight else None
         for block in head.blocks():
-            columns = head.operand(weight[block])
+            columns = head.true_columns(block)
             for rows in head.chunks():
-                gradient = head.operations.logits_gradient(
-                    head.logits(selected[rows], block),
-                    head.local_targets(rows, block),
-                    *(peak[rows], sum_exp[rows], upstream[rows], columns.dtype),
-                )
-                if wants_hidden:
-                    _add_product(grad_selected[rows], gradient, columns)
-                if wants_weight:
-                    head_gradient.add(block, gradient, head.operand(selected[rows]))
+                head.backward_tile(block, rows, selected, columns, statistics, grad_selected, head_gradient)
             if wants_weight:
                 head_gradient.finish(block)
         grad_hidden = None
@@ -184,9 +175,11 @@ class _HeadShard:
         tp_group: dist.ProcessGroup | None,
         vocab_size: int,
         support: range,
-        chunk_size: int,
+        chunk_size: int | None,
     ) -> None:
-        self.weight, self.words, self.vocab_size, self.chunk_size = weight, words, vocab_size, chunk_size
+        self.weight, self.words, self.vocab_size = weight, words, vocab_size
+        self.sizes = tile_sizes(on_gpu=_on_gpu(weight))
+        self.chunk_size = chunk_size_of(chunk_size, on_gpu=_on_gpu(weight))
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
         self.own_words = own_part(support, self.first_word, weight.size(0))
@@ -195,12 +188,15 @@ class _HeadShard:
         self._workspace: Tensor | None = None
 
     def blocks(self) -> Iterator[slice]:
-        """Slices of this rank's words of the support, one tile wide."""
-        return _slices(self.own_words, _TILE_WIDTH[self.weight.device.type])
+        """Slices of this rank's words of the support, one tile wide; the last may run into rows that do not count."""
+        first, rows = self.own_words.start, self.weight.size(0)
+        for block in blocks(len(self.own_words), rows - first, self.sizes):
+            yield slice(first + block.start, first + block.stop)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the tokens, one tile high."""
-        return _slices(range(self.words.numel()), self.chunk_size)
+        total, size = self.words.numel(), self.chunk_size
+        return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
     def local_targets(self, rows: slice, block: slice) -> Tensor:
         """The targets as columns of a block; outside of it where the target is another block's or rank's."""
@@ -208,18 +204,67 @@ class _HeadShard:
 
     def operand(self, tensor: Tensor) -> Tensor:
         """A factor of a product: half precision stays so on a GPU, whose products sum in fp32; a CPU's do not."""
-        return tensor if tensor.is_cuda else tensor.to(self.sum_dtype)
+        return tensor if _on_gpu(tensor) else tensor.to(self.sum_dtype)
 
-    def logits(self, tokens: Tensor, block: slice) -> Tensor:
-        """The tile ``[n, width]`` in fp32 or better; it lives until the next call."""
-        tokens, columns = self.operand(tokens), self.operand(self.weight[block]).t()
+    def true_columns(self, block: slice) -> Tensor:
+        """A block's rows of the weight as a factor; those that do not count are 0, whatever the weight holds."""
+        rows = self.weight[block]
+        true = self.own_words.stop - block.start
+        if true < rows.size(0):
+            # Their gradient of the logits is 0, which times infinity is no number.
+            rows = rows.clone()
+            rows[true:] = 0
+        return self.operand(rows)
+
+    def logits(self, tokens: Tensor, columns: Tensor, block: slice) -> Tensor:
+        """Compute the tile ``[n, width]`` in fp32 or better; it lives until the next.
+
+        Words that do not count have minus infinity.
+        """
+        rows, width = tokens.size(0), columns.size(0)
         if tokens.dtype != self.sum_dtype:
-            return torch.mm(tokens, columns, out_dtype=self.sum_dtype)
-        rows, width = tokens.size(0), columns.size(1)
-        if self._workspace is None:
-            # Reused, because on a CPU fresh pages cost as much as the arithmetic.
-            self._workspace = tokens.new_empty(rows * width)
-        return torch.mm(tokens, columns, out=self._workspace[: rows * width].view(rows, width))
+            tile = torch.mm(tokens, columns.t(), out_dtype=self.sum_dtype)
+        else:
+            if self._workspace is None:
+                # Reused, because on a CPU fresh pages cost as much as the arithmetic.
+                self._workspace = tokens.new_empty(rows * width)
+            tile = torch.mm(tokens, columns.t(), out=self._workspace[: rows * width].view(rows, width))
+        true = self.own_words.stop - block.start
+        if true < width:
+            tile[:, true:] = -torch.inf
+        return tile
+
+    def backward_tile(
+        self,
+        block: slice,
+        rows: slice,
+        selected: Tensor,
+        columns: Tensor,
+        statistics: tuple[Tensor, Tensor, Tensor],
+        grad_selected: Tensor | None,
+        head_gradient: _HeadGradient | None,
+    ) -> None:
+        """Add one tile's part to the gradients that are wanted.
+
+        Args:
+            block, rows: of the tile.
+            selected: the tokens' hidden states ``[N, H]``.
+            columns: of the block, from :meth:`true_columns`.
+            statistics: largest logit, sum of exponentials and upstream gradient of each token, ``[N]`` each.
+            grad_selected: the gradient of ``selected``, or None.
+            head_gradient: of the weight, or None.
+        """
+        tokens = self.operand(selected[rows])
+        gradient = self.operations.logits_gradient(
+            self.logits(tokens, columns, block),
+            self.local_targets(rows, block),
+            *(statistic[rows] for statistic in statistics),
+            columns.dtype,
+        )
+        if grad_selected is not None:
+            accumulation.add_product(grad_selected[rows], gradient, columns)
+        if head_gradient is not None:
+            head_gradient.add(block, gradient, tokens)
 
     def reduce_statistics(self, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three numbers of each token over the whole vocabulary; refuses shards that do not add up to it."""
@@ -262,7 +307,7 @@ class _HeadGradient:
         if self._block is None:
             whole = self._whole[block]
             self._block = whole if whole.dtype == self._sum_dtype else torch.zeros_like(whole, dtype=self._sum_dtype)
-        _add_product(self._block, gradient.t(), tokens)
+        accumulation.add_product(self._block, gradient.t(), tokens)
 
     def finish(self, block: slice) -> None:
         """All tiles of the block are in."""
@@ -276,18 +321,11 @@ class _HeadGradient:
             return self._whole
         # Megatron's hook must find a gradient, and must not add it: the protocol of its fused linear layers.
         self._weight.grad_added_to_main_grad = True
-        return torch.empty_like(self._weight)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+        return MainGradPlaceholder(self._weight)
 
 
 def own_part(support: range, first_word: int, rows: int) -> range:
-    """The rows of a shard of the head that hold words of the support; empty where there are none.
+    """Return the rows of a shard of the head that hold words of the support; empty where there are none.
 
     Args:
         support: consecutive ids.
@@ -298,5 +336,6 @@ def own_part(support: range, first_word: int, rows: int) -> range:
     return range(start, stop)
 
 
-def _slices(places: range, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, places.stop)) for start in places[::size])
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether tiles and factors are a GPU's."""
+    return tensor.is_cuda

@@ -11,6 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 2048
+# Options of every launch. Triton's default for contracting a * b + c changes in 3.10, and TRITON_DEFAULT_FP_FUSION
+# would change it for the kernels of all others in the process; a cached reference must have the same bits as the policy under
+# either. Here it is one instruction, which rounds once instead of twice: a running sum times a factor, plus a sum.
+_LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> None:
@@ -18,7 +22,7 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
     rows, width = logits.shape
     if rows:
         _absorb_kernel[(rows,)](
-            logits, logits.stride(0), local_targets, peak, sum_exp, target_logits, width, COLUMNS=_COLUMNS, num_warps=8
+            *(logits, logits.stride(0), local_targets, peak, sum_exp, target_logits, width), COLUMNS=_COLUMNS, **_LAUNCH
         )
 
 
@@ -33,7 +37,7 @@ def logits_gradient(
         _gradient_kernel[grid](
             *(logits, logits.stride(0), result, result.stride(0), local_targets, peak, sum_exp, upstream, width),
             COLUMNS=_COLUMNS,
-            num_warps=8,
+            **_LAUNCH,
         )
     return result
 

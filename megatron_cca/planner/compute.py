@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.parallel.tile_sizes import GPU, block_width, chunk_size_of
 from megatron_cca.planner.activations import layer_scores
 from megatron_cca.planner.calibration import Calibration
 from megatron_cca.planner.flops import ATTENTION_BACKWARD, attention_forward, products
 from megatron_cca.planner.hardware import Gpu
-from megatron_cca.planner.head_memory import TILE_WIDTH
 from megatron_cca.planner.sizes import Sizes
 
 
@@ -89,12 +89,16 @@ class Compute:
         """What backward takes longer for keeping no logits: one product more, and sums over tiles in fp32."""
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
         seconds = self._head_product() + self._bytes(4 * sizes.image_tokens * sizes.words)
-        # A product added to a sum is written and read, and the sum read and written.
-        seconds += self._bytes(16 * sizes.image_tokens * hidden * math.ceil(sizes.words / TILE_WIDTH[True]))
+        # A product is added to a sum, which is read and written.
+        blocks = math.ceil(sizes.words / block_width(math.ceil(sizes.words), GPU))
+        seconds += self._bytes(8 * sizes.image_tokens * hidden * blocks)
         if self.trains_weights:
-            chunks = math.ceil(sizes.image_tokens / self.settings.logps_chunk_size)
-            seconds += self._bytes(16 * sizes.words * hidden * chunks)
+            chunks = math.ceil(sizes.image_tokens / self._chunk_size())
+            seconds += self._bytes(8 * sizes.words * hidden * chunks)
         return seconds
+
+    def _chunk_size(self) -> int:
+        return chunk_size_of(self.settings.logps_chunk_size, on_gpu=True)
 
     def attention_seconds(self, *, backward: bool) -> float:
         """Seconds of a layer's attention for a microbatch, one way."""
@@ -130,7 +134,7 @@ class Compute:
 
     def _head_product(self) -> float:
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
-        rows = self.settings.logps_chunk_size if self.head_in_tiles else math.inf
+        rows = self._chunk_size() if self.head_in_tiles else math.inf
         side = min(sizes.image_tokens, rows, hidden)
         rate = self._half_peak() * self.calibration.matmul("bf16", max(side, 1))
         return 2 * sizes.image_tokens * hidden * sizes.words / rate

@@ -12,6 +12,7 @@ from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.optimizer import clip_grads
 
 from megatron_cca.models import local_layers, lora, streaming
+from megatron_cca.parallel import accumulation
 from megatron_cca.planner.live_bytes import LiveBytes
 from megatron_cca.training import setup
 
@@ -84,10 +85,10 @@ def substitutes(observer: LiveBytes, *, like_gpu: bool) -> list[AbstractContextM
     ]
     patches.append(patch.object(local_layers, "causal_lower_right", _no_mask if like_gpu else _written_out_mask))
     if like_gpu:
-        widths = _LOGPS._TILE_WIDTH
         patches += [
-            patch.dict(widths, cpu=widths["cuda"]),
-            patch.object(shard, "operand", lambda self, tensor: tensor),
+            patch.object(_LOGPS, "_on_gpu", lambda _tensor: True),
+            # A GPU adds a half-precision product to a sum in place.
+            patch.object(accumulation, "way_to_add", lambda *_device_and_dtype: _nothing),
             # A CPU has no such kernel and keeps fp32 copies of all that it normalises.
             patch.object(local_layers, "rms_norm", lambda x, _shape, weight, _eps: _FusedNorm.apply(x, weight)),
             # Megatron compiles its fused functions; compiled, they make no more than what they return.

@@ -15,6 +15,7 @@ from megatron_cca.data.reference_cache import ReferenceCache
 from megatron_cca.errors import UserError
 from megatron_cca.models.kernels import forward_kernels
 from megatron_cca.objectives import PairLogps
+from megatron_cca.parallel.tile_sizes import chunk_size_of
 from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
 
 # Rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
@@ -63,7 +64,7 @@ def numeric_path(config: Config) -> dict[str, Any]:
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.sequence_parallel": parallel.sequence_parallel,
         "training.micro_batch_size": training.micro_batch_size,
-        "training.logps_chunk_size": training.logps_chunk_size,
+        "training.logps_chunk_size": chunk_size_of(training.logps_chunk_size, on_gpu=platform.current().is_cuda),
         "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
         "parallel.tp_comm_overlap": parallel.tp_comm_overlap,
         "model.transformer_impl": config.model.transformer_impl,

@@ -1,0 +1,74 @@
+"""How large the tiles are in which the LM head is applied. No torch: the planner asks, too.
+
+A tile is a chunk of tokens times a block of words. Both sizes are a device's: on a CPU a tile stays in cache, on a GPU
+it fills the machine. ``benchmarks/logps.md`` has what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileSizes:
+    """The tiles of one kind of device.
+
+    Attributes:
+        chunk_size: tokens in a tile, where the configuration does not say.
+        width: words in a tile, at most.
+        multiple: the last tile ends at a multiple of so many words, as long as the weight has rows there.
+    """
+
+    chunk_size: int
+    width: int
+    multiple: int
+
+
+CPU = TileSizes(chunk_size=1024, width=2048, multiple=1)
+# A GPU's products are fastest where every row of an operand begins at a multiple of 16 bytes. The chunk of 4,096 is on
+# paper: the sum over chunks reads and writes the whole gradient of the head once a chunk.
+GPU = TileSizes(chunk_size=4096, width=16384, multiple=128)
+
+_WIDTH_MULTIPLE = 128
+
+
+def tile_sizes(*, on_gpu: bool) -> TileSizes:
+    """Return the tiles of a GPU or of a CPU."""
+    return GPU if on_gpu else CPU
+
+
+def chunk_size_of(configured: int | None, *, on_gpu: bool) -> int:
+    """Return the tokens in a tile: ``training.logps_chunk_size``, or where that is null the device's own number."""
+    return tile_sizes(on_gpu=on_gpu).chunk_size if configured is None else configured
+
+
+def block_width(words: int, sizes: TileSizes) -> int:
+    """Return the words in a tile: all of one width, but for the last, which has what is left.
+
+    Args:
+        words: the true words of a rank; 1 or more.
+        sizes: of the device.
+    """
+    tiles = -(-words // sizes.width)
+    return _rounded_up(-(-words // tiles), _WIDTH_MULTIPLE)
+
+
+def blocks(words: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
+    """Yield the blocks of a rank's rows that hold true words.
+
+    The last block may run into rows that pad the vocabulary, at most up to the next multiple.
+
+    Args:
+        words: the true words of the rank, 0 or more.
+        rows: the rows of its weight, ``words`` or more.
+        sizes: of the device.
+    """
+    if words < 1:
+        return
+    end, width = min(_rounded_up(words, sizes.multiple), rows), block_width(words, sizes)
+    yield from (slice(start, min(start + width, end)) for start in range(0, end, width))
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
