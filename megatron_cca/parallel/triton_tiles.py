@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 2048
-# Options of every launch. Triton's default for contracting a * b + c changes in 3.10, and TRITON_DEFAULT_FP_FUSION
-# would change it for the kernels of all others in the process; a cached reference must have the same bits as the policy under
-# either. Here it is one instruction, which rounds once instead of twice: a running sum times a factor, plus a sum.
+# Options of every launch. Whether a * b + c is one instruction must not depend on the version of Triton, whose default
+# changes in 3.10: a cached reference has the bits of the run that wrote it. Said here and not by the environment's
+# TRITON_DEFAULT_FP_FUSION, which counts for the kernels of all others in the process, too. It is as Triton has had it
+# so far, and rounds once instead of twice: the only place is a running sum times a factor, plus a sum.
 _LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 

@@ -89,7 +89,7 @@ def test_more_gpus_with_the_same_batch_are_never_slower(layout):
         ("reference.strategy=cached", "reference", []),
         ("kernels.apply_rope_fusion=true", "compute", ["kernels.apply_rope_fusion=false"]),
         ("kernels.gradient_accumulation_fusion=true", "compute", []),
-        ("training.logps_chunk_size=4096", "head", []),
+        ("training.logps_chunk_size=4096", "head", ["training.logps_chunk_size=1024"]),
     ],
 )
 def test_what_each_switch_saves(switch, part, layout):
