@@ -152,6 +152,20 @@ def _patch_tensors() -> None:
     Tensor.record_stream = lambda tensor, stream: None
     Tensor.pin_memory = lambda tensor, device=None: tensor
     Tensor.is_pinned = lambda tensor, device=None: True
+    for name in ("clone", "detach", "float"):
+        setattr(Tensor, name, _staying(getattr(Tensor, name)))
+
+
+def _staying(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a method whose result is where its tensor is; Megatron's offloaded optimizer makes fp32 copies so."""
+
+    def stay(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = method(tensor, *args, **kwargs)
+        if getattr(tensor, "_is_on_host", False):
+            result._is_on_host = True
+        return result
+
+    return stay
 
 
 def _host_copy(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
