@@ -248,7 +248,7 @@ class OptimizerConfig:
     grad_reduce_in_fp32: bool = True
     """Keep and reduce gradients in fp32; false does both in the precision of the weights."""
     optimizer_cpu_offload: bool = False
-    """Keep the optimizer's state in host memory and update there."""
+    """Keep the optimizer's state in host memory and update there; needs ``use_precision_aware_optimizer``."""
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the state that ``optimizer_cpu_offload`` moves."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
@@ -256,7 +256,7 @@ class OptimizerConfig:
     use_precision_aware_optimizer: bool = False
     """Let Transformer Engine's FusedAdam keep its state in the types below; they must be fp32 otherwise."""
     main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the gradients as the optimizer takes them."""
+    """Of the gradients as the optimizer takes them; bf16 needs ``grad_reduce_in_fp32`` false."""
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
     """Of the master weights."""
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_cca import platform
-from megatron_cca.config import Config
+from megatron_cca.config import Config, OptimizerConfig
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
@@ -16,7 +16,7 @@ from megatron_cca.planner.collectives import Traffic
 from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
 from megatron_cca.planner.observer import Observer
 from megatron_cca.planner.workload import Workload
-from megatron_cca.training.checks import data_parallel_size
+from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import Run, build_run
 from megatron_cca.training.shapes import rows_per_microbatch
@@ -155,8 +155,14 @@ def _runnable(config: Config, like_gpu: bool) -> Config:
         training=replace(training, pretrained_checkpoint=None, precision=bf16),
         reference=reference,
         kernels=replace(kernels, gradient_accumulation_fusion=False, apply_rope_fusion=False, cuda_graph_impl="none"),
-        optimizer=replace(config.optimizer, optimizer_cpu_offload=False, overlap_cpu_optimizer_d2h_h2d=False),
+        optimizer=_optimizer_of_any_machine(config.optimizer),
     )
+
+
+def _optimizer_of_any_machine(options: OptimizerConfig) -> OptimizerConfig:
+    dtypes = dict.fromkeys(STATE_DTYPES, "fp32")
+    off = ("use_precision_aware_optimizer", "optimizer_cpu_offload", "overlap_cpu_optimizer_d2h_h2d")
+    return replace(options, **dtypes, **dict.fromkeys(off, False))
 
 
 def _reference_bytes(run: Run) -> int:

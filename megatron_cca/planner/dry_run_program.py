@@ -156,6 +156,8 @@ def _lines(config: Config, settings: DryRunSettings, workload: Workload, rank: i
         )
     if config.training.precision == "fp8" or config.reference.precision == "fp8":
         yield "FP8 layers were counted as bf16; the prediction has their FP8 copies of the weights besides."
+    if config.optimizer.use_precision_aware_optimizer:
+        yield "The optimizer's state was counted in fp32 on the GPU."
     yield "\nPeak by phase: " + ", ".join(f"{phase} {peak / GIB:.2f} GiB" for phase, peak in found.peaks.items())
     yield "\nSent and received in a step:\n"
     traffic = [

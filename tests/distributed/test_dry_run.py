@@ -233,6 +233,19 @@ def test_a_model_that_has_a_grid_gives_the_rows_their_length(tmp_path):
     assert "rank 0 of 64 x h100-80gb, pipeline stage 0; rows of 576 tokens, 576 of them the image's" in done.stdout
 
 
+def test_an_optimizer_that_only_gpus_have_is_counted_as_a_whole_one_and_said_so(tmp_path):
+    """Megatron-Core makes it of Transformer Engine's Adam, or of the host's beside it."""
+    keys = [
+        "optimizer.use_precision_aware_optimizer=true",
+        "optimizer.optimizer_cpu_offload=true",
+        "model.num_layers=2",
+    ]
+    settings = [part for key in keys for part in ("--set", key)]
+    done = dry(BIG, "--gpus", "8", "--gpu", "h100-80gb", *settings, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "The optimizer's state was counted in fp32 on the GPU." in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
