@@ -16,7 +16,6 @@ from megatron_cca.data import dali
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.platform.transfers import SideQueue, host_buffer, used_here
 
-KEY = "data.loader"
 DALI, TORCH = "dali", "torch"
 # int32 [rows, S] in host memory -> the same on the device or in page-locked memory, good until the next call.
 Stage = Callable[[np.ndarray], Tensor]
@@ -30,13 +29,13 @@ def loader_in_force(wanted: str | None) -> str:
     """
     is_installed = wanted != TORCH and dali.is_installed()
     if wanted == DALI and not is_installed:
-        raise UserError(f"{KEY}: {DALI} is not installed here; pip install -e '.[data]', or set it to {TORCH}")
+        raise UserError(f"data.loader: {DALI} is not installed here; pip install -e '.[data]', or set it to {TORCH}")
     return DALI if is_installed else TORCH
 
 
 def _stage(loader: str, rows: int, device: torch.device) -> Stage:
     if loader == DALI:
-        with said_of(KEY):
+        with said_of("data.loader"):
             return dali.sequence_stage(rows, device)
     return torch.from_numpy if device.type == "cpu" else _LockedStage(device)
 
