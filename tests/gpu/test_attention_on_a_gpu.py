@@ -7,11 +7,13 @@ from megatron_cca.config_files import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models.attention import unfused_because
 from tests.gpu.test_training_on_a_gpu import train
+from tests.references.drawn_digits import shards_of_digits
 
 pytestmark = pytest.mark.gpu
 LENGTH, HEADS = 2048, 8
 
 
+@pytest.mark.needs_hardware("memory")
 @pytest.mark.parametrize(("channels", "precision"), [(64, "bf16"), (128, "bf16"), (100, "bf16"), (64, "fp32")])
 def test_attention_holds_scores_where_the_rule_says_so(channels, precision):
     engine = pytest.importorskip("transformer_engine.pytorch")
@@ -32,7 +34,6 @@ def test_attention_holds_scores_where_the_rule_says_so(channels, precision):
 def test_fp8_products_go_with_torchs_attention(tmp_path):
     """Heads of 20 channels, as LlamaGen-3B has 100: the products' widths are multiples of 16 all the same."""
     pytest.importorskip("transformer_engine.pytorch")
-    from megatron_cca.data.digits import ensure_digit_shards
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.layer_specs import check_fp8_device
 
@@ -43,7 +44,7 @@ def test_fp8_products_go_with_torchs_attention(tmp_path):
     widths = ["model.hidden_size=80", "model.ffn_hidden_size=112"]
     keys = ["model.name=llamagen-tiny", *widths, "training.precision=fp8", "training.micro_batch_size=2"]
     vocabulary = resolve_architecture(load_config(None, keys).model).vocabulary
-    shards = ensure_digit_shards(vocabulary, tmp_path / "digits")
+    shards = shards_of_digits(vocabulary, tmp_path / "digits")
     reports = train(shards, tmp_path, 3, *keys, "data.pad_to_multiple_of=16", "optimizer.lr=1e-4")
     assert reports[0].log_ratio.worst == 0.0
     assert all(report.problem is None for report in reports)
