@@ -97,7 +97,8 @@ def transformer_config(
         disable_parameter_transpose_cache=is_frozen,
         # The weights are filled by name afterwards (checkpoint or initialization.py), alike for every layout.
         perform_initialization=False,
-        use_cpu_initialization=not on_gpu,
+        # Megatron names the GPU where it makes a weight, and so would take no notice of torch.device("meta").
+        use_cpu_initialization=not on_gpu or torch.get_default_device().type == "meta",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **kernel_options(kernels, is_frozen=is_frozen),

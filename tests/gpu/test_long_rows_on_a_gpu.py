@@ -75,8 +75,9 @@ def test_training_takes_whole_images(implementation, tmp_path):
     losses = {}
     for name, precision in {"fp32": "training.precision=fp32", "bf16": BF16}.items():
         layers = "local" if name == "fp32" else implementation
-        overrides = ["training.micro_batch_size=1", "training.global_batch_size=2", "model.init_method_std=0.02"]
+        overrides = ["training.micro_batch_size=1", "training.global_batch_size=2", "model.num_layers=1"]
         overrides += [precision, f"model.transformer_impl={layers}", "model.max_position_embeddings=2304"]
+        overrides += ["model.init_method_std=0.02", "optimizer.lr=1e-4"]
         reports = trace(start(shards, tmp_path / name, *overrides), 2)
         assert reports[0].log_ratio.worst == 0.0
         losses[name] = torch.tensor([report.metrics["loss"] for report in reports])
