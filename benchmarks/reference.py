@@ -24,13 +24,14 @@ from measuring import in_fresh_process, machine, markdown_table
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
+from megatron_cca.planner.hardware import gpu_named, name_of_device
 from megatron_cca.planner.live_bytes import LiveBytes
+from megatron_cca.planner.workload import Workload
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
 NARROW = {"hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 4, "num_query_groups": 1}
 FULL_LAYERS = 32
-# bf16 without sparsity, FLOP/s, from NVIDIA's data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 PLAIN, LORA = "objective.name=next_token", ["lora.dim=16"]
 OFFLOAD, CACHED, SHARED = (f"reference.strategy={name}" for name in ("offload", "cached", "shared"))
@@ -95,6 +96,8 @@ def report(arguments: argparse.Namespace, folder: str) -> None:
                 bar.update()
         print(f"\n{precision}, {'full' if recompute == 'full' else 'no'} recomputation:\n")
         print(_table(arguments, found))
+    if arguments.device == "cuda":
+        print(f"\n{MFU_MEANS}")
     bar.close()
     print(f"\nthe 8B model on one GPU without activations, computed from its shapes:\n\n{computed_table()}")
 
@@ -174,9 +177,11 @@ def _line(few: int, at_few: float, more: int, at_more: float) -> float:
 
 
 def _mfu(found: dict) -> str:
-    """Of the policy's forward and backward alone: what a reference costs on top is no useful work."""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-    return f"{found['flops'] / found['seconds'] / peak:.1%}" if peak else "unknown GPU"
+    name = name_of_device(torch.cuda.get_device_name())
+    if name is None:
+        return "unknown GPU"
+    peak = average_peak(found["flops"], gpu_named(name).peak_flops)
+    return f"{mfu(sum(found['flops'].values()), found['seconds'], peak):.1%}"
 
 
 def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
@@ -204,7 +209,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
 
 
 def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Peak and steady bytes, seconds a step, tokens and useful FLOPs of one variant."""
+    """Peak and steady bytes, seconds a step, tokens and model FLOPs by precision of one variant."""
     platform.install(device)
     from megatron_cca.config_files import load_config
     from megatron_cca.models import resolve_architecture
@@ -234,16 +239,15 @@ def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     batch = run.loader.get(run.iteration)
     run.loader.close()
     tokens = sum(microbatch.tokens.numel() for microbatch in batch.microbatches)
-    layers, width = architecture.num_layers, architecture.hidden_size
-    # Products of the weights, and of causal attention's scores: forward, and twice that backward.
-    per_token = 6 * (weights - architecture.vocabulary.size * width) + 6 * layers * width * batch.seq_length
+    grid = json.loads((Path(config.training.output_dir) / "grid.json").read_text())
+    of_a_sample = flops_by_precision(config, architecture, Workload(batch.seq_length, grid**2))
     return {
         "peak": peak,
         "state": state,
         "seconds": statistics.median(seconds),
         "tokens": tokens,
         "weights": weights,
-        "flops": per_token * tokens,
+        "flops": {name: config.training.global_batch_size * one for name, one in of_a_sample.items()},
     }
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_cca.config import Config
+from megatron_cca.config import Config, Precision
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.planner.workload import Workload
-from megatron_cca.training.reference_settings import uses_reference_pass
+from megatron_cca.training.reference_settings import reference_settings, uses_reference_pass
 from megatron_cca.training.shapes import head_support, rows_per_sample
+
+# What is printed beside every MFU.
+MFU_MEANS = (
+    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
+    "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
+    "FP8 the layers' products; attention and LM head are bf16)."
+)
 
 # A flash kernel keeps no scores: backward computes them again and then four products, where forward has two.
 ATTENTION_BACKWARD = 2.5
@@ -83,13 +91,48 @@ def model_flops(config: Config, architecture: Architecture, workload: Workload, 
 
     With LoRA the frozen weights have no gradient; the adapters' own products, a hundredth, are left out.
     """
-    layers, head = (
-        architecture.num_layers * workload.seq_length * products_forward(architecture),
-        head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary))),
-    )
+    return sum(flops_by_precision(config, architecture, workload, causal=causal).values())
+
+
+def flops_by_precision(
+    config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True
+) -> dict[Precision, float]:
+    """:func:`model_flops` by what each product is computed in: with FP8 the layers' products alone are."""
+    layers = architecture.num_layers * workload.seq_length * products_forward(architecture)
+    head = head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary)))
     attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
     # Forward, gradient of the inputs, gradient of the weights.
     passes = 3 if config.lora.dim is None else 2
-    policy = passes * (layers + head) + 3 * attention
-    reference = layers + attention + head if uses_reference_pass(config) else 0.0
-    return rows_per_sample(config) * (policy + reference)
+    models = [(config.training.precision, passes, 3)]
+    if uses_reference_pass(config):
+        models.append((reference_settings(config).precision, 1, 1))
+    found: dict[Precision, float] = {}
+    for precision, products_passes, attention_passes in models:
+        others: Precision = "fp32" if precision == "fp32" else "bf16"
+        for one, flops in (
+            (precision, products_passes * layers),
+            (others, products_passes * head + attention_passes * attention),
+        ):
+            found[one] = found.get(one, 0.0) + rows_per_sample(config) * flops
+    return found
+
+
+def average_peak(flops: dict[Precision, float], peak_of: Callable[[Precision], float]) -> float:
+    """FLOP/s at which a device would do all of ``flops`` with each precision's at its own peak, one after the other.
+
+    Args:
+        flops: from :func:`flops_by_precision`.
+        peak_of: a precision's peak in FLOP/s.
+    """
+    return sum(flops.values()) / sum(one / peak_of(precision) for precision, one in flops.items())
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation, the one definition of the project; :data:`MFU_MEANS` says it in words.
+
+    Args:
+        flops: of a GPU in ``seconds``, from :func:`model_flops`.
+        seconds: measured or predicted.
+        peak: the GPU's, from :func:`average_peak`.
+    """
+    return flops / seconds / peak

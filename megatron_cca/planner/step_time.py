@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from megatron_cca.planner.flops import mfu
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -24,7 +26,7 @@ class StepTime:
         samples: of the global batch.
         tokens_per_gpu: positions that the policy computes in a step, divided by the GPUs.
         model_flops_per_gpu: of a step; the policy's forward and backward and the reference's forward, nothing twice.
-        peak_flops: of the GPU at ``training.precision``.
+        peak_flops: of the GPU, averaged over the precisions of the step's products; see ``flops.average_peak``.
         relative_error: one standard deviation.
     """
 
@@ -82,8 +84,8 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: the share of the GPU's peak at ``training.precision``."""
-        return self.model_flops_per_second / self.peak_flops
+        """Model FLOPs utilisation, as ``flops.MFU_MEANS`` says."""
+        return mfu(self.model_flops_per_gpu, self.total, self.peak_flops)
 
     @property
     def communication(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_cca.config import Config
 from megatron_cca.planner.calibration import DEFAULT
+from megatron_cca.planner.flops import MFU_MEANS
 from megatron_cca.planner.memory import GIB
 from megatron_cca.planner.others import Other
 from megatron_cca.planner.search import Plan
@@ -54,6 +55,7 @@ def text(report: Report) -> str:
         table([row(candidate) for candidate in plan.best]),
         "",
         _trust(report),
+        MFU_MEANS,
         *_remarks(report),
     ]
     if report.others:

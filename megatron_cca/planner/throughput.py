@@ -9,7 +9,7 @@ from megatron_cca.models.attention import has_engine_attention, head_channels
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.communication import Group
 from megatron_cca.planner.compute import Compute
-from megatron_cca.planner.flops import model_flops
+from megatron_cca.planner.flops import average_peak, flops_by_precision
 from megatron_cca.planner.hardware import Cluster
 from megatron_cca.planner.sizes import sizes_of
 from megatron_cca.planner.step_time import StepTime
@@ -100,6 +100,7 @@ class _Step:
             passes.append(reference)
         samples = self.config.training.global_batch_size
         gpus = self.cluster.num_gpus
+        flops = flops_by_precision(self.config, sizes.architecture, self.workload)
         return StepTime(
             compute=count * policy.layers,
             recompute=count * policy.recompute,
@@ -114,8 +115,8 @@ class _Step:
             overhead=count * sum(one.overhead for one in passes) + calibration.step_overhead_seconds,
             samples=samples,
             tokens_per_gpu=samples * rows_per_sample(self.config) * self.workload.seq_length / gpus,
-            model_flops_per_gpu=samples * model_flops(self.config, sizes.architecture, self.workload) / gpus,
-            peak_flops=self.cluster.gpu.peak_flops(self.config.training.precision),
+            model_flops_per_gpu=samples * sum(flops.values()) / gpus,
+            peak_flops=average_peak(flops, self.cluster.gpu.peak_flops),
             relative_error=calibration.relative_error,
         )
 

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cca import platform
-from megatron_cca.config import Config
+from megatron_cca.config import Config, Precision
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.flops import model_flops
+from megatron_cca.planner.flops import average_peak, flops_by_precision, mfu
 from megatron_cca.planner.hardware import CPU, gpu_named
 from megatron_cca.planner.measuring import peak_flops
 from megatron_cca.planner.memory import GIB
@@ -36,6 +36,7 @@ from megatron_cca.scaling.shapes import ideal_bubble
 from megatron_cca.scaling.spans import Span, Waiting, merged, shortest, waiting
 from megatron_cca.scaling.sweep import Task
 from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.reference_settings import reference_settings
 from megatron_cca.training.setup import Run
 from megatron_cca.training.shapes import rows_per_sample
 
@@ -58,7 +59,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
     config = _measurable(config)
     check_devices(config)
     initialize_distributed(config)
-    peak = _peak_flops(task, config)
+    peaks = _peak_flops(task, config)
     with _folder_of_this_node() as (folder, writes):
         if writes:
             write_random_shards(config, task.images, folder)
@@ -70,7 +71,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
             seconds = _timed(run, steps[0], steps[1])
             memory = _all(platform.peak_memory_bytes())
             shares = _all(_profiled(run, steps[2]))
-    return {**_speed(task, config, seconds, peak), **_about_ranks(memory, shares), **_about_layout(task, config)}
+    return {**_speed(task, config, seconds, peaks), **_about_ranks(memory, shares), **_about_layout(task, config)}
 
 
 def _measurable(config: Config) -> Config:
@@ -79,14 +80,19 @@ def _measurable(config: Config) -> Config:
     return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
 
 
-def _peak_flops(task: Task, config: Config) -> float:
+def _peak_flops(task: Task, config: Config) -> dict[Precision, float]:
     """FLOP/s of a device: by its data sheet; a processor's are what a product of one rank reaches, the others idle."""
-    precision, name = config.training.precision, gpu_of(task)
+    name = gpu_of(task)
     if name != CPU:
-        return gpu_named(name).peak_flops(precision)
-    found = [peak_flops(torch.float32 if precision == "fp32" else torch.bfloat16) if dist.get_rank() == 0 else 0.0]
+        return gpu_named(name).flops
+    found = [_processor_peaks(config) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]
+
+
+def _processor_peaks(config: Config) -> dict[Precision, float]:
+    wanted = {config.training.precision, reference_settings(config).precision}
+    return {one: peak_flops(torch.float32 if one == "fp32" else torch.bfloat16) for one in wanted}
 
 
 @contextmanager
@@ -137,17 +143,18 @@ def _profiled(run: Run, steps: int) -> Waiting:
     return waiting(spans, merged(_all(shortest(spans))), seconds)
 
 
-def _speed(task: Task, config: Config, seconds: list[float], peak: float) -> dict[str, Any]:
+def _speed(task: Task, config: Config, seconds: list[float], peaks: dict[Precision, float]) -> dict[str, Any]:
     workload, batch = image_workload(config, task.images), config.training.global_batch_size
     tokens = rows_per_sample(config) * workload.seq_length * batch / task.num_gpus
-    flops = model_flops(config, resolve_architecture(config.model), workload) * batch / task.num_gpus
+    flops = flops_by_precision(config, resolve_architecture(config.model), workload)
+    peak = average_peak(flops, peaks.__getitem__)
     typical = statistics.median(seconds)
     return {
         "step_seconds": seconds,
         "tokens_per_second_per_gpu": tokens / typical,
         "low": tokens / max(seconds),
         "high": tokens / min(seconds),
-        "mfu": flops / typical / peak,
+        "mfu": mfu(sum(flops.values()) * batch / task.num_gpus, typical, peak),
         "peak_flops": peak,
         "seq_length": workload.seq_length,
     }

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from megatron_cca.planner import words
+from megatron_cca.planner.flops import MFU_MEANS
 from megatron_cca.scaling.records import Row
 from megatron_cca.scaling.series import efficiency, unit_of, units
 from megatron_cca.scaling.sweep import MEASURED, Sweep
@@ -50,7 +51,8 @@ def _measured_on(rows: Sequence[Row]) -> str:
     return (
         f"{_device(finished[0])}; host {', '.join(hosts)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}; "
         f"{versions}; megatron_cca {', '.join(sorted({one['code'] for one in finished}))}. Median of "
-        f"{len(finished[0]['step_seconds'])} steps, in brackets the slowest and the fastest. Random weights and tokens."
+        f"{len(finished[0]['step_seconds'])} steps, in brackets the slowest and the fastest. Random weights and "
+        f"tokens. {MFU_MEANS}"
     )
 
 
@@ -64,7 +66,7 @@ def _device(record: dict) -> str:
 def _planned_on(rows: Sequence[Row]) -> str:
     return (
         f"{rows[0].task.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
-        "its error. Nobody ran these; the model knows no stragglers and no congestion."
+        f"its error. {MFU_MEANS} Nobody ran these; the model knows no stragglers and no congestion."
     )
 
 

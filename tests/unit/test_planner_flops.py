@@ -1,5 +1,7 @@
 """FLOPs from sizes beside torch's counter of a real model's operators."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +11,17 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.flops import attention_forward, head_forward, model_flops, products_forward
+from megatron_cca.planner.flops import (
+    attention_forward,
+    average_peak,
+    flops_by_precision,
+    head_forward,
+    mfu,
+    model_flops,
+    products_forward,
+)
+from megatron_cca.planner.hardware import GPUS, Cluster
+from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import Workload
 
 ROWS = 2
@@ -88,3 +100,55 @@ def test_causal_attention_is_half(model):
     _, architecture, _ = model
     half = attention_forward(architecture, 96)
     assert attention_forward(architecture, 96, causal=False) == 2 * half
+
+
+def test_mfu_is_over_each_precisions_own_peak():
+    keys = ["model.name=emu3-8b", "training.precision=fp8", "data.pad_to_multiple_of=128"]
+    config, workload, h100 = load_config(None, keys), Workload(8448, 8100), GPUS["h100-80gb"]
+    architecture = resolve_architecture(config.model)
+    found = flops_by_precision(config, architecture, workload)
+    products = architecture.num_layers * 8448 * products_forward(architecture)
+    rest = architecture.num_layers * attention_forward(architecture, 8448) + head_forward(architecture, 8100)
+    # Two rows; policy forward and backward, reference forward.
+    assert found == pytest.approx({"fp8": 2 * 4 * products, "bf16": 2 * 4 * rest})
+    assert sum(found.values()) == pytest.approx(model_flops(config, architecture, workload))
+    ideal = 8 * products / 1979e12 + 8 * rest / 989.5e12
+    peak = average_peak(found, h100.peak_flops)
+    assert 989.5e12 < peak < 1979e12
+    # A step that goes as fast as the peaks allow.
+    assert mfu(sum(found.values()), ideal, peak) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precisions"),
+    [
+        ([], {"bf16"}),
+        (["reference.precision=fp32"], {"bf16", "fp32"}),
+        (["reference.precision=fp8"], {"bf16", "fp8"}),
+        (["reference.precision=fp8", "reference.strategy=cached", "reference.cache=c"], {"bf16"}),
+    ],
+)
+def test_the_planner_counts_as_everybody_does(overrides, precisions):
+    config = load_config(None, ["model.name=emu3-8b", "training.precision=bf16", *overrides])
+    architecture, workload = resolve_architecture(config.model), Workload(8448, 8100)
+    flops = flops_by_precision(config, architecture, workload)
+    assert set(flops) == precisions
+    step = predict_step(config, Cluster(GPUS["h100-80gb"], 8, 8), workload)
+    per_gpu = config.training.global_batch_size * sum(flops.values()) / 8
+    peak = average_peak(flops, GPUS["h100-80gb"].peak_flops)
+    assert step.mfu == mfu(per_gpu, step.total, peak) == pytest.approx(per_gpu / step.total / step.peak_flops)
+
+
+def test_what_prints_an_mfu_says_what_it_means():
+    """The planner's rows are printed under its summary."""
+    root = Path(__file__).parents[2]
+    texts = {
+        file.relative_to(root).as_posix(): file.read_text()
+        for folder in ("megatron_cca", "benchmarks")
+        for file in root.glob(f"{folder}/**/*.py")
+    }
+    printing = {name for name, text in texts.items() if '"MFU"' in text}
+    assert {"benchmarks/reference.py", "megatron_cca/scaling/table.py", "megatron_cca/planner/words.py"} <= printing
+    silent = [name for name in printing - {"megatron_cca/planner/words.py"} if "MFU_MEANS" not in texts[name]]
+    assert not silent
+    assert "MFU_MEANS" in texts["megatron_cca/planner/summary.py"]
