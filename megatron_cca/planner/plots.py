@@ -31,6 +31,7 @@ _TIME = {
     "communication": YELLOW,
     "optimizer": PINK,
     "overhead": GREY,
+    "stragglers and the like": INK,
 }
 _LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False, "ncols": 4, "loc": "lower center"}
 
@@ -80,6 +81,7 @@ def _time_groups(step: StepTime) -> dict[str, float]:
         "communication": step.communication,
         "optimizer": step.optimizer,
         "overhead": step.overhead,
+        "stragglers and the like": step.cluster,
     }
 
 

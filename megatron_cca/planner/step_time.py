@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from megatron_cca.planner.flops import mfu
@@ -23,11 +24,13 @@ class StepTime:
         data_parallel: gradients and parameters, as far as nothing hides them.
         optimizer: the update.
         overhead: what does not depend on sizes, and waiting for work to be launched.
+        cluster: stragglers, congestion and the like, from published runs; see ``cluster_loss.py``.
         samples: of the global batch.
         tokens_per_gpu: positions that the policy computes in a step, divided by the GPUs.
         model_flops_per_gpu: of a step; the policy's forward and backward and the reference's forward, nothing twice.
         peak_flops: of the GPU, averaged over the precisions of the step's products; see ``flops.average_peak``.
-        relative_error: one standard deviation.
+        relative_error: one standard deviation of what the parts but ``cluster`` may be off.
+        cluster_spread: one of what clusters differ in, as a share of the step.
     """
 
     compute: float
@@ -41,11 +44,13 @@ class StepTime:
     data_parallel: float
     optimizer: float
     overhead: float
+    cluster: float
     samples: int
     tokens_per_gpu: float
     model_flops_per_gpu: float
     peak_flops: float
     relative_error: float
+    cluster_spread: float
 
     @property
     def parts(self) -> dict[str, float]:
@@ -58,14 +63,19 @@ class StepTime:
         return sum(self.parts.values())
 
     @property
+    def error(self) -> float:
+        """Two standard deviations, of the model's error and the clusters' spread together, as a share of ``total``."""
+        return 2 * math.hypot(self.relative_error, self.cluster_spread)
+
+    @property
     def low(self) -> float:
         """Two standard deviations less."""
-        return self.total * max(0.0, 1 - 2 * self.relative_error)
+        return self.total * max(0.0, 1 - self.error)
 
     @property
     def high(self) -> float:
         """Two standard deviations more."""
-        return self.total * (1 + 2 * self.relative_error)
+        return self.total * (1 + self.error)
 
     @property
     def samples_per_second(self) -> float:
@@ -93,4 +103,4 @@ class StepTime:
         return self.tensor_parallel + self.context_parallel + self.pipeline + self.data_parallel
 
 
-PARTS = tuple(field.name for field in fields(StepTime))[:11]
+PARTS = tuple(field.name for field in fields(StepTime))[:12]

@@ -73,7 +73,9 @@ def _samples(candidate: Candidate) -> int:
 
 def _trust(report: Report) -> str:
     calibration = report.plan.wishes.calibration
-    error = f"± is two standard deviations, {2 * calibration.relative_error:.0%}"
+    error = f"± is two standard deviations, {report.best.step.error:.0%}"
+    if report.best.step.cluster_spread:
+        error += ", with what clusters differ in (docs/scaling.md)"
     if calibration == DEFAULT:
         return f"{error}: how far the model is off published runs. Measure yours with tools/plan.py calibrate."
     return f"{error}: how far the model is off the steps that were measured for the calibration."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_cca.config import Config
 from megatron_cca.models.attention import has_engine_attention, head_channels
 from megatron_cca.planner.calibration import DEFAULT, Calibration
+from megatron_cca.planner.cluster_loss import lost_share, lost_spread
 from megatron_cca.planner.communication import Group
 from megatron_cca.planner.compute import Compute
 from megatron_cca.planner.flops import average_peak, flops_by_precision
@@ -101,7 +102,7 @@ class _Step:
         samples = self.config.training.global_batch_size
         gpus = self.cluster.num_gpus
         flops = flops_by_precision(self.config, sizes.architecture, self.workload)
-        return StepTime(
+        step = StepTime(
             compute=count * policy.layers,
             recompute=count * policy.recompute,
             head=count * policy.head,
@@ -118,7 +119,10 @@ class _Step:
             model_flops_per_gpu=samples * sum(flops.values()) / gpus,
             peak_flops=average_peak(flops, self.cluster.gpu.peak_flops),
             relative_error=calibration.relative_error,
+            cluster=0.0,
+            cluster_spread=lost_spread(self.cluster),
         )
+        return replace(step, cluster=lost_share(self.cluster) * step.total)
 
     def _policy_pass(self) -> _Pass:
         compute, sizes = self.policy, self.sizes

@@ -68,7 +68,7 @@ def row(candidate: Candidate) -> list[str]:
         config.training.precision,
         f"{candidate.memory.total / GIB:.1f}",
         " + ".join(f"{size / GIB:.1f}" for size in memory_groups(candidate.memory).values()),
-        f"{step.total:.3g} ± {2 * step.relative_error * step.total:.2g}",
+        f"{step.total:.3g} ± {step.error * step.total:.2g}",
         f"{step.samples_per_second:.3g}",
         f"{step.tokens_per_second_per_gpu:,.0f}",
         f"{step.mfu:.1%}",

@@ -66,7 +66,8 @@ def _device(record: dict) -> str:
 def _planned_on(rows: Sequence[Row]) -> str:
     return (
         f"{rows[0].task.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
-        f"its error. {MFU_MEANS} Nobody ran these; the model knows no stragglers and no congestion."
+        f"its error. {MFU_MEANS} Nobody ran these; what a cluster "
+        "adds (stragglers, congestion) and its spread are those of published runs, docs/scaling.md."
     )
 
 

@@ -28,7 +28,7 @@ def predict(*overrides, gpus=8, gpu=H100, workload=IMAGES, calibration=DEFAULT):
 
 def test_the_parts_add_up():
     step = predict()
-    assert len(PARTS) == 11
+    assert len(PARTS) == 12
     assert sum(step.parts.values()) == pytest.approx(step.total)
     assert step.low < step.total < step.high
     assert step.samples_per_second == pytest.approx(256 / step.total)
