@@ -79,9 +79,9 @@ def measure_whole(folder: Path, rows: int, output: Path | None) -> str:
     return done.stdout
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     """Tokenise crops of the photographs, once."""
-    platform.install("cpu")
+    platform.install(device)
     from megatron_cca.data.patch_codebook import PatchCodebook
     from megatron_cca.data.shards import write_shards
     from megatron_cca.data.text import FILE_NAME, train_tokenizer
@@ -137,15 +137,16 @@ def _crops(
         yield (crop[:, ::-1] if random.random() < 0.5 else crop), captions[index % len(captions)]
 
 
-def train(folder: Path, short_steps: int, long_steps: int) -> None:
+def train(folder: Path, short_steps: int, long_steps: int, device: str = "cpu") -> None:
     """Next-token likelihood by the project's own program: first short crops, then a few long ones."""
     short = {"data.path": folder / "short", "global_batch_size": 4, "micro_batch_size": 4, "train_iters": short_steps}
-    _train(folder / "model_short", {**short, "lr": 1e-3, "warmup": 20})
+    _train(folder / "model_short", {**short, "lr": 1e-3, "warmup": 20}, device)
     long = {"data.path": folder / "long", "global_batch_size": 1, "micro_batch_size": 1, "train_iters": long_steps}
-    _train(folder / "model", {**long, "lr": 3e-4, "warmup": 3, "pretrained_checkpoint": folder / "model_short"})
+    settings = {**long, "lr": 3e-4, "warmup": 3, "pretrained_checkpoint": folder / "model_short"}
+    _train(folder / "model", settings, device)
 
 
-def _train(output: Path, settings: dict) -> None:
+def _train(output: Path, settings: dict, device: str) -> None:
     if (output / "checkpoints" / "latest_checkpointed_iteration.txt").exists():
         return
     keys = {
@@ -165,7 +166,7 @@ def _train(output: Path, settings: dict) -> None:
     empty = output.with_suffix(".yaml")
     empty.write_text("{}\n")
     overrides = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
-    program = [ROOT / "examples" / "pretrain_cca_emu3.sh", "--config", empty, "--device", "cpu", *overrides]
+    program = [ROOT / "examples" / "pretrain_cca_emu3.sh", "--config", empty, "--device", device, *overrides]
     subprocess.run([sys.executable, *map(str, program)], check=True)  # noqa: S603 - our own script, no shell
 
 

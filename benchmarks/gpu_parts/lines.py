@@ -1,0 +1,103 @@
+"""The file of results: a JSON object a line, each there to stay as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+MEASURED, OUT_OF_MEMORY, REFUSED, MISSING = "measured", "out of memory", "refused", "not installed"
+FAILED, OUT_OF_TIME = "failed", "out of time"
+PASSED, SKIPPED = "passed", "skipped"
+REHEARSAL = "a rehearsal on a CPU with tiny sizes; it says nothing about a GPU"
+
+
+def append(path: Path, line: Line) -> None:
+    """Write a line and wait until the disk has it."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(paths: Iterable[Path]) -> list[Line]:
+    """The lines of several files, in order; of lines about the same thing the last one, in the place of the first.
+
+    The end of a line that a crash cut off is passed over.
+
+    Raises:
+        SystemExit: a file that is not there, or a line that this program did not write.
+    """
+    found: dict[tuple, Line] = {}
+    for path in paths:
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; give the --output of an earlier call")
+        texts = path.read_text(errors="replace").splitlines(keepends=True)
+        for number, text in enumerate(texts, start=1):
+            line = _parsed(text)
+            if line is not None:
+                found[key(line)] = line
+            elif number < len(texts) or text.endswith("\n"):
+                raise SystemExit(f"{path}, line {number}: not a line that benchmarks/gpu.py writes")
+    return list(found.values())
+
+
+def end_whole_lines(path: Path) -> None:
+    """Cut off what a crash left of an unfinished last line."""
+    if path.is_file():
+        whole = path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            path.write_bytes(whole[:end])
+
+
+def key(line: Line) -> tuple:
+    """What a line is about: two lines with the same key measure the same thing."""
+    return (line["part"], line["setting"], line["about"]["card"], tuple(line["overrides"]), "rehearsal" in line)
+
+
+def milliseconds(line: Line) -> dict[str, float]:
+    """``median``, ``least`` and ``most`` of a measured line; empty where it times nothing."""
+    figures = line.get("figures", {})
+    return figures.get("ms") or figures.get("total_ms") or {}
+
+
+def peak_bytes(line: Line) -> int | None:
+    """Of a step, all memory; of a head, what it takes beyond its inputs."""
+    figures = line.get("figures", {})
+    return figures.get("peak_bytes", figures.get("extra_bytes"))
+
+
+def beside(line: Line, baseline: Line) -> dict[str, Any]:
+    """Time and memory as shares of a baseline's."""
+    found: dict[str, Any] = {"baseline": baseline["setting"]}
+    ours, theirs = milliseconds(line), milliseconds(baseline)
+    if ours and theirs:
+        found["time"] = ours["median"] / theirs["median"]
+    held, held_there = peak_bytes(line), peak_bytes(baseline)
+    if held and held_there:
+        found["memory"] = held / held_there
+    return found
+
+
+def short(line: Line) -> str:
+    """The figures in a few words."""
+    figures, spread = line.get("figures", {}), milliseconds(line)
+    found = [f"{spread['median']:.4g} ms"] if spread else []
+    found += [f"{figures['tflops']:.3g} TFLOP/s"] if "tflops" in figures else []
+    found += [f"MFU {figures['mfu']:.1%}"] if figures.get("mfu") else []
+    held = peak_bytes(line)
+    return ", ".join([*found, f"{held / 2**30:.2f} GiB"] if held else found)
+
+
+def _parsed(text: str) -> Line | None:
+    try:
+        line = json.loads(text)
+        key(line)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return line

@@ -1,0 +1,58 @@
+"""The planner against what was measured: as it comes, and calibrated on this device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gpu_parts.lines import milliseconds
+from gpu_parts.training import configured, known_gpu, predictions, weights_drawn_on_the_device
+from megatron_cca.planner.calibrate import calibrate
+from megatron_cca.planner.calibration import calibration_json, read_calibration
+from megatron_cca.planner.hardware import CPU
+from megatron_cca.planner.workload import image_workload
+
+_NUMBERS = (
+    *("matmul_efficiency", "fp8_matmul_efficiency", "attention_efficiency", "memory_efficiency"),
+    *("microbatch_overhead_seconds", "step_overhead_seconds", "relative_error"),
+)
+# Of this process, where it has calibrated.
+_calibration: str | None = None
+
+
+def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Calibrate, or predict a step that was measured."""
+    return _predicted(values) if "line" in values else _calibrated(values)
+
+
+def _calibrated(values: dict[str, Any]) -> dict[str, Any]:
+    global _calibration
+    config, images = configured(values)
+    with weights_drawn_on_the_device():
+        found = calibrate(config, images, None, values["repeats"])
+    _calibration = calibration_json(found.calibration, found.gpu, steps=values["repeats"])
+    numbers = {name: getattr(found.calibration, name) for name in _NUMBERS}
+    return {**numbers, "errors": found.errors, "calibration": _calibration}
+
+
+def _predicted(values: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds and bytes, predicted and measured, of one line."""
+    line, text = values["line"], _calibration or values["calibration"]
+    config, images = configured(line["settings"])
+    workload, gpu = image_workload(config, images), known_gpu()
+    plain = predictions(config, workload)
+    calibrated = None
+    if text is not None:
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "calibration.json"
+            file.write_text(text)
+            calibration, device = read_calibration(file, CPU if gpu is None else gpu.name)
+        calibrated = predictions(config, workload, device, calibration)["ms"]
+    return {
+        "measured_ms": milliseconds(line)["median"],
+        "predicted_ms": plain["ms"],
+        "calibrated_ms": calibrated,
+        "measured_bytes": line["figures"]["peak_bytes"],
+        "predicted_bytes": plain["peak_bytes"],
+    }

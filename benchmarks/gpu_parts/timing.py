@@ -1,0 +1,15 @@
+"""Milliseconds of repetitions, as every line gives them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, least and most, in milliseconds."""
+    return {
+        "median": 1e3 * statistics.median(seconds),
+        "least": 1e3 * min(seconds),
+        "most": 1e3 * max(seconds),
+    }

@@ -1,0 +1,179 @@
+"""Whole CCA steps of the project's own run on random tokens: time, memory, MFU, and what the planner says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from gpu_parts.timing import spread_ms
+from megatron_cca import platform
+from megatron_cca.config import Config
+from megatron_cca.config_files import load_config
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import num_parameters
+from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.planner.calibration import DEFAULT, Calibration
+from megatron_cca.planner.flops import model_flops
+from megatron_cca.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.planner.live_bytes import LiveBytes
+from megatron_cca.planner.measuring import peak_flops
+from megatron_cca.planner.memory import predict_memory
+from megatron_cca.planner.short_runs import on_random_shards, started, timed_step, without_extras, write_random_shards
+from megatron_cca.planner.throughput import predict_step
+from megatron_cca.planner.workload import ImageShape, Workload, image_workload
+from megatron_cca.training import setup
+from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.setup import Run
+from megatron_cca.training.shapes import rows_per_sample
+
+CAPTION_TOKENS = 32
+WARM_UP, FEWEST = 2, 3
+_LARGE_SIDE = 8192
+
+
+def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Figures of a training step.
+
+    Args:
+        values: ``overrides`` of the configuration, ``grid`` of the images, ``repeats`` that are timed.
+        seconds: after so long no repetition begins, once there are a few.
+    """
+    began = time.monotonic()
+    config, images = configured(values)
+    workload = image_workload(config, images)
+    check_devices(config)
+    initialize_distributed(config)
+    with TemporaryDirectory() as folder, _counted() as counter, weights_drawn_on_the_device():
+        write_random_shards(config, images, Path(folder))
+        with started(on_random_shards(config, Path(folder), WARM_UP + values["repeats"])) as run:
+            deadline = began + seconds
+            found = _timed(run, values["repeats"], deadline, counter)
+    return {**found, **_rates(config, workload, found["ms"]["median"]), "predicted": predictions(config, workload)}
+
+
+def configured(values: dict[str, Any]) -> tuple[Config, ImageShape]:
+    """The run that a setting describes, and its images."""
+    grid = values["grid"]
+    config = without_extras(load_config(None, values["overrides"]))
+    vocabulary = resolve_architecture(config.model).vocabulary
+    caption_tokens = CAPTION_TOKENS if vocabulary.num_classes is None else 1
+    # without_extras drops what a plan cannot have; what is measured keeps where its reference lives.
+    typed = load_config(None, values["overrides"])
+    config = replace(config, reference=replace(config.reference, strategy=typed.reference.strategy))
+    return config, ImageShape(grid, grid, caption_tokens)
+
+
+def _timed(run: Run, repeats: int, deadline: float, counter: LiveBytes | None) -> dict[str, Any]:
+    first = [_step(run) for _ in range(WARM_UP)]
+    if counter is None:
+        platform.reset_peak_memory()
+    else:
+        counter.reset_peak()
+    seconds: list[float] = []
+    while len(seconds) < repeats and (len(seconds) < FEWEST or time.monotonic() < deadline):
+        seconds.append(_step(run)[0])
+    spread = first[0][1].log_ratio
+    return {
+        "ms": spread_ms(seconds),
+        "repetitions": len(seconds),
+        "peak_bytes": platform.peak_memory_bytes() if counter is None else counter.peak,
+        "first_log_ratio": None if spread is None else spread.worst,
+    }
+
+
+def _step(run: Run):
+    seconds, report = timed_step(run)
+    if report.problem is not None:
+        raise RuntimeError(f"step {run.iteration - 1}: {report.problem}")
+    return seconds, report
+
+
+def _counted() -> AbstractContextManager[LiveBytes | None]:
+    """On a CPU live tensors are counted, as the resident set holds far more than a tiny model's."""
+    return nullcontext() if platform.current().is_cuda else LiveBytes()
+
+
+@contextmanager
+def weights_drawn_on_the_device() -> Iterator[None]:
+    """Draw random weights on the device: drawing billions of them on a processor takes longer than the measurement.
+
+    They follow from names and seed; a policy and its reference begin alike.
+    """
+    former, setup.initialize_by_name = setup.initialize_by_name, _draw
+    try:
+        yield
+    finally:
+        setup.initialize_by_name = former
+
+
+@torch.no_grad()
+def _draw(model: torch.nn.Module, *, seed: int, std: float, **_sizes: int | None) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(1.0)
+            continue
+        digest = sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.normal_(0.0, std, generator=generator)
+
+
+def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str, Any]:
+    """Tokens and operations a second; MFU counts policy and reference, nothing twice, causal attention by half."""
+    architecture, batch = resolve_architecture(config.model), config.training.global_batch_size
+    tokens = rows_per_sample(config) * workload.seq_length * batch
+    flops = model_flops(config, architecture, workload) * batch
+    peak, source = _peak(config.training.precision)
+    seconds = milliseconds / 1e3
+    return {
+        "rows": rows_per_sample(config) * batch,
+        "seq_length": workload.seq_length,
+        "parameters": num_parameters(architecture),
+        "tokens_per_second": tokens / seconds,
+        "model_tflop": flops / 1e12,
+        "tflops": flops / seconds / 1e12,
+        "mfu": None if peak is None else flops / seconds / peak,
+        "peak_tflops": None if peak is None else peak / 1e12,
+        "peak_from": source,
+    }
+
+
+def _peak(precision: str) -> tuple[float | None, str]:
+    """FLOP/s and where they are from; of a processor there are none."""
+    gpu = known_gpu()
+    if gpu is not None:
+        return gpu.peak_flops(precision), "data sheet"
+    if not platform.current().is_cuda:
+        return None, "a CPU has no MFU"
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return peak_flops(dtype, _LARGE_SIDE), f"a {dtype} product of {_LARGE_SIDE:,} squared, measured"
+
+
+def known_gpu() -> Gpu | None:
+    """The device at hand, where its data sheet is known."""
+    name = name_of_device(platform.device_name()) if platform.current().is_cuda else None
+    return None if name is None else gpu_named(name)
+
+
+def predictions(
+    config: Config, workload: Workload, gpu: Gpu | None = None, calibration: Calibration = DEFAULT
+) -> dict[str, float | None]:
+    """The planner's: bytes as an allocator counts them, and milliseconds where the device is known."""
+    memory = predict_memory(config, 1, workload, on_gpu=platform.current().is_cuda)
+    gpu = gpu or known_gpu()
+    step = None
+    if gpu is not None:
+        try:
+            step = predict_step(config, Cluster(gpu, 1, 1), workload, calibration)
+        except UserError:
+            # A precision that the device does not have was refused before.
+            step = None
+    return {"peak_bytes": memory.total - memory.overhead, "ms": None if step is None else 1e3 * step.total}
