@@ -125,6 +125,9 @@ class Conductor:
             line["beside"] = lines.beside(line, baseline)
         self._finished[part].add(line["setting"])
         lines.append(self.output, line)
+        if line["status"] in (lines.PASSED, lines.SKIPPED):
+            # Hundreds of them; the table counts them.
+            return
         told = result.get("reason") or lines.short(line)
         note = "rehearsal: " if self.rehearses else ""
         self.say(f"  {note}{line['setting']}: {line['status']}{'; ' * bool(told)}{told}")
