@@ -89,7 +89,9 @@ class Conductor:
                 later = {one: WEIGHTS[one] for one in ordered[position:] if self.has_work(one)}
                 if part in later:
                     now = time.time()
-                    self._run_part(part, now + shares(later, self.deadline - now)[part])
+                    share = shares(later, self.deadline - now)[part]
+                    # A rehearsal is to be whole: how long a CPU takes for it says nothing about a GPU.
+                    self._run_part(part, self.deadline if self.rehearses else now + share)
 
     def pending(self, part: str) -> list[Setting]:
         """Settings of a part without a result."""

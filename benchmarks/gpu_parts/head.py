@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import logps
@@ -12,7 +13,7 @@ from gpu_parts.failures import DeviceMemory, MissingPackage
 from gpu_parts.settings import GEMM
 from megatron_cca import platform
 from megatron_cca.planner.flops import Product
-from megatron_cca.planner.measuring import peak_flops, products_seconds, seconds_of
+from megatron_cca.planner.measuring import fp8_products_seconds, peak_flops, products_seconds
 
 REPETITIONS = 10
 
@@ -35,26 +36,26 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def _products(values: dict[str, Any]) -> dict[str, Any]:
-    """TFLOP/s of a large square product, and of the head's own shape, in 16 and 8 bits."""
-    dtype, side = getattr(torch, values["dtype"]), values["side"]
-    tokens, width, words = values["tokens"], values["hidden_size"], -(-values["vocabulary"] // 128) * 128
-    flops = 2.0 * tokens * width * words
-    shape = [Product(GEMM, width, words, splits_outputs=True)]
+    """TFLOP/s of a large square product, and of the head's own shape, in the head's precision and in FP8."""
+    dtype, side, tokens = getattr(torch, values["dtype"]), values["side"], values["tokens"]
+    words = -(-values["vocabulary"] // logps.PADDING) * logps.PADDING
+    head = [Product(GEMM, values["hidden_size"], words, splits_outputs=True)]
     return {
         "dtype": values["dtype"],
         "side": side,
         "square_tflops": peak_flops(dtype, side) / 1e12,
-        "head_shape_tflops": flops / products_seconds(shape, tokens, dtype) / 1e12,
-        "fp8": _fp8_products(side, tokens, width, words),
+        "head_shape_tflops": _flops(head, tokens) / products_seconds(head, tokens, dtype) / 1e12,
+        "fp8": _fp8_products(side, tokens, head),
     }
 
 
-def _fp8_products(side: int, *head: int) -> dict[str, float] | str:
+def _fp8_products(side: int, tokens: int, head: Sequence[Product]) -> dict[str, float] | str:
     """TFLOP/s with one scale a tensor, results in bf16; or why there are none."""
+    square = [Product(GEMM, side, side, splits_outputs=True)]
     try:
         return {
-            name: 2.0 * rows * inner * columns / _fp8_seconds(rows, inner, columns) / 1e12
-            for name, (rows, inner, columns) in {"square_tflops": (side,) * 3, "head_shape_tflops": head}.items()
+            name: _flops(shape, rows) / fp8_products_seconds(shape, rows) / 1e12
+            for name, shape, rows in (("square_tflops", square, side), ("head_shape_tflops", head, tokens))
         }
     except torch.OutOfMemoryError:
         raise
@@ -62,13 +63,5 @@ def _fp8_products(side: int, *head: int) -> dict[str, float] | str:
         return str(error).partition("\n")[0]
 
 
-def _fp8_seconds(rows: int, inner: int, columns: int) -> float:
-    left, right = (
-        torch.randn(outer, inner, device=platform.device()).to(torch.float8_e4m3fn) for outer in (rows, columns)
-    )
-    one = torch.ones((), device=platform.device())
-    return seconds_of(
-        lambda: torch._scaled_mm(
-            left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    )
+def _flops(products: Sequence[Product], tokens: int) -> float:
+    return sum(2.0 * tokens * product.weights for product in products)

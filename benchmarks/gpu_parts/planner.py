@@ -8,6 +8,8 @@ from typing import Any
 
 from gpu_parts.lines import milliseconds
 from gpu_parts.training import configured, known_gpu, predictions, weights_drawn_on_the_device
+from megatron_cca import platform
+from megatron_cca.planner import measuring
 from megatron_cca.planner.calibrate import calibrate
 from megatron_cca.planner.calibration import calibration_json, read_calibration
 from megatron_cca.planner.hardware import CPU
@@ -29,6 +31,9 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
 def _calibrated(values: dict[str, Any]) -> dict[str, Any]:
     global _calibration
     config, images = configured(values)
+    if not platform.current().is_cuda:
+        # A processor's bf16 products take seconds each, and nobody plans with a rehearsal.
+        measuring._ENOUGH_REPEATS = 2
     with weights_drawn_on_the_device():
         found = calibrate(config, images, None, values["repeats"])
     _calibration = calibration_json(found.calibration, found.gpu, steps=values["repeats"])

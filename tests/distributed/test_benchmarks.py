@@ -55,3 +55,23 @@ def test_three_steps_have_the_losses_of_plain_transformers():
     losses = {row["way"]: [float(row[f"loss {step}"]) for step in range(3)] for row in rows}
     assert losses["megatron_cca"] == pytest.approx(losses["transformers"], rel=1e-4)
     assert len(set(losses["megatron_cca"])) == 3
+
+
+def test_everything_for_a_gpu_is_rehearsed_and_a_part_without_memory_is_a_line(tmp_path):
+    """The whole command; LlamaGen is made too wide for any machine, which the parts after it do not notice."""
+    output = tmp_path / "gpu.jsonl"
+    too_wide = ["--set", f"llamagen:model.hidden_size={1 << 20}"]
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--minutes", "13", "--output", output, *too_wide]
+    done = typed(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    statuses = {}
+    for line in found:
+        assert "rehearsal" in line and line["about"]["megatron-core"] and line["date"]
+        statuses.setdefault(line["part"], set()).add(line["status"])
+    assert list(statuses) == ["head", "tests", "step", "llamagen", "lora", "bias", "plan"]
+    assert statuses.pop("llamagen") == {"out of memory"}
+    assert all("measured" in some and "failed" not in some for some in statuses.values()), statuses
+    assert "**This is a rehearsal" in done.stdout and "out of memory at" in done.stdout
+    predicted = [line for line in found if line["part"] == "plan" and "line" in line["settings"]]
+    assert predicted and all(line["figures"]["calibrated_ms"] > 0 for line in predicted)

@@ -6,6 +6,7 @@ The processes are real and do what parts' processes do, but for the measuring.
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -47,7 +48,7 @@ def conduct(tmp_path):
     program, output, said = tmp_path / "process.py", tmp_path / "found.jsonl", []
     program.write_text(PROCESS)
 
-    def run(parts, act="measure", seconds=60, again=False, setting="bf16, local layers"):
+    def run(parts, act="measure", seconds=60, again=False, setting="bf16, local layers", about=CPU):
         before = len(output.read_text().splitlines()) if output.exists() else 0
         command = [sys.executable, str(program), act, setting]
         one = Conductor(output, CPU, time.time() + seconds, again=again, command=lambda part: command, say=said.append)
@@ -84,20 +85,32 @@ def test_a_setting_that_ends_its_process_is_a_line_and_the_next_one_starts(condu
     assert all(line["rehearsal"] == lines.REHEARSAL and line["about"] == CPU for line in found)
 
 
-def test_a_part_that_is_late_is_ended_and_only_what_is_missing_is_measured_by_the_next_call(conduct):
+def test_a_part_that_is_late_is_ended_and_only_what_is_missing_is_measured_by_the_next_call(conduct, monkeypatch):
+    def hasty(part, rehearses, found):
+        return [replace(one, seconds=0) for one in settings_of(part, rehearses, found)]
+
+    monkeypatch.setattr(conducting, "settings_of", hasty)
+    monkeypatch.setattr(conducting, "START_SECONDS", 0)
     began = time.time()
-    found, _ = conduct([LLAMAGEN, LORA], "take long", seconds=6)
-    assert time.time() - began < 12
+    found, _ = conduct([LLAMAGEN, LORA], "take long", seconds=5, about=GPU)
+    assert time.time() - began < 20
     assert (LLAMAGEN, "bf16, local layers", "out of time") in statuses(found)
     assert [one for one in statuses(found) if one[0] == LORA and one[2] == "measured"], "the next part started"
+    assert not any("rehearsal" in line for line in found)
     missing = {(part, name) for part in (LLAMAGEN, LORA) for name in names(part)}
     missing -= {one[:2] for one in statuses(found) if one[2] == "measured"}
-    second, _ = conduct([LLAMAGEN, LORA])
+    second, _ = conduct([LLAMAGEN, LORA], about=GPU)
     assert {one[:2] for one in statuses(second)} == missing
-    third, _ = conduct([LLAMAGEN, LORA])
+    third, _ = conduct([LLAMAGEN, LORA], about=GPU)
     assert not third
-    fourth, _ = conduct([LLAMAGEN], again=True)
+    fourth, _ = conduct([LLAMAGEN], again=True, about=GPU)
     assert [line["setting"] for line in fourth] == names(LLAMAGEN)
+
+
+def test_nothing_starts_that_there_is_no_time_for(conduct):
+    found, one = conduct([LLAMAGEN, LORA], seconds=20, about=GPU)
+    assert not found
+    assert [reason.partition(":")[0] for reason in one.left_out] == [LLAMAGEN, LORA]
 
 
 def test_a_result_is_compared_with_its_baseline(conduct):
@@ -118,7 +131,8 @@ def test_half_a_line_of_a_crash_is_cut_off_and_another_programs_file_is_refused(
         lines.read([conduct.output])
 
 
-def test_every_test_is_a_line_whatever_the_one_before_did_to_the_process(tmp_path):
+def test_every_test_is_a_line_whatever_the_one_before_did_to_the_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     (tmp_path / "test_some.py").write_text(
         "import os, signal, pytest\n"
         "def test_a(): pass\n"
