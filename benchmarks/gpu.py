@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from gpu_parts import lines  # noqa: E402
 from gpu_parts.conductor import Conductor  # noqa: E402
-from gpu_parts.settings import WEIGHTS  # noqa: E402
+from gpu_parts.settings import TRAINING, WEIGHTS  # noqa: E402
 from gpu_parts.tables import tables  # noqa: E402
 
 
@@ -40,9 +40,9 @@ def main() -> None:
     deadline = time.time() + 60 * arguments.minutes
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     about = _about()
-    print(f"{about['card']}, torch {about['torch']}; {arguments.output}")
+    _say(f"{about['card']}, torch {about['torch']}; {arguments.output}")
     if not about["cuda_visible"]:
-        print(f"no GPU is visible: this is {lines.REHEARSAL}")
+        _say(f"no GPU is visible: this is {lines.REHEARSAL}")
     overrides: dict[str, list[str]] = {}
     for part, _, override in (text.partition(":") for text in arguments.set):
         overrides.setdefault(part, []).append(override)
@@ -59,15 +59,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu.jsonl"), help="results (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure what has a result in --output, too")
-    parser.add_argument("--set", nargs="+", default=[], metavar="PART:KEY=VALUE", help="of a part's runs")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="PART:KEY=VALUE", help="of the runs of step, llamagen or lora"
+    )
     parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE.jsonl", help="only print what these hold")
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
         parser.error(f"--minutes: must be greater than 0, found {arguments.minutes}")
     for text in arguments.set:
         part, colon, override = text.partition(":")
-        if not colon or part not in WEIGHTS or "=" not in override:
-            parser.error(f"--set: {text!r} must be PART:KEY=VALUE, the part one of {', '.join(WEIGHTS)}")
+        if not colon or part not in TRAINING or "=" not in override:
+            parser.error(f"--set: {text!r} must be PART:KEY=VALUE, the part one of {', '.join(TRAINING)}")
     return arguments
 
 
