@@ -34,8 +34,12 @@ class Peer:
     devices: tuple[str, ...] = BOTH
 
     def version(self) -> str:
-        """The package's name and version."""
-        return f"{self.package} {metadata.version(self.package)}"
+        """Return the package's name and version."""
+        try:
+            return f"{self.package} {metadata.version(self.package)}"
+        except metadata.PackageNotFoundError:
+            # Found on the path without having been installed, as this package is where there is no network.
+            return self.package
 
 
 def _ours() -> Function:
