@@ -64,7 +64,7 @@ def _draw_speed(axes: Axes, group: Group) -> None:
 def _x_label(group: Group) -> str:
     bars = {
         MEASURED: "measured bars: slowest and fastest step",
-        "planned": "planned bars: two standard deviations of the model's error",
+        "planned": "planned bars: two standard deviations of the model's error and of clusters' losses",
     }
     return f"{units(group.unit)}; {'; '.join(bars[kind] for kind in group.kinds)}"
 
