@@ -11,6 +11,7 @@ from gpu_parts import lines
 from gpu_parts.goals import goals
 from gpu_parts.lines import MEASURED, Line, milliseconds, peak_bytes
 from gpu_parts.settings import BIAS, CALIBRATION, GEMM, HEAD, PLAN, TESTS, TRAINING
+from megatron_cca.planner.flops import MFU_MEANS
 
 _TITLES = {
     "step": "CCA step, Emu3-8B's layers and vocabulary",
@@ -144,13 +145,7 @@ def _steps(found: list[Line], part: str) -> str:
         cells = [name, *_spread(line), f"{figures['tokens_per_second']:,.0f}", _digits(figures["tflops"])]
         cells += [_share(figures["mfu"]), _ratio(line, "time"), _gib(figures["peak_bytes"]), _ratio(line, "memory")]
         rows.append([*cells, _digits(predicted["ms"]), _gib(predicted["peak_bytes"])])
-    return f"{markdown_table(header, rows)}\n\n{_MFU}" if rows else ""
-
-
-_MFU = (
-    "MFU counts policy (forward and backward) and reference (forward), the causal half of attention, nothing "
-    "recomputed, against the peak of the precision that is trained in; times are those of whole steps."
-)
+    return f"{markdown_table(header, rows)}\n\n{MFU_MEANS} Times are those of whole steps." if rows else ""
 
 
 def _bias(found: list[Line]) -> str:

@@ -22,7 +22,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.planner.calibration import DEFAULT, Calibration
-from megatron_cca.planner.flops import model_flops
+from megatron_cca.planner.flops import average_peak, flops_by_precision, mfu
 from megatron_cca.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.planner.live_bytes import LiveBytes
 from megatron_cca.planner.measuring import peak_flops
@@ -127,11 +127,12 @@ def _draw(model: torch.nn.Module, *, seed: int, std: float, **_sizes: int | None
 
 
 def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str, Any]:
-    """Tokens and operations a second; MFU counts policy and reference, nothing twice, causal attention by half."""
+    """Tokens and operations a second, and the project's MFU (``planner.flops.MFU_MEANS``)."""
     architecture, batch = resolve_architecture(config.model), config.training.global_batch_size
     tokens = rows_per_sample(config) * workload.seq_length * batch
-    flops = model_flops(config, architecture, workload) * batch
-    peak, source = _peak(config.training.precision)
+    by_precision = flops_by_precision(config, architecture, workload)
+    flops = sum(by_precision.values()) * batch
+    peak, source = _peak(by_precision)
     seconds = milliseconds / 1e3
     return {
         "rows": rows_per_sample(config) * batch,
@@ -140,21 +141,24 @@ def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str,
         "tokens_per_second": tokens / seconds,
         "model_tflop": flops / 1e12,
         "tflops": flops / seconds / 1e12,
-        "mfu": None if peak is None else flops / seconds / peak,
+        "mfu": None if peak is None else mfu(flops, seconds, peak),
         "peak_tflops": None if peak is None else peak / 1e12,
         "peak_from": source,
     }
 
 
-def _peak(precision: str) -> tuple[float | None, str]:
-    """FLOP/s and where they are from; of a processor there are none."""
+def _peak(flops: dict[str, float]) -> tuple[float | None, str]:
+    """FLOP/s that the device could reach with these, by precision, and where they are from; of a CPU there are none."""
     gpu = known_gpu()
     if gpu is not None:
-        return gpu.peak_flops(precision), "data sheet"
+        return average_peak(flops, gpu.peak_flops), "data sheet"
     if not platform.current().is_cuda:
         return None, "a CPU has no MFU"
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return peak_flops(dtype, _LARGE_SIDE), f"a {dtype} product of {_LARGE_SIDE:,} squared, measured"
+    if "fp8" in flops:
+        return None, "the FP8 peak of this GPU is not known"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    found = average_peak(flops, lambda precision: peak_flops(dtypes[precision], _LARGE_SIDE))
+    return found, f"products of {_LARGE_SIDE:,} squared, measured"
 
 
 def known_gpu() -> Gpu | None:
