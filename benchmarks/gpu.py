@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from gpu_parts import lines  # noqa: E402
 from gpu_parts.conductor import Conductor  # noqa: E402
+from gpu_parts.process import module_path  # noqa: E402
 from gpu_parts.settings import TRAINING, WEIGHTS  # noqa: E402
 from gpu_parts.tables import tables  # noqa: E402
 
@@ -77,15 +78,11 @@ def _about() -> dict:
     """Card and versions; asked of another process, so that this one holds nothing of the device."""
     command = [sys.executable, str(HERE / "gpu_parts" / "worker.py"), "--about"]
     done = subprocess.run(  # noqa: S603 - our own program
-        command, stdout=subprocess.PIPE, text=True, env=_environment()
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": module_path()}
     )
     if done.returncode:
         sys.exit("benchmarks/gpu.py: torch and this project must be importable")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])}
 
 
 def _say(text: str) -> None:

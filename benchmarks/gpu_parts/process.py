@@ -162,9 +162,13 @@ class PartProcess:
         return found[-1].strip()[:300] if found else "it said nothing"
 
 
+def module_path() -> str:
+    """Return PYTHONPATH for a process that imports this project and its benchmarks from here."""
+    return os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _environment(task: Path) -> dict[str, str]:
-    paths = [str(ROOT / "benchmarks"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), VARIABLE: str(task), "TQDM_DISABLE": "1"}
+    return {**os.environ, "PYTHONPATH": module_path(), VARIABLE: str(task), "TQDM_DISABLE": "1"}
 
 
 def _end(child: subprocess.Popen, patience: float) -> None:

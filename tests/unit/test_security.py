@@ -69,6 +69,8 @@ ALLOWED = {
         "megatron_cca/checkpoint/safe_pickle.py",
         "os.environ of _TE_MAY_UNPICKLE",
     ): "lets Transformer Engine read what was checked, and is put back",
+    ("benchmarks/gpu_parts/channel.py", "os.environ of VARIABLE"): "the file with its task, which its parent wrote",
+    ("benchmarks/gpu_parts/process.py", "os.environ of 'PYTHONPATH'"): "what it starts imports the same modules",
     ("megatron_cca/reporting.py", "os.environ of _PEER_WAIT"): "how long a rank waits, a number of seconds",
     ("megatron_cca/surroundings.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
     ("megatron_cca/config_files.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
