@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,77 +12,66 @@ from torch import Tensor
 Lists = Sequence[Sequence[Tensor]]
 
 
-def adam(
-    chunk_size: int,
-    overflow: Tensor,
-    lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    is_decoupled: int,
-    corrects_bias: int,
-    weight_decay: float,
-) -> None:
-    """Update parameters in place, each in its own type, with all arithmetic in float32.
+class Settings(NamedTuple):
+    """What the kernels are told besides tensors, in their order.
 
-    Args:
-        chunk_size: of the kernel's launches; unused.
-        overflow: unused.
-        lists: gradients, parameters, first and second moments, and if wanted the master weights, which then count.
+    Attributes:
         lr: learning rate.
         beta1: decay rate of the first moments.
         beta2: decay rate of the second moments.
         eps: added to the denominator.
         step: 1 on the first call.
         is_decoupled: AdamW's weight decay; nothing else is emulated.
-        corrects_bias: of the moments.
+        corrects_bias: of the moments; nothing else is emulated.
         weight_decay: of AdamW.
     """
-    assert is_decoupled and corrects_bias, "not emulated"
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+    is_decoupled: int
+    corrects_bias: int
+    weight_decay: float
+
+    def moved(self, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Return the new weight in float32; the moments move on, each stored in its own type."""
+        assert self.is_decoupled and self.corrects_bias, "not emulated"
+        gradient = gradient.float()
+        mean = self.beta1 * first.float() + (1 - self.beta1) * gradient
+        square = self.beta2 * second.float() + (1 - self.beta2) * gradient * gradient
+        first.copy_(mean)
+        second.copy_(square)
+        root = (square / (1 - self.beta2**self.step)).sqrt() + self.eps
+        update = (mean / (1 - self.beta1**self.step)) / root
+        return weight - self.lr * (update + self.weight_decay * weight)
+
+
+def adam(chunk_size: int, overflow: Tensor, lists: Lists, *settings: float) -> None:
+    """Update parameters in place, each in its own type, with all arithmetic in float32.
+
+    Args:
+        chunk_size: of the kernel's launches; unused.
+        overflow: unused.
+        lists: gradients, parameters, first and second moments, and if wanted the master weights, which then count.
+        settings: those of :class:`Settings`.
+    """
     gradients, parameters, firsts, seconds, *masters = lists
     for gradient, parameter, first, second, master in zip(
         gradients, parameters, firsts, seconds, *(masters or [repeat(None)]), strict=False
     ):
         weight = parameter if master is None else master
-        update = _moments(gradient, first, second, beta1, beta2, step, eps)
-        weight.copy_(weight.float() - lr * (update + weight_decay * weight.float()))
+        weight.copy_(Settings(*settings).moved(weight.float(), gradient, first, second))
         if master is not None:
             parameter.copy_(master)
 
 
-def adam_with_remainders(
-    chunk_size: int,
-    overflow: Tensor,
-    lists: Lists,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    is_decoupled: int,
-    corrects_bias: int,
-    weight_decay: float,
-) -> None:
+def adam_with_remainders(chunk_size: int, overflow: Tensor, lists: Lists, *settings: float) -> None:
     """Update as :func:`adam`, where a master weight is a bfloat16 parameter and an int16 of the bits that it lacks."""
-    assert is_decoupled and corrects_bias, "not emulated"
     for gradient, parameter, first, second, remainder in zip(*lists, strict=True):
-        weight = _join(parameter, remainder)
-        update = _moments(gradient, first, second, beta1, beta2, step, eps)
-        _split(weight - lr * (update + weight_decay * weight), parameter, remainder)
-
-
-def _moments(
-    gradient: Tensor, first: Tensor, second: Tensor, beta1: float, beta2: float, step: int, eps: float
-) -> Tensor:
-    """Move the moments on, each stored in its own type, and return Adam's update in float32."""
-    gradient = gradient.float()
-    mean = beta1 * first.float() + (1 - beta1) * gradient
-    square = beta2 * second.float() + (1 - beta2) * gradient * gradient
-    first.copy_(mean)
-    second.copy_(square)
-    return (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+        weight = Settings(*settings).moved(_join(parameter, remainder), gradient, first, second)
+        _split(weight, parameter, remainder)
 
 
 def _join(parameter: Tensor, remainder: Tensor) -> Tensor:
