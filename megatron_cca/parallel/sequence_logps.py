@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cca.parallel import accumulation, softmax_tiles
 from megatron_cca.parallel.placeholder import MainGradPlaceholder
-from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, tile_sizes
+from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, own_part, tile_sizes
 
 
 def sequence_logps(
@@ -322,18 +322,6 @@ class _HeadGradient:
         # Megatron's hook must find a gradient, and must not add it: the protocol of its fused linear layers.
         self._weight.grad_added_to_main_grad = True
         return MainGradPlaceholder(self._weight)
-
-
-def own_part(support: range, first_word: int, rows: int) -> range:
-    """Return the rows of a shard of the head that hold words of the support; empty where there are none.
-
-    Args:
-        support: consecutive ids.
-        first_word: the id of the shard's first row.
-        rows: of the shard.
-    """
-    start, stop = (min(max(word - first_word, 0), rows) for word in (support.start, support.stop))
-    return range(start, stop)
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -70,5 +70,17 @@ def blocks(words: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
     yield from (slice(start, min(start + width, end)) for start in range(0, end, width))
 
 
+def own_part(support: range, first_word: int, rows: int) -> range:
+    """Return the rows of a shard of the head that hold words of the support; empty where there are none.
+
+    Args:
+        support: consecutive ids.
+        first_word: the id of the shard's first row.
+        rows: of the shard.
+    """
+    start, stop = (min(max(word - first_word, 0), rows) for word in (support.start, support.stop))
+    return range(start, stop)
+
+
 def _rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple

@@ -8,6 +8,7 @@ from functools import lru_cache
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.parallel.tile_sizes import own_part
 from megatron_cca.planner.flops import products
 from megatron_cca.planner.workload import Workload
 from megatron_cca.training.checks import data_parallel_size
@@ -97,7 +98,4 @@ def _words(config: Config, architecture: Architecture, rows: int) -> float:
     if len(support) == architecture.vocabulary.output_size:
         # The last rank has a little less, for the padding.
         return len(support) / tensor
-    shards = (
-        range(max(first, support.start), min(first + rows, support.stop)) for first in range(0, rows * tensor, rows)
-    )
-    return max(len(shard) for shard in shards)
+    return max(len(own_part(support, rank * rows, rows)) for rank in range(tensor))
