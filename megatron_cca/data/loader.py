@@ -71,13 +71,14 @@ class BatchLoader:
         return self._place.reads
 
     @cached_property
-    def loader(self) -> str:
-        """Who takes the batches to the device: ``dali`` or ``torch``.
+    def loader(self) -> str | None:
+        """Who takes the batches to the device: ``dali`` or ``torch``; None where this rank reads nothing.
 
         Raises:
             UserError: DALI is wanted and not installed.
         """
-        return loader_in_force(self._wanted)
+        # Asking imports DALI, which takes a second.
+        return loader_in_force(self._wanted) if self._place.reads else None
 
     def start(self, step: int) -> None:
         """Begin to read ahead for this step; :meth:`get` does so by itself, but then has to wait the first time."""

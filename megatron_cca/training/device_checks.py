@@ -19,7 +19,8 @@ def check_devices(config: Config) -> None:
     Raises:
         UserError: names the key and what is missing or does not fit.
     """
-    loader_in_force(config.data.loader)
+    if config.data.loader is not None:
+        loader_in_force(config.data.loader)
     for key, one in settings_by_key(config).items():
         if one.precision == "fp8":
             with said_of(key):
