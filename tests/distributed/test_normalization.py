@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from megatron_cca.config_files import load_config
-from megatron_cca.models import resolve_architecture
-from megatron_cca.training.batches import open_data, training_batches
 from megatron_cca.training.shapes import head_support
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
-from tests.references import emu3
+from tests.distributed.test_layout_parity import (
+    CCA,
+    CP2,
+    LOSS_RTOL,
+    NORM_RTOL,
+    PP2,
+    TP2,
+    VPP2,
+    assert_as_independently_trained,
+    column,
+    weights_to_start_from,
+)
 
 IMAGE = "objective.normalization=image"
 STEPS = 3
@@ -51,33 +59,13 @@ def test_the_log_ratio_of_step_0_is_exactly_0(traces, layout):
     assert traces[layout][1]["worst"] > 0.0
 
 
-def test_the_trace_equals_an_independent_trainer(traces, common):
-    from megatron_cca.parallel.process_groups import initialize_distributed
-    from megatron_cca.training.setup import build_chunks
-
-    config = load_config(None, [*common, "training.micro_batch_size=8"])
-    architecture = resolve_architecture(config.model)
-    initialize_distributed(config)
-    (model,) = build_chunks(config, architecture, config.training, None, "training.pretrained_checkpoint")
-    batches = training_batches(config, open_data(config), with_pairs=True)
-    support = head_support(config, architecture.vocabulary)
-    assert 1 < len(support) < architecture.vocabulary.size
-    trace = emu3.train(
-        {name: value.detach() for name, value in model.named_parameters()},
-        [batches.build(step, 0, 1).microbatches[0] for step in range(STEPS)],
-        architecture,
-        beta=config.objective.beta,
-        weight=config.objective.negative_weight,
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
-        eps=config.optimizer.adam_eps,
-        weight_decay=config.optimizer.weight_decay,
-        clip=config.optimizer.clip_grad,
-        words=slice(support.start, support.stop),
-    )
-    losses, norms = (torch.tensor(values, dtype=torch.float64) for values in zip(*trace, strict=True))
-    torch.testing.assert_close(column(traces["one process"], "loss"), losses, rtol=1e-4, atol=0)
-    torch.testing.assert_close(column(traces["one process"], "grad_norm"), norms, rtol=1e-3, atol=0)
+def test_the_trace_equals_an_independent_trainer(traces, digit_shards):
+    start = weights_to_start_from()
+    vocabulary = start[1].vocabulary
+    support = head_support(load_config(None, [IMAGE]), vocabulary)
+    assert 1 < len(support) < vocabulary.size
+    words = slice(support.start, support.stop)
+    assert_as_independently_trained(traces["one process"], STEPS, digit_shards, start, words)
 
 
 def test_it_is_another_objective_where_other_words_have_probability(traces, digit_shards, tmp_path):
