@@ -1,4 +1,4 @@
-"""What FP8 and bf16 references do to log-ratios on this device, of a small model that is trained here first."""
+"""Measure what FP8 and bf16 references do to log-ratios on this device, of a small model that is trained here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a part's process tells the one that started it: JSON lines through a pipe, apart from what libraries print."""
+"""Send what a part's process tells the one that started it: JSON lines through a pipe, apart from libraries' prints."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ class Channel:
 
 
 def task() -> dict[str, Any]:
-    """What this process is to do: ``part``, ``settings``, ``deadline``, ``descriptor`` of the pipe, and more."""
+    """Read what this process is to do: ``part``, ``settings``, ``deadline``, ``descriptor`` of the pipe, and more."""
     return json.loads(Path(os.environ[VARIABLE]).read_text())

@@ -64,12 +64,12 @@ class Conductor:
 
     @property
     def rehearses(self) -> bool:
-        """Whether there is no GPU."""
+        """Tell whether there is no GPU."""
         return not self.about["cuda_visible"]
 
     @property
     def left_out(self) -> list[str]:
-        """What there was no time for, each with the reason."""
+        """Return what there was no time for, each with the reason."""
         return [f"{name}: {reason}" for name, reason in self._not_started.items()]
 
     def run(self, parts: Sequence[str]) -> None:
@@ -81,6 +81,9 @@ class Conductor:
         for part in ordered:
             if not self.has_work(part):
                 self.say(f"{part}: nothing is left to measure; --again measures it anew")
+        if time.time() >= self.deadline:
+            for part in filter(self.has_work, ordered):
+                self.leave_out(part, "no time was left to start it")
         results = -1
         while results < self._count() and time.time() < self.deadline:
             results = self._count()
@@ -108,7 +111,7 @@ class Conductor:
         return self._finished[part] | {line["setting"] for line in mine if line["status"] != lines.OUT_OF_TIME}
 
     def has_work(self, part: str) -> bool:
-        """Whether a part has something left to do."""
+        """Tell whether a part has something left to do."""
         return ALL_TESTS not in self.done(part) if part == TESTS else bool(self.pending(part))
 
     def record(self, part: str, result: dict[str, Any]) -> None:

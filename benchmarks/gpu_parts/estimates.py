@@ -1,4 +1,4 @@
-"""What the settings of gpu.py are expected to take on a GPU, from their sizes alone; nothing is measured.
+"""Estimate what the settings of gpu.py take on a GPU, from their sizes alone; nothing is measured.
 
 python benchmarks/gpu_parts/estimates.py h200
 """

@@ -1,4 +1,4 @@
-"""What the project must reach on a GPU, beside what was measured."""
+"""Compare what the project must reach on a GPU with what was measured."""
 
 from __future__ import annotations
 
