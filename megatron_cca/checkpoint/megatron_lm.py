@@ -72,7 +72,7 @@ def _model_arguments(config: Config) -> dict:
         "num_attention_heads": architecture.num_attention_heads,
         "group_query_attention": True,
         "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.hidden_size // architecture.num_attention_heads,
+        "kv_channels": architecture.kv_channels,
         "seq_length": architecture.max_position_embeddings,
         "max_position_embeddings": architecture.max_position_embeddings,
         # Megatron-LM has no name for rotation over a grid; see docs/checkpoints.md.

@@ -34,6 +34,11 @@ class Architecture:
     position_embedding: Literal["rope", "rope_2d"] = "rope"
     prefix_tokens: int = 0
 
+    @property
+    def kv_channels(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
 
 def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     """The preset with every size that ``config`` does not leave at null.
@@ -50,7 +55,7 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     _must_divide(
         "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
     )
-    channels = architecture.hidden_size // architecture.num_attention_heads
+    channels = architecture.kv_channels
     if channels % 2:
         raise UserError(
             f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "

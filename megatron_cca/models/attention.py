@@ -16,11 +16,6 @@ from megatron_cca.models.architecture import Architecture
 _MULTIPLE, _LARGEST = 8, 128
 
 
-def head_channels(architecture: Architecture) -> int:
-    """Channels of one attention head."""
-    return architecture.hidden_size // architecture.num_attention_heads
-
-
 def unfused_because(channels: int, precision: Precision) -> str | None:
     """Say why Transformer Engine has no fused attention for heads of ``channels``; None where it has."""
     if precision == "fp32":
@@ -47,6 +42,6 @@ def has_engine_attention(transformer_impl: str, channels: int, precision: Precis
 
 def keeps_scores(model: ModelConfig, architecture: Architecture, precision: Precision) -> bool:
     """Whether each layer of such a model keeps its ``S x S`` scores for backward."""
-    channels = head_channels(architecture)
+    channels = architecture.kv_channels
     is_unfused = unfused_because(channels, precision) is not None
     return is_unfused and has_engine_attention(model.transformer_impl, channels, precision)

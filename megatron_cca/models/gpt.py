@@ -20,7 +20,6 @@ from torch.nn.functional import silu
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
-from megatron_cca.models.attention import head_channels
 from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
 from megatron_cca.models.rotary_2d import use_grid_positions
@@ -146,7 +145,7 @@ def _build_chunk(
     layers = layer_spec(
         model.transformer_impl,
         architecture.num_layers // pipeline_chunks,
-        channels=head_channels(architecture),
+        channels=architecture.kv_channels,
         precision="fp32" if config.params_dtype == torch.float32 else "bf16",
     )
     gpt = GPTModel(

@@ -23,7 +23,7 @@ def check_frequencies(name: str, found: Tensor, architecture: Architecture) -> N
     Raises:
         UserError: names the tensor and both bases.
     """
-    channels = architecture.hidden_size // architecture.num_attention_heads
+    channels = architecture.kv_channels
     if found.shape != (channels // 2,) or channels < 4:
         return
     places = torch.arange(0, channels, 2, dtype=torch.float64) / channels

@@ -21,7 +21,7 @@ _DIMENSIONS = {
     "hidden": lambda a: a.hidden_size,
     "ffn": lambda a: a.ffn_hidden_size,
     "query": lambda a: a.hidden_size,
-    "key": lambda a: a.hidden_size // a.num_attention_heads * a.num_query_groups,
+    "key": lambda a: a.kv_channels * a.num_query_groups,
 }
 
 
@@ -172,7 +172,7 @@ class GroupedQueryQKV:
 
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
-        head = architecture.hidden_size // architecture.num_attention_heads
+        head = architecture.kv_channels
         queries = architecture.num_attention_heads // architecture.num_query_groups * head
         return [
             rows

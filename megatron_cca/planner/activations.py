@@ -54,7 +54,7 @@ class LayerShape:
 def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, fuses_swiglu: bool) -> LayerShape:
     """Of a layer of the run; ``size`` is the bytes of a number."""
     architecture, tensor = architecture_of(config.model), sizes.tensor
-    channels = architecture.hidden_size // architecture.num_attention_heads
+    channels = architecture.kv_channels
     return LayerShape(
         size=size,
         tokens=sizes.tokens,

@@ -113,8 +113,7 @@ def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibratio
     seconds = measuring.products_seconds(shapes, tokens, dtype)
     matmul = _ideal_seconds(shapes, tokens, gpu, precision) / seconds
     heads = architecture.num_attention_heads
-    channels = architecture.hidden_size // heads
-    attention = measuring.attention_seconds(rows, heads, workload.seq_length, channels, dtype)
+    attention = measuring.attention_seconds(rows, heads, workload.seq_length, architecture.kv_channels, dtype)
     attention_flops = rows * 2.0 * workload.seq_length**2 * architecture.hidden_size
     fp8 = measured_fp8(shapes, tokens, gpu)
     found = replace(

@@ -49,7 +49,7 @@ class Product:
 def products(architecture: Architecture) -> tuple[Product, ...]:
     """The four projections of a layer."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    head = hidden // architecture.num_attention_heads
+    head = architecture.kv_channels
     qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
     return (
         Product("linear_qkv", hidden, qkv, splits_outputs=True),

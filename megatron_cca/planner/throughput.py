@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_cca.config import Config
-from megatron_cca.models.attention import has_engine_attention, head_channels
+from megatron_cca.models.attention import has_engine_attention
 from megatron_cca.planner.calibration import DEFAULT, Calibration
 from megatron_cca.planner.cluster_loss import lost_share, lost_spread
 from megatron_cca.planner.communication import Group
@@ -197,7 +197,7 @@ class _Step:
         width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
         part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
         impl, precision = self.config.model.transformer_impl, compute.settings.precision
-        if not has_engine_attention(impl, head_channels(architecture), precision):
+        if not has_engine_attention(impl, architecture.kv_channels, precision):
             # Backward has them still, and scatters their gradients.
             return self.cp.collective(part * self.sizes.context)
         # In backward they go round again, and their gradients with them; behind attention both ways.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.attention import has_engine_attention, head_channels, keeps_scores, unfused_because
+from megatron_cca.models.attention import has_engine_attention, keeps_scores, unfused_because
 from megatron_cca.training.reference_settings import settings_by_key
 from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
 
@@ -25,7 +25,7 @@ def check_attention(config: Config) -> None:
         if keeps_scores(config.model, architecture, one.precision):
             raise UserError(
                 f"model.transformer_impl: Transformer Engine has no fused attention for "
-                f"{unfused_because(head_channels(architecture), one.precision)}, and without it no context "
+                f"{unfused_because(architecture.kv_channels, one.precision)}, and without it no context "
                 f"parallelism ({key} is {one.precision}); use auto"
             )
 
@@ -52,7 +52,7 @@ def _line(config: Config, precision: str) -> str:
     architecture, impl = resolve_architecture(config.model), config.model.transformer_impl
     if impl == "local":
         return "layers: local; attention: torch's (model.transformer_impl is local)"
-    channels = head_channels(architecture)
+    channels = architecture.kv_channels
     reason = unfused_because(channels, precision)
     if not has_engine_attention(impl, channels, precision):
         return f"layers: Transformer Engine's; attention: torch's, for want of a fused one there for {reason}"

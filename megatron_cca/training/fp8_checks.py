@@ -37,7 +37,7 @@ def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
 
 def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
     """Rows and columns of every product on one rank."""
-    head = architecture.hidden_size // architecture.num_attention_heads
+    head = architecture.kv_channels
     rows = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
     on = f" on each of {tensor_parallel} tensor-parallel ranks" if tensor_parallel > 1 else ""
     return {

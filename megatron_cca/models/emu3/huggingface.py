@@ -95,7 +95,7 @@ class Emu3HuggingFace:
         for ours, theirs in _SIZES.items():
             _write(text, theirs, getattr(architecture, ours), getattr(_RELEASED, ours))
         if text.get("head_dim") is not None:
-            text["head_dim"] = architecture.hidden_size // architecture.num_attention_heads
+            text["head_dim"] = architecture.kv_channels
         _write(text, "vocab_size", architecture.vocabulary.size, _RELEASED.vocabulary.size)
         if _rotary_base(text) != architecture.rotary_base:
             _write_rotary_base(text, architecture.rotary_base)
