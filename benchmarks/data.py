@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data import dali
+from megatron_cca.data.sequence_feed import DALI, TORCH
 
 GRID, CAPTION = (90, 90), (20, 120)  # a 720 x 720 image; tokens of a caption, from and to
 _PTH_FILES = 2000
-DALI, TORCH = _LOADERS = ("dali", "torch")
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def compare(arguments: argparse.Namespace) -> None:
     folder = str(arguments.folder)
     in_fresh_process(__file__, {"part": "prepare", "folder": folder, "samples": arguments.samples})
     common = {"folder": folder, "size": arguments.global_batch_size}
-    cases = [("loader", {"loader": name}) for name in _LOADERS if name != DALI or dali.is_installed()]
+    cases = [("loader", {"loader": name}) for name in (DALI, TORCH) if name != DALI or dali.is_installed()]
     cases += [("DataLoader", {"workers": n}) for n in (0, 1, 2)]
     cases += [("Emu3's .pth", {"workers": n}) for n in (0, 1, 2)]
     found = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,7 @@ from megatron_cca.planner.hardware import Cluster, Gpu, gpu_named, name_of_devic
 from megatron_cca.planner.live_bytes import LiveBytes
 from megatron_cca.planner.measuring import peak_flops
 from megatron_cca.planner.memory import predict_memory
-from megatron_cca.planner.short_runs import on_random_shards, started, timed_step, without_extras, write_random_shards
+from megatron_cca.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
 from megatron_cca.planner.throughput import predict_step
 from megatron_cca.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.training import setup
@@ -63,12 +62,9 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
 def configured(values: dict[str, Any]) -> tuple[Config, ImageShape]:
     """The run that a setting describes, and its images."""
     grid = values["grid"]
-    config = without_extras(load_config(None, values["overrides"]))
+    config = measurable(load_config(None, values["overrides"]))
     vocabulary = resolve_architecture(config.model).vocabulary
     caption_tokens = CAPTION_TOKENS if vocabulary.num_classes is None else 1
-    # without_extras drops what a plan cannot have; what is measured keeps where its reference lives.
-    typed = load_config(None, values["overrides"])
-    config = replace(config, reference=replace(config.reference, strategy=typed.reference.strategy))
     return config, ImageShape(grid, grid, caption_tokens)
 
 

@@ -97,6 +97,12 @@ def without_extras(config: Config) -> Config:
     )
 
 
+def measurable(config: Config) -> Config:
+    """:func:`without_extras`, with the reference's random weights where the run keeps its own."""
+    bare = without_extras(config)
+    return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
+
+
 def write_random_shards(config: Config, images: ImageShape, folder: Path) -> None:
     """Leave ``<folder>/shards``: random tokens, two global batches of them, always the same."""
     vocabulary = resolve_architecture(config.model).vocabulary

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -26,7 +25,7 @@ from megatron_cca.planner.flops import average_peak, flops_by_precision, mfu
 from megatron_cca.planner.hardware import CPU, gpu_named
 from megatron_cca.planner.measuring import peak_flops
 from megatron_cca.planner.memory import GIB
-from megatron_cca.planner.short_runs import on_random_shards, started, timed_step, without_extras, write_random_shards
+from megatron_cca.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
 from megatron_cca.planner.words import layout_name
 from megatron_cca.planner.workload import image_workload
 from megatron_cca.scaling.candidates import gpu_of
@@ -56,7 +55,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
     """
     # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
     sys.setswitchinterval(1e-4)
-    config = _measurable(config)
+    config = measurable(config)
     check_devices(config)
     initialize_distributed(config)
     peaks = _peak_flops(task, config)
@@ -72,12 +71,6 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
             memory = _all(platform.peak_memory_bytes())
             shares = _all(_profiled(run, steps[2]))
     return {**_speed(task, config, seconds, peaks), **_about_ranks(memory, shares), **_about_layout(task, config)}
-
-
-def _measurable(config: Config) -> Config:
-    bare = without_extras(config)
-    # Its weights are random, but they stay where the run keeps them.
-    return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
 
 
 def _peak_flops(task: Task, config: Config) -> dict[Precision, float]:
