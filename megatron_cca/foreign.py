@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cca.errors import UserError, shortened
+from megatron_cca.paths import LONGEST_NAME
 
 BOM = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -90,6 +91,16 @@ def hub_blobs(folder: str | os.PathLike) -> Path | None:
         if revision.parent.name == "snapshots" and os.path.isdir(blobs):  # noqa: PTH112 - never raises
             return Path(os.path.realpath(blobs))
     return None
+
+
+def is_file_name(name: object) -> bool:
+    """Whether something found in a file may be the name of another file in the same folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def file_below(folder: Path, name: object) -> Path:

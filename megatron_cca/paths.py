@@ -15,7 +15,7 @@ from megatron_cca.errors import UserError, shortened
 
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^{}/]*\})", re.ASCII)
 # What Linux takes, in bytes.
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+LONGEST_NAME, _LONGEST_PATH = 255, 4095
 _SHOWN = 120
 
 
@@ -39,9 +39,9 @@ def typed_path(text: str) -> str:
         parts = [len(part) for part in os.fsencode(path).split(b"/")]
     except UnicodeEncodeError:
         raise UserError(f"{shown} holds half a character, which no path can; remove it") from None
-    if max(parts) > _LONGEST_NAME or sum(parts) + len(parts) - 1 > _LONGEST_PATH:
+    if max(parts) > LONGEST_NAME or sum(parts) + len(parts) - 1 > _LONGEST_PATH:
         raise UserError(
-            f"{shown} is too long: at most {_LONGEST_NAME} bytes between slashes and {_LONGEST_PATH} in all; shorten it"
+            f"{shown} is too long: at most {LONGEST_NAME} bytes between slashes and {_LONGEST_PATH} in all; shorten it"
         )
     # Not in the name of the home folder itself, which nobody has typed.
     _refuse_variables(path, len(path) - len(text.partition("/")[2]) if text.startswith("~") else 0, shown)

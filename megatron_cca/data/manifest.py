@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_cca.data.token_files import TOKEN_FILES
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, shortened
+from megatron_cca.foreign import is_file_name
 
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
@@ -69,8 +70,8 @@ def _check_contents(manifest: Json) -> None:
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
             raise ValueError(f"meta_words: {key}: must be a list of token ids")
     for name, recorded in manifest["files"].items():
-        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-            raise ValueError(f"files: {name!r} is not the name of a file in this folder")
+        if not is_file_name(name):
+            raise ValueError(f"files: {shortened(repr(name), 80)} is not the name of a file in this folder")
         if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
             raise ValueError(f"files: {name} needs a number of bytes and a sha256")
     missing = [name for name in TOKEN_FILES if name not in manifest["files"]]

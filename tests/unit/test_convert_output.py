@@ -84,7 +84,7 @@ def test_no_export_of_this_tool_is_overwritten(hf, tmp_path):
     assert_same_bits(load_tensors(other), load_tensors(hf))
 
 
-@pytest.mark.parametrize("files", [["../hf/model.safetensors"], [".."], [""], [3], "config.json", None])
+@pytest.mark.parametrize("files", [["../hf/model.safetensors"], [".."], [""], [3], ["n" * 300], "config.json", None])
 def test_a_forged_list_of_files_cannot_reach_others(files, hf, tmp_path):
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
     other = Path(shutil.copytree(hf, tmp_path / "other"))

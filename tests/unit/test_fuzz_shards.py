@@ -15,6 +15,7 @@ from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_files import TABLE, TOKEN_FILES, VARIANTS, Sample
+from megatron_cca.errors import UserError
 from tests.references import token_shards
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 
@@ -63,6 +64,16 @@ def test_a_number_of_samples_is_one(sandbox, written, number):
     manifest = json.loads(written[FILE_NAME]) | {"num_samples": number}
     fill(sandbox.inside, written | {FILE_NAME: json.dumps(manifest).encode()})
     assert sandbox.check(lambda: read_manifest(sandbox.inside)) is None
+
+
+@pytest.mark.parametrize("name", ["variants." + "n" * 300, "ä" * 130, "\ud800", "a\0b", "a/b", "..", ""])
+def test_a_listed_name_is_one_that_a_file_can_have(sandbox, written, name):
+    manifest = json.loads(written[FILE_NAME])
+    manifest["files"][name] = {"bytes": 1, "sha256": ""}
+    fill(sandbox.inside, written | {FILE_NAME: json.dumps(manifest).encode()})
+    with pytest.raises(UserError, match="is not the name of a file in this folder") as refused:
+        read_everything(sandbox.inside)
+    assert len(str(refused.value)) < 400 + len(str(sandbox.inside))
 
 
 # A table whose numbers are forged one by one.

@@ -18,7 +18,7 @@ LEVELS = {
     "config_texts": 1,
     "display": 1,
     "arrays": 1,
-    "foreign": 1,
+    "foreign": 2,
     "output": 2,
     "pickles": 1,
     "reporting": 2,

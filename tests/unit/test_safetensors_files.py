@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, SafetensorsFolder, write_safetensors
 from megatron_cca.checkpoint.pieces import row_ranges
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, shortened
 
 TENSORS = {
     "a": torch.randn(7, 5),
@@ -123,9 +123,10 @@ def test_a_tensor_in_two_files_is_named(sharded):
     assert refused(sharded) == f"--hf: tensor {name} is in {first.name} and in {second.name}"
 
 
-def test_an_index_cannot_lead_out_of_the_folder(sharded):
-    edit_index(sharded, lambda index: index["weight_map"].update({"a": "../secret.safetensors"}))
-    assert "'../secret.safetensors', which is not a file of the same folder" in refused(sharded)
+@pytest.mark.parametrize("name", ["../secret.safetensors", "n" * 300])
+def test_an_index_cannot_lead_out_of_the_folder(name, sharded):
+    edit_index(sharded, lambda index: index["weight_map"].update({"a": name}))
+    assert f"{shortened(repr(name), 80)}, which is not a file of the same folder" in refused(sharded)
 
 
 def test_a_damaged_index_is_named(sharded):

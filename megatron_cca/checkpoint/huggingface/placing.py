@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from megatron_cca import __version__
+from megatron_cca.foreign import is_file_name
 
 RECORD, PARTIAL, FORMER = ".megatron_cca_export.json", ".partial", ".former"
 UNFINISHED = frozenset({PARTIAL, FORMER})
@@ -29,12 +30,8 @@ def listed(folder: Path) -> list[str]:
         names = json.loads((folder / RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    mine = isinstance(names, list) and all(_is_file_name(name) for name in names)
+    mine = isinstance(names, list) and all(is_file_name(name) for name in names)
     return [*names, RECORD] if mine else []
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
 
 
 def place(output: Path) -> None:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.errors import UserError, said_of
-from megatron_cca.foreign import UTF_16, said_kind
+from megatron_cca.errors import UserError, said_of, shortened
+from megatron_cca.foreign import UTF_16, is_file_name, said_kind
 from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,9 +106,9 @@ class SafetensorsFolder:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self.option}: {path} is damaged: expected JSON with a weight_map") from None
         for file in files:
-            if Path(file).name != file:
-                raise UserError(f"{self.option}: {path} names {file!r}, which is not a file of the same folder")
-            if not os.path.isfile(folder / file):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+            if not is_file_name(file):
+                raise UserError(f"{self.option}: {path} names {shortened(repr(file), 80)}, which is not a file of the same folder")
+            if not (folder / file).is_file():
                 raise UserError(f"{self.option}: {folder / file} is missing, but {INDEX} names it")
         found = {}
         for file in files:
