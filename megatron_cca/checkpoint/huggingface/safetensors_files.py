@@ -107,7 +107,9 @@ class SafetensorsFolder:
             raise UserError(f"{self.option}: {path} is damaged: expected JSON with a weight_map") from None
         for file in files:
             if not is_file_name(file):
-                raise UserError(f"{self.option}: {path} names {shortened(repr(file), 80)}, which is not a file of the same folder")
+                raise UserError(
+                    f"{self.option}: {path} names {shortened(repr(file), 80)}, which is not a file of the same folder"
+                )
             if not (folder / file).is_file():
                 raise UserError(f"{self.option}: {folder / file} is missing, but {INDEX} names it")
         found = {}
