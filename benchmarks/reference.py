@@ -24,10 +24,10 @@ from measuring import in_fresh_process, machine, markdown_table
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
-from megatron_cca.planner.hardware import gpu_named, name_of_device
-from megatron_cca.planner.live_bytes import LiveBytes
-from megatron_cca.planner.workload import Workload
+from megatron_cca.lab.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
+from megatron_cca.lab.planner.hardware import gpu_named, name_of_device
+from megatron_cca.lab.planner.live_bytes import LiveBytes
+from megatron_cca.lab.planner.workload import Workload
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
 NARROW = {"hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 4, "num_query_groups": 1}
@@ -187,7 +187,7 @@ def _mfu(found: dict) -> str:
 def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Write random shards, and the cache for ``cached``."""
     platform.install(device)
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.data.shards import write_shards
     from megatron_cca.data.token_files import Sample
     from megatron_cca.models import resolve_architecture
@@ -211,7 +211,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
 def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Peak and steady bytes, seconds a step, tokens and model FLOPs by precision of one variant."""
     platform.install(device)
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.architecture import num_parameters
     from megatron_cca.parallel.process_groups import initialize_distributed

@@ -174,11 +174,11 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     """Which weights the error comes from, and what FP8 products would add; log-ratios to the exact model."""
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config import Config
+    from megatron_cca.lab.reference_bias import prefix_logps, training_rows
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.process_groups import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.forward import head_options
-    from megatron_cca.training.reference_bias import prefix_logps, training_rows
     from megatron_cca.training.setup import build_chunks
 
     config = Config()

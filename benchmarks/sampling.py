@@ -72,7 +72,7 @@ def _save_random_model(arguments: argparse.Namespace, folder: str) -> None:
 
 
 def _measure(arguments: argparse.Namespace, folder: str) -> None:
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.generation.loading import load_for_sampling
     from megatron_cca.parallel.process_groups import initialize_distributed
 

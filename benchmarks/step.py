@@ -106,7 +106,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from megatron_cca.checkpoint.huggingface import export_checkpoint
     from megatron_cca.checkpoint.saving import save
     from megatron_cca.checkpoint.summary import summarize
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.data.shards import write_shards
     from megatron_cca.data.token_files import Sample
     from megatron_cca.models import resolve_architecture
@@ -145,7 +145,7 @@ def measure_transformers(overrides: list[str], folder: str, device: str, steps: 
     """Losses, seconds and peak memory of the plain way."""
     import plain_transformers
 
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
 
     config = load_config(None, overrides)
     optimizer = config.optimizer
@@ -165,7 +165,7 @@ def measure_transformers(overrides: list[str], folder: str, device: str, steps: 
 def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Losses, seconds and peak memory of this project, in one process."""
     platform.install(device)
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.parallel.process_groups import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatron_cca.display import OutputClosed, goes_on, guarded
 from megatron_cca.errors import Stopped, SurroundingsError, UserError
+from megatron_cca.io.surroundings import check_surroundings, surroundings_fault
 from megatron_cca.signals import handle
-from megatron_cca.surroundings import check_surroundings, surroundings_fault
 
 # By a name of its own, so that who calls a program's main() in its own process can stay alive.
 end_process = os._exit

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _sizes(settings: Sequence[str]) -> dict[str, float]:
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
 
     model = load_config(None, settings).model
     keys = [setting.partition("=")[0].strip() for setting in settings]
@@ -154,7 +154,7 @@ def _import(arguments: argparse.Namespace) -> int:
     _must_be_alone()
     from megatron_cca.checkpoint.huggingface import import_checkpoint
     from megatron_cca.checkpoint.summary import saved_config
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.models import sizes_beside_preset
 
     sizes = {f"parallel.{name}": getattr(arguments, name) for name in _LAYOUT}

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.evaluation.listings import WORDS
-from megatron_cca.evaluation.metrics import METRICS, FidelitySettings
-from megatron_cca.output import check_apart, check_writable
-from megatron_cca.paths import name_option, path_option, typed_path
+from megatron_cca.io.outputs import check_apart, check_writable
+from megatron_cca.io.typed_paths import name_option, path_option, typed_path
+from megatron_cca.lab.evaluation.listings import WORDS
+from megatron_cca.lab.evaluation.metrics import METRICS, FidelitySettings
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
-    from megatron_cca.evaluation.planning import EvaluationSettings
+    from megatron_cca.lab.evaluation.planning import EvaluationSettings
 
 _EXAMPLES = """examples:
   python tools/evaluate.py --samples base=runs/samples/base --samples cca=runs/samples/cca --reference digits \\
@@ -123,7 +123,7 @@ def _named(samples: list[str]) -> dict[str, str]:
 
 
 def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
-    from megatron_cca.evaluation.planning import EvaluationSettings
+    from megatron_cca.lab.evaluation.planning import EvaluationSettings
 
     metrics = None if arguments.metrics is None else tuple(dict.fromkeys(arguments.metrics))
     return EvaluationSettings(
@@ -149,8 +149,8 @@ def _numbers(arguments: argparse.Namespace, metrics: tuple[str, ...] | None) -> 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     # Imported late: --help need not wait for it.
-    from megatron_cca.evaluation.planning import check
-    from megatron_cca.evaluation.report import reserved
+    from megatron_cca.lab.evaluation.planning import check
+    from megatron_cca.lab.evaluation.report import reserved
 
     check_writable(arguments.output)
     settings = _settings(arguments)
@@ -169,8 +169,8 @@ def _run(arguments: argparse.Namespace, settings: EvaluationSettings) -> None:
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
     # Imported late: the scans' module imports Megatron-Core, before which the platform must be installed.
-    from megatron_cca.evaluation.evaluate import evaluate
-    from megatron_cca.evaluation.report import table, write_report
+    from megatron_cca.lab.evaluation.evaluate import evaluate
+    from megatron_cca.lab.evaluation.report import table, write_report
 
     evaluation = evaluate(settings, platform.device())
     names = write_report(arguments.output, evaluation)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.output import check_writable
-from megatron_cca.paths import name_option, path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
@@ -193,11 +193,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.config_files import load_config
-    from megatron_cca.generation.best_of import check_scorer, open_scorer
+    from megatron_cca.config.load import load_config
     from megatron_cca.generation.job import check_job_output, job_requests, run
     from megatron_cca.generation.loading import inspect_for_sampling
     from megatron_cca.generation.painting import open_painter
+    from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     layout = zip(("tensor", "pipeline"), _layout(arguments), strict=True)

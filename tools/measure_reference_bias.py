@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.output import check_writable
-from megatron_cca.paths import name_option, path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 
@@ -79,8 +79,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.training.reference_bias import BiasSettings, measure
-    from megatron_cca.training.reference_bias_report import conclusions, table, write
+    from megatron_cca.lab.reference_bias import BiasSettings, measure
+    from megatron_cca.lab.reference_bias_report import conclusions, table, write
 
     names = ("checkpoint", "data", "rows", "lengths", "precisions", "seed")
     settings = BiasSettings(**{name: getattr(arguments, name) for name in names})

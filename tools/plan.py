@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """commands (search is meant where none is named):
@@ -150,19 +150,19 @@ def _settings(kind: type, arguments: argparse.Namespace) -> Any:
 
 # What each does is imported late: --help need not wait for it.
 def _search(arguments: argparse.Namespace) -> None:
-    from megatron_cca.planner.program import PlanSettings, run_search
+    from megatron_cca.lab.planner.program import PlanSettings, run_search
 
     run_search(_settings(PlanSettings, arguments))
 
 
 def _dry_run(arguments: argparse.Namespace) -> None:
-    from megatron_cca.planner.dry_run_program import DryRunSettings, run_dry
+    from megatron_cca.lab.planner.dry_run_program import DryRunSettings, run_dry
 
     run_dry(_settings(DryRunSettings, arguments))
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
+    from megatron_cca.lab.planner.calibrate_program import CalibrateSettings, run_calibrate
 
     run_calibrate(_settings(CalibrateSettings, arguments))
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.errors import UserError
-from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EPILOG = """example:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--workers: must be 1 or more, found {arguments.workers}")
         check_writable(arguments.output)
         # Imported late, for the options above are told in no time.
-        from megatron_cca.studies.program import run_study
+        from megatron_cca.lab.studies.program import run_study
 
         run_study(arguments.study, arguments.output, arguments.workers, arguments.device)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_cca import platform
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, one_line
-from megatron_cca.output import check_writable
-from megatron_cca.paths import name_option, path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import name_option, path_option
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLES = """examples:
@@ -269,7 +269,7 @@ def _sizes(model: str) -> ModelConfig | None:
 def _inspect(arguments: argparse.Namespace) -> None:
     _install(arguments.device)
     from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
-    from megatron_cca.evaluation.plots import contact_sheet
+    from megatron_cca.io.figures import contact_sheet
 
     picture = _picture(arguments)
     shards = open_for_inspection(arguments.shards)

@@ -15,9 +15,9 @@ import reference_bias
 from megatron_cca import platform
 from megatron_cca.data.shards import write_shards
 from megatron_cca.data.token_files import Sample
+from megatron_cca.lab.reference_bias import BiasSettings, PairBias
+from megatron_cca.lab.reference_bias import measure as measure_bias
 from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, tiny_vocabulary
-from megatron_cca.training.reference_bias import BiasSettings, PairBias
-from megatron_cca.training.reference_bias import measure as measure_bias
 
 # Samples to train on with few tokens, with many, and to measure with.
 _NUMBERS = {"short": 512, "long": 64, "unseen": 32}

@@ -17,11 +17,11 @@ from measuring import markdown_table
 
 from gpu_parts.settings import DENSE, GEMM, HEAD, LLAMAGEN, LORA, OURS, PEERS, STEP, Setting, settings_of
 from megatron_cca import platform
-from megatron_cca.planner.calibration import DEFAULT
-from megatron_cca.planner.flops import model_flops
-from megatron_cca.planner.hardware import Cluster, Gpu, gpu_named
-from megatron_cca.planner.memory import predict_memory
-from megatron_cca.planner.throughput import predict_step
+from megatron_cca.lab.planner.calibration import DEFAULT
+from megatron_cca.lab.planner.flops import model_flops
+from megatron_cca.lab.planner.hardware import Cluster, Gpu, gpu_named
+from megatron_cca.lab.planner.memory import predict_memory
+from megatron_cca.lab.planner.throughput import predict_step
 
 GIB = 2**30
 # The head and its peers reach this share of the data sheet's bf16 rate: a round number below a plain product's 0.7.
@@ -79,8 +79,8 @@ def _head(setting: Setting, gpu: Gpu) -> Expected:
 
 def _training(part: str, setting: Setting, gpu: Gpu) -> Expected:
     from gpu_parts.training import configured
+    from megatron_cca.lab.planner.workload import image_workload
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.planner.workload import image_workload
 
     config, images = configured(setting.values)
     workload = image_workload(config, images)

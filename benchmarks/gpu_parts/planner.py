@@ -9,11 +9,11 @@ from typing import Any
 from gpu_parts.lines import milliseconds
 from gpu_parts.training import configured, known_gpu, predictions, weights_drawn_on_the_device
 from megatron_cca import platform
-from megatron_cca.planner import measuring
-from megatron_cca.planner.calibrate import calibrate
-from megatron_cca.planner.calibration import calibration_json, read_calibration
-from megatron_cca.planner.hardware import CPU
-from megatron_cca.planner.workload import image_workload
+from megatron_cca.lab.planner import measuring
+from megatron_cca.lab.planner.calibrate import calibrate
+from megatron_cca.lab.planner.calibration import calibration_json, read_calibration
+from megatron_cca.lab.planner.hardware import CPU
+from megatron_cca.lab.planner.workload import image_workload
 
 _NUMBERS = (
     *("matmul_efficiency", "fp8_matmul_efficiency", "attention_efficiency", "memory_efficiency"),

@@ -11,7 +11,7 @@ from gpu_parts import lines
 from gpu_parts.goals import goals
 from gpu_parts.lines import MEASURED, Line, milliseconds, peak_bytes
 from gpu_parts.settings import BIAS, CALIBRATION, GEMM, HEAD, PLAN, TESTS, TRAINING
-from megatron_cca.planner.flops import MFU_MEANS
+from megatron_cca.lab.planner.flops import MFU_MEANS
 
 _TITLES = {
     "step": "CCA step, Emu3-8B's layers and vocabulary",

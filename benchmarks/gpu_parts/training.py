@@ -15,20 +15,20 @@ import torch
 from gpu_parts.timing import spread_ms
 from megatron_cca import platform
 from megatron_cca.config import Config
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
+from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
+from megatron_cca.lab.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.live_bytes import LiveBytes
+from megatron_cca.lab.planner.measuring import peak_flops
+from megatron_cca.lab.planner.memory import predict_memory
+from megatron_cca.lab.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.calibration import DEFAULT, Calibration
-from megatron_cca.planner.flops import average_peak, flops_by_precision, mfu
-from megatron_cca.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.planner.live_bytes import LiveBytes
-from megatron_cca.planner.measuring import peak_flops
-from megatron_cca.planner.memory import predict_memory
-from megatron_cca.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.training import setup
 from megatron_cca.training.device_checks import check_devices
 from megatron_cca.training.setup import Run

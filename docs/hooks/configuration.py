@@ -16,7 +16,7 @@ from megatron_cca.models import FAMILIES
 
 _INTRODUCTION = """# Configuration reference
 
-<!-- Written by docs/hooks/configuration.py from megatron_cca/config.py; change it there, then `make docs`. -->
+<!-- Written by docs/hooks/configuration.py from megatron_cca/config/schema.py; change it there, then `make docs`. -->
 
 A run is one YAML file with these sections, each key of which but `data.path` may be left out, and overrides on the
 command line:

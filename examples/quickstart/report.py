@@ -10,15 +10,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_cca import __version__
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import load_scans
-from megatron_cca.evaluation.digit_judges import DigitJudges
-from megatron_cca.evaluation.fidelity import fidelity
-from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_curves
 from megatron_cca.generation.guidance import forwards_per_token
 from megatron_cca.generation.painting import open_painter
 from megatron_cca.generation.prompts import digit_prompts
 from megatron_cca.generation.sampler import SamplingSettings
+from megatron_cca.lab.evaluation.digit_judges import DigitJudges
+from megatron_cca.lab.evaluation.fidelity import fidelity
+from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.metrics import read_metrics
 

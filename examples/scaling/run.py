@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 HERE = Path(__file__).resolve().parent
@@ -61,7 +61,7 @@ def _add(commands: argparse._SubParsersAction, name: str, about: str) -> argpars
 
 def _do(arguments: argparse.Namespace) -> None:
     # Imported late: --help need not wait for it.
-    from megatron_cca.scaling import program
+    from megatron_cca.lab.scaling import program
 
     sweep, output, device = arguments.sweep, arguments.output, arguments.device
     if arguments.command == "list":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_cca.checkpoint import records
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import is_below
+from megatron_cca.io.external_files import is_below
 
 LATEST = "latest_checkpointed_iteration.txt"
 SUMMARY = "checkpoint.json"

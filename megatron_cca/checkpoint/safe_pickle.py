@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from megatron_cca.checkpoint.megatron_lm import EXTRA_STATE
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
-from megatron_cca.pickles import load_tensors, unpickled
+from megatron_cca.io.pickles import load_tensors, unpickled
 
 _ONE_AT_A_TIME = threading.Lock()
 _COMMON_STATE = "common_state"

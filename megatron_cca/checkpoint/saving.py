@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
 from megatron_cca.checkpoint.distributed import state_to_save
-from megatron_cca.config_files import config_from_dict
+from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
 from megatron_cca.parallel.finite import all_finite

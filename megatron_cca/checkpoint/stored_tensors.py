@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import file_below
-from megatron_cca.pickles import unpickled
+from megatron_cca.io.external_files import file_below
+from megatron_cca.io.pickles import unpickled
 
 INDEX = ".metadata"
 

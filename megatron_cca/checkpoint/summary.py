@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, ModelConfig, TrainingConfig
-from megatron_cca.config_files import config_from_dict, config_to_dict
+from megatron_cca.config.load import config_from_dict, config_to_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.version import code_version

@@ -18,9 +18,9 @@ from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import train_tokenizer
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import SurroundingsError, UserError
+from megatron_cca.io.surroundings import refusal
 from megatron_cca.models import tiny_architecture
 from megatron_cca.models.image_vocabulary import ImageVocabulary
-from megatron_cca.surroundings import refusal
 
 # What data.path means by it, and where its tokens go (below the working directory, like every run).
 KEYWORD = "digits"

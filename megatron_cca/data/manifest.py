@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.errors import UserError, shortened
-from megatron_cca.foreign import is_file_name
+from megatron_cca.io.external_files import is_file_name
 
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cca.arrays import mapped_array
 from megatron_cca.data.manifest import (
     FILE_NAME,
     check_files,
@@ -29,6 +28,7 @@ from megatron_cca.data.manifest import (
 from megatron_cca.data.open_file import OpenFile
 from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.io.arrays import mapped_array
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 DEFAULT_KEY = "data.path"

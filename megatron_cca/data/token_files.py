@@ -21,8 +21,8 @@ import torch
 import xxhash
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
 
-from megatron_cca.arrays import mapped_array
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.io.arrays import mapped_array
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from megatron_cca import __version__, platform
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.plots import contact_sheet
 from megatron_cca.generation import files
 from megatron_cca.generation.best_of import SCORER, Scorer, best, candidates, cut_prompts
 from megatron_cca.generation.painting import Painter
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings
-from megatron_cca.output import check_output, claimed, staging
+from megatron_cca.io.figures import contact_sheet
+from megatron_cca.io.outputs import check_output, claimed, staging
 
 _PARTIAL = ".partial"
 _ON_SHEET = 16

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.foreign import KIND_BYTES, kind_of
+from megatron_cca.io.external_files import KIND_BYTES, kind_of
 
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
 # Image seeds of one run do not meet those of the next.

@@ -31,7 +31,8 @@ from torch.nn.functional import rms_norm
 from torch.nn.utils import skip_init
 from torch.utils.hooks import RemovableHandle
 
-from megatron_cca.config import LORA_TARGETS, LoraConfig
+from megatron_cca.config import LoraConfig
+from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.models.initialization import sharded_tensors, standard_normal
 from megatron_cca.models.low_rank import LINEAR_IN, merged_weight, scale_of

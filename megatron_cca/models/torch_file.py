@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, shortened
-from megatron_cca.foreign import UTF_16, ZIP, said_kind
+from megatron_cca.io.external_files import UTF_16, ZIP, said_kind
+from megatron_cca.io.pickles import NotPlainError, load_tensors
 from megatron_cca.models.weight_sets import WeightSet, unwrapped, weight_sets
-from megatron_cca.pickles import NotPlainError, load_tensors
 
 SAFETENSORS = ".safetensors"
 # Keys within keys, such as "state_dict" within "trainer", under which weights are looked for.

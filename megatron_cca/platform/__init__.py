@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_cca.io.surroundings import leave_without_current_folder
 from megatron_cca.platform import nvml
-from megatron_cca.surroundings import leave_without_current_folder
 
 # MKL ends the process where there is none, with words about a library.
 leave_without_current_folder()

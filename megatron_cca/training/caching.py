@@ -28,8 +28,8 @@ from megatron_cca.data.reference_cache import (
     Split,
     finished_blocks,
 )
+from megatron_cca.io.outputs import claimed
 from megatron_cca.models import resolve_architecture
-from megatron_cca.output import claimed
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches

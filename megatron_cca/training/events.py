@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_cca.foreign import json_lines
+from megatron_cca.io.external_files import json_lines
 from megatron_cca.training.metrics import MetricsLog
 
 FILE = "events.jsonl"

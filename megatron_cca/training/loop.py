@@ -13,13 +13,13 @@ import yaml
 
 from megatron_cca import platform
 from megatron_cca.config import Config
-from megatron_cca.config_files import config_to_dict
+from megatron_cca.config.load import config_to_dict
 from megatron_cca.display import losses_told_to
 from megatron_cca.errors import Stopped, UserError
+from megatron_cca.io.outputs import write_text
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
 from megatron_cca.models.layer_specs import engine_is_available
-from megatron_cca.output import write_text
 from megatron_cca.parallel.agreement import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms

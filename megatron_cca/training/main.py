@@ -12,10 +12,10 @@ from pathlib import Path
 from megatron_cca import platform
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.output import check_writable
-from megatron_cca.paths import path_option
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_errors
 from megatron_cca.training.checks import check_new_run, check_run
 from megatron_cca.training.resuming import check_resume

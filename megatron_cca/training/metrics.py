@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cca.foreign import json_lines
-from megatron_cca.training.line_file import LineFile
+from megatron_cca.io.external_files import json_lines
+from megatron_cca.io.line_file import LineFile
 
 METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

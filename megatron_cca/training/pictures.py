@@ -63,7 +63,7 @@ class SamplePictures:
         path = self._folder / f"step_{step:07d}.png"
         with log.tolerating_a_full_disk():
             # A run without pictures needs no matplotlib.
-            from megatron_cca.evaluation.plots import contact_sheet
+            from megatron_cca.io.figures import contact_sheet
 
             self._folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(path, list(pictures.images), [prompt.title for prompt in self._prompts])

@@ -17,7 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cca.checkpoint import distributed, layout
 from megatron_cca.checkpoint.integrity import newest_whole
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import gpt, lora
 from megatron_cca.training.batches import open_data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture

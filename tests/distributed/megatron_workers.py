@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca.checkpoint import distributed, saving
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.platform import cpu
 from megatron_cca.training.saves import begin_save
 from tests.distributed.ranks import split_anew

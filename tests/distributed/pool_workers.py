@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from tests.distributed.ranks import split_anew
 
 

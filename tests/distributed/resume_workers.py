@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training import loop, metrics, pictures
 from megatron_cca.training.batches import open_data

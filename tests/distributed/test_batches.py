@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import run_workers
 from tests.references.token_shards import random_samples, write

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.fingerprint import weights_fingerprint
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data

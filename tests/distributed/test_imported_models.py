@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import write_shards
 from megatron_cca.data.text import train_tokenizer
 from megatron_cca.data.token_files import Sample

@@ -6,7 +6,7 @@ fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm, at 
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import run_workers

@@ -6,7 +6,7 @@ Oracle: the plain-PyTorch trainer, whose other words have no probability. Tolera
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.shapes import head_support
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from tests.distributed.launch import SCRIPT, ended, run_workers, start_job

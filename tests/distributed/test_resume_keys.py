@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_cca.config import Config
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.device_checks import check_devices

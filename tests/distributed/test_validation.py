@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.batches import open_data, training_batches, validation_batches
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, PP2, TP2, VPP2

@@ -11,16 +11,16 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
+from megatron_cca.lab.planner.calibration import DEFAULT
+from megatron_cca.lab.planner.dry_run import counted_step, dry_run
+from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.observer import Observer
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.lab.scaling.collective_timer import timed_collectives
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.calibration import DEFAULT
-from megatron_cca.planner.dry_run import counted_step, dry_run
-from megatron_cca.planner.fake_cluster import fake_job, fake_tensors
-from megatron_cca.planner.hardware import GPUS, Cluster
-from megatron_cca.planner.observer import Observer
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import Workload
-from megatron_cca.scaling.collective_timer import timed_collectives
 
 
 def late_ranks(settings):

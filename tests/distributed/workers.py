@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.models import gpt
 from megatron_cca.platform.transfers import Fetcher

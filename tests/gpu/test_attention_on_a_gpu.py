@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models.attention import unfused_because
 from tests.gpu.test_training_on_a_gpu import train

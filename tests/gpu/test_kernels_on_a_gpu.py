@@ -87,7 +87,7 @@ def test_graphs_are_captured_at_all(digit_shards, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def class_shards(tmp_path_factory):
-    from megatron_cca.config_files import load_config
+    from megatron_cca.config.load import load_config
     from megatron_cca.models import resolve_architecture
 
     vocabulary = resolve_architecture(load_config(None, ["model.name=llamagen-tiny"]).model).vocabulary

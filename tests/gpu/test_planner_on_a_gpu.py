@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
-from megatron_cca.planner.memory import predict_memory
-from megatron_cca.planner.workload import Workload
+from megatron_cca.config.load import load_config
+from megatron_cca.lab.planner.memory import predict_memory
+from megatron_cca.lab.planner.workload import Workload
 from tests.distributed.launch import ROOT
 from tests.gpu.memory import bytes_in_use
 
@@ -36,9 +36,9 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
     if implementation == "transformer_engine":
         pytest.importorskip("transformer_engine.pytorch")
     from megatron_cca import platform
+    from megatron_cca.lab.planner.dry_run import counted_step
+    from megatron_cca.lab.planner.observer import Observer
     from megatron_cca.parallel.process_groups import initialize_distributed
-    from megatron_cca.planner.dry_run import counted_step
-    from megatron_cca.planner.observer import Observer
 
     overrides = [
         f"model.transformer_impl={implementation}",
@@ -63,8 +63,8 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
 
 
 def test_a_calibration_finds_plausible_shares_of_the_peaks(tmp_path):
-    from megatron_cca.planner.calibrate_program import CalibrateSettings, run_calibrate
-    from megatron_cca.planner.calibration import read_calibration
+    from megatron_cca.lab.planner.calibrate_program import CalibrateSettings, run_calibrate
+    from megatron_cca.lab.planner.calibration import read_calibration
 
     file = tmp_path / "calibration.json"
     settings = CalibrateSettings(

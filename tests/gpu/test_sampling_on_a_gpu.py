@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cca import platform
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from tests.distributed.test_layout_parity import CCA
 
 pytestmark = pytest.mark.gpu

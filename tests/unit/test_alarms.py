@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.alarms import Alarms
 
 

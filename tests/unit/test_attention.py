@@ -2,14 +2,14 @@
 
 import pytest
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.memory import predict_memory
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.attention import has_engine_attention, unfused_because
-from megatron_cca.planner.hardware import GPUS, Cluster
-from megatron_cca.planner.memory import predict_memory
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import Workload
 from megatron_cca.training.attention import attention_lines
 from megatron_cca.training.checks import check_new_run
 

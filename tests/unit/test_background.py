@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.background import ResultsFile, writes_in_background
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.saves import warn_of_fork
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.best_of import best, candidates, check_scorer, cut_prompts, open_scorer
+from megatron_cca.generation.best_of import best, candidates, cut_prompts
 from megatron_cca.generation.sampler import ImageRequest
+from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
 from tests.references import tiny_clip
 
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
@@ -37,7 +38,7 @@ def test_the_best_of_each_prompt_is_chosen(tmp_path):
 
 
 def test_clip_scores_are_those_of_evaluation(tmp_path):
-    from megatron_cca.evaluation.clip import ClipScorer
+    from megatron_cca.lab.evaluation.clip import ClipScorer
 
     folder = tiny_clip.save(tmp_path)
     prompts = ["a handwritten seven"] * 6

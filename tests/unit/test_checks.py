@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.config_files import config_to_dict, load_config
+from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size

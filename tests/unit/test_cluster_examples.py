@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from tests.references.pytorchjob_schema import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_cca.config_files import config_from_dict, config_to_dict, load_config
+from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.data.token_files import Sample
-from megatron_cca.evaluation.plots import training_curves
+from megatron_cca.lab.evaluation.plots import training_curves
+from megatron_cca.lab.studies.work import _means
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.objectives import OBJECTIVES
-from megatron_cca.studies.work import _means
 from megatron_cca.training.contrast import LITTLE, NOTHING, ContrastWatch, has_one_condition
 from megatron_cca.training.events import EventLog, Journal, read_events
 from megatron_cca.training.metrics import MetricsLog, read_metrics

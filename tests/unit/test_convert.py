@@ -23,7 +23,7 @@ from megatron_cca.checkpoint.huggingface import (
 )
 from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
-from megatron_cca.config_files import config_from_dict
+from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from tests.references.huggingface import (

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from megatron_cca import platform
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import layer_specs
 from megatron_cca.training.device_checks import check_devices

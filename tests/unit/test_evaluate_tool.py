@@ -12,13 +12,13 @@ from PIL import Image
 
 from megatron_cca.data.digits import captions_of, load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.clip import ClipScorer
-from megatron_cca.evaluation.evaluate import evaluate
-from megatron_cca.evaluation.extractors import open_extractor
-from megatron_cca.evaluation.fidelity import METRICS, FidelitySettings, fidelity
-from megatron_cca.evaluation.images import ImageSet
-from megatron_cca.evaluation.planning import EvaluationSettings, check, plan
-from megatron_cca.evaluation.report import as_json, reserved, table, write_report
+from megatron_cca.lab.evaluation.clip import ClipScorer
+from megatron_cca.lab.evaluation.evaluate import evaluate
+from megatron_cca.lab.evaluation.extractors import open_extractor
+from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, fidelity
+from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.planning import EvaluationSettings, check, plan
+from megatron_cca.lab.evaluation.report import as_json, reserved, table, write_report
 from tests.distributed.launch import ROOT, run_tool
 from tests.references import tiny_clip
 
@@ -152,7 +152,7 @@ def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, m
     def refuse(*arguments):
         raise AssertionError("opened a network")
 
-    monkeypatch.setattr("megatron_cca.evaluation.evaluate.open_extractor", refuse)
+    monkeypatch.setattr("megatron_cca.lab.evaluation.evaluate.open_extractor", refuse)
     with pytest.raises(UserError) as error:
         evaluate(settings_of(drawn, **options), CPU)
     assert str(error.value).startswith(message)
@@ -234,7 +234,7 @@ def test_nothing_half_written_stays(drawn, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_cca.evaluation.report.class_accuracy_bars", full)
+    monkeypatch.setattr("megatron_cca.lab.evaluation.report.class_accuracy_bars", full)
     with pytest.raises(UserError, match="is full"), reserved(tmp_path / "out", overwrite=False):
         write_report(tmp_path / "out", evaluation)
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,10 @@ from PIL import Image
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.classifiers import class_accuracy, open_classifier
-from megatron_cca.evaluation.digit_judges import DigitJudges, standard_judges
-from megatron_cca.evaluation.images import read_images
-from megatron_cca.evaluation.plots import SampleColumn, sample_sheet, training_curves
+from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.digit_judges import DigitJudges, standard_judges
+from megatron_cca.lab.evaluation.images import read_images
+from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
 
 
 @pytest.fixture(scope="module")

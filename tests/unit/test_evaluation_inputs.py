@@ -9,9 +9,9 @@ from PIL import Image
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.classifiers import class_accuracy, open_classifier
-from megatron_cca.evaluation.images import read_images
-from megatron_cca.evaluation.plugins import load_function
+from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.images import read_images
+from megatron_cca.lab.evaluation.plugins import load_function
 
 
 @pytest.fixture

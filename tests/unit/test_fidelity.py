@@ -8,7 +8,7 @@ from scipy.spatial.distance import cdist
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.fidelity import METRICS, FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, Reference, fidelity
 
 EXACT = {"rel": 1e-6, "abs": 1e-6}
 

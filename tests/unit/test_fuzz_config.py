@@ -6,9 +6,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_cca.config_files import SECTIONS, config_from_dict, config_to_dict, load_config
-from megatron_cca.studies.settings import read_study
-from megatron_cca.studies.study import open_study
+from megatron_cca.config.load import SECTIONS, config_from_dict, config_to_dict, load_config
+from megatron_cca.lab.studies.settings import read_study
+from megatron_cca.lab.studies.study import open_study
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

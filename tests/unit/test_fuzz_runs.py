@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_cca.checkpoint import layout, records
 from megatron_cca.checkpoint.summary import saved_config, summarize
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.training.metrics import read_metrics
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 

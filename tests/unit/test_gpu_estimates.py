@@ -11,7 +11,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from gpu_parts.estimates import GIB, estimates, expected
 from gpu_parts.settings import HEAD, LLAMAGEN, LORA, STEP, settings_of
 
-from megatron_cca.planner.hardware import gpu_named
+from megatron_cca.lab.planner.hardware import gpu_named
 from megatron_cca.training.checks import check_new_run
 
 SETTINGS = {(part, one.name): one for part in (HEAD, STEP, LLAMAGEN, LORA) for one in settings_of(part, False, [])}

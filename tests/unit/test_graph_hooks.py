@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.models import FAMILIES, resolve_architecture
 
 

@@ -15,10 +15,10 @@ from megatron_cca.data.text import train_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.loading import inspect_for_sampling
 from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
+from megatron_cca.lab.studies import checks as study_checks
+from megatron_cca.lab.studies.settings import SamplingConfig
+from megatron_cca.lab.studies.study import Method, Study
 from megatron_cca.models import resolve_architecture
-from megatron_cca.studies import checks as study_checks
-from megatron_cca.studies.settings import SamplingConfig
-from megatron_cca.studies.study import Method, Study
 from tests.distributed.launch import ROOT
 from tests.references import llamagen, thin
 from tests.references.resealed import reseal

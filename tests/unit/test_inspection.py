@@ -11,7 +11,7 @@ from megatron_cca.data.inspection import decoded_samples, open_for_inspection, r
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.text import open_text_tokenizer
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.plots import contact_sheet
+from megatron_cca.io.figures import contact_sheet
 from tests.references.token_shards import random_samples, write
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from megatron_cca.checkpoint.huggingface.options import Reading
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ModelConfig
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture, sizes_beside_preset
 from megatron_cca.models.llamagen.presets import PRESETS

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.reference_cache import ReferenceCacheWriter
 from megatron_cca.errors import UserError
 from megatron_cca.objectives import PairLogps

@@ -7,8 +7,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from torch.nn.functional import rms_norm
 
-from megatron_cca.config import LORA_TARGETS, LoraConfig
-from megatron_cca.config_files import load_config
+from megatron_cca.config import LoraConfig
+from megatron_cca.config.load import load_config
+from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps

@@ -7,7 +7,7 @@ import pytest
 from megatron.core.tensor_parallel import layers
 
 from megatron_cca import platform
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import kernels, layer_specs
 from megatron_cca.training import user_buffers

@@ -12,13 +12,13 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 
 from megatron_cca.config import Config
-from megatron_cca.config_files import config_from_dict, config_to_dict, load_config
+from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.plugins import load_function
-from megatron_cca.generation.best_of import check_scorer
-from megatron_cca.paths import path_option, retyped, typed_path
-from megatron_cca.scaling.settings import SweepSettings, read_sweep
-from megatron_cca.studies.settings import StudySettings, read_study
+from megatron_cca.io.typed_paths import path_option, retyped, typed_path
+from megatron_cca.lab.evaluation.plugins import load_function
+from megatron_cca.lab.evaluation.scorers import check_scorer
+from megatron_cca.lab.scaling.settings import SweepSettings, read_sweep
+from megatron_cca.lab.studies.settings import StudySettings, read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*/run.py"), *ROOT.glob("examples/*.sh")])

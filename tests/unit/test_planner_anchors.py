@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cca.config_files import config_from_dict
-from megatron_cca.planner.calibration import DEFAULT
-from megatron_cca.planner.hardware import GPUS, Cluster
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import Workload
+from megatron_cca.config.load import config_from_dict
+from megatron_cca.lab.planner.calibration import DEFAULT
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import Workload
 
 LLAMA_8B = {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32}
 LLAMA_70B = {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 28672, "num_attention_heads": 64}

@@ -6,12 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_cca.config_files import load_config
-from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import build_gpt, image_logps
-from megatron_cca.models.initialization import initialize_by_name
-from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.planner.flops import (
+from megatron_cca.config.load import load_config
+from megatron_cca.lab.planner.flops import (
     attention_forward,
     average_peak,
     flops_by_precision,
@@ -20,9 +16,13 @@ from megatron_cca.planner.flops import (
     model_flops,
     products_forward,
 )
-from megatron_cca.planner.hardware import GPUS, Cluster
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import Workload
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.gpt import build_gpt, image_logps
+from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.parallel.process_groups import initialize_distributed
 
 ROWS = 2
 WORKLOAD = Workload(seq_length=96, image_tokens=60)
@@ -148,7 +148,11 @@ def test_what_prints_an_mfu_says_what_it_means():
         for file in root.glob(f"{folder}/**/*.py")
     }
     printing = {name for name, text in texts.items() if '"MFU"' in text}
-    assert {"benchmarks/reference.py", "megatron_cca/scaling/table.py", "megatron_cca/planner/words.py"} <= printing
-    silent = [name for name in printing - {"megatron_cca/planner/words.py"} if "MFU_MEANS" not in texts[name]]
+    assert {
+        "benchmarks/reference.py",
+        "megatron_cca/lab/scaling/table.py",
+        "megatron_cca/lab/planner/words.py",
+    } <= printing
+    silent = [name for name in printing - {"megatron_cca/lab/planner/words.py"} if "MFU_MEANS" not in texts[name]]
     assert not silent
-    assert "MFU_MEANS" in texts["megatron_cca/planner/summary.py"]
+    assert "MFU_MEANS" in texts["megatron_cca/lab/planner/summary.py"]

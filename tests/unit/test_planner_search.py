@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.lab.planner import trials
+from megatron_cca.lab.planner.candidates import Layout, laid_out
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.memory import MemoryEstimate
+from megatron_cca.lab.planner.others import obvious_others
+from megatron_cca.lab.planner.program import PlanSettings, run_search
+from megatron_cca.lab.planner.report import as_json, reserved, write_report
+from megatron_cca.lab.planner.search import search
+from megatron_cca.lab.planner.sizes import sizes_of
+from megatron_cca.lab.planner.summary import Report, text, yaml_of
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.trials import Wishes
+from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import explicit
-from megatron_cca.planner import trials
-from megatron_cca.planner.candidates import Layout, laid_out
-from megatron_cca.planner.hardware import GPUS, Cluster
-from megatron_cca.planner.memory import MemoryEstimate
-from megatron_cca.planner.others import obvious_others
-from megatron_cca.planner.program import PlanSettings, run_search
-from megatron_cca.planner.report import as_json, reserved, write_report
-from megatron_cca.planner.search import search
-from megatron_cca.planner.sizes import sizes_of
-from megatron_cca.planner.summary import Report, text, yaml_of
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.trials import Wishes
-from megatron_cca.planner.workload import ImageShape, image_workload
 from megatron_cca.training.checks import check_new_run
 from tests.distributed.launch import run_tool
 from tests.unit.test_planner_throughput import EMU3
@@ -115,7 +115,7 @@ def by_brute_force(gpus, batch, gpu):
 )
 def test_the_search_finds_what_brute_force_finds(gpus, batch, gpu, monkeypatch):
     two = ({"recompute_granularity": None}, {"recompute_granularity": "full"})
-    monkeypatch.setattr("megatron_cca.planner.candidates._RECOMPUTE", two)
+    monkeypatch.setattr("megatron_cca.lab.planner.candidates._RECOMPUTE", two)
     config = emu3(SHALLOW, f"training.global_batch_size={batch}")
     some = wishes(gpus, gpu, vary=("micro_batch", "recompute", "optimizer"))
     expected = by_brute_force(gpus, batch, gpu)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.planner.calibration import DEFAULT, Calibration, calibration_json, read_calibration
-from megatron_cca.planner.communication import Group
-from megatron_cca.planner.hardware import GPUS, Cluster, gpu_named
-from megatron_cca.planner.step_time import PARTS
-from megatron_cca.planner.throughput import predict_step
-from megatron_cca.planner.workload import Workload
+from megatron_cca.lab.planner.calibration import DEFAULT, Calibration, calibration_json, read_calibration
+from megatron_cca.lab.planner.communication import Group
+from megatron_cca.lab.planner.hardware import GPUS, Cluster, gpu_named
+from megatron_cca.lab.planner.step_time import PARTS
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import Workload
 
 H100 = GPUS["h100-80gb"]
 IMAGES = Workload(8448, 8100)

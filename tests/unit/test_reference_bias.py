@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import write_shards
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
+from megatron_cca.lab import reference_bias as bias
+from megatron_cca.lab import reference_bias_report as report
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
-from megatron_cca.training import reference_bias as bias
-from megatron_cca.training import reference_bias_report as report
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.references import token_shards

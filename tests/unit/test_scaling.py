@@ -8,14 +8,14 @@ import yaml
 from PIL import Image
 
 from megatron_cca.errors import UserError
-from megatron_cca.planner.candidates import laid_out
-from megatron_cca.scaling import candidates, launching, planned, program, records, series, table
-from megatron_cca.scaling.kernel_trace import spans_of
-from megatron_cca.scaling.plots import plot
-from megatron_cca.scaling.records import Row, read_record, record_path, rows_of, write_failed, write_finished
-from megatron_cca.scaling.shapes import ideal_bubble
-from megatron_cca.scaling.spans import Span, exposed_parts, merged, shortest, union, waiting
-from megatron_cca.scaling.sweep import open_sweep, task_named
+from megatron_cca.lab.planner.candidates import laid_out
+from megatron_cca.lab.scaling import candidates, launching, planned, program, records, series, table
+from megatron_cca.lab.scaling.kernel_trace import spans_of
+from megatron_cca.lab.scaling.plots import plot
+from megatron_cca.lab.scaling.records import Row, read_record, record_path, rows_of, write_failed, write_finished
+from megatron_cca.lab.scaling.shapes import ideal_bubble
+from megatron_cca.lab.scaling.spans import Span, exposed_parts, merged, shortest, union, waiting
+from megatron_cca.lab.scaling.sweep import open_sweep, task_named
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PP2 = {"pipeline_model_parallel_size": 2}

@@ -22,16 +22,16 @@ from megatron_cca.checkpoint.huggingface import import_checkpoint
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.config_files import load_config
+from megatron_cca.config.load import load_config
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.sources import open_source
 from megatron_cca.data.token_files import open_table
 from megatron_cca.errors import UserError
-from megatron_cca.evaluation.archives import read_archive
-from megatron_cca.evaluation.extractors import open_extractor
-from megatron_cca.evaluation.listings import list_folder
-from megatron_cca.pickles import load_tensors, unpickled
+from megatron_cca.io.pickles import load_tensors, unpickled
+from megatron_cca.lab.evaluation.archives import read_archive
+from megatron_cca.lab.evaluation.extractors import open_extractor
+from megatron_cca.lab.evaluation.listings import list_folder
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -58,13 +58,16 @@ VARIABLES |= {"GROUP_WORLD_SIZE", "HOME"}
 
 # (file, what it does): why it may.
 ALLOWED = {
-    ("megatron_cca/pickles.py", "pickle"): "the one reader of pickles, by lists of what they may call",
+    ("megatron_cca/io/pickles.py", "pickle"): "the one reader of pickles, by lists of what they may call",
     (
         "megatron_cca/checkpoint/background.py",
         "pickle",
     ): "between a rank and its forked child, through their memory",
     ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",
-    ("megatron_cca/scaling/launching.py", "os.environ of PARENT"): "a process number that the sweep hands to its jobs",
+    (
+        "megatron_cca/lab/scaling/launching.py",
+        "os.environ of PARENT",
+    ): "a process number that the sweep hands to its jobs",
     (
         "megatron_cca/checkpoint/safe_pickle.py",
         "os.environ of _TE_MAY_UNPICKLE",
@@ -72,9 +75,9 @@ ALLOWED = {
     ("benchmarks/gpu_parts/channel.py", "os.environ of VARIABLE"): "the file with its task, which its parent wrote",
     ("benchmarks/gpu_parts/process.py", "os.environ of 'PYTHONPATH'"): "what it starts imports the same modules",
     ("megatron_cca/reporting.py", "os.environ of _PEER_WAIT"): "how long a rank waits, a number of seconds",
-    ("megatron_cca/surroundings.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
-    ("megatron_cca/config_files.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
-    ("megatron_cca/evaluation/plugins.py", "exec_module"): "FILE.py:FUNCTION is the user's own code, named as such",
+    ("megatron_cca/io/surroundings.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
+    ("megatron_cca/config/load.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
+    ("megatron_cca/lab/evaluation/plugins.py", "exec_module"): "FILE.py:FUNCTION is the user's own code, named as such",
 }
 
 
@@ -304,7 +307,7 @@ def test_weights_in_pickles_are_not_read(name, hf, tmp_path, witness):
 
 def test_a_clip_in_a_pickle_or_with_code_of_its_own_is_not_run(tmp_path, witness):
     pytest.importorskip("transformers")
-    from megatron_cca.evaluation.clip import ClipScorer
+    from megatron_cca.lab.evaluation.clip import ClipScorer
     from tests.references import tiny_clip
 
     (tmp_path / "clip").mkdir()

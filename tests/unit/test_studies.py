@@ -12,18 +12,18 @@ from PIL import Image
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.records import sealed
-from megatron_cca.config_files import config_from_dict
+from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
-from megatron_cca.studies.checks import check_study
-from megatron_cca.studies.compute import run_units
-from megatron_cca.studies.keys import digest, mark, training_contents
-from megatron_cca.studies.plan import Planner, best, make_plan
-from megatron_cca.studies.plots import plot
-from megatron_cca.studies.report import table
-from megatron_cca.studies.results import Statistic, as_json, collect, over_seeds
-from megatron_cca.studies.running import Board, Progress
-from megatron_cca.studies.study import grid, open_study
-from megatron_cca.studies.tasks import Sampling, Training, write_outcome
+from megatron_cca.lab.studies.checks import check_study
+from megatron_cca.lab.studies.compute import run_units
+from megatron_cca.lab.studies.keys import digest, mark, training_contents
+from megatron_cca.lab.studies.plan import Planner, best, make_plan
+from megatron_cca.lab.studies.plots import plot
+from megatron_cca.lab.studies.report import table
+from megatron_cca.lab.studies.results import Statistic, as_json, collect, over_seeds
+from megatron_cca.lab.studies.running import Board, Progress
+from megatron_cca.lab.studies.study import grid, open_study
+from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
 
 GONE = "(gone)"
 LR = "optimizer.lr"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cca.studies.checks import check_study
-from megatron_cca.studies.study import open_study
+from megatron_cca.lab.studies.checks import check_study
+from megatron_cca.lab.studies.study import open_study
 
 STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 FILES = sorted(STUDIES.glob("*.yaml"))

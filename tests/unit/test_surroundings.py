@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cca import reporting, surroundings
+from megatron_cca import reporting
 from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.errors import SurroundingsError, UserError, said_of
+from megatron_cca.io import surroundings
+from megatron_cca.io.outputs import check_writable, claimed, file_system_errors
+from megatron_cca.io.surroundings import check_cache, check_surroundings, refusal, surroundings_fault
+from megatron_cca.lab.scaling import launching
 from megatron_cca.models.emu3.presets import PRESETS
-from megatron_cca.output import check_writable, claimed, file_system_errors
-from megatron_cca.scaling import launching
-from megatron_cca.surroundings import check_cache, check_surroundings, refusal, surroundings_fault
 from tests.references.small_disk import mounted
 
 # Nobody, root included, may make anything there.

@@ -11,9 +11,9 @@ from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoi
 from megatron_cca.checkpoint.huggingface.options import Reading
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
+from megatron_cca.io.pickles import load_tensors
 from megatron_cca.models.llamagen.vq_weights import read_vq
 from megatron_cca.models.weight_sets import is_recomputed, unwrapped
-from megatron_cca.pickles import load_tensors
 from tests.references import huggingface, llamagen, thin
 from tests.references.llamagen_vq import random_vq
 

@@ -20,9 +20,9 @@ from megatron_cca.checkpoint.huggingface.template import Template, template_from
 from megatron_cca.checkpoint.huggingface.weights_file import export_weights_file
 from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
-from megatron_cca.output import check_apart, check_output, claimed, staging
 
 
 def export_checkpoint(

@@ -22,9 +22,9 @@ from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import COMMON_STATE, Piece, save_pieces
 from megatron_cca.checkpoint.summary import config_of_weights, imported_summary
 from megatron_cca.config import ParallelConfig
+from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
-from megatron_cca.output import check_apart, check_output, claimed, staging
 
 
 def import_checkpoint(

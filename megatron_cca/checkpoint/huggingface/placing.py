@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from megatron_cca import __version__
-from megatron_cca.foreign import is_file_name
+from megatron_cca.io.external_files import is_file_name
 
 RECORD, PARTIAL, FORMER = ".megatron_cca_export.json", ".partial", ".former"
 UNFINISHED = frozenset({PARTIAL, FORMER})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.errors import UserError, said_of, shortened
-from megatron_cca.foreign import UTF_16, is_file_name, said_kind
+from megatron_cca.io.external_files import UTF_16, is_file_name, said_kind
 from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

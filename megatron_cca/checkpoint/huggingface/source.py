@@ -14,7 +14,7 @@ from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFol
 from megatron_cca.checkpoint.huggingface.widths import PRECISIONS, one_dtype
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.foreign import hub_blobs
+from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming

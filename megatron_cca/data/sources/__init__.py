@@ -14,7 +14,7 @@ from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unr
 from megatron_cca.data.sources.texts import OF_LIST, printable, split_of
 from megatron_cca.data.sources.trees import is_image, walked
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import kind_of_file
+from megatron_cca.io.external_files import kind_of_file
 
 __all__ = ["AUTO", "DEFAULTS", "LAYOUTS", "Layout", "Record", "Source", "SourceOptions", "Unreadable", "open_source"]
 

@@ -26,8 +26,8 @@ from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unr
 from megatron_cca.data.sources.texts import PackedStrings, printable, tidy, unique_names
 from megatron_cca.data.sources.trees import hashes, walked
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import kind_of_file
-from megatron_cca.pickles import NotPlainError
+from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.pickles import NotPlainError
 
 FEATURES = "feature"
 # Far beyond any image: 4,096 x 4,096 codes. A forged tensor may claim any size on a few bytes.

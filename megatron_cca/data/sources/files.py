@@ -14,7 +14,7 @@ from typing import BinaryIO
 from megatron_cca.data.sources.records import Unreadable
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import LFS_POINTER, hub_blobs, kind_of, kind_of_file
+from megatron_cca.io.external_files import LFS_POINTER, hub_blobs, kind_of, kind_of_file
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # Far beyond any image; keeps a forged size from filling the memory.
@@ -137,7 +137,7 @@ def own_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
     Args:
         root: a result of :func:`real_folder`.
         name: relative to it.
-        kinds: what :func:`~megatron_cca.foreign.kind_of` may say of it; None does not ask.
+        kinds: what :func:`~megatron_cca.io.external_files.kind_of` may say of it; None does not ask.
 
     Raises:
         UserError: it is missing, no file, cannot be read, leaves the folder or is of another kind.

@@ -19,7 +19,7 @@ from megatron_cca.data.sources.files import Root, is_file, own_file
 from megatron_cca.data.sources.texts import printable, split_of
 from megatron_cca.data.sources.trees import PassedOver, is_image, walked
 from megatron_cca.errors import SurroundingsError, UserError
-from megatron_cca.surroundings import check_cache, surroundings_fault
+from megatron_cca.io.surroundings import check_cache, surroundings_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_cca.data.sources.records import Unreadable
 from megatron_cca.data.sources.texts import parsed_object, printable
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import BOM, KIND_BYTES, kind_of
+from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 
 _CHUNK = 1 << 24
 _MAX_LINE_BYTES = 1 << 26

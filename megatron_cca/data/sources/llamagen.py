@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.arrays import array_in
 from megatron_cca.data.sources.files import Root, is_folder, names_in, outside_hint, read_below, real_folder
 from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.data.sources.trees import PassedOver
 from megatron_cca.errors import UserError
+from megatron_cca.io.arrays import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
 # Of their VQ-16.

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.pickles import NotPlainError, load_tensors
+from megatron_cca.io.pickles import NotPlainError, load_tensors
 
 _INTEGERS = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))
 _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_cca.data.sources.texts import printable
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import kind_of_file
+from megatron_cca.io.external_files import kind_of_file
 
 _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

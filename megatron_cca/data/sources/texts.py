@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_cca.data.sources.records import SourceOptions, Unreadable
 from megatron_cca.errors import one_line, shortened
-from megatron_cca.foreign import BOM, KIND_BYTES, kind_of
+from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 
 # The keys and columns that hold a caption where the user names none.
 CAPTION_FIELDS = ("caption", "text")

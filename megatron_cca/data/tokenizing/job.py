@@ -24,7 +24,7 @@ from megatron_cca.data.tokenizing.progress import Progress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError, one_line
-from megatron_cca.output import claimed, file_system_errors
+from megatron_cca.io.outputs import claimed, file_system_errors
 
 # Records that are decoded together, while those before them are encoded.
 _CHUNK = 64

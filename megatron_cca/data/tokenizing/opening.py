@@ -14,12 +14,12 @@ from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing.parts import PartsFolder
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.io.outputs import OPTION, check_apart
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.grids import own_grid
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
-from megatron_cca.output import OPTION, check_apart
 
 
 @dataclass(frozen=True)

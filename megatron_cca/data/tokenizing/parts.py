@@ -18,9 +18,9 @@ from pathlib import Path
 from megatron_cca.data.token_files import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
-from megatron_cca.foreign import json_object
+from megatron_cca.io.external_files import json_object
+from megatron_cca.io.outputs import OPTION
 from megatron_cca.models.image_vocabulary import ImageVocabulary
-from megatron_cca.output import OPTION
 
 SKIPPED, _JOB, _PART = "skipped.jsonl", "job.json", "part.json"
 _WAIT_SECONDS = 120.0

@@ -1,0 +1,202 @@
+"""From strict YAML and command-line overrides to a configuration, and back to plain data.
+
+Nothing here imports torch or Megatron, so that a mistyped key is refused in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_cca.config.schema import TYPED, Config
+from megatron_cca.config.texts import key_kind, override_value, texts_as_typed
+from megatron_cca.errors import UserError
+
+NULL = "must be text, found null; an unquoted ~ is null in YAML, the home folder is ~/"
+SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+# Of a file with all aliases written out; a configuration has a few hundred.
+_MAX_NODES = 10_000
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-5`` as a number (YAML 1.2) and refuses a key given twice, and aliases that swell."""
+
+    def __init__(self, stream: str, kind: Any) -> None:
+        super().__init__(stream)
+        self._kind = kind
+        self._sizes: dict[int, int] = {}
+
+    def get_single_node(self) -> yaml.Node | None:
+        return texts_as_typed(super().get_single_node(), self._kind)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        node = super().compose_node(parent, index)
+        if not is_alias:
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+        # What is not composed to its end has no size yet.
+        if self._sizes.get(id(node), _MAX_NODES + 1) > _MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, "it holds too much, or an alias of itself", mark)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {sorted(map(str, twice))[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides in order.
+
+    Args:
+        path: the file; None starts from the defaults.
+        overrides: strings such as ``training.train_iters=10``; the value is YAML, of a key that holds text it is taken
+            as typed. Paths follow the rule of ``typed_paths.py``.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
+    """
+    tree = {}
+    if path is not None:
+        read = read_yaml(Path(path), "--config", f"sections {', '.join(SECTIONS)}", Config)
+        tree = {section: {} if keys is None else keys for section, keys in read.items()}
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_dict(tree, typed=True)
+
+
+def config_from_dict(tree: Mapping[str, Any], *, typed: bool = False) -> Config:
+    """Validate nested plain data into a :class:`Config`; raises :class:`UserError` naming the first bad key.
+
+    Args:
+        tree: section -> key -> value.
+        typed: whether a person typed it. Paths then follow the rule of ``typed_paths.py``; what a run wrote down is
+            left as it is.
+    """
+    try:
+        # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
+        return TypeAdapter(Config).validate_json(as_json(tree), context=TYPED if typed else None)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain data, the inverse of :func:`config_from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def read_yaml(path: Path, option: str, expected: str, kind: type) -> dict[Any, Any]:
+    """The mapping that a YAML file holds; an empty file's is empty.
+
+    Args:
+        path: the file.
+        option: where the user named it, for messages.
+        expected: what the file should hold, for messages.
+        kind: the dataclass that it is meant for. What stands unquoted at a key that holds text is text: ``007`` and
+            ``1e5`` are no numbers there, ``yes`` is no truth value; null stays null.
+
+    Raises:
+        UserError: unreadable, not YAML, a key given twice, or no mapping; in one line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not valid YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path}: {getattr(error, 'strerror', None) or error}; give a YAML file") from None
+    tree = _parsed(text, f"{option} {path}: not valid YAML", kind)
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{option} {path}: expected {expected}, found a {type(tree).__name__}")
+    return tree or {}
+
+
+def _parsed(text: str, problem: str, kind: Any) -> Any:
+    try:
+        return yaml.load(text, Loader=functools.partial(_Loader, kind=kind))  # noqa: S506 - _Loader is a SafeLoader
+    except RecursionError:
+        raise UserError(f"{problem}: nested too deeply") from None
+    # PyYAML turns tagged text into numbers and dates by whatever raises what it likes.
+    except Exception as error:
+        raise UserError(f"{problem}: {' '.join(str(error).split())}") from None
+
+
+def as_json(tree: Any) -> str:
+    """Plain data as JSON; what YAML reads as a date becomes a string again.
+
+    Raises:
+        UserError: a key that is no text, a number of thousands of digits, too deep a nesting.
+    """
+    try:
+        return json.dumps(tree, default=str)
+    except RecursionError:
+        raise UserError("nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"holds what no configuration has: {error}") from None
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"--set {override}: expected section.key=value, such as training.train_iters=10")
+    kind = key_kind(Config, key.strip())
+    value = override_value(text, kind, lambda: _parsed(text, f"--set {override}: the value is not valid YAML", kind))
+    keys = tree.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise UserError(f"{section}: expected keys below this section, found {keys!r}")
+    keys[name] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    errors = error.errors()
+    # Of a union such as `str | Blend` each branch that was tried has its say; the one that got farthest was meant.
+    of_first_key = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(of_first_key, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "value_error":
+        return f"{'.'.join(location[:2])}: {first['ctx']['error']}"
+    if first["type"] == "string_type" and first["input"] is None:
+        return f"{'.'.join(location[:2])}: {NULL}"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: unknown key; {_suggestion(location)}"
+    if first["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key}: expected keys below this section, found {first['input']!r}"
+    # A union also adds the branch it tried to the location; the user knows only section, key, and what stands below.
+    return f"{'.'.join(location[:2] + location[3:])}: {_lower_first(first['msg'])}, found {first['input']!r}"
+
+
+def _suggestion(location: list[str]) -> str:
+    section = SECTIONS.get(location[0]) if len(location) > 1 else None
+    known = [field.name for field in dataclasses.fields(section)] if section else list(SECTIONS)
+    prefix = f"{location[0]}." if section else ""
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

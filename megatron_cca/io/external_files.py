@@ -1,0 +1,173 @@
+"""What somebody else may have written: JSON, files of any kind, and the names that a list gives to files beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.errors import UserError, shortened
+from megatron_cca.io.typed_paths import LONGEST_NAME
+
+BOM = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ZIP, UTF_16 = "a zip archive", "text in UTF-16"
+# How many bytes of a file :func:`kind_of` wants.
+KIND_BYTES = 512
+_KINDS = (
+    (0, LFS_POINTER, "a Git LFS pointer in place of the file (git lfs pull brings the file)"),
+    (0, b"\x1f\x8b", "compressed (gzip)"),
+    (0, b"BZh", "compressed (bzip2)"),
+    (0, b"\xfd7zXZ", "compressed (xz)"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!", "a RAR archive"),
+    (0, b"PK\3\4", ZIP),
+    (257, b"ustar", "a tar"),
+    (0, b"PAR1", "a Parquet file"),
+    (0, b"ARROW1", "an Arrow file"),
+    (0, b"\x93NUMPY", "a numpy file"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"SQLite format 3\0", "an SQLite database"),
+    (0, b"%PDF-", "a PDF"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"GIF8", "a GIF image"),
+    (8, b"WEBP", "a WebP image"),
+    (0, b"II*\0", "a TIFF image"),
+    (0, b"MM\0*", "a TIFF image"),
+    (4, b"ftyp", "a HEIC or AVIF image, or a video"),
+    (0, b"\xff\xfe\0\0", "text in UTF-32"),
+    (0, b"\xff\xfe", UTF_16),
+    (0, b"\xfe\xff", UTF_16),
+)
+_PAGES = (b"<!doctype html", b"<html")
+
+
+def kind_of(start: bytes) -> str | None:
+    """What a file is by its first :data:`KIND_BYTES` bytes, in words; None where they say nothing, as of plain text."""
+    for offset, magic, name in _KINDS:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    if start[:20].lstrip().lower().startswith(_PAGES):
+        return "a web page"
+    # A letter of ASCII in UTF-16 has a zero byte before or behind it.
+    return UTF_16 if len(start) > 1 and (start[0] == 0) != (start[1] == 0) else None
+
+
+def kind_of_file(path: Path) -> str | None:
+    """:func:`kind_of` a file; None where it cannot be read, which its reader says."""
+    try:
+        with path.open("rb") as file:
+            return kind_of(file.read(KIND_BYTES))
+    except (OSError, ValueError):
+        return None
+
+
+def said_kind(path: Path, but: Collection[str] = ()) -> str:
+    """What a file is instead of what its reader expects, to stand at the end of a message.
+
+    Args:
+        path: the file.
+        but: kinds that the reader's own files are of.
+    """
+    kind = kind_of_file(path)
+    return "" if kind is None or kind in but else f"; it is {kind}"
+
+
+def hub_blobs(folder: str | os.PathLike) -> Path | None:
+    """Where the hub's cache keeps the contents of a snapshot, whose files are links to there.
+
+    Args:
+        folder: ``.../snapshots/REVISION``, or a folder in it; without symbolic links.
+
+    Returns:
+        ``blobs`` beside ``snapshots``; None for any other folder.
+    """
+    for revision in (Path(folder), *Path(folder).parents):
+        blobs = revision.parent.parent / "blobs"
+        if revision.parent.name == "snapshots" and os.path.isdir(blobs):  # noqa: PTH112 - never raises
+            return Path(os.path.realpath(blobs))
+    return None
+
+
+def is_file_name(name: object) -> bool:
+    """Whether something found in a file may be the name of another file in the same folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
+
+
+def file_below(folder: Path, name: object) -> Path:
+    """The file that a name found inside a folder stands for.
+
+    Args:
+        folder: which the user named; it may be a symbolic link itself.
+        name: foreign, relative to it.
+
+    Raises:
+        UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, no such file.
+    """
+    if not isinstance(name, str) or not is_below(folder, name):
+        reason = "; names are relative to it" if isinstance(name, str) and Path(name).is_absolute() else ""
+        raise UserError(f"{shortened(repr(name), 80)} is not a file of {folder}{reason}")
+    path = folder / name
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for names that no file can have
+        raise UserError(f"{shortened(name, 80)} is missing in {folder}")
+    return path
+
+
+def is_below(folder: Path, name: str) -> bool:
+    """Whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it.
+
+    Of a snapshot in the hub's cache, a link may lead into the cache's contents.
+    """
+    try:
+        target, real = os.path.realpath(folder / name), os.path.realpath(folder)
+    except (OSError, ValueError):
+        return False
+    places = [f"{place}/".replace("//", "/") for place in (real, hub_blobs(real)) if place is not None]
+    return not Path(name).is_absolute() and target.startswith(tuple(places))
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none; names the file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object{said_kind(path)}")
+    return found
+
+
+def json_lines(path: Path, **required: type) -> Iterator[tuple[str, dict]]:
+    """Lines of a log and the objects in them; complete ones only, since a killed run may leave half of its last one.
+
+    Args:
+        path: where there is no file, there are no lines.
+        required: a key that every object has, and its type.
+
+    Raises:
+        UserError: a line that holds something else; names it.
+    """
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in required.items()):
+            raise UserError(f"{path}: line {number} is damaged; remove it, or move the file away")
+        yield f"{line}\n", row

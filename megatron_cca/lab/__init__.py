@@ -1,0 +1,1 @@
+"""What runs around a training job: evaluation, studies, planner, scaling. Nothing outside of it imports it."""

@@ -1,0 +1,114 @@
+"""The networks whose features FID and its kin compare."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from megatron_cca.errors import UserError
+from megatron_cca.io.pickles import load_tensors
+from megatron_cca.io.typed_paths import typed_path
+from megatron_cca.lab.evaluation.plugins import failures_said, is_function_spec, load_function
+
+EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+# The published file's name ends in the beginning of its SHA-256.
+PUBLISHED_SHA256 = "6726825d"
+# Known without building the networks, so that what cannot be computed is said before.
+WIDTHS = {
+    "digits": {"features": 64, "logits": 10, "spatial": 256},
+    "inception": {"features": 2048, "logits": 1008, "spatial": 2023},
+}
+
+
+class Extractor(nn.Module):
+    """A network as :func:`megatron_cca.lab.evaluation.fidelity.fidelity` takes it.
+
+    Attributes:
+        name: as the user gave it.
+        origin: where its weights come from, for the record.
+    """
+
+    def __init__(self, network: nn.Module, name: str, origin: dict[str, str]) -> None:
+        super().__init__()
+        self.network, self.name, self.origin = network.eval().requires_grad_(False), name, origin
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...] | dict[str, Tensor]:
+        """uint8 ``[N, 3, H, W]`` -> features ``[N, D]``, class logits ``[N, C]`` and perhaps spatial ``[N, S]``."""
+        if not is_function_spec(self.name):
+            return self.network(images)
+        with failures_said(self.name, EXTRACTOR):
+            return self.network(images)
+
+
+def open_extractor(name: str, weights: Path | None = None) -> Extractor:
+    """Build an extractor on the CPU; nothing is downloaded.
+
+    Args:
+        name: ``digits``, the demo's classifier, trained here on the real training scans; ``inception``, the network of
+            the field's FID; or ``FILE.py:FUNCTION``, a function without arguments that returns a torch module.
+        weights: the Inception weights' file.
+
+    Raises:
+        UserError: see :func:`check_extractor`; a function that fails or returns something else; damaged weights.
+    """
+    check_extractor(name, weights)
+    if name == "digits":
+        from megatron_cca.lab.evaluation.digit_judges import standard_judges
+
+        return Extractor(standard_judges().cnn, name, {"trained_on": "digits"})
+    if name == "inception":
+        return _inception(Path(weights))
+    network = load_function(name, EXTRACTOR)()
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{EXTRACTOR}: {name} must return a torch module, found {type(network).__name__}")
+    return Extractor(network, name, {"sha256": _sha256(Path(typed_path(name.rpartition(":")[0])))})
+
+
+def check_extractor(name: str, weights: Path | None) -> None:
+    """Refuse a name that is none, and Inception without its file; nothing is loaded.
+
+    Raises:
+        UserError: says where the file is to be had and how it is named.
+    """
+    if name not in WIDTHS and not is_function_spec(name):
+        raise UserError(f"{EXTRACTOR}: {name!r} is none of digits, inception and FILE.py:FUNCTION")
+    if name != "inception":
+        if weights is not None:
+            raise UserError(f"{WEIGHTS}: only {EXTRACTOR} inception reads them, found {EXTRACTOR} {name}")
+        return
+    if weights is None:
+        raise UserError(f"{EXTRACTOR}: inception needs its weights; {_remedy()}")
+    if not Path(weights).is_file():
+        raise UserError(f"{WEIGHTS}: the file {weights} does not exist; {_remedy()}")
+
+
+def _remedy() -> str:
+    return f"download {INCEPTION_URL} and name the file with {WEIGHTS} FILE"
+
+
+def _inception(weights: Path) -> Extractor:
+    from megatron_cca.lab.evaluation.fidelity import InceptionV3
+
+    try:
+        # torch-fidelity unpickles whatever a file holds; after this it is known to hold tensors and nothing else.
+        with weights.open("rb") as file:
+            load_tensors(file)
+        network = InceptionV3(weights)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load and load_state_dict promise no closed set for damaged files
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(
+            f"{WEIGHTS}: {weights} is damaged or holds other weights ({type(error).__name__}: {reason}); {_remedy()}"
+        ) from None
+    return Extractor(network, "inception", {"weights": str(weights), "sha256": _sha256(weights)})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

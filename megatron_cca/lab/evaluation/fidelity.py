@@ -1,0 +1,201 @@
+"""FID, sFID, Inception Score, KID, precision and recall by torch-fidelity, all on one extractor's answers.
+
+Images go through the extractor once for all metrics. torch-fidelity's own choice of networks, which differs from metric
+to metric, its downloads and its file cache play no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+from torch_fidelity import (
+    KEY_METRIC_FID,
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    FeatureExtractorInceptionV3,
+)
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from megatron_cca.errors import UserError
+from megatron_cca.lab.evaluation.extraction import OnProgress, check_images, extract, widths
+from megatron_cca.lab.evaluation.metrics import METRICS, MOMENT_METRICS, PART_OF, Counts, FidelitySettings, obstacle
+
+__all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]
+
+_DEFAULTS = FidelitySettings()
+_SFID_CHANNELS = 7
+# Rows of the distance matrix that precision and recall hold at a time.
+_DISTANCE_ROWS = 1000
+
+
+class Reference:
+    """Real images with the memory of what an extractor made of them, so that many sample sets are held against them.
+
+    Args:
+        images: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``.
+        extractor: see :func:`fidelity`.
+        moments: mean ``[D]`` and covariance ``[D, D]`` of parts, from more images than these; FID ("features") and sFID
+            ("spatial") take them where they are given, as OpenAI's evaluator does.
+
+    Raises:
+        UserError: images of another type or shape.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        extractor: nn.Module,
+        moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        check_images("reference", images)
+        if not len(images):
+            raise UserError("reference: holds no images")
+        self.images, self.extractor = images, extractor
+        self.given = frozenset(moments or ())
+        self._moments = {part: {"mu": mu, "sigma": sigma} for part, (mu, sigma) in (moments or {}).items()}
+        self._parts: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, names: Iterable[str], batch_size: int = 64, on_progress: OnProgress | None = None) -> dict:
+        """The named parts, float32 ``[N, D]``; the extractor sees the images only where some are not known yet."""
+        names = set(names)
+        if not names <= self._parts.keys():
+            self._parts |= extract("reference", self.images, self.extractor, names, batch_size, on_progress)
+        return self._parts
+
+    def moments(self, part: str) -> dict[str, np.ndarray]:
+        """``mu`` float64 ``[D]`` and ``sigma`` float64 ``[D, D]`` of a part, given or of the extracted images."""
+        if part not in self._moments:
+            self._moments[part] = fid_features_to_statistics(self._parts[part].double())
+        return self._moments[part]
+
+
+def fidelity(
+    samples: np.ndarray,
+    reference: np.ndarray | Reference,
+    extractor: nn.Module,
+    settings: FidelitySettings = _DEFAULTS,
+    on_progress: OnProgress | None = None,
+) -> dict[str, float]:
+    """How good samples are, beside real images and in themselves.
+
+    FID is arXiv 1706.08500, Inception Score 1606.03498, KID 1801.01401 (unbiased, cubic kernel), precision and recall
+    1904.06991, sFID 2103.03841; as torch-fidelity computes them, in float64 from the features on.
+
+    Args:
+        samples: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, grey levels or RGB from 0 to 255.
+        reference: the same of real images, or a :class:`Reference` of the same extractor.
+        extractor: maps uint8 ``[N, 3, H, W]`` to features ``[N, D]``, class logits ``[N, C]`` and, for sFID, spatial
+            features ``[N, S]``: a tuple in this order or a dict with these keys. Runs where its parameters are.
+        settings: which metrics, and their numbers.
+        on_progress: called with the number of images that have just gone through the extractor.
+
+    Returns:
+        Each metric under its name; ``kid_std``, and ``inception_score_std`` where there are several splits.
+
+    Raises:
+        UserError: images of another type or shape, too few of them for a metric, an extractor that gives something
+            else or what is not a number.
+    """
+    check_images("samples", samples)
+    if not isinstance(reference, Reference):
+        reference = Reference(reference, extractor)
+    assert reference.extractor is extractor, "the reference remembers another extractor's answers"
+    counts = Counts(len(samples), len(reference), reference.given)
+    found = widths(extractor, samples if len(samples) else reference.images)
+    for metric in settings.metrics:
+        problem = obstacle(metric, counts, found, settings)
+        if problem is not None:
+            raise UserError(f"{problem.side}: {problem.reason}")
+    for part in reference.given & found.keys():
+        if len(reference.moments(part)["mu"]) != found[part]:
+            raise UserError(
+                f"reference: its mean of {part} has {len(reference.moments(part)['mu'])} numbers, the extractor's "
+                f"{part} have {found[part]}"
+            )
+    ours = extract(
+        "samples", samples, extractor, {PART_OF[name] for name in settings.metrics}, settings.batch_size, on_progress
+    )
+    reference.parts(_wanted_of_reference(settings, reference.given), settings.batch_size, on_progress)
+    return _compute(ours, reference, settings)
+
+
+def _wanted_of_reference(settings: FidelitySettings, given: frozenset[str]) -> set[str]:
+    binary = [name for name in settings.metrics if name != "inception_score"]
+    return {PART_OF[name] for name in binary if not (name in MOMENT_METRICS and PART_OF[name] in given)}
+
+
+def _compute(ours: dict[str, Tensor], reference: Reference, settings: FidelitySettings) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if "inception_score" in settings.metrics:
+        splits = settings.inception_score_splits
+        score = isc_features_to_metric(ours["logits"], splits)
+        found["inception_score"] = score[KEY_METRIC_ISC_MEAN]
+        if splits > 1:
+            found["inception_score_std"] = score[KEY_METRIC_ISC_STD]
+    for name in MOMENT_METRICS:
+        if name in settings.metrics:
+            part = PART_OF[name]
+            moments = fid_features_to_statistics(ours[part].double())
+            found[name] = fid_statistics_to_metric(moments, reference.moments(part), verbose=False)[KEY_METRIC_FID]
+    if {"kid", "precision", "recall"} & {*settings.metrics}:
+        pair = ours["features"].double(), reference.parts({"features"})["features"].double()
+        found |= _compare(*pair, settings)
+    order = [name for metric in settings.metrics for name in (metric, f"{metric}_std")]
+    return {name: float(found[name]) for name in order if name in found}
+
+
+def _compare(ours: Tensor, theirs: Tensor, settings: FidelitySettings) -> dict[str, float]:
+    found = {}
+    if "kid" in settings.metrics:
+        subsets = {"kid_subsets": settings.kid_subsets, "kid_subset_size": settings.kid_subset_size}
+        kid = kid_features_to_metric(ours, theirs, **subsets, verbose=False)
+        found |= {"kid": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+    if {"precision", "recall"} & {*settings.metrics}:
+        options = {"prc_neighborhood": settings.neighborhood, "prc_batch_size": _DISTANCE_ROWS}
+        manifolds = prc_features_to_metric(ours, theirs, **options, save_cpu_ram=True, verbose=False)
+        found |= {"precision": manifolds[KEY_METRIC_PRECISION], "recall": manifolds[KEY_METRIC_RECALL]}
+    return found
+
+
+class InceptionV3(nn.Module):
+    """torch-fidelity's copy of the Inception network of TensorFlow's FID, with weights from a file.
+
+    uint8 ``[N, 3, H, W]`` of any size -> ``features`` ``[N, 2048]``, ``logits`` ``[N, 1008]`` (without bias, as the
+    Inception Score's authors have them) and ``spatial`` ``[N, 2023]``: what sFID is computed on, the first 7 channels
+    of ``mixed_6/conv`` in TensorFlow's graph, in its order ``[17, 17, 7]``.
+
+    Args:
+        weights: a state dict that :func:`megatron_cca.lab.evaluation.extractors.open_extractor` has found to be one.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        layers = ["2048", "logits_unbiased"]
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", layers, feature_extractor_weights_path=str(weights)
+        )
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self._kept: Tensor | None = None
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._kept = output
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """RGB from 0 to 255."""
+        features, logits = self.network(images)
+        spatial = self._kept[:, :_SFID_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        self._kept = None
+        return {"features": features, "logits": logits, "spatial": spatial}

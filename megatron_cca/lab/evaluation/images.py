@@ -1,0 +1,117 @@
+"""Sets of images as evaluation takes them: from a folder, an .npz, tools/generate.py's output, or the digits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_cca.data.image_headers import Rejected, read_header
+from megatron_cca.errors import UserError
+from megatron_cca.io.typed_paths import typed_path
+from megatron_cca.lab.evaluation.archives import read_archive
+from megatron_cca.lab.evaluation.listings import HELD_OUT, WORDS, Listing, check_path, list_folder
+
+_OPAQUE = 255
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images and what is known of them.
+
+    Attributes:
+        images: uint8 ``[N, H, W, 3]``, RGB.
+        labels: int64 ``[N]`` or None, the classes asked for.
+        prompts: ``N`` texts or None.
+        moments: mean and covariance of Inception's ``features`` and ``spatial`` features over more images than these,
+            as OpenAI's reference batches hold them; empty elsewhere.
+        notices: what lies there and is not among the images, or not all of it; one line each.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    prompts: list[str] | None = None
+    moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    notices: tuple[str, ...] = ()
+
+
+def read_images(path: str | Path) -> ImageSet:
+    """Read a set of images; many show a progress bar.
+
+    Args:
+        path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
+            ``prompts.jsonl``, as tools/generate.py writes it, in its order; an ``.npz`` with ``arr_0`` uint8
+            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and
+            ``digits-held-out``.
+
+    Raises:
+        UserError: names what is missing, empty, unreadable, or of another size than the others.
+    """
+    if str(path) in WORDS:
+        from megatron_cca.data.digits import load_scans
+
+        scans = load_scans()[str(path) == HELD_OUT]
+        return ImageSet(np.repeat(scans.images[..., None], 3, axis=3), scans.labels)
+    check_path(path)
+    path = Path(typed_path(str(path)))
+    if path.is_file():
+        return ImageSet(*read_archive(path))
+    listing = list_folder(path)
+    images, transparent = _read_files(listing)
+    notices = listing.notices
+    if transparent:
+        notices += (f"{transparent} of {len(images)} images are transparent in places; alpha is dropped",)
+    return ImageSet(images, listing.labels, listing.prompts, notices=notices)
+
+
+def _read_files(listing: Listing) -> tuple[np.ndarray, int]:
+    """The images, and how many of them are transparent in places."""
+    transparent, (first, _) = 0, _decode(listing.files[0])
+    images = np.empty((len(listing.files), *first.shape), dtype=np.uint8)
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        tqdm(total=len(images), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
+    ):
+        for index, (file, decoded) in enumerate(zip(listing.files, pool.map(_decode, listing.files), strict=True)):
+            pixels, is_transparent = decoded
+            if pixels.shape != first.shape:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise UserError(
+                    f"{file}: {_size(pixels)} pixels, but {listing.files[0].name} has {_size(first)}; all images of a "
+                    "set must be of one size"
+                )
+            images[index] = pixels
+            transparent += is_transparent
+            bar.update()
+    return images, transparent
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[0]} x {pixels.shape[1]}"
+
+
+def _decode(file: Path) -> tuple[np.ndarray, bool]:
+    """uint8 ``[H, W, 3]``, upright, without alpha; and whether that is anywhere less than full."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise UserError("reading images needs Pillow; pip install -e '.[data]'") from None
+    try:
+        data = file.read_bytes()
+        header = read_header(data)
+        with Image.open(BytesIO(data if header.orientation != 1 else header.essential)) as image:
+            upright = ImageOps.exif_transpose(image)
+            has_alpha = "A" in upright.getbands() or "transparency" in upright.info
+            is_transparent = has_alpha and upright.convert("RGBA").getextrema()[3][0] < _OPAQUE
+            return np.asarray(upright.convert("RGB")), is_transparent
+    except Rejected as rejected:
+        raise UserError(f"{file}: {rejected}") from None
+    except Exception as error:  # Pillow promises no closed set of exceptions for damaged files.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file}: the image cannot be read ({reason})") from None

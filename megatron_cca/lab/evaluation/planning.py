@@ -1,0 +1,172 @@
+"""What is to be evaluated, whether it can be, and which metrics the images and the extractor allow."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, check_classifier
+from megatron_cca.lab.evaluation.clip import CLIP, check_clip
+from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
+from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.listings import DIGITS, WORDS, check_path
+from megatron_cca.lab.evaluation.metrics import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
+
+SAMPLES, REFERENCE = "--samples", "--reference"
+_DIGIT_SIZE = (8, 8)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is held against what.
+
+    Attributes:
+        samples: name -> path of each set, as :func:`megatron_cca.lab.evaluation.images.read_images` takes them.
+        reference: path of the real images.
+        extractor: see :func:`megatron_cca.lab.evaluation.extractors.open_extractor`.
+        inception_weights: its file.
+        metrics: of ``METRICS``; None means all that the images and the extractor allow.
+        numbers: subsets, neighbourhood, splits and batch size; its own metrics play no part.
+        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means what
+            :func:`classifier_of` says.
+        clip: folder of a CLIP; None leaves the CLIP score out.
+    """
+
+    samples: dict[str, str]
+    reference: str
+    extractor: str
+    inception_weights: Path | None = None
+    metrics: tuple[str, ...] | None = None
+    numbers: FidelitySettings = field(default_factory=FidelitySettings)
+    classifier: str | None = None
+    clip: Path | None = None
+
+
+class Plan(NamedTuple):
+    """The metrics of a set that are computed, and of the others why they are not."""
+
+    metrics: tuple[str, ...]
+    left_out: dict[str, str]
+
+
+def check(settings: EvaluationSettings) -> None:
+    """Refuse what can be refused without reading an image or loading a network.
+
+    Raises:
+        UserError: names the option.
+    """
+    for option, path in ((SAMPLES, one) for one in settings.samples.values()):
+        with said_of(option):
+            check_path(path)
+    with said_of(REFERENCE):
+        check_path(settings.reference)
+    if settings.metrics is None or settings.metrics:
+        check_extractor(settings.extractor, settings.inception_weights)
+    if settings.classifier is not None:
+        check_classifier(settings.classifier)
+    if settings.clip is not None:
+        check_clip(settings.clip)
+    if settings.metrics == () and settings.clip is None and settings.classifier is None:
+        raise UserError(f"--metrics: names none, and neither {CLASSIFIER} nor {CLIP} is given: nothing to do")
+
+
+def check_annotations(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> None:
+    """Refuse a classifier where no set has labels, and CLIP where none has prompts.
+
+    Raises:
+        UserError: says where they would come from.
+    """
+    if settings.classifier is not None and all(images.labels is None for images in sets.values()):
+        raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
+    if settings.clip is not None and all(images.prompts is None for images in sets.values()):
+        raise UserError(
+            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as tools/generate.py writes it"
+        )
+
+
+def classifier_of(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> str | None:
+    """The classifier that is asked for, else the digits' own where they are the reference and samples have labels."""
+    labelled = [images for images in sets.values() if images.labels is not None]
+    if settings.classifier is not None or settings.reference not in WORDS:
+        return settings.classifier
+    fit = labelled and all(images.images.shape[1:3] == _DIGIT_SIZE for images in labelled)
+    return DIGITS if fit else None
+
+
+def plan(
+    settings: EvaluationSettings, sets: dict[str, ImageSet], reference: ImageSet, widths: dict[str, int]
+) -> dict[str, Plan]:
+    """Per set the metrics that can be computed; what is left out is said on standard error.
+
+    Args:
+        settings: what was asked for.
+        sets, reference: the images.
+        widths: of the parts that the extractor gives.
+
+    Raises:
+        UserError: a metric that was asked for by name and cannot be computed; nothing at all that can be; images that
+            the digits' network does not take.
+    """
+    if settings.metrics == ():
+        return {name: Plan((), {}) for name in sets}
+    if settings.extractor == "digits":
+        _check_digit_sizes(sets, reference)
+    moments = frozenset(usable_moments(settings, reference))
+    plans = {}
+    for name, images in sets.items():
+        counts = Counts(len(images.images), len(reference.images), moments)
+        plans[name] = _plan(settings, name, counts, widths)
+    if not any(one.metrics for one in plans.values()) and classifier_of(settings, sets) is None and not settings.clip:
+        raise UserError(next(reason for one in plans.values() for reason in one.left_out.values()))
+    real = reference.images.shape[1:3]
+    for name, one in plans.items():
+        size = sets[name].images.shape[1:3]
+        if size != real:
+            print(f"{name}: its images are {_by(size)} pixels, the reference's {_by(real)}", file=sys.stderr)
+        for metric, reason in one.left_out.items():
+            print(f"{name}: {TITLES[metric]} is left out ({reason})", file=sys.stderr)
+    return plans
+
+
+def _plan(settings: EvaluationSettings, name: str, counts: Counts, widths: dict[str, int]) -> Plan:
+    asked, left_out = settings.metrics or METRICS, {}
+    for metric in asked:
+        problem = obstacle(metric, counts, widths, settings.numbers)
+        if problem is not None:
+            left_out[metric] = _said(settings, name, problem)
+            if settings.metrics is not None:
+                raise UserError(left_out[metric])
+    return Plan(tuple(metric for metric in asked if metric not in left_out), left_out)
+
+
+def usable_moments(settings: EvaluationSettings, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and covariance that the reference brings along: they are always Inception's."""
+    return dict(reference.moments or {}) if settings.extractor == "inception" else {}
+
+
+def _check_digit_sizes(sets: dict[str, ImageSet], reference: ImageSet) -> None:
+    for option, images in (*((f"{SAMPLES} {name}", one) for name, one in sets.items()), (REFERENCE, reference)):
+        size = images.images.shape[1:3]
+        if size != _DIGIT_SIZE:
+            raise UserError(
+                f"{option}: {EXTRACTOR} digits takes images of 8 x 8 pixels, found {_by(size)}; give another "
+                f"{EXTRACTOR}"
+            )
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
+
+
+def _said(settings: EvaluationSettings, name: str, problem: Obstacle) -> str:
+    where = {
+        "samples": f"{SAMPLES} {name}",
+        "reference": f"{REFERENCE} {settings.reference}",
+        "extractor": f"{EXTRACTOR} {settings.extractor}",
+    }
+    return f"{where[problem.side]}: {problem.reason}"

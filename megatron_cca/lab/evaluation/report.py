@@ -1,0 +1,187 @@
+"""What tools/evaluate.py leaves behind: metrics.json, table.md and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cca import __version__
+from megatron_cca.io.figures import contact_sheet
+from megatron_cca.io.outputs import check_output, claimed, replacing
+from megatron_cca.lab.evaluation.evaluate import Evaluation, SetResult
+from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.report_plots import class_accuracy_bars, fid_is_plane, image_grid
+from megatron_cca.version import installed_versions
+
+METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
+PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
+_PARTIAL = ".partial"
+# Images on a sheet.
+_WITH_PROMPTS, _WITHOUT = 16, 48
+_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
+# Key, heading with the direction that is better, and whether more is better.
+_COLUMNS = (
+    ("fid", "FID ↓", False),
+    ("sfid", "sFID ↓", False),
+    ("inception_score", "IS ↑", True),
+    ("kid", "KID ↓", False),
+    ("precision", "precision ↑", True),
+    ("recall", "recall ↑", True),
+    ("class_accuracy", "accuracy ↑", True),
+    ("clip_score", "CLIP score ↑", True),
+)
+
+
+@contextmanager
+def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
+    """Keep the folder for a report, from before the work to the end of writing.
+
+    Raises:
+        UserError: it holds something that is not to be replaced, or another process writes there.
+    """
+    with claimed(output):
+        check_output(output, _former(output), {_PARTIAL}, overwrite=overwrite)
+        yield
+
+
+def _former(output: Path) -> set[str]:
+    sheets = {path.name for path in output.glob(SAMPLES_FILE.format("*"))}
+    return {METRICS_FILE, TABLE_FILE, PLANE_FILE, BARS_FILE, *sheets}
+
+
+def write_report(output: Path, evaluation: Evaluation) -> list[str]:
+    """Write all files into a :func:`reserved` folder, or none; a former report's go.
+
+    Returns:
+        The files' names. ``metrics.json`` arrives last: where it is, all is there.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    with replacing(output, _former(output), _PARTIAL, METRICS_FILE) as partial:
+        (partial / TABLE_FILE).write_text(table(evaluation) + "\n")
+        _draw(partial, evaluation)
+        (partial / METRICS_FILE).write_text(json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n")
+        names = sorted((path.name for path in partial.iterdir()), key=lambda name: (name == METRICS_FILE, name))
+    return names
+
+
+def as_json(evaluation: Evaluation) -> dict:
+    """Settings, versions, counts and numbers at full precision."""
+    settings = evaluation.settings
+    numbers = {name: value for name, value in asdict(settings.numbers).items() if name != "metrics"}
+    return {
+        "version": __version__,
+        "packages": installed_versions(_PACKAGES),
+        "extractor": {"name": settings.extractor, **evaluation.extractor_origin},
+        "settings": {
+            "metrics": settings.metrics,  # null: all that could be computed
+            **numbers,
+            "classifier": settings.classifier,
+            "clip": None if settings.clip is None else str(settings.clip),
+            "clip_score": "100 * max(cosine, 0)",
+        },
+        "reference": {
+            "path": settings.reference,
+            **_extent(evaluation.reference.images),
+            "brings_moments_of": sorted(evaluation.reference.moments or ()),
+            **_notices(evaluation.reference),
+        },
+        "sets": [_set_as_json(settings.samples[one.name], one) for one in evaluation.sets],
+    }
+
+
+def _set_as_json(path: str, one: SetResult) -> dict:
+    found = {"name": one.name, "path": path, **_extent(one.images.images), **values(one)}
+    if one.clip_scores is not None:
+        found["clip_score_std"] = float(one.clip_scores.std(dtype=np.float64))
+    if one.clip_cut is not None:
+        found |= {"clip_prompts_cut": one.clip_cut.prompts, "clip_tokens": one.clip_cut.tokens}
+    if one.accuracy is not None:
+        found["class_accuracy_per_class"] = {str(label): share for label, share in one.accuracy.per_class.items()}
+    return {**found, **_notices(one.images), "left_out": one.left_out}
+
+
+def _notices(images: ImageSet) -> dict:
+    """What lies beside the images and was not read; nothing where that is all."""
+    return {"notices": list(images.notices)} if images.notices else {}
+
+
+def _extent(images: np.ndarray) -> dict:
+    return {"images": len(images), "size": list(images.shape[1:3])}
+
+
+def values(one: SetResult) -> dict[str, float]:
+    """All numbers of a set under their names, class accuracy and mean CLIP score included."""
+    found = dict(one.metrics)
+    if one.accuracy is not None:
+        found["class_accuracy"] = one.accuracy.overall
+    if one.clip_scores is not None:
+        found["clip_score"] = float(one.clip_scores.mean(dtype=np.float64))
+    return found
+
+
+def table(evaluation: Evaluation) -> str:
+    """A Markdown table, a row a set; of several sets the best of each column is bold."""
+    rows = [values(one) for one in evaluation.sets]
+    columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
+    lines = [
+        "| samples | images | " + " | ".join(heading for _, heading, _ in columns) + " |",
+        "|---|" + "---:|" * (1 + len(columns)),
+    ]
+    for one, row in zip(evaluation.sets, rows, strict=True):
+        cells = [_cell(key, row, rows, rising) for key, _, rising in columns]
+        name = one.name.replace("|", "\\|")
+        lines.append(f"| {name} | {len(one.images.images)} | {' | '.join(cells)} |")
+    settings, reference = evaluation.settings, evaluation.reference.images
+    lines += ["", f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
+    cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
+    lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
+    return "\n".join(lines)
+
+
+def _cell(key: str, row: dict[str, float], rows: list[dict[str, float]], rising: bool) -> str:
+    if key not in row:
+        return "–"
+    column = [one[key] for one in rows if key in one]
+    best = len(column) > 1 and row[key] == (max if rising else min)(column)
+    # Adding 0 after rounding: identical sets have FID 0 and not -0.
+    shown = f"{row[key]:.4g}" if key == "kid" else f"{round(row[key], _digits(key)) + 0:.{_digits(key)}f}"
+    return f"**{shown}**" if best else shown
+
+
+def _digits(key: str) -> int:
+    return 3 if key in ("precision", "recall", "class_accuracy") else 2
+
+
+def _draw(folder: Path, evaluation: Evaluation) -> None:
+    rows = {one.name: values(one) for one in evaluation.sets}
+    points = {
+        name: (row["fid"], row["inception_score"]) for name, row in rows.items() if {"fid", "inception_score"} <= {*row}
+    }
+    if len(points) > 1:
+        fid_is_plane(folder / PLANE_FILE, points)
+    accuracies = {one.name: one.accuracy.per_class for one in evaluation.sets if one.accuracy is not None}
+    if accuracies:
+        class_accuracy_bars(folder / BARS_FILE, accuracies)
+    for one in evaluation.sets:
+        _draw_samples(folder / SAMPLES_FILE.format(one.name), one)
+
+
+def _draw_samples(path: Path, one: SetResult) -> None:
+    """Some of the images, evenly from all: by class where there are labels, else over their prompts."""
+    images, labels, prompts = one.images.images, one.images.labels, one.images.prompts
+    by_prompt = prompts is not None and labels is None
+    order = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
+    shown = min(len(images), _WITH_PROMPTS if by_prompt else _WITHOUT)
+    picked = order[np.linspace(0, len(images) - 1, shown).round().astype(int)]
+    if by_prompt:
+        contact_sheet(path, images[picked], [prompts[index] for index in picked])
+    else:
+        captions = [f"class {labels[index]}" if labels is not None else "" for index in picked]
+        image_grid(path, f"{one.name}: {shown} of {len(images)} images", images[picked], captions)

@@ -1,0 +1,180 @@
+"""Bytes of a forward and backward pass on one rank: what layers keep, and what is alive while they work.
+
+Every term names tensors of Megatron's layers; ``tests/unit/test_planner_memory.py`` holds them to the dry run's count.
+Scores of attention are held only where Transformer Engine's attention is not fused (``models/attention.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cca.config import Config, ModelConfig, Precision
+from megatron_cca.lab.planner.sizes import Sizes, architecture_of
+from megatron_cca.models.attention import keeps_scores
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer of one rank, in numbers.
+
+    Attributes:
+        size: bytes of a number as it is computed with.
+        tokens: of a microbatch on this rank.
+        shared: tokens where sequence parallelism divides them: norms and residuals.
+        hidden: the model's width.
+        queries, keys: this rank's channels of queries; of keys and values together.
+        ffn: this rank's channels between fc1 and fc2.
+        heads: this rank's.
+        rotary: numbers in a table of rotary positions.
+        scores: bytes of a layer's scores of attention, where they are kept for backward; else 0.
+        fuses_norms, fuses_swiglu: whether each is a kernel of its own, that keeps nothing of its inner steps.
+    """
+
+    size: int
+    tokens: float
+    shared: float
+    hidden: int
+    queries: float
+    keys: float
+    ffn: float
+    heads: float
+    rotary: float
+    scores: float
+    fuses_norms: bool
+    fuses_swiglu: bool
+
+    @property
+    def stream(self) -> float:
+        """Bytes of the hidden states between layers."""
+        return self.size * self.shared * self.hidden
+
+
+def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, fuses_swiglu: bool) -> LayerShape:
+    """Of a layer of the run; ``size`` is the bytes of a number."""
+    architecture, tensor = architecture_of(config.model), sizes.tensor
+    channels = architecture.kv_channels
+    return LayerShape(
+        size=size,
+        tokens=sizes.tokens,
+        shared=sizes.tokens / (tensor if config.parallel.sequence_parallel else 1),
+        hidden=architecture.hidden_size,
+        queries=architecture.hidden_size / tensor,
+        keys=2 * architecture.num_query_groups * channels / tensor,
+        ffn=architecture.ffn_hidden_size / tensor,
+        heads=architecture.num_attention_heads / tensor,
+        rotary=sizes.seq_length / sizes.context * channels,
+        scores=layer_scores(config.model, sizes, "fp32" if size == FP32 else "bf16"),
+        fuses_norms=fuses_norms,
+        fuses_swiglu=fuses_swiglu,
+    )
+
+
+def layer_scores(model: ModelConfig, sizes: Sizes, precision: Precision) -> float:
+    """Bytes of the scores ``[rows, heads, S, S]`` that a layer keeps for backward; 0 where its attention is fused."""
+    if not keeps_scores(model, sizes.architecture, precision):
+        return 0.0
+    number = FP32 if precision == "fp32" else FP32 // 2
+    return number * sizes.rows * sizes.architecture.num_attention_heads / sizes.tensor * sizes.seq_length**2
+
+
+def norm_kept(shape: LayerShape) -> float:
+    """Of an RMSNorm, besides its input: its output, and a number for each token or, unfused, its inner steps."""
+    if shape.fuses_norms:
+        return shape.stream + FP32 * shape.shared
+    # In fp32 the normed input; in bf16 that in fp32 and again in bf16.
+    inner = 1 if shape.size == FP32 else 3
+    return (1 + inner) * shape.stream + FP32 * shape.shared
+
+
+def attention_kept(shape: LayerShape, context: int) -> float:
+    """The joint projection, of which the values are a view; rotated queries and keys; the context; its logarithms."""
+    channels = (shape.queries + shape.keys) + (shape.queries + shape.keys / 2) + shape.queries
+    gathered = shape.keys * context if context > 1 else 0
+    tables = 4 * shape.size * shape.rotary
+    return shape.size * shape.tokens * (channels + gathered) + _softmax_kept(shape) + tables
+
+
+def _softmax_kept(shape: LayerShape) -> float:
+    """The scores, or of a fused kernel a logarithm for each head and token."""
+    return shape.scores or FP32 * shape.heads * shape.tokens
+
+
+def mlp_kept(shape: LayerShape) -> float:
+    """Both halves of fc1's output, and SwiGLU's; unfused also the activated half and the other one, shifted by 0."""
+    return shape.size * shape.tokens * shape.ffn * (3 if shape.fuses_swiglu else 5)
+
+
+def layer_kept(shape: LayerShape, context: int) -> float:
+    """All that one layer keeps for backward besides its input, without recomputation; its output included."""
+    residuals = 2 * shape.stream
+    return residuals + 2 * norm_kept(shape) + attention_kept(shape, context) + mlp_kept(shape)
+
+
+def chunk_kept(shape: LayerShape, config: Config, layers: int, context: int) -> float:
+    """What ``layers`` layers keep of a microbatch, their input included, under the run's recomputation."""
+    training = config.training
+    whole = layer_kept(shape, context)
+    if training.recompute_granularity == "full":
+        group = training.recompute_num_layers
+        if training.recompute_method == "block":
+            recomputed = min(group, layers)
+            return shape.stream + recomputed * shape.stream + (layers - recomputed) * whole
+        return shape.stream * (1 + -(-layers // group))
+    if training.recompute_granularity == "selective":
+        whole -= _selectively_recomputed(shape, config)
+    return shape.stream + layers * whole
+
+
+def _selectively_recomputed(shape: LayerShape, config: Config) -> float:
+    modules = config.training.recompute_modules
+    attention = _softmax_kept(shape) if "core_attn" in modules else 0
+    return attention + (mlp_kept(shape) if "mlp" in modules else 0)
+
+
+def recomputed_at_once(shape: LayerShape, config: Config, layers: int, context: int) -> float:
+    """What recomputation brings back while one of its groups is differentiated."""
+    training = config.training
+    if training.recompute_granularity == "full":
+        group = min(training.recompute_num_layers, layers)
+        if training.recompute_method == "block":
+            # The layers that are kept whole come last, and are differentiated first.
+            return layer_kept(shape, context) if group == layers else 0
+        return group * layer_kept(shape, context) - shape.stream
+    return _selectively_recomputed(shape, config) if training.recompute_granularity == "selective" else 0
+
+
+def layer_backward(shape: LayerShape, config: Config) -> float:
+    """Alive in the backward pass of a layer besides what it kept: at fc2, SwiGLU or unfused attention, the largest."""
+    whole = shape.size * shape.tokens * shape.hidden
+    gathered = whole if config.parallel.sequence_parallel else 0
+    inner = shape.size * shape.tokens * shape.ffn
+    weight = shape.size * shape.hidden * shape.ffn if config.lora.dim is None else 0
+    at_fc2 = shape.stream + gathered + inner + weight
+    # The gradient that came from fc2 and the two that SwiGLU makes of it; fc2's input is gone by now.
+    at_swiglu = shape.stream + 2 * inner
+    # The gradients of the probabilities and of the scores.
+    at_scores = shape.stream + 2 * shape.scores
+    return max(at_fc2, at_swiglu, at_scores)
+
+
+def layer_forward(shape: LayerShape, config: Config) -> float:
+    """Alive in a forward pass that keeps nothing, at fc1 and SwiGLU or at unfused attention."""
+    gathered = shape.size * shape.tokens * shape.hidden if config.parallel.sequence_parallel else 0
+    inner = shape.size * shape.tokens * shape.ffn
+    at_mlp = max(gathered + 2 * inner, (3 if shape.fuses_swiglu else 5) * inner)
+    # The scores and the probabilities.
+    return 2 * shape.stream + max(at_mlp, 2 * shape.scores)
+
+
+def microbatches_in_flight(sizes: Sizes, pipeline_rank: int, group: int | None) -> int:
+    """Microbatches of a model chunk that wait for their backward pass at once, chunks counted one by one.
+
+    Megatron's 1F1B schedule, or its interleaved one with ``microbatch_group_size_per_vp_stage`` of ``group``.
+    """
+    later = sizes.pipeline - pipeline_rank - 1
+    if sizes.chunks == 1:
+        return min(sizes.microbatches, later + 1)
+    warm_up = 2 * later + (sizes.chunks - 1) * (group or sizes.pipeline)
+    return min(sizes.microbatches * sizes.chunks, warm_up + 1)

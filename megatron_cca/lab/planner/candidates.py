@@ -1,0 +1,191 @@
+"""Every way to lay out a run: real configurations, one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_cca.config import Config, OptimizerConfig
+from megatron_cca.errors import UserError
+from megatron_cca.lab.planner.hardware import Cluster
+from megatron_cca.models import resolve_architecture
+from megatron_cca.training.checks import check_new_run
+from megatron_cca.training.fp8_checks import check_fp8_sizes
+from megatron_cca.training.reference_settings import same_weights, settings_by_key
+
+# What a search may change beside the layout. ``precision`` and ``cached`` only if asked: the first changes what is
+# computed, the second needs a pass over the data beforehand.
+VARIABLES = ("micro_batch", "recompute", "optimizer", "reference", "precision", "cached")
+DEFAULT_VARIABLES = ("micro_batch", "recompute", "optimizer", "reference")
+
+# Where a cache would lie that does not exist yet.
+CACHE_PLACE = "caches/reference"
+
+_MAX_CONTEXT = 8
+_MAX_MICRO_BATCH = 16
+_RECOMPUTE: tuple[dict, ...] = (
+    {"recompute_granularity": None},
+    {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes, and samples of a microbatch.
+
+    Attributes:
+        tensor, pipeline, virtual, context: the sizes; virtual 1 is no interleaving.
+        micro_batch: samples.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    micro_batch: int = 1
+
+
+def laid_out(config: Config, layout: Layout) -> Config:
+    """The configuration on a layout, with the switches that follow from it: sequence parallelism beside TP."""
+    parallel = replace(
+        config.parallel,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.tensor > 1,
+        tp_comm_overlap=config.parallel.tp_comm_overlap and layout.tensor > 1,
+        overlap_p2p_comm=config.parallel.overlap_p2p_comm if layout.virtual > 1 else None,
+        microbatch_group_size_per_vp_stage=None,
+    )
+    return replace(config, parallel=parallel, training=replace(config.training, micro_batch_size=layout.micro_batch))
+
+
+def check_candidate(config: Config, num_gpus: int) -> None:
+    """Refuse what training would refuse, but for files and host memory, which are another machine's.
+
+    Raises:
+        UserError: training's own line.
+    """
+    check_new_run(without_files(config), num_gpus)
+    check_fp8(config)
+
+
+def check_fp8(config: Config) -> None:
+    """Refuse sizes that FP8 products cannot take.
+
+    Raises:
+        UserError: training's own line.
+    """
+    for key, one in settings_by_key(config).items():
+        check_fp8_sizes(config, one, key)
+
+
+def without_files(config: Config) -> Config:
+    """The same run, as far as its sizes go, from random weights and without files."""
+    reference = replace(config.reference, checkpoint=None)
+    if reference.strategy == "offload":
+        reference = replace(reference, strategy="resident")
+    return replace(
+        config,
+        training=replace(config.training, pretrained_checkpoint=None),
+        reference=reference,
+        logging=replace(config.logging, sample_interval=0),
+    )
+
+
+def layouts(config: Config, cluster: Cluster, *, vary_micro_batch: bool) -> Iterator[Layout]:
+    """All layouts that training accepts on the cluster, tensor parallelism within a node only."""
+    architecture, config = resolve_architecture(config.model), without_files(config)
+    micro_batches = _divisors(config.training.global_batch_size, _MAX_MICRO_BATCH)
+    if not vary_micro_batch:
+        micro_batches = [config.training.micro_batch_size]
+    for tensor in _divisors(cluster.gpus_per_node, cluster.num_gpus):
+        for pipeline in _divisors(architecture.num_layers, cluster.num_gpus // tensor):
+            for virtual in _divisors(architecture.num_layers // pipeline, math.inf if pipeline > 1 else 1):
+                for context in _powers_of_two(min(_MAX_CONTEXT, cluster.num_gpus // (tensor * pipeline))):
+                    for micro_batch in micro_batches:
+                        layout = Layout(tensor, pipeline, virtual, context, micro_batch)
+                        if _is_accepted(config, layout, cluster.num_gpus):
+                            yield layout
+
+
+def _is_accepted(config: Config, layout: Layout, num_gpus: int) -> bool:
+    model_parallel = layout.tensor * layout.pipeline * layout.context
+    if num_gpus % model_parallel or config.training.global_batch_size % (num_gpus // model_parallel):
+        return False
+    try:
+        check_new_run(laid_out(config, layout), num_gpus)
+    except UserError:
+        return False
+    return True
+
+
+def options(config: Config, layout: Layout, cluster: Cluster, vary: Sequence[str]) -> Iterator[Config]:
+    """All settings of memory and speed on a layout; what is not to be varied stays as it is."""
+    laid = laid_out(config, layout)
+    optimizer = _optimizer(laid, cluster.num_gpus // (layout.tensor * layout.pipeline), vary)
+    for precision in _precisions(laid, cluster, vary):
+        settings = replace(laid.training, precision=precision)
+        if precision == "fp8" != config.training.precision:
+            # Rows that FP8 products can take on every rank.
+            multiple = math.lcm(laid.data.pad_to_multiple_of, 128 * layout.tensor * layout.context)
+            laid = replace(laid, data=replace(laid.data, pad_to_multiple_of=multiple))
+        references = list(_references(replace(laid, training=settings), vary))
+        for recompute in _RECOMPUTE if "recompute" in vary else ({},):
+            training = replace(settings, **recompute)
+            for reference in references:
+                yield replace(laid, training=training, optimizer=optimizer, reference=reference)
+
+
+def _precisions(config: Config, cluster: Cluster, vary: Sequence[str]) -> list[str]:
+    own = config.training.precision
+    others = [name for name in ("bf16", "fp8") if name in cluster.gpu.flops and name != own]
+    return [own, *others] if "precision" in vary else [own]
+
+
+def _optimizer(config: Config, shards: int, vary: Sequence[str]) -> OptimizerConfig:
+    """Its state split over the ranks with the same weights, and overlapped: never slower, and never more memory."""
+    # LoRA's adapters are too few for it to matter.
+    if "optimizer" not in vary or config.lora.dim is not None:
+        return config.optimizer
+    overlaps = shards > 1
+    return replace(
+        config.optimizer,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps,
+    )
+
+
+def _references(config: Config, vary: Sequence[str]) -> Iterator:
+    own = config.reference
+    if config.objective.name == "next_token" or "reference" not in vary:
+        yield own
+    else:
+        plain = replace(own, strategy="resident", cache=None, fp8_param=False)
+        yield plain
+        if plain.precision != "fp8" and not (plain.precision is None and config.training.precision == "fp8"):
+            yield replace(plain, fp8_param=True)
+        yield replace(plain, strategy="offload")
+        if own.strategy == "cached":
+            yield own
+        if config.lora.dim is not None and same_weights(config) and own.precision is None and own.fp8_recipe is None:
+            yield replace(plain, strategy="shared")
+    if "cached" in vary and own.strategy != "cached" and config.objective.name != "next_token":
+        yield replace(own, strategy="cached", cache=CACHE_PLACE, fp8_param=False)
+
+
+def _divisors(number: int, largest: float) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0 and n <= largest]
+
+
+def _powers_of_two(largest: int) -> Iterator[int]:
+    size = 1
+    while size <= largest:
+        yield size
+        size *= 2

@@ -1,0 +1,174 @@
+"""Seconds that a rank computes: its layers and its part of the LM head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.lab.planner.activations import layer_scores
+from megatron_cca.lab.planner.calibration import Calibration
+from megatron_cca.lab.planner.flops import ATTENTION_BACKWARD, attention_forward, products
+from megatron_cca.lab.planner.hardware import Gpu
+from megatron_cca.lab.planner.sizes import Sizes
+from megatron_cca.parallel.tile_sizes import GPU, block_width, chunk_size_of
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How fast one pass of a model goes on one GPU.
+
+    Attributes:
+        sizes: of the rank.
+        gpu: that computes.
+        calibration: of it.
+        config: of the run.
+        settings: precision and recomputation of the pass; the policy's or the reference's.
+        trains_weights: whether the weights have gradients.
+        head_in_tiles: whether the head's logits are computed again in backward, tile by tile, and never kept.
+    """
+
+    sizes: Sizes
+    gpu: Gpu
+    calibration: Calibration
+    config: Config
+    settings: TrainingConfig
+    trains_weights: bool
+    head_in_tiles: bool
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.settings.precision == "fp32" else 2
+
+    def layer_forward(self) -> float:
+        """Seconds of a layer's forward for a microbatch."""
+        return self._products() + self._attention() + self._elementwise()
+
+    def layer_backward(self) -> float:
+        """Seconds of a layer's backward for a microbatch, without recomputation."""
+        gradients = 2 if self.trains_weights else 1
+        return (
+            gradients * self._products()
+            + ATTENTION_BACKWARD * self._attention()
+            + 2 * self._elementwise()
+            + (self._accumulation() if self.trains_weights else 0.0)
+        )
+
+    def recomputation(self) -> float:
+        """Seconds by which all layers' backwards are longer for recomputing, for a microbatch."""
+        settings, sizes = self.settings, self.sizes
+        if settings.recompute_granularity == "full":
+            recomputed = sizes.layers
+            if settings.recompute_method == "block":
+                recomputed = min(sizes.layers, settings.recompute_num_layers * sizes.chunks)
+            return recomputed * self.layer_forward()
+        seconds = 0.0
+        if settings.recompute_granularity == "selective":
+            if "core_attn" in settings.recompute_modules:
+                seconds += self._attention()
+            if "mlp" in settings.recompute_modules:
+                gate = 3 * sizes.architecture.ffn_hidden_size / sizes.tensor
+                seconds += self._products("linear_fc1", "linear_fc2") + self._moved(sizes.tokens * gate)
+        return sizes.layers * seconds
+
+    def head_forward(self) -> float:
+        """Seconds of the log-probabilities of a microbatch's image tokens."""
+        # A tile of logits is written by its product and read once.
+        return self._head_product() + self._bytes(8 * self.sizes.image_tokens * self.sizes.words)
+
+    def head_backward(self) -> float:
+        """Seconds of their backward."""
+        sizes, gradients = self.sizes, 1 + self.trains_weights
+        # Logits read; their gradient written, and read by each product.
+        seconds = gradients * self._head_product()
+        seconds += self._bytes((6 + 2 * gradients) * sizes.image_tokens * sizes.words)
+        return seconds + (self._tiling() if self.head_in_tiles else 0.0)
+
+    def _tiling(self) -> float:
+        """What backward takes longer for keeping no logits: one product more, and sums over tiles in fp32."""
+        sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
+        seconds = self._head_product() + self._bytes(4 * sizes.image_tokens * sizes.words)
+        # A product is added to a sum, which is read and written.
+        blocks = math.ceil(sizes.words / block_width(math.ceil(sizes.words), GPU))
+        seconds += self._bytes(8 * sizes.image_tokens * hidden * blocks)
+        if self.trains_weights:
+            chunks = math.ceil(sizes.image_tokens / self._chunk_size())
+            seconds += self._bytes(8 * sizes.words * hidden * chunks)
+        return seconds
+
+    def _chunk_size(self) -> int:
+        return chunk_size_of(self.settings.logps_chunk_size, on_gpu=True)
+
+    def attention_seconds(self, *, backward: bool) -> float:
+        """Seconds of a layer's attention for a microbatch, one way."""
+        return self._attention() * (ATTENTION_BACKWARD if backward else 1.0)
+
+    def unpacking(self) -> float:
+        """Seconds of turning a layer's FP8 weights into bf16, once a microbatch (``reference.fp8_param``)."""
+        return self._bytes(3 * self.sizes.layer_weights)
+
+    def _products(self, *names: str) -> float:
+        sizes, precision = self.sizes, self.settings.precision
+        peak, seconds = self.gpu.peak_flops(precision), 0.0
+        for product in products(sizes.architecture):
+            if names and product.name not in names:
+                continue
+            inputs = product.inputs / (1 if product.splits_outputs else sizes.tensor)
+            outputs = product.outputs / (sizes.tensor if product.splits_outputs else 1)
+            rate = peak * self.calibration.matmul(precision, min(sizes.tokens, inputs, outputs))
+            seconds += 2 * sizes.tokens * inputs * outputs / rate
+        return seconds
+
+    def _attention(self) -> float:
+        sizes = self.sizes
+        # Around a ring of context-parallel ranks the output is put together from as many parts, in fp32.
+        joined = 12 * sizes.context if sizes.context > 1 else 0
+        joining = self._bytes(joined * sizes.tokens * sizes.architecture.hidden_size / sizes.tensor)
+        scores = layer_scores(self.config.model, sizes, self.settings.precision)
+        row = attention_forward(sizes.architecture, sizes.seq_length, causal=not scores)
+        flops = sizes.rows * row / sizes.context / sizes.tensor
+        # Unfused: scores are written and read, their probabilities, too.
+        joining += self._bytes(4 * scores)
+        return flops / (self._half_peak() * self.calibration.attention_efficiency) + joining
+
+    def _head_product(self) -> float:
+        sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
+        rows = self._chunk_size() if self.head_in_tiles else math.inf
+        side = min(sizes.image_tokens, rows, hidden)
+        rate = self._half_peak() * self.calibration.matmul("bf16", max(side, 1))
+        return 2 * sizes.image_tokens * hidden * sizes.words / rate
+
+    def _half_peak(self) -> float:
+        """Of what FP8 leaves in bf16."""
+        return self.gpu.peak_flops("fp32" if self.settings.precision == "fp32" else "bf16")
+
+    def _elementwise(self) -> float:
+        sizes, architecture = self.sizes, self.sizes.architecture
+        hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size, self.sizes.tensor
+        queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
+        # Two norms (read, write) and two residual sums (two reads, a write).
+        moved = 10 * hidden / (tensor if self.config.parallel.sequence_parallel else 1)
+        # Rotary positions: read and written once by a fused kernel, about four times otherwise.
+        moved += (2 if self._fuses_rotary() else 8) * queries_and_keys / tensor
+        # SwiGLU: gate and value read, their product written.
+        moved += 3 * ffn / tensor
+        if self.settings.precision == "fp8":
+            # Each product's input is read, and written in FP8 twice, once transposed.
+            moved += 2 * (3 * hidden + ffn) / tensor
+        return self._moved(sizes.tokens * moved)
+
+    def _accumulation(self) -> float:
+        """Each microbatch's weight gradients, added to Megatron's buffer: the sum is read and written too."""
+        fused = self.config.kernels.gradient_accumulation_fusion is True
+        moved = 8 if fused else 8 + 2 * self.number_bytes
+        return self._bytes(moved * self.sizes.layer_weights)
+
+    def _fuses_rotary(self) -> bool:
+        return self.config.kernels.apply_rope_fusion is True
+
+    def _moved(self, numbers: float) -> float:
+        return self._bytes(self.number_bytes * numbers)
+
+    def _bytes(self, moved: float) -> float:
+        return moved / (self.gpu.memory_bandwidth * self.calibration.memory_efficiency)

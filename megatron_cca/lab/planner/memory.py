@@ -1,0 +1,223 @@
+"""Bytes that a rank of a run holds, computed from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_cca.config import Config
+from megatron_cca.lab.planner import activations, head_memory
+from megatron_cca.lab.planner.activations import FP32
+from megatron_cca.lab.planner.parameters import Parameter, rank_parameters, reference_parameters
+from megatron_cca.lab.planner.shards import gradient_numbers, optimizer_numbers
+from megatron_cca.lab.planner.sizes import Sizes, sizes_of
+from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.training.reference_settings import has_own_weights, reference_settings, uses_reference_pass
+
+GIB = 2**30
+_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+# What no tensor shows, on a GPU: the CUDA context with its libraries; NCCL's buffers for each group that has other
+# ranks; and what the allocator cannot hand out again, as a share of what comes and goes. Assumed, not measured.
+CUDA_CONTEXT = 3 * 2**28
+NCCL_GROUP = 2**28
+FRAGMENTATION = 0.05
+
+# Transformer Engine keeps each weight in FP8 twice, once for the transposed product.
+_FP8_COPIES = 2
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank at the moment when it holds most; the parts add up to ``total``.
+
+    Attributes:
+        weights: the policy's parameters, as they are computed with.
+        reference: the frozen model, as its strategy keeps it on the device.
+        gradients: Megatron's gradient buffer.
+        optimizer: master weights and Adam's moments of this rank's share.
+        activations: kept for backward by all microbatches in flight, and one layer's working memory.
+        head: hidden states, statistics and tiles of the log-probabilities.
+        communication: buffers of collectives and of sends between stages.
+        overhead: the CUDA context, libraries and what the allocator cannot use; 0 on a CPU.
+    """
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    communication: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def predict_memory(
+    config: Config,
+    world_size: int,
+    workload: Workload,
+    *,
+    on_gpu: bool = True,
+    pipeline_rank: int | None = None,
+    sharing_rank: int = 0,
+) -> MemoryEstimate:
+    """What a rank of the run holds at its peak.
+
+    Args:
+        config: of the run; must have passed ``training.checks.check_new_run``.
+        world_size: its processes.
+        workload: the rows of a microbatch.
+        on_gpu: whether to count what only a GPU's run has (fused kernels, wide tiles, the CUDA context), or a CPU's.
+        pipeline_rank: which; None is the one that holds most.
+        sharing_rank: which of the data- and context-parallel ranks; the first holds most of the optimizer's state.
+    """
+    sizes = sizes_of(config, world_size, workload)
+    stages = range(sizes.pipeline) if pipeline_rank is None else [pipeline_rank]
+    estimates = [_Rank(config, sizes, workload, on_gpu, stage, sharing_rank).estimate() for stage in stages]
+    return max(estimates, key=lambda one: one.total)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank, and what it holds in the two passes of a step."""
+
+    config: Config
+    sizes: Sizes
+    workload: Workload
+    on_gpu: bool
+    pipeline_rank: int
+    sharing_rank: int
+
+    def estimate(self) -> MemoryEstimate:
+        held = {"weights": self._weights(), "gradients": self._gradients(), "optimizer": self._optimizer()}
+        reference = self._reference()
+        phases = [self._part(held | {"reference": reference} | self._policy_pass())]
+        if uses_reference_pass(self.config):
+            phases.append(self._part(held | self._reference_pass(reference)))
+        return max(phases, key=lambda one: one.total)
+
+    def _part(self, parts: dict[str, float]) -> MemoryEstimate:
+        moving = parts["activations"] + parts["head"]
+        overhead = CUDA_CONTEXT + FRAGMENTATION * moving if self.on_gpu else 0
+        groups = (self.sizes.tensor, self.sizes.pipeline, self.sizes.context, self.sizes.data)
+        buffers = NCCL_GROUP * sum(size > 1 for size in groups) if self.on_gpu else 0
+        received = self._layer(self._size).stream if self.sizes.pipeline > 1 else 0
+        parts = parts | {"overhead": overhead, "communication": buffers + received}
+        return MemoryEstimate(**{name: round(value) for name, value in parts.items()})
+
+    @property
+    def _size(self) -> int:
+        return 4 if self.config.training.precision == "fp32" else 2
+
+    @property
+    def _sharing_ranks(self) -> int:
+        return self.sizes.data * self.sizes.context
+
+    @property
+    def _is_last(self) -> bool:
+        return self.pipeline_rank == self.sizes.pipeline - 1
+
+    def _weights(self) -> float:
+        chunks = rank_parameters(self.config, self.pipeline_rank)
+        numbers = sum(parameter.numel for chunk in chunks for parameter in chunk)
+        copies = _FP8_COPIES * self.sizes.layers * self.sizes.layer_weights
+        return numbers * self._size + (copies if self.config.training.precision == "fp8" else 0)
+
+    def _gradients(self) -> float:
+        size = FP32 if self.config.optimizer.grad_reduce_in_fp32 else self._size
+        return size * gradient_numbers(self.config, self.pipeline_rank, self._sharing_ranks)
+
+    def _optimizer(self) -> float:
+        options = self.config.optimizer
+        moments = _SIZES[options.exp_avg_dtype] + _SIZES[options.exp_avg_sq_dtype]
+        if self.config.training.precision == "fp32":
+            master = 0
+        elif options.use_precision_aware_optimizer:
+            master = _SIZES[options.main_params_dtype]
+        else:
+            master = FP32
+        numbers = optimizer_numbers(self.config, self.pipeline_rank, self._sharing_ranks, self.sharing_rank)
+        on_device = 1 - options.optimizer_offload_fraction if options.optimizer_cpu_offload else 1
+        return numbers * (moments + master) * on_device
+
+    def _reference(self) -> float:
+        """What the reference holds all the time."""
+        if self.config.objective.name == "next_token" or not has_own_weights(self.config):
+            return 0
+        if self.config.reference.strategy == "offload":
+            return 0
+        parameters = reference_parameters(self.config, self.pipeline_rank)
+        return sum(self._reference_bytes(parameter) for parameter in parameters)
+
+    def _reference_bytes(self, parameter: Parameter) -> float:
+        size = _SIZES["fp32" if reference_settings(self.config).precision == "fp32" else "bf16"]
+        if not (self.config.reference.fp8_param and _is_kept_in_fp8(parameter)):
+            return parameter.numel * size
+        return parameter.numel + FP32 * parameter.numel / parameter.columns
+
+    def _layer(self, size: int) -> activations.LayerShape:
+        swiglu = self.config.kernels.bias_activation_fusion
+        return activations.layer_shape(
+            self.config,
+            self.sizes,
+            size,
+            fuses_norms=self.on_gpu,
+            fuses_swiglu=self.on_gpu if swiglu is None else swiglu,
+        )
+
+    def _policy_pass(self) -> dict[str, float]:
+        config, sizes, layer = self.config, self.sizes, self._layer(self._size)
+        layers = sizes.layers // sizes.chunks
+        group = config.parallel.microbatch_group_size_per_vp_stage
+        in_flight = activations.microbatches_in_flight(sizes, self.pipeline_rank, group)
+        kept = in_flight * activations.chunk_kept(layer, config, layers, sizes.context)
+        at_layer = activations.recomputed_at_once(layer, config, layers, sizes.context) + activations.layer_backward(
+            layer, config
+        )
+        tokens = self._tokens()
+        if not self._is_last:
+            return {"activations": kept + tokens + at_layer, "head": 0}
+        head = head_memory.head_shape(config, sizes, layer, on_gpu=self.on_gpu)
+        waiting = in_flight // sizes.chunks * head_memory.head_kept(head)
+        at_head = max(head_memory.head_forward(head), head_memory.head_backward(head))
+        if at_head > at_layer:
+            return {"activations": kept + tokens, "head": waiting + at_head}
+        return {"activations": kept + tokens + at_layer, "head": waiting - head_memory.head_kept(head)}
+
+    def _reference_pass(self, reference: float) -> dict[str, float]:
+        size = 4 if reference_settings(self.config).precision == "fp32" else 2
+        layer = self._layer(size)
+        forward = activations.layer_forward(layer, self.config) + self._tokens()
+        head = 0.0
+        if self._is_last:
+            shape = head_memory.head_shape(self.config, self.sizes, layer, on_gpu=self.on_gpu)
+            head = head_memory.head_kept(shape) + head_memory.head_forward(shape)
+        parts, passing = {"reference": reference}, self._passing_weights(size)
+        if head > forward:
+            return parts | {"activations": self._tokens() + passing, "head": head}
+        return parts | {"activations": forward + passing, "head": 0}
+
+    def _passing_weights(self, size: int) -> float:
+        """Of the reference, what is on the device only while it is used."""
+        parameters = reference_parameters(self.config, self.pipeline_rank)
+        if self.config.reference.strategy == "offload":
+            layer = self.sizes.layer_weights
+            ends = [one.numel for one in parameters if one.name in ("word_embeddings", "output_layer")]
+            return size * (layer + max([layer, *ends]))
+        if self.config.reference.fp8_param:
+            # Unfolded through fp32.
+            return (size + 2 * FP32) * max((one.numel for one in parameters if _is_kept_in_fp8(one)), default=0)
+        return 0
+
+    def _tokens(self) -> float:
+        """Ids and masks of all microbatches of a step."""
+        return (head_memory.INT64 + 1) * self.sizes.microbatches * self.sizes.rows * self.workload.seq_length
+
+
+def _is_kept_in_fp8(parameter: Parameter) -> bool:
+    """With ``reference.fp8_param``: models/fp8_weights.py leaves norms and LM head as they are."""
+    return parameter.columns is not None and parameter.name != "output_layer"

@@ -1,0 +1,271 @@
+"""Seconds of a training step, by what they are spent on, computed from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_cca.config import Config
+from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
+from megatron_cca.lab.planner.cluster_loss import lost_share, lost_spread
+from megatron_cca.lab.planner.communication import Group
+from megatron_cca.lab.planner.compute import Compute
+from megatron_cca.lab.planner.flops import average_peak, flops_by_precision
+from megatron_cca.lab.planner.hardware import Cluster
+from megatron_cca.lab.planner.sizes import sizes_of
+from megatron_cca.lab.planner.step_time import StepTime
+from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.models.attention import has_engine_attention
+from megatron_cca.training.reference_settings import reference_settings, uses_reference_pass
+from megatron_cca.training.shapes import rows_per_sample
+
+_FP32 = 4
+
+
+def predict_step(
+    config: Config,
+    cluster: Cluster,
+    workload: Workload,
+    calibration: Calibration = DEFAULT,
+    *,
+    head_in_tiles: bool = True,
+) -> StepTime:
+    """How long a step takes.
+
+    Args:
+        config: of the run; must have passed ``training.checks.check_new_run``.
+        cluster: a process on each of its GPUs.
+        workload: the rows of a microbatch.
+        calibration: of the GPU.
+        head_in_tiles: whether the head is this project's; other programs keep its logits for backward.
+
+    Raises:
+        UserError: a precision that the GPU does not have.
+    """
+    return _Step(config, cluster, workload, calibration, head_in_tiles).predict()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Seconds of one microbatch of a pass on the last stage.
+
+    Attributes:
+        layers: the rank's layers.
+        recompute: their recomputation.
+        head: log-probabilities; only the last stage has them.
+        tensor_parallel, context_parallel: exposed.
+        head_tensor_parallel: exposed, of the head.
+        send: exposed, of messages to the next stage and back.
+        overhead: launching.
+    """
+
+    layers: float
+    recompute: float
+    head: float
+    tensor_parallel: float
+    head_tensor_parallel: float
+    context_parallel: float
+    send: float
+    overhead: float
+
+    @property
+    def other_stage(self) -> float:
+        """Seconds of a stage without the head."""
+        return self.layers + self.recompute + self.tensor_parallel + self.context_parallel + self.overhead
+
+
+class _Step:
+    def __init__(
+        self, config: Config, cluster: Cluster, workload: Workload, calibration: Calibration, head_in_tiles: bool
+    ) -> None:
+        self.config, self.cluster, self.workload, self.calibration = config, cluster, workload, calibration
+        self.sizes = sizes = sizes_of(config, cluster.num_gpus, workload)
+        trains_weights = config.lora.dim is None
+        self.policy = Compute(sizes, cluster.gpu, calibration, config, config.training, trains_weights, head_in_tiles)
+        self.tp = self._group(sizes.tensor, 1)
+        self.cp = self._group(sizes.context, sizes.tensor)
+        # Gradients are summed over the ranks that share a sequence, too.
+        self.dp = self._group(sizes.context * sizes.data, sizes.tensor)
+        self.pp = self._group(sizes.pipeline, sizes.tensor * sizes.context * sizes.data)
+
+    def _group(self, size: int, stride: int) -> Group:
+        return Group(size, stride, self.cluster, self.calibration)
+
+    def predict(self) -> StepTime:
+        sizes, calibration = self.sizes, self.calibration
+        count, fill = sizes.microbatches, (sizes.pipeline - 1) / sizes.chunks
+        policy, passes = self._policy_pass(), []
+        passes.append(policy)
+        reference = None
+        if uses_reference_pass(self.config):
+            reference = self._reference_pass()
+            passes.append(reference)
+        samples = self.config.training.global_batch_size
+        gpus = self.cluster.num_gpus
+        flops = flops_by_precision(self.config, sizes.architecture, self.workload)
+        step = StepTime(
+            compute=count * policy.layers,
+            recompute=count * policy.recompute,
+            head=count * policy.head,
+            reference=count * (reference.layers + reference.head) if reference else 0.0,
+            bubble=fill * sum(one.other_stage for one in passes),
+            tensor_parallel=count * sum(one.tensor_parallel + one.head_tensor_parallel for one in passes),
+            context_parallel=count * sum(one.context_parallel for one in passes),
+            pipeline=count * sum(one.send for one in passes),
+            data_parallel=self._data_parallel(policy),
+            optimizer=self._optimizer(),
+            overhead=count * sum(one.overhead for one in passes) + calibration.step_overhead_seconds,
+            samples=samples,
+            tokens_per_gpu=samples * rows_per_sample(self.config) * self.workload.seq_length / gpus,
+            model_flops_per_gpu=samples * sum(flops.values()) / gpus,
+            peak_flops=average_peak(flops, self.cluster.gpu.peak_flops),
+            relative_error=calibration.relative_error,
+            cluster=0.0,
+            cluster_spread=lost_spread(self.cluster),
+        )
+        return replace(step, cluster=lost_share(self.cluster) * step.total)
+
+    def _policy_pass(self) -> _Pass:
+        compute, sizes = self.policy, self.sizes
+        forward, backward, recompute = compute.layer_forward(), compute.layer_backward(), compute.recomputation()
+        again = self.config.training.recompute_granularity == "full"
+        # Forward and backward move as much; what is recomputed moves it once more.
+        tensor_parallel = self._tensor_parallel((2 + again * recompute / (sizes.layers * forward)) * sizes.layers)
+        hidden = sizes.image_tokens * sizes.architecture.hidden_size
+        head_gradient = 2 * self.tp.collective(_FP32 * hidden)
+        return _Pass(
+            layers=sizes.layers * (forward + backward),
+            recompute=recompute,
+            head=compute.head_forward() + compute.head_backward(),
+            tensor_parallel=tensor_parallel,
+            head_tensor_parallel=self._gather_hidden(compute) + head_gradient,
+            context_parallel=sizes.layers * sum(self._keys_and_values(compute, backward=one) for one in (False, True)),
+            send=self._sends(2),
+            overhead=self._launching(sizes.layers * (forward + backward) + recompute, 3),
+        )
+
+    def _reference_pass(self) -> _Pass:
+        config, sizes = self.config, self.sizes
+        policy = self.policy
+        settings = reference_settings(config)
+        compute = Compute(sizes, policy.gpu, self.calibration, config, settings, False, policy.head_in_tiles)
+        layers, head = sizes.layers * compute.layer_forward(), compute.head_forward()
+        if config.reference.fp8_param:
+            layers += sizes.layers * compute.unpacking()
+        if config.reference.strategy == "offload":
+            layers, head = self._streamed(compute, layers, head)
+        return _Pass(
+            layers=layers,
+            recompute=0.0,
+            head=head,
+            tensor_parallel=self._tensor_parallel(sizes.layers),
+            head_tensor_parallel=self._gather_hidden(compute),
+            context_parallel=sizes.layers * self._keys_and_values(compute, backward=False),
+            send=self._sends(1),
+            overhead=self._launching(layers, 1),
+        )
+
+    def _streamed(self, compute: Compute, layers: float, head: float) -> tuple[float, float]:
+        """A layer's weights arrive while the one before computes, the head's while the last one does."""
+        sizes = self.sizes
+        number = 1 if self.config.reference.fp8_param else compute.number_bytes
+        arriving = self._from_host(number * sizes.layer_weights)
+        head_arriving = self._from_host(compute.number_bytes * sizes.head_weights)
+        return max(layers, sizes.layers * arriving), max(head, head_arriving)
+
+    def _from_host(self, moved: float) -> float:
+        return moved / (self.cluster.gpu.host_bandwidth * self.calibration.host_efficiency)
+
+    def _tensor_parallel(self, layer_passes: float) -> float:
+        """Each way through a layer has two all-reduces, or with sequence parallelism as many bytes in four parts.
+
+        What sequence parallelism gathers once more in backward, Megatron hides behind a product.
+        """
+        moved = self.policy.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size
+        exposed = 1.0
+        if self.config.parallel.tp_comm_overlap:
+            exposed -= self.calibration.tensor_parallel_overlap
+        return exposed * 4 * layer_passes * self.tp.collective(moved)
+
+    def _gather_hidden(self, compute: Compute) -> float:
+        if not self.config.parallel.sequence_parallel:
+            return 0.0
+        return self.tp.collective(compute.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size)
+
+    def _keys_and_values(self, compute: Compute, *, backward: bool) -> float:
+        """Of one layer and one way: gathered by torch's attention, passed around a ring by Transformer Engine's."""
+        architecture = self.sizes.architecture
+        width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
+        part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
+        impl, precision = self.config.model.transformer_impl, compute.settings.precision
+        if not has_engine_attention(impl, architecture.kv_channels, precision):
+            # Backward has them still, and scatters their gradients.
+            return self.cp.collective(part * self.sizes.context)
+        # In backward they go round again, and their gradients with them; behind attention both ways.
+        ring = (1 + backward) * (self.sizes.context - 1) * self.cp.send(part)
+        return max(0.0, ring - compute.attention_seconds(backward=backward))
+
+    def _sends(self, directions: int) -> float:
+        """Exposed seconds of a microbatch's messages between stages."""
+        sizes, parallel = self.sizes, self.config.parallel
+        overlaps = parallel.overlap_p2p_comm
+        if sizes.pipeline == 1 or (sizes.chunks > 1 if overlaps is None else overlaps):
+            return 0.0
+        divided = sizes.tensor if parallel.sequence_parallel else 1
+        message = self.policy.number_bytes * sizes.tokens * sizes.architecture.hidden_size / divided
+        return directions * sizes.chunks * self.pp.send(message)
+
+    def _launching(self, seconds: float, forwards: int) -> float:
+        launching = forwards * self.sizes.layers * self.calibration.layer_launch_seconds
+        if self.config.kernels.cuda_graph_impl != "none":
+            launching = 0.0
+        return max(0.0, launching - seconds) + self.calibration.microbatch_overhead_seconds
+
+    def _data_parallel(self, policy: _Pass) -> float:
+        """Gradients after the last microbatch, parameters before the next step's first."""
+        options = self.config.optimizer
+        if self.config.lora.dim is not None:
+            return 0.0
+        weights = self.sizes.trained_weights
+        in_fp32 = self.config.training.precision == "fp32" or options.grad_reduce_in_fp32
+        gradient_bytes = (4 if in_fp32 else 2) * weights
+        backward = 2 / 3 * policy.layers + policy.recompute + policy.head
+        if not options.use_distributed_optimizer:
+            return self._hidden(2 * self.dp.collective(gradient_bytes), backward, options.overlap_grad_reduce)
+        # Replicas of the sharded state sum their shards among themselves.
+        shards = self._group(self._shards(), self.sizes.tensor)
+        replicas = self._group(options.num_distributed_optimizer_instances, shards.stride * shards.size)
+        gradients = shards.collective(gradient_bytes) + 2 * replicas.collective(gradient_bytes / shards.size)
+        parameters = shards.collective(self.policy.number_bytes * weights)
+        return self._hidden(gradients, backward, options.overlap_grad_reduce) + self._hidden(
+            parameters, policy.layers / 3, options.overlap_param_gather
+        )
+
+    def _shards(self) -> int:
+        """Ranks over which the optimizer's state is split."""
+        options = self.config.optimizer
+        if not options.use_distributed_optimizer:
+            return 1
+        return self.dp.size // options.num_distributed_optimizer_instances
+
+    def _hidden(self, seconds: float, behind: float, overlaps: bool) -> float:
+        if not overlaps:
+            return seconds
+        return seconds - min(self.calibration.data_parallel_overlap * seconds, behind)
+
+    def _optimizer(self) -> float:
+        """Bytes of Adam over this rank's share, and of clearing the gradients."""
+        options, weights = self.config.optimizer, self.sizes.trained_weights
+        if self.config.lora.dim is not None:
+            return 0.0
+        share = weights / self._shards()
+        # The gradient is read for its norm and for the update; weight and moments are read and written; the copy to
+        # compute with is written.
+        update = 2 * _FP32 + 6 * _FP32 + (0 if self.config.training.precision == "fp32" else 2)
+        on_host = options.optimizer_offload_fraction if options.optimizer_cpu_offload else 0.0
+        seconds = self._memory(_FP32 * weights + (1 - on_host) * update * share)
+        copies = self._from_host(2 * _FP32 * on_host * share)
+        host = on_host * update * share / self.calibration.host_adam_bytes_per_second
+        return seconds + (max(copies, host) if options.overlap_cpu_optimizer_d2h_h2d else copies + host)
+
+    def _memory(self, moved: float) -> float:
+        return moved / (self.cluster.gpu.memory_bandwidth * self.calibration.memory_efficiency)

@@ -1,0 +1,203 @@
+"""What ``examples/scaling/run.py`` does, command by command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_cca import platform
+from megatron_cca.errors import UserError
+from megatron_cca.io.outputs import claimed, file_system_errors, write_text
+from megatron_cca.lab.scaling.launching import leave_with_the_sweep, run_point
+from megatron_cca.lab.scaling.records import (
+    PLOT,
+    RESULTS,
+    TABLE,
+    Record,
+    Row,
+    forget_failed,
+    read_record,
+    rows_of,
+    write_failed,
+    write_finished,
+    write_results,
+)
+from megatron_cca.lab.scaling.sweep import Sweep, Task, open_sweep, task_named
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The options of a sweep, as the command line has them.
+
+    Attributes:
+        sweep: the YAML file.
+        output: the folder for all results.
+        script: the program itself, to start points with.
+        device: auto, cpu or cuda.
+        retry_failed: whether points that failed before are run again.
+        collect: whether to take what points have left and to start none.
+    """
+
+    sweep: Path
+    output: Path
+    script: Path
+    device: platform.DeviceChoice
+    retry_failed: bool
+    collect: bool
+
+
+def run_sweep(settings: RunSettings) -> None:
+    """Measure and plan what is missing, then write the table and the picture.
+
+    Raises:
+        UserError: a sweep that cannot be run here, before anything runs; records that are of different devices.
+    """
+    sweep = open_sweep(settings.sweep, settings.device, is_elsewhere=settings.collect)
+    with claimed(settings.output), file_system_errors(settings.output):
+        if settings.retry_failed:
+            forget_failed(settings.output, [*sweep.measured, *sweep.planned])
+        if not settings.collect:
+            _check_this_device(sweep, settings)
+            _measure_all(sweep, settings)
+        # Imported late: searching loads torch, which a mistyped file need not wait for.
+        from megatron_cca.lab.scaling.planned import plan_all
+
+        plan_all(settings.output, sweep.planned)
+        _write(sweep, settings.output)
+
+
+def _check_this_device(sweep: Sweep, settings: RunSettings) -> None:
+    is_cpu = platform.num_devices(settings.device)[0] == "cpu"
+    for row in rows_of(settings.output, sweep.measured):
+        if row.is_finished and row.record["device"].startswith("CPU") != is_cpu:
+            here = "a CPU" if is_cpu else "a GPU"
+            raise UserError(
+                f"--output: {settings.output} holds points of {row.record['device']}, this is {here}; give another "
+                "folder, or --collect"
+            )
+
+
+def _measure_all(sweep: Sweep, settings: RunSettings) -> None:
+    tasks, output = sweep.measured, settings.output
+    done = [task for task in tasks if read_record(output, task) is not None]
+    with tqdm(total=len(tasks), initial=len(done), desc=sweep.settings.name, unit="point", disable=None) as bar:
+        for task in tasks:
+            # Points of both modes may be the same run.
+            if task in done:
+                continue
+            bar.set_postfix_str(task.title)
+            if read_record(output, task) is None:
+                seconds = sweep.settings.timeout_seconds
+                run_point(task, settings.sweep, output, settings.script, settings.device, seconds)
+            bar.update()
+            _tell(bar, Row(task, read_record(output, task)))
+            write_results(output, rows_of(output, tasks))
+
+
+def _tell(bar: tqdm, row: Row) -> None:
+    record = row.record
+    how = _speed(record) if row.is_finished else f"failed: {record['reason']}"
+    if bar.disable or not row.is_finished:
+        bar.write(f"{row.task.title}: {how}", file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _speed(record: Record) -> str:
+    unit = "process" if record["device"].startswith("CPU") else "GPU"
+    return f"{record['tokens_per_second_per_gpu']:,.0f} tokens/s/{unit}"
+
+
+def _write(sweep: Sweep, output: Path) -> None:
+    # Imported late: matplotlib takes a second, which a mistyped file need not wait for.
+    from megatron_cca.lab.scaling.plots import plot
+    from megatron_cca.lab.scaling.series import with_one_peak
+    from megatron_cca.lab.scaling.table import table
+
+    measured, planned = with_one_peak(rows_of(output, sweep.measured)), rows_of(output, sweep.planned)
+    _check_one_device(output, measured)
+    write_results(output, [*measured, *planned])
+    write_text(output / TABLE, table(sweep, measured, planned))
+    names = [RESULTS, TABLE]
+    if any(row.is_finished for row in (*measured, *planned)):
+        plot(output / PLOT, sweep, measured, planned)
+        names.append(PLOT)
+    print(f"wrote {', '.join(names)} to {output}")
+    missing = len(sweep.measured) - len(measured)
+    if missing:
+        print(f"{missing} of {len(sweep.measured)} points have not been run; run.py list names them")
+
+
+def _check_one_device(output: Path, rows: Sequence[Row]) -> None:
+    devices = sorted({row.record["device"] for row in rows if row.is_finished})
+    if len(devices) > 1:
+        raise UserError(f"--output: {output} holds points of {' and of '.join(devices)}; give each a folder of its own")
+
+
+def list_points(path: Path, output: Path, device: platform.DeviceChoice) -> None:
+    """Print the measured points, each with what has become of it.
+
+    Raises:
+        UserError: see :func:`open_sweep`.
+    """
+    for task in open_sweep(path, device, is_elsewhere=True).measured:
+        record = read_record(output, task)
+        print(f"{task.title:32} {task.num_gpus:5} processes  {'not run' if record is None else record['status']}")
+
+
+def point(path: Path, output: Path, title: str | None, device: platform.DeviceChoice) -> None:
+    """Measure one point inside a job that torchrun, Slurm or Kubernetes has started; rank 0 leaves its record.
+
+    Raises:
+        UserError: no such point, a job of another size, what training refuses; the last also stands in the record.
+    """
+    leave_with_the_sweep()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    task = task_named(open_sweep(path, device, is_elsewhere=True), title, world_size)
+    if task.num_gpus != world_size:
+        raise UserError(f"--point: {task.title} is of {task.num_gpus} processes, this job has {world_size}")
+    try:
+        platform.install(device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    try:
+        found = _measured(task)
+    except Exception as error:
+        # The rank that fails first says why; what the others then notice is not kept.
+        write_failed(output, task, f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}")
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        write_finished(output, task, found)
+        print(f"{task.title}: {_speed(found)}")
+
+
+def _measured(task: Task) -> dict:
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    import torch.distributed as dist
+
+    from megatron_cca.lab.planner.calibrate_program import PACKAGES
+    from megatron_cca.lab.planner.candidates import check_candidate, laid_out
+    from megatron_cca.lab.scaling.candidates import layout_of, planned_candidate
+    from megatron_cca.lab.scaling.measure import measure
+    from megatron_cca.version import code_version, installed_versions
+
+    if task.layout is None:
+        config = planned_candidate(task).config
+    else:
+        config = laid_out(task.config, layout_of(task.layout, task))
+        check_candidate(config, task.num_gpus)
+    found = measure(task, config)
+    dist.destroy_process_group()
+    return {
+        **found,
+        "device": platform.device_name(),
+        "host": platform.host_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": code_version(),
+        "versions": installed_versions(PACKAGES),
+    }

@@ -1,0 +1,239 @@
+"""A sweep with its configurations read: the points that are to be measured and those that are to be planned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_cca import platform
+from megatron_cca.config import Config
+from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.lab.planner.workload import ImageShape
+from megatron_cca.lab.scaling.settings import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
+from megatron_cca.lab.studies.digests import digest
+from megatron_cca.models import explicit
+from megatron_cca.version import code_version
+
+MEASURED, PLANNED = "measured", "planned"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to know of one world size on one layout in one mode.
+
+    Attributes:
+        kind: :data:`MEASURED` or :data:`PLANNED`.
+        mode: weak or strong.
+        num_gpus: processes.
+        config: with the task's global batch, before it is laid out.
+        layout: None lets the planner choose.
+        images: the data's shape.
+        how: whatever else determines the result, as plain data.
+    """
+
+    kind: str
+    mode: Mode
+    num_gpus: int
+    config: Config
+    layout: LayoutSettings | None
+    images: ImageShape
+    how: dict[str, Any] = field(hash=False)
+
+    @property
+    def series(self) -> str:
+        """Its layout without data parallelism, such as ``PP 2``; points of a series are joined by a line."""
+        if self.layout is None:
+            return "planner's layout"
+        sizes = {
+            "TP": self.layout.tensor_model_parallel_size,
+            "PP": self.layout.pipeline_model_parallel_size,
+            "VPP": self.layout.virtual_pipeline_model_parallel_size,
+            "CP": self.layout.context_parallel_size,
+        }
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "DP"
+
+    @property
+    def title(self) -> str:
+        """For people, and to name it on a command line."""
+        return f"{self.mode}-{self.num_gpus}-{self.series.replace(' ', '').replace(chr(39), '').lower()}"
+
+    @cached_property
+    def key(self) -> str:
+        """Of everything that determines the result; the mode is not in it, a batch is a batch."""
+        contents = {
+            "kind": self.kind,
+            "num_gpus": self.num_gpus,
+            "config": config_to_dict(explicit(self.config)),
+            "layout": None if self.layout is None else asdict(self.layout),
+            "images": asdict(self.images),
+            "how": self.how,
+        }
+        return f"{self.kind}-{self.num_gpus}-{digest(contents)}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file means.
+
+    Attributes:
+        path: the file.
+        settings: as they stand in it.
+        measured, planned: the tasks.
+    """
+
+    path: Path
+    settings: SweepSettings
+    measured: list[Task]
+    planned: list[Task]
+
+
+def open_sweep(path: Path, device: platform.DeviceChoice, *, is_elsewhere: bool) -> Sweep:
+    """Read a sweep and make its tasks.
+
+    Args:
+        path: its file.
+        device: auto, cpu or cuda.
+        is_elsewhere: whether its points run on machines other than this one, as many as their launcher gives.
+
+    Raises:
+        UserError: see :func:`read_sweep`; a configuration that cannot be read, more processes than this machine has
+            room for, no layout that divides any world size.
+    """
+    settings = read_sweep(path)
+    with said_of(path):
+        config = _config(path, settings.config, settings.set, "config")
+        planned = [] if settings.planned is None else _planned(path, settings, config)
+        sizes = _world_sizes(settings, device, is_elsewhere=is_elsewhere)
+        how = {
+            **{name: getattr(settings, name) for name in ("warmup_steps", "steps", "profiled_steps", "gpu")},
+            "calibration": _calibration(path, settings.calibration, "calibration"),
+        }
+        batches = settings.samples_per_gpu, settings.global_batch_size or config.training.global_batch_size
+        images = ImageShape(*settings.image_grid, settings.caption_tokens)
+        measured = [
+            Task(MEASURED, mode, size, _with_batch(config, mode, size, *batches), layout, images, how)
+            for mode in settings.modes
+            for layout in _layouts(settings.layouts)
+            for size in sizes
+            if _divides(layout, size)
+        ]
+        if not measured:
+            raise UserError(f"layouts: none of them divides a world size of {', '.join(map(str, sizes))}")
+    return Sweep(path, settings, measured, planned)
+
+
+def _room(device: platform.DeviceChoice) -> tuple[str, int]:
+    try:
+        return platform.num_devices(device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+
+
+def _world_sizes(settings: SweepSettings, device: platform.DeviceChoice, *, is_elsewhere: bool) -> list[int]:
+    kind, room = _room(device)
+    if settings.world_sizes == "auto":
+        return [1 << power for power in range(room.bit_length())]
+    sizes = sorted(set(settings.world_sizes))
+    if is_elsewhere or sizes[-1] <= room or (kind == "cpu" and settings.oversubscribe):
+        return sizes
+    what, advice = ("cores", ", or set oversubscribe") if kind == "cpu" else ("GPUs", "")
+    raise UserError(
+        f"world_sizes: {sizes[-1]} is more than the {room} {what} of this machine; leave it out{advice}, or start its "
+        "points on a cluster (run.py list)"
+    )
+
+
+def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Task]:
+    section = settings.planned
+    own = section.config is None
+    base = config if own and not section.set else _planned_config(path, settings)
+    images = ImageShape(
+        *(section.image_grid or settings.image_grid),
+        settings.caption_tokens if section.caption_tokens is None else section.caption_tokens,
+    )
+    batches = (
+        section.samples_per_gpu or settings.samples_per_gpu,
+        section.global_batch_size or (own and settings.global_batch_size) or base.training.global_batch_size,
+    )
+    how = {
+        "gpu": section.gpu,
+        "gpus_per_node": section.gpus_per_node,
+        "calibration": _calibration(path, section.calibration, "planned.calibration"),
+        # Another model of time and memory makes another plan, and a plan costs seconds.
+        "code": code_version(),
+    }
+    return [
+        Task(PLANNED, mode, size, _with_batch(base, mode, size, *batches), layout, images, how)
+        for mode in settings.modes
+        for layout in _layouts(section.layouts)
+        for size in sorted(set(section.world_sizes))
+        if _divides(layout, size)
+    ]
+
+
+def _planned_config(path: Path, settings: SweepSettings) -> Config:
+    section = settings.planned
+    keys = section.set if section.config is not None else {**settings.set, **section.set}
+    return _config(path, section.config or settings.config, keys, "planned.config")
+
+
+def _config(path: Path, name: str, keys: Keys, key: str) -> Config:
+    file = path.parent / name
+    if not file.is_file():
+        raise UserError(f"{key}: {file} is not there; name a training configuration beside the sweep's file")
+    config = load_config(file)
+    tree = config_to_dict(config)
+    for dotted, value in keys.items():
+        section, dot, option = dotted.partition(".")
+        if not (dot and option) or section not in tree:
+            raise UserError(f"set: {dotted} is not of the form section.key, such as training.micro_batch_size")
+        tree[section][option] = value
+    with said_of("set"):
+        return config_from_dict(tree, typed=True)
+
+
+def _calibration(path: Path, name: str | None, key: str) -> str | None:
+    """Its place and contents, so that another measurement is another key."""
+    if name is None:
+        return None
+    file = path.parent / name
+    try:
+        return f"{file}\n{file.read_text(encoding='utf-8')}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _layouts(layouts: Layouts) -> list[LayoutSettings | None]:
+    return [None] if layouts == "planned" else list(layouts)
+
+
+def _divides(layout: LayoutSettings | None, size: int) -> bool:
+    if layout is None:
+        return True
+    unit = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
+    return size % unit == 0
+
+
+def _with_batch(config: Config, mode: Mode, size: int, per_gpu: int, whole: int) -> Config:
+    batch = per_gpu * size if mode == "weak" else whole
+    return replace(config, training=replace(config.training, global_batch_size=batch))
+
+
+def task_named(sweep: Sweep, title: str | None, world_size: int) -> Task:
+    """The measured task of this name; without one, the only one of this world size.
+
+    Raises:
+        UserError: no such task, or several.
+    """
+    found = [task for task in sweep.measured if title in (None, task.title)]
+    if title is None:
+        found = [task for task in found if task.num_gpus == world_size]
+    if len({task.key for task in found}) == 1:
+        return found[0]
+    names = ", ".join(task.title for task in (found or sweep.measured))
+    if not found:
+        raise UserError(f"--point: {title or f'none of {world_size} processes'}: {OPTION} {sweep.path} has {names}")
+    raise UserError(f"--point: is missing; of {world_size} processes {OPTION} {sweep.path} has {names}")

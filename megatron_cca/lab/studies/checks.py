@@ -1,0 +1,247 @@
+"""Everything about a study that can be refused before anything of it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config, ModelConfig
+from megatron_cca.data.digits import KEYWORD
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.generation.conditions import check_conditions
+from megatron_cca.generation.prompts import read_prompts
+from megatron_cca.lab.evaluation.classifiers import check_classifier
+from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
+from megatron_cca.lab.evaluation.listings import WORDS, check_path, list_folder
+from megatron_cca.lab.evaluation.metrics import Counts, FidelitySettings, obstacle
+from megatron_cca.lab.evaluation.plugins import is_function_spec, load_function
+from megatron_cca.lab.studies.compute import run_units, units_per_sample
+from megatron_cca.lab.studies.plot_checks import check_plots
+from megatron_cca.lab.studies.settings import Keys, SamplingConfig, StudySettings
+from megatron_cca.lab.studies.study import Method, Study
+from megatron_cca.models import resolve_architecture, tiny_architecture
+from megatron_cca.models.grids import grid_misfit, own_grid
+from megatron_cca.training.checks import check_data, check_new_run
+
+CONTROL = "control"
+# How much the training of one method may cost more than another's.
+TOLERANCE = 0.05
+
+
+def check_study(study: Study, world_size: int) -> None:
+    """Refuse a study that compares what cannot be compared, or that cannot run.
+
+    Args:
+        study: from :func:`open_study`.
+        world_size: processes that work on a task together.
+
+    Raises:
+        UserError: one line that names file and key.
+    """
+    with said_of(study.path):
+        _check_seeds(study.settings)
+        _check_control(study)
+        _check_trials(study)
+        _check_judging(study.settings)
+    _check_runs(study, world_size)
+    with said_of(study.path):
+        _check_conditions(study)
+        _check_grids(study)
+        _check_equal_compute(study)
+        check_plots(study)
+
+
+def variants(method: Method) -> Iterator[Keys]:
+    """All settings that a method may be run at."""
+    for trial in method.trials:
+        yield trial
+        for swept in method.sweep:
+            yield {**trial, **swept}
+
+
+def _check_seeds(settings: StudySettings) -> None:
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise UserError(f"seeds: {settings.seeds} has one twice; give different ones")
+    if settings.tuning_seed in settings.seeds:
+        raise UserError(
+            f"tuning_seed: {settings.tuning_seed} is one of seeds; take another, so that no result is tuned on itself"
+        )
+
+
+def _check_control(study: Study) -> None:
+    control = study.methods.get(CONTROL)
+    if control is None or control.config is None or control.config.objective.name != "next_token":
+        raise UserError(
+            f"methods.{CONTROL}: every study needs it: further training of the base with objective next_token, at the "
+            "other methods' cost"
+        )
+
+
+def _check_trials(study: Study) -> None:
+    for method in study.tuned:
+        if len(method.trials) != study.settings.trials:
+            raise UserError(
+                f"methods.{method.name}.tune: {len(method.trials)} settings, but trials is {study.settings.trials}; "
+                "every method is tried at equally many"
+            )
+        for part, settings in (("tune", method.trials), ("sweep", method.sweep)):
+            seen = [repr(values) for values in settings]
+            if len(set(seen)) < len(seen):
+                raise UserError(f"methods.{method.name}.{part}: a value is given twice; leave one of them out")
+
+
+def _check_judging(settings: StudySettings) -> None:
+    if "fid" not in settings.metrics:
+        raise UserError("metrics: fid is missing, by which a collapse is told")
+    if settings.tune_by not in (*settings.metrics, "accuracy"):
+        raise UserError(f"tune_by: {settings.tune_by} is not among metrics; add it")
+    if settings.classifier is None and settings.tune_by == "accuracy":
+        raise UserError("tune_by: accuracy needs a classifier")
+    with said_of("reference"):
+        check_path(settings.reference)
+    with said_of("extractor"):
+        check_extractor(settings.extractor, settings.inception_weights and Path(settings.inception_weights))
+    if settings.classifier is not None:
+        with said_of("classifier"):
+            check_classifier(settings.classifier)
+    for key in ("extractor", "classifier"):
+        spec = getattr(settings, key)
+        if spec is not None and is_function_spec(spec):
+            load_function(spec, key)
+    _check_samples(settings)
+    _check_prompts(settings)
+
+
+def _check_samples(settings: StudySettings) -> None:
+    """Too few images of either side; what a user's own extractor gives shows only when it runs."""
+    widths = WIDTHS.get(settings.extractor, {})
+    numbers = FidelitySettings(inception_score_splits=settings.inception_score_splits)
+    real = _reference_size(settings.reference)
+    for key in ("samples", "tuning_samples"):
+        count = getattr(settings, key)
+        for metric in settings.metrics if count is not None and widths else ():
+            problem = obstacle(metric, Counts(count, real), widths, numbers)
+            if problem is not None:
+                raise UserError(f"{key if problem.side == 'samples' else problem.side}: {problem.reason}")
+
+
+def _reference_size(reference: str) -> int:
+    """Images of a folder; of an archive, which is long to read and may bring the moments of more, no limit."""
+    folder = Path(reference)
+    if reference in WORDS or not folder.is_dir():
+        return sys.maxsize
+    with said_of("reference"):
+        return len(list_folder(folder).files)
+
+
+def _check_prompts(settings: StudySettings) -> None:
+    if settings.prompts == KEYWORD:
+        return
+    with said_of("prompts"):
+        prompts = read_prompts(Path(settings.prompts))
+    if settings.classifier is not None and any(prompt.label is None for prompt in prompts):
+        raise UserError("classifier: needs a label with every prompt; add them, or set classifier to null")
+
+
+def _check_runs(study: Study, world_size: int) -> None:
+    first = None
+    for where, config in _configs(study):
+        with said_of(where):
+            # The base does not exist yet, and it is the same model.
+            check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
+            check_data(config)
+            if first is not None and config.parallel != first.parallel:
+                raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
+            _check_model(study, config.model)
+        first = first or config
+
+
+def _configs(study: Study) -> Iterator[tuple[str, Config]]:
+    if study.base is not None:
+        yield f"{study.path}: base", study.base
+    for method in study.tuned:
+        for values in variants(method):
+            config = method.point(values).config
+            if config is not None:
+                yield method.where, config
+
+
+def _base_model(study: Study) -> ModelConfig:
+    given = study.settings.base.checkpoint
+    if given is None:
+        return study.base.model
+    return saved_config(layout.resolve(given, "base.checkpoint"), "base.checkpoint").model
+
+
+def _check_conditions(study: Study) -> None:
+    model = _base_model(study)
+    vocabulary = resolve_architecture(model).vocabulary
+    if study.settings.prompts == KEYWORD:
+        # Other models know nothing of the digits, and no caption or class of theirs means one.
+        if vocabulary != tiny_architecture(model).vocabulary:
+            raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")
+        return
+    with said_of("prompts"):
+        check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
+
+
+def _check_grids(study: Study) -> None:
+    model, digits = _base_model(study), SamplingConfig()
+    architecture = resolve_architecture(model)
+    positions = architecture.max_position_embeddings
+    # Of a model with one grid every other is a misfit.
+    takes_any = own_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
+    for method in study.methods.values():
+        for sampling in (method.point(values).sampling for values in variants(method)):
+            if takes_any and (sampling.height, sampling.width) == (digits.height, digits.width):
+                raise UserError(
+                    f"sampling: {digits.height} x {digits.width} is the grid of the digits; give this model's height "
+                    "and width"
+                )
+            misfit = grid_misfit(architecture, 1, sampling.height, sampling.width)
+            if misfit is not None:
+                raise UserError(f"sampling: {misfit}")
+            tokens = architecture.vocabulary.sequence_length(0, 0, sampling.height, sampling.width)
+            if tokens > positions:
+                raise UserError(
+                    f"sampling: a grid of {sampling.height} x {sampling.width} takes {tokens} tokens beside the "
+                    f"prompt, the model has {positions} positions; take a smaller height and width"
+                )
+
+
+def _check_model(study: Study, model: ModelConfig) -> None:
+    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, _base_model(study)))
+    for name in ours:
+        # Rotary positions have no weights: a run may use more of them than its base did.
+        if name != "max_position_embeddings" and ours[name] != theirs[name]:
+            raise UserError(
+                f"model: {name} is {ours[name]}, the base's {theirs[name]}; every method starts from the base"
+            )
+
+
+def _check_equal_compute(study: Study) -> None:
+    costs = [
+        (run_units(config), method.name, config)
+        for method in study.tuned
+        for config in (method.point(values).config for values in variants(method))
+        if config is not None
+    ]
+    (least, one, cheapest), (most, other, dearest) = (pick(costs, key=lambda cost: cost[0]) for pick in (min, max))
+    if most > (1 + TOLERANCE) * least:
+        steps = round(least / (dearest.training.global_batch_size * units_per_sample(dearest)))
+        raise UserError(
+            f"methods.{other}: costs {_cost(dearest)}, methods.{one} {_cost(cheapest)}; all training must cost the "
+            f"same within {TOLERANCE:.0%}: {steps} steps would"
+        )
+
+
+def _cost(config: Config) -> str:
+    training = config.training
+    return (
+        f"{training.train_iters} steps x {training.global_batch_size} samples x {units_per_sample(config)} passes = "
+        f"{run_units(config)}"
+    )

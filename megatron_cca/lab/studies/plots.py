@@ -1,0 +1,212 @@
+"""A study's plots, as PNG: the FID-IS plane, metrics against a key, a map over two keys, all methods side by side."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, save
+from megatron_cca.lab.studies.heatmap import heatmap
+from megatron_cca.lab.studies.plot_checks import file_name, plotted_methods, swept_keys
+from megatron_cca.lab.studies.results import Result, Results
+from megatron_cca.lab.studies.settings import PlotSettings
+from megatron_cca.lab.studies.study import BASE, Method
+from megatron_cca.lab.studies.words import METRICS, axis_name, key_name, value_name
+
+_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#7a5195")
+_SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
+# Where the largest FID is this many times the smallest, it is drawn on a log scale.
+_LOG_RATIO = 6.0
+_LEGEND = {"fontsize": 8, "labelcolor": INK, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
+_TICKS = [factor * 10.0**power for power in range(-1, 5) for factor in (1, 1.5, 2, 3, 5, 7)]
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Results along one key, in the sweep's order; a single point has no key."""
+
+    label: str
+    key: str | None
+    points: list[Result]
+    colour: str
+    marker: str = "o"
+
+    def column(self, metric: str) -> tuple[list[float], list[float]]:
+        """Means and standard deviations."""
+        found = [result.statistics[metric] for result in self.points]
+        return [one.mean for one in found], [one.std or 0.0 for one in found]
+
+
+def plot(folder: Path, results: Results, settings: PlotSettings) -> None:
+    """Draw one of a study's plots into ``folder``; points without a finished seed are left out."""
+    study = results.study
+    title = settings.title or study.settings.title or study.settings.name
+    methods = plotted_methods(study, settings)
+    if not any(result.statistics for method in methods for result in results.of(method.name)):
+        save(_nothing(title), folder / file_name(settings))
+        return
+    if settings.kind == "heatmap":
+        heatmap(folder / file_name(settings), title, results, methods[0], settings.x, settings.y)
+        return
+    draw = {"frontier": _frontier, "against": _against, "comparison": _comparison}[settings.kind]
+    figure = draw(results, methods, settings)
+    figure.suptitle("\n".join(textwrap.wrap(title, 88)), fontsize=10.5, color=INK, y=0.985, va="top")
+    seeds, dots = len(study.settings.seeds), "; dots: seeds" if settings.kind == "comparison" else ""
+    spread = f"means of {seeds} seeds, {study.settings.samples} images each; lines: standard deviation over seeds{dots}"
+    figure.text(0.5, 0.008, spread, fontsize=7, color=GREY, ha="center", va="bottom")
+    figure.tight_layout(rect=(0, 0.02, 1, 0.985))
+    save(figure, folder / file_name(settings))
+
+
+def _nothing(title: str) -> Figure:
+    figure = Figure(figsize=(7.6, 2.0), dpi=170)
+    figure.suptitle("\n".join(textwrap.wrap(title, 88)), fontsize=10.5, color=INK)
+    figure.text(0.5, 0.4, "none of these runs finished", fontsize=9, color=GREY, ha="center")
+    return figure
+
+
+def _curves(results: Results, methods: Sequence[Method], along: str | None) -> list[_Curve]:
+    """One for each combination of a method's other swept keys; ``along`` None is each method's last key."""
+    curves: list[_Curve] = []
+    for method in methods:
+        keys = swept_keys(method)
+        found = [one for one in results.of(method.name) if one.statistics]
+        if not keys:
+            colour, marker = _SINGLE.get(method.name, (None, "o"))
+            curves += [_Curve(_name(method), None, found[:1], colour or _next(curves), marker)] if found else []
+            continue
+        key = along or keys[-1]
+        groups: dict[str, list[Result]] = {}
+        for result in found:
+            if not result.row.is_chosen:
+                others = [f"{key_name(name)} {value_name(result.row.values[name])}" for name in keys if name != key]
+                groups.setdefault(", ".join([_name(method), *others]), []).append(result)
+        for label, points in groups.items():
+            curves.append(_Curve(label, key, points, _next(curves)))
+    return curves
+
+
+def _name(method: Method) -> str:
+    return "base, guidance-free" if method.name == BASE else method.label
+
+
+def _next(curves: Sequence[_Curve]) -> str:
+    taken = sum(curve.colour in _COLOURS for curve in curves)
+    return _COLOURS[taken % len(_COLOURS)]
+
+
+def _frontier(results: Results, methods: Sequence[Method], settings: PlotSettings) -> Figure:
+    figure = Figure(figsize=(7.6, 5.2), dpi=170)
+    axes = figure.subplots()
+    curves = _curves(results, methods, settings.x)
+    for height, curve in enumerate(reversed(curves)):
+        (scores, score_stds), (fids, fid_stds) = curve.column("inception_score"), curve.column("fid")
+        label = curve.label if curve.key is None else f"{curve.label}, along {axis_name(curve.key)}"
+        style = {"color": curve.colour, "marker": curve.marker, "markersize": 5.5, "linewidth": 1.6, "label": label}
+        axes.errorbar(scores, fids, xerr=score_stds, yerr=fid_stds, elinewidth=0.7, zorder=3 + height, **style)
+        if curve.key is not None:
+            _values(axes, curve, scores, fids)
+    _style(axes, "Inception Score (higher is better)", "FID (lower is better)")
+    _fid_axis(axes, [value for curve in curves for value in curve.column("fid")[0]])
+    axes.margins(0.08)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], **_LEGEND)
+    return figure
+
+
+def _values(axes: Axes, curve: _Curve, across: Sequence[float], up: Sequence[float]) -> None:
+    for result, x, y in zip(curve.points, across, up, strict=True):
+        text = value_name(result.row.values[curve.key])
+        place = {"xytext": (5, 5), "textcoords": "offset points"}
+        halo = [withStroke(linewidth=2.2, foreground="white")]
+        axes.annotate(text, (x, y), fontsize=7.5, color=curve.colour, zorder=20, path_effects=halo, **place)
+
+
+def _against(results: Results, methods: Sequence[Method], settings: PlotSettings) -> Figure:
+    figure = Figure(figsize=(10.5, 4.4), dpi=170)
+    panels = figure.subplots(1, 2)
+    curves = _curves(results, methods, settings.x)
+    for axes, metric, better in zip(panels, ("fid", "inception_score"), ("lower", "higher"), strict=True):
+        for curve in curves:
+            means, stds = curve.column(metric)
+            places = [result.row.values[settings.x] for result in curve.points]
+            style = {"color": curve.colour, "marker": "o", "markersize": 4.5, "linewidth": 1.6, "capsize": 2}
+            axes.errorbar(places, means, yerr=stds, elinewidth=0.8, label=curve.label, **style)
+        _control_line(axes, results, metric)
+        _style(axes, axis_name(settings.x), f"{METRICS[metric][0]} ({better} is better)")
+        places = [result.row.values[settings.x] for curve in curves for result in curve.points]
+        if min(places) > 0 and max(places) / min(places) > 20:
+            axes.set_xscale("log")
+    _fid_axis(panels[0], [value for curve in curves for value in curve.column("fid")[0]])
+    panels[1].legend(**_LEGEND)
+    return figure
+
+
+def _control_line(axes: Axes, results: Results, metric: str) -> None:
+    for control in results.of("control")[:1]:
+        if control.statistics:
+            style = {"color": GREY, "linestyle": "--", "linewidth": 1.2, "zorder": 1}
+            axes.axhline(control.statistics[metric].mean, label="control, guidance-free", **style)
+
+
+def _comparison(results: Results, methods: Sequence[Method], settings: PlotSettings) -> Figure:
+    shown = [one for method in methods for one in results.of(method.name)[:1] if one.statistics]
+    metrics = [name for name in ("fid", "inception_score", "accuracy", "recall") if name in shown[0].statistics]
+    figure = Figure(figsize=(2.5 * len(metrics) + 1.6, 0.4 * len(shown) + 1.9), dpi=170)
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _panel(axes, shown, metric)
+    panels[0].set_yticks(range(len(shown)), [_passes(one) for one in shown], fontsize=8.5, color=INK)
+    panels[0].set_ylim(len(shown) - 0.5, -0.5)
+    return figure
+
+
+def _passes(result: Result) -> str:
+    passes = result.row.point.sampling.forwards_per_token
+    name = "base" if result.row.method.name == BASE else result.row.method.label
+    return f"{name}, {passes} pass{'es' if passes > 1 else ''} a token"
+
+
+def _panel(axes: Axes, shown: Sequence[Result], metric: str) -> None:
+    colours = itertools.cycle(_COLOURS)
+    for place, one in enumerate(shown):
+        colour, marker = _SINGLE.get(one.row.method.name) or (next(colours), "o")
+        mean, spread = one.statistics[metric].mean, one.statistics[metric].std or 0.0
+        axes.errorbar([mean], [place], xerr=[spread], color=colour, marker=marker, markersize=7, elinewidth=1.4)
+        dots = [metrics[metric] for metrics in one.seeds.values()]
+        axes.plot(dots, [place + 0.24] * len(dots), "o", color=colour, alpha=0.55, markersize=3)
+    better = "lower" if metric == "fid" else "higher"
+    _style(axes, f"{METRICS[metric][0]} ({better} is better)", "")
+    axes.grid(axis="y", alpha=0)
+    axes.margins(x=0.08)
+    means = [one.statistics[metric].mean for one in shown]
+    if metric == "fid" and max(means) > _LOG_RATIO * min(means):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(_TICKS))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _fid_axis(axes: Axes, values: Sequence[float]) -> None:
+    if values and max(values) > _LOG_RATIO * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_TICKS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _style(axes: Axes, across: str, up: str) -> None:
+    axes.set_xlabel(across, fontsize=9, color=INK)
+    axes.set_ylabel(up, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=GREY)
+    axes.grid(alpha=0.22)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

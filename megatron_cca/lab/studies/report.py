@@ -1,0 +1,124 @@
+"""A study's table.md: what was chosen, the sweeps, every trial, and what all of it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_cca.lab.studies.compute import units_per_sample
+from megatron_cca.lab.studies.results import Result, Results, Statistic, Trial
+from megatron_cca.lab.studies.study import BASE, Study
+from megatron_cca.lab.studies.words import METRICS, settings_name
+
+
+def table(results: Results) -> str:
+    """The whole file, Markdown."""
+    settings = results.study.settings
+    parts = [f"# {settings.title or settings.name}", _about(results.study)]
+    parts.append(f"## Chosen on seed {settings.tuning_seed}, reported on seeds {_listed(settings.seeds)}")
+    parts.append(_table(results, [result for result in results.rows if result.row.is_chosen]))
+    swept = [result for result in results.rows if not result.row.is_chosen]
+    if swept:
+        parts += ["## Sweeps, the other settings as chosen", _table(results, swept)]
+    parts += [_losses(results), f"## All {settings.trials} trials of each method, seed {settings.tuning_seed}"]
+    parts.append(_trials(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _about(study: Study) -> str:
+    settings = study.settings
+    tuning = settings.tuning_samples or settings.samples
+    return (
+        f"Mean (standard deviation) of {len(settings.seeds)} seeds, {settings.samples} images each. Every method was "
+        f"tried at {settings.trials} settings on seed {settings.tuning_seed} ({tuning} images each); the best by "
+        f"{METRICS[settings.tune_by][0]} is reported. {_costs(study)} A run counts as collapsed if its FID is more "
+        f"than {settings.collapse:g} x its base's on the same seed. The log-ratio is that of matched pairs, policy - "
+        "reference, in nats per image, mean of the last ten steps. Guidance scale s as in (1 + s) cond - s uncond."
+    )
+
+
+def _costs(study: Study) -> str:
+    trained = [method for method in study.tuned if method.config is not None]
+    runs = "; ".join(
+        f"{method.label}: {method.config.training.train_iters} x {method.config.training.global_batch_size} x "
+        f"{units_per_sample(method.config)}"
+        for method in trained
+    )
+    return f"Training costs the same for all, in steps x samples x passes (forward 1, forward and backward 3): {runs}."
+
+
+def _table(results: Results, rows: Sequence[Result]) -> str:
+    names = [name for name in METRICS if any(name in result.statistics for result in results.rows)]
+    head = ["method", "settings", "forwards/token", "training", *(METRICS[name][0] for name in names), "lost seeds"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    unit = _unit(results)
+    for result in rows:
+        method = result.row.method
+        lines.append(
+            _line(
+                [
+                    "base, guidance-free" if method.name == BASE else method.label,
+                    settings_name(result.row.values),
+                    str(result.row.point.sampling.forwards_per_token),
+                    f"{result.units / unit:.2f}",
+                    *(_cell(result.statistics.get(name), METRICS[name][1]) for name in names),
+                    _lost(result),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _unit(results: Results) -> int:
+    """Passes of a CCA run, which counts as 1; of any training where the study has no CCA."""
+    trained = [result for result in results.rows if result.units]
+    cca = [result for result in trained if result.row.point.config.objective.name == "cca"]
+    return (cca or trained)[0].units if trained else 1
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(statistic: Statistic | None, decimals: int) -> str:
+    if statistic is None:
+        return ""
+    spread = "" if statistic.std is None else f" ({statistic.std:.{decimals}f})"
+    return f"{statistic.mean:.{decimals}f}{spread}"
+
+
+def _lost(result: Result) -> str:
+    counts = {"collapsed": len(result.collapsed), "failed": len(result.failed)}
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "0"
+
+
+def _losses(results: Results) -> str:
+    """Why seeds are missing from the means."""
+    lines = [
+        f"- {result.row.method.label} ({settings_name(result.row.values)}), seed {seed}: {reason}"
+        for result in results.rows
+        for seed, reason in result.failed.items()
+    ]
+    missing = [method.label for method in results.study.tuned if not results.of(method.name)]
+    lines += [f"- {label}: none of its trials finished, so that there is nothing to report" for label in missing]
+    return "\n".join(["Not in the means:", "", *lines]) if lines else ""
+
+
+def _trials(results: Results) -> str:
+    metrics = [name for name in METRICS if any(name in one.metrics for part in results.trials.values() for one in part)]
+    head = ["method", "settings", *(METRICS[name][0] for name in metrics), ""]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for name, trials in results.trials.items():
+        label = results.study.methods[name].label
+        lines += [_trial_line(label, one, metrics) for one in trials]
+    return "\n".join(lines)
+
+
+def _trial_line(label: str, trial: Trial, metrics: Sequence[str]) -> str:
+    single = {name: Statistic(value, None) for name, value in trial.metrics.items()}
+    cells = [_cell(single.get(name), METRICS[name][1]) for name in metrics]
+    remark = "chosen" if trial.is_chosen else trial.failed or ""
+    return _line([label, settings_name(trial.values), *cells, remark])

@@ -1,0 +1,188 @@
+"""A study with its files read: which settings each method is tried at and reported at, and the run that each means."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_cca.config import Config
+from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.lab.studies.settings import (
+    SAMPLING,
+    Keys,
+    MethodSettings,
+    SamplingConfig,
+    StudySettings,
+    from_plain,
+    read_study,
+)
+
+BASE = "base"
+# What differs from run to run, and is the study's own business.
+_OWN_KEYS = (
+    "training.output_dir",
+    "training.seed",
+    "training.pretrained_checkpoint",
+    "reference.checkpoint",
+    "reference.cache",
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run but for its seed: ``config`` of the training, None for the base itself, and how it is drawn with."""
+
+    config: Config | None
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a study.
+
+    Attributes:
+        name, label: for files and for people.
+        trials: settings that are tried on the tuning seed.
+        sweep: settings that are reported beside the chosen ones; empty without one.
+    """
+
+    name: str
+    label: str
+    config: Config | None
+    sampling: SamplingConfig
+    trials: list[Keys]
+    sweep: list[Keys]
+    where: str = ""
+    _points: dict[tuple, Point] = field(default_factory=dict, compare=False, repr=False)
+
+    def point(self, values: Mapping[str, Any]) -> Point:
+        """The run that settings mean.
+
+        Raises:
+            UserError: a key that the method has no use for, or a value that it cannot have; names file and key.
+        """
+        key = tuple((name, repr(value)) for name, value in values.items())
+        if key not in self._points:
+            with said_of(self.where):
+                self._points[key] = Point(*with_keys(self.config, self.sampling, values))
+        return self._points[key]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file means.
+
+    Attributes:
+        path: the file.
+        settings: as they stand in it.
+        base: how the base is pretrained; None where there is a checkpoint.
+        methods: by name; the first is the base itself, guidance-free, which every file gets.
+    """
+
+    path: Path
+    settings: StudySettings
+    base: Config | None
+    methods: dict[str, Method]
+
+    @property
+    def tuned(self) -> list[Method]:
+        """All methods but the base, which has nothing to be tuned."""
+        return [method for name, method in self.methods.items() if name != BASE]
+
+
+def open_study(path: Path) -> Study:
+    """Read a study's file and the configurations that it names.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a value that cannot be; one line that names file and key.
+    """
+    settings = read_study(path)
+    base = _base(path, settings)
+    methods = {BASE: Method(BASE, "base", None, settings.sampling, [{}], [])}
+    for name, method in settings.methods.items():
+        methods[name] = _method(path, settings, name, method)
+    return Study(path, settings, base, methods)
+
+
+def _base(path: Path, settings: StudySettings) -> Config | None:
+    base, where = settings.base, f"{path}: base"
+    if (base.config is None) == (base.checkpoint is None):
+        raise UserError(f"{where}: needs either a config to pretrain it with or a checkpoint")
+    if base.config is None:
+        if base.set:
+            raise UserError(f"{where}.set: of no use beside a checkpoint; leave it out")
+        return None
+    config = _config(path, base.config, where)
+    return _changed(config, settings.sampling, [(f"{path}: set", settings.set), (f"{where}.set", base.set)])[0]
+
+
+def _method(path: Path, settings: StudySettings, name: str, method: MethodSettings) -> Method:
+    where = f"{path}: methods.{name}"
+    if name == BASE:
+        raise UserError(f"{where}: every study has the base, guidance-free, by itself; take another name")
+    config, changes = None, [(f"{where}.set", method.set)]
+    if method.config is not None:
+        config = _config(path, method.config, where)
+        changes.insert(0, (f"{path}: set", settings.set))
+    config, sampling = _changed(config, settings.sampling, changes)
+    sweep = grid(method.sweep) if method.sweep else []
+    return Method(name, method.label or name, config, sampling, grid(method.tune), sweep, where)
+
+
+def _config(path: Path, name: str, where: str) -> Config:
+    with said_of(f"{where}.config"):
+        config = load_config(path.parent / name)
+    if config.reference.strategy == "cached":
+        raise UserError(f"{where}.config: reference.strategy cached is of one base, a study has several; take another")
+    return config
+
+
+def _changed(
+    config: Config | None, sampling: SamplingConfig, changes: Sequence[tuple[str, Keys]]
+) -> tuple[Config | None, SamplingConfig]:
+    for where, keys in changes:
+        with said_of(where):
+            config, sampling = with_keys(config, sampling, keys)
+    return config, sampling
+
+
+def with_keys(
+    config: Config | None, sampling: SamplingConfig, keys: Mapping[str, Any]
+) -> tuple[Config | None, SamplingConfig]:
+    """Both with keys such as ``objective.beta`` and ``sampling.guidance_scale`` changed.
+
+    Raises:
+        UserError: an unknown key, a value that cannot be, a key of training where nothing is trained.
+    """
+    trees = {"sampling": asdict(sampling)}
+    if config is not None:
+        trees["config"] = config_to_dict(config)
+    for key, value in keys.items():
+        _set(trees, key, value)
+    drawn = from_plain(SamplingConfig, trees["sampling"], SAMPLING)
+    if drawn.guidance_scale > 0 and drawn.contrastive_top_k > 0:
+        raise UserError("sampling.contrastive_top_k: does not go with a guidance scale; set one of them to 0")
+    return config_from_dict(trees["config"], typed=True) if config is not None else None, drawn
+
+
+def _set(trees: dict[str, dict], key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    if not (dot and section and name):
+        raise UserError(f"{key}: expected section.key, such as optimizer.lr or sampling.guidance_scale")
+    if key in _OWN_KEYS:
+        raise UserError(f"{key}: is the study's own to set; leave it out")
+    if key.startswith(SAMPLING):
+        trees["sampling"][name] = value
+    elif "config" not in trees:
+        raise UserError(f"{key}: nothing is trained here; give a config, or keys that begin with {SAMPLING}")
+    else:
+        trees["config"].setdefault(section, {})[name] = value
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> list[Keys]:
+    """All combinations, the last key changing fastest; of no keys it is one, the empty one."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
