@@ -33,7 +33,14 @@ EXTRAS = {
     "hf": ["transformers"],
     # 2.11's Python ran on emulated kernels, 2.19's was read beside it. A newer one is to be tried before it is let in.
     "gpu": ["transformer-engine[pytorch]>=2.11,<2.20"],
-    "docs": ["latex2mathml", "mkdocs>=1.6", "pygments", "pymdown-extensions"],
+    "docs": [
+        "latex2mathml",
+        "mkdocs>=1.6",
+        "mkdocs-api-autonav",
+        "mkdocstrings[python]",
+        "pygments",
+        "pymdown-extensions",
+    ],
     "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],
 }
 

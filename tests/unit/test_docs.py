@@ -67,6 +67,31 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path, link):
     assert build(tmp_path / "site", tmp_path / "mkdocs.yml").returncode != 0
 
 
+def public_names():
+    """Each function and class of the package that begins without "_", as its full dotted name."""
+    for file in sorted((ROOT / "megatron_cca").rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield f"{module}.{node.name}"
+
+
+@pytest.mark.full
+def test_every_public_name_has_an_entry(site):
+    entries = {
+        name
+        for page in (site / "api").rglob("*.html")
+        for name in re.findall(r'id="(megatron_cca[\w.]*)"', page.read_text())
+    }
+    names = set(public_names())
+    assert len(names) > 800
+    assert not names - entries
+    roles = [
+        page.name for page in site.rglob("*.html") if re.search(r":(class|func|data|meth):<code>", page.read_text())
+    ]
+    assert not roles, "a docstring's mark is left in front of its name"
+
+
 @pytest.mark.full
 def test_formulas_need_no_script_and_no_network(site):
     for page in site.glob("*.html"):
