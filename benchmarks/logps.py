@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -83,18 +84,20 @@ def default_peers(device: str) -> list[str]:
 
 
 def compare(shapes: Sequence[Shape], peers: Sequence[str], repetitions: int) -> None:
-    """Print the table, of a fresh process for every row."""
+    """Print the table, row by row, each from a fresh process."""
     first = shapes[0]
     print(
         f"{machine(first.device)}; vocabulary {first.vocabulary}, hidden size {first.hidden_size}, {first.dtype}, "
         f"medians of {repetitions}"
     )
+    print(table([]), flush=True)
     results = []
     for shape, peer in tqdm([(shape, peer) for shape in shapes for peer in peers], desc="measuring", unit="case"):
         case = {"shape": asdict(shape), "peer": peer, "repetitions": repetitions}
         found = in_fresh_process(__file__, case)
         results.append(found if "peer" in found else _without_figures(shape, peer, "out of memory"))
-    print(table(results))
+        # At once: an hour of measuring must not be lost with its last case.
+        tqdm.write(table(results).splitlines()[-1], file=sys.stdout)
 
 
 def measure(
