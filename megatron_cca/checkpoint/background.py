@@ -8,19 +8,17 @@ import os
 import pickle
 import queue
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_cca import platform
 from megatron_cca.checkpoint import records
 from megatron_cca.checkpoint.records import file_system_cause
+from megatron_cca.megatron_compat.checkpoint_writer import watched_writes
 from megatron_cca.parallel.agreement import described
 from megatron_cca.signals import STOPPING
 
@@ -78,12 +76,6 @@ def writes_in_background(wanted: bool | None) -> bool:
     return not platform.current().is_cuda if wanted is None else wanted
 
 
-def serve_results() -> ResultsFile:
-    """Give Megatron a fresh place for the next save's results."""
-    filesystem_async._results_queue = ResultsFile()
-    return filesystem_async._results_queue
-
-
 def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_background: bool) -> AsyncRequest:
     """The request to write this rank's files, and to hash them; a :class:`Written` follows as one more result."""
     if request.async_fn is None:
@@ -97,7 +89,9 @@ def _write(
 ) -> None:
     if in_background:
         _die_with(parent)
-    with _remembered_problems() as problems:
+    problems: list[str] = []
+    # Megatron's writer reports that something went wrong but not what.
+    with watched_writes(lambda error: problems.append(described(file_system_cause(error)))):
         write(*arguments)
     checksums = {}
     try:
@@ -105,25 +99,6 @@ def _write(
     except OSError as error:
         problems.append(described(error))
     results.put(Written(checksums, next(iter(problems), None)))
-
-
-@contextmanager
-def _remembered_problems() -> Iterator[list[str]]:
-    """What went wrong in Megatron's writer, which reports that something did but not what."""
-    problems: list[str] = []
-    write = FileSystemWriterAsync.write_preloaded_data
-
-    def remembering(*arguments, **options):
-        outcome = write(*arguments, **options)
-        if isinstance(outcome[1], Exception):
-            problems.append(described(file_system_cause(outcome[1])))
-        return outcome
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(remembering)
-    try:
-        yield problems
-    finally:
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def _die_with(parent: int) -> None:

@@ -11,19 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
+from megatron_cca.checkpoint.background import ResultsFile, Written, hashing
 from megatron_cca.checkpoint.distributed import state_to_save
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
+from megatron_cca.megatron_compat.checkpoint_writer import Strategy, mark_format, write_at_once, write_request
 from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
 from megatron_cca.parallel.finite import all_finite
 
@@ -46,31 +44,13 @@ class Saved:
     waited_seconds: float = 0.0
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's own, but for an index that cannot be written: rank 0 would raise and the others wait for it."""
-
-    problem: str | None = None
-
-    def _get_save_and_finalize_callbacks(self, writer, *arguments) -> AsyncRequest:
-        finish = writer.finish
-
-        def finish_or_tell(metadata, results) -> None:
-            try:
-                finish(metadata, results)
-            except OSError as error:
-                self.problem = described(error)
-
-        writer.finish = finish_or_tell
-        return super()._get_save_and_finalize_callbacks(writer, *arguments)
-
-
 @dataclass
 class _Pending:
     iteration: int
     summary: dict
     partial: Path
     results: ResultsFile
-    strategy: _Strategy
+    strategy: Strategy
     started: float
     writes: bool = False
     waited: float = 0.0
@@ -123,17 +103,13 @@ class CheckpointSaver:
         problem = first_problem(_not_finite(state)) or attempted_on_rank_0(lambda: _make_empty(partial))[1]
         if problem is not None:
             return [*ended, Saved(iteration, problem)]
-        self._pending = _Pending(iteration, summary, partial, serve_results(), _Strategy(), started)
+        self._pending = _Pending(iteration, summary, partial, ResultsFile(), Strategy(described), started)
         self._begin(self._request(state, self._pending))
         self._pending.waited = time.perf_counter() - started
         return ended if self._in_background else [*ended, *self.finish()]
 
     def _request(self, state: dict, pending: _Pending) -> AsyncRequest:
-        request = dist_checkpointing.save(
-            state, str(pending.partial), pending.strategy, async_sharded_save=True, async_strategy="mcore"
-        )
-        # The last one writes metadata.json on rank 0 while the others wait, whether it can or not; see _finalize.
-        request.finalize_fns.pop()
+        request = write_request(state, pending.partial, pending.strategy, pending.results)
         pending.writes = request.async_fn is not None
         return hashing(request, pending.partial, pending.results, in_background=self._in_background)
 
@@ -141,12 +117,8 @@ class CheckpointSaver:
         if self._in_background:
             self._queue.schedule_async_request(request)
             return
-        # As Megatron's execute_sync, but that a rank which fails says so below, where all are told.
-        arguments = list(request.async_fn_args)
-        if request.async_fn is not None:
-            arguments[1] = request.preload_fn()
-            request.async_fn(*arguments)
-        self._queue.schedule_async_request(request._replace(async_fn=None))
+        # A rank that fails says so below, where all are told.
+        self._queue.schedule_async_request(write_at_once(request))
 
     @property
     def is_writing(self) -> bool:
@@ -200,7 +172,7 @@ class CheckpointSaver:
 
     def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> None:
         known = {name: found for sums in everyone for name, found in sums.items()}
-        save_config(CheckpointingConfig(pending.strategy.backend, pending.strategy.version), str(pending.partial))
+        mark_format(pending.partial, pending.strategy)
         known |= layout.keep_companions(self._root, self._start, pending.partial)
         layout.finalize(pending.partial, self._root, pending.iteration, pending.summary, known)
 

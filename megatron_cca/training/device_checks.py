@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel import layers
-
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.sequence_feed import loader_in_force
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.megatron_compat.layers import apex_fuses_gradients
 from megatron_cca.models.layer_specs import check_fp8_device, engine_is_available
 from megatron_cca.training.fp8_checks import check_fp8_sizes
 from megatron_cca.training.reference_settings import settings_by_key
@@ -57,7 +56,7 @@ def _check_fork(config: Config) -> None:
 
 def _check_gradient_fusion(config: Config, has_engine: bool) -> None:
     uses_engine = has_engine and config.model.transformer_impl != "local"
-    has_apex = platform.current().is_cuda and layers._grad_accum_fusion_available
+    has_apex = platform.current().is_cuda and apex_fuses_gradients()
     if not (uses_engine or has_apex):
         raise UserError(
             "kernels.gradient_accumulation_fusion: needs a GPU and Transformer Engine's layers, or apex with "

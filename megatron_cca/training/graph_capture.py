@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core import num_microbatches_calculator as calculator
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.utils import get_model_config
 
 from megatron_cca.config import Config
+from megatron_cca.megatron_compat.program_state import set_number_of_microbatches
 from megatron_cca.platform.transfers import without_side_work
 from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
 
@@ -28,7 +27,7 @@ class GraphCapture:
     def __init__(self, config: Config, policy: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
         self._policy, self._gathers = policy, config.optimizer.overlap_param_gather
         self._steps_left = config.kernels.cuda_graph_warmup_steps
-        _tell_number_of_microbatches(config)
+        set_number_of_microbatches(config.training.global_batch_size, config.training.micro_batch_size)
         self._helper = TECudaGraphHelper(
             model=policy,
             config=get_model_config(policy[0]),
@@ -63,18 +62,3 @@ def graph_capture(
     if config.kernels.cuda_graph_impl != "transformer_engine":
         return None
     return GraphCapture(config, policy, optimizer)
-
-
-def _tell_number_of_microbatches(config: Config) -> None:
-    """Megatron's capture asks for it where Megatron's own training program keeps it."""
-    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
-        calculator.unset_num_microbatches_calculator()
-    training = config.training
-    calculator.init_num_microbatches_calculator(
-        parallel_state.get_data_parallel_rank(),
-        None,
-        training.global_batch_size,
-        training.micro_batch_size,
-        parallel_state.get_data_parallel_world_size(),
-        False,
-    )

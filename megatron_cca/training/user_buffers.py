@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_cca.config import Config
+from megatron_cca.megatron_compat.program_state import make_user_buffers
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.reference_settings import reference_settings
 from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
@@ -19,17 +20,8 @@ def initialize_user_buffers(config: Config) -> None:
     global _have_been_made
     if not config.parallel.tp_comm_overlap or _have_been_made:
         return
-    from transformer_engine.pytorch.module import base
-
-    modes = base.UserBufferQuantizationMode
     precisions = {config.training.precision, reference_settings(config).precision}
-    wanted = [mode for mode, name in ((modes.FP8, "fp8"), (modes.NONE, "bf16")) if name in precisions]
-    base.initialize_ub(
-        shape=user_buffer_shape(config),
-        tp_size=config.parallel.tensor_model_parallel_size,
-        quantization_modes=wanted,
-        bootstrap_backend="nccl",
-    )
+    make_user_buffers(user_buffer_shape(config), config.parallel.tensor_model_parallel_size, precisions)
     _have_been_made = True
 
 

@@ -19,10 +19,11 @@ from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_p
 from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.checkpoint.streamed_save import COMMON_STATE, Piece, save_pieces
+from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import config_of_weights, imported_summary
 from megatron_cca.config import ParallelConfig
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.megatron_compat.checkpoint_format import COMMON_STATE, extra_state_keys
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
 
@@ -126,7 +127,7 @@ def _copy_files(files: list[Path], to: Path) -> None:
 
 
 def _objects(source: PublicCheckpoint) -> dict:
-    extra_states = dict.fromkeys(megatron_lm.extra_state_keys(source.architecture.num_layers))
+    extra_states = dict.fromkeys(extra_state_keys(source.architecture.num_layers))
     config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}
 
