@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, PRECISIONS, Reading, one_dtype
 from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
-from megatron_cca.checkpoint.huggingface.widths import PRECISIONS, one_dtype
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import hub_blobs

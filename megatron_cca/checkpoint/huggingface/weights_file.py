@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, Reading, one_dtype
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
-from megatron_cca.checkpoint.huggingface.widths import one_dtype
+from megatron_cca.checkpoint.pieces import ByteProgress
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import OPTION, check_file, check_space, file_system_errors, whole_file
