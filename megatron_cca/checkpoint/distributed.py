@@ -11,8 +11,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_cca.checkpoint.integrity import check_whole_together
-from megatron_cca.checkpoint.master_weights import check_master_weights
+from megatron_cca.checkpoint.integrity import check_master_weights, check_whole_together
 from megatron_cca.checkpoint.megatron_lm import common_state
 from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors

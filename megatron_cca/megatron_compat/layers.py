@@ -31,7 +31,7 @@ RELIED_ON = (
     ReliedOn(f"{_DDP}.enable_forward_pre_hook", "registers that hook", says=("register_forward_pre_hook(",)),
     ReliedOn(
         f"{_DDP}._make_backward_post_hook",
-        "adds no gradient that is in main_grad already, see parallel/placeholder.py",
+        "adds no gradient that is in main_grad already, see parallel/accumulation.py",
         says=("param.grad_added_to_main_grad", "zero_out_wgrad"),
     ),
     ReliedOn(f"{_DDP}.start_param_sync", "gathers updated weights at once", takes=("force_sync",)),

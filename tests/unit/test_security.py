@@ -60,7 +60,7 @@ VARIABLES |= {"GROUP_WORLD_SIZE", "HOME"}
 ALLOWED = {
     ("megatron_cca/io/pickles.py", "pickle"): "the one reader of pickles, by lists of what they may call",
     (
-        "megatron_cca/checkpoint/background.py",
+        "megatron_cca/checkpoint/saver.py",
         "pickle",
     ): "between a rank and its forked child, through their memory",
     ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",

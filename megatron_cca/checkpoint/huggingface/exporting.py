@@ -31,7 +31,7 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
 _UNFINISHED = frozenset({_PARTIAL, _FORMER})

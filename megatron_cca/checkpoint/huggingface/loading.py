@@ -30,6 +30,8 @@ from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.models.weight_map import MappedTensor
 
+Fill = Callable[[str, torch.nn.Module], None]
+
 
 @torch.no_grad()
 def load_weights(source: HuggingFaceCheckpoint, chunks: Sequence[torch.nn.Module]) -> None:
@@ -59,9 +61,6 @@ def _fill(shard: ShardedTensor, source: HuggingFaceCheckpoint, tensor: MappedTen
     if found is not None:
         part = found[:, offset[1] : offset[1] + columns[0]] if columns else found
         shard.data.view(rows, *columns)[: stop - start] = part.to(shard.data.device)
-
-
-Fill = Callable[[str, torch.nn.Module], None]
 
 
 @torch.no_grad()

@@ -11,6 +11,10 @@ import torch
 from megatron_cca.errors import UserError
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# Every number of theirs is one of float32's, too.
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
+_REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,6 @@ class Reading:
 
 
 AS_IT_IS = Reading()
-
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Every number of theirs is one of float32's, too.
-_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
-_REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
 
 
 def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:

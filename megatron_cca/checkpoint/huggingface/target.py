@@ -19,7 +19,7 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
 from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of
 from megatron_cca.models.weight_map import sources
 
