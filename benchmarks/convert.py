@@ -20,9 +20,8 @@ from measuring import in_fresh_process, machine, markdown_table
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
 from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES, resolve_architecture
 

@@ -104,7 +104,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from safetensors.torch import save_file
 
     from megatron_cca.checkpoint.huggingface import export_checkpoint
-    from megatron_cca.checkpoint.saving import save
+    from megatron_cca.checkpoint.saver import save
     from megatron_cca.checkpoint.summary import summarize
     from megatron_cca.config.load import load_config
     from megatron_cca.data.shards import write_shards

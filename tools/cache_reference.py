@@ -16,8 +16,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.io.typed_paths import path_option
 from megatron_cca.reporting import reported_tool_errors
-from megatron_cca.training.checks import check_run
-from megatron_cca.training.reference_checks import check_dropout
+from megatron_cca.training.checks import check_dropout, check_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +82,7 @@ def _cache(config: Config, output: Path, first: int, last: int) -> None:
 
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.caching import cache_reference
-    from megatron_cca.training.device_checks import check_devices
+    from megatron_cca.training.kernel_checks import check_devices
 
     check_devices(config)
     cache_reference(config, open_data(config), output, first, last)

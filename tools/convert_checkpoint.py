@@ -207,7 +207,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
-    from megatron_cca.checkpoint.huggingface.options import Reading
+    from megatron_cca.checkpoint.huggingface.reading import Reading
 
     for option in ("rows", "length"):
         if getattr(arguments, option) < 1:

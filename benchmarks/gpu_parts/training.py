@@ -30,7 +30,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training import setup
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.setup import Run
 from megatron_cca.training.shapes import rows_per_sample
 

@@ -11,21 +11,25 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_cca.checkpoint.bucket_padding import padding_between_buckets
-from megatron_cca.checkpoint.extra_states import (
-    with_all_extra_states,
-    without_absent_extra_states,
-    without_empty_extra_states,
-)
-from megatron_cca.checkpoint.integrity import check_whole_together
-from megatron_cca.checkpoint.master_weights import check_master_weights
+from megatron_cca.checkpoint.integrity import check_master_weights, check_whole_together
 from megatron_cca.checkpoint.megatron_lm import common_state
-from megatron_cca.checkpoint.optimizer_settings import keep_present_settings, leave_out_classes, let_parts_count
-from megatron_cca.checkpoint.safe_pickle import checked_extra_states, plain_data_only
+from megatron_cca.checkpoint.safe_pickle import plain_data_only
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
+from megatron_cca.megatron_compat.extra_states import (
+    checked_extra_states,
+    with_all_extra_states,
+    without_absent_extra_states,
+    without_empty_extra_states,
+)
+from megatron_cca.megatron_compat.optimizer_state import (
+    keep_present_settings,
+    leave_out_classes,
+    let_parts_count,
+    padding_between_buckets,
+)
 from megatron_cca.models import lora
 
 # The one sharding of the optimizer's state that any other TP x PP x DP can load.

@@ -8,32 +8,13 @@ model was built with (``check_checkpoint_args``, ``load_args_from_checkpoint``).
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 
 from megatron_cca.config import Config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 
-EXTRA_STATE = "_extra_state"
-FINAL_NORM = "decoder.final_layernorm"
-_LAYERS = "decoder.layers"
-_PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 # From 2.0 on Megatron-LM takes the projections of query, key and value as they lie.
 _CHECKPOINT_VERSION = 3.0
-
-
-def extra_state_keys(num_layers: int) -> Iterator[str]:
-    """Unique keys of all extra states that a plain GPTModel asks for, of local layers or of Transformer Engine's.
-
-    Without FP8 they hold nothing: both kinds of layers take None.
-    """
-    yield from (
-        f"{_LAYERS}.{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
-        for name in _PROJECTIONS
-        for layer in range(num_layers)
-    )
-    # Only Transformer Engine's norm has one.
-    yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"
 
 
 def common_state(config: Config, iteration: int, *, world_size: int = 1, has_optimizer: bool = False) -> dict:

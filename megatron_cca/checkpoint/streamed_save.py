@@ -21,10 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_cca.checkpoint.records import file_system_cause
-
-# How Megatron-Core 0.19 marks the format (dist_checkpointing/core.py), and where it keeps what is not sharded.
-_FORMAT_FILE, _FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-COMMON_STATE = "common_state/shard_0_1"
+from megatron_cca.megatron_compat.checkpoint_format import COMMON_STATE, FORMAT, FORMAT_FILE
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def save_pieces(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any
         raise file_system_cause(next(iter(error.failures.values()))[0]) from None
     finally:
         torch.serialization.set_crc32_options(checksums)
-    (folder / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
 
 
 class _PiecePlanner(dcp.DefaultSavePlanner):

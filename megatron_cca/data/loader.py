@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cca.data.microbatches import BatchBuilder, StepBatch, StepPlan
 from megatron_cca.data.sequence_feed import SequenceFeed, loader_in_force
 from megatron_cca.errors import UserError
-from megatron_cca.parallel.agreement import described
+from megatron_cca.parallel.across_ranks import described
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from megatron_cca.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_cca.data.open_file import OpenFile
 from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.arrays import mapped_array
+from megatron_cca.megatron_compat.indexed_dataset import open_indexed
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 DEFAULT_KEY = "data.path"
@@ -151,7 +151,7 @@ class TokenShards:
             self.table, self.variants = open_table(self.folder, len(self), has_variants=has_variants)
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
-        self._codes, self._captions = _indexed(self.folder / "codes"), _indexed(self.folder / "captions")
+        self._codes, self._captions = (open_indexed(self.folder / name) for name in ("codes", "captions"))
 
     def __len__(self) -> int:
         return self.manifest["num_samples"]
@@ -219,9 +219,3 @@ class TokenShards:
                 f"{self.folder} was tokenized for another vocabulary ({theirs}) than the model's ({ours}); tokenize it "
                 "again for this model"
             )
-
-
-def _indexed(prefix: Path) -> IndexedDataset:
-    found = IndexedDataset(str(prefix), mmap=False)
-    found.bin_reader = OpenFile(prefix.with_name(f"{prefix.name}.bin"))
-    return found

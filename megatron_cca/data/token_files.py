@@ -9,8 +9,6 @@ variants.npy               V of each sample, int32; only where it is not 1 for a
 from __future__ import annotations
 
 import contextlib
-import shutil
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,11 @@ from types import TracebackType
 import numpy as np
 import torch
 import xxhash
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.arrays import mapped_array
+from megatron_cca.megatron_compat.indexed_dataset import append_tokens, index_header
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"
@@ -173,7 +172,7 @@ def code_lengths(table: np.ndarray, variants: np.ndarray) -> np.ndarray:
 
 def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
     path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(_INDEXED[name]).itemsize
-    header = _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(_INDEXED[name]), count, count + 1)
+    header = index_header(_INDEXED[name], count)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])
     parts = (lengths.astype(np.int32), ends[:-1], np.arange(count + 1))
     with path.open("rb") as file:
@@ -196,19 +195,10 @@ def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
         with contextlib.closing(builder.data_file):
             for part, table, counts in zip(parts, tables, variants, strict=True):
                 lengths = code_lengths(table, counts) if name == "codes" else table["caption_length"]
-                _append(builder, part / f"{name}.bin", lengths.tolist())
+                append_tokens(builder, part / f"{name}.bin", lengths.tolist())
         builder.finalize(str(folder / f"{name}.idx"))
     np.save(folder / TABLE, np.concatenate([np.empty(0, SAMPLE), *tables]))
     _save_variants(folder, np.concatenate([np.empty(0, np.int32), *variants]))
-
-
-def _append(builder: IndexedDatasetBuilder, path: Path, lengths: list[int]) -> None:
-    # Megatron's add_index does the same, but collects garbage every time: hours for a data set of many parts.
-    first = len(builder.sequence_lengths)
-    builder.sequence_lengths.extend(lengths)
-    builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
-    with path.open("rb") as file:
-        shutil.copyfileobj(file, builder.data_file)
 
 
 def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:

@@ -14,10 +14,9 @@ from torch.nn.functional import linear
 
 from megatron_cca import platform
 from megatron_cca.generation.kv_cache import CachedAttention, KVCache
+from megatron_cca.megatron_compat.decoding import fed_token_by_token
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 from megatron_cca.models.rotary_2d import Rotation, rotation_of
-
-_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 class Decoder:
@@ -81,36 +80,8 @@ def decoding(chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> 
     decoder = Decoder(chunks, vocabulary)
     with ExitStack() as stack:
         for gpt in decoder._gpts:
-            for module, name, value in _changes(gpt):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
-            stack.callback(gpt.train, gpt.training)
-            gpt.eval()
-            for layer in gpt.decoder.layers:
-                decoder._attentions.append(_put_cached_attention(layer, stack))
+            decoder._attentions += stack.enter_context(fed_token_by_token(gpt, CachedAttention))
         yield decoder
-
-
-def _changes(gpt: GPTModel) -> Iterator[tuple[object, str, object]]:
-    """What a model must not do while one token at a time passes through it."""
-    # The cache rotates keys and queries itself.
-    yield gpt, "position_embedding_type", "none"
-    # Too few rows for FP8's products, which want multiples of 16.
-    yield gpt.config, "fp8", None
-    if gpt.config.sequence_parallel:
-        # One token cannot be split over the ranks.
-        yield gpt.config, "sequence_parallel", False
-        for module in gpt.modules():
-            yield from ((module, name, False) for name in _SEQUENCE_PARALLEL if hasattr(module, name))
-
-
-def _put_cached_attention(layer: torch.nn.Module, stack: ExitStack) -> CachedAttention:
-    attention = layer.self_attention
-    former = attention.core_attention
-    cached = CachedAttention(layer.layer_number, getattr(former, "softmax_scale", None))
-    stack.callback(setattr, attention, "core_attention", former)
-    attention.core_attention = cached
-    return cached
 
 
 def _bare(chunk: torch.nn.Module) -> GPTModel:

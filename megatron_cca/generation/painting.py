@@ -19,8 +19,7 @@ from megatron_cca.generation.loading import inspect_for_sampling, load_for_sampl
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
-from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.grids import grid_misfit
+from megatron_cca.models.architecture import Architecture, grid_misfit
 
 # Pictures that pass through the image tokenizer together, in tokens: 64 of 16 x 16, one of Emu3's.
 _TOKENS_DECODED = 16_384

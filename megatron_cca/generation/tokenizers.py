@@ -19,8 +19,7 @@ from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.grids import own_grid
+from megatron_cca.models.architecture import Architecture, own_grid
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

@@ -34,7 +34,7 @@ from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import RunData, training_batches
 from megatron_cca.training.forward import head_options
-from megatron_cca.training.fp8_checks import check_fp8_sizes
+from megatron_cca.training.kernel_checks import check_fp8_sizes
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread, log_ratio_spread
 from megatron_cca.training.setup import build_chunks, frozen_chunks
 

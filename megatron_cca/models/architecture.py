@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_cca.config import ModelConfig, ParallelConfig
 from megatron_cca.errors import UserError
-from megatron_cca.models.vocabulary import Vocabulary
+from megatron_cca.models.image_vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -184,3 +184,23 @@ def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
     if size % divisor:
         possible = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
         raise UserError(f"{key}: {divisor} does not divide {name} {size}; possible: {possible}")
+
+
+def own_grid(architecture: Architecture) -> tuple[int, int] | None:
+    """Height and width of the one grid that a model has positions for; None where it takes any."""
+    if architecture.position_embedding != "rope_2d":
+        return None
+    side = grid_side(architecture)
+    return side, side
+
+
+def grid_misfit(architecture: Architecture, frames: int, height: int, width: int) -> str | None:
+    """Why a model cannot take images of such a grid, and what would help; None if it can."""
+    own = own_grid(architecture)
+    if own is None or (frames, height, width) == (1, *own):
+        return None
+    found = f"{height} x {width} codes" if frames == 1 else f"{frames} frames of {height} x {width} codes"
+    wanted = f"{found}, the model takes {own[0]} x {own[1]} alone"
+    if frames == 1 and height == width:
+        return f"{wanted}; model.max_position_embeddings {architecture.prefix_tokens + height * width} is for such"
+    return wanted

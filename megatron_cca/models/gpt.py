@@ -19,12 +19,12 @@ from torch.nn.functional import silu
 
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_cca.megatron_compat.layers import await_parameters
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
 from megatron_cca.models.rotary_2d import use_grid_positions
 from megatron_cca.parallel import sequence_logps, token_logps
-from megatron_cca.parallel.param_gather import await_parameters
 
 _DEFAULT_KERNELS = KernelsConfig()
 

@@ -1,16 +1,45 @@
-"""What everything outside a model's family asks of its vocabulary: how an image and its condition are written in ids.
-
-A sequence is a prompt, which says the condition, and an image behind it. Of the image's ids the visual ones are what
-the picture *is*: only they are trained on and drawn. The others, if any, follow from the grid and are forced.
-"""
+"""What the token ids of a model are: their number, and in a model of images which of them means what."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cca.models.vocabulary import Vocabulary
+from megatron_cca.errors import UserError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids ``0 .. size - 1``, of which nothing else is known.
+
+    Such a model can be converted, but neither trained on images nor sampled.
+    """
+
+    size: int
+
+    @property
+    def output_size(self) -> int:
+        """How many of the ids, from 0 on, the LM head predicts; the rows behind them are masked, as padding is."""
+        return self.size
+
+    def resized(self, codebook_size: int | None, num_classes: int | None) -> Vocabulary:
+        """The vocabulary of the same family with other sizes; None leaves one as it is.
+
+        Raises:
+            UserError: a family whose vocabulary has one size.
+        """
+        key = "codebook_size" if codebook_size is not None else "num_classes"
+        raise UserError(f"model.{key}: this model's vocabulary has one size, {self.size}; leave the key out")
+
+    def fingerprint(self) -> str:
+        """A short hash of the whole layout; shards and models that differ in it do not fit."""
+        layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(layout.encode()).hexdigest()[:16]
 
 
 class ImageVocabulary(Vocabulary, ABC):

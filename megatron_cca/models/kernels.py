@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import layers
 
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig
+from megatron_cca.megatron_compat.layers import apex_fuses_gradients, fuse_engine_gradients
 
 
 def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
@@ -31,7 +31,7 @@ def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]
     return {
         **forward_kernels(kernels),
         # Megatron's own layers fuse through apex, Transformer Engine's by themselves: see fuse_weight_gradients.
-        "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and layers._grad_accum_fusion_available,
+        "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and apex_fuses_gradients(),
         "cuda_graph_impl": "none" if is_frozen else kernels.cuda_graph_impl,
         "cuda_graph_modules": list(kernels.cuda_graph_modules),
         "cuda_graph_warmup_steps": kernels.cuda_graph_warmup_steps,
@@ -39,15 +39,9 @@ def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]
 
 
 def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_frozen: bool) -> None:
-    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if the run wants it.
-
-    Megatron's flag would do it, but refuses to build the LM head without apex; and the head's gradient is our own.
-    """
-    if not _fuses(kernels, is_frozen):
-        return
-    for module in gpt.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if the run wants it."""
+    if _fuses(kernels, is_frozen):
+        fuse_engine_gradients(gpt)
 
 
 def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:

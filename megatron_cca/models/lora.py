@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from megatron.core import parallel_state
@@ -27,16 +26,15 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn.functional import rms_norm
 from torch.nn.utils import skip_init
 from torch.utils.hooks import RemovableHandle
 
 from megatron_cca.config import LoraConfig
 from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
+from megatron_cca.megatron_compat.layers import await_parameters, mix_in, normed_input, take_out
 from megatron_cca.models.initialization import sharded_tensors, standard_normal
 from megatron_cca.models.low_rank import LINEAR_IN, merged_weight, scale_of
-from megatron_cca.parallel.param_gather import await_parameters
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -76,7 +74,7 @@ def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int
             attachment.embedding_hook = _keep_gradients_flowing(gpt.embedding, attachment)
         for name, projection in _projections(gpt, settings):
             projection.adapter = Adapter(projection, name, attachment)
-            projection.__class__ = _adapted_class(type(projection))
+            mix_in(projection, _Adapted)
         if seed is not None:
             _draw(chunk, seed)
 
@@ -120,7 +118,7 @@ def merge(chunks: Sequence[torch.nn.Module]) -> None:
                 merged_weight(projection.weight, adapter.linear_in.weight, adapter.linear_out.weight, adapter.scale)
             )
             del projection.adapter
-            projection.__class__ = type(projection).without_adapter
+            take_out(projection)
         if attachment.embedding_hook is not None:
             attachment.embedding_hook.remove()
         del gpt.lora
@@ -186,27 +184,13 @@ class _Adapted:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(x)
         if self.adapter.attachment.is_on:
-            output = self.adapter(_normed(self, x), output)
+            output = self.adapter(normed_input(self, x), output)
         return output, bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron's layers have taken what is inside for parameters of theirs that every rank has whole.
         return own | self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
-
-
-@cache
-def _adapted_class(cls: type) -> type:
-    return type(f"Adapted{cls.__name__}", (_Adapted, cls), {"without_adapter": cls})
-
-
-def _normed(projection: torch.nn.Module, x: Tensor) -> Tensor:
-    """The projection's input; Transformer Engine's fused layers norm it themselves and keep it, so it is done again."""
-    weight = getattr(projection, "layer_norm_weight", None)
-    if weight is None:
-        return x
-    assert projection.normalization == "RMSNorm" and not projection.zero_centered_gamma
-    return rms_norm(x, (x.size(-1),), weight, projection.eps)
 
 
 def _projections(gpt: GPTModel, settings: LoraConfig) -> Iterator[tuple[str, torch.nn.Module]]:

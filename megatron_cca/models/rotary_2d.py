@@ -8,7 +8,6 @@ queries and keys are zero. No rotation angle gives zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from megatron.core import parallel_state
@@ -17,6 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_cca.megatron_compat.layers import mix_in
 from megatron_cca.models.architecture import Architecture, grid_side
 
 
@@ -72,7 +72,7 @@ def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
         # sequence in order again. It runs once more where activations are recomputed.
         attention = layer.self_attention.core_attention
         attention.blanking = blanking
-        attention.__class__ = _blanked_class(type(attention))
+        mix_in(attention, _Blanked)
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,10 @@ class _Blanking:
 
 
 class _Blanked:
-    """Mixed into the class of a core attention. Not a hook: Megatron's CUDA graphs refuse layers that have hooks."""
+    """Mixed into the class of a core attention."""
 
     def forward(self, query: Tensor, key: Tensor, *others, **more) -> Tensor:
         return super().forward(self.blanking(query), self.blanking(key), *others, **more)
-
-
-@cache
-def _blanked_class(cls: type) -> type:
-    return type(f"Blanked{cls.__name__}", (_Blanked, cls), {})
 
 
 @dataclass(frozen=True)

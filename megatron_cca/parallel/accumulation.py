@@ -1,4 +1,7 @@
-"""Add a matrix product to a sum, in place: the one place that decides how half-precision factors are summed in fp32."""
+"""Weight gradients that go straight into a sum: how a product is added in place, and what autograd gets instead.
+
+The one place that decides how half-precision factors are summed in fp32.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor
 
 Way = Callable[[Tensor, Tensor, Tensor], None]
+_ATEN = torch.ops.aten
+_COPIES = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.clone.default)
+_SUMS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -67,3 +73,38 @@ def _is_right(way: Way, device: torch.device, dtype: torch.dtype) -> bool:
         # What is missing may say so in any way: an import, an argument, a type, a kernel.
         return False
     return True
+
+
+class MainGradPlaceholder(Tensor):
+    """Zeros of a weight's shape, strides, dtype and device that hold no memory.
+
+    Megatron's data parallelism wants a gradient on the weight's device, so that its hooks run on that device's thread,
+    and then forgets it: an Emu3 head's would be 1.5 GB. An expanded number would not do, since autograd copies a
+    gradient that is not laid out like its weight. Added to another tensor a placeholder leaves it as it is, which is
+    right where a weight has another use in the graph, and where Megatron adds the gradient nevertheless
+    (``zero_out_wgrad``).
+    """
+
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> MainGradPlaceholder:
+        """Return the placeholder of ``weight``'s gradient."""
+        layout = {"strides": weight.stride(), "dtype": weight.dtype, "device": weight.device}
+        return Tensor._make_wrapper_subclass(cls, weight.shape, **layout, storage_size=0)
+
+    def __repr__(self) -> str:
+        return f"MainGradPlaceholder(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """Be copied and be added as zeros are; refuse all else, since there are no numbers to read.
+
+        Raises:
+            RuntimeError: an operation that would need numbers.
+        """
+        if function in _COPIES:
+            return cls(args[0])
+        if function in _SUMS and isinstance(args[1], cls):
+            return args[0]
+        if function is _ATEN.add.Tensor:
+            return args[1]
+        raise RuntimeError(f"{function}: weight.grad is a placeholder; the gradient is in weight.main_grad")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_cca.parallel import accumulation, softmax_tiles
-from megatron_cca.parallel.placeholder import MainGradPlaceholder
+from megatron_cca.parallel.accumulation import MainGradPlaceholder
 from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, own_part, tile_sizes
 
 

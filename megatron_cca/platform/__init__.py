@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,11 +57,11 @@ def install(choice: DeviceChoice = "auto") -> Platform:
         if choice not in ("auto", _installed.device_type):
             raise ValueError(f"device {choice!r}: this process already runs on {_installed.device_type!r}")
         return _installed
-    from megatron_cca.platform import adam, cpu, quiet
+    from megatron_cca.megatron_compat import adam, expected_messages, optional_packages
+    from megatron_cca.platform import cpu
 
-    quiet.hide_expected_messages()
-    # Checkpoints are written by Megatron's own writer; where it finds this one, it ends at import if that is too old.
-    sys.modules.setdefault("nvidia_resiliency_ext.checkpointing.async_ckpt.core", None)
+    expected_messages.hide_expected_messages()
+    optional_packages.hide_other_writer()
     _limit_hardware_queues()
     platform = _choose(choice)
     if platform is _CPU:

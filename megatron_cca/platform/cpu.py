@@ -7,12 +7,11 @@ taxes every operation. The patches are:
 1. the ``torch.cuda`` functions of the training path (current device, streams, synchronisation, random state);
 2. ``Tensor.cuda()``, which becomes the identity;
 3. ``Tensor.type()``, which answers ``torch.cuda.FloatTensor`` to Megatron's optimizers, since they compare that string;
-4. the ``torch`` name inside the few Megatron modules that write ``device="cuda"`` literally or make CUDA streams.
+4. the ``torch`` name inside a few Megatron modules, see :mod:`megatron_cca.megatron_compat.cuda_literals`.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,25 +19,10 @@ from typing import Any
 
 import torch
 
-_CPU = torch.device("cpu")
+from megatron_cca.megatron_compat import cuda_literals, optional_packages
 
-# Megatron modules (below megatron.core) with a literal device="cuda", or streams of their own, on a path that training,
-# saving or loading takes.
-_MODULES_WITH_CUDA_LITERALS = (
-    "pipeline_parallel.schedules",
-    "distributed.distributed_data_parallel",
-    "distributed.param_and_grad_buffer",
-    "optimizer.optimizer",
-    "optimizer.clip_grads",
-    "optimizer.grad_scaler",
-    "utils",
-    "transformer.utils",
-    "dist_checkpointing.exchange_utils",
-    "dist_checkpointing.strategies.state_dict_saver",
-    "models.common.embeddings.rope_utils",
-)
+_CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "full", "arange")
-_GPU_ONLY_PACKAGES = ("transformer_engine", "apex")
 
 # Everything is done at once, in order.
 _STREAM = SimpleNamespace(
@@ -57,21 +41,11 @@ def redirect_cuda_to_cpu() -> None:
     global _done
     if _done:
         return
-    _hide_gpu_only_packages()
+    optional_packages.hide_gpu_only_packages()
     _patch_torch_cuda()
     _patch_tensor()
-    _patch_megatron()
+    cuda_literals.replace_torch(_TorchOnCpu())
     _done = True
-
-
-def _hide_gpu_only_packages() -> None:
-    """Make Megatron take its plain torch fallbacks: TE and apex kernels cannot run on CPU tensors."""
-    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
-    if extension is not None and getattr(extension, "HAVE_TE", False):
-        raise RuntimeError("call megatron_cca.platform.install('cpu') before importing megatron.core")
-    for name in _GPU_ONLY_PACKAGES:
-        if name not in sys.modules:
-            sys.modules[name] = None
 
 
 def _patch_torch_cuda() -> None:
@@ -138,12 +112,3 @@ def _on_cpu(factory: Any) -> Any:
         return factory(*args, **kwargs)
 
     return create
-
-
-def _patch_megatron() -> None:
-    torch_on_cpu = _TorchOnCpu()
-    for name in _MODULES_WITH_CUDA_LITERALS:
-        importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu
-    rng = importlib.import_module("megatron.core.tensor_parallel.random")
-    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    rng._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)

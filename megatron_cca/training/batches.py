@@ -18,8 +18,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, longest_row, sequence_multiple
-from megatron_cca.models.grids import grid_misfit, own_grid
+from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, own_grid, sequence_multiple
 
 DATA, VALIDATION = "data.path", "validation.path"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+from megatron_cca.checkpoint.summary import weights_fingerprint
 from megatron_cca.config import Config
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.reference_cache import (
@@ -33,12 +33,12 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
+from megatron_cca.training.engine import initialize_user_buffers
 from megatron_cca.training.forward import LogpsPass, gathered_rows, head_options
 from megatron_cca.training.log_ratio_gate import numeric_path
 from megatron_cca.training.reference import Reference, own_reference
 from megatron_cca.training.reference_settings import reference_settings
 from megatron_cca.training.setup import frozen_chunks
-from megatron_cca.training.user_buffers import initialize_user_buffers
 
 
 def check_cache(config: Config, data: RunData) -> None:

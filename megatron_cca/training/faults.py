@@ -7,7 +7,7 @@ from typing import NoReturn
 from megatron_cca.errors import UserError
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.events import Journal
-from megatron_cca.training.saves import finish_saves, save_checkpoint
+from megatron_cca.training.saving import finish_saves, save_checkpoint
 from megatron_cca.training.setup import Run
 from megatron_cca.training.step import DataLost, StepReport
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_cca.config import Config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.models.gpt import image_logps
-from megatron_cca.models.vocabulary import Vocabulary
+from megatron_cca.models.image_vocabulary import Vocabulary
 from megatron_cca.training.shapes import head_support
 
 LossOf = Callable[[int, Microbatch, Tensor], tuple[Tensor, dict]]

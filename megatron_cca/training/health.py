@@ -10,8 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_cca.objectives import PairLogps, SequenceLogps
-from megatron_cca.parallel.agreement import any_rank, first_problem
-from megatron_cca.parallel.finite import all_finite
+from megatron_cca.parallel.across_ranks import all_finite, any_rank, first_problem
 
 _TERMS = {
     "policy_positive": "the policy's log p(x|c)",

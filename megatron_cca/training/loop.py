@@ -20,7 +20,7 @@ from megatron_cca.io.outputs import write_text
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
 from megatron_cca.models.layer_specs import engine_is_available
-from megatron_cca.parallel.agreement import described, largest
+from megatron_cca.parallel.across_ranks import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.attention import attention_lines
@@ -31,7 +31,7 @@ from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_wit
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.pictures import open_pictures
-from megatron_cca.training.saves import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork
+from megatron_cca.training.saving import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import DataLost, StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest

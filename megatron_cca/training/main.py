@@ -125,7 +125,7 @@ def _train_all(runs: Sequence[Config]) -> None:
 
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.caching import check_cache
-    from megatron_cca.training.device_checks import check_devices
+    from megatron_cca.training.kernel_checks import check_devices
     from megatron_cca.training.loop import train
 
     # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -84,19 +82,6 @@ def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> Me
     optimizer = get_megatron_optimizer(optimizer_settings(config), policy, use_gloo_process_groups=False)
     get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
-
-
-def release(policy: Iterable[DistributedDataParallel]) -> None:
-    """Undo what would keep a policy and its optimizer in memory once nothing else does.
-
-    In fp32 an optimizer's shard of a parameter is a view with a gradient. Through Megatron-Core's hooks, in autograd's
-    C++, the parameter then keeps itself, and no garbage collection finds that circle: a second run in this process
-    would find weights, gradients and optimizer state of the first in memory. The policy cannot be trained afterwards.
-    """
-    for chunk in policy:
-        get_model_config(chunk).grad_scale_func = None
-        for parameter in chunk.parameters():
-            parameter.main_param = None
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

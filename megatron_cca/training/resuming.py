@@ -8,8 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import recorded_fingerprint
-from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.checkpoint.summary import recorded_fingerprint, saved_config
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit

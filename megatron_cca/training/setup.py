@@ -15,13 +15,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.checkpoint.background import writes_in_background
 from megatron_cca.checkpoint.integrity import newest_whole
-from megatron_cca.checkpoint.saving import CheckpointSaver
+from megatron_cca.checkpoint.saver import CheckpointSaver, writes_in_background
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.errors import UserError
+from megatron_cca.megatron_compat.optimizer_state import release
 from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.fp8_weights import keep_in_fp8
@@ -30,14 +30,13 @@ from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
+from megatron_cca.training.engine import GraphCapture, graph_capture, initialize_user_buffers
 from megatron_cca.training.forward import LogpsPass, head_options
-from megatron_cca.training.graph_capture import GraphCapture, graph_capture
-from megatron_cca.training.optimization import build_optimizer, build_scheduler, release, wrap_ddp
+from megatron_cca.training.optimization import build_optimizer, build_scheduler, wrap_ddp
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
 from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
-from megatron_cca.training.user_buffers import initialize_user_buffers
 
 
 @dataclass

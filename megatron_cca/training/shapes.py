@@ -5,8 +5,7 @@ from __future__ import annotations
 from megatron_cca.config import Config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import sequence_multiple
-from megatron_cca.models.image_vocabulary import ImageVocabulary
-from megatron_cca.models.vocabulary import Vocabulary
+from megatron_cca.models.image_vocabulary import ImageVocabulary, Vocabulary
 
 
 def rows_per_sample(config: Config) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_cca import platform
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.objectives import PairLogps, SequenceLogps
-from megatron_cca.parallel.agreement import first_problem
+from megatron_cca.parallel.across_ranks import first_problem
 from megatron_cca.training.batches import loader
 from megatron_cca.training.forward import gathered_rows
 from megatron_cca.training.health import not_finite, terms_not_finite

@@ -22,7 +22,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import gpt, lora
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.loop import train
-from megatron_cca.training.saves import begin_save
+from megatron_cca.training.saving import begin_save
 from megatron_cca.training.step import train_step, validate
 from tests.distributed.ranks import split_anew
 from tests.distributed.workers import start, take_steps

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from megatron_cca.checkpoint import distributed, layout, saving
+from megatron_cca.checkpoint import distributed, layout, saver
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config.load import load_config
 from megatron_cca.models import gpt, resolve_architecture
@@ -176,7 +176,7 @@ def resaved(settings):
     """Load a checkpoint on a layout and save it again from there."""
     _, config, chunks = _loaded(settings["checkpoint"], settings["overrides"])
     start = layout.resolve(settings["checkpoint"], "checkpoint")
-    saving.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
+    saver.save(Path(settings["output"]), 7, chunks, None, summarize(config), start)
 
 
 def assert_loaded_weights(settings):
@@ -223,7 +223,7 @@ def reference_bias(settings):
     config = load_config(None, settings["overrides"])
     initialize_distributed(config)
     chunks = build_chunks(config, resolve_architecture(config.model), config.training, None, "")
-    saving.save(Path(settings["checkpoint"]), 0, chunks, None, summarize(config))
+    saver.save(Path(settings["checkpoint"]), 0, chunks, None, summarize(config))
     lives, original = [], bias.prefix_logps
 
     def spy(chunks, *arguments):

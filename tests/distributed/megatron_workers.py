@@ -19,10 +19,10 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cca.checkpoint import distributed, saving
+from megatron_cca.checkpoint import distributed, saver
 from megatron_cca.config.load import load_config
 from megatron_cca.platform import cpu
-from megatron_cca.training.saves import begin_save
+from megatron_cca.training.saving import begin_save
 from tests.distributed.ranks import split_anew
 from tests.distributed.workers import start, take_steps
 
@@ -43,7 +43,7 @@ def trained(settings):
     """Train for some steps and save; what Megatron-LM should find. ``older`` saves nothing for it."""
     run = start(settings["overrides"])
     take_steps(run, settings["steps"])
-    with patch.object(saving, "state_to_save", _without_more if settings["older"] else saving.state_to_save):
+    with patch.object(saver, "state_to_save", _without_more if settings["older"] else saver.state_to_save):
         ended = [*begin_save(run), *run.saver.finish()]
     assert [saved.problem for saved in ended] == [None]
     return {"second_moment": _second_moment(run.optimizer), "learning_rate": run.optimizer.param_groups[0]["lr"]}

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+from megatron_cca.checkpoint.summary import weights_fingerprint
 from megatron_cca.config.load import load_config
 from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError

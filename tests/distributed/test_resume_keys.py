@@ -15,7 +15,7 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.resuming import OnResume, on_resume
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, TP2, column

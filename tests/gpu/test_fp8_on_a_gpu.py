@@ -115,7 +115,7 @@ def test_no_fp8_copy_of_a_frozen_weight_stays_behind(digit_shards, tmp_path):
 @pytest.mark.parametrize("options", [["offload"], ["precision aware"]])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_memory_saving_optimizers_train_and_resume(options, precision, digit_shards, tmp_path):
-    from megatron_cca.training.saves import begin_save
+    from megatron_cca.training.saving import begin_save
 
     aware = ["optimizer.use_precision_aware_optimizer=true"]
     if options == ["precision aware"]:

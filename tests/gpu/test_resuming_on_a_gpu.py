@@ -23,7 +23,7 @@ UNSAFE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def save(run):
-    from megatron_cca.training.saves import begin_save
+    from megatron_cca.training.saving import begin_save
 
     run.checkpoints.parent.mkdir(exist_ok=True)
     begin_save(run)

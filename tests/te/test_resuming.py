@@ -35,7 +35,7 @@ def uninterrupted(digit_shards, tmp_path_factory):
 
     @cache
     def trained(name):
-        from megatron_cca.training.saves import begin_save
+        from megatron_cca.training.saving import begin_save
 
         folder = tmp_path_factory.mktemp("run")
         run = start(digit_shards, folder, *COMMON, FAST, *SETTINGS[name])

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_cca import platform
-from megatron_cca.checkpoint.background import ResultsFile, writes_in_background
+from megatron_cca.checkpoint.saver import ResultsFile, writes_in_background
 from megatron_cca.config.load import load_config
-from megatron_cca.training.saves import warn_of_fork
+from megatron_cca.training.saving import warn_of_fork
 
 
 def test_items_come_back_in_order_also_from_a_forked_child():

@@ -11,7 +11,7 @@ from megatron_cca.data.token_data import TokenData
 from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.grids import grid_misfit, own_grid
+from megatron_cca.models.architecture import grid_misfit, own_grid
 from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.token_shards import pairing
 

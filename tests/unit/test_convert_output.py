@@ -11,9 +11,9 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import (
     compare_tensors,
     export_checkpoint,
+    exporting,
     import_checkpoint,
     open_both,
-    placing,
 )
 from megatron_cca.errors import UserError
 from megatron_cca.io import outputs
@@ -88,10 +88,10 @@ def test_no_export_of_this_tool_is_overwritten(hf, tmp_path):
 def test_a_forged_list_of_files_cannot_reach_others(files, hf, tmp_path):
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
     other = Path(shutil.copytree(hf, tmp_path / "other"))
-    (other / placing.RECORD).write_text(json.dumps({"files": files}))
+    (other / exporting._RECORD).write_text(json.dumps({"files": files}))
     with pytest.raises(UserError, match="not what --overwrite is meant to replace"):
         export_checkpoint(tmp_path / "megatron", other, overwrite=True)
-    assert placing.listed(other) == []
+    assert exporting._exported_files(other) == []
 
 
 def test_two_do_not_write_into_one_folder(hf, tmp_path):
@@ -112,11 +112,11 @@ def test_a_replacement_that_is_cut_short_is_taken_back(killed, replacing, tmp_pa
     back, before, after = replacing
     names = sorted(path.name for path in back.iterdir())
     for moves in range(2 * len(names)):
-        shutil.rmtree(back / placing.PARTIAL, ignore_errors=True)
+        shutil.rmtree(back / exporting._PARTIAL, ignore_errors=True)
         with monkeypatch.context() as patched:
-            patched.setattr(placing, "_replace", failing_after(moves))
+            patched.setattr(exporting, "_replace", failing_after(moves))
             if killed:  # then nobody tidies up
-                patched.setattr(placing, "undo", lambda folder: None)
+                patched.setattr(exporting, "_undo_move", lambda folder: None)
                 patched.setattr(outputs.shutil, "rmtree", lambda *arguments, **options: None)
             with pytest.raises(RuntimeError, match="no further"):
                 export_checkpoint(tmp_path / "megatron", back, overwrite=True, progress_bar=False)
@@ -126,14 +126,14 @@ def test_a_replacement_that_is_cut_short_is_taken_back(killed, replacing, tmp_pa
         with pytest.raises(UserError, match="already holds"):
             export_checkpoint(tmp_path / "megatron", back)
         assert_same_bits(load_tensors(back), before)
-        assert sorted(path.name for path in back.iterdir() if path.name not in placing.UNFINISHED) == names
+        assert sorted(path.name for path in back.iterdir() if path.name not in exporting._UNFINISHED) == names
     export_checkpoint(tmp_path / "megatron", back, overwrite=True, progress_bar=False)
     assert_same_bits(load_tensors(back), after)
     assert sorted(path.name for path in back.iterdir()) == names
 
 
 def test_a_first_export_that_is_cut_short_leaves_nothing(replacing, tmp_path, monkeypatch):
-    monkeypatch.setattr(placing, "_replace", failing_after(2))
+    monkeypatch.setattr(exporting, "_replace", failing_after(2))
     with pytest.raises(RuntimeError, match="no further"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "new", progress_bar=False)
     assert not (tmp_path / "new").exists()

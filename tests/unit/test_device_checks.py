@@ -9,7 +9,7 @@ from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import layer_specs
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 
 FP8 = ["training.precision=fp8", "data.pad_to_multiple_of=16"]
 EIGHT_B = ["model.name=emu3-8b", "data.path=x"]

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cca.parallel import accumulation, sequence_logps
-from megatron_cca.parallel.placeholder import MainGradPlaceholder
+from megatron_cca.parallel.accumulation import MainGradPlaceholder
 from megatron_cca.parallel.tile_sizes import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 from tests.references.gpu_products import half_precision_products

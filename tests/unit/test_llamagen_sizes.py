@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.options import Reading
+from megatron_cca.checkpoint.huggingface.reading import Reading
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ModelConfig

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron_cca.checkpoint.optimizer_settings import keep_present_settings, leave_out_classes, let_parts_count
 from megatron_cca.config.load import load_config
-from megatron_cca.platform.adam import GroupStepAdamW
+from megatron_cca.megatron_compat.adam import GroupStepAdamW
+from megatron_cca.megatron_compat.optimizer_state import keep_present_settings, leave_out_classes, let_parts_count
 from megatron_cca.training.optimization import optimizer_settings
 
 

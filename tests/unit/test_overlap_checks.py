@@ -10,9 +10,9 @@ from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import kernels, layer_specs
-from megatron_cca.training import user_buffers
+from megatron_cca.training import engine
 from megatron_cca.training.checks import check_run
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.shapes import fixed_row_length
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
@@ -237,12 +237,12 @@ def test_user_buffers_hold_a_microbatch_of_every_precision_there_is(monkeypatch)
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", package)
-    monkeypatch.setattr(user_buffers, "_have_been_made", False)
-    user_buffers.initialize_user_buffers(load_config(None, []))
+    monkeypatch.setattr(engine, "_have_been_made", False)
+    engine.initialize_user_buffers(load_config(None, []))
     assert made == []
     mixed = [*OVERLAP, "reference.precision=fp8", "parallel.context_parallel_size=2", "training.micro_batch_size=4"]
     for _ in range(2):
-        user_buffers.initialize_user_buffers(load_config(None, mixed))
+        engine.initialize_user_buffers(load_config(None, mixed))
     # Pairs are two rows a sample; each of two context-parallel ranks has half of every row.
     assert made == [
         {

@@ -60,7 +60,7 @@ VARIABLES |= {"GROUP_WORLD_SIZE", "HOME"}
 ALLOWED = {
     ("megatron_cca/io/pickles.py", "pickle"): "the one reader of pickles, by lists of what they may call",
     (
-        "megatron_cca/checkpoint/background.py",
+        "megatron_cca/checkpoint/saver.py",
         "pickle",
     ): "between a rank and its forked child, through their memory",
     ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",
@@ -69,7 +69,7 @@ ALLOWED = {
         "os.environ of PARENT",
     ): "a process number that the sweep hands to its jobs",
     (
-        "megatron_cca/checkpoint/safe_pickle.py",
+        "megatron_cca/megatron_compat/extra_states.py",
         "os.environ of _TE_MAY_UNPICKLE",
     ): "lets Transformer Engine read what was checked, and is put back",
     ("benchmarks/gpu_parts/channel.py", "os.environ of VARIABLE"): "the file with its task, which its parent wrote",

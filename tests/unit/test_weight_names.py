@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.options import Reading
+from megatron_cca.checkpoint.huggingface.reading import Reading
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors

@@ -1,4 +1,8 @@
-"""Megatron -> Hugging Face, piece by piece."""
+"""Megatron -> Hugging Face, piece by piece, and all or nothing.
+
+Every export lists its files in a hidden file beside them; only those are ever replaced. ``config.json`` goes first and
+comes last: without it nothing takes the folder for a model.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface import options, placing
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca import __version__
+from megatron_cca.checkpoint.huggingface.reading import CHECKPOINT, FORMAT, HF_TEMPLATE
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.huggingface.source import CONFIG, check_shape
-from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
-from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint, template_from_folder
+from megatron_cca.checkpoint.huggingface.target import (
+    MegatronCheckpoint,
+    Template,
+    template_from_checkpoint,
+    template_from_folder,
+)
 from megatron_cca.checkpoint.huggingface.weights_file import export_weights_file
-from megatron_cca.checkpoint.pieces import row_ranges
+from megatron_cca.checkpoint.pieces import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
+
+_RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
+_UNFINISHED = frozenset({_PARTIAL, _FORMER})
+_FIRST_AND_LAST = ("config.json", _RECORD)
 
 
 def export_checkpoint(
@@ -55,35 +68,35 @@ def export_checkpoint(
         UserError: see :class:`MegatronCheckpoint`; a form that needs parts which are not there; an output that holds
             something else; a full disk.
     """
-    source, output = MegatronCheckpoint(checkpoint, options.CHECKPOINT), Path(output)
-    check_apart(output, source.folder, options.CHECKPOINT)
+    source, output = MegatronCheckpoint(checkpoint, CHECKPOINT), Path(output)
+    check_apart(output, source.folder, CHECKPOINT)
     if family_of(source.config.model).huggingface is None:
-        for option, value in ((options.FORMAT, form), (options.HF_TEMPLATE, template)):
+        for option, value in ((FORMAT, form), (HF_TEMPLATE, template)):
             if value is not None:
                 raise UserError(f"{option}: means nothing to {source.config.model.name}, whose weights are one file")
         return export_weights_file(source, output, overwrite=overwrite, progress_bar=progress_bar)
     if template is None:
-        along = template_from_checkpoint(source.folder, options.CHECKPOINT)
+        along = template_from_checkpoint(source.folder, CHECKPOINT)
     else:
-        check_apart(output, Path(template), options.HF_TEMPLATE)
-        along = template_from_folder(Path(template), source.format, options.HF_TEMPLATE)
+        check_apart(output, Path(template), HF_TEMPLATE)
+        along = template_from_folder(Path(template), source.format, HF_TEMPLATE)
     naming = _naming(source, along, form)
     config = _config(source, along, naming)
     tensors = [*_companions(along, naming, source.format, config), *_decoder(source, naming)]
     total = sum(tensor.num_bytes for tensor in tensors)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
-        placing.undo(output)
-        check_output(output, placing.listed(output), placing.UNFINISHED, overwrite=overwrite)
-        partial = output / placing.PARTIAL
+        _undo_move(output)
+        check_output(output, _exported_files(output), _UNFINISHED, overwrite=overwrite)
+        partial = output / _PARTIAL
         stack.enter_context(staging(partial, total))
         progress = stack.enter_context(ByteProgress("exporting", total, shown=progress_bar))
         write_safetensors(partial, [replace(t, pieces=progress.watch(t.pieces)) for t in tensors])
         for path in along.files:
             shutil.copyfile(path, partial / path.name)
         _write_config(partial / CONFIG, config, along)
-        placing.record(partial)
-        placing.place(output)
+        _list_files(partial)
+        _move_into_place(output)
     return output
 
 
@@ -98,7 +111,7 @@ def _config(source: MegatronCheckpoint, along: Template, naming: Naming) -> Json
     try:
         return source.format.write_config(along.config, source.architecture, dtype, naming.form)
     except UserError as error:
-        raise UserError(f"{options.FORMAT} {naming.form}: {error} ({options.HF_TEMPLATE})") from None
+        raise UserError(f"{FORMAT} {naming.form}: {error} ({HF_TEMPLATE})") from None
 
 
 def _decoder(source: MegatronCheckpoint, naming: Naming) -> Iterator[OutgoingTensor]:
@@ -116,8 +129,8 @@ def _companions(along: Template, naming: Naming, format: HuggingFaceFormat, conf
     missing = sorted(wanted.keys() - along.names.keys())
     if missing:
         raise UserError(
-            f"{options.FORMAT} {naming.form}: tensor {naming.companion_prefix}{missing[0]} (and {len(missing) - 1} "
-            f"more) is neither in the checkpoint nor in a template; give {options.HF_TEMPLATE} with a folder that has "
+            f"{FORMAT} {naming.form}: tensor {naming.companion_prefix}{missing[0]} (and {len(missing) - 1} "
+            f"more) is neither in the checkpoint nor in a template; give {HF_TEMPLATE} with a folder that has "
             "it"
         )
     extra = sorted(along.names.keys() - wanted.keys()) if wanted else []
@@ -138,3 +151,60 @@ def _write_config(path: Path, config: Json, along: Template) -> None:
         shutil.copyfile(along.config_file, path)
     else:
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _list_files(folder: Path) -> None:
+    """List the files of a finished export, which are all there are in ``folder``, in the hidden file."""
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / _RECORD).write_text(json.dumps({"version": __version__, "files": names}, indent=1) + "\n")
+
+
+def _exported_files(folder: Path) -> list[str]:
+    """The files of the export in ``folder``, the hidden one included; none where there is no export."""
+    try:
+        names = json.loads((folder / _RECORD).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    mine = isinstance(names, list) and all(is_file_name(name) for name in names)
+    return [*names, _RECORD] if mine else []
+
+
+def _move_into_place(output: Path) -> None:
+    """Move what lies in ``output/.partial`` up into ``output``; on any failure everything is as it was before."""
+    partial, former = output / _PARTIAL, output / _FORMER
+    former.mkdir()
+    try:
+        _move(_exported_files(output), output, former, first=True)
+        _move(_exported_files(partial), partial, output, first=False)
+    except BaseException:
+        _undo_move(output)
+        raise
+    partial.rmdir()
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _undo_move(output: Path) -> None:
+    """Take back a placement that did not come to its end, even if the process was killed; else do nothing."""
+    partial, former = output / _PARTIAL, output / _FORMER
+    if not former.is_dir():
+        return
+    # The list of the new files is moved last: where it is still below, they have not all arrived.
+    for name in _exported_files(partial):
+        if not (partial / name).exists():
+            (output / name).unlink(missing_ok=True)
+    if _exported_files(partial):
+        _move([path.name for path in former.iterdir()], former, output, first=False)
+    shutil.rmtree(former)
+
+
+def _move(names: list[str], source: Path, target: Path, *, first: bool) -> None:
+    def order(name: str) -> int:
+        late = _FIRST_AND_LAST.index(name) + 1 if name in _FIRST_AND_LAST else 0
+        return -late if first else late
+
+    for name in sorted(names, key=order):
+        if (source / name).exists():
+            _replace(source / name, target / name)
+
+
+_replace = Path.replace

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron, piece by piece."""
+"""Hugging Face, or a file of a family's own authors -> Megatron, piece by piece."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout, megatron_lm
-from megatron_cca.checkpoint.huggingface import options
-from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, HF, Reading
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.checkpoint.streamed_save import COMMON_STATE, Piece, save_pieces
+from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.weights_file import READABLE, WeightsFile
+from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.checkpoint.summary import config_of_weights, imported_summary
 from megatron_cca.config import ParallelConfig
+from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.megatron_compat.checkpoint_format import COMMON_STATE, extra_state_keys
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
+
+PublicCheckpoint = HuggingFaceCheckpoint | WeightsFile
 
 
 def import_checkpoint(
@@ -65,11 +69,11 @@ def import_checkpoint(
     sizes = dict(sizes or {})
     if max_position_embeddings is not None:
         sizes["max_position_embeddings"] = max_position_embeddings
-    source = open_public(Path(hf), options.HF, options.Reading(sizes, section=section, dtype=dtype))
+    source = open_public(Path(hf), HF, Reading(sizes, section=section, dtype=dtype))
     output = Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
-    check_apart(output, source.folder, options.HF)
+    check_apart(output, source.folder, HF)
     pieces = [piece for tensor in source.format.weights.tensors(source.architecture) for piece in _cut(source, tensor)]
     companions = [
         OutgoingTensor(bare, info.shape, info.dtype, source.files.pieces(name))
@@ -126,10 +130,30 @@ def _copy_files(files: list[Path], to: Path) -> None:
 
 
 def _objects(source: PublicCheckpoint) -> dict:
-    extra_states = dict.fromkeys(megatron_lm.extra_state_keys(source.architecture.num_layers))
+    extra_states = dict.fromkeys(extra_state_keys(source.architecture.num_layers))
     config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}
 
 
 def _summary(source: PublicCheckpoint) -> dict:
     return imported_summary(source.model, source.precision, {"folder": str(source.folder), "form": source.form})
+
+
+def open_public(path: Path, option: str, reading: Reading = AS_IT_IS) -> PublicCheckpoint:
+    """Recognise and check it.
+
+    Args:
+        path: the folder or file.
+        option: the command-line option that named it, for messages.
+        reading: what the user said of it.
+
+    Raises:
+        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; sizes said of a folder.
+    """
+    if path.is_file():
+        return WeightsFile(path, option, reading)
+    if path.suffix in READABLE and not path.exists():
+        raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
+    if reading.sizes:
+        raise UserError(f"model.{next(iter(reading.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
+    return HuggingFaceCheckpoint(path, option, reading)

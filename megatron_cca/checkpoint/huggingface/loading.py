@@ -1,16 +1,36 @@
-"""A Hugging Face folder's weights into model chunks of any layout, without a Megatron checkpoint in between."""
+"""Weights of a file into models that are built: Megatron's of any layout, and both sides' a layer at a time.
+
+The second is for logits in fp32 of models larger than the machine. transformers' own model and Megatron's own are built
+without weights; each part gets them just before it runs and loses them afterwards. Megatron's own sharding says which
+block of which global tensor a weight is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+from tqdm import tqdm
 
+from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.errors import said_of
+from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.models.weight_map import MappedTensor
+
+Fill = Callable[[str, torch.nn.Module], None]
 
 
 @torch.no_grad()
@@ -41,3 +61,100 @@ def _fill(shard: ShardedTensor, source: HuggingFaceCheckpoint, tensor: MappedTen
     if found is not None:
         part = found[:, offset[1] : offset[1] + columns[0]] if columns else found
         shard.data.view(rows, *columns)[: stop - start] = part.to(shard.data.device)
+
+
+@torch.no_grad()
+def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
+    """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from transformers' decoder on the CPU."""
+    with said_of(f"{source.option}: {source.folder}"):
+        model = source.format.transformers_model(source.config)
+
+    def fill(prefix: str, module: torch.nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            whole = f"{prefix}.{name}"
+            parameter.copy_(source.read(whole, 0, parameter.size(0)))
+
+    parts = _parts(model, "model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    with _streamed(model, parts, fill, "cpu", "transformers' logits", progress_bar):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
+    """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from Megatron's GPTModel; tensor-parallel over all ranks.
+
+    Process groups must be initialised by :func:`verification_config`'s layout.
+    """
+    config = verification_config(checkpoint)
+    with torch.device("meta"):
+        (model,) = build_gpt(checkpoint.architecture, config.model, config.parallel, config.training)
+
+    def fill(prefix: str, module: torch.nn.Module) -> None:
+        state = {name: value for name, value in model.sharded_state_dict().items() if name.startswith(f"{prefix}.")}
+        for shard in sharded_tensors(state):
+            _fill_shard(shard, checkpoint.stored)
+
+    parts = _parts(model, "embedding", "decoder.layers", "decoder.final_layernorm", "output_layer")
+    tokens = tokens.to(platform.device())
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    shown = progress_bar and dist.get_rank() == 0
+    with _streamed(model.eval(), parts, fill, platform.device(), "Megatron's logits", shown):
+        logits = model(tokens, positions, None)
+    return gather_from_tensor_model_parallel_region(logits)[..., : checkpoint.architecture.vocabulary.size].cpu()
+
+
+def verification_config(checkpoint: MegatronCheckpoint) -> Config:
+    """The checkpoint's model in fp32 without dropout, tensor-parallel over all ranks of the job.
+
+    Of Megatron's local layers: Transformer Engine multiplies float32 in TF32, too coarse to show a wrong weight.
+    """
+    saved, ranks = checkpoint.config, int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(
+        saved,
+        model=replace(saved.model, transformer_impl="local", hidden_dropout=0.0, attention_dropout=0.0),
+        parallel=ParallelConfig(tensor_model_parallel_size=ranks),
+        # Other ranks wait while the first compares tensors.
+        training=replace(saved.training, precision="fp32", recompute_granularity=None, distributed_timeout_minutes=60),
+    )
+
+
+def _fill_shard(shard: ShardedTensor, stored: StoredTensors) -> None:
+    """Give a weight this rank's part of a global tensor; zeros where it goes past the stored vocabulary's padding."""
+    sizes = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
+    low, ends = shard.global_offset, stored.shape(shard.key)
+    high = [max(a, min(a + size, end)) for a, size, end in zip(low, sizes, ends, strict=True)]
+    shard.data.zero_()
+    if all(a < b for a, b in zip(low, high, strict=True)):
+        inside = tuple(slice(0, b - a) for a, b in zip(low, high, strict=True))
+        shard.data.view(sizes)[inside] = stored.read_block(shard.key, low, high).to(shard.data.device)
+
+
+def _parts(model: torch.nn.Module, *names: str) -> list[str]:
+    parts = []
+    for name in names:
+        module = model.get_submodule(name)
+        is_list = isinstance(module, torch.nn.ModuleList)
+        parts += [f"{name}.{index}" for index in range(len(module))] if is_list else [name]
+    return parts
+
+
+@contextmanager
+def _streamed(
+    model: torch.nn.Module, parts: list[str], fill: Fill, device: torch.device | str, what: str, progress_bar: bool
+) -> Iterator[None]:
+    """Inside, each part is filled just before it runs and emptied just after, which the progress bar counts."""
+    with tqdm(total=len(parts), desc=what, unit="part", disable=None if progress_bar else True) as bar:
+        for name in parts:
+            module = model.get_submodule(name)
+
+            def fill_it(module: torch.nn.Module, *_unused, name: str = name) -> None:
+                module.to_empty(device=device)
+                fill(name, module)
+
+            def empty_it(module: torch.nn.Module, *_unused) -> None:
+                module.to("meta")
+                bar.update()
+
+            module.register_forward_pre_hook(fill_it)
+            module.register_forward_hook(empty_it)
+        yield

@@ -9,17 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, PRECISIONS, Reading, one_dtype
 from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
-from megatron_cca.checkpoint.huggingface.widths import PRECISIONS, one_dtype
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
-from megatron_cca.models.rotary_frequencies import check_frequencies
-from megatron_cca.models.weight_sets import chosen_set, is_recomputed, weight_sets
+from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.weight_sets import check_frequencies, chosen_set, is_recomputed, weight_sets
 
 CONFIG = "config.json"
 

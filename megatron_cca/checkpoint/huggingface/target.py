@@ -1,20 +1,26 @@
-"""A Megatron checkpoint seen through its family's weight map: its rows under Hugging Face's names."""
+"""A Megatron checkpoint seen as a Hugging Face folder: its rows under their names there, and what travels along."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.huggingface.adapters import MergedTensors
-from megatron_cca.checkpoint.huggingface.widths import check_dtype
+from megatron_cca.checkpoint.huggingface.reading import check_dtype
+from megatron_cca.checkpoint.huggingface.safetensors_files import INDEX, SINGLE, SafetensorsFolder
+from megatron_cca.checkpoint.huggingface.source import CONFIG, companion_files, read_config, recognise
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import LoraConfig
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of
 from megatron_cca.models.weight_map import sources
 
 
@@ -82,3 +88,113 @@ class MegatronCheckpoint:
         with said_of(f"{self.option}: {self.folder}"):
             check_dtype(dtype)
         return dtype
+
+
+class MergedTensors(StoredTensors):
+    """The tensors of one checkpoint folder, their adapters merged in; each block is rounded as the whole would be.
+
+    Raises:
+        UserError: see :class:`StoredTensors`; adapters missing or misshapen, names the tensor.
+    """
+
+    def __init__(self, folder: Path, key: str, settings: LoraConfig) -> None:
+        super().__init__(folder, key)
+        self._settings = settings
+        self._adapted = tuple(f".{name}.weight" for name in settings.target_modules)
+        self._last: tuple[tuple[str, int], tuple[Tensor, Tensor]] | None = None
+        for weight in [name for name in self.names() if name.endswith(self._adapted)]:
+            self._check(weight)
+
+    def read_block(self, key: str, low: Sequence[int], high: Sequence[int]) -> Tensor:
+        """See :meth:`StoredTensors.read_block`; of a projection at most one layer at a time."""
+        if not key.endswith(self._adapted):
+            return super().read_block(key, low, high)
+        assert high[0] == low[0] + 1, "layers have adapters of their own"
+        linear_in, linear_out = self._adapter(key, low[0])
+        (weight,) = super().read_block(key, low, high)
+        linear_in, linear_out = linear_in[:, low[2] : high[2]], linear_out[low[1] : high[1]]
+        return merged_weight(weight, linear_in, linear_out, scale_of(self._settings))[None]
+
+    def _adapter(self, weight: str, layer: int) -> tuple[Tensor, Tensor]:
+        """A and B of one layer, kept for the next rows of the same weight."""
+        if self._last is None or self._last[0] != (weight, layer):
+            parts = (self.read(name, layer, 0, self.shape(name)[1]) for name in _adapter_of(weight))
+            self._last = (weight, layer), tuple(parts)
+        return self._last[1]
+
+    def _check(self, weight: str) -> None:
+        layers, rows, columns = self.shape(weight)
+        wanted = ((layers, self._settings.dim, columns), (layers, rows, self._settings.dim))
+        for name, shape in zip(_adapter_of(weight), wanted, strict=True):
+            if name not in self:
+                raise UserError(f"{self.option}: {self.folder} lacks tensor {name}; choose another checkpoint")
+            if self.shape(name) != shape:
+                raise UserError(
+                    f"{self.option}: tensor {name} in {self.folder} has shape {list(self.shape(name))}, its weight and "
+                    f"lora.dim {self._settings.dim} want {list(shape)}"
+                )
+
+
+def _adapter_of(weight: str) -> tuple[str, str]:
+    projection = weight.removesuffix("weight")
+    return f"{projection}{LINEAR_IN}", f"{projection}{LINEAR_OUT}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """Configuration, files and tensors that travel along.
+
+    Attributes:
+        option: the option by which messages name it.
+        config: the contents of ``config.json``; None where nothing is known.
+        config_file: the file itself.
+        files: all other files to copy.
+        tensors: where the tensors of ``names`` are.
+        names: from their names without prefix to those in ``tensors``.
+    """
+
+    option: str
+    config: Json | None = None
+    config_file: Path | None = None
+    files: tuple[Path, ...] = ()
+    tensors: SafetensorsFolder | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def template_from_folder(folder: Path, format: HuggingFaceFormat, option: str) -> Template:
+    """From a Hugging Face folder of the same family; of its tensors only those that are not the decoder's are used.
+
+    It may have no safetensors at all.
+
+    Raises:
+        UserError: not a folder of this family, a configuration that is not this family's, damaged files.
+    """
+    config = read_config(folder, option)
+    if recognise(config, folder, option) is not format:
+        raise UserError(f"{option}: {folder} is of another family than the checkpoint")
+    tensors, names = None, {}
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        tensors = SafetensorsFolder(folder, option)
+        naming = recognise_naming(format.namings, tensors.tensors)
+        names = {bare: name for name in tensors.tensors if (bare := naming.companion(name)) is not None}
+    return _template(option, folder, config, tensors, names)
+
+
+def template_from_checkpoint(checkpoint: Path, option: str) -> Template:
+    """What the import, and every training run since, left in a checkpoint; an empty one where that is nothing."""
+    folder, parts = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
+    if not (folder / CONFIG).is_file():
+        return Template(option)
+    tensors = SafetensorsFolder(parts, option) if parts.is_dir() else None
+    names = {name: name for name in tensors.tensors} if tensors else {}
+    return _template(option, folder, read_config(folder, option), tensors, names)
+
+
+def _template(
+    option: str, folder: Path, config: Json, tensors: SafetensorsFolder | None, names: Mapping[str, str]
+) -> Template:
+    format = recognise(config, folder, option)
+    with said_of(f"{option}: {folder / CONFIG}"):
+        format.read_model_config(config)
+    files = tuple(path for path in companion_files(folder) if path.name != CONFIG)
+    return Template(option, config, folder / CONFIG, files, tensors, names)

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_cca import platform
-from megatron_cca.checkpoint.huggingface import options
-from megatron_cca.checkpoint.huggingface.opening import PublicCheckpoint, open_public
-from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.importing import PublicCheckpoint, open_public
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, CHECKPOINT, HF, Reading
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
-from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
-from megatron_cca.checkpoint.huggingface.template import Template, template_from_checkpoint
-from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint, Template, template_from_checkpoint
+from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import check_layout
 
@@ -81,24 +78,21 @@ def open_both(
         UserError: what either refuses; sizes that differ.
     """
     hf = Path(hf)
-    source = None if hf.is_file() else open_public(hf, options.HF, reading)
-    target = MegatronCheckpoint(checkpoint, options.CHECKPOINT)
+    source = None if hf.is_file() else open_public(hf, HF, reading)
+    target = MegatronCheckpoint(checkpoint, CHECKPOINT)
     if source is None:
         unsaid = getattr(target.format, "unsaid", ())
         assumed = {name: getattr(target.architecture, name) for name in unsaid}
-        source = open_public(hf, options.HF, replace(reading, assumed=assumed))
+        source = open_public(hf, HF, replace(reading, assumed=assumed))
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
             if ours[name].size != theirs[name].size:
                 raise UserError(
-                    f"{options.CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} "
-                    f"{theirs[name].size}"
+                    f"{CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} {theirs[name].size}"
                 )
         elif ours[name] != theirs[name]:
-            raise UserError(
-                f"{options.CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}"
-            )
+            raise UserError(f"{CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}")
     return source, target
 
 
@@ -184,7 +178,7 @@ def compare_logits(
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.checkpoint.huggingface.logits import megatron_logits, transformers_logits, verification_config
+    from megatron_cca.checkpoint.huggingface.loading import megatron_logits, transformers_logits, verification_config
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     config = verification_config(target)

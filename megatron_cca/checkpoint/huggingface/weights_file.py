@@ -9,19 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.options import AS_IT_IS, Reading
-from megatron_cca.checkpoint.huggingface.progress import ByteProgress
+from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, Reading, one_dtype
 from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
-from megatron_cca.checkpoint.huggingface.widths import one_dtype
+from megatron_cca.checkpoint.pieces import ByteProgress
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import OPTION, check_file, check_space, file_system_errors, whole_file
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.huggingface import Naming
+from megatron_cca.models.formats import Naming, WeightsFileFormat
 from megatron_cca.models.torch_file import SAFETENSORS, contents_of, same_tensors, sets_in, tensors_under
 from megatron_cca.models.weight_sets import chosen_set, is_recomputed
-from megatron_cca.models.weights_file import WeightsFileFormat
 
 SUFFIXES = (".pt", ".pth")
 READABLE = (*SUFFIXES, SAFETENSORS)

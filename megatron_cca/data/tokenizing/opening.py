@@ -16,8 +16,7 @@ from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import OPTION, check_apart
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.grids import own_grid
+from megatron_cca.models.architecture import Architecture, own_grid
 from megatron_cca.models.image_tokenizers import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

@@ -24,7 +24,7 @@ from megatron_cca.lab.planner.short_runs import Observation, observe, short_conf
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.shapes import rows_per_sample
 
 # Of every side of an FP8 product (cuBLASLt).

@@ -11,7 +11,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.hardware import Cluster
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.checks import check_new_run
-from megatron_cca.training.fp8_checks import check_fp8_sizes
+from megatron_cca.training.kernel_checks import check_fp8_sizes
 from megatron_cca.training.reference_settings import same_weights, settings_by_key
 
 # What a search may change beside the layout. ``precision`` and ``cached`` only if asked: the first changes what is

@@ -20,7 +20,7 @@ from megatron_cca.lab.planner.summary import Report, text
 from megatron_cca.lab.planner.trials import Wishes
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.grids import own_grid
+from megatron_cca.models.architecture import own_grid
 from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
 
 _USUAL_GRID = "90x90"

@@ -8,10 +8,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core.fusions import fused_bias_swiglu
-from megatron.core.optimizer import clip_grads
 
 from megatron_cca.lab.planner.live_bytes import LiveBytes
+from megatron_cca.megatron_compat.fake_tensors import replaced_fusions, replaced_norm
 from megatron_cca.models import local_layers, lora, streaming
 from megatron_cca.parallel import accumulation
 from megatron_cca.training import setup
@@ -78,8 +77,7 @@ def substitutes(observer: LiveBytes, *, like_gpu: bool) -> list[AbstractContextM
         patch.object(streaming, "host_copy", lambda tensor: observer.discount(tensor.clone())),
         patch.object(lora, "skip_init", lambda kind, *sizes, **options: kind(*sizes, **options)),
         patch.object(lora, "_draw", _nothing),
-        # Megatron's substitute for a fused kernel makes one tensor of a list of tensors, number by number.
-        patch.object(clip_grads, "l2_norm_impl", _l2_norm),
+        replaced_norm(),
         patch.object(shard, "_check_shards", _check_own_shard),
         patch.object(setup, "initialize_by_name", _nothing),
     ]
@@ -91,9 +89,7 @@ def substitutes(observer: LiveBytes, *, like_gpu: bool) -> list[AbstractContextM
             patch.object(accumulation, "way_to_add", lambda *_device_and_dtype: _nothing),
             # A CPU has no such kernel and keeps fp32 copies of all that it normalises.
             patch.object(local_layers, "rms_norm", lambda x, _shape, weight, _eps: _FusedNorm.apply(x, weight)),
-            # Megatron compiles its fused functions; compiled, they make no more than what they return.
-            patch.object(fused_bias_swiglu, "swiglu", lambda y: y.new_empty(*y.shape[:-1], y.size(-1) // 2)),
-            patch.object(fused_bias_swiglu, "swiglu_back", lambda _gradient, y: torch.empty_like(y)),
+            *replaced_fusions(),
             torch.compiler.set_stance("force_eager"),
         ]
     return patches
@@ -106,11 +102,6 @@ def _written_out_mask(queries: int, keys: int) -> torch.Tensor:
 
 def _no_mask(queries: int, keys: int) -> None:
     """A GPU's kernel needs none in memory; shapes and what is kept for backward are the same without."""
-
-
-def _l2_norm(_chunk_size, _noop_flag, tensor_lists: list[list[torch.Tensor]], *_per_tensor) -> tuple:
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensor_lists[0]]
-    return torch.linalg.vector_norm(torch.stack(norms)), None
 
 
 def _nothing(*_unused, **_unused_too) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import longest_row, sequence_multiple
-from megatron_cca.models.grids import grid_misfit
+from megatron_cca.models.architecture import grid_misfit, longest_row, sequence_multiple
 
 
 @dataclass(frozen=True)

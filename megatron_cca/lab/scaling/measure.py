@@ -34,7 +34,7 @@ from megatron_cca.lab.scaling.spans import Span, Waiting, merged, shortest, wait
 from megatron_cca.lab.scaling.sweep import Task
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.training.device_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.reference_settings import reference_settings
 from megatron_cca.training.setup import Run
 from megatron_cca.training.shapes import rows_per_sample

@@ -24,7 +24,7 @@ from megatron_cca.lab.studies.plot_checks import check_plots
 from megatron_cca.lab.studies.settings import Keys, SamplingConfig, StudySettings
 from megatron_cca.lab.studies.study import Method, Study
 from megatron_cca.models import resolve_architecture, tiny_architecture
-from megatron_cca.models.grids import grid_misfit, own_grid
+from megatron_cca.models.architecture import grid_misfit, own_grid
 from megatron_cca.training.checks import check_data, check_new_run
 
 CONTROL = "control"

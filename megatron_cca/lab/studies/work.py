@@ -39,8 +39,8 @@ from megatron_cca.lab.studies.tasks import (
 )
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import open_data
-from megatron_cca.training.device_checks import check_devices
 from megatron_cca.training.faults import Diverged
+from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.loop import train
 from megatron_cca.training.metrics import read_metrics
 

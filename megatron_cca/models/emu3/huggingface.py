@@ -19,7 +19,7 @@ from megatron_cca.models.emu3.presets import PRESETS
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.models.emu3.vq_config import recognise, sizes_in
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS
-from megatron_cca.models.huggingface import Json, Naming
+from megatron_cca.models.formats import Json, Naming
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
 

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.formats import Shapes, Sizes
 from megatron_cca.models.llamagen.presets import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
-from megatron_cca.models.weights_file import Shapes, Sizes
 
 _OURS = "decoder.layers."
 _THEIRS = "layers.{layer}."

@@ -1,12 +1,17 @@
-"""Which overlaps, fusions and CUDA graphs a run is refused for before any process group is made."""
+"""Which kernels, precisions, overlaps and CUDA graphs a run is refused for.
+
+:func:`check_devices` wants the platform installed; everything else can be refused before any process group is made.
+"""
 
 from __future__ import annotations
 
-from megatron_cca.config import Config
-from megatron_cca.errors import UserError
+from megatron_cca import platform
+from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import resolve_architecture
-from megatron_cca.training.reference_settings import reference_settings
-from megatron_cca.training.shapes import fixed_row_length, shared_multiple
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.training.reference_settings import reference_settings, settings_by_key
+from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch, shared_multiple
 
 TP_OVERLAP, GRAPHS = "parallel.tp_comm_overlap", "kernels.cuda_graph_impl"
 
@@ -130,4 +135,115 @@ def _check_for_fixed_shapes(config: Config, key: str) -> None:
         raise UserError(
             f"data.pad_to_multiple_of: {config.data.pad_to_multiple_of} lets rows differ in length, {key} wants them "
             f"alike; with model.max_position_embeddings {longest} set it to {longest // unit * unit}"
+        )
+
+
+def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
+    """Refuse widths and rows that the FP8 products of a model of this run cannot take.
+
+    Args:
+        config: of the run.
+        settings: how the model computes: ``config.training``, or what ``reference_settings`` says.
+        key: where its precision is configured.
+
+    Raises:
+        UserError: names the dimension and what it must be a multiple of.
+    """
+    if settings.precision != "fp8":
+        return
+    if config.model.transformer_impl == "local":
+        raise UserError(f"model.transformer_impl: {key} fp8 needs Transformer Engine's layers; use auto")
+    # TE 2.11: common/gemm and pytorch/tensor/float8_blockwise_tensor.py.
+    multiple = 128 if settings.fp8_recipe == "blockwise" else 16
+    for name, size in _widths(resolve_architecture(config.model), config.parallel.tensor_model_parallel_size).items():
+        if size % multiple:
+            raise UserError(
+                f"{key}: fp8 with recipe {settings.fp8_recipe} needs widths that are multiples of {multiple}; "
+                f"{name} is {size}"
+            )
+    _check_fp8_tokens(config, multiple, key)
+
+
+def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
+    """Rows and columns of every product on one rank."""
+    head = architecture.kv_channels
+    rows = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
+    on = f" on each of {tensor_parallel} tensor-parallel ranks" if tensor_parallel > 1 else ""
+    return {
+        "model.hidden_size": architecture.hidden_size,
+        f"the width of queries, keys and values{on}": rows // tensor_parallel,
+        f"the width of the heads{on}": architecture.hidden_size // tensor_parallel,
+        f"model.ffn_hidden_size{on}": architecture.ffn_hidden_size // tensor_parallel,
+    }
+
+
+def _check_fp8_tokens(config: Config, multiple: int, key: str) -> None:
+    parallel = config.parallel
+    rows = rows_per_microbatch(config)
+    ranks = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    tokens = config.data.pad_to_multiple_of * rows
+    unit = multiple * ranks
+    if tokens % unit:
+        smallest = next(n for n in range(1, unit + 1) if n * rows % unit == 0)
+        raise UserError(
+            f"data.pad_to_multiple_of: {config.data.pad_to_multiple_of}, but {key} fp8 needs microbatches whose tokens "
+            f"are a multiple of {multiple} on each rank; with {rows} rows use a multiple of {smallest}"
+        )
+
+
+def check_devices(config: Config) -> None:
+    """Refuse precisions, optimizer settings and a loader that need what is not here.
+
+    Raises:
+        UserError: names the key and what is missing or does not fit.
+    """
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.data.sequence_feed import loader_in_force
+    from megatron_cca.models.layer_specs import check_fp8_device, engine_is_available
+
+    if config.data.loader is not None:
+        loader_in_force(config.data.loader)
+    for key, one in settings_by_key(config).items():
+        if one.precision == "fp8":
+            with said_of(key):
+                check_fp8_device(one.fp8_recipe)
+            check_fp8_sizes(config, one, key)
+    _check_fork(config)
+    if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
+        raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
+    kernels, has_engine = config.kernels, engine_is_available()
+    for key, is_wanted in (
+        ("optimizer.use_precision_aware_optimizer", config.optimizer.use_precision_aware_optimizer),
+        ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),
+        ("kernels.apply_rope_fusion", kernels.apply_rope_fusion),
+        ("kernels.cuda_graph_impl", kernels.cuda_graph_impl != "none"),
+    ):
+        if is_wanted and not has_engine:
+            raise UserError(
+                f"{key}: needs a GPU and the package transformer-engine (pip install 'megatron-cca[gpu]'); leave it "
+                "out here"
+            )
+    if kernels.gradient_accumulation_fusion:
+        _check_gradient_fusion(config, has_engine)
+
+
+def _check_fork(config: Config) -> None:
+    offloads = config.objective.name != "next_token" and config.reference.strategy == "offload"
+    if platform.current().is_cuda and config.training.async_save and offloads:
+        raise UserError(
+            "training.async_save: true forks a process at each save, which either lacks or copies the host memory that "
+            "CUDA has locked for reference.strategy offload; leave training.async_save out, or keep the reference "
+            "otherwise"
+        )
+
+
+def _check_gradient_fusion(config: Config, has_engine: bool) -> None:
+    from megatron_cca.megatron_compat.layers import apex_fuses_gradients
+
+    uses_engine = has_engine and config.model.transformer_impl != "local"
+    has_apex = platform.current().is_cuda and apex_fuses_gradients()
+    if not (uses_engine or has_apex):
+        raise UserError(
+            "kernels.gradient_accumulation_fusion: needs a GPU and Transformer Engine's layers, or apex with "
+            "fused_weight_gradient_mlp_cuda; leave it out here"
         )

@@ -1,6 +1,6 @@
 """Adam for machines without Transformer Engine and apex, in the shape of their ``FusedAdam``.
 
-Megatron-Core falls back to ``torch.optim.AdamW`` there, which counts steps per parameter, and its fully reshardable
+Megatron-Core 0.19.2 falls back to ``torch.optim.AdamW`` there, which counts steps per parameter. Its fully reshardable
 checkpoint does not carry that count: a resumed run either fails with ``KeyError: 'step'`` or restarts the bias
 correction silently. ``FusedAdam`` keeps one count per parameter group. An optimizer of that shape, doing torch's own
 arithmetic, lets every machine take the path that Megatron-Core takes on its production machines.
@@ -12,6 +12,19 @@ import importlib
 
 import torch
 from torch.optim.adamw import adamw
+
+from megatron_cca.megatron_compat.relied_on import ReliedOn
+
+_OPTIMIZER = "megatron.core.optimizer"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+
+RELIED_ON = (
+    ReliedOn(f"{_OPTIMIZER}.Adam", "the class that get_megatron_optimizer makes"),
+    ReliedOn(f"{_OPTIMIZER}.USING_PYTORCH_OPTIMIZER", "says whether Megatron-Core has found no fused Adam"),
+    ReliedOn(f"{_DISTRIBUTED}.Adam", "the class that the distributed optimizer accepts"),
+    ReliedOn(f"{_DISTRIBUTED}.HAVE_APEX_OR_TE", "without it the distributed optimizer counts steps per parameter"),
+    ReliedOn(f"{_DISTRIBUTED}.USING_APEX_OPTIMIZER", "without it a checkpoint lacks the count of steps"),
+)
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -79,8 +92,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 def serve_megatron() -> None:
     """Give Megatron-Core this optimizer wherever it found neither Transformer Engine nor apex. Idempotent."""
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distrib_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer, distrib_optimizer = importlib.import_module(_OPTIMIZER), importlib.import_module(_DISTRIBUTED)
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdamW

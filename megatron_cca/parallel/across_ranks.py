@@ -1,4 +1,4 @@
-"""What one rank met, told to all, so that they go on or stop together. Collective over all ranks of the job."""
+"""What one rank met, told to all, so that they go on or stop together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.errors import SurroundingsError, UserError, one_line
@@ -54,3 +55,11 @@ def described(error: BaseException) -> str:
     if isinstance(error, OSError):
         return one_line(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     return one_line(" ".join(str(error).split())) or type(error).__name__
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity; waits for the device.
+
+    One pass and no mask in memory: what is not finite stays so in a sum.
+    """
+    return bool(torch.isfinite(values.sum(dtype=torch.float32)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_cca import platform
-from megatron_cca.checkpoint.saving import Saved
+from megatron_cca.checkpoint.saver import Saved
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.training.events import Journal
 from megatron_cca.training.resuming import STARTED_FROM

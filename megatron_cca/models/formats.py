@@ -1,16 +1,23 @@
-"""What a family says about its checkpoints on Hugging Face: names on disk, config.json, the weight map."""
+"""What a family says of files: its Hugging Face folders, its authors' own weights, its image tokenizer; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.weight_map import WeightMap
 
 Json = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+Sizes = Mapping[str, float]
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_cca.models.image_tokenizers import ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -108,4 +115,62 @@ class HuggingFaceFormat(Protocol):
 
         Raises:
             UserError: what transformers says about a configuration that it does not take.
+        """
+
+
+class WeightsFileFormat(Protocol):
+    """A family's weights in one file.
+
+    Attributes:
+        weights: the weight map; its other names are the authors'.
+        sections: keys under which the authors' programs keep or look for the tensors, beside what else they save. What
+            is written stands under the first of all.
+        marker: a tensor that every model of the family has, by which sets of weights are found in a file.
+        unsaid: keys of the ``model`` section that shapes do not tell, or not always.
+    """
+
+    weights: WeightMap
+    sections: Sequence[str]
+    marker: str
+    unsaid: Collection[str]
+
+    def knows(self, names: Collection[str]) -> bool:
+        """Whether tensors of these names look like any model of the family."""
+
+    def read_model_config(self, shapes: Shapes, given: Sizes, assumed: Sizes) -> ModelConfig:
+        """The ``model`` section with every size.
+
+        Args:
+            shapes: of the tensors, computed ones included.
+            given: what the user said of the model, by key.
+            assumed: what holds for ``unsaid`` keys where neither shapes nor the user nor a released model tell.
+
+        Raises:
+            UserError: a model of this family that is none here; a size that nothing tells, or that is given and wrong;
+                says what the model looks like.
+        """
+
+
+class ImageTokenizerFiles(Protocol):
+    """The files of a family's image tokenizer.
+
+    Attributes:
+        description: what they are, for messages.
+    """
+
+    description: str
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a file or folder looks like one, by names alone."""
+
+    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
+        """The image tokenizer in a file or folder that was recognised.
+
+        Args:
+            path: where its files lie.
+            device: where it runs.
+            weights: the folder of its tensors where they travel with a checkpoint; None means that they lie there too.
+
+        Raises:
+            UserError: a missing or damaged file, or one of another model; names it.
         """

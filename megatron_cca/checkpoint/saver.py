@@ -1,31 +1,130 @@
-"""Save checkpoints beside the training, one at a time: whole or not at all."""
+"""Save checkpoints beside the training, one at a time: whole or not at all; also by a process that writes meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import os
+import pickle
 import queue
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.background import ResultsFile, Written, hashing, serve_results
+from megatron_cca import platform
+from megatron_cca.checkpoint import layout, records
 from megatron_cca.checkpoint.distributed import state_to_save
+from megatron_cca.checkpoint.records import file_system_cause
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
-from megatron_cca.parallel.agreement import attempted_on_rank_0, described, first_problem
-from megatron_cca.parallel.finite import all_finite
+from megatron_cca.megatron_compat.checkpoint_writer import (
+    Strategy,
+    mark_format,
+    watched_writes,
+    write_at_once,
+    write_request,
+)
+from megatron_cca.parallel.across_ranks import all_finite, attempted_on_rank_0, described, first_problem
+from megatron_cca.signals import STOPPING
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank's writer adds to Megatron's own results.
+
+    Attributes:
+        checksums: of the files it wrote, by name.
+        problem: why it could not write, in one line; None if it could.
+    """
+
+    checksums: dict[str, str]
+    problem: str | None
+
+
+class ResultsFile:
+    """What Megatron's writer process answers, through a file in memory that parent and forked child share.
+
+    Megatron would start a server process for it that survives a killed rank, and takes seconds to import torch.
+    """
+
+    def __init__(self) -> None:
+        # A file object, so that it goes with this one: a run saves many times.
+        self._file = os.fdopen(os.memfd_create("checkpoint_results"), "r+b", buffering=0)
+        self._read = 0
+
+    def put(self, item: object) -> None:
+        """Append an item."""
+        data = pickle.dumps(item)
+        rest = memoryview(len(data).to_bytes(8, "little") + data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def get_nowait(self) -> object:
+        """The next item; raises :class:`queue.Empty` where there is none."""
+        size = int.from_bytes(os.pread(self._file.fileno(), 8, self._read), "little")
+        data = os.pread(self._file.fileno(), size, self._read + 8)
+        if not size or len(data) < size:
+            raise queue.Empty
+        self._read += 8 + size
+        # From this rank's own forked child, through memory that no one else can open.
+        return pickle.loads(data)  # noqa: S301
+
+
+def writes_in_background(wanted: bool | None) -> bool:
+    """Whether a forked process writes while training goes on.
+
+    Args:
+        wanted: ``training.async_save``; None is true on a CPU alone: CUDA does not support a fork after its start.
+    """
+    return not platform.current().is_cuda if wanted is None else wanted
+
+
+def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_background: bool) -> AsyncRequest:
+    """The request to write this rank's files, and to hash them; a :class:`Written` follows as one more result."""
+    if request.async_fn is None:
+        return request
+    write = functools.partial(_write, request.async_fn, folder, dist.get_rank(), results, os.getpid(), in_background)
+    return request._replace(async_fn=write)
+
+
+def _write(
+    write: Callable, folder: Path, rank: int, results: ResultsFile, parent: int, in_background: bool, *arguments
+) -> None:
+    if in_background:
+        _die_with(parent)
+    problems: list[str] = []
+    # Megatron's writer reports that something went wrong but not what.
+    with watched_writes(lambda error: problems.append(described(file_system_cause(error)))):
+        write(*arguments)
+    checksums = {}
+    try:
+        checksums = records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+    except OSError as error:
+        problems.append(described(error))
+    results.put(Written(checksums, next(iter(problems), None)))
+
+
+def _die_with(parent: int) -> None:
+    """Let this process end when its rank is killed, so that it cannot write into what the next attempt writes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for number in STOPPING:
+        # They go to the whole job; the rank decides what they mean, and waits for this process.
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -46,31 +145,13 @@ class Saved:
     waited_seconds: float = 0.0
 
 
-class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's own, but for an index that cannot be written: rank 0 would raise and the others wait for it."""
-
-    problem: str | None = None
-
-    def _get_save_and_finalize_callbacks(self, writer, *arguments) -> AsyncRequest:
-        finish = writer.finish
-
-        def finish_or_tell(metadata, results) -> None:
-            try:
-                finish(metadata, results)
-            except OSError as error:
-                self.problem = described(error)
-
-        writer.finish = finish_or_tell
-        return super()._get_save_and_finalize_callbacks(writer, *arguments)
-
-
 @dataclass
 class _Pending:
     iteration: int
     summary: dict
     partial: Path
     results: ResultsFile
-    strategy: _Strategy
+    strategy: Strategy
     started: float
     writes: bool = False
     waited: float = 0.0
@@ -123,17 +204,13 @@ class CheckpointSaver:
         problem = first_problem(_not_finite(state)) or attempted_on_rank_0(lambda: _make_empty(partial))[1]
         if problem is not None:
             return [*ended, Saved(iteration, problem)]
-        self._pending = _Pending(iteration, summary, partial, serve_results(), _Strategy(), started)
+        self._pending = _Pending(iteration, summary, partial, ResultsFile(), Strategy(described), started)
         self._begin(self._request(state, self._pending))
         self._pending.waited = time.perf_counter() - started
         return ended if self._in_background else [*ended, *self.finish()]
 
     def _request(self, state: dict, pending: _Pending) -> AsyncRequest:
-        request = dist_checkpointing.save(
-            state, str(pending.partial), pending.strategy, async_sharded_save=True, async_strategy="mcore"
-        )
-        # The last one writes metadata.json on rank 0 while the others wait, whether it can or not; see _finalize.
-        request.finalize_fns.pop()
+        request = write_request(state, pending.partial, pending.strategy, pending.results)
         pending.writes = request.async_fn is not None
         return hashing(request, pending.partial, pending.results, in_background=self._in_background)
 
@@ -141,12 +218,8 @@ class CheckpointSaver:
         if self._in_background:
             self._queue.schedule_async_request(request)
             return
-        # As Megatron's execute_sync, but that a rank which fails says so below, where all are told.
-        arguments = list(request.async_fn_args)
-        if request.async_fn is not None:
-            arguments[1] = request.preload_fn()
-            request.async_fn(*arguments)
-        self._queue.schedule_async_request(request._replace(async_fn=None))
+        # A rank that fails says so below, where all are told.
+        self._queue.schedule_async_request(write_at_once(request))
 
     @property
     def is_writing(self) -> bool:
@@ -200,7 +273,7 @@ class CheckpointSaver:
 
     def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> None:
         known = {name: found for sums in everyone for name, found in sums.items()}
-        save_config(CheckpointingConfig(pending.strategy.backend, pending.strategy.version), str(pending.partial))
+        mark_format(pending.partial, pending.strategy)
         known |= layout.keep_companions(self._root, self._start, pending.partial)
         layout.finalize(pending.partial, self._root, pending.iteration, pending.summary, known)
 

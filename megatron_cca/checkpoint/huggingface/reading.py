@@ -1,18 +1,40 @@
-"""The one width that all weights of a model have here, and the widening that gives it to those of other programs."""
+"""How weights of other programs are to be read: what the user says of them, and the one width that they have here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from megatron_cca.errors import UserError
 
+HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Every number of theirs is one of float32's, too.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 _REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What weights do not say of themselves.
+
+    Attributes:
+        sizes: keys of the ``model`` section, for a file without a configuration.
+        assumed: the same, where neither the file nor ``sizes`` say it.
+        section: which of several sets of weights to take, as a message lists them.
+        dtype: ``fp32`` widens weights of fewer bits, or of several widths; None takes them as they are.
+    """
+
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    assumed: Mapping[str, float] = field(default_factory=dict)
+    section: str | None = None
+    dtype: Literal["fp32"] | None = None
+
+
+AS_IT_IS = Reading()
 
 
 def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:

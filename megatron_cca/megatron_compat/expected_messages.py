@@ -1,9 +1,11 @@
-"""Messages that Megatron-Core prints on every supported run and that ask nothing of the user."""
+"""Messages that Megatron-Core 0.19.2 prints on every supported run and that ask nothing of the user."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+
+from megatron_cca.megatron_compat.relied_on import ReliedOn
 
 _WARNINGS = (
     # Running without them is supported here (see adam.py and models/layer_specs.py).
@@ -29,6 +31,8 @@ _LOG_RECORDS = {
     # The tracker guards CPU randomness while it forks the GPU's; on a CPU the two are one generator.
     "megatron.core.tensor_parallel.random": "CPU RNG state changed",
 }
+
+RELIED_ON = tuple(ReliedOn(name, "logs under this name") for name in _LOG_RECORDS if name.startswith("megatron."))
 
 
 def hide_expected_messages() -> None:
