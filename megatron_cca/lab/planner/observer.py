@@ -13,7 +13,10 @@ class Observer(LiveBytes):
         phase: what the step is doing; the caller says.
         peaks: the most bytes alive in each phase.
         traffic: the collectives so far.
+        has_numbers: whether the tensors hold any, not only shapes.
     """
+
+    has_numbers = True
 
     def __init__(self) -> None:
         super().__init__()

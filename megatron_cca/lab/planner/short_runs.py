@@ -16,6 +16,7 @@ from megatron_cca.data.token_files import Sample
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.setup import Run, set_up
@@ -64,7 +65,14 @@ def short_configs(config: Config) -> list[Config]:
     ]
 
 
-def observe(config: Config, images: ImageShape, steps: int, folder: Path) -> Observation:
+def observe(
+    config: Config,
+    images: ImageShape,
+    steps: int,
+    folder: Path,
+    *,
+    initialize: Initialize = initialize_by_name,
+) -> Observation:
     """Train so many steps, after one that is not timed.
 
     Args:
@@ -72,6 +80,7 @@ def observe(config: Config, images: ImageShape, steps: int, folder: Path) -> Obs
         images: the shape of all samples.
         steps: that are timed.
         folder: for shards and what a run writes; must not exist.
+        initialize: draws the weights.
 
     Raises:
         UserError: what training refuses on this device.
@@ -80,7 +89,7 @@ def observe(config: Config, images: ImageShape, steps: int, folder: Path) -> Obs
     write_random_shards(config, images, folder)
     config = on_random_shards(config, folder, steps + 1)
     initialize_distributed(config)
-    with started(config) as run:
+    with started(config, initialize=initialize) as run:
         seconds = [timed_step(run)[0] for _ in range(steps + 1)]
     fastest = min(seconds[1:])
     return Observation(config, workload, fastest, statistics.median(seconds[1:]) / fastest - 1)
@@ -138,6 +147,6 @@ def _samples(config: Config, images: ImageShape) -> list[Sample]:
     ]
 
 
-def started(config: Config) -> Run:
+def started(config: Config, *, initialize: Initialize = initialize_by_name) -> Run:
     """Set up the run, ready for its first step; to be used in a ``with``. Collective over all ranks."""
-    return set_up(config, open_data(config))
+    return set_up(config, open_data(config), initialize=initialize)
