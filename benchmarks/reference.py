@@ -27,7 +27,7 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.lab.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
 from megatron_cca.lab.planner.hardware import gpu_named, name_of_device
-from megatron_cca.lab.planner.live_bytes import LiveBytes
+from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.workload import Workload
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}

@@ -11,8 +11,7 @@ from gpu_parts.training import configured, draw_on_the_device, known_gpu, predic
 from megatron_cca import platform
 from megatron_cca.lab.planner import measuring
 from megatron_cca.lab.planner.calibrate import calibrate
-from megatron_cca.lab.planner.calibration import calibration_json, read_calibration
-from megatron_cca.lab.planner.hardware import CPU
+from megatron_cca.lab.planner.hardware import CPU, calibration_json, read_calibration
 from megatron_cca.lab.planner.workload import image_workload
 
 _NUMBERS = (

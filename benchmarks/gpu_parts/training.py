@@ -16,13 +16,18 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
 from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
-from megatron_cca.lab.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.lab.planner.live_bytes import LiveBytes
-from megatron_cca.lab.planner.measuring import peak_flops
+from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.measuring import (
+    measurable,
+    on_random_shards,
+    peak_flops,
+    started,
+    timed_step,
+    write_random_shards,
+)
 from megatron_cca.lab.planner.memory import predict_memory
-from megatron_cca.lab.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
+from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture

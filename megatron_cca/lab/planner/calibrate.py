@@ -17,10 +17,9 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import measuring
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
 from megatron_cca.lab.planner.flops import Product, products
-from megatron_cca.lab.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.lab.planner.short_runs import Observation, observe, short_configs
+from megatron_cca.lab.planner.hardware import CPU, DEFAULT, GPUS, Calibration, Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.measuring import Observation, observe, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import resolve_architecture

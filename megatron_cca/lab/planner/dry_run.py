@@ -10,9 +10,8 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Config, OptimizerConfig
 from megatron_cca.data.microbatches import Microbatch, StepBatch
-from megatron_cca.lab.planner.collectives import Traffic
 from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
-from megatron_cca.lab.planner.observer import Observer
+from megatron_cca.lab.planner.observer import Observer, Traffic
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.initialization import initialize_by_name
