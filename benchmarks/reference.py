@@ -14,7 +14,8 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.lab.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
 from megatron_cca.lab.planner.hardware import gpu_named, name_of_device
-from megatron_cca.lab.planner.live_bytes import LiveBytes
+from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.workload import Workload
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
@@ -222,7 +223,7 @@ def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     config = load_config(None, overrides)
     initialize_distributed(config)
     data = open_data(config)
-    with nullcontext() if device == "cuda" else _host_memory_left_out(LiveBytes()) as counter:
+    with nullcontext() if device == "cuda" else _without_host_memory() as counter:
         run = set_up(config, data)
         train_step(run)
         platform.synchronize()
@@ -263,13 +264,18 @@ def _peak(counter: LiveBytes | None) -> int:
     return counter.peak if counter is not None else platform.peak_memory_bytes()
 
 
-def _host_memory_left_out(counter: LiveBytes) -> LiveBytes:
-    """On a CPU everything is host memory; what a GPU would keep there is not counted."""
-    from megatron_cca.models import streaming
+@contextmanager
+def _without_host_memory() -> Iterator[LiveBytes]:
+    """Count live tensors; on a CPU everything is host memory, and what a GPU would keep there does not count."""
+    from megatron_cca.platform.operations import DeviceOperations, operating_by
 
-    original = streaming.host_copy
-    streaming.host_copy = lambda tensor: counter.discount(original(tensor))
-    return counter
+    class Counted(DeviceOperations):
+        def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+            return counter.discount(super().host_copy(tensor))
+
+    counter = LiveBytes()
+    with operating_by(Counted()), counter:
+        yield counter
 
 
 _PARTS = {"prepare": prepare, "measure": measure}

@@ -162,7 +162,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from megatron_cca.lab.planner.calibrate_program import CalibrateSettings, run_calibrate
+    from megatron_cca.lab.planner.program import CalibrateSettings, run_calibrate
 
     run_calibrate(_settings(CalibrateSettings, arguments))
 

@@ -17,9 +17,8 @@ from measuring import markdown_table
 
 from gpu_parts.settings import DENSE, GEMM, HEAD, LLAMAGEN, LORA, OURS, PEERS, STEP, Setting, settings_of
 from megatron_cca import platform
-from megatron_cca.lab.planner.calibration import DEFAULT
 from megatron_cca.lab.planner.flops import model_flops
-from megatron_cca.lab.planner.hardware import Cluster, Gpu, gpu_named
+from megatron_cca.lab.planner.hardware import DEFAULT, Cluster, Gpu, gpu_named
 from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.throughput import predict_step
 

@@ -7,12 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpu_parts.lines import milliseconds
-from gpu_parts.training import configured, known_gpu, predictions, weights_drawn_on_the_device
+from gpu_parts.training import configured, draw_on_the_device, known_gpu, predictions
 from megatron_cca import platform
 from megatron_cca.lab.planner import measuring
 from megatron_cca.lab.planner.calibrate import calibrate
-from megatron_cca.lab.planner.calibration import calibration_json, read_calibration
-from megatron_cca.lab.planner.hardware import CPU
+from megatron_cca.lab.planner.hardware import CPU, calibration_json, read_calibration
 from megatron_cca.lab.planner.workload import image_workload
 
 _NUMBERS = (
@@ -34,8 +33,7 @@ def _calibrated(values: dict[str, Any]) -> dict[str, Any]:
     if not platform.current().is_cuda:
         # A processor's bf16 products take seconds each, and nobody plans with a rehearsal.
         measuring._ENOUGH_REPEATS = 2
-    with weights_drawn_on_the_device():
-        found = calibrate(config, images, None, values["repeats"])
+    found = calibrate(config, images, None, values["repeats"], initialize=draw_on_the_device)
     _calibration = calibration_json(found.calibration, found.gpu, steps=values["repeats"])
     numbers = {name: getattr(found.calibration, name) for name in _NUMBERS}
     return {**numbers, "errors": found.errors, "calibration": _calibration}

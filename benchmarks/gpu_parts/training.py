@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,19 +16,23 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
 from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
-from megatron_cca.lab.planner.hardware import Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.lab.planner.live_bytes import LiveBytes
-from megatron_cca.lab.planner.measuring import peak_flops
+from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.measuring import (
+    measurable,
+    on_random_shards,
+    peak_flops,
+    started,
+    timed_step,
+    write_random_shards,
+)
 from megatron_cca.lab.planner.memory import predict_memory
-from megatron_cca.lab.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
+from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
 from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.training import setup
 from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.setup import Run
 from megatron_cca.training.shapes import rows_per_sample
@@ -51,9 +54,10 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
     workload = image_workload(config, images)
     check_devices(config)
     initialize_distributed(config)
-    with TemporaryDirectory() as folder, _counted() as counter, weights_drawn_on_the_device():
+    with TemporaryDirectory() as folder, _counted() as counter:
         write_random_shards(config, images, Path(folder))
-        with started(on_random_shards(config, Path(folder), WARM_UP + values["repeats"])) as run:
+        config_here = on_random_shards(config, Path(folder), WARM_UP + values["repeats"])
+        with started(config_here, initialize=draw_on_the_device) as run:
             deadline = began + seconds
             found = _timed(run, values["repeats"], deadline, counter)
     return {**found, **_rates(config, workload, found["ms"]["median"]), "predicted": predictions(config, workload)}
@@ -98,21 +102,12 @@ def _counted() -> AbstractContextManager[LiveBytes | None]:
     return nullcontext() if platform.current().is_cuda else LiveBytes()
 
 
-@contextmanager
-def weights_drawn_on_the_device() -> Iterator[None]:
+@torch.no_grad()
+def draw_on_the_device(model: torch.nn.Module, *, seed: int, std: float, **_sizes: int | None) -> None:
     """Draw random weights on the device: drawing billions of them on a processor takes longer than the measurement.
 
     They follow from names and seed; a policy and its reference begin alike.
     """
-    former, setup.initialize_by_name = setup.initialize_by_name, _draw
-    try:
-        yield
-    finally:
-        setup.initialize_by_name = former
-
-
-@torch.no_grad()
-def _draw(model: torch.nn.Module, *, seed: int, std: float, **_sizes: int | None) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0)

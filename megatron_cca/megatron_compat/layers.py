@@ -31,7 +31,7 @@ RELIED_ON = (
     ReliedOn(f"{_DDP}.enable_forward_pre_hook", "registers that hook", says=("register_forward_pre_hook(",)),
     ReliedOn(
         f"{_DDP}._make_backward_post_hook",
-        "adds no gradient that is in main_grad already, see parallel/accumulation.py",
+        "adds no gradient that is in main_grad already, see platform/accumulation.py",
         says=("param.grad_added_to_main_grad", "zero_out_wgrad"),
     ),
     ReliedOn(f"{_DDP}.start_param_sync", "gathers updated weights at once", takes=("force_sync",)),
@@ -63,7 +63,7 @@ RELIED_ON = (
     ),
     ReliedOn(
         f"{_TE}.cpp_extensions.general_gemm",
-        "adds a product to a sum, see parallel/accumulation.py",
+        "adds a product to a sum, see platform/accumulation.py",
         takes=("out_dtype", "layout", "out", "accumulate"),
     ),
     ReliedOn(f"{_TE}.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -14,6 +15,9 @@ from torch import Tensor
 
 # Weights that write into the residual stream start smaller by sqrt(2 * num_layers), as in GPT-2 and Megatron.
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+# Fills a chunk with random weights; takes the arguments of initialize_by_name.
+Initialize = Callable[..., None]
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_cca.platform.operations import current_operations
 
 
 class RMSNorm(torch.nn.Module):
@@ -26,7 +27,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension."""
-        return rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        return current_operations().rms_norm(x, self.weight, self.eps)
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -85,7 +86,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         outputs = []
         for piece, own in zip((rank, pieces - 1 - rank), query.chunk(2), strict=True):
             seen = own.size(0) * (piece + 1)
-            mask = causal_lower_right(own.size(0), seen)
+            mask = current_operations().causal_mask(own.size(0), seen)
             outputs.append(self._attend(own, key[:seen], value[:seen], attn_mask=mask))
         return torch.cat(outputs)
 

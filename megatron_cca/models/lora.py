@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn.utils import skip_init
 from torch.utils.hooks import RemovableHandle
 
 from megatron_cca.config import LoraConfig
@@ -125,6 +124,13 @@ def merge(chunks: Sequence[torch.nn.Module]) -> None:
         chunk.requires_grad_(True)
 
 
+class _UninitializedLinear(torch.nn.Linear):
+    """A projection whose weight somebody else fills; torch's own numbers would take from the process's generator."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
 class Adapter(torch.nn.Module):
     """One projection's A and B, as this rank has them."""
 
@@ -136,8 +142,8 @@ class Adapter(torch.nn.Module):
         self.is_gated = name == "linear_fc1" and projection.config.gated_linear_unit
         self.sequence_parallel = projection.config.sequence_parallel
         options = {"bias": False, "device": weight.device, "dtype": weight.dtype}
-        self.linear_in = skip_init(torch.nn.Linear, weight.size(1), settings.dim, **options)
-        self.linear_out = skip_init(torch.nn.Linear, settings.dim, weight.size(0), **options)
+        self.linear_in = _UninitializedLinear(weight.size(1), settings.dim, **options)
+        self.linear_out = _UninitializedLinear(settings.dim, weight.size(0), **options)
         torch.nn.init.zeros_(self.linear_out.weight)
         split, whole = (self.linear_in, self.linear_out) if self.is_row_parallel else (self.linear_out, self.linear_in)
         copy_tensor_model_parallel_attributes(split.weight, weight)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_cca.platform.transfers import Arriving, Fetcher, host_copy
+from megatron_cca.platform.operations import current_operations
+from megatron_cca.platform.transfers import Arriving, Fetcher
 
 
 class StreamedChunks:
@@ -76,6 +77,7 @@ class _Part:
     def __init__(self, modules: Sequence[torch.nn.Module], fetcher: Fetcher) -> None:
         self._fetcher = fetcher
         self._slots = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        host_copy = current_operations().host_copy
         self._host: list[Tensor] = [host_copy(tensor.detach()) for tensor in self._slots]
         self._arriving: Arriving | None = None
         self.leave()

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cca.parallel import accumulation, softmax_tiles
-from megatron_cca.parallel.accumulation import MainGradPlaceholder
+from megatron_cca.parallel import softmax_tiles
 from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, own_part, tile_sizes
+from megatron_cca.platform.accumulation import MainGradPlaceholder
+from megatron_cca.platform.operations import current_operations
 
 
 def sequence_logps(
@@ -178,8 +179,9 @@ class _HeadShard:
         chunk_size: int | None,
     ) -> None:
         self.weight, self.words, self.vocab_size = weight, words, vocab_size
-        self.sizes = tile_sizes(on_gpu=_on_gpu(weight))
-        self.chunk_size = chunk_size_of(chunk_size, on_gpu=_on_gpu(weight))
+        self.on_gpu = current_operations().is_on_gpu(weight)
+        self.sizes = tile_sizes(on_gpu=self.on_gpu)
+        self.chunk_size = chunk_size_of(chunk_size, on_gpu=self.on_gpu)
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
         self.own_words = own_part(support, self.first_word, weight.size(0))
@@ -204,7 +206,7 @@ class _HeadShard:
 
     def operand(self, tensor: Tensor) -> Tensor:
         """A factor of a product: half precision stays so on a GPU, whose products sum in fp32; a CPU's do not."""
-        return tensor if _on_gpu(tensor) else tensor.to(self.sum_dtype)
+        return tensor if self.on_gpu else tensor.to(self.sum_dtype)
 
     def true_columns(self, block: slice) -> Tensor:
         """A block's rows of the weight as a factor; those that do not count are 0, whatever the weight holds."""
@@ -262,7 +264,7 @@ class _HeadShard:
             columns.dtype,
         )
         if grad_selected is not None:
-            accumulation.add_product(grad_selected[rows], gradient, columns)
+            current_operations().add_product(grad_selected[rows], gradient, columns)
         if head_gradient is not None:
             head_gradient.add(block, gradient, tokens)
 
@@ -271,17 +273,19 @@ class _HeadShard:
         # The shard's size rides along, so that the check costs no collective of its own.
         own_rows = peak.new_tensor([self.weight.size(0), -self.weight.size(0)])
         joined = self.all_reduce(torch.cat([peak, own_rows]), dist.ReduceOp.MAX)
-        self._check_shards(largest=int(joined[-2]), smallest=-int(joined[-1]))
+        self._check_shards(own_rows, joined[-2:])
         sums = torch.stack([sum_exp * (peak - joined[:-2]).exp(), target_logits])
         return joined[:-2].clone(), *self.all_reduce(sums, dist.ReduceOp.SUM)
 
-    def _check_shards(self, largest: int, smallest: int) -> None:
-        ranks = self.tp_group.size() if self.tp_group is not None else 1
-        if largest != smallest:
+    def _check_shards(self, own_rows: Tensor, all_rows: Tensor) -> None:
+        """Compare this rank's (rows, -rows) with the largest of each over all ranks, which all ranks have alike."""
+        ranks, rows = self.tp_group.size() if self.tp_group is not None else 1, self.weight.size(0)
+        if not torch.equal(own_rows, all_rows):
+            smallest, largest = -int(all_rows[1]), int(all_rows[0])
             raise ValueError(f"weight: shards of {smallest} to {largest} rows, must be equal on all {ranks} ranks")
-        if largest * ranks < self.vocab_size:
+        if rows * ranks < self.vocab_size:
             raise ValueError(
-                f"weight: {largest} rows on each of {ranks} rank(s) are {largest * ranks} words, must be at least "
+                f"weight: {rows} rows on each of {ranks} rank(s) are {rows * ranks} words, must be at least "
                 f"vocab_size {self.vocab_size}"
             )
 
@@ -307,7 +311,7 @@ class _HeadGradient:
         if self._block is None:
             whole = self._whole[block]
             self._block = whole if whole.dtype == self._sum_dtype else torch.zeros_like(whole, dtype=self._sum_dtype)
-        accumulation.add_product(self._block, gradient.t(), tokens)
+        current_operations().add_product(self._block, gradient.t(), tokens)
 
     def finish(self, block: slice) -> None:
         """All tiles of the block are in."""
@@ -322,8 +326,3 @@ class _HeadGradient:
         # Megatron's hook must find a gradient, and must not add it: the protocol of its fused linear layers.
         self._weight.grad_added_to_main_grad = True
         return MainGradPlaceholder(self._weight)
-
-
-def _on_gpu(tensor: Tensor) -> bool:
-    """Whether tiles and factors are a GPU's."""
-    return tensor.is_cuda

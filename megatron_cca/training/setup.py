@@ -26,7 +26,7 @@ from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.fp8_weights import keep_in_fp8
 from megatron_cca.models.gpt import build_gpt
-from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
@@ -103,8 +103,14 @@ def _checkpoints(config: Config) -> Path:
     return Path(config.training.output_dir) / layout.FOLDER
 
 
-def set_up(config: Config, data: RunData) -> Run:
-    """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks."""
+def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize_by_name) -> Run:
+    """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks.
+
+    Args:
+        config: of the run.
+        data: that it trains on.
+        initialize: draws the weights that no checkpoint gives.
+    """
     architecture = resolve_architecture(config.model)
     objective = build_objective(config)
     batches = training_batches(config, data, objective.batch_type is PairLogps)
@@ -112,7 +118,7 @@ def set_up(config: Config, data: RunData) -> Run:
     # While the models are built, the first batches are read.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
     validation = validation_batches(config, data, objective.batch_type is PairLogps)
-    run = build_run(config, architecture, batches, reader, validation, Progress())
+    run = build_run(config, architecture, batches, reader, validation, Progress(), initialize=initialize)
     _resume(run)
     if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
         run.forward.settle_scales(run.policy, reader.get(0))
@@ -126,16 +132,25 @@ def build_run(
     reader: BatchLoader,
     validation: Validation | None,
     progress: Progress,
+    *,
+    initialize: Initialize | None = initialize_by_name,
 ) -> Run:
-    """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective."""
+    """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective.
+
+    Args:
+        config, architecture: of the run.
+        batches, reader, validation: where its rows come from.
+        progress: told of each forward pass.
+        initialize: draws the weights that no checkpoint gives; None leaves them uninitialised, adapters' too.
+    """
     objective = build_objective(config)
     uses_pairs = objective.batch_type is PairLogps
     forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
     own = uses_pairs and has_own_weights(config)
     initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
-    reference = own_reference(config, forward, frozen_chunks(config, architecture)) if own else None
-    policy = _build_policy(config, architecture)
+    reference = own_reference(config, forward, frozen_chunks(config, architecture, initialize)) if own else None
+    policy = _build_policy(config, architecture, initialize)
     if uses_pairs and not own:
         reference = borrowed_reference(config, forward, policy)
     optimizer = build_optimizer(config, policy)
@@ -187,6 +202,7 @@ def build_chunks(
     key: str,
     *,
     is_frozen: bool = False,
+    initialize: Initialize | None = initialize_by_name,
 ) -> list[torch.nn.Module]:
     """This rank's model chunks with weights: from a checkpoint, or drawn from the seed.
 
@@ -197,6 +213,7 @@ def build_chunks(
         checkpoint: where the weights come from, or None.
         key: the configuration key that named it.
         is_frozen: whether the weights will never change.
+        initialize: draws the weights without a checkpoint; None leaves them uninitialised.
     """
     chunks = build_gpt(
         architecture, config.model, config.parallel, training, kernels=config.kernels, is_frozen=is_frozen
@@ -204,8 +221,8 @@ def build_chunks(
     if checkpoint is not None:
         distributed.load_weights(layout.resolve(checkpoint, key), chunks, key)
         return chunks
-    for chunk in chunks:
-        initialize_by_name(
+    for chunk in chunks if initialize is not None else ():
+        initialize(
             chunk,
             seed=config.training.seed,
             std=config.model.init_method_std,
@@ -216,21 +233,27 @@ def build_chunks(
     return chunks
 
 
-def _build_policy(config: Config, architecture: Architecture) -> list[DistributedDataParallel]:
+def _build_policy(
+    config: Config, architecture: Architecture, initialize: Initialize | None
+) -> list[DistributedDataParallel]:
+    training = config.training
     chunks = build_chunks(
-        config, architecture, config.training, config.training.pretrained_checkpoint, checks.PRETRAINED
+        config, architecture, training, training.pretrained_checkpoint, checks.PRETRAINED, initialize=initialize
     )
     if config.lora.dim is not None:
-        lora.attach(chunks, config.lora, seed=config.training.seed)
+        lora.attach(chunks, config.lora, seed=training.seed if initialize is not None else None)
     return wrap_ddp(chunks, config)
 
 
-def frozen_chunks(config: Config, architecture: Architecture) -> list[torch.nn.Module]:
-    """The reference's own model chunks, as ``reference`` wants them."""
+def frozen_chunks(
+    config: Config, architecture: Architecture, initialize: Initialize | None = initialize_by_name
+) -> list[torch.nn.Module]:
+    """The reference's own model chunks, as ``reference`` wants them; ``initialize`` as in :func:`build_chunks`."""
     own = config.reference.checkpoint
     key = checks.REFERENCE if own is not None else checks.PRETRAINED
     checkpoint = own or config.training.pretrained_checkpoint
-    chunks = build_chunks(config, architecture, reference_settings(config), checkpoint, key, is_frozen=True)
+    settings = reference_settings(config)
+    chunks = build_chunks(config, architecture, settings, checkpoint, key, is_frozen=True, initialize=initialize)
     if config.reference.fp8_param:
         keep_in_fp8(chunks)
     return [chunk.requires_grad_(False) for chunk in chunks]

@@ -12,11 +12,10 @@ import json
 import pytest
 
 from megatron_cca.config.load import config_to_dict, load_config
-from megatron_cca.lab.planner.candidates import check_candidate
+from megatron_cca.lab.planner.candidates import Wishes, check_candidate
 from megatron_cca.lab.planner.hardware import Cluster, gpu_named
 from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.search import search
-from megatron_cca.lab.planner.trials import Wishes
 from megatron_cca.lab.planner.workload import ImageShape, Workload
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.selection import Computed, mostly_full

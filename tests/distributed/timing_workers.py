@@ -12,10 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cca.config.load import load_config
-from megatron_cca.lab.planner.calibration import DEFAULT
 from megatron_cca.lab.planner.dry_run import counted_step, dry_run
 from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
-from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster
 from megatron_cca.lab.planner.observer import Observer
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload

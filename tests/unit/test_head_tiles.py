@@ -7,9 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_cca.parallel import accumulation, sequence_logps
-from megatron_cca.parallel.accumulation import MainGradPlaceholder
+from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.tile_sizes import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
+from megatron_cca.platform import accumulation
+from megatron_cca.platform.accumulation import MainGradPlaceholder
+from megatron_cca.platform.operations import DeviceOperations, operating_by
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 from tests.references.gpu_products import half_precision_products
 
@@ -49,13 +51,20 @@ def test_the_chunk_is_the_devices_where_nothing_is_configured(configured, on_gpu
     assert chunk_size_of(configured, on_gpu=on_gpu) == found
 
 
+class LikeGpu(DeviceOperations):
+    """A GPU's tiles and factors for tensors of any device."""
+
+    def is_on_gpu(self, tensor):
+        return True
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """The way of a GPU on CPU tensors, in narrower tiles; half precision wants ``half_precision_products`` besides."""
-    monkeypatch.setattr(MODULE, "_on_gpu", lambda tensor: True)
     monkeypatch.setattr(MODULE, "tile_sizes", lambda *, on_gpu: TileSizes(4096, 512, 128))
     accumulation.way_to_add.cache_clear()
-    yield
+    with operating_by(LikeGpu()):
+        yield
     accumulation.way_to_add.cache_clear()
 
 

@@ -110,3 +110,82 @@ def named_families(file):
 def test_no_module_imports_a_family_by_name():
     found = [line for file in FILES for line in named_families(file)]
     assert not found, "\n".join(["ask the vocabulary or the family table:", *found])
+
+
+def is_of_the_project(node, names):
+    """Whether an expression is one of ``names``, a part of one, or a module of the project looked up by its name."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        if isinstance(node, ast.Call):
+            looks_up = ast.unparse(node.func).endswith(("getattr", "import_module"))
+            node = node.args[0] if looks_up and node.args else None
+        elif ast.unparse(node.value) == "sys.modules":
+            node = node.slice
+        else:
+            node = node.value
+    if isinstance(node, ast.Constant):
+        return str(node.value).split(".")[0] == "megatron_cca"
+    return isinstance(node, ast.Name) and node.id in names
+
+
+def names_of_the_project(tree):
+    """What a file calls the project's modules, classes and functions: by import, and by assignment of such a name."""
+    found, before = set(), None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            ours = [alias for alias in node.names if (module or alias.name).split(".")[0] == "megatron_cca"]
+            found |= {alias.asname or (alias.name if module else "megatron_cca") for alias in ours}
+    while found != before:
+        before = set(found)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and is_of_the_project(node.value, found):
+                found |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+def replaced(text):
+    """What a file replaces in the project's modules and classes, as a line each."""
+    tree = ast.parse(text)
+    names = names_of_the_project(tree)
+    for node in ast.walk(tree):
+        places = []
+        if isinstance(node, ast.Call) and {"patch", "setattr", "delattr"} & set(ast.unparse(node.func).split(".")):
+            places = node.args[:1]
+        elif isinstance(node, ast.Assign | ast.Delete):
+            places = [place for target in node.targets for place in getattr(target, "elts", [target])]
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            places = [node.target]
+        is_bound_name = isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Delete)
+        for place in places:
+            if is_of_the_project(place, names) and not (is_bound_name and isinstance(place, ast.Name)):
+                yield ast.unparse(node)
+
+
+def test_the_laboratory_replaces_nothing_in_the_project():
+    """What it does otherwise than a training job it says through parameters and ``platform/operations.py``."""
+    files = list((PACKAGE / "lab").rglob("*.py"))
+    found = [f"{file.relative_to(PACKAGE)}: {line}" for file in files for line in replaced(file.read_text())]
+    assert len(files) > 20
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "patch.object(setup, 'build_run', None)",
+        "mock.patch('megatron_cca.training.setup.build_run')",
+        "setattr(setup.Run, 'start', None)",
+        "setup.build_run = None",
+        "former, setup.build_run = setup.build_run, None",
+        "cls = setup.Run; cls.start = None",
+        "importlib.import_module('megatron_cca.models.lora').Adapter = None",
+        "sys.modules['megatron_cca.models.lora'].Adapter = None",
+        "build_chunks.limit = 3",
+        "OBJECTIVES['cca'] = None",
+        "del setup.build_run",
+    ],
+)
+def test_a_replacement_is_seen(line):
+    imports = "import importlib, sys\nfrom megatron_cca.training import setup\n"
+    assert list(replaced(f"{imports}from megatron_cca.training.setup import build_chunks, OBJECTIVES\n{line}"))
+    assert not list(replaced(f"{imports}run = setup.set_up(None)\nrun.iteration = 3\nsetattr(run, 'start', None)"))

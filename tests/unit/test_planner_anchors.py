@@ -17,8 +17,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_cca.config.load import config_from_dict
-from megatron_cca.lab.planner.calibration import DEFAULT
-from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload
 

@@ -11,13 +11,11 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import calibrate, measuring
 from megatron_cca.lab.planner.calibrate import fit
-from megatron_cca.lab.planner.calibrate_program import CalibrateSettings, run_calibrate
-from megatron_cca.lab.planner.calibration import DEFAULT, read_calibration
 from megatron_cca.lab.planner.flops import Product
-from megatron_cca.lab.planner.hardware import GPUS, Cluster
-from megatron_cca.lab.planner.program import PlanSettings
+from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster, read_calibration
+from megatron_cca.lab.planner.measuring import Observation, short_configs
+from megatron_cca.lab.planner.program import CalibrateSettings, PlanSettings, run_calibrate
 from megatron_cca.lab.planner.program import _wishes as wishes_of
-from megatron_cca.lab.planner.short_runs import Observation, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from tests.unit.test_planner_throughput import EMU3

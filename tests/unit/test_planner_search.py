@@ -10,18 +10,15 @@ from PIL import Image
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner import trials
-from megatron_cca.lab.planner.candidates import Layout, laid_out
+from megatron_cca.lab.planner import candidates
+from megatron_cca.lab.planner.candidates import Layout, Wishes, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import MemoryEstimate
-from megatron_cca.lab.planner.others import obvious_others
 from megatron_cca.lab.planner.program import PlanSettings, run_search
-from megatron_cca.lab.planner.report import as_json, reserved, write_report
-from megatron_cca.lab.planner.search import search
+from megatron_cca.lab.planner.report import Report, as_json, reserved, text, write_report, yaml_of
+from megatron_cca.lab.planner.search import obvious_others, search
 from megatron_cca.lab.planner.sizes import sizes_of
-from megatron_cca.lab.planner.summary import Report, text, yaml_of
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.trials import Wishes
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import explicit
 from megatron_cca.training.checks import check_new_run
@@ -52,7 +49,7 @@ def rough_memory(config, world_size, workload, **_unused):
 
 @pytest.fixture(autouse=True)
 def known_memory(monkeypatch):
-    monkeypatch.setattr(trials, "predict_memory", rough_memory)
+    monkeypatch.setattr(candidates, "predict_memory", rough_memory)
 
 
 def emu3(*overrides):
@@ -145,7 +142,7 @@ def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
         off = {"use_distributed_optimizer": False, "overlap_param_gather": False}
         for overlap in (False, True):
             whole = replace(split, optimizer=replace(split.optimizer, **off, overlap_grad_reduce=overlap))
-            one, other = (trials.candidate_of(config, wishes(64)) for config in (split, whole))
+            one, other = (candidates.candidate_of(config, wishes(64)) for config in (split, whole))
             assert one.step.total <= other.step.total
             assert one.memory.total <= other.memory.total
 

@@ -6,11 +6,17 @@ import pytest
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration, calibration_json, read_calibration
-from megatron_cca.lab.planner.communication import Group
-from megatron_cca.lab.planner.hardware import GPUS, Cluster, gpu_named
-from megatron_cca.lab.planner.step_time import PARTS
-from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.costs import Group
+from megatron_cca.lab.planner.hardware import (
+    DEFAULT,
+    GPUS,
+    Calibration,
+    Cluster,
+    calibration_json,
+    gpu_named,
+    read_calibration,
+)
+from megatron_cca.lab.planner.throughput import PARTS, predict_step
 from megatron_cca.lab.planner.workload import Workload
 
 H100 = GPUS["h100-80gb"]

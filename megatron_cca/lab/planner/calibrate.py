@@ -17,13 +17,13 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import measuring
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration
 from megatron_cca.lab.planner.flops import Product, products
-from megatron_cca.lab.planner.hardware import CPU, GPUS, Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.lab.planner.short_runs import Observation, observe, short_configs
+from megatron_cca.lab.planner.hardware import CPU, DEFAULT, GPUS, Calibration, Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.measuring import Observation, observe, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.shapes import rows_per_sample
 
@@ -54,8 +54,22 @@ class Measured:
     errors: list[float]
 
 
-def calibrate(config: Config, images: ImageShape, gpu: str | None, steps: int) -> Measured:
+def calibrate(
+    config: Config,
+    images: ImageShape,
+    gpu: str | None,
+    steps: int,
+    *,
+    initialize: Initialize = initialize_by_name,
+) -> Measured:
     """Measure the device at hand with a run's shapes. The platform must be installed.
+
+    Args:
+        config: of the run.
+        images: the shape of all samples.
+        gpu: what the device is, by name; None asks it.
+        steps: of each short run.
+        initialize: draws the short runs' weights.
 
     Raises:
         UserError: a GPU that nobody named and that is not known, what training refuses here.
@@ -66,7 +80,10 @@ def calibrate(config: Config, images: ImageShape, gpu: str | None, steps: int) -
     base, has_fp8 = _by_itself(config, images, device)
     with TemporaryDirectory() as folder:
         bar = tqdm(configs, desc="short runs", unit="run", disable=None)
-        observations = [observe(one, images, steps, Path(folder) / str(index)) for index, one in enumerate(bar)]
+        observations = [
+            observe(one, images, steps, Path(folder) / str(index), initialize=initialize)
+            for index, one in enumerate(bar)
+        ]
     calibration, errors = fit(observations, device, base)
     return Measured(device, replace(calibration, gpu=device.name), has_fp8, observations, errors)
 

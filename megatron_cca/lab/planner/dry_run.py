@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Config, OptimizerConfig
 from megatron_cca.data.microbatches import Microbatch, StepBatch
-from megatron_cca.lab.planner.collectives import Traffic
 from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
-from megatron_cca.lab.planner.observer import Observer
+from megatron_cca.lab.planner.observer import Observer, Traffic
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
 from megatron_cca.training.progress import Progress
@@ -84,7 +84,8 @@ def counted_step(
     """
     observer.traffic.name_groups(_groups())
     rows = _Rows(config, workload)
-    run = build_run(config, resolve_architecture(config.model), rows, rows, None, _Phases(observer))
+    architecture, initialize = resolve_architecture(config.model), initialize_by_name if observer.has_numbers else None
+    run = build_run(config, architecture, rows, rows, None, _Phases(observer), initialize=initialize)
     # Adam's moments come with the first update; the step to be looked at has them from the start.
     run.optimizer.step()
     # All stages are full of microbatches, and of their chunks, by then.

@@ -15,7 +15,7 @@ from megatron_cca.lab.planner.candidates import check_candidate
 from megatron_cca.lab.planner.hardware import Gpu, gpu_named
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_cca.lab.planner.program import check_known_weights, image_shape
-from megatron_cca.lab.planner.words import table
+from megatron_cca.lab.planner.report import table
 from megatron_cca.lab.planner.workload import Workload, image_workload
 
 # From there on Megatron's groups alone take minutes.

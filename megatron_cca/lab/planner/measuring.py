@@ -1,16 +1,34 @@
-"""What the device at hand reaches: products, attention, memory, each by itself."""
+"""What the device at hand reaches: products, attention and memory by themselves, and real steps of short runs.
+
+A short run is a training run of a model with fewer layers, on random tokens.
+"""
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cca import platform
+from megatron_cca.config import Config
+from megatron_cca.data.shards import write_shards
+from megatron_cca.data.token_files import Sample
+from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.lab.planner.flops import Product
+from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.initialization import Initialize, initialize_by_name
+from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.training.batches import open_data
+from megatron_cca.training.setup import Run, set_up
+from megatron_cca.training.step import StepReport, train_step
 
 # Seconds that a measurement takes, and repetitions, at least.
 _ENOUGH_SECONDS = 0.2
@@ -83,3 +101,133 @@ def memory_bandwidth(num_bytes: int) -> float:
 def host_memory_bytes() -> int:
     """Of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# A bound that no run reaches: random weights are not what the gate is for.
+_NO_GATE = 1e9
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A short run.
+
+    Attributes:
+        config: of it.
+        workload: its rows.
+        seconds: of its fastest step: what else the machine does only adds.
+        spread: by how much the median step was slower, as a share.
+    """
+
+    config: Config
+    workload: Workload
+    seconds: float
+    spread: float
+
+
+def short_configs(config: Config) -> list[Config]:
+    """Runs on one device that differ in layers, microbatches and recomputation."""
+    whole = resolve_architecture(config.model).num_layers
+    few, more = max(1, min(2, whole // 2)), min(4, whole)
+    micro = config.training.micro_batch_size
+    alone = without_extras(laid_out(config, Layout(micro_batch=micro)))
+    return [
+        replace(
+            alone,
+            model=replace(alone.model, num_layers=layers),
+            training=replace(alone.training, global_batch_size=micro * microbatches, recompute_granularity=recompute),
+        )
+        for layers, microbatches, recompute in (
+            (few, 1, None),
+            (more, 1, None),
+            (few, 2, None),
+            (more, 2, None),
+            (more, 1, "full"),
+        )
+    ]
+
+
+def observe(
+    config: Config,
+    images: ImageShape,
+    steps: int,
+    folder: Path,
+    *,
+    initialize: Initialize = initialize_by_name,
+) -> Observation:
+    """Train so many steps, after one that is not timed.
+
+    Args:
+        config: from :func:`short_configs`.
+        images: the shape of all samples.
+        steps: that are timed.
+        folder: for shards and what a run writes; must not exist.
+        initialize: draws the weights.
+
+    Raises:
+        UserError: what training refuses on this device.
+    """
+    workload = image_workload(config, images)
+    write_random_shards(config, images, folder)
+    config = on_random_shards(config, folder, steps + 1)
+    initialize_distributed(config)
+    with started(config, initialize=initialize) as run:
+        seconds = [timed_step(run)[0] for _ in range(steps + 1)]
+    fastest = min(seconds[1:])
+    return Observation(config, workload, fastest, statistics.median(seconds[1:]) / fastest - 1)
+
+
+def without_extras(config: Config) -> Config:
+    """The same steps and nothing beside them: no weights to read, no checkpoints, no validation, no gate."""
+    config = without_files(config)
+    return replace(
+        config,
+        training=replace(config.training, save_interval=0),
+        validation=replace(config.validation, interval=0, fraction=0.0, path=None),
+        reference=replace(config.reference, allow_bias=_NO_GATE),
+    )
+
+
+def measurable(config: Config) -> Config:
+    """:func:`without_extras`, with the reference's random weights where the run keeps its own."""
+    bare = without_extras(config)
+    return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
+
+
+def write_random_shards(config: Config, images: ImageShape, folder: Path) -> None:
+    """Leave ``<folder>/shards``: random tokens, two global batches of them, always the same."""
+    vocabulary = resolve_architecture(config.model).vocabulary
+    write_shards(folder / "shards", _samples(config, images), vocabulary, lambda text: [ord(c) % 256 for c in text])
+
+
+def on_random_shards(config: Config, folder: Path, steps: int) -> Config:
+    """The run on what :func:`write_random_shards` left, of so many steps; its own folder is ``<folder>/run``."""
+    return replace(
+        config,
+        data=replace(config.data, path=str(folder / "shards"), condition_dropout=0.0, length_bucketing=1),
+        training=replace(config.training, output_dir=str(folder / "run"), train_iters=steps),
+    )
+
+
+def timed_step(run: Run) -> tuple[float, StepReport]:
+    """Take a step; seconds until the device has done it, and its report. Collective over all ranks."""
+    start = time.perf_counter()
+    report = train_step(run)
+    platform.synchronize()
+    return time.perf_counter() - start, report
+
+
+def _samples(config: Config, images: ImageShape) -> list[Sample]:
+    vocabulary, random = resolve_architecture(config.model).vocabulary, np.random.default_rng(0)
+    caption_tokens = images.caption_tokens if vocabulary.num_classes is None else 1
+    return [
+        Sample(
+            random.integers(vocabulary.codebook_size, size=(images.height, images.width)),
+            random.integers(vocabulary.caption_size, size=caption_tokens),
+        )
+        for _ in range(2 * config.training.global_batch_size)
+    ]
+
+
+def started(config: Config, *, initialize: Initialize = initialize_by_name) -> Run:
+    """Set up the run, ready for its first step; to be used in a ``with``. Collective over all ranks."""
+    return set_up(config, open_data(config), initialize=initialize)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_cca.config import Config
-from megatron_cca.lab.planner import activations, head_memory
+from megatron_cca.lab.planner import activations
 from megatron_cca.lab.planner.activations import FP32
-from megatron_cca.lab.planner.parameters import Parameter, rank_parameters, reference_parameters
-from megatron_cca.lab.planner.shards import gradient_numbers, optimizer_numbers
-from megatron_cca.lab.planner.sizes import Sizes, sizes_of
+from megatron_cca.lab.planner.sizes import (
+    Parameter,
+    Sizes,
+    gradient_numbers,
+    optimizer_numbers,
+    rank_parameters,
+    reference_parameters,
+    sizes_of,
+)
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings, uses_reference_pass
 
@@ -181,12 +187,12 @@ class _Rank:
         tokens = self._tokens()
         if not self._is_last:
             return {"activations": kept + tokens + at_layer, "head": 0}
-        head = head_memory.head_shape(config, sizes, layer, on_gpu=self.on_gpu)
-        waiting = in_flight // sizes.chunks * head_memory.head_kept(head)
-        at_head = max(head_memory.head_forward(head), head_memory.head_backward(head))
+        head = activations.head_shape(config, sizes, layer, on_gpu=self.on_gpu)
+        waiting = in_flight // sizes.chunks * activations.head_kept(head)
+        at_head = max(activations.head_forward(head), activations.head_backward(head))
         if at_head > at_layer:
             return {"activations": kept + tokens, "head": waiting + at_head}
-        return {"activations": kept + tokens + at_layer, "head": waiting - head_memory.head_kept(head)}
+        return {"activations": kept + tokens + at_layer, "head": waiting - activations.head_kept(head)}
 
     def _reference_pass(self, reference: float) -> dict[str, float]:
         size = 4 if reference_settings(self.config).precision == "fp32" else 2
@@ -194,8 +200,8 @@ class _Rank:
         forward = activations.layer_forward(layer, self.config) + self._tokens()
         head = 0.0
         if self._is_last:
-            shape = head_memory.head_shape(self.config, self.sizes, layer, on_gpu=self.on_gpu)
-            head = head_memory.head_kept(shape) + head_memory.head_forward(shape)
+            shape = activations.head_shape(self.config, self.sizes, layer, on_gpu=self.on_gpu)
+            head = activations.head_kept(shape) + activations.head_forward(shape)
         parts, passing = {"reference": reference}, self._passing_weights(size)
         if head > forward:
             return parts | {"activations": self._tokens() + passing, "head": head}
@@ -215,7 +221,7 @@ class _Rank:
 
     def _tokens(self) -> float:
         """Ids and masks of all microbatches of a step."""
-        return (head_memory.INT64 + 1) * self.sizes.microbatches * self.sizes.rows * self.workload.seq_length
+        return (activations.INT64 + 1) * self.sizes.microbatches * self.sizes.rows * self.workload.seq_length
 
 
 def _is_kept_in_fp8(parameter: Parameter) -> bool:

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, YELLOW, save
+from megatron_cca.lab.planner.candidates import Candidate
 from megatron_cca.lab.planner.memory import GIB
+from megatron_cca.lab.planner.report import layout_name, memory_groups, recompute_name, reference_name
 from megatron_cca.lab.planner.search import Plan
-from megatron_cca.lab.planner.step_time import StepTime
-from megatron_cca.lab.planner.trials import Candidate
-from megatron_cca.lab.planner.words import layout_name, memory_groups, recompute_name, reference_name
+from megatron_cca.lab.planner.throughput import StepTime
 
 _MEMORY = {
     "weights": BLUE,

@@ -1,27 +1,41 @@
-"""What ``tools/plan.py`` does, command by command."""
+"""What ``tools/plan.py`` does for ``search`` and ``calibrate``; ``dry-run`` is in ``dry_run_program.py``."""
 
 from __future__ import annotations
 
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration, read_calibration
-from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES
-from megatron_cca.lab.planner.hardware import CPU, Cluster, Gpu, gpu_named
-from megatron_cca.lab.planner.others import obvious_others
-from megatron_cca.lab.planner.report import reserved, write_report
-from megatron_cca.lab.planner.search import search
-from megatron_cca.lab.planner.summary import Report, text
-from megatron_cca.lab.planner.trials import Wishes
-from megatron_cca.lab.planner.workload import ImageShape
+from megatron_cca.io.outputs import check_file, file_system_errors, write_text
+from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES, Wishes
+from megatron_cca.lab.planner.hardware import (
+    CPU,
+    DEFAULT,
+    Calibration,
+    Cluster,
+    Gpu,
+    calibration_json,
+    gpu_named,
+    read_calibration,
+)
+from megatron_cca.lab.planner.report import Report, reserved, text, write_report
+from megatron_cca.lab.planner.search import obvious_others, search
+from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import own_grid
 from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
+from megatron_cca.version import installed_versions
+
+if TYPE_CHECKING:
+    from megatron_cca.lab.planner.calibrate import Measured
+
 
 _USUAL_GRID = "90x90"
 
@@ -135,3 +149,103 @@ def _variables(text: str | None) -> tuple[str, ...]:
 def _check_positive(option: str, number: int) -> None:
     if number < 1:
         raise UserError(f"{option}: must be 1 or more, found {number}")
+
+
+# That times depend on.
+PACKAGES = ("torch", "megatron-core", "transformer-engine")
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """The options, as the command line has them.
+
+    Attributes:
+        config: the YAML file.
+        overrides: of its keys.
+        gpu: what the device is; None is what it says itself.
+        image_grid: ``HxW`` in visual tokens.
+        caption_tokens: of each caption.
+        steps: of each short run.
+        device: auto, cpu or cuda.
+        output: the file to write.
+        overwrite: whether it may be replaced.
+    """
+
+    config: Path
+    overrides: list[str]
+    gpu: str | None
+    image_grid: str | None
+    caption_tokens: int
+    steps: int
+    device: platform.DeviceChoice
+    output: Path
+    overwrite: bool
+
+
+def run_calibrate(settings: CalibrateSettings) -> None:
+    """Measure, write the file, and print what was found.
+
+    Raises:
+        UserError: an option that cannot be, what training refuses on this device, a file that is in the way.
+    """
+    config = load_config(settings.config, settings.overrides)
+    images = image_shape(config, settings.image_grid, settings.caption_tokens)
+    # For its refusals: measuring the processor alone can take a minute.
+    image_workload(config, images)
+    if settings.steps < 1:
+        raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
+    check_file(settings.output, overwrite=settings.overwrite)
+    try:
+        platform.install(settings.device)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.lab.planner.calibrate import calibrate
+
+    found = calibrate(config, images, settings.gpu, settings.steps)
+    about = {
+        "version": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device_name": platform.device_name(),
+        "packages": installed_versions(PACKAGES),
+        "not_measured": _not_measured(found),
+        "runs": [
+            {
+                "layers": one.config.model.num_layers,
+                "global_batch_size": one.config.training.global_batch_size,
+                "recompute": one.config.training.recompute_granularity,
+                "seconds": one.seconds,
+                "spread": one.spread,
+                "error": error,
+            }
+            for one, error in zip(found.observations, found.errors, strict=True)
+        ],
+    }
+    with file_system_errors(settings.output):
+        write_text(settings.output, calibration_json(found.calibration, found.gpu, **about))
+    print(f"{_summary(found)}\nwrote {settings.output}")
+
+
+def _not_measured(measured: Measured) -> str:
+    products = "" if measured.has_fp8 else ", FP8 products"
+    return f"NVLink, network, host bandwidth, overlaps{products}: the defaults"
+
+
+def _fp8_words(measured: Measured) -> str:
+    if measured.has_fp8:
+        return f"those in FP8 {measured.calibration.fp8_matmul_efficiency:.0%} of theirs"
+    if "fp8" not in measured.gpu.flops:
+        return "there are none in FP8 here"
+    return "those in FP8 were not measured, whose widths must be multiples of 16"
+
+
+def _summary(measured: Measured) -> str:
+    found = measured.calibration
+    return (
+        f"{platform.device_name()} as {found.gpu}: products reach {found.matmul_efficiency:.0%} of the peak, "
+        f"{_fp8_words(measured)}, attention {found.attention_efficiency:.0%}, memory {found.memory_efficiency:.0%}; a "
+        f"microbatch costs {found.microbatch_overhead_seconds * 1e3:.1f} ms besides, a step "
+        f"{found.step_overhead_seconds * 1e3:.1f}.\n"
+        f"Short runs predicted from the others are off by {found.relative_error:.0%} (root mean square). Links between "
+        "GPUs were not measured."
+    )

@@ -1,20 +1,259 @@
-"""What a search leaves behind: a table, a JSON file with every number, the best run as YAML, a picture."""
+"""What a search says and leaves behind: the printed text, a table, a JSON file, the best run as YAML, a picture."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_cca import __version__
+from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
 from megatron_cca.io.outputs import check_output, claimed, replacing
-from megatron_cca.lab.planner.summary import YAML_FILE, Report, text, yaml_of
-from megatron_cca.lab.planner.trials import Candidate
-from megatron_cca.lab.planner.words import layout_name, memory_groups, recompute_name, reference_name
+from megatron_cca.lab.planner.candidates import MEMORY_SHARE, Candidate
+from megatron_cca.lab.planner.flops import MFU_MEANS
+from megatron_cca.lab.planner.hardware import DEFAULT
+from megatron_cca.lab.planner.memory import GIB, MemoryEstimate
+from megatron_cca.lab.planner.search import Other, Plan
+from megatron_cca.lab.planner.sizes import sizes_of
 from megatron_cca.models import resolve_architecture
+from megatron_cca.training.shapes import rows_per_sample
+
+HEADER = (
+    "layout",
+    "micro batch",
+    "recompute",
+    "reference",
+    "precision",
+    "GiB",
+    "weights + reference + gradients + optimizer + activations + rest",
+    "s/step",
+    "samples/s",
+    "tokens/s/GPU",
+    "MFU",
+    "bubble",
+    "comm.",
+)
+
+
+def layout_name(config: Config, num_gpus: int) -> str:
+    """Such as ``TP 2 x PP 4 (VPP 2) x DP 8``; sizes of 1 are left out."""
+    parallel = config.parallel
+    tensor, pipeline, context = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    stages = f"PP {pipeline}" + (f" (VPP {virtual})" if virtual else "")
+    parts = [(tensor, f"TP {tensor}"), (pipeline, stages), (context, f"CP {context}")]
+    data = num_gpus // (tensor * pipeline * context)
+    return " x ".join([*(text for size, text in parts if size > 1), f"DP {data}"])
+
+
+def recompute_name(config: Config) -> str:
+    """What is computed again in backward."""
+    training = config.training
+    if training.recompute_granularity == "selective":
+        return " + ".join(training.recompute_modules)
+    if training.recompute_granularity == "full" and training.recompute_method == "block":
+        return f"{training.recompute_num_layers} layers a chunk"
+    return training.recompute_granularity or "none"
+
+
+def reference_name(config: Config) -> str:
+    """Where the frozen model is."""
+    if config.objective.name == "next_token":
+        return "none"
+    return config.reference.strategy + (", FP8 weights" if config.reference.fp8_param else "")
+
+
+def row(candidate: Candidate) -> list[str]:
+    """A candidate under :data:`HEADER`."""
+    config, step = candidate.config, candidate.step
+    return [
+        layout_name(config, candidate.num_gpus),
+        str(config.training.micro_batch_size),
+        recompute_name(config),
+        reference_name(config),
+        config.training.precision,
+        f"{candidate.memory.total / GIB:.1f}",
+        " + ".join(f"{size / GIB:.1f}" for size in memory_groups(candidate.memory).values()),
+        f"{step.total:.3g} ± {step.error * step.total:.2g}",
+        f"{step.samples_per_second:.3g}",
+        f"{step.tokens_per_second_per_gpu:,.0f}",
+        f"{step.mfu:.1%}",
+        f"{step.bubble / step.total:.1%}",
+        f"{step.communication / step.total:.1%}",
+    ]
+
+
+def memory_groups(memory: MemoryEstimate) -> dict[str, int]:
+    """Bytes by what people ask for; ``rest`` is head, communication and overhead."""
+    return {
+        "weights": memory.weights,
+        "reference": memory.reference,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "rest": memory.head + memory.communication + memory.overhead,
+    }
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    """A Markdown table whose columns also line up on a terminal."""
+    columns = [[name, *column] for name, column in zip(header, zip(*rows, strict=True), strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )
+
+
+_WIDTH = 118
+
+
+def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
+    """The text; :func:`load_config` reads the same configuration from it.
+
+    Args:
+        config: the run.
+        before: what it was planned from; keys that differ are marked.
+        head: lines above it, without the comment sign.
+    """
+    defaults, given = config_to_dict(Config()), config_to_dict(before)
+    lines = [f"# {line}".rstrip() for text in head for line in textwrap.wrap(text, _WIDTH - 2) or [""]]
+    for section, keys in config_to_dict(config).items():
+        different = {key: value for key, value in keys.items() if value != defaults[section][key]}
+        if not different:
+            continue
+        comment = "  # sizes written out: weights of another model are refused" if section == "model" else ""
+        lines.append(f"{section}:{comment}")
+        for key, value in different.items():
+            mark = _mark(section, key, value != given[section][key])
+            lines.append(f"  {_entry(key, value)}{mark}")
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, value: Any) -> str:
+    """On one line, whatever it is."""
+    in_a_list = yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=False)
+    return f"{key}: {in_a_list.strip()[1:-1]}"
+
+
+def _mark(section: str, key: str, is_planned: bool) -> str:
+    if not is_planned or section == "model":
+        return ""
+    if (section, key) == ("reference", "cache"):
+        return "  # compute it beforehand: tools/cache_reference.py"
+    return "  # planned"
+
+
+YAML_FILE = "plan.yaml"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan and what is said about it.
+
+    Attributes:
+        plan: the search's result.
+        before: the configuration that it started from.
+        others: why the obvious layouts are not the best.
+    """
+
+    plan: Plan
+    before: Config
+    others: list[Other]
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest that fits."""
+        return self.plan.best[0]
+
+
+def text(report: Report) -> str:
+    """What is printed: the best layouts, then what else there is to know."""
+    plan, wishes = report.plan, report.plan.wishes
+    cluster, best = wishes.cluster, report.best
+    rows = "a row" if rows_per_sample(best.config) == 1 else "two rows"
+    lines = [
+        f"{cluster.num_gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} a node. A sample is {rows} of "
+        f"{best.workload.seq_length:,} tokens, {best.workload.image_tokens:,} of them the image's; the global batch is "
+        f"{best.config.training.global_batch_size}.",
+        f"{plan.considered:,} candidates; the fastest of those within {wishes.memory_limit / GIB:.1f} GiB, "
+        f"{MEMORY_SHARE:.0%} of a GPU's memory:",
+        "",
+        table([row(candidate) for candidate in plan.best]),
+        "",
+        _trust(report),
+        MFU_MEANS,
+        *_remarks(report),
+    ]
+    if report.others:
+        lines += ["", "Why not:", *(f"- {other.name}: {other.verdict}" for other in report.others)]
+    return "\n".join(lines)
+
+
+def _layout(candidate: Candidate) -> str:
+    return layout_name(candidate.config, candidate.num_gpus)
+
+
+def _samples(candidate: Candidate) -> int:
+    return candidate.config.training.micro_batch_size
+
+
+def _trust(report: Report) -> str:
+    calibration = report.plan.wishes.calibration
+    error = f"± is two standard deviations, {report.best.step.error:.0%}"
+    if report.best.step.cluster_spread:
+        error += ", with what clusters differ in (docs/scaling.md)"
+    if calibration == DEFAULT:
+        return f"{error}: how far the model is off published runs. Measure yours with tools/plan.py calibrate."
+    return f"{error}: how far the model is off the steps that were measured for the calibration."
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    best, cached = report.best, report.plan.cached
+    if cached is not None:
+        faster = cached.step.samples_per_second / best.step.samples_per_second
+        yield (
+            f"With reference.strategy cached, after tools/cache_reference.py has passed over the data once: "
+            f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
+            f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
+        )
+    if best.config.reference.strategy == "offload" and best.config.objective.name != "next_token":
+        sizes = sizes_of(best.config, best.num_gpus, best.workload)
+        on_node = (sizes.layers * sizes.layer_weights + sizes.head_weights) * _per_node(report)
+        yield f"The offloaded reference takes {2 * on_node / GIB:.1f} GiB of host memory on each node."
+
+
+def _per_node(report: Report) -> int:
+    cluster = report.plan.wishes.cluster
+    return min(cluster.num_gpus, cluster.gpus_per_node)
+
+
+def yaml_of(report: Report) -> str:
+    """The best run's configuration."""
+    best, cluster = report.best, report.plan.wishes.cluster
+    per_node = _per_node(report)
+    nodes = cluster.num_gpus // per_node
+    launch = f"--nnodes {nodes} --nproc_per_node {per_node}" if nodes > 1 else f"--nproc_per_node {per_node}"
+    step = best.step
+    head = [
+        f"Planned by tools/plan.py for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
+        f"Predicted: {step.total:.3g} s/step ({step.low:.3g} to {step.high:.3g}), {step.samples_per_second:.3g} "
+        f"samples/s, {best.memory.total / GIB:.1f} of {cluster.gpu.memory_bytes / GIB:.1f} GiB.",
+        f"torchrun {launch} examples/pretrain_cca_emu3.sh --config {YAML_FILE}",
+    ]
+    return as_yaml(best.config, report.before, head)
+
 
 TABLE_FILE, JSON_FILE, PLOT_FILE = "table.md", "plan.json", "plan.png"
 _FILES = (TABLE_FILE, YAML_FILE, PLOT_FILE, JSON_FILE)

@@ -1,13 +1,30 @@
-"""The layouts that fit, fastest first."""
+"""The layouts that fit, fastest first, and what is said of the others.
+
+That is: why a cluster cannot run a model and what could, and why the obvious layouts are not the best one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from megatron_cca.config import Config
-from megatron_cca.lab.planner.candidates import Layout, check_fp8, laid_out
-from megatron_cca.lab.planner.too_small import check_cluster, refuse_too_small
-from megatron_cca.lab.planner.trials import Candidate, Wishes, candidates, fitting
+from megatron_cca.errors import UserError
+from megatron_cca.lab.planner.candidates import (
+    Candidate,
+    Layout,
+    Wishes,
+    candidate_of,
+    candidates,
+    check_fp8,
+    fitting,
+    laid_out,
+    layouts,
+    misfit,
+)
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.models import explicit
 from megatron_cca.training.reference_settings import reference_settings
 
@@ -83,3 +100,178 @@ def _offers_cache(config: Config, wishes: Wishes) -> bool:
 
 def _has_cache(config: Config) -> bool:
     return config.reference.strategy == "cached"
+
+
+_MOST_NODES = 64
+
+
+def check_cluster(config: Config, wishes: Wishes) -> None:
+    """Refuse a number of GPUs that no layout suits.
+
+    Raises:
+        UserError: names the number, and the nearest that are possible.
+    """
+    cluster = wishes.cluster
+    node, gpus = cluster.gpus_per_node, cluster.num_gpus
+    if gpus > node and gpus % node:
+        lower = gpus // node * node
+        raise UserError(
+            f"--gpus: {gpus} is no whole number of nodes of {node}; the nearest are {lower} and {lower + node}, "
+            "or give another --nodes-of"
+        )
+    if _has_layout(config, wishes, gpus):
+        return
+    advice = [f"{n} GPUs" for n in _nearest(config, wishes)]
+    batch = _nearest_batch(config, wishes)
+    advice += [f"training.global_batch_size {batch}"] if batch else []
+    raise UserError(
+        f"--gpus: {gpus} cannot be divided into tensor, pipeline, context and data parallelism for this model and "
+        f"training.global_batch_size {config.training.global_batch_size}; possible: {' or '.join(advice)}"
+    )
+
+
+def _has_layout(config: Config, wishes: Wishes, gpus: int) -> bool:
+    cluster = replace(wishes.cluster, num_gpus=gpus)
+    return any(True for _ in layouts(config, cluster, vary_micro_batch="micro_batch" in wishes.vary))
+
+
+def _nearest(config: Config, wishes: Wishes) -> list[int]:
+    """The largest possible number below, and the smallest above."""
+    gpus, node = wishes.cluster.num_gpus, wishes.cluster.gpus_per_node
+    step = node if gpus > node else 1
+    below = next((n for n in range(gpus - step, 0, -step) if _has_layout(config, wishes, n)), None)
+    above = range(gpus + step, 2 * gpus + 1, step) if gpus > node else [*range(gpus + 1, node + 1), 2 * node]
+    return [n for n in (below, next((n for n in above if _has_layout(config, wishes, n)), None)) if n]
+
+
+def _nearest_batch(config: Config, wishes: Wishes) -> int | None:
+    """The next larger global batch that the GPUs can share."""
+    gpus, batch = wishes.cluster.num_gpus, config.training.global_batch_size
+    for size in range(batch + 1, batch + gpus + 1):
+        if _has_layout(replace(config, training=replace(config.training, global_batch_size=size)), wishes, gpus):
+            return size
+    return None
+
+
+def refuse_too_small(config: Config, wishes: Wishes, found: Sequence[Candidate]) -> NoReturn:
+    """Say how much memory is missing at least, and what would do.
+
+    Raises:
+        UserError: always.
+    """
+    least = min((one.memory.total for one in found), default=0)
+    cluster = wishes.cluster
+    where = f"{cluster.num_gpus} x {cluster.gpu.name}"
+    problem = f"--gpus: {where} are too little for this model: the best layout needs {least / GIB:.1f} GiB on a GPU"
+    raise UserError(f"{problem}, of which {wishes.memory_limit / GIB:.1f} may be filled; {_advice(config, wishes)}")
+
+
+def _advice(config: Config, wishes: Wishes) -> str:
+    would_do = [text for text in (_more_gpus(config, wishes), _other_gpus(config, wishes)) if text]
+    if config.lora.dim is None and _fits(replace(config, lora=replace(config.lora, dim=16)), wishes):
+        would_do.append("lora.dim=16 on these")
+    return f"would do: {', or '.join(would_do)}" if would_do else "nothing known here would do"
+
+
+def _more_gpus(config: Config, wishes: Wishes) -> str | None:
+    cluster = wishes.cluster
+    sizes = [n for n in range(cluster.num_gpus + 1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0]
+    nodes = max(1, cluster.num_gpus // cluster.gpus_per_node)
+    while nodes < _MOST_NODES:
+        nodes *= 2
+        sizes.append(nodes * cluster.gpus_per_node)
+    for size in sizes:
+        if _fits(config, replace(wishes, cluster=replace(cluster, num_gpus=size))):
+            return f"{size} of them"
+    return None
+
+
+def _other_gpus(config: Config, wishes: Wishes) -> str | None:
+    cluster = wishes.cluster
+    larger = sorted(
+        (gpu for gpu in GPUS.values() if gpu.memory_bytes > cluster.gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes
+    )
+    for gpu in larger:
+        # Its own data sheet: a calibration is of one GPU.
+        elsewhere = Wishes(Cluster(gpu, cluster.num_gpus, cluster.gpus_per_node), wishes.images, wishes.vary)
+        if config.training.precision in gpu.flops and _fits(config, elsewhere):
+            return f"{cluster.num_gpus} x {gpu.name}"
+    return None
+
+
+def _fits(config: Config, wishes: Wishes) -> bool:
+    try:
+        found = sorted(candidates(config, wishes), key=lambda one: -one.step.recompute)
+    except UserError:
+        return False
+    return bool(fitting(found, wishes, 1))
+
+
+@dataclass(frozen=True)
+class Other:
+    """A layout that somebody would think of.
+
+    Attributes:
+        name: in words.
+        verdict: what is wrong with it.
+    """
+
+    name: str
+    verdict: str
+
+
+def obvious_others(best: Candidate, wishes: Wishes) -> list[Other]:
+    """The usual layouts, and the best one with a single thing changed.
+
+    Args:
+        best: the plan's first.
+        wishes: that it was searched with.
+    """
+    return [
+        Other(name, _verdict(config, best, wishes))
+        for name, config in [*_usual(best.config, wishes), *_neighbours(best.config)]
+        if config != best.config
+    ]
+
+
+def _usual(config: Config, wishes: Wishes) -> Iterator[tuple[str, Config]]:
+    node = min(wishes.cluster.gpus_per_node, wishes.cluster.num_gpus)
+    yield "data parallelism alone", laid_out(config, Layout())
+    yield f"TP {node} alone", laid_out(config, Layout(tensor=node))
+    yield f"PP {node} alone", laid_out(config, Layout(pipeline=node))
+    if wishes.cluster.num_gpus > node:
+        yield f"TP {node} x PP 2", laid_out(config, Layout(tensor=node, pipeline=2))
+
+
+def _neighbours(config: Config) -> Iterator[tuple[str, Config]]:
+    """The best one, but for one thing."""
+    training, optimizer, reference = config.training, config.optimizer, config.reference
+    yield "the best, no recomputation", replace(config, training=replace(training, recompute_granularity=None))
+    full = replace(training, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    yield "the best, full recomputation", replace(config, training=full)
+    doubled = replace(training, micro_batch_size=2 * training.micro_batch_size)
+    yield f"the best, micro batch {doubled.micro_batch_size}", replace(config, training=doubled)
+    if config.lora.dim is None:
+        whole = replace(
+            optimizer, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
+        )
+        yield "the best, without the distributed optimizer", replace(config, optimizer=whole)
+    if config.objective.name != "next_token":
+        plain = replace(reference, strategy="resident", cache=None, fp8_param=False)
+        yield "the best, reference resident", replace(config, reference=plain)
+        yield "the best, reference offloaded", replace(config, reference=replace(plain, strategy="offload"))
+    if config.parallel.virtual_pipeline_model_parallel_size is not None:
+        single = replace(config.parallel, virtual_pipeline_model_parallel_size=None)
+        yield "the best, not interleaved", replace(config, parallel=single)
+
+
+def _verdict(config: Config, best: Candidate, wishes: Wishes) -> str:
+    try:
+        candidate = candidate_of(config, wishes)
+    except UserError as error:
+        return f"refused: {error}"
+    problem = misfit(candidate, wishes)
+    if problem is not None:
+        return problem
+    slower = candidate.step.total / best.step.total - 1
+    return f"{slower:.0%} slower" if slower >= 0.005 else "as fast"

@@ -1,12 +1,18 @@
-"""What a rank has of a run: layers, rows, tokens, microbatches."""
+"""What a rank has of a run: layers, rows, tokens, microbatches; its parameters, its gradients, its optimizer's part.
+
+Parameters come by name and size, in the order in which Megatron's GPTModel holds them; gradients lie in buckets, of
+which a distributed optimizer keeps each rank's part.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_cca.config import Config, ModelConfig
-from megatron_cca.lab.planner.flops import products
+from megatron_cca.lab.planner.flops import Product, products
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
@@ -99,3 +105,174 @@ def _words(config: Config, architecture: Architecture, rows: int) -> float:
         # The last rank has a little less, for the padding.
         return len(support) / tensor
     return max(len(own_part(support, rank * rows, rows)) for rank in range(tensor))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of a rank.
+
+    Attributes:
+        name: within its layer, or of the whole model.
+        numel: its numbers on this rank.
+        columns: of these in a row; None for a norm, which is no matrix.
+        is_trained: whether it has a gradient.
+    """
+
+    name: str
+    numel: int
+    columns: int | None
+    is_trained: bool
+
+
+def rank_parameters(config: Config, pipeline_rank: int) -> list[list[Parameter]]:
+    """Of every model chunk of a pipeline rank."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    return [list(_chunk(config, pipeline_rank, chunk, chunks)) for chunk in range(chunks)]
+
+
+def reference_parameters(config: Config, pipeline_rank: int) -> list[Parameter]:
+    """Of a frozen copy, which has no adapters."""
+    chunks = rank_parameters(config, pipeline_rank)
+    return [parameter for chunk in chunks for parameter in chunk if not parameter.name.startswith(_ADAPTER)]
+
+
+_ADAPTER = "adapter."
+
+
+def _chunk(config: Config, pipeline_rank: int, chunk: int, chunks: int) -> Iterator[Parameter]:
+    architecture, parallel = architecture_of(config.model), config.parallel
+    hidden, stages = architecture.hidden_size, parallel.pipeline_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
+    is_trained = config.lora.dim is None
+    rows = padded_vocab_size(architecture, config.model, tensor) // tensor
+    if pipeline_rank == 0 and chunk == 0:
+        yield Parameter("word_embeddings", rows * hidden, hidden, is_trained)
+    for _ in range(architecture.num_layers // (stages * chunks)):
+        yield from _layer(config)
+    if pipeline_rank == stages - 1 and chunk == chunks - 1:
+        yield Parameter("final_layernorm", hidden, None, is_trained)
+        yield Parameter("output_layer", rows * hidden, hidden, is_trained)
+
+
+def _layer(config: Config) -> Iterator[Parameter]:
+    architecture, is_trained = architecture_of(config.model), config.lora.dim is None
+    # Megatron makes linear_proj before linear_qkv.
+    qkv, proj, fc1, fc2 = products(architecture)
+    for norm, pair in (("input_layernorm", (proj, qkv)), ("pre_mlp_layernorm", (fc1, fc2))):
+        yield Parameter(norm, architecture.hidden_size, None, is_trained)
+        for product in pair:
+            inputs, outputs = _on_a_rank(product, config)
+            yield Parameter(product.name, inputs * outputs, inputs, is_trained)
+            yield from _adapter(config, product)
+
+
+def _adapter(config: Config, product: Product) -> Iterator[Parameter]:
+    dim = config.lora.dim
+    if dim is None or product.name not in config.lora.target_modules:
+        return
+    inputs, outputs = _on_a_rank(product, config)
+    yield Parameter(f"{_ADAPTER}linear_in", dim * inputs, inputs, True)
+    yield Parameter(f"{_ADAPTER}linear_out", outputs * dim, dim, True)
+
+
+def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
+    """Its inputs and outputs, one of them divided by tensor parallelism."""
+    tensor = config.parallel.tensor_model_parallel_size
+    if product.splits_outputs:
+        return product.inputs, product.outputs // tensor
+    return product.inputs // tensor, product.outputs
+
+
+# Megatron's, in numbers: parameters begin at multiples of the first, buckets end at multiples of the second and of
+# the ranks that share them (megatron/core/optimizer/param_layout.py); the third is for wide NCCL transfers.
+_ALIGNMENT, _BUCKET_MULTIPLE, _BUS_MULTIPLE = 64, 128, 2**16
+# Numbers in a bucket, at least, and for every rank (megatron/core/distributed/distributed_data_parallel.py).
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of a gradient buffer that is reduced at once.
+
+    Attributes:
+        start, end: in numbers within the buffer, padding included.
+        pieces: where its parameters lie.
+    """
+
+    start: int
+    end: int
+    pieces: tuple[tuple[int, int], ...]
+
+
+def gradient_numbers(config: Config, pipeline_rank: int, sharing_ranks: int) -> int:
+    """Numbers in the gradient buffers of a rank, with their padding.
+
+    Args:
+        config: of the run.
+        pipeline_rank: which stage.
+        sharing_ranks: data-parallel times context-parallel ranks.
+    """
+    chunks = _chunks_of_buckets(config, pipeline_rank, sharing_ranks)
+    return sum(buckets[-1].end for buckets in chunks if buckets)
+
+
+def optimizer_numbers(config: Config, pipeline_rank: int, sharing_ranks: int, rank: int) -> int:
+    """Numbers whose state the optimizer of a rank keeps: all that are trained, or a distributed optimizer's share.
+
+    Args:
+        config, pipeline_rank, sharing_ranks: as of :func:`gradient_numbers`.
+        rank: of ``sharing_ranks``.
+    """
+    chunks = _chunks_of_buckets(config, pipeline_rank, sharing_ranks)
+    shards = sharing_ranks // config.optimizer.num_distributed_optimizer_instances
+    if not config.optimizer.use_distributed_optimizer:
+        shards, rank = 1, 0
+    return sum(_share(bucket, shards, rank % shards) for buckets in chunks for bucket in buckets)
+
+
+def _share(bucket: Bucket, shards: int, rank: int) -> int:
+    size = (bucket.end - bucket.start) // shards
+    start = bucket.start + rank * size
+    return sum(max(0, min(end, start + size) - max(begin, start)) for begin, end in bucket.pieces)
+
+
+def _chunks_of_buckets(config: Config, pipeline_rank: int, sharing_ranks: int) -> list[list[Bucket]]:
+    chunks = rank_parameters(config, pipeline_rank)
+    return [
+        _buckets(config, trained, sharing_ranks, _bucket_size(config, sharing_ranks, pipeline_rank, index))
+        for index, trained in enumerate([one for one in chunk if one.is_trained] for chunk in chunks)
+    ]
+
+
+def _bucket_size(config: Config, sharing_ranks: int, pipeline_rank: int, chunk: int) -> int | None:
+    """Megatron splits only what would be reduced on the critical path: the first chunk of the first stage."""
+    optimizer = config.optimizer
+    if not optimizer.overlap_grad_reduce or pipeline_rank > 0 or chunk > 0:
+        return None
+    replicas = sharing_ranks // config.parallel.context_parallel_size
+    return optimizer.ddp_bucket_size or max(_BUCKET, _BUCKET_PER_RANK * replicas)
+
+
+def _buckets(config: Config, parameters: list[Parameter], sharing_ranks: int, bucket_size: int | None) -> list[Bucket]:
+    """From the last parameter to the first, as backward reaches them."""
+    is_sharded = config.optimizer.use_distributed_optimizer
+    multiple = math.lcm(
+        sharing_ranks // config.optimizer.num_distributed_optimizer_instances,
+        _BUCKET_MULTIPLE,
+        _BUS_MULTIPLE if config.optimizer.pad_buckets_for_high_nccl_busbw else 1,
+    )
+    buckets, pieces, start, place = [], [], 0, 0
+    for index, parameter in enumerate(reversed(parameters)):
+        place = _rounded_up(place, _ALIGNMENT) if is_sharded else place
+        pieces.append((place, place + parameter.numel))
+        place += parameter.numel
+        is_full = bucket_size is not None and place - start >= bucket_size
+        if is_full or index == len(parameters) - 1:
+            place = _rounded_up(place, multiple) if is_sharded else place
+            buckets.append(Bucket(start, place, tuple(pieces)))
+            pieces, start = [], place
+    return buckets
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

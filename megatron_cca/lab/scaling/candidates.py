@@ -6,11 +6,18 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.calibration import DEFAULT, Calibration, read_calibration
-from megatron_cca.lab.planner.candidates import Layout, laid_out
-from megatron_cca.lab.planner.hardware import CPU, Cluster, Gpu, gpu_named, name_of_device
+from megatron_cca.lab.planner.candidates import Candidate, Layout, Wishes, candidate_of, laid_out, misfit
+from megatron_cca.lab.planner.hardware import (
+    CPU,
+    DEFAULT,
+    Calibration,
+    Cluster,
+    Gpu,
+    gpu_named,
+    name_of_device,
+    read_calibration,
+)
 from megatron_cca.lab.planner.search import search
-from megatron_cca.lab.planner.trials import Candidate, Wishes, candidate_of, misfit
 from megatron_cca.lab.scaling.settings import LayoutSettings
 from megatron_cca.lab.scaling.sweep import MEASURED, Task
 

@@ -92,7 +92,7 @@ def _num_bytes(value: Any) -> int:
 def timed_collectives(stage_of: StageOf) -> Iterator[CollectiveTimer]:
     """Time everything that this thread communicates inside the block."""
     timer = CollectiveTimer(stage_of)
-    # The class's own methods, not torch.distributed's functions, to which Megatron-Core keeps references of its own.
+    # The methods of torch 2.15's class, not torch.distributed's functions, to which Megatron-Core keeps references.
     # What stands in the class and not what it gives when asked: only the former becomes a method again.
     before = {name: vars(dist.ProcessGroup)[name] for name in _METHODS}
     wait, waits = Work.wait, vars(Work)["wait"]

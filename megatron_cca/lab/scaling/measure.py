@@ -21,10 +21,16 @@ from megatron_cca.config import Config, Precision
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
 from megatron_cca.lab.planner.hardware import CPU, gpu_named
-from megatron_cca.lab.planner.measuring import peak_flops
+from megatron_cca.lab.planner.measuring import (
+    measurable,
+    on_random_shards,
+    peak_flops,
+    started,
+    timed_step,
+    write_random_shards,
+)
 from megatron_cca.lab.planner.memory import GIB
-from megatron_cca.lab.planner.short_runs import measurable, on_random_shards, started, timed_step, write_random_shards
-from megatron_cca.lab.planner.words import layout_name
+from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.planner.workload import image_workload
 from megatron_cca.lab.scaling.candidates import gpu_of
 from megatron_cca.lab.scaling.collective_timer import timed_collectives

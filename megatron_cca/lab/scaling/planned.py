@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.memory import GIB
-from megatron_cca.lab.planner.words import layout_name
+from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.scaling.candidates import planned_candidate
 from megatron_cca.lab.scaling.records import Record, read_record, write_failed, write_finished
 from megatron_cca.lab.scaling.shapes import ideal_bubble

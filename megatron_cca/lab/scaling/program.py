@@ -180,8 +180,8 @@ def _measured(task: Task) -> dict:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
-    from megatron_cca.lab.planner.calibrate_program import PACKAGES
     from megatron_cca.lab.planner.candidates import check_candidate, laid_out
+    from megatron_cca.lab.planner.program import PACKAGES
     from megatron_cca.lab.scaling.candidates import layout_of, planned_candidate
     from megatron_cca.lab.scaling.measure import measure
     from megatron_cca.version import code_version, installed_versions

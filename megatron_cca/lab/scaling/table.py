@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from megatron_cca.lab.planner import words
+from megatron_cca.lab.planner import report
 from megatron_cca.lab.planner.flops import MFU_MEANS
 from megatron_cca.lab.scaling.records import Row
 from megatron_cca.lab.scaling.series import efficiency, unit_of, units
@@ -77,7 +77,7 @@ def _table(rows: Sequence[Row]) -> str:
         return ""
     unit = unit_of(finished[0].record["device"])
     header = [name.format(unit=unit, units=units(unit)) for name in _HEADER]
-    return words.table([_line(row, finished) for row in finished], header) + "\n"
+    return report.table([_line(row, finished) for row in finished], header) + "\n"
 
 
 def _line(row: Row, rows: Sequence[Row]) -> list[str]:
