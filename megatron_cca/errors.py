@@ -20,10 +20,12 @@ class UserError(ValueError):
 
 
 class SurroundingsError(Exception):
-    """A cache, a temporary folder or the like cannot be used. The message is one line: which folder, what to set.
+    """A cache, a temporary folder or the like cannot be used.
 
-    It is no :class:`UserError`, since readers take that for a fault of the file that they read. Programs end in the same
-    way for both.
+    The message is one line: which folder, which variable to set.
+
+    It is no :class:`UserError`, since readers take that for a fault of the file that they read. Programs end in the
+    same way for both.
     """
 
     def __init__(self, message: object) -> None:

@@ -63,7 +63,7 @@ def unpickled(content: bytes, is_allowed: Callable[[str, str], bool]) -> Any:
         is_allowed: whether a name of a module may be called or referred to.
 
     Raises:
-        Exception: of nearly any class. The file is damaged, or asks for something that is not allowed and was not called.
+        Exception: of nearly any class. The file is damaged, or asks for a name that is not allowed. It was not called.
     """
     return _PlainUnpickler(io.BytesIO(content), is_allowed).load()
 
@@ -81,7 +81,7 @@ def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, 
         allowed: further objects that may be called, each with its name in the file.
 
     Raises:
-        Exception: of nearly any class. The file is damaged, or asks for something that is not allowed and was not called.
+        Exception: of nearly any class. The file is damaged, or asks for a name that is not allowed. It was not called.
     """
     import torch
 

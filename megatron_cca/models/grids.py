@@ -1,4 +1,4 @@
-"""Which grids of codes a model can take: any that its positions are enough for, or one alone."""
+"""The grids of codes that a model can take: any with few enough tokens, or a single one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_cca.models.architecture import Architecture, grid_side
 
 
 def own_grid(architecture: Architecture) -> tuple[int, int] | None:
-    """Height and width of the one grid that a model has positions for; None where it takes any."""
+    """Return height and width of the only grid that a model has positions for. None where it takes any grid."""
     if architecture.position_embedding != "rope_2d":
         return None
     side = grid_side(architecture)
@@ -14,7 +14,7 @@ def own_grid(architecture: Architecture) -> tuple[int, int] | None:
 
 
 def grid_misfit(architecture: Architecture, frames: int, height: int, width: int) -> str | None:
-    """Why a model cannot take images of such a grid, and what would help; None if it can."""
+    """Return why a model cannot take images of such a grid, and what would help. None if it can."""
     own = own_grid(architecture)
     if own is None or (frames, height, width) == (1, *own):
         return None

@@ -1,4 +1,4 @@
-"""What a family says about its checkpoints on Hugging Face: names on disk, config.json, the weight map."""
+"""The interface of a family's Hugging Face checkpoints: names on disk, config.json, the weight map."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Naming:
-    """How tensors are called in one form of a checkpoint.
+    """The names of tensors in one form of a checkpoint.
 
     Attributes:
-        form: what the form is called on the command line.
-        prefixes: from the start of a name on disk to its start in the weight map.
-        companion_prefix: how the names of the parts start that travel along unchanged; None where there are none.
+        form: the name of the form on the command line.
+        prefixes: from the prefix of a name on disk to its prefix in the weight map.
+        companion_prefix: the prefix of companion tensors, which are copied unchanged. None where there are none.
     """
 
     form: str
@@ -28,28 +28,28 @@ class Naming:
     companion_prefix: str | None = None
 
     def mapped(self, name: str) -> str | None:
-        """The weight map's name for a name on disk; None if it is not one of the decoder's."""
+        """Return the weight map's name for a name on disk. None if it is not one of the decoder's."""
         for prefix, replacement in self.prefixes.items():
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return None
 
     def on_disk(self, name: str) -> str:
-        """The inverse of :meth:`mapped`."""
+        """Return the name on disk for a name of the weight map, the inverse of :meth:`mapped`."""
         for prefix, replacement in self.prefixes.items():
             if name.startswith(replacement):
                 return prefix + name.removeprefix(replacement)
         raise AssertionError(f"no prefix for {name}")
 
     def companion(self, name: str) -> str | None:
-        """The name without its prefix if it belongs to a part that travels along, else None."""
+        """Return the name without its prefix if it is a companion tensor's, else None."""
         if self.companion_prefix is None or not name.startswith(self.companion_prefix):
             return None
         return name.removeprefix(self.companion_prefix)
 
 
 def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
-    """The naming that knows most of these names."""
+    """Return the naming that knows most of these names."""
     names = list(names)
 
     def known(naming: Naming) -> int:
@@ -63,9 +63,9 @@ class HuggingFaceFormat(Protocol):
 
     Attributes:
         weights: the weight map.
-        marker: its name for a tensor that every model has, by which sets of weights are found in a folder.
-        model_types: what ``model_type`` may say.
-        namings: every way in which tensors are named on disk; of one form, the first is the one written.
+        marker: the weight map's name of a tensor that every model has. Sets of weights in a folder are found by it.
+        model_types: the values that ``model_type`` may have.
+        namings: all namings of tensors on disk. The first of a form is used for writing.
     """
 
     weights: WeightMap
@@ -74,17 +74,19 @@ class HuggingFaceFormat(Protocol):
     namings: Sequence[Naming]
 
     def form(self, config: Json) -> str:
-        """The form that a configuration belongs to."""
+        """Return the form of a configuration."""
 
     def read_model_config(self, config: Json) -> ModelConfig:
-        """The ``model`` section with every size that the configuration gives.
+        """Return the ``model`` section with every size in the configuration.
 
         Raises:
-            UserError: a key whose value this family's Megatron model cannot have; names the key.
+            UserError: this family's Megatron model cannot have the value of a key; names the key.
         """
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
-        """A configuration in ``form`` for this model, otherwise like ``template`` (of any form).
+        """Return a configuration in ``form`` for this model.
+
+        Everything else is as in ``template``, which may have any form.
 
         Args:
             template: an existing configuration, or None.
@@ -97,14 +99,14 @@ class HuggingFaceFormat(Protocol):
         """
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of the tensors that travel along, by name without prefix; None where the form has none.
+        """Return the shapes of the companion tensors, by name without prefix. None where the form has none.
 
         Raises:
             UserError: what transformers says about a configuration that it does not take.
         """
 
     def transformers_model(self, config: Json):
-        """transformers' own decoder for a configuration, on the meta device but for its buffers, in evaluation mode.
+        """Return transformers' own decoder, on the meta device except for its buffers, in evaluation mode.
 
         Raises:
             UserError: what transformers says about a configuration that it does not take.

@@ -1,4 +1,4 @@
-"""The number of token ids of a model; families add which id means what."""
+"""The number of token ids of a model. Families add which id means what."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cca.errors import UserError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids ``0 .. size - 1``, of which nothing else is known.
+    """Token ids ``0 .. size - 1`` of unknown meaning.
 
     Such a model can be converted, but neither trained on images nor sampled.
     """
@@ -21,11 +21,14 @@ class Vocabulary:
 
     @property
     def output_size(self) -> int:
-        """How many of the ids, from 0 on, the LM head predicts; the rows behind them are masked, as padding is."""
+        """How many of the ids, from 0 on, the LM head predicts.
+
+        The head's rows after them are masked, as padding is.
+        """
         return self.size
 
     def resized(self, codebook_size: int | None, num_classes: int | None) -> Vocabulary:
-        """The vocabulary of the same family with other sizes; None leaves one as it is.
+        """Return the vocabulary of the same family with other sizes. None leaves a size as it is.
 
         Raises:
             UserError: a family whose vocabulary has one size.
@@ -34,6 +37,6 @@ class Vocabulary:
         raise UserError(f"model.{key}: this model's vocabulary has one size, {self.size}; leave the key out")
 
     def fingerprint(self) -> str:
-        """A short hash of the whole layout; shards and models that differ in it do not fit."""
+        """Return a short hash of the whole vocabulary. Shards and models whose hashes differ do not fit."""
         layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(layout.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a family says about the files in which its own authors publish weights: one file, without a configuration."""
+"""The interface of a family's weights in its authors' own format: one file, without a configuration."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class WeightsFileFormat(Protocol):
     """A family's weights in one file.
 
     Attributes:
-        weights: the weight map; its other names are the authors'.
-        sections: keys under which the authors' programs keep or look for the tensors, beside what else they save. What
-            is written stands under the first of all.
-        marker: a tensor that every model of the family has, by which sets of weights are found in a file.
-        unsaid: keys of the ``model`` section that shapes do not tell, or not always.
+        weights: the weight map. It maps Megatron's names to the authors'.
+        sections: keys that the authors' programs use for the tensors, beside what else they save. Exports use the
+            first.
+        marker: the name of a tensor that every model of the family has. Sets of weights in a file are found by it.
+        unsaid: keys of the ``model`` section that do not always follow from shapes.
     """
 
     weights: WeightMap
@@ -29,17 +29,17 @@ class WeightsFileFormat(Protocol):
     unsaid: Collection[str]
 
     def knows(self, names: Collection[str]) -> bool:
-        """Whether tensors of these names look like any model of the family."""
+        """Return whether tensors of these names look like any model of the family."""
 
     def read_model_config(self, shapes: Shapes, given: Sizes, assumed: Sizes) -> ModelConfig:
-        """The ``model`` section with every size.
+        """Return the ``model`` section with every size.
 
         Args:
             shapes: of the tensors, computed ones included.
-            given: what the user said of the model, by key.
-            assumed: what holds for ``unsaid`` keys where neither shapes nor the user nor a released model tell.
+            given: sizes that the user gave, by key.
+            assumed: values of ``unsaid`` keys that neither shapes nor the user nor a released model give.
 
         Raises:
-            UserError: a model of this family that is none here; a size that nothing tells, or that is given and wrong;
-                says what the model looks like.
+            UserError: an unsupported model of this family, a size that nothing gives, or a given size that is wrong.
+                The message says what the model looks like.
         """
