@@ -21,7 +21,7 @@ RowsOf = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The rows of one step, before sharding; arrays of length ``global_batch_size``.
+    """The rows of one step, before sharding. Arrays of length ``global_batch_size``.
 
     Attributes:
         sample_ids: int64. The sample whose image (and own caption) the row holds.

@@ -13,7 +13,7 @@ from megatron_cca.generation.sampler import ImageRequest
 SCORER = "--scorer"
 
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
-"""A function of images uint8 ``[N, H, W, 3]`` and their prompts that returns one score per image; larger is better."""
+"""A function of images uint8 ``[N, H, W, 3]`` and their prompts that returns one score per image. Larger is better."""
 
 
 def cut_prompts(scorer: Scorer | None, prompts: Sequence[str]) -> Any | None:
@@ -23,7 +23,7 @@ def cut_prompts(scorer: Scorer | None, prompts: Sequence[str]) -> Any | None:
 
 
 def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageRequest]:
-    """Return each request ``count`` times in a row. The first keeps its seed; the others have seeds derived from it."""
+    """Return each request ``count`` times in a row. The first keeps its seed. The others have seeds derived from it."""
     return [
         request if turn == 0 else replace(request, seed=[request.seed, turn])
         for request in requests

@@ -24,7 +24,7 @@ class Decoder:
     """Feeds tokens to a model and returns the logits of the next visual token. :func:`decoding` makes one.
 
     Args:
-        chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`; any TP x PP x VPP, with or without wrappers.
+        chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`. Any TP x PP x VPP, with or without wrappers.
         vocabulary: the model's.
     """
 

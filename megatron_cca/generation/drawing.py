@@ -19,11 +19,11 @@ def drawn_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: 
     The codes depend on the arguments alone. A row whose logits are not finite gets ``NO_CODE``.
 
     Args:
-        logits: float32 ``[B, K]``; minus infinity rules a code out.
+        logits: float32 ``[B, K]``. Minus infinity rules a code out.
         uniforms: float64 ``[B]`` in [0, 1).
-        temperature: divides the logits; 0 takes the likeliest code.
-        top_k: only the k likeliest codes (and any as likely as the k-th) are drawn; 0 means all.
-        top_p: after that, only the likeliest codes that together reach this probability (arXiv 1904.09751); 1 is all.
+        temperature: divides the logits. 0 takes the likeliest code.
+        top_k: only the k likeliest codes (and any as likely as the k-th) are drawn. 0 means all.
+        top_p: after that, only the likeliest codes that together reach this probability (arXiv 1904.09751). 1 is all.
     """
     if temperature not in (0, 1):
         logits = logits / temperature

@@ -24,7 +24,7 @@ def contrastive_logits(conditional: Tensor, unconditional: Tensor, top_k: int, a
 
     Args:
         conditional, unconditional: logits ``[B, K]``.
-        top_k: k, at least 1; 1 is the original contrastive decoding. Above K it is K.
+        top_k: k, at least 1. 1 is the original contrastive decoding. Above K it is K.
         alpha: in (0, 1].
 
     Returns:

@@ -80,7 +80,7 @@ class KVCache:
 
         Args:
             layer: any number that tells the layers of a rank apart.
-            key, value: ``[S, B, groups, D]``; keys rotated.
+            key, value: ``[S, B, groups, D]``. Keys are rotated.
         """
         if layer not in self._layers:
             _, batch, groups, channels = key.shape

@@ -25,7 +25,7 @@ class Prompt:
     """One image to draw.
 
     Attributes:
-        text: its caption; None where only its class is known.
+        text: its caption. None where only its class is known.
         seed: of its random stream. None until :func:`seeded`.
         label: the class that it should show, for classifiers and for models of classes. None where there is none.
     """

@@ -18,7 +18,7 @@ def mapped_array(path: Path) -> np.ndarray:
     """Return the array in an ``.npy`` file, as a read-only memory map.
 
     Raises:
-        UserError: a damaged file, or one that holds something else; does not name it.
+        UserError: a damaged file, or one that holds something else. The message does not name it.
     """
     try:
         # numpy refuses to map an array that is longer than the file.

@@ -89,7 +89,7 @@ def hub_blobs(folder: str | os.PathLike) -> Path | None:
         folder: ``.../snapshots/REVISION``, or a folder in it, without symbolic links.
 
     Returns:
-        ``blobs`` beside ``snapshots``; None for any other folder.
+        ``blobs`` beside ``snapshots``. None for any other folder.
     """
     for revision in (Path(folder), *Path(folder).parents):
         blobs = revision.parent.parent / "blobs"

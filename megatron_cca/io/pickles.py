@@ -198,7 +198,7 @@ class _Inert(dict):
 
 
 class _StorageClaims(_PlainUnpickler):
-    """Reads a pickle for the storages that it names; ``claims`` are their bytes by key."""
+    """Reads a pickle for the storages that it names. ``claims`` has their bytes by key."""
 
     def __init__(self, content: Readable) -> None:
         super().__init__(content, lambda module, name: True)

@@ -1,7 +1,7 @@
 """Paths as a person types them, in YAML, in ``--set`` and on command lines: one rule for all.
 
 ``~`` and ``~name`` at the beginning are a home folder. A shell variable that nothing has replaced is refused.
-Everything else is taken as typed. Names inside a user's data files are not typed paths; this rule is not for them.
+Everything else is taken as typed. Names inside a user's data files are not typed paths, and this rule is not for them.
 """
 
 from __future__ import annotations

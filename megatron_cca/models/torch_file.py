@@ -25,7 +25,7 @@ def contents_of(path: Path) -> Any:
     """Return what a file holds. Its tensors are memory maps, unless torch before 1.6 wrote it.
 
     Raises:
-        UserError: a damaged file, or one that holds more than plain data; does not name the file.
+        UserError: a damaged file, or one that holds more than plain data. The message does not name the file.
     """
     if path.suffix == SAFETENSORS:
         return _safetensors(path)

@@ -104,7 +104,7 @@ class JourneyDB:
         return Record(name, caption, prompt, (read_below(self._images, reference, name),))
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; walks through the images' folders."""
+        """See :class:`Source`. Walks through the images' folders."""
         passed, images = PassedOver(), 0
         for name in walked(self._images, passed, strict=False):
             if is_image(name):

@@ -20,7 +20,7 @@ _UNCROPPED = (2**31, 2**31)
 
 
 class Emu3ImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`; open one with :func:`open_emu3_vq`.
+    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_emu3_vq` opens one.
 
     Args:
         model: transformers' ``Emu3VQVAE``, on its device and in its dtype.

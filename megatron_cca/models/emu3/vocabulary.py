@@ -24,7 +24,7 @@ CLIP_FIELDS = ("frames", "height", "width")
 
 @dataclass(frozen=True)
 class Emu3Vocabulary(ImageVocabulary):
-    """Which id means what; see :class:`ImageVocabulary` for the methods.
+    """The meaning of every id. See :class:`ImageVocabulary` for the methods.
 
     Attributes:
         size: number of ids.
@@ -60,11 +60,11 @@ class Emu3Vocabulary(ImageVocabulary):
 
     @property
     def released_grid(self) -> tuple[int, int] | None:
-        """720 x 720 pixels; a small model of the same family has none."""
+        """The grid of 720 x 720 pixels. A small model of the same family has none."""
         return (90, 90) if self == EMU3_VOCABULARY else None
 
     def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str | None:
-        """See :class:`ImageVocabulary`; each code frame of a clip stands for four of the video."""
+        """See :class:`ImageVocabulary`. Each code frame of a clip stands for four of the video."""
         if frames == 1:
             return f"{height}*{width}"
         if clip_template is None:

@@ -3,7 +3,7 @@
 original    BAAI/Emu3-VisionTokenizer: ``model_type`` "Emu3VisionVQ", tensors named by the original modules.
 saved       what ``Emu3VQVAE.save_pretrained`` writes: ``model_type`` "emu3_vqgan".
 composite   ``Emu3ForConditionalGeneration``: ``vq_config`` within its configuration, and the tensors that begin with
-            ``vqmodel.`` or ``model.vqmodel.``; those of the text model are not read.
+            ``vqmodel.`` or ``model.vqmodel.``. Those of the text model are not read.
 """
 
 from __future__ import annotations

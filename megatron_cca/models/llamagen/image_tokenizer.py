@@ -20,7 +20,7 @@ _PLACES_AT_ONCE = 4096
 
 
 class LlamaGenImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`; open one with :func:`open_llamagen_vq`.
+    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
 
     Everything runs in full float32, and batches in parts of bounded size. The authors extract codes in TF32. Some of
     their codes therefore differ, where two codes have nearly the same distance.
