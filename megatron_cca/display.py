@@ -1,4 +1,4 @@
-"""Standard output and error, either of which may go away while a program works: a closed pipe, terminal or disk."""
+"""Keep a program running when its standard output or error closes: a pipe, a terminal, or a full disk."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
-# Room may come back, and whoever reads may catch up; everything else does not.
+# Errors that may pass: a disk gets free space, a reader catches up.
 _FOR_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)
 
 
 class OutputClosed(BaseException):
-    """Whoever read this program's output has closed it. Like KeyboardInterrupt nothing on the way should catch it."""
+    """The reader of this program's output has closed it.
+
+    As with KeyboardInterrupt, only a program's end should catch it.
+    """
 
 
 class Guarded:
-    """A text stream that outlives its other end. What cannot be written is lost.
+    """A text stream that does not raise when its other end closes. What cannot be written is lost.
 
     Args:
         stream: a standard stream.
@@ -35,18 +38,18 @@ class Guarded:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As the stream's own."""
+        """Write as the stream does."""
         with self._losses():
             self._stream.write(text)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """As the stream's own."""
+        """Write as the stream does."""
         with self._losses():
             self._stream.writelines(lines)
 
     def flush(self) -> None:
-        """As the stream's own."""
+        """Flush as the stream does."""
         with self._losses():
             self._stream.flush()
 
@@ -61,8 +64,8 @@ class Guarded:
                 self._on_loss(error)
 
     def _let_go(self, *, for_now: bool) -> None:
-        """Point the descriptor nowhere, so that C libraries and what is still in buffers meet no error either."""
-        # Not every stream has one.
+        """Point the descriptor at /dev/null, so that C libraries and buffered text meet no error either."""
+        # Not every stream has a descriptor.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             descriptor = self._stream.fileno()
             kept = os.dup(descriptor) if for_now else None
@@ -78,7 +81,7 @@ class Guarded:
 
 
 class _Losses:
-    """Whom to tell of a loss; one for the process."""
+    """Who is told of a lost stream. There is one for the process."""
 
     def __init__(self) -> None:
         self.ends = False
@@ -97,11 +100,11 @@ _LOSSES = _Losses()
 
 @contextmanager
 def guarded(*, ends: bool) -> Iterator[None]:
-    """Within the block neither standard stream raises.
+    """Keep both standard streams from raising inside the block.
 
     Args:
-        ends: whether a closed pipe ends the program, as it ends ``cat``: the first write into it raises
-            :class:`OutputClosed`. A terminal that is gone and a full disk never do.
+        ends: whether a closed pipe ends the program, as it ends ``cat``. The first write into it then raises
+            :class:`OutputClosed`. A closed terminal and a full disk never end it.
     """
     before = sys.stdout, sys.stderr
     _fill_holes()
@@ -121,13 +124,13 @@ def guarded(*, ends: bool) -> Iterator[None]:
 
 
 def goes_on() -> None:
-    """From now on no loss ends this program; for its last words."""
+    """Let no loss end this program from now on. It is called before a program's last words."""
     _LOSSES.ends = False
 
 
 @contextmanager
 def losses_told_to(listener: Callable[[str, str], None]) -> Iterator[None]:
-    """Within the block the loss of a standard stream is told: which one, and why."""
+    """Call ``listener`` when a standard stream is lost inside the block, with the stream's name and the reason."""
     _LOSSES.listener = listener
     try:
         yield
@@ -136,7 +139,10 @@ def losses_told_to(listener: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def _fill_holes() -> None:
-    """A file that is opened later must not take the place of a standard stream that was closed before the start."""
+    """Open /dev/null for standard streams that were closed before the start.
+
+    Later files must not take their descriptors.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

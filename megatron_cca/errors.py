@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to read."""
+"""Exceptions whose messages are for users."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _MAX_LENGTH = 2000
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: which key or file, what is wrong, what would be right.
+    """Invalid input. The message is one line: which key or file, what is wrong, what would be right.
 
-    Command-line programs print it without a traceback and exit with status 2. Names and values in it are often foreign;
-    whatever they hold, it stays one line that a terminal can show.
+    Command-line programs print it without a traceback and exit with status 2. Names and values in it are often foreign.
+    The message is therefore escaped and shortened to one line that a terminal can show.
     """
 
     def __init__(self, message: object) -> None:
@@ -20,9 +20,12 @@ class UserError(ValueError):
 
 
 class SurroundingsError(Exception):
-    """A cache, a temporary folder or the like that cannot be used. The message is one line: which folder, what to set.
+    """A cache, a temporary folder or the like cannot be used.
 
-    No :class:`UserError`, which readers take for a fault of what they read. Programs end with it in the same way.
+    The message is one line: which folder, which variable to set.
+
+    It is no :class:`UserError`, since readers take that for a fault of the file that they read. Programs end in the
+    same way for both.
     """
 
     def __init__(self, message: object) -> None:
@@ -30,7 +33,7 @@ class SurroundingsError(Exception):
 
 
 def one_line(text: str) -> str:
-    """The text with escapes in place of line breaks, other control characters and lone surrogates."""
+    """Return the text with escapes in place of line breaks, other control characters and lone surrogates."""
     if text.isprintable():
         return text
     return "".join(
@@ -39,15 +42,15 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, with "..." in place of its middle if it is longer than ``length``."""
+    """Return the text, with "..." in place of its middle if it is longer than ``length``."""
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 class Stopped(Exception):
-    """A run that was asked to go has saved and goes. The message is one line.
+    """A run has saved and ends because it was asked to. The message is one line.
 
     Attributes:
-        status: the exit code, 128 + the signal's number: launchers know it as one to restart on.
+        status: the exit code, 128 + the signal's number. Launchers restart a job that ends with it.
     """
 
     def __init__(self, line: str, signal_number: int) -> None:
@@ -57,7 +60,7 @@ class Stopped(Exception):
 
 @contextmanager
 def said_of(where: object) -> Iterator[None]:
-    """Begin every :class:`UserError` from inside with the option, file or folder that it is about."""
+    """Prefix every :class:`UserError` from inside the block with the option, file or folder that it is about."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""How command-line programs end when something goes wrong."""
+"""End command-line programs in one line or with a traceback when something goes wrong."""
 
 from __future__ import annotations
 
@@ -19,36 +19,35 @@ from megatron_cca.errors import Stopped, SurroundingsError, UserError
 from megatron_cca.io.surroundings import check_surroundings, surroundings_fault
 from megatron_cca.signals import handle
 
-# By a name of its own, so that who calls a program's main() in its own process can stay alive.
+# A name of its own, so that a process that calls a program's main() can replace it and stay alive.
 end_process = os._exit
 
-# What a rank is told when another one is gone. It then waits for torchrun to end it, so that the rank where the trouble
-# began stands as the root cause.
+# Parts of the errors that a rank gets when another one has gone. It then waits for torchrun to end it, so that torchrun
+# reports the rank where the trouble began as the root cause.
 _PEER_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
 _PEER_WAIT_SECONDS = 20.0
-# Not a key of the configuration, since errors are told before one is read.
+# Not a key of the configuration, since errors are reported before one is read.
 _PEER_WAIT = "MEGATRON_CCA_PEER_WAIT_SECONDS"
 
-# Asks a program that writes files to go, beside Ctrl-C.
+# Signals that stop a program that writes files, beside Ctrl-C.
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-# A mistake that every rank sees is told by rank 0 alone; one that only another rank sees is told by it after this wait.
+# Rank 0 alone reports an error that every rank sees. A rank that sees an error alone reports it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
 
 
 @contextmanager
 def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
-    """End the process on any error: bad input as one line with status 2, anything else with its traceback and status 1.
+    """End the process on any error: bad input in one line with status 2, anything else with its traceback and status 1.
 
-    Surroundings that cannot be used, such as a cache, are one line with status 2, too.
+    Surroundings that cannot be used, such as a cache, are one line with status 2, too. An interruption (Ctrl-C) is one
+    line with status 130. A run that was asked to stop ends in one line with status 128 + the signal's number. Standard
+    output and error may close meanwhile, see :func:`display.guarded`.
 
-    An interruption (Ctrl-C) is one line with status 130, a run that was asked to go one with 128 + the signal's number.
-    Standard output and error may go away meanwhile; see :func:`display.guarded`.
-
-    Under torchrun the text also goes to the agent's error file, so that it stands as the root cause in torchrun's last
-    words. The process leaves without waiting for collectives that will never finish; the agent then ends the others.
-    A rank that has only lost another one first waits for the agent to end it, 20 seconds or what the environment
-    variable MEGATRON_CCA_PEER_WAIT_SECONDS says.
+    Under torchrun the text also goes to the agent's error file, so that torchrun reports it as the root cause. The
+    process ends without waiting for collectives that will never finish. The agent then ends the others. A rank that has
+    only lost another one first waits for the agent to end it. It waits 20 seconds, or what the environment variable
+    MEGATRON_CCA_PEER_WAIT_SECONDS says.
 
     Args:
         needs_output: whether a closed pipe ends the program, in one line with status 141.
@@ -84,13 +83,13 @@ def _reported() -> Iterator[None]:
 
 @contextmanager
 def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[None]:
-    """:func:`reported_errors` for a program that writes files: SIGTERM, SIGHUP and SIGQUIT end it as Ctrl-C does.
+    """Report errors as :func:`reported_errors` does, for a program that writes files.
 
-    Under nohup a SIGHUP does not. A closed pipe ends it, too.
+    SIGTERM, SIGHUP and SIGQUIT end the program as Ctrl-C does. Under nohup SIGHUP does not. A closed pipe ends it, too.
 
     Args:
         packages: top-level modules that may be missing.
-        extras: what installs them, such as "data,hf".
+        extras: the package's extras that install them, such as "data,hf".
     """
     handle(_ENDING, signal.default_int_handler)
     with reported_errors(needs_output=True):
@@ -130,19 +129,19 @@ def _wait_to_be_ended(seconds: float) -> None:
 
 
 def leave(text: str, status: int) -> None:
-    """End this process at once, with its last words on standard error and in torchrun's error file."""
+    """End this process at once. The text goes to standard error and to torchrun's error file."""
     goes_on()
-    # Outside of guarded() too, as in a thread that outlives it.
+    # This may be called outside of guarded(), as in a thread that outlives it.
     with suppress(OSError):
         sys.stdout.flush()
         print(text, file=sys.stderr, flush=True)
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
-        # Its disk may be what is full; standard error has the text already.
+        # Its disk may be the full one. Standard error has the text already.
         with suppress(OSError):
             Path(error_file).parent.mkdir(parents=True, exist_ok=True)
             Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    # Megatron-Core's saving starts one that would outlive this process and hold its output open.
+    # Megatron-Core's saving starts a child that would outlive this process and keep its output open.
     for child in multiprocessing.active_children():
         child.kill()
     end_process(status)

@@ -1,4 +1,4 @@
-"""Signals that ask a program to go, whoever sends them: a person, a terminal that closes, or a batch system."""
+"""Signals that ask a program to stop. A person, a closing terminal or a batch system sends them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STOPPING = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-# nohup, and a shell that starts something in its background, ignore these on behalf of what they start.
+# nohup, and a shell that starts a program in the background, let the program ignore these.
 _MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def handle(numbers: Iterable[int], handler: Callable | int) -> dict[int, Any]:
-    """Install a handler for signals, but for those that whoever started this process wants ignored.
+    """Install a handler for signals. A signal that the parent process set to be ignored stays ignored.
 
     Returns:
-        What to give :func:`restore`.
+        The former handlers, for :func:`restore`.
     """
     heeded = [
         number for number in numbers if number not in _MAY_BE_IGNORED or signal.getsignal(number) is not signal.SIG_IGN
@@ -33,15 +33,18 @@ def handle(numbers: Iterable[int], handler: Callable | int) -> dict[int, Any]:
 
 
 def restore(handlers: dict[int, Any]) -> None:
-    """Put handlers back."""
+    """Install the former handlers again."""
     for number, handler in handlers.items():
-        # One that was not installed from Python cannot be.
+        # A handler that was not installed from Python cannot be installed again.
         if handler is not None:
             signal.signal(number, handler)
 
 
 def launcher_environment() -> dict[str, str]:
-    """Variables for a torchrun that is started here: it would heed a SIGHUP even under nohup, and end its ranks."""
+    """Return environment variables for a torchrun that is started here.
+
+    Without them it would handle SIGHUP even under nohup.
+    """
     variable, default = "PET_SIGNALS_TO_HANDLE", (signal.SIGTERM, *_MAY_BE_IGNORED)
     heeded = [number.name for number in default if signal.getsignal(number) is not signal.SIG_IGN]
     return {} if variable in os.environ or len(heeded) == len(default) else {variable: ",".join(heeded)}

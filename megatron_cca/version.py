@@ -1,4 +1,4 @@
-"""Which code is this?"""
+"""The version of this code and of installed packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_SECONDS = 10
 
 @cache
 def code_version() -> str:
-    """The package's version; in a git checkout with its commit, and ``.dirty`` where files differ from it."""
+    """Return the package's version. In a git checkout it has the commit, and ``.dirty`` where files differ from it."""
     if not (_ROOT / ".git").exists():
         return __version__
     try:
@@ -28,7 +28,7 @@ def code_version() -> str:
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and of the packages, as far as they are installed."""
+    """Return the versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -41,4 +41,4 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_ROOT), *arguments]
     options = {"capture_output": True, "text": True, "timeout": _TIMEOUT_SECONDS, "check": True}
-    return subprocess.run(command, **options).stdout.strip()  # noqa: S603 - a list, and nothing of it is input
+    return subprocess.run(command, **options).stdout.strip()  # noqa: S603 - a list without user input

@@ -1,4 +1,4 @@
-"""NVIDIA DALI decodes and resizes images, and takes token batches to the device. Nothing else imports it."""
+"""Use NVIDIA DALI to decode and resize images, and to copy token batches to the device. No other module imports it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from megatron_cca.data.image_headers import DEFAULT_LIMITS, Header, ImageLimits,
 from megatron_cca.errors import UserError
 
 BATCH = 32
-# Of the decoded sources of one batch, which are in memory together: 400 MB of RGB at most, unless one alone has more.
+# Pixels of one batch before resizing: 400 MB of RGB at most, unless a single image has more.
 _BATCH_PIXELS = 128 * 1024 * 1024
-# EXIF's orientations as mirrorings (dimensions of [H, W, 3]); from 5 on rows and columns are exchanged first.
+# EXIF's orientations as dimensions of [H, W, 3] to flip. From 5 on rows and columns are exchanged first.
 _FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 # A black BMP of one pixel.
 _KNOWN_GOOD = struct.pack("<2s3I3I2H6I4x", b"BM", 58, 0, 54, 40, 1, 1, 1, 24, 0, 4, 0, 0, 0, 0)
 
 _STDERR = 2
-# nvImageCodec's log, and what libjpeg, libpng and OpenCV say by themselves.
+# The log of nvImageCodec, and messages of libjpeg, libpng and OpenCV.
 _REMARK = re.compile(
     rb"\[(WARNING|ERROR|FATAL)\]|^libpng |JPEG|JFIF|SOS parameters|progression sequence|^Input file read error"
 )
@@ -36,7 +36,7 @@ _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 class _Job(NamedTuple):
-    """One image: its place in the call, the size wanted as stored, and what its header says."""
+    """One image: its index in the call, the wanted size as stored, and its header."""
 
     index: int
     size: tuple[int, int]
@@ -44,14 +44,15 @@ class _Job(NamedTuple):
 
 
 class ImageDecoder:
-    """Decodes and resizes encoded images; JPEGs on the GPU ("mixed" decoding by nvJPEG) where there is one.
+    """Decodes and resizes encoded images. JPEGs are decoded on the GPU ("mixed" decoding by nvJPEG) where there is one.
 
-    One pipeline is built and used for all batches. Not to be called from two threads at once: the threads are DALI's.
+    One pipeline is built and used for all batches. Two threads must not call it at once, since DALI has its own
+    threads.
 
     Args:
-        device: where the results are wanted.
+        device: of the results.
         threads: of DALI, on the CPU.
-        limits: those that the images were judged by.
+        limits: the limits that the images were checked against.
 
     Raises:
         UserError: DALI is not installed, or does not start on this device.
@@ -67,17 +68,17 @@ class ImageDecoder:
     def decode(self, images: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> list[Tensor | Rejected]:
         """Decode, turn upright as EXIF says, and resize by bicubic interpolation with antialiasing.
 
-        Judge images first: of a damaged stream, what can be decoded may be delivered.
+        Check images first. Of a damaged stream, the part that can be decoded may be returned.
 
         Args:
             images: N encoded images.
-            sizes: height and width in pixels wanted of each, upright.
+            sizes: the wanted height and width of each in pixels, upright.
 
         Returns:
-            For each image uint8 ``[H, W, 3]``, RGB, on the device; or why there is none.
+            For each image uint8 ``[H, W, 3]``, RGB, on the device, or the reason why there is none.
 
         Raises:
-            UserError: DALI decodes nothing any more, on this device.
+            UserError: DALI decodes no image at all on this device.
         """
         assert all(min(size) > 0 for size in sizes)
         found: list[Tensor | Rejected | None] = [None] * len(images)
@@ -93,11 +94,14 @@ class ImageDecoder:
         return found
 
     def _decoded(self, batch: list[_Job]) -> list[Tensor | Rejected]:
-        """One bad image ends a pipeline, whichever it is: halve the batch until it is alone."""
+        """Decode a batch.
+
+        One bad image makes the whole pipeline fail, so the batch is halved until the image is alone.
+        """
         try:
             with _remarks_kept_back() as remarks:
                 outputs = self._run(batch)
-        except Exception as error:  # DALI has no exceptions of its own and passes on those of C++.
+        except Exception as error:  # DALI has no exceptions of its own, and passes on those of C++.
             self._pipeline = self._built()
             if len(batch) == 1:
                 return [self._rejection(batch[0], remarks[0] if remarks else _one_line(error))]
@@ -108,7 +112,7 @@ class ImageDecoder:
 
     def _rejection(self, job: _Job, reason: str) -> Rejected:
         try:
-            # Else a broken installation would reject a whole data set, image by image.
+            # Without this, a broken installation would reject a whole data set, image by image.
             self._run([_job(0, _KNOWN_GOOD, (1, 1))])
         except Exception:
             raise UserError(f"DALI does not decode on {self._device}: {reason}") from None
@@ -116,7 +120,7 @@ class ImageDecoder:
 
     def _run(self, batch: list[_Job]) -> Any:
         (outputs,) = self._pipeline.run(
-            # Without metadata: what DALI sees is what was judged.
+            # Without metadata: DALI gets what was checked.
             encoded=[np.frombuffer(job.header.essential, dtype=np.uint8) for job in batch],
             size=[np.array(job.size, dtype=np.float32) for job in batch],
         )
@@ -128,7 +132,7 @@ class ImageDecoder:
             for job, output in zip(batch, outputs, strict=True)
         ]
         if self._device.type != "cpu":
-            # The outputs' memory is DALI's, which may use it again once they are gone. This may be any thread.
+            # DALI owns the outputs' memory, and may reuse it when they are deleted. This may be any thread.
             platform.synchronize(self._device)
         return copies
 
@@ -137,7 +141,7 @@ class ImageDecoder:
 
 
 def is_installed() -> bool:
-    """Whether NVIDIA DALI can be imported."""
+    """Return whether NVIDIA DALI can be imported."""
     try:
         _dali()
     except UserError:
@@ -146,14 +150,14 @@ def is_installed() -> bool:
 
 
 def sequence_stage(rows: int, device: torch.device) -> Callable[[np.ndarray], Tensor]:
-    """What takes an array to the device: int32 ``[rows, S]`` -> the same there, in memory of DALI's.
+    """Return a function that copies an array int32 ``[rows, S]`` to the device, into memory of DALI's.
 
-    DALI may write into that memory again once the tensor is gone, and at the next call. The tensor is ready for the
-    current stream of the thread that calls.
+    DALI may overwrite that memory when the tensor is deleted, and in the next call. The tensor is ready for the current
+    stream of the calling thread.
 
     Args:
-        rows: of every array; S may differ from call to call.
-        device: where the arrays go.
+        rows: of every array. S may differ from call to call.
+        device: of the results.
 
     Raises:
         UserError: DALI is not installed, or does not start on this device.
@@ -198,13 +202,13 @@ def _start(pipeline: Any, device: torch.device) -> Any:
 
 def _decoding_pipeline(device: torch.device, threads: int) -> Any:
     fn, types = _dali().fn, _dali().types
-    # Ranks share the CPU's cores, so threads are not bound to them.
+    # Ranks share the CPU's cores, so threads are not pinned to them.
     on_cpu = device.type == "cpu"
     decoder = {"device": "cpu"} if on_cpu else {"device": "mixed", "affine": False, "jpeg_fancy_upsampling": True}
     with _pipeline(device, BATCH, threads) as pipeline:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-        # Upright is made here afterwards, by the same reading of EXIF that gave the size.
+        # Images are turned upright afterwards, by the same reading of EXIF that gave the size.
         pixels = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
         pipeline.set_outputs(fn.resize(pixels, size=size, interp_type=types.INTERP_CUBIC, antialias=True))
     return pipeline
@@ -229,16 +233,16 @@ def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """A copy of uint8 ``[H, W, 3]``, turned."""
+    """Return a copy of uint8 ``[H, W, 3]``, turned upright."""
     turned = pixels.transpose(0, 1) if orientation >= 5 else pixels
     return turned.flip(_FLIPS[orientation]).contiguous()
 
 
 @contextmanager
 def _remarks_kept_back() -> Iterator[list[str]]:
-    """Collect what the decoding libraries print about an image; what anyone else prints meanwhile comes out after.
+    """Collect what the decoding libraries print about an image. Other output in the meantime is printed afterwards.
 
-    They write to the process's standard error themselves, and have no setting against it.
+    The libraries write to the process's standard error themselves, and have no setting that prevents it.
     """
     remarks: list[str] = []
     try:
@@ -266,6 +270,6 @@ def _sort_out(printed: bytes, remarks: list[str]) -> None:
 
 
 def _one_line(said: object) -> str:
-    """What DALI says, without its traceback of our own pipeline."""
+    """Return DALI's message without its traceback of our own pipeline."""
     lines = str(said).partition("encountered:")[2] or str(said)
     return " ".join(lines.replace("Current pipeline object is no longer valid.", "").split())

@@ -1,4 +1,4 @@
-"""scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits, shipped inside the package."""
+"""The demo's data, scikit-learn's ``load_digits``: 1,797 real 8 x 8 scans of handwritten digits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_cca.io.surroundings import refusal
 from megatron_cca.models import tiny_architecture
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-# What data.path means by it, and where its tokens go (below the working directory, like every run).
+# The value of data.path for these data, and the folders of their tokens below the working directory.
 KEYWORD = "digits"
 _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_classes")
 
@@ -41,7 +41,10 @@ class Scans:
 
 
 def load_scans() -> tuple[Scans, Scans]:
-    """The training split (1,437 scans) and the held-out split (360), stratified by digit; always the same."""
+    """Return the training split (1,437 scans) and the held-out split (360), stratified by digit.
+
+    They are always the same.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -56,24 +59,27 @@ def load_scans() -> tuple[Scans, Scans]:
 
 
 def captions_of(label: int) -> list[str]:
-    """Every phrasing of a digit."""
+    """Return every phrasing of a digit."""
     return [phrasing.format(WORDS[label]) for phrasing in PHRASINGS]
 
 
 def digit_shards(model: ModelConfig) -> Path:
-    """The digits' shards for the small model of a ``model`` section's family; see :func:`ensure_digit_shards`."""
+    """Return the digits' shards for the small model of a ``model`` section's family.
+
+    See :func:`ensure_digit_shards`.
+    """
     return ensure_digit_shards(tiny_architecture(model).vocabulary)
 
 
 def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None) -> Path:
-    """Tokenise the training split unless that was done before; safe to call from many processes.
+    """Tokenise the training split unless that was done before. Many processes may call this at the same time.
 
     Args:
-        vocabulary: of a small model; says whether captions are words or classes.
-        folder: where the shards are; None means below the working directory, where each kind has its own.
+        vocabulary: of a small model. Captions are texts or classes, as it needs.
+        folder: where the shards are. None means the usual folder below the working directory.
 
     Raises:
-        SurroundingsError: there are none, and the folder cannot be written.
+        SurroundingsError: there are no shards, and the folder cannot be written.
     """
     if folder is None:
         folder = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES

@@ -1,9 +1,9 @@
-"""What an encoded image says of itself, read without decoding anything.
+"""Read the header of an encoded image without decoding it.
 
-Headers are read here and not by Pillow: so a decompression bomb is known before anything is allocated, and Pillow sees
-neither metadata, on which it prints warnings, nor its own global limits. Where an image ends is read, too: phones and
-other programs append a video, an archive or a second image, which nobody after this sees. Everything may be called from
-any thread.
+Headers are read here and not by Pillow. A decompression bomb is therefore found before any memory is allocated. Pillow
+gets no metadata, on which it prints warnings, and its own global limits do not matter. The end of an image is found,
+too. Phones and other programs append a video, an archive or a second image, which no later step sees. Any thread may
+call everything here.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _JPEG_PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 _JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC = 0xC4, 0xC8, 0xCC
 _JPEG_FRAMES = set(range(0xC0, 0xD0)) - {_JPEG_HUFFMAN, _JPEG_EXTENSION, _JPEG_ARITHMETIC}
 _JPEG_BEGIN, _JPEG_END, _JPEG_SCAN, _JPEG_ADOBE, _JPEG_COMMENT = 0xD8, 0xD9, 0xDA, 0xEE, 0xFE
-# Tables, number of lines, restart interval, and what may stand anywhere.
+# Tables, the number of lines, the restart interval, and segments that may stand anywhere.
 _JPEG_BETWEEN_SCANS = {_JPEG_HUFFMAN, _JPEG_ARITHMETIC, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), _JPEG_COMMENT}
-# In a scan 0xFF 0x00 is a byte of data and 0xD0 to 0xD7 count restarts; all else ends the scan.
+# In a scan 0xFF 0x00 is a byte of data, and 0xD0 to 0xD7 count restarts. Any other marker ends the scan.
 # (A pattern that begins with \xff+ is 30 times slower.)
 _JPEG_MARKER, _JPEG_FILLING = re.compile(rb"\xff([^\x00\xd0-\xd7])"), re.compile(rb"\xff*")
 
-# Of progressive images; DALI has the same limit. Each is a pass over the whole image.
+# Limit for progressive images, as in DALI. Each scan is a pass over the whole image.
 _JPEG_MAX_SCANS = 256
 _BMP_UNCOMPRESSED, _BMP_BIT_FIELDS = 0, 3
 _ORIENTATION, _SHORT = 0x0112, 3
 
 
 class Rejected(Exception):
-    """An image that is not used; the message is the reason, in words, for the list of what was skipped."""
+    """The image is not used. The message is the reason, in words, for the list of skipped records."""
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may be at most.
+    """The limits of an image.
 
     Attributes:
         max_pixels: height times width.
         max_bytes: of the encoded image, without metadata.
-        cmyk: whether it may be a JPEG of four components, which DALI does not read.
+        cmyk: whether a JPEG of four components is accepted. DALI does not read them.
     """
 
     max_pixels: int = 100_000_000
@@ -66,13 +66,13 @@ DEFAULT_LIMITS = ImageLimits()
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image.
+    """The facts in the header of an image file.
 
     Attributes:
         format: "JPEG", "PNG", "WebP" or "BMP".
         height, width: in pixels as stored, before ``orientation``.
-        orientation: EXIF's, 1 to 8; 1 where there is none or it is damaged.
-        essential: the encoded image, without its metadata and without what stands behind its end.
+        orientation: EXIF's, 1 to 8. It is 1 where there is none or it is damaged.
+        essential: the encoded image, without its metadata and without bytes after its end.
         cmyk: whether it is a JPEG of four components.
     """
 
@@ -85,15 +85,15 @@ class Header:
 
     @property
     def displayed(self) -> tuple[int, int]:
-        """Height and width once ``orientation`` is applied."""
+        """Height and width after ``orientation`` is applied."""
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
 
 def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
-    """What the file says of its image; nothing is decoded.
+    """Parse the header of an image without decoding it.
 
     Raises:
-        Rejected: all that :func:`judge` rejects except damage inside the compressed stream.
+        Rejected: as :func:`judge`, except for damage inside the compressed stream.
     """
     if not data:
         raise Rejected("the file is empty")
@@ -131,7 +131,7 @@ def _reader_of(data: bytes) -> tuple[str, Callable[[bytes], Header]]:
 
 
 def _jpeg(data: bytes) -> Header:
-    """Segments up to the first scan; the scans must have an end."""
+    """Parse the segments up to the first scan, and find the end of the scans."""
     orientation, frame, kept = 1, None, [data[:2]]
     for marker, start, end in _jpeg_segments(data):
         body = data[start + 4 : end]
@@ -150,7 +150,7 @@ def _jpeg(data: bytes) -> Header:
 
 
 def _jpeg_end(data: bytes, position: int) -> int:
-    """Where the image ends whose first scan's data begin at ``position``; what follows may be anything."""
+    """Return where the image ends. The data of its first scan begin at ``position``. Any bytes may follow the end."""
     scans = 1
     while scans <= _JPEG_MAX_SCANS:
         found = _JPEG_MARKER.search(data, position)
@@ -175,7 +175,7 @@ def _jpeg_end(data: bytes, position: int) -> int:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment; the scan's header is the last."""
+    """Yield marker, start and end of each segment. The scan's header is the last."""
     position, marker = 2, None
     while marker != _JPEG_SCAN:
         if data[position] != 0xFF:
@@ -193,7 +193,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _jpeg_frame(marker: int, body: bytes) -> tuple[int, int, int]:
-    """Height, width and number of components."""
+    """Return height, width and number of components."""
     depth, height, width, components = struct.unpack_from(">BHHB", body)
     if depth != 8:
         raise Rejected(f"a {depth}-bit JPEG image; 8 bits are read")
@@ -203,7 +203,7 @@ def _jpeg_frame(marker: int, body: bytes) -> tuple[int, int, int]:
 
 
 def _png(data: bytes) -> Header:
-    """Every chunk, each with the right checksum, from IHDR to IEND."""
+    """Check every chunk and its checksum, from IHDR to IEND."""
     kind, position, orientation, kept = None, 8, 1, [data[:8]]
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -216,7 +216,7 @@ def _png(data: bytes) -> Header:
             raise Rejected("an animated PNG image")
         if kind == b"eXIf":
             orientation = _exif_orientation(data[position + 8 : end - 4])
-        # A lower-case letter marks what can be left out.
+        # A lower-case first letter marks a chunk that can be left out.
         if kind[:1].isupper():
             kept.append(data[position:end])
         position = end
@@ -277,7 +277,7 @@ def _bmp(data: bytes) -> Header:
         raise Rejected(f"a BMP image of a kind that is not read ({depth} bits, compression {compression})")
     if offset < 14 + header_size:
         raise Rejected("the BMP header is damaged: its pixels begin inside it")
-    # A negative height says that the rows go from top to bottom; each row fills whole words of 32 bits.
+    # A negative height means rows from top to bottom. Each row fills whole words of 32 bits.
     end = offset + -(-width * depth // 32) * 4 * abs(height)
     if end > len(data):
         raise IndexError
@@ -285,7 +285,10 @@ def _bmp(data: bytes) -> Header:
 
 
 def _exif_orientation(exif: bytes) -> int:
-    """1 to 8. Like viewers, takes damaged metadata for none: the image can still be whole."""
+    """Return the orientation, 1 to 8.
+
+    Like viewers, take damaged metadata for none, since the image can still be whole.
+    """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return 1

@@ -1,4 +1,4 @@
-"""Image tokenizers: pictures to visual codes and back. Which one a folder or file holds is seen from names."""
+"""Open image tokenizers. The names of files decide which one a path holds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.image_tokenizers import ImageTokenizer, check_codes, check_pixels
 
-# ITU-R 601-2 luma in 1/65536, as PIL's convert("L") computes it.
+# ITU-R 601-2 luma in units of 1/65536, as PIL's convert("L") computes it.
 _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
 
 
 class PatchImageTokenizer:
-    """A :class:`PatchCodebook` as an :class:`ImageTokenizer`: colours become grey, and grey comes back on all channels.
+    """A :class:`PatchCodebook` as an :class:`ImageTokenizer`. Colours become grey, and decoded images are grey.
 
     Args:
-        codebook: whose centres are float32 ``[K, P, P]``.
+        codebook: with centres float32 ``[K, P, P]``.
     """
 
     kind = "patch-codebook"
@@ -54,14 +54,14 @@ class PatchImageTokenizer:
 
 
 def open_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
-    """The image tokenizer in a folder or file: the demo's ``codebook.npy``, or that of a model family.
+    """Open the image tokenizer in a folder or file: the demo's ``codebook.npy``, or that of a model family.
 
     Args:
-        path: on disk; nothing is downloaded.
+        path: on disk. Nothing is downloaded.
         device: where a family's model runs. A patch codebook always runs on the CPU.
 
     Raises:
-        UserError: nothing there, no tokenizer in it, a damaged one; names the file.
+        UserError: nothing there, no tokenizer in it, or a damaged one; names the file.
     """
     path = Path(path)
     families = [family.image_tokenizer for family in FAMILIES.values() if family.image_tokenizer is not None]

@@ -1,4 +1,4 @@
-"""Judging an encoded image before it is decoded: whether it is of a kind that is used, and all of it is there."""
+"""Check an encoded image before it is used: is its format supported, and is the file whole?"""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def judge(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
-    """Whether an image can be used: header, completeness, and whatever damage Pillow finds by decoding it.
+    """Check that an image can be used, and return its size. Pillow decodes it to find damage.
 
-    Grey, palette, 1-bit and alpha images are fine; alpha is dropped.
+    Grey, palette, 1-bit and alpha images are accepted. Alpha is dropped.
 
     Args:
         data: an encoded image.
         limits: of an image.
-        upright: whether EXIF's orientation is to be applied.
+        upright: whether EXIF's orientation applies.
 
     Returns:
         Height and width in pixels, as displayed or as stored.
@@ -33,14 +33,14 @@ def judge(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = 
     """
     header = read_header(data, limits)
     with _opened(header) as image:
-        # For JPEG: all of the stream is read, an eighth of the size is computed.
+        # A JPEG is read completely, but decoded at an eighth of its size.
         image.draft("RGB", (1, 1))
         image.load()
     return header.displayed if upright else (header.height, header.width)
 
 
 def stored_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image:
-    """Decode an image as Pillow does and convert it to RGB as Pillow does, not turned; alpha is dropped.
+    """Decode an image and convert it to RGB as Pillow does. EXIF's orientation is ignored and alpha is dropped.
 
     Args:
         data: an encoded image.
@@ -67,7 +67,7 @@ def _opened(header: Header) -> Iterator[Image]:
 
 
 def _pillow() -> dict[str, Callable]:
-    # Not Image.open: its limit on pixels is a global that others may have changed, and it prints warnings.
+    # Not Image.open: its limit on pixels is a global that other code may change, and it prints warnings.
     try:
         from PIL.BmpImagePlugin import BmpImageFile
         from PIL.JpegImagePlugin import JpegImageFile

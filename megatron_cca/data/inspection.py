@@ -1,4 +1,4 @@
-"""What a shard folder holds, for people: counts, histograms, some samples as pictures with their captions."""
+"""Describe a shard folder for people: counts, histograms, and some samples as pictures with captions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _BARS, _BAR_WIDTH = 10, 40
 
 
 def open_for_inspection(folder: Path) -> TokenShards:
-    """The shards in ``folder``, for whichever model they are; every file is checked against its checksum.
+    """Open the shards in ``folder``, for whichever model they are. Every file is compared with its checksum.
 
     Raises:
-        UserError: as :class:`TokenShards` does; a vocabulary that no model here has.
+        UserError: as :class:`TokenShards` does, or a vocabulary that no model here has.
     """
     with said_of(_PREFIX):
         manifest = read_manifest(folder)
@@ -47,7 +47,7 @@ def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
 
 
 def report(shards: TokenShards) -> str:
-    """Counts and histograms, as text of several lines."""
+    """Return counts and histograms, as text of several lines."""
     table = shards.table
     lengths, grids = table["caption_length"], Counter(map(tuple, table["grid"].tolist()))
     unnamed = int((table["condition"] == table["caption"]).sum())
@@ -102,7 +102,7 @@ def _bars(bins: Iterable[tuple[str, int]]) -> list[str]:
 
 
 def _notices(manifest: Json) -> list[str]:
-    """What the reader of the source said of it."""
+    """Return the notices of the source's reader."""
     source = manifest.get("source")
     notices = source.get("notices") if isinstance(source, dict) else None
     return [one_line(notice) for notice in notices if isinstance(notice, str)] if isinstance(notices, list) else []
@@ -120,20 +120,20 @@ def _reasons(folder: Path) -> str:
 def decoded_samples(
     shards: TokenShards, number: int, seed: int, image_tokenizer: Path | None, device: torch.device
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Some samples as people see them.
+    """Decode some samples to images and captions.
 
     Args:
         shards: opened.
-        number: of samples, at most.
-        seed: draws which.
-        image_tokenizer: its folder; None takes the one that the shards carry or name.
-        device: where images are decoded.
+        number: how many samples, at most.
+        seed: for the choice of samples.
+        image_tokenizer: its folder. None means the one in the shards, or the one that they name.
+        device: of the image tokenizer.
 
     Returns:
-        Images uint8 ``[H, W, 3]``, the first frame of a clip, and their captions.
+        Images uint8 ``[H, W, 3]`` (the first frames of clips) and their captions.
 
     Raises:
-        UserError: no image tokenizer, or another one than the samples were made with.
+        UserError: no image tokenizer, or one that the samples were not made with.
     """
     tokenizer = _image_tokenizer(shards, image_tokenizer, device)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()

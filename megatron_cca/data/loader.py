@@ -1,4 +1,4 @@
-"""Hands a rank its batches, read ahead of their use."""
+"""Load the batches of a rank ahead of their use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_cca.parallel.across_ranks import described
 
 @dataclass(frozen=True)
 class Place:
-    """What a rank needs of the data.
+    """The part of a global batch that a rank reads and uses.
 
     Attributes:
         data_parallel_rank, data_parallel_size: which share of a global batch is this rank's.
-        needs_tokens: whether it holds the first or the last layers; others work on hidden states alone.
-        group: ranks that need the same tokens (tensor and context parallel); its first rank reads them for all. None
-            stands for this rank alone.
+        needs_tokens: whether it holds the first or the last layers. Other ranks work on hidden states alone.
+        group: ranks that need the same tokens (tensor and context parallel). Its first rank reads them for all. None
+            means this rank alone.
     """
 
     data_parallel_rank: int = 0
@@ -40,14 +40,14 @@ class Place:
 
 
 class BatchLoader:
-    """A rank's batches, one step after the other, prefetched and on its device.
+    """Loads a rank's batches step by step, prefetched and on its device.
 
     Args:
-        batches: how they are built.
+        batches: builds the batches.
         place: this rank's.
         device: where the tokens go.
-        prefetch: so many steps are read ahead.
-        loader: who takes them there, as ``data.loader``.
+        prefetch: how many steps are read ahead.
+        loader: the value of ``data.loader``, see :func:`~megatron_cca.data.sequence_feed.loader_in_force`.
     """
 
     def __init__(
@@ -67,27 +67,27 @@ class BatchLoader:
 
     @property
     def reads(self) -> bool:
-        """Whether this rank reads from disk; others are sent what it read, or need nothing."""
+        """Whether this rank reads from disk. Other ranks receive the tokens, or need none."""
         return self._place.reads
 
     @cached_property
     def loader(self) -> str | None:
-        """Who takes the batches to the device: ``dali`` or ``torch``; None where this rank reads nothing.
+        """The library that copies batches to the device, ``dali`` or ``torch``. None where this rank reads nothing.
 
         Raises:
             UserError: DALI is wanted and not installed.
         """
-        # Asking imports DALI, which takes a second.
+        # This imports DALI, which takes a second.
         return loader_in_force(self._wanted) if self._place.reads else None
 
     def start(self, step: int) -> None:
-        """Begin to read ahead for this step; :meth:`get` does so by itself, but then has to wait the first time."""
+        """Begin to read ahead for this step. :meth:`get` does so by itself, but its first call then has to wait."""
         if not self._place.reads:
             return
         self.close()
         place, batches, plans = self._place, self._batches, self._plans
 
-        # Without this object, so that the thread that calls it does not keep it, its process groups among it, alive.
+        # The function must not refer to this object: the calling thread would keep it and its process groups alive.
         def sequences(turn: int) -> np.ndarray:
             plans[step + turn] = plan = batches.plan(step + turn)
             return batches.sequences(plan, place.data_parallel_rank, place.data_parallel_size)
@@ -97,7 +97,7 @@ class BatchLoader:
         self._next_step = step
 
     def get(self, step: int) -> StepBatch:
-        """The batch of a step; steps are best asked for in order. Collective over the place's group.
+        """Return the batch of a step. Steps in order are fastest. Collective over the place's group.
 
         Raises:
             UserError: as :meth:`BatchBuilder.plan` and :meth:`BatchBuilder.sequences` do.
@@ -105,11 +105,13 @@ class BatchLoader:
         return self._get(step, self._read(step) if self._place.reads else None)
 
     def attempt(self, step: int) -> tuple[StepBatch, str | None]:
-        """As :meth:`get`, for ranks that are to meet trouble together.
+        """Return the batch of a step, or the reason why it could not be read, where :meth:`get` would raise.
+
+        It is for ranks that have to fail together.
 
         Returns:
             The batch, and why this rank could not read it, in one line. A batch that was not read holds zeros and must
-            change nothing; the loader is of no further use.
+            not be used. The loader cannot be used afterwards.
         """
         try:
             return self.get(step), None

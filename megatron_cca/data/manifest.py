@@ -1,4 +1,4 @@
-"""manifest.json of a shard folder: what the tokens mean, and the size and sha256 of every file beside it."""
+"""manifest.json of a shard folder: the meaning of the tokens, and the size and sha256 of every other file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FILE_NAME = "manifest.json"
 
 Json = dict[str, Any]
 
-# Too large to be hashed whenever a run starts; the samples in them carry checksums of their own.
+# Too large to be hashed whenever a run starts. Their samples have checksums of their own.
 _HASHED_ON_READING = {"codes.bin", "captions.bin"}
 _REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files": dict}
 _AGAIN = "tokenize the data again"
 
 
 def write_manifest(folder: Path, contents: Json) -> None:
-    """Write the manifest of a folder that is complete but for it."""
+    """Write the manifest of a folder that is otherwise complete."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
@@ -38,10 +38,10 @@ def write_manifest(folder: Path, contents: Json) -> None:
 
 
 def read_manifest(folder: Path) -> Json:
-    """The manifest of a shard folder.
+    """Read the manifest of a shard folder.
 
     Raises:
-        UserError: none there, damaged, or of another format version; names the file.
+        UserError: a missing or damaged manifest, or one of another format version; names the file.
     """
     path = folder / FILE_NAME
     if not path.is_file():
@@ -84,14 +84,14 @@ def _reason(error: Exception) -> str:
 
 
 def check_files(folder: Path, manifest: Json, *, thoroughly: bool = False) -> None:
-    """Compare the files with the manifest: sizes, and the sha256 of all but the two large ones.
+    """Compare the files with the manifest: all sizes, and the sha256 of all but the two large files.
 
     Args:
         folder, manifest: as from :func:`read_manifest`.
-        thoroughly: hash the large ones too.
+        thoroughly: whether to hash the large files, too.
 
     Raises:
-        UserError: a missing, truncated or changed file; names it.
+        UserError: a missing, truncated or changed file; names the file.
     """
     for name, recorded in manifest["files"].items():
         path = folder / name
@@ -107,23 +107,23 @@ def check_files(folder: Path, manifest: Json, *, thoroughly: bool = False) -> No
 
 
 def fingerprint(contents: Json) -> str:
-    """A short hash of a manifest, which holds the hash of every file."""
+    """Return a short hash of a manifest, which holds the hash of every file."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal digits."""
+    """Return the sha256 of a file's contents, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def grid_key(grid: Iterable[int]) -> str:
-    """How a grid is called in ``meta_words``: "1x90x90"."""
+    """Return the key of a grid in ``meta_words``, such as "1x90x90"."""
     return "x".join(map(str, grid))
 
 
 def meta_words(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
-    """The tokens between BOI and IMG by grid ``(T, H, W)``, int32 ``[G]``."""
+    """Return the token ids between BOI and IMG, int32 ``[G]``, by grid ``(T, H, W)``."""
     return {
         tuple(map(int, key.split("x"))): np.array(ids, dtype=np.int32) for key, ids in manifest["meta_words"].items()
     }

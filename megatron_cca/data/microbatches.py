@@ -1,4 +1,4 @@
-"""From a step number to the token tensors of a data-parallel rank's microbatches."""
+"""Build the token tensors of a data-parallel rank's microbatches for a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Microbatch:
     """Rows of one forward pass. With pairs, the first half of the rows is positive and the second negative.
 
     Attributes:
-        tokens: int64 ``[R, S]``; None on a rank that needs none, as is all but the flags.
+        tokens: int64 ``[R, S]``. On a rank that needs no tokens, all but the flags are None.
         targets: int64 ``[R, S]``, the next token.
         mask: bool ``[R, S]``, true where the target is an image token.
         negative_is_positive: bool ``[R / 2]``, or ``[R]`` without pairs.
@@ -38,10 +38,10 @@ class StepBatch:
     """One step's share of a data-parallel rank.
 
     Attributes:
-        microbatches: in order; all of one shape.
+        microbatches: in order, all of one shape.
         seq_length: S, the same on every rank.
         mean_num_tokens: image tokens per sample, averaged over the global batch.
-        num_tokens: non-padding tokens that the policy sees in the global batch.
+        num_tokens: tokens of the global batch that the policy processes, without padding.
     """
 
     microbatches: list[Microbatch]
@@ -52,7 +52,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Everything about a step but its tokens; cheap, and the same on every rank.
+    """Everything about a step except its tokens. It is cheap, and the same on every rank.
 
     Attributes:
         batch: the rows.
@@ -78,7 +78,7 @@ class BatchBuilder:
         pairing: which samples and conditions a step has.
         with_pairs: whether each sample becomes a positive and a negative row.
         micro_batch_size: in samples.
-        sequence_multiple: S is a multiple of this, so that ranks can share a sequence equally, and few lengths occur.
+        sequence_multiple: S is a multiple of this. Ranks can then share a sequence equally, and few lengths occur.
         max_sequence_length: the model's limit.
     """
 
@@ -91,16 +91,16 @@ class BatchBuilder:
 
     @property
     def rows_per_microbatch(self) -> int:
-        """R."""
+        """R, the number of rows in a microbatch."""
         return self.micro_batch_size * (2 if self.with_pairs else 1)
 
     def rows_per_rank(self, data_parallel_size: int) -> int:
-        """Rows of all microbatches of a rank."""
+        """Return the number of rows in all microbatches of a rank."""
         per_rank = self.pairing.global_batch_size // data_parallel_size
         return per_rank * (2 if self.with_pairs else 1)
 
     def plan(self, step: int) -> StepPlan:
-        """What a step consists of.
+        """Return the plan of a step.
 
         Raises:
             UserError: a sample longer than the model's positions; names the sample.
@@ -118,10 +118,12 @@ class BatchBuilder:
         return StepPlan(batch, prompts, images, frames * heights * widths, self._seq_length(batch, prompts + images))
 
     def sequences(self, plan: StepPlan, data_parallel_rank: int, data_parallel_size: int) -> np.ndarray:
-        """The token ids of a rank's rows, microbatch by microbatch: int32 ``[rows_per_rank, S + 1]``, right-padded.
+        """Return the token ids of a rank's rows, int32 ``[rows_per_rank, S + 1]``, right-padded.
+
+        Microbatches follow each other.
 
         Raises:
-            UserError: a damaged sample; names it.
+            UserError: a damaged sample; names the sample.
         """
         per_rank = self.pairing.global_batch_size // data_parallel_size
         shape = (per_rank // self.micro_batch_size, -1, self.micro_batch_size, plan.seq_length + 1)
@@ -136,13 +138,13 @@ class BatchBuilder:
         return ids
 
     def assemble(self, plan: StepPlan, ids: Tensor | None, rank: int, size: int, device: torch.device) -> StepBatch:
-        """The batch of a data-parallel rank (``rank`` of ``size``).
+        """Return the batch of a data-parallel rank.
 
         Args:
             plan: of the step.
-            ids: its :meth:`sequences`, as int64 and on the device; None where the tokens are not needed.
+            ids: the step's :meth:`sequences`, as int64 and on the device. None where the tokens are not needed.
             rank, size: the data-parallel rank and how many there are.
-            device: where everything else goes.
+            device: of everything else.
         """
         flags = torch.from_numpy(plan.batch.negative_is_positive).chunk(size)[rank].to(device)
         flags_by_microbatch = flags.split(self.micro_batch_size)
@@ -155,7 +157,7 @@ class BatchBuilder:
         )
 
     def build(self, step: int, data_parallel_rank: int, data_parallel_size: int) -> StepBatch:
-        """The microbatches of a rank, on the CPU, at once."""
+        """Build the microbatches of a rank on the CPU in one call."""
         plan, place = self.plan(step), (data_parallel_rank, data_parallel_size)
         ids = torch.from_numpy(self.sequences(plan, *place)).long()
         return self.assemble(plan, ids, *place, torch.device("cpu"))
@@ -164,7 +166,7 @@ class BatchBuilder:
         return [batch.sample_ids, batch.negative_ids] if self.with_pairs else [batch.sample_ids]
 
     def _seq_length(self, batch: GlobalBatch, lengths: np.ndarray) -> int:
-        # A token is not an input of its own prediction, hence one less.
+        # The last token is a target and no input, hence one less.
         seq_length = -(-(int(lengths.max()) - 1) // self.sequence_multiple) * self.sequence_multiple
         if seq_length > self.max_sequence_length:
             longest = self.data.describe(int(batch.sample_ids[int(lengths.max(axis=0).argmax())]))
@@ -175,7 +177,10 @@ class BatchBuilder:
         return seq_length
 
     def _write_sample(self, ids: np.ndarray, plan: StepPlan, row: int) -> None:
-        """Into int32 ``[1 or 2, S + 1]``; each row keeps its own grid whatever caption it is given."""
+        """Write a sample into int32 ``[1 or 2, S + 1]``.
+
+        Both rows state the grid of their image, whatever their captions are.
+        """
         sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
         codes = self.data.codes(sample, int(plan.batch.variants[row]))
         words = self.data.meta_words(sample, codes.shape)

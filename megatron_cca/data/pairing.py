@@ -1,7 +1,7 @@
-"""Which samples a step sees and in which variant, whose condition is each one's negative, which rows drop theirs.
+"""Draw a step's samples, their variants, their negatives, and the rows whose condition is dropped.
 
-Everything here is a pure function of (data, seed, step) over the *global* batch, computed before any sharding: losses
-are then the same for every data-parallel size and micro batch, and a resumed run needs nothing but the step number.
+Everything here is a pure function of (data, seed, step) over the *global* batch, before any sharding. Losses are
+therefore the same for every data-parallel size and micro batch size. A resumed run needs only the step number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.sample_order import SampleOrder
 
-# Keeps the streams of one (seed, step) apart, and from those of data/sample_order.py.
+# Separate the random streams of one (seed, step). data/sample_order.py uses other numbers.
 _DROPOUT, _BUCKETS, _VARIANTS = 1, 4, 5
 
 RowsOf = Callable[[np.ndarray], np.ndarray]
@@ -21,15 +21,15 @@ RowsOf = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The rows of one step, before sharding; arrays of length ``global_batch_size``.
+    """The rows of one step, before sharding. Arrays of length ``global_batch_size``.
 
     Attributes:
-        sample_ids: int64; the sample whose image (and own caption) the row holds.
-        negative_ids: int64; the sample whose caption is the row's negative condition.
-        condition_dropped: bool; both conditions of the row are the empty caption.
-        negative_is_positive: bool; the row has no true negative: its condition was dropped, or the whole batch holds
+        sample_ids: int64. The sample whose image (and own caption) the row holds.
+        negative_ids: int64. The sample whose caption is the row's negative condition.
+        condition_dropped: bool. True where both conditions of the row are the empty caption.
+        negative_is_positive: bool. True where the row has no true negative: its condition was dropped, or the batch has
             no other condition of another image.
-        variants: int64; which variant of the row's image it is.
+        variants: int64. The variant of the row's image.
     """
 
     sample_ids: np.ndarray
@@ -41,16 +41,16 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How the global batches of a run are drawn.
+    """Draws the global batches of a run.
 
     Attributes:
         order: the stream of samples.
         rows: maps sample ids ``[B]`` to their rows in the data's table (:data:`megatron_cca.data.token_files.SAMPLE`).
         global_batch_size: B.
         condition_dropout: probability that a row's condition is dropped.
-        length_bucketing: of so many steps the samples are sorted by length together, so that less is padded; 1 is off.
+        length_bucketing: the samples of so many steps are sorted by length together, to pad less. 1 switches it off.
         seed: of the run.
-        num_variants: maps sample ids ``[B]`` to how many variants each has; None means one.
+        num_variants: maps sample ids ``[B]`` to how many variants each has. None means one.
     """
 
     order: SampleOrder
@@ -62,10 +62,10 @@ class Pairing:
     num_variants: RowsOf | None = None
 
     def at(self, step: int) -> GlobalBatch:
-        """The batch of a step, which counts from 0."""
+        """Return the batch of a step. Steps are counted from 0."""
         samples = self._samples(step)
         table = self.rows(samples)
-        # What is said of the same image elsewhere is true of it, too: captions of one photograph differ.
+        # Another caption of the same image is no negative: a photograph can have several true captions.
         negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"], table["codes"])
         draws = np.random.default_rng((self.seed, _DROPOUT, step)).random(self.global_batch_size)
         dropped = draws < self.condition_dropout
@@ -85,9 +85,9 @@ class Pairing:
         window, turn = divmod(step, steps)
         samples = self.order.at(np.arange(window * steps * size, (window + 1) * steps * size))
         by_length = np.argsort(_lengths(self.rows(samples)), kind="stable")
-        # Not from short to long: which lengths a step has is drawn anew in every window.
+        # The order of lengths is random in every window, not from short to long.
         bucket = np.random.default_rng((self.seed, _BUCKETS, window)).permutation(steps)[turn]
-        # In the stream's order, so that neighbours, whose captions serve as negatives, are not alike in length.
+        # In the stream's order, so that neighbours, whose captions are the negatives, differ in length.
         return samples[np.sort(by_length[bucket * size : (bucket + 1) * size])]
 
 
@@ -96,16 +96,17 @@ def _lengths(table: np.ndarray) -> np.ndarray:
 
 
 def rolled_negatives(*conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's negative: the rows rolled by one, moving on past those of the row's own condition.
+    """Return, for each row, the row whose condition is its negative.
 
-    A roll, not a random permutation: a permutation has fixed points, which bias small batches.
+    It is the row before or, if that has the same condition, the nearest earlier row with another one, counted
+    cyclically. A random permutation would have fixed points, which bias small batches.
 
     Args:
-        conditions: arrays ``[B]``; two rows have the same condition if they are equal in any of these.
+        conditions: arrays ``[B]``. Two rows have the same condition if they are equal in any of these.
 
     Returns:
-        int64 ``[B]``, the row whose condition is the negative, and bool ``[B]``, whether there is a different one;
-        where there is none, the negative is the row before.
+        int64 ``[B]``, the row whose condition is the negative, and bool ``[B]``, whether there is a different
+        condition. Where there is none, the negative is the row before.
     """
     size = len(conditions[0])
     rows = np.arange(size)

@@ -34,10 +34,10 @@ class PatchCodebook:
 
     @classmethod
     def load(cls, folder: Path) -> PatchCodebook:
-        """The codebook that a shard folder carries.
+        """Read the codebook of a shard folder.
 
         Raises:
-            UserError: a damaged file, or one that holds something else; names it.
+            UserError: a damaged file, or one that holds something else; names the file.
         """
         with said_of(folder / FILE_NAME):
             try:
@@ -53,11 +53,11 @@ class PatchCodebook:
             return cls(np.array(found))
 
     def save(self, folder: Path) -> None:
-        """Write it into a shard folder."""
+        """Write the codebook into a shard folder."""
         np.save(folder / FILE_NAME, self.centres)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 ``[N, H, W]`` -> int64 codes ``[N, H / P, W / P]`` of the nearest patches."""
+        """Encode images uint8 ``[N, H, W]`` to the codes of their nearest patches, int64 ``[N, H / P, W / P]``."""
         patch = self.centres.shape[-1]
         patches = _patches(images, patch).astype(np.float32)
         flat = patches.reshape(-1, patch * patch)
@@ -66,7 +66,7 @@ class PatchCodebook:
         return distances.argmin(1).reshape(patches.shape[:3])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """int codes ``[N, h, w]`` -> uint8 images ``[N, h * P, w * P]``."""
+        """Decode codes int ``[N, h, w]`` to images uint8 ``[N, h * P, w * P]``."""
         patch = self.centres.shape[-1]
         n, h, w = codes.shape
         images = self.centres[codes].transpose(0, 1, 3, 2, 4).reshape(n, h * patch, w * patch)
@@ -74,6 +74,6 @@ class PatchCodebook:
 
 
 def _patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """``[N, H, W]`` -> ``[N, H / P, W / P, P, P]``."""
+    """Return the patches ``[N, H / P, W / P, P, P]`` of images ``[N, H, W]``."""
     n, height, width = images.shape
     return images.reshape(n, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)

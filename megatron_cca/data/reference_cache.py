@@ -86,7 +86,7 @@ class ReferenceCache:
         )
 
     def read(self, split: Split, step: int) -> np.ndarray:
-        """The log-probabilities of one global batch, nats: float32 ``[B, 2]``, positives and negatives.
+        """Return the log-probabilities of one global batch, in nats: float32 ``[B, 2]``, positives and negatives.
 
         Raises:
             UserError: a missing or damaged block; names the file.
@@ -147,7 +147,7 @@ class ReferenceCacheWriter:
 
 
 def finished_blocks(folder: Path, split: Split) -> dict[int, tuple[Path, int]]:
-    """File and first step past its end of each block, by the block's number."""
+    """Return each block's file and the first step after it, by the number of the block."""
     blocks: dict[int, tuple[Path, int]] = {}
     for path in sorted(folder.glob(f"{split}_*.npz")):
         if found := _BLOCK_NAME.fullmatch(path.name):

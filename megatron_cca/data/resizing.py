@@ -1,7 +1,7 @@
-"""Who decodes images and brings them to size: DALI in one pass, or Pillow step by step as the models' authors do.
+"""Decode and resize images: with DALI in one pass, or with Pillow step by step as the models' authors do.
 
-Both have the same methods. Sizes are those of :mod:`megatron_cca.data.image_size`; a *plan* is the sizes that an image
-passes through, the last of which it is tokenised at (or cut out of).
+Both classes have the same methods. Sizes are those of :mod:`megatron_cca.data.image_size`. A *plan* is the sequence of
+sizes that an image passes through. It is tokenised at the last one, or cropped from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DALI, AUTHORS = "dali", "authors"
 
 
 def check_resizing(resize: str) -> None:
-    """Refuse a way that does not exist or needs what is not here.
+    """Refuse a resizing that does not exist, or whose library is not installed.
 
     Raises:
         UserError: names the option.
@@ -39,7 +39,7 @@ def check_resizing(resize: str) -> None:
 
 
 class Step(NamedTuple):
-    """A resizing to ``height`` x ``width`` pixels: by the mean of what falls together, or by bicubic interpolation."""
+    """A resizing to ``height`` x ``width`` pixels, by the mean of pixels (box filter) or by bicubic interpolation."""
 
     height: int
     width: int
@@ -53,23 +53,26 @@ class Resizing(Protocol):
     """Decodes and resizes the images of a job."""
 
     def judge(self, data: bytes) -> tuple[int, int]:
-        """Height and width of an encoded image, as :func:`megatron_cca.data.images.judge` returns or rejects it."""
+        """Check an encoded image and return its height and width, as :func:`megatron_cca.data.images.judge` does."""
 
     def to_area(self, height: int, width: int, area: int, factor: int) -> Plan:
-        """Plan for a model of any grid; see :func:`target_size` for arguments and errors."""
+        """Return the plan for a model of any grid. See :func:`target_size` for arguments and errors."""
 
     def to_cover(self, height: int, width: int, side: int) -> Plan:
-        """Plan for a model of one grid: the shorter side becomes ``side``, out of which the middle is cut."""
+        """Return the plan for a model of one grid: the shorter side becomes ``side``, and the middle is cropped."""
 
     def decode(self, images: Sequence[bytes], plans: Sequence[Plan]) -> list[Tensor | Rejected]:
-        """Decode and resize judged images: uint8 ``[H, W, 3]``, RGB, each on the job's device, or why there is none."""
+        """Decode and resize checked images.
+
+        Each becomes uint8 ``[H, W, 3]``, RGB, on the job's device, or the reason why not.
+        """
 
 
 class ByDali:
-    """A single bicubic pass, upright as EXIF says; on a GPU where there is one.
+    """A single bicubic pass, upright as EXIF says, on a GPU where there is one.
 
     Args:
-        device: where the results are wanted.
+        device: of the results.
         threads: of DALI, on the CPU.
         limits: of an image.
 
@@ -100,13 +103,13 @@ class ByDali:
 class AsTheAuthors:
     """Pillow's decoding and resizing in the order of the authors' programs, bit for bit.
 
-    To an area as baaivision/Emu3's ``prepare_data.py`` and image processor, one after the other. To one grid as the
-    ``center_crop_arr`` that LlamaGen's ``extract_codes_c2i.py`` has from ADM. Both take an image as it is stored:
-    EXIF's orientation is not applied. Both read JPEGs of four components.
+    For an area, these are the steps of baaivision/Emu3's ``prepare_data.py`` and of its image processor. For one grid,
+    it is ``center_crop_arr``, which LlamaGen's ``extract_codes_c2i.py`` has from ADM. Both take an image as it is
+    stored, without EXIF's orientation. Both read JPEGs of four components.
 
     Args:
-        device: where the results are wanted.
-        threads: that decode.
+        device: of the results.
+        threads: how many decode.
         limits: of an image.
     """
 

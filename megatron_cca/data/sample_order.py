@@ -1,4 +1,4 @@
-"""Which sample stands where in the endless stream that steps are cut from: pure in (data, seed, position)."""
+"""The order of samples in the endless stream that steps take them from: a pure function of (data, seed, position)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from megatron_cca.errors import UserError
 # A blend keeps its proportions exactly within every block of this many positions.
 BLOCK = 8192
 
-# Keeps the random streams of one seed apart; those of data/pairing.py go on from here.
+# Separate the random streams of one seed. data/pairing.py uses other numbers.
 _PERMUTATION, _BLEND, _HELD_OUT = 0, 2, 3
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Each pool is passed through in full, in a new order every epoch; a blend draws from its pools in proportion.
+    """A stream of samples.
+
+    Each pool is read in full, in a new order every epoch. A blend draws from pools in proportion.
 
     Attributes:
-        pools: int64 sample ids of each data set that may be drawn; none is empty.
+        pools: int64 sample ids of each data set. None is empty.
         weights: each pool's share, up to a common factor.
         seed: of the run.
     """
@@ -32,7 +34,7 @@ class SampleOrder:
     seed: int
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The sample ids at these positions (int64, from 0)."""
+        """Return the sample ids at positions of the stream, int64 from 0."""
         if len(self.pools) == 1:
             return self._drawn(0, positions)
         samples = np.empty_like(positions)
@@ -48,7 +50,7 @@ class SampleOrder:
 
     @cached_property
     def _counts(self) -> tuple[int, ...]:
-        """Positions of each pool in a block: largest remainders."""
+        """How many positions of a block each pool has, by the method of largest remainders."""
         exact = np.array(self.weights) * (BLOCK / sum(self.weights))
         counts = np.floor(exact).astype(np.int64)
         most = np.argsort(counts - exact, kind="stable")
@@ -56,7 +58,7 @@ class SampleOrder:
         return tuple(counts.tolist())
 
     def _drawn(self, pool: int, drawn: np.ndarray) -> np.ndarray:
-        """The pool's samples number ``drawn`` (from 0, over all epochs)."""
+        """Return the sample ids of one pool's draws number ``drawn``, counted from 0 over all epochs."""
         size = len(self.pools[pool])
         epochs, offsets = np.divmod(drawn, size)
         samples = np.empty_like(drawn)
@@ -74,7 +76,7 @@ def _epoch_permutation(size: int, seed: int, pool: int, epoch: int) -> np.ndarra
 
 @lru_cache(maxsize=4)
 def _block_pattern(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each position of a block its pool, and how many of that pool came before it in the block."""
+    """Return the pool of each position of a block, and how many earlier positions of the block have the same pool."""
     pattern = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng((seed, _BLEND, block)).shuffle(pattern)
     earlier = np.empty(BLOCK, dtype=np.int64)
@@ -84,10 +86,10 @@ def _block_pattern(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.n
 
 
 def training_order(data: TokenData, seed: int, held_out_fraction: float, split_seed: int) -> SampleOrder:
-    """The stream of a run: everything but what is held out.
+    """Return the stream of a run: everything that is not held out.
 
     Raises:
-        UserError: a folder of which nothing is left, or whose weight is too small to be drawn.
+        UserError: a folder with no samples left, or with a weight that is too small to be drawn.
     """
     split = _split(data, held_out_fraction, split_seed)
     _check_weights(data)
@@ -95,17 +97,17 @@ def training_order(data: TokenData, seed: int, held_out_fraction: float, split_s
 
 
 def held_out_order(data: TokenData, fraction: float, split_seed: int) -> SampleOrder:
-    """The stream of the held-out samples, in the same proportions; the same for every run on this data.
+    """Return the stream of the held-out samples, in the same proportions. It is the same for every run on these data.
 
     Raises:
-        UserError: a folder of which nothing is held out.
+        UserError: a folder with no held-out samples.
     """
     split = _split(data, fraction, split_seed)
     return SampleOrder(tuple(held for _, held in split), tuple(data.weights), split_seed)
 
 
 def _split(data: TokenData, fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each folder the sample ids that are kept and those that are held out; both in order."""
+    """Return, for each folder, the sample ids that are kept and those that are held out, both in order."""
     parts = []
     for folder, shards in enumerate(data.shards):
         ids = data.ids(folder)
@@ -115,7 +117,7 @@ def _split(data: TokenData, fraction: float, seed: int) -> list[tuple[np.ndarray
                 f"validation.fraction: {fraction} of the {len(ids)} samples in {shards.folder} are {held}; choose it "
                 "so that some are held out and some are left"
             )
-        # Not by the folder's place in a blend: a folder has the same held-out samples in every run.
+        # The folder's place in a blend does not matter: a folder has the same held-out samples in every run.
         order = np.random.default_rng((seed, _HELD_OUT, len(ids))).permutation(len(ids))
         parts.append((ids[np.sort(order[held:])], ids[np.sort(order[:held])]))
     return parts

@@ -1,4 +1,4 @@
-"""A thread that reads token batches ahead of the training loop and takes them to the device."""
+"""Read token batches ahead of the training loop in a thread, and copy them to the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.platform.transfers import SideQueue, host_buffer, used_here
 
 DALI, TORCH = "dali", "torch"
-# int32 [rows, S] in host memory -> the same on the device or in page-locked memory, good until the next call.
+# Copies int32 [rows, S] from host memory to the device or to page-locked memory. Valid until the next call.
 Stage = Callable[[np.ndarray], Tensor]
 
 
 def loader_in_force(wanted: str | None) -> str:
-    """Who takes batches to the device: as ``data.loader`` says; if that is None, DALI where it is installed.
+    """Return the library that copies batches to the device: ``wanted`` or, if that is None, DALI where it is installed.
 
     Raises:
         UserError: DALI is wanted and not installed.
@@ -41,7 +41,7 @@ def _stage(loader: str, rows: int, device: torch.device) -> Stage:
 
 
 class _LockedStage:
-    """Copies arrays into page-locked memory, always the same, from where a GPU takes them by itself."""
+    """Copies arrays into one page-locked buffer, from which a GPU copies without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._memory = device, host_buffer(0, torch.int32, device)
@@ -80,7 +80,7 @@ def _mover(stage: Stage, device: torch.device) -> Callable[[np.ndarray], Tensor]
 
     def move(array: np.ndarray) -> Tensor:
         with work.finished():
-            # Held until the copy is done: the stage's memory is written again as soon as nobody holds it.
+            # ``staged`` lives until the copy is done: its memory may be overwritten when it is deleted.
             staged = stage(array)
             ids = staged.to(device, non_blocking=True).long()
         return ids
@@ -96,16 +96,17 @@ def _hand_over(found: Tensor | BaseException, ready: queue.Queue, stopping: thre
 
 
 class SequenceFeed:
-    """Runs ``source(0), source(1), ...`` ahead of their use and hands the arrays over on the device.
+    """Calls ``source(0), source(1), ...`` ahead of their use and returns the arrays on the device.
 
-    A thread of its own keeps that off the training loop, and a queue of its own on the device off the computing.
+    The calls run in a thread beside the training loop. The copies run in a queue beside the computation on the device.
 
     Args:
-        source: turn -> int32 ``[rows, S]``, dense; S may differ from turn to turn. Its memory may be the same again.
+        source: called with the turn, returns a dense int32 ``[rows, S]``. S may differ between turns. Memory may be
+            reused.
         rows: of every array.
-        device: where the arrays go.
-        depth: so many turns are run ahead.
-        loader: who takes them there; see :func:`loader_in_force`.
+        device: of the results.
+        depth: how many turns are run ahead.
+        loader: the library that copies them, see :func:`loader_in_force`.
 
     Raises:
         UserError: DALI is wanted and not installed, or does not start.
@@ -122,20 +123,20 @@ class SequenceFeed:
         self._ready: queue.Queue = queue.Queue(maxsize=depth)
         self._stopping = threading.Event()
         move = _mover(_stage(loader_in_force(loader), rows, device), device)
-        # Of a function that does not know this object: a running thread would keep it, and whatever uses it, alive.
+        # The thread's function must not refer to this object: a running thread would keep it and its users alive.
         arguments = (source, move, self._ready, self._stopping)
         thread = threading.Thread(target=_run_ahead, args=arguments, name="token batches", daemon=True)
         thread.start()
-        # Also at exit: an interpreter that goes away under a running pipeline aborts.
+        # Also at exit: an interpreter that ends under a running pipeline aborts.
         self._stop = weakref.finalize(self, _stop, self._stopping, thread)
 
     def next(self) -> Tensor:
-        """The next array, int64 ``[rows, S]``; raises what ``source`` raised for it."""
+        """Return the next array, int64 ``[rows, S]``. Raises what ``source`` raised for it."""
         found = self._ready.get()
         if isinstance(found, BaseException):
             raise found
         return used_here(found)
 
     def close(self) -> None:
-        """Stop, and forget what was read ahead."""
+        """Stop, and drop what was read ahead."""
         self._stop()

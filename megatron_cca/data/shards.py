@@ -1,9 +1,9 @@
-"""A folder of token shards: written once, then read at random through memory maps, each sample's checksum checked.
+"""Write and read a folder of token shards. Reading is random access, with a check of each sample's checksum.
 
 codes.* captions.* samples.npy   the tokens, see :mod:`megatron_cca.data.token_files`
-tokenizer.json codebook.npy ...  what is needed to read the tokens back
-skipped.jsonl                    what was left out when it was tokenised, and why
-manifest.json                    counts, fingerprints, the words for each grid, size and sha256 of every file
+tokenizer.json codebook.npy ...  tokenizers, to decode the tokens
+skipped.jsonl                    skipped records, with reasons
+manifest.json                    counts, fingerprints, the token ids of each grid, size and sha256 of every file
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def write_shards(
     encode_text: EncodeText | None,
     write_extras: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a shard folder; it appears under its name only when it is whole.
+    """Write a shard folder. It appears under its name only when it is whole.
 
     Args:
         folder: must not exist yet.
-        samples: in the order that their ids count.
+        samples: in the order of their ids.
         vocabulary: what the tokens mean.
-        encode_text: the text tokenizer, for the grid sizes in words; None where captions are classes.
-        write_extras: adds further files (tokenizer, codebook) to the folder it is given.
+        encode_text: encodes text, for grid sizes in words. None where captions are classes.
+        write_extras: called with the folder, adds further files (tokenizer, codebook).
 
     Raises:
         UserError: a code or caption token outside the vocabulary; names the sample.
@@ -77,13 +77,13 @@ def merge_shards(
     aside: Path,
     clip_template: str | None = None,
 ) -> None:
-    """Write a shard folder out of the token files of parts, in their order; it appears only when it is whole.
+    """Merge the token files of parts, in their order, into a shard folder. It appears only when it is whole.
 
     Args:
         folder, vocabulary, encode_text, write_extras: as for :func:`write_shards`.
         parts: folders written by :class:`TokenWriter`.
         facts: further entries of the manifest.
-        aside: a folder on the same disk to write in until then; it must not exist.
+        aside: a folder on the same disk to write in until then. It must not exist.
         clip_template: the meta text of clips, see :meth:`ImageVocabulary.meta_text`.
     """
 
@@ -120,19 +120,20 @@ def _meta_words(
 
 
 class TokenShards:
-    """Random access to a shard folder; what was removed after it was opened can still be read.
+    """Random access to a shard folder. Files that are removed after it was opened can still be read.
 
     Args:
-        folder: what :func:`write_shards` wrote.
+        folder: written by :func:`write_shards`.
         vocabulary: the model's.
         key: the option that named the folder, for messages.
 
     Attributes:
         table: :data:`SAMPLE` ``[N]``, memory-mapped.
-        variants: int32 ``[N]``, how many each sample has.
+        variants: int32 ``[N]``, how many variants each sample has.
 
     Raises:
-        UserError: a missing folder or file, a truncated or changed one, another vocabulary, no samples; names the file.
+        UserError: a missing folder or file, a truncated or changed one, another vocabulary, or no samples; names the
+            file.
     """
 
     def __init__(self, folder: str | Path, vocabulary: ImageVocabulary, key: str = DEFAULT_KEY) -> None:
@@ -157,16 +158,16 @@ class TokenShards:
         return self.manifest["num_samples"]
 
     def codes(self, sample: int, variant: int = 0) -> np.ndarray:
-        """Codebook indices, uint16 ``[T, H, W]``, of one of the sample's variants.
+        """Return codebook indices, uint16 ``[T, H, W]``, of one of the sample's variants.
 
         Raises:
-            UserError: they are not what was written; names file and sample.
+            UserError: the codes differ from what was written; names file and sample.
         """
         row = self.table[sample]
         return self._checked(self._codes, "codes", sample, row["codes"]).reshape(-1, *row["grid"])[variant]
 
     def caption(self, sample: int) -> np.ndarray:
-        """Caption tokens, int32 ``[C]``; raises as :meth:`codes` does."""
+        """Return caption tokens, int32 ``[C]``. Raises as :meth:`codes` does."""
         return self._checked(self._captions, "captions", sample, self.table[sample]["caption"])
 
     def _checked(self, tokens: IndexedDataset, name: str, sample: int, expected: np.uint64) -> np.ndarray:
@@ -187,10 +188,10 @@ class TokenShards:
         return found
 
     def meta_words(self, grid: tuple[int, int, int]) -> np.ndarray:
-        """What a prompt says of a grid ``(T, H, W)`` of this data, int32 ``[G]``.
+        """Return the token ids of a prompt that state a grid ``(T, H, W)`` of these data, int32 ``[G]``.
 
         Raises:
-            UserError: a clip, and nobody said what stands there.
+            UserError: a clip whose meta text is not known.
         """
         if grid not in self._meta_words:
             raise UserError(
@@ -200,7 +201,7 @@ class TokenShards:
         return self._meta_words[grid]
 
     def fingerprint(self) -> str:
-        """A short hash of the manifest, which holds the hash of every file."""
+        """Return a short hash of the manifest, which holds the hash of every file."""
         return fingerprint(self.manifest)
 
     def _check_meta_words(self) -> None:

@@ -1,4 +1,4 @@
-"""Why records were skipped, counted by reason."""
+"""Count the reasons why records were skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOWN = 4
 
 
 class Reasons:
-    """Counts reasons; those that differ in names and numbers alone are one, of which the first is shown."""
+    """Counts reasons. Reasons that differ only in names and numbers are one, of which the first is shown."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -23,13 +23,13 @@ class Reasons:
         return len(self._counts)
 
     def add(self, reason: str) -> None:
-        """Count one."""
+        """Count one reason."""
         kind = _NAMES_AND_NUMBERS.sub("", reason)
         self._counts[kind] += 1
         self._shown.setdefault(kind, reason)
 
     def line(self) -> str:
-        """ "9: it has no caption; 2 such as: a.png is missing", the most frequent first."""
+        """Return "9: it has no caption; 2 such as: a.png is missing". The most frequent reason comes first."""
         kinds = self._counts.most_common(_SHOWN)
         said = [
             f"{count}{' such as' if kind != self._shown[kind] and count > 1 else ''}: {self._shown[kind]}"
@@ -40,7 +40,7 @@ class Reasons:
 
 
 def reasons_in(files: Iterable[Path]) -> Reasons:
-    """The reasons in files of skipped records, such as a shard folder's.
+    """Return the reasons in files of skipped records, such as a shard folder's.
 
     Raises:
         ValueError, KeyError, TypeError, RecursionError: a line that holds something else.

@@ -1,4 +1,4 @@
-"""Text tokenizers: captions to ids and back, and the training of small ones for laptop-sized vocabularies."""
+"""Text tokenizers: encode captions to ids and back, and train small tokenizers for small vocabularies."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from megatron_cca.errors import UserError, said_of
 FILE_NAME = "tokenizer.json"
 TIKTOKEN_NAME = "emu3.tiktoken"
 
-# Beyond any caption, and far below the run of blanks (a million) that Emu3's pattern cannot be matched against.
+# More than any caption has. Emu3's pattern fails on far longer runs of blanks (a million).
 MAX_CHARACTERS = 100_000
 
-# How Emu3 (baaivision/Emu3, tokenization_emu3.py) cuts text before byte pairs are merged; digits stay single.
+# Emu3's pattern for cutting text before byte pairs are merged (baaivision/Emu3, tokenization_emu3.py). Digits stay
+# single.
 _EMU3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Of tokenizer.json, what turns ordinary text into ids and back.
+# The sections of tokenizer.json that turn ordinary text into ids and back.
 _ORDINARY = ("normalizer", "pre_tokenizer", "model", "decoder")
-# Their vocabularies can be without the added tokens; a Unigram's is a list whose places are the ids.
+# Added tokens can be removed from the vocabularies of these. A Unigram's is a list whose places are the ids.
 _MODELS = ("BPE", "WordLevel", "WordPiece")
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Ordinary text to ids and back; from :func:`open_text_tokenizer`.
+    """Encodes ordinary text to ids and decodes it. :func:`open_text_tokenizer` makes one.
 
-    What looks like a special token is plain text in a caption: no caption has control or visual ids.
+    In a caption, text that looks like a special token is plain text. No caption has control or visual ids.
 
     Attributes:
         size: ids are below it.
-        encode_ordinary, decode_ordinary: by the library that the files belong to.
-        files: what :meth:`save` writes, by name.
-        meaning: what the ids depend on; hashed by :meth:`fingerprint`.
+        encode_ordinary, decode_ordinary: functions of the library that the files belong to.
+        files: the contents that :meth:`save` writes, by name.
+        meaning: everything that the ids depend on. :meth:`fingerprint` hashes it.
     """
 
     size: int
@@ -53,10 +54,10 @@ class TextTokenizer:
     meaning: bytes
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a caption, without any begin, end or padding.
+        """Return the ids of a caption, without begin, end or padding.
 
         Raises:
-            UserError: a lone surrogate, which is no character; a text of more than ``MAX_CHARACTERS``; one that the
+            UserError: a lone surrogate, which is no character, a text of more than ``MAX_CHARACTERS``, or one that the
                 tokenizer cannot encode.
         """
         if len(text) > MAX_CHARACTERS:
@@ -68,7 +69,7 @@ class TextTokenizer:
             return self.encode_ordinary(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Where an id stands for a part of a character only, that comes back as U+FFFD.
+        """Return the text of ids. An id that is only a part of a character becomes U+FFFD.
 
         Raises:
             UserError: an id that is not one of text.
@@ -79,25 +80,28 @@ class TextTokenizer:
         return self.decode_ordinary([int(number) for number in ids])
 
     def save(self, folder: str | Path) -> None:
-        """Write its file into a folder, byte for byte as it was read, for :func:`open_text_tokenizer`."""
+        """Write the tokenizer's file into a folder, byte for byte as it was read, for :func:`open_text_tokenizer`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
     def fingerprint(self) -> str:
-        """A short hash of what the ids depend on: not of added tokens, nor of how the file is laid out."""
+        """Return a short hash of everything that the ids depend on.
+
+        Added tokens and the file's formatting do not count.
+        """
         return hashlib.sha256(self.meaning).hexdigest()[:16]
 
 
 def open_text_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The text tokenizer that a folder holds: ``tokenizer.json``, else the original Emu3's ``emu3.tiktoken``.
+    """Open the text tokenizer in a folder: ``tokenizer.json``, else the original Emu3's ``emu3.tiktoken``.
 
-    Of ``tokenizer.json`` the normaliser, pre-tokeniser, model and decoder are kept; added tokens, template, truncation
-    and padding are not, nor a dropout of merges. ``emu3.tiktoken`` is used with Emu3's pattern on text in NFC.
+    The normaliser, pre-tokeniser, model and decoder of ``tokenizer.json`` are used. Added tokens, template, truncation,
+    padding and a dropout of merges are not. ``emu3.tiktoken`` is used with Emu3's pattern on text in NFC.
 
     Raises:
-        UserError: no such file, or a damaged one; names it.
+        UserError: no such file, or a damaged one; names the file.
     """
     folder = Path(folder)
     for name, read in ((FILE_NAME, _read_json_file), (TIKTOKEN_NAME, _read_tiktoken_file)):
@@ -112,7 +116,7 @@ def open_text_tokenizer(folder: str | Path) -> TextTokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most ``vocab_size`` entries; digits stay single tokens, as in Emu3's "90*90"."""
+    """Train a byte-level BPE with at most ``vocab_size`` entries. Digits stay single tokens, as in Emu3's "90*90"."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -126,7 +130,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that a shard folder carries."""
+    """Read the tokenizer of a shard folder."""
     return Tokenizer.from_file(str(folder / FILE_NAME))
 
 
@@ -140,7 +144,7 @@ def _read_json_file(name: str, content: bytes) -> TextTokenizer:
         raise UserError("is damaged: expected the JSON of the tokenizers library, with a model's vocab") from None
     if kind not in _MODELS or not isinstance(vocabulary, dict):
         raise UserError(f"has a model of type {str(kind)[:40]!r}; those read are {', '.join(_MODELS)}, by name and id")
-    # An added token may be an entry of the model's too, and a text that is cut just so would meet it there.
+    # An added token may also be an entry of the model. Ordinary text could then be encoded to it.
     special -= {token for token in special if token == model.get("unk_token")}
     model = model | {"vocab": {token: number for token, number in vocabulary.items() if token not in special}}
     if "dropout" in model:
@@ -178,7 +182,7 @@ def _read_tiktoken_file(name: str, content: bytes) -> TextTokenizer:
 
 
 def _ranks(content: bytes) -> dict[bytes, int]:
-    """Token -> id, in the order of ids."""
+    """Return the id of each token, in the order of ids."""
     pairs: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         try:
@@ -204,7 +208,7 @@ def _in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic of the libraries' Rust is not an Exception.
+        # A panic in the libraries' Rust code is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None

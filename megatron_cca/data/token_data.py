@@ -1,4 +1,4 @@
-"""Several shard folders as one data set: sample ids count through them in the order they were named."""
+"""Read several shard folders as one data set. Sample ids count through the folders in their order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 @dataclass(frozen=True)
 class TokenData:
-    """Everything that a run may draw from.
+    """All data of a run.
 
     Attributes:
-        shards: the folders; at least one, all of one vocabulary.
+        shards: the folders. At least one, all of one vocabulary.
         weights: each folder's share of the samples that a run sees, up to a common factor.
     """
 
@@ -36,7 +36,7 @@ class TokenData:
 
     @property
     def vocabulary(self) -> ImageVocabulary:
-        """The one that all folders were tokenised for."""
+        """The vocabulary that all folders were tokenised for."""
         return self.shards[0].vocabulary
 
     @cached_property
@@ -44,43 +44,46 @@ class TokenData:
         return [0, *accumulate(len(shards) for shards in self.shards)]
 
     def ids(self, folder: int) -> np.ndarray:
-        """The sample ids of one folder, int64."""
+        """Return the sample ids of one folder, int64."""
         return np.arange(self._starts[folder], self._starts[folder + 1])
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """The table's rows (:data:`SAMPLE`) of these sample ids."""
+        """Return the rows of the table (:data:`SAMPLE`) for these sample ids."""
         return self._looked_up(samples, np.empty(len(samples), SAMPLE), lambda shards: shards.table)
 
     def num_repeated_images(self) -> int:
-        """How many samples show the image of a sample before them, as under another caption: their codes are equal."""
+        """Return how many samples repeat the image of an earlier sample, as under another caption.
+
+        Equal codes are one image.
+        """
         codes = np.concatenate([shards.table["codes"] for shards in self.shards])
         return len(codes) - len(np.unique(codes))
 
     def num_variants(self, samples: np.ndarray) -> np.ndarray:
-        """How many variants these sample ids have, int32."""
+        """Return how many variants these sample ids have, int32."""
         return self._looked_up(samples, np.empty(len(samples), np.int32), lambda shards: shards.variants)
 
     def codes(self, sample: int, variant: int = 0) -> np.ndarray:
-        """Codebook indices, uint16 ``[T, H, W]``; raises as :meth:`TokenShards.codes` does."""
+        """Return codebook indices, uint16 ``[T, H, W]``. Raises as :meth:`TokenShards.codes` does."""
         shards, local = self._place(sample)
         return shards.codes(local, variant)
 
     def caption(self, sample: int) -> np.ndarray:
-        """Caption tokens, int32 ``[C]``; raises as :meth:`TokenShards.caption` does."""
+        """Return caption tokens, int32 ``[C]``. Raises as :meth:`TokenShards.caption` does."""
         shards, local = self._place(sample)
         return shards.caption(local)
 
     def meta_words(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
-        """What a prompt says of the grid; raises as :meth:`TokenShards.meta_words` does."""
+        """Return the token ids of a prompt that state the grid. Raises as :meth:`TokenShards.meta_words` does."""
         return self._place(sample)[0].meta_words(grid)
 
     def describe(self, sample: int) -> str:
-        """A sample in words, for messages."""
+        """Return the name of a sample for messages."""
         shards, local = self._place(sample)
         return f"sample {local} of {shards.folder}"
 
     def fingerprint(self) -> str:
-        """A short hash of all manifests and weights."""
+        """Return a short hash of all manifests and weights."""
         if len(self.shards) == 1:
             return self.shards[0].fingerprint()
         parts = [(shards.fingerprint(), weight) for shards, weight in zip(self.shards, self.weights, strict=True)]

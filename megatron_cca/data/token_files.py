@@ -1,9 +1,9 @@
 """The token files of a shard folder, written one sample at a time and joined from parts.
 
-codes.bin codes.idx        visual codes, uint16, one sequence of V * T * H * W a sample (Megatron's indexed format)
+codes.bin codes.idx        visual codes, uint16, one sequence of V * T * H * W per sample (Megatron's indexed format)
 captions.bin captions.idx  caption tokens, int32
-samples.npy                one :data:`SAMPLE` for each: grid, caption length, what the condition is, checksums
-variants.npy               V of each sample, int32; only where it is not 1 for all
+samples.npy                one :data:`SAMPLE` per sample: grid, caption length, condition, checksums
+variants.npy               V of each sample, int32. The file is missing where V is 1 for all.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _INDEXED = {"codes": np.uint16, "captions": np.int32}
 _AGAIN = "tokenize the data again"
 TOKEN_FILES = (*(f"{name}{suffix}" for name in _INDEXED for suffix in (".bin", ".idx")), TABLE)
 
-# Frames, height, width of the code grid; tokens of the caption; then three 64-bit hashes (xxh3): of the caption's
-# tokens (its identity and its checksum), of the condition's name (the caption's again if it has none), of the codes.
+# Frames, height and width of the code grid, the number of caption tokens, and three 64-bit hashes (xxh3): of the
+# caption's tokens, of the condition's name (the caption's hash if it has none), of the codes.
 SAMPLE = np.dtype(
     [
         ("grid", np.int32, 3),
@@ -48,9 +48,9 @@ class Sample:
 
     Attributes:
         codes: int ``[H, W]``, ``[T, H, W]`` for T code frames, or ``[V, T, H, W]`` for V variants of one image, such as
-            crops and its mirror image, of which a step sees one.
+            crops and its mirror image. A step sees one variant.
         caption: int ``[C]``.
-        condition: samples with equal names have the same condition; None: their caption is their condition.
+        condition: samples with equal names have the same condition. None means that the caption is the condition.
     """
 
     codes: np.ndarray
@@ -59,7 +59,7 @@ class Sample:
 
 
 def checksum(tokens: np.ndarray) -> int:
-    """xxh3 (64 bits) of an array's bytes."""
+    """Return the xxh3 hash (64 bits) of an array's bytes."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
 
 
@@ -68,10 +68,10 @@ def _name_hash(name: str) -> int:
 
 
 class TokenWriter:
-    """Writes the token files of samples in the order they come; a context manager, whose end finishes them.
+    """Writes the token files of samples in the order of :meth:`add`. A context manager, whose end completes the files.
 
     Args:
-        folder: exists, and holds no token files yet.
+        folder: an existing folder without token files.
         vocabulary: what the tokens mean.
     """
 
@@ -92,7 +92,7 @@ class TokenWriter:
                 self._finish()
         finally:
             for builder in self._builders.values():
-                # The error that ended it, a full disk perhaps, is the one to be told.
+                # The error that ended the block, such as a full disk, is the one to raise.
                 with contextlib.suppress(OSError):
                     builder.data_file.close()
 
@@ -127,27 +127,27 @@ def _save_variants(folder: Path, variants: np.ndarray) -> None:
 
 
 def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The table of a folder's samples and their variants, after checking that the other token files fit it.
+    """Return the table of a folder's samples and their variants. Check that the other token files fit it.
 
-    Megatron's reader follows whatever an index says. What it must say follows from the table.
+    Megatron's reader trusts the index. Its right contents follow from the table.
 
     Args:
         folder: of token files.
         num_samples: N, how many there should be.
-        has_variants: whether the variants are said in a file.
+        has_variants: whether there is a file of variants.
 
     Returns:
         :data:`SAMPLE` ``[N]``, memory-mapped, and int32 ``[N]``, how many variants each has.
 
     Raises:
-        UserError: a file that is damaged or does not fit; names it.
+        UserError: a file that is damaged or does not fit; names the file.
     """
     path = folder / TABLE
     with said_of(path):
         table = mapped_array(path)
     if table.dtype != SAMPLE or table.shape != (num_samples,):
         raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
-    # In floats, which do not wrap around.
+    # Floats do not wrap around.
     largest = (folder / "codes.bin").stat().st_size
     variants = _read_variants(folder / VARIANTS, num_samples) if has_variants else np.ones(num_samples, np.int32)
     if (table["grid"] < 1).any() or (table["grid"].prod(axis=1, dtype=np.float64) * variants > largest).any():
@@ -166,7 +166,7 @@ def _read_variants(path: Path, num_samples: int) -> np.ndarray:
 
 
 def code_lengths(table: np.ndarray, variants: np.ndarray) -> np.ndarray:
-    """Codes of each sample, all its variants together, int64 ``[N]``."""
+    """Return the number of codes of each sample, all its variants together, int64 ``[N]``."""
     return table["grid"].prod(axis=1, dtype=np.int64) * variants
 
 
@@ -184,7 +184,7 @@ def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
 
 
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
-    """Write the token files of all parts, one after the other, into ``folder``."""
+    """Write the token files of all parts, in their order, into ``folder``."""
     tables = [mapped_array(part / TABLE) for part in parts]
     variants = [
         mapped_array(part / VARIANTS) if (part / VARIANTS).is_file() else np.ones(len(table), np.int32)

@@ -1,4 +1,4 @@
-"""Best of N: draw several candidates for each prompt and keep the one that a scorer likes best."""
+"""Best of N: draw several candidates per prompt and keep the one with the highest score."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_cca.generation.sampler import ImageRequest
 SCORER = "--scorer"
 
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
-"""Images uint8 ``[N, H, W, 3]`` and their prompts -> one number each, larger is better."""
+"""A function of images uint8 ``[N, H, W, 3]`` and their prompts that returns one score per image. Larger is better."""
 
 
 def cut_prompts(scorer: Scorer | None, prompts: Sequence[str]) -> Any | None:
-    """Return how many of the prompts a scorer reads in part: the result of its ``cut``, None for one without."""
+    """Return how many of the prompts a scorer reads in part, by its ``cut``. None for a scorer without ``cut``."""
     cut = getattr(scorer, "cut", None)
     return None if cut is None else cut(prompts)
 
 
 def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageRequest]:
-    """Each request ``count`` times in a row: first with its own seed, then with seeds that follow from it."""
+    """Return each request ``count`` times in a row. The first keeps its seed. The others have seeds derived from it."""
     return [
         request if turn == 0 else replace(request, seed=[request.seed, turn])
         for request in requests
@@ -33,20 +33,20 @@ def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageReques
 
 @dataclass(frozen=True)
 class Choice:
-    """The best candidates: int64 ``[N]`` indices into all that were drawn, and their float64 ``[N]`` scores."""
+    """The best candidates: int64 ``[N]`` indices into all images, and their float64 ``[N]`` scores."""
 
     indices: np.ndarray
     scores: np.ndarray
 
 
 def best(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int) -> Choice:
-    """Of every ``count`` images in a row the one with the highest score; the first of equals.
+    """Return the best of every ``count`` consecutive images. Ties go to the first.
 
     Args:
         scorer: from :func:`open_scorer`.
         images: uint8 ``[N * count, H, W, 3]``.
         prompts: N.
-        count: candidates of a prompt.
+        count: candidates per prompt.
     """
     scores = scorer(images, [prompt for prompt in prompts for _ in range(count)]).reshape(-1, count)
     places = scores.argmax(axis=1)

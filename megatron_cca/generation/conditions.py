@@ -1,4 +1,4 @@
-"""What a prompt says to a model: the ids of its text, or the number of its class."""
+"""Turn a prompt into the condition of a model: the ids of its text, or the number of its class."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 def check_condition(vocabulary: ImageVocabulary, prompt: Prompt) -> None:
-    """Refuse a prompt that says nothing to a model.
+    """Refuse a prompt that is no condition for a model.
 
     Raises:
-        UserError: a text alone for a model of classes, a class alone for a model of texts, a class that is none.
+        UserError: a text alone for a model of classes, a class alone for a model of texts, a class beyond the model's.
     """
     classes, shown = vocabulary.num_classes, f"prompt {prompt.title[:40]!r}"
     if classes is None:
@@ -29,21 +29,21 @@ def check_condition(vocabulary: ImageVocabulary, prompt: Prompt) -> None:
 
 
 def check_conditions(vocabulary: ImageVocabulary, prompts: Sequence[Prompt]) -> None:
-    """:func:`check_condition` of each."""
+    """Refuse prompts as :func:`check_condition` refuses one."""
     for prompt in prompts:
         check_condition(vocabulary, prompt)
 
 
 def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt: Prompt) -> np.ndarray:
-    """A prompt's caption, int64 ``[C]``, as :meth:`ImageVocabulary.prompt` takes it.
+    """Return the caption of a prompt, int64 ``[C]``, as :meth:`ImageVocabulary.prompt` takes it.
 
     Args:
         vocabulary: the model's.
-        text: its text tokenizer; None where captions are classes.
+        text: its text tokenizer. None where captions are classes.
         prompt: what to draw.
 
     Raises:
-        UserError: what :func:`check_condition` refuses, a text that cannot be encoded.
+        UserError: what :func:`check_condition` refuses, or a text that cannot be encoded.
     """
     check_condition(vocabulary, prompt)
     if vocabulary.num_classes is not None:
@@ -53,7 +53,7 @@ def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt:
 
 
 def negative_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, negative: str) -> np.ndarray:
-    """The caption of the second stream, int64 ``[C]``: none, which is the dropped condition, or a text.
+    """Return the caption of the second stream, int64 ``[C]``. An empty one is the dropped condition.
 
     Raises:
         UserError: a text for a model of classes.

@@ -1,4 +1,4 @@
-"""Model chunks that draw: Megatron's own layers over tensor- and pipeline-parallel ranks, one token after another."""
+"""Autoregressive decoding with Megatron's layers over tensor- and pipeline-parallel ranks, one token at a time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from megatron_cca.models.rotary_2d import Rotation, rotation_of
 
 
 class Decoder:
-    """Feeds tokens to a model and tells the logits of the next visual token; from :func:`decoding`.
+    """Feeds tokens to a model and returns the logits of the next visual token. :func:`decoding` makes one.
 
     Args:
-        chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`; any TP x PP x VPP, with or without wrappers.
+        chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`. Any TP x PP x VPP, with or without wrappers.
         vocabulary: the model's.
     """
 
@@ -39,22 +39,22 @@ class Decoder:
         return self._gpts[-1].post_process
 
     def new_cache(self, max_length: int) -> KVCache:
-        """An empty cache for rows of at most ``max_length`` tokens."""
+        """Return an empty cache for rows of at most ``max_length`` tokens."""
         if self._rotation is None or len(self._rotation.cos) < max_length:
             self._rotation = rotation_of(self._gpts[0], max_length, platform.device())
         return KVCache(max_length, self._rotation)
 
     @torch.no_grad()
     def feed(self, cache: KVCache, tokens: Tensor, counts: Tensor | None = None) -> Tensor | None:
-        """Feed tokens and return what the model makes of the last one. Collective over the model-parallel ranks.
+        """Feed tokens and return the logits that follow the last one. Collective over the model-parallel ranks.
 
         Args:
-            cache: of these sequences; from :meth:`new_cache`, and grown by every call.
-            tokens: int64 ``[B, S]``: the prompts, filled up on the right; after them one token a row.
-            counts: int64 ``[B]``, how many of a row's tokens are its prompt; None means all.
+            cache: of these sequences, from :meth:`new_cache`. Every call adds to it.
+            tokens: int64 ``[B, S]``. At first the prompts, padded on the right. After them one token per row.
+            counts: int64 ``[B]``, how many of a row's tokens are its prompt. None means all.
 
         Returns:
-            On the last pipeline stage the logits of the visual tokens, float32 ``[B, codebook_size]``; None on others.
+            On the last pipeline stage the logits of the visual tokens, float32 ``[B, codebook_size]``. None on others.
         """
         cache.begin(tokens, counts)
         for attention in self._attentions:
@@ -72,9 +72,10 @@ class Decoder:
 
 @contextmanager
 def decoding(chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> Iterator[Decoder]:
-    """Inside, the chunks draw; afterwards they are as they were before, in training or out of it.
+    """Prepare model chunks for decoding, and restore them at the end of the block.
 
-    Not for context parallelism, whose ranks have parts of a sequence only.
+    Afterwards they are as they were before, in training or in evaluation mode. Context parallelism is not supported,
+    since its ranks hold parts of a sequence only.
     """
     assert parallel_state.get_context_parallel_world_size() == 1
     decoder = Decoder(chunks, vocabulary)
@@ -98,7 +99,7 @@ def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: ImageVocabular
 
 
 def _visual_logits(*, hidden_states: Tensor, output_layer, context: dict, **_unused) -> Tensor:
-    """The head's visual rows alone: nothing else can be drawn, and they are a fifth of Emu3's."""
+    """Return the logits of the visual tokens alone. Nothing else can be drawn, and they are a fifth of Emu3's."""
     last, vocabulary = context["last"], context["vocabulary"]
     hidden = hidden_states[last, torch.arange(len(last), device=last.device)]
     group, weight = parallel_state.get_tensor_model_parallel_group(), output_layer.weight

@@ -1,4 +1,4 @@
-"""What a sampling job leaves behind: PNGs, codes, prompts.jsonl, and the .npz that OpenAI's evaluator takes."""
+"""The output files of a sampling job: PNGs, codes, prompts.jsonl, and the .npz that OpenAI's evaluator reads."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ FORMER = frozenset({IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ})
 
 
 def image_name(index: int) -> str:
-    """Where the picture of a prompt lies in the output folder."""
+    """Return the path of an image inside the output folder."""
     return f"{IMAGES}/{index:06d}.png"
 
 
 def write_images(folder: Path, indices: Sequence[int], images: np.ndarray) -> None:
-    """One PNG each, uint8 ``[N, H, W, 3]``, named by the prompts' places."""
+    """Write one PNG per image, uint8 ``[N, H, W, 3]``. Each is named by the index of its prompt."""
     for index, image in zip(indices, images, strict=True):
         Image.fromarray(image).save(folder / image_name(index))
 
 
 def read_image(folder: Path, index: int) -> np.ndarray:
-    """A prompt's picture back again, uint8 ``[H, W, 3]``."""
+    """Read one written image, uint8 ``[H, W, 3]``."""
     with Image.open(folder / image_name(index)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def write_prompts(folder: Path, rows: Sequence[dict]) -> None:
-    """One JSON object a picture: ``file``, ``prompt``, ``label``, ``seed``, and what else a row has."""
+    """Write one JSON object per image: ``file``, ``prompt``, ``label``, ``seed``, and what else a row has."""
     lines = (json.dumps({"file": image_name(index), **row}, ensure_ascii=False) for index, row in enumerate(rows))
     (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write_npz(folder: Path, count: int, labels: Sequence[int] | None) -> None:
-    """All pictures in one file, ``arr_0`` uint8 ``[N, H, W, 3]`` and, if there are labels, ``arr_1`` int64 ``[N]``.
+    """Write all images in one file: ``arr_0`` uint8 ``[N, H, W, 3]`` and, with labels, ``arr_1`` int64 ``[N]``.
 
-    This is what the evaluator of the CCA authors' numbers reads (openai/guided-diffusion, ``evaluations/``). It is
-    written picture by picture, so that 50,000 of them need not fit into memory.
+    The evaluator that the CCA authors used reads this file (openai/guided-diffusion, ``evaluations/``). Images are
+    written one at a time, so that 50,000 of them need not fit into memory.
     """
     first = read_image(folder, 0)
     with zipfile.ZipFile(folder / NPZ, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

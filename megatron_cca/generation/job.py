@@ -1,4 +1,4 @@
-"""A sampling job over all ranks: replicas of the model share the prompts, and rank 0 puts their pictures together."""
+"""A sampling job over all ranks: replicas of the model share the prompts, and rank 0 collects their images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Job:
         prompts: with seeds.
         settings: how to draw.
         output: the folder to write.
-        suffix: put behind every caption.
+        suffix: appended to every caption.
         negative: the second stream's caption.
         best_of: candidates for each prompt.
         scorer: as the user named it, for the record.
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of all replicas together, drawing and decoding: visual tokens and pictures kept, a second."""
+    """The speed of all replicas together, drawing and decoding: visual tokens and kept images per second."""
 
     tokens_per_second: float
     images_per_second: float
@@ -69,7 +69,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class _Share:
-    """One replica's part: places in the list of prompts, codes int64 ``[n, h, w]``, scores of the chosen."""
+    """One replica's part: indices of prompts, codes int64 ``[n, h, w]``, scores of the chosen candidates."""
 
     places: list[int]
     codes: list[np.ndarray]
@@ -77,7 +77,7 @@ class _Share:
 
 
 def check_job_output(job: Job) -> None:
-    """Refuse an output folder that holds something else, before a model is loaded; on rank 0.
+    """Refuse an output folder that holds something else. Called on rank 0, before a model is loaded.
 
     Raises:
         UserError: names what it holds.
@@ -87,7 +87,7 @@ def check_job_output(job: Job) -> None:
 
 
 def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.ndarray | None]:
-    """What the sampler is asked for, and the second stream's prompt; the painter needs no weights for it.
+    """Return the requests for the sampler and the second stream's prompt. The painter needs no weights for it.
 
     Raises:
         UserError: a caption or grid that does not fit the model.
@@ -101,10 +101,10 @@ def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.nda
 
 
 def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
-    """Draw everything; collective over all ranks, which must share a file system.
+    """Draw everything. Collective over all ranks, which must share a file system.
 
     Raises:
-        UserError: a caption or grid that does not fit the model; an output that holds something else; a full disk.
+        UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
     """
     requests, second = job_requests(job, painter)
     partial = job.output / _PARTIAL
@@ -143,7 +143,7 @@ def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, 
 
     def on_tokens(count: int) -> None:
         if bar is not None:
-            bar.update(min(count * replicas, bar.total - bar.n))  # the others draw as fast
+            bar.update(min(count * replicas, bar.total - bar.n))  # other replicas are taken to be as fast
 
     share = _Share([], [], [])
     for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.best_of)):
@@ -172,7 +172,7 @@ def _my_batches(count: int, size: int) -> Iterator[list[int]]:
 
 
 def _writes() -> bool:
-    """Whether this rank decodes and writes its replica's pictures."""
+    """Return whether this rank decodes and writes its replica's images."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
     )
@@ -189,7 +189,7 @@ def _collected(share: _Share) -> list[_Share]:
 def _finish(
     job: Job, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share], facts: dict[str, int]
 ) -> None:
-    """Put together what all replicas wrote, and let it appear in the output folder; ``settings.json`` comes last."""
+    """Join what all replicas wrote and move it into the output folder. ``settings.json`` comes last."""
     count = len(job.prompts)
     codes = np.empty((count, job.settings.height, job.settings.width), dtype=np.int32)
     rows = [
@@ -214,7 +214,10 @@ def _finish(
 
 
 def on_sheet(count: int) -> list[int]:
-    """Which of so many pictures the contact sheet shows: evenly from all, since the first may be of one prompt."""
+    """Return the indices of the images on the contact sheet.
+
+    They are spread evenly, since the first may share one prompt.
+    """
     return np.linspace(0, count - 1, min(count, _ON_SHEET)).round().astype(int).tolist()
 
 

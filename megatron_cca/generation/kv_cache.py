@@ -1,8 +1,8 @@
-"""Keys and values of sequences that are being drawn, and the attention that reads them.
+"""The keys and values of sequences that are being decoded, and the attention that reads them.
 
-Megatron's static inference context keeps keys without their rotation and rotates all of them again for every token, and
-it takes a token's index in the batch for its position. Here keys are rotated once, and each row has its own positions,
-so that prompts of different lengths are drawn together.
+Megatron's static inference context stores keys without their rotation and rotates all of them again for every token. It
+also takes a token's index in the batch for its position. Here keys are rotated once, and each row has its own
+positions. Prompts of different lengths can therefore be decoded together.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from megatron_cca.models.rotary_2d import Rotation
 
 
 class KVCache:
-    """What one stream of sequences has been fed so far.
+    """The keys and values of everything that one stream of sequences has been fed.
 
     Args:
-        max_length: tokens that a row may hold in the end.
-        rotation: of at least so many positions.
+        max_length: how many tokens a row may hold at most.
+        rotation: of at least ``max_length`` positions.
     """
 
     def __init__(self, max_length: int, rotation: Rotation) -> None:
@@ -27,15 +27,15 @@ class KVCache:
         self.lengths: Tensor | None = None
         """int64 ``[B]``: tokens fed to each row."""
         self.longest = 0
-        """Places in use: of the row with most tokens, what fills up the prompts counted in."""
+        """How many places are in use: the tokens of the longest row, padding of the prompts included."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, tokens: Tensor, counts: Tensor | None) -> None:
-        """Say what is fed next: the prompts at first, then one token a row.
+        """Announce the next tokens: the prompts at first, then one token per row.
 
         Args:
-            tokens: int64 ``[B, S]``, filled up on the right; S is 1 but for the first time.
-            counts: int64 ``[B]``, how many of a row's tokens count; None means all.
+            tokens: int64 ``[B, S]``, padded on the right. S is 1 except for the prompts.
+            counts: int64 ``[B]``, how many of a row's tokens count. None means all.
         """
         batch, width = tokens.shape
         self.is_prompt = self.lengths is None
@@ -45,7 +45,7 @@ class KVCache:
             self._is_ragged = counts is not None and bool((counts != counts[0]).any())
         self._slots = self.lengths
         self.lengths = self.lengths + (width if counts is None else counts)
-        # No wait for the device while tokens are drawn: rows grow together.
+        # A count on the host: decoding must not wait for the device.
         self.longest += width
         self._set_rotation()
 
@@ -62,7 +62,10 @@ class KVCache:
         return table[self.longest - 1 : self.longest, None, None]
 
     def rotated(self, x: Tensor) -> Tensor:
-        """Queries or keys ``[S, B, heads, D]`` with their rotary embedding, in their dtype, as Megatron rounds it."""
+        """Apply the rotary embedding to queries or keys ``[S, B, heads, D]``.
+
+        The dtype and the rounding are Megatron's.
+        """
         cos, sin = (part.to(x.dtype) for part in self._cos_sin)
         return x * cos + self._quarter_turn(x) * sin
 
@@ -73,16 +76,16 @@ class KVCache:
         return torch.cat((-high, low), dim=-1)
 
     def extended(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store what is new in a layer and return all there is, ``[B, groups, T, D]`` each.
+        """Store the new keys and values of a layer and return all of them, ``[B, groups, T, D]`` each.
 
         Args:
             layer: any number that tells the layers of a rank apart.
-            key, value: ``[S, B, groups, D]``; keys rotated.
+            key, value: ``[S, B, groups, D]``. Keys are rotated.
         """
         if layer not in self._layers:
             _, batch, groups, channels = key.shape
             shape = (batch, groups, self.max_length, channels)
-            # Zeros, since what a row has not reached is looked at, if only to be masked.
+            # Zeros, since attention reads places that a row has not reached before it masks them.
             self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
         for whole, new in zip(self._layers[layer], (key, value), strict=True):
             new = new.permute(1, 2, 0, 3)
@@ -95,12 +98,12 @@ class KVCache:
 
     @property
     def mask(self) -> Tensor | None:
-        """bool ``[B, 1, 1, T]``, true where a row's new token may look; None if everywhere."""
+        """bool ``[B, 1, 1, T]``, true where a row's new token may attend. None if it may attend everywhere."""
         return self._mask
 
 
 class CachedAttention(torch.nn.Module):
-    """Stands in a layer for its core attention while sequences are drawn; ``cache`` is set before each pass."""
+    """Takes the place of a layer's core attention while sequences are decoded. ``cache`` is set before each pass."""
 
     def __init__(self, layer: int, softmax_scale: float | None) -> None:
         super().__init__()
@@ -108,11 +111,11 @@ class CachedAttention(torch.nn.Module):
         self.cache: KVCache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_unused, **_unused_too) -> Tensor:
-        """Attention of what is fed to itself and all before.
+        """Return the attention of the new tokens to themselves and to all earlier ones.
 
         Args:
             query: ``[S, B, heads, D]``, without rotary embedding.
-            key: ``[S, B, groups, D]``; value likewise.
+            key, value: ``[S, B, groups, D]``.
 
         Returns:
             ``[S, B, heads * D]``.
@@ -124,7 +127,7 @@ class CachedAttention(torch.nn.Module):
         return attend(query, keys, values)
 
     def _within_prompts(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # What fills shorter rows up stands behind them, where causality hides it.
+        # The padding of shorter rows comes after them, where the causal mask hides it.
         query = query.permute(1, 2, 0, 3)
         is_grouped = query.size(1) != keys.size(1)
         context = scaled_dot_product_attention(
@@ -133,7 +136,7 @@ class CachedAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _to_the_past(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # The heads of a query group are its queries: nothing is repeated for them.
+        # The heads of a query group become its queries, so that keys and values are not repeated.
         _, batch, heads, channels = query.shape
         grouped = query.view(batch, keys.size(1), heads // keys.size(1), channels)
         context = scaled_dot_product_attention(

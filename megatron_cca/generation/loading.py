@@ -1,4 +1,4 @@
-"""A model for sampling, from a Megatron checkpoint of any layout or from a Hugging Face folder."""
+"""Load a model for sampling, from a Megatron checkpoint of any layout or from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SamplingModel:
     Attributes:
         chunks: this rank's.
         architecture: its sizes and vocabulary.
-        config: what the checkpoint says of the run that made it.
+        config: the configuration of the run that made the checkpoint.
         folder: the checkpoint's own folder, or the Hugging Face folder.
-        is_huggingface: which of the two.
+        is_huggingface: whether ``folder`` is a Hugging Face folder.
     """
 
     chunks: list[torch.nn.Module]
@@ -42,16 +42,16 @@ class SamplingModel:
 
 
 def is_huggingface(checkpoint: str) -> bool:
-    """Whether a folder is of Hugging Face's form."""
+    """Return whether a folder is a Hugging Face checkpoint."""
     return (Path(checkpoint) / CONFIG).is_file()
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """What a checkpoint says of itself; its weights are still where they were.
+    """A checkpoint whose configuration is read and whose weights are not.
 
     Attributes:
-        source: a checkpoint's own folder, or one of Hugging Face's.
+        source: a checkpoint's own folder, or the Hugging Face checkpoint.
         config, architecture, folder: as :class:`SamplingModel` has them.
     """
 
@@ -62,14 +62,14 @@ class Inspected:
 
 
 def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None) -> Inspected:
-    """Look at a checkpoint, and refuse one that cannot be sampled on a layout.
+    """Inspect a checkpoint, and refuse one that cannot be sampled on a layout.
 
     Args:
         checkpoint: see :func:`load_for_sampling`.
-        parallel: the layout; None means that of Megatron's groups. Without them it needs no job.
+        parallel: the layout. None means that of Megatron's process groups. With a layout, no process groups are needed.
 
     Raises:
-        UserError: nothing there, no image tokens, or a layout that cannot split it.
+        UserError: no checkpoint there, no known image tokens, or a layout that cannot split it.
     """
     if is_huggingface(checkpoint):
         source = HuggingFaceCheckpoint(Path(checkpoint), OPTION)
@@ -90,14 +90,14 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
 
 
 def load_for_sampling(checkpoint: str | Inspected, precision: Precision | None = None) -> SamplingModel:
-    """The model of a checkpoint, split as Megatron's groups say: any TP x PP, whatever layout it was trained on.
+    """Load the model of a checkpoint, split over Megatron's process groups.
 
-    It has Megatron's local layers on every device, and LoRA adapters are merged into its weights. Collective over all
-    ranks; process groups must be initialised.
+    Any TP x PP will do, whatever the layout in training was. The model has Megatron's local layers on every device.
+    LoRA adapters are merged into its weights. Collective over all ranks. Process groups must be initialised.
 
     Args:
-        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors; or one looked at already.
-        precision: ``fp32`` or ``bf16``; None means the checkpoint's own, with FP8 as bf16.
+        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors, or an :class:`Inspected`.
+        precision: ``fp32`` or ``bf16``. None means the checkpoint's own, with FP8 as bf16.
 
     Raises:
         UserError: no whole checkpoint there, no known image tokens, or a layout that cannot split it.

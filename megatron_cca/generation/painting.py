@@ -1,4 +1,4 @@
-"""From captions to pictures."""
+"""Generate images for prompts: encode captions, sample codes over all ranks, decode codes to pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, samp
 from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
 from megatron_cca.models.architecture import Architecture, grid_misfit
 
-# Pictures that pass through the image tokenizer together, in tokens: 64 of 16 x 16, one of Emu3's.
+# Tokens that pass through the image tokenizer together: 64 images of 16 x 16 codes, or one of Emu3's.
 _TOKENS_DECODED = 16_384
 
 Progress = Callable[[int], None]
@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was drawn, in the order of the prompts.
+    """Generated images, in the order of the prompts.
 
     Attributes:
         images: uint8 ``[N, H, W, 3]``.
@@ -41,7 +41,7 @@ class Pictures:
 
 
 class Painter:
-    """Draws a caption's picture with a model.
+    """Generates images for prompts with a model.
 
     Args:
         chunks: this rank's model chunks, frozen or in training.
@@ -61,17 +61,20 @@ class Painter:
         on_progress: Progress = lambda images: None,
         on_tokens: Progress = lambda tokens: None,
     ) -> Pictures:
-        """All pictures, on every rank; data-parallel ranks share the work. Collective over all ranks of the job.
+        """Generate all images and return them on every rank.
+
+        Data-parallel ranks share the work. Collective over all ranks.
 
         Args:
             prompts: with seeds.
             settings: how to draw.
-            negative: the second stream's caption where there is one; empty for the unconditional one.
-            on_progress: called with the number of pictures just finished, by whichever rank finished them.
-            on_tokens: called on every rank that draws, with the number of tokens just drawn.
+            settings: how to draw.
+            negative: the second stream's caption where there is one. Empty for the unconditional one.
+            on_progress: called with the number of images that were just finished, on the rank that finished them.
+            on_tokens: called on every rank that draws, with the number of tokens that were just drawn.
 
         Raises:
-            UserError: a caption that is too long for the model's positions, a grid that does not fit.
+            UserError: a caption that is too long for the model's positions, or a grid that does not fit.
         """
         group = parallel_state.get_data_parallel_group()
         mine = range(group.rank(), len(prompts), group.size())
@@ -83,7 +86,7 @@ class Painter:
         return _gathered(drawn, len(prompts), settings, group)
 
     def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
-        """What the sampler is asked for; raises as :meth:`paint` does."""
+        """Return the requests for the sampler. Raises as :meth:`paint` does."""
         vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
         return [
             ImageRequest(self._prompt_ids(prompt.title, caption_ids(vocabulary, text, prompt), settings), prompt.seed)
@@ -91,7 +94,10 @@ class Painter:
         ]
 
     def second_prompt(self, settings: SamplingSettings, negative: str = "") -> np.ndarray | None:
-        """The second stream's prompt, int64 ``[P]``; None where there is one stream; raises as :meth:`paint` does."""
+        """Return the second stream's prompt, int64 ``[P]``.
+
+        None where there is one stream. Raises as :meth:`paint` does.
+        """
         if settings.forwards_per_token == 1:
             return None
         caption = negative_ids(self.architecture.vocabulary, self.tokenizers.text, negative)
@@ -104,11 +110,11 @@ class Painter:
         second: np.ndarray | None,
         on_tokens: Progress = lambda tokens: None,
     ) -> np.ndarray:
-        """int64 ``[N, h, w]`` for this replica's own requests. Collective over its model-parallel ranks."""
+        """Draw codes int64 ``[N, h, w]`` for this replica's own requests. Collective over its model-parallel ranks."""
         return sample_codes(self.chunks, self.architecture.vocabulary, requests, settings, second, on_tokens)
 
     def decoded(self, codes: np.ndarray) -> np.ndarray:
-        """uint8 ``[N, H, W, 3]`` of codes int64 ``[N, h, w]``."""
+        """Decode codes int64 ``[N, h, w]`` to images uint8 ``[N, H, W, 3]``."""
         at_once = max(1, _TOKENS_DECODED // (codes.shape[1] * codes.shape[2]))
         parts = torch.from_numpy(codes).split(at_once)
         return np.concatenate([self.tokenizers.images.decode(part).cpu().numpy() for part in parts])
@@ -155,13 +161,13 @@ def open_painter(
     precision: Precision | None = None,
     before_loading: Callable[[Painter], object] = lambda painter: None,
 ) -> Painter:
-    """A painter for a checkpoint, over all ranks of the job; process groups must be initialised.
+    """Open a checkpoint for generation, over all ranks of the job. Process groups must be initialised.
 
     Args:
         checkpoint: see :func:`load_for_sampling`.
-        text_tokenizer, image_tokenizer: folders; None means those that belong to the checkpoint.
-        precision: of the model; None means the checkpoint's.
-        before_loading: called with the painter while it has tokenizers and no weights yet, to refuse what does not fit.
+        text_tokenizer, image_tokenizer: folders. None means those that belong to the checkpoint.
+        precision: of the model. None means the checkpoint's.
+        before_loading: called with the painter once it has tokenizers but no weights, to refuse what does not fit.
 
     Raises:
         UserError: see :func:`load_for_sampling` and :func:`open_tokenizers`.
@@ -201,7 +207,7 @@ def _gathered(
 
 
 def _interleaved(shares: Sequence[np.ndarray], total: int) -> np.ndarray:
-    """Rows r, r + size, ... of rank r put back in order."""
+    """Return the rows of all ranks in their order. Rank r has rows r, r + size, ..."""
     whole = np.empty((total, *shares[0].shape[1:]), dtype=shares[0].dtype)
     for rank, share in enumerate(shares):
         whole[rank :: len(shares)] = share

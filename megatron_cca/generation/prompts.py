@@ -1,4 +1,4 @@
-"""What to draw: captions with their seeds, from a file, from classes, or the demo's digits."""
+"""Prompts with seeds: from a file, from classes, or of the demo's digits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import KIND_BYTES, kind_of
 
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
-# Image seeds of one run do not meet those of the next.
+# The seeds of images of one run differ from those of the next.
 _SEEDS_PER_RUN = 1_000_000
 
 
@@ -25,9 +25,9 @@ class Prompt:
     """One image to draw.
 
     Attributes:
-        text: its caption; None where only its class is known.
-        seed: of its random stream; None until :func:`seeded`.
-        label: the class that it should show, for judges and for models that take classes; None where there is none.
+        text: its caption. None where only its class is known.
+        seed: of its random stream. None until :func:`seeded`.
+        label: the class that it should show, for classifiers and for models of classes. None where there is none.
     """
 
     text: str | None
@@ -36,12 +36,12 @@ class Prompt:
 
     @property
     def title(self) -> str:
-        """What people see of it."""
+        """The text that people see."""
         return f"class {self.label}" if self.text is None else self.text
 
 
 def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts, those without a seed with one that follows from ``seed`` and their place in the list."""
+    """Return the prompts with seeds. A missing seed is made of ``seed`` and the prompt's place in the list."""
     return [
         prompt if prompt.seed is not None else replace(prompt, seed=seed * _SEEDS_PER_RUN + index)
         for index, prompt in enumerate(prompts)
@@ -49,7 +49,7 @@ def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
 
 
 def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-    """Each prompt ``times`` times in a row; those that bring a seed of their own count on from it."""
+    """Return each prompt ``times`` times in a row. The copies of a prompt with a seed have consecutive seeds."""
     return [
         prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + turn)
         for prompt in prompts
@@ -58,7 +58,10 @@ def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
 
 
 def digit_prompts(count: int, seed: int) -> list[Prompt]:
-    """The digits in turn, each in one of the phrasings that the demo's model was trained on, with seeds."""
+    """Return ``count`` prompts of the digits in turn, with seeds.
+
+    Each has one of the phrasings of the demo's captions.
+    """
     phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=count)
     labels = np.arange(count) % 10
     prompts = [
@@ -69,19 +72,19 @@ def digit_prompts(count: int, seed: int) -> list[Prompt]:
 
 
 def digit_classes() -> list[Prompt]:
-    """Each digit once, in the first of its phrasings."""
+    """Return one prompt per digit, in the first of its phrasings."""
     return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
 
 
 def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:
-    """One prompt for each class that is wanted.
+    """Return one prompt per wanted class.
 
     Args:
-        captions: of all classes, or None where a class has no name; its label is its place.
+        captions: of all classes, or None where a class has no name. The label of a class is its place.
         wanted: captions, labels, or the one word ``all``.
 
     Raises:
-        UserError: a class that is not there; says which are.
+        UserError: an unknown class. The message says which there are.
     """
     is_all = list(wanted) == ["all"]
     labels = range(len(captions)) if is_all else [_label(captions, name) for name in wanted]
@@ -101,13 +104,13 @@ def _label(captions: Sequence[str | None], name: str) -> int:
 
 
 def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]:
-    """What classes are called, a line each, in the order of their labels.
+    """Return the names of classes in the order of their labels, read from a file with one name per line.
 
-    Of a line as in ImageNet's ``LOC_synset_mapping.txt`` ("n01440764 tench, Tinca tinca"), the first name is taken.
+    From a line of ImageNet's ``LOC_synset_mapping.txt`` ("n01440764 tench, Tinca tinca") the first name is taken.
 
     Args:
         path: of the file.
-        num_classes: how many there must be; None means any.
+        num_classes: how many there must be. None means any number.
 
     Raises:
         UserError: unreadable, empty, of another number of classes, with labels in another order, or partly in
@@ -128,10 +131,12 @@ def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: a text a line, or JSON lines with ``prompt``, ``label`` or both, and ``seed`` if wanted.
+    """Return the prompts in a file.
+
+    The file has one text per line, or JSON lines with ``prompt``, ``label`` or both, and optionally ``seed``.
 
     Raises:
-        UserError: unreadable, empty, or a line that is not as it should be; names file and line.
+        UserError: an unreadable or empty file, or a wrong line. The message names file and line.
     """
     with said_of(path):
         text, is_json = _text_of(path), path.suffix.lower() in (".jsonl", ".json")
@@ -145,10 +150,10 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _text_of(path: Path) -> str:
-    """What a file of text holds, lines ended as on this system.
+    """Return the contents of a text file. Every line ends in a single newline character, whichever the file has.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or holds something else.
     """
     try:
         content = path.read_bytes()
@@ -163,12 +168,12 @@ def _text_of(path: Path) -> str:
         text = None
     if kind is not None or text is None:
         raise UserError(f"is not text in UTF-8{f': it is {kind}' if kind else ''}")
-    # Not at everything that Unicode takes for the end of a line: JSON may hold it.
+    # Not str.splitlines(): JSON may hold other characters that Unicode takes for the end of a line.
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _refuse_other_forms(path: Path, text: str, *, is_json: bool) -> None:
-    """Refuse what would be read line by line and is no list of lines."""
+    """Refuse a file in another format that would otherwise be read line by line."""
     if path.suffix.lower() in (".csv", ".tsv"):
         raise UserError(f"is a table; {_WANTED}")
     whole = _parsed(text)
@@ -182,7 +187,7 @@ def _refuse_other_forms(path: Path, text: str, *, is_json: bool) -> None:
 
 
 def _parsed(text: str) -> Any:
-    """The JSON object or array that a text is; None for anything else."""
+    """Return the JSON object or array in a text. None means that it holds neither."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:

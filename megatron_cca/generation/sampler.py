@@ -1,8 +1,8 @@
-"""Draw images: what the vocabulary's grammar dictates is forced, one random stream an image.
+"""Sample images from a model, in batches of requests.
 
-Only visual tokens are drawn, from the softmax over the visual part of the vocabulary; what the grammar dictates is put
-in. Each image has its own seed, so that it comes out the same in any batch and on any layout, up to the rounding of
-logits: a random number that falls within a rounding error of the border between two codes may take either.
+Only visual tokens are drawn, from the softmax over the visual part of the vocabulary. The vocabulary's grammar gives
+all other tokens. Each image has its own seed. It therefore comes out the same in any batch and on any layout, except
+for the rounding of logits: a random number within a rounding error of the border between two codes may select either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: ``prompt`` int64 ``[P]``, ids up to and including IMG, and the seed of its random stream."""
+    """One image to draw: ``prompt`` int64 ``[P]``, ids up to the image's first, and the seed of its random stream."""
 
     prompt: np.ndarray
     seed: int | Sequence[int]
@@ -39,12 +39,12 @@ class SamplingSettings:
 
     Attributes:
         height, width: of the grid of visual tokens.
-        guidance_scale: s >= 0 in (1 + s) cond - s uncond; 0 is guidance-free, one forward pass a token.
-        contrastive_top_k: k of contrastive decoding, CD-K; 0 switches it off. It takes two passes, as guidance does.
-        contrastive_alpha: its share of the k-th likeliest token's probability that a token must have, in (0, 1].
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from the k likeliest codes; 0 means all.
-        top_p: draw from the likeliest codes that reach this probability, in (0, 1]; 1 means all.
+        guidance_scale: s >= 0 in (1 + s) cond - s uncond. 0 is guidance-free, with one forward pass per token.
+        contrastive_top_k: k of contrastive decoding, CD-K. 0 switches it off. It takes two passes, as guidance does.
+        contrastive_alpha: a token must have at least this share of the k-th likeliest token's probability, in (0, 1].
+        temperature: divides the logits. 0 takes the likeliest token.
+        top_k: draw from the k likeliest codes. 0 means all.
+        top_p: draw from the likeliest codes that together reach this probability, in (0, 1]. 1 means all.
         batch_size: images drawn at a time.
 
     Raises:
@@ -82,7 +82,7 @@ class SamplingSettings:
 
     @property
     def forwards_per_token(self) -> int:
-        """Forward passes that one token costs."""
+        """How many forward passes one token costs."""
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 
@@ -94,16 +94,16 @@ def sample_codes(
     unconditional: np.ndarray | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Draw one image per request; collective over the tensor- and pipeline-parallel ranks, which all get the answer.
+    """Draw one image per request. Collective over the tensor- and pipeline-parallel ranks, which all get the result.
 
     Args:
-        chunks: this rank's model chunks, see :class:`Decoder`; left as they were.
+        chunks: this rank's model chunks, see :class:`Decoder`. They are left as they were.
         vocabulary: the model's.
         requests: what to draw.
         settings: how to draw it.
-        unconditional: int64 ``[U]``, the prompt of the second stream, with an empty or a negative caption; needed where
-            ``settings`` take two passes a token.
-        on_tokens: called with the number of visual tokens just drawn.
+        unconditional: int64 ``[U]``, the prompt of the second stream, with an empty or a negative caption. Needed where
+            ``settings`` take two passes per token.
+        on_tokens: called with the number of visual tokens that were just drawn.
 
     Returns:
         int64 codes ``[N, height, width]``.
@@ -121,13 +121,13 @@ def sample_codes(
 
 
 def _batches(requests: Sequence[ImageRequest], batch_size: int) -> list[list[int]]:
-    """Request indices with prompts of similar length together: equal ones need no mask."""
+    """Return request indices in batches of prompts of similar length. Prompts of equal length need no mask."""
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 class _Group:
-    """Images that pass through the model together: their streams, the conditional one first, and random numbers."""
+    """Images that pass through the model together, with their random numbers. The conditional stream comes first."""
 
     def __init__(
         self,
@@ -146,17 +146,20 @@ class _Group:
         self.uniforms = torch.from_numpy(np.stack(rows)).to(platform.device())
 
     def feed_prompts(self) -> None:
-        """Leave in ``logits`` what the streams say of the first token."""
+        """Feed the prompts, and keep the logits of the first token in ``logits``."""
         pairs = zip(self._caches, self._prompts, strict=True)
         self.logits = [self.decoder.feed(cache, tokens, counts) for cache, (tokens, counts) in pairs]
 
     def feed(self, tokens: Tensor) -> None:
-        """One token a row, int64 ``[B]``, the same for all streams."""
+        """Feed one token per row, int64 ``[B]``, to all streams."""
         self.logits = [self.decoder.feed(cache, tokens[:, None]) for cache in self._caches]
 
 
 def _filled_up(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:
-    """int64 ``[B, longest]``, and int64 ``[B]`` lengths; None where all are equal."""
+    """Return prompts padded on the right, int64 ``[B, longest]``, and lengths int64 ``[B]``.
+
+    No lengths if all are equal.
+    """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -173,11 +176,11 @@ def _draw(
     unconditional: np.ndarray | None,
     on_tokens: Callable[[int], None],
 ) -> np.ndarray:
-    """int64 ``[B, height * width]``."""
+    """Draw a batch of requests, and return codes int64 ``[B, height * width]``."""
     forced = vocabulary.forced_tokens(settings.height, settings.width)
     last_visual = int(np.flatnonzero(forced < 0)[-1])
     second = unconditional if settings.forwards_per_token == 2 else None
-    # One group a pipeline stage: while one stage has the first, the next has the second.
+    # One group per pipeline stage, so that all stages work at the same time.
     parts = np.array_split(np.arange(len(requests)), min(len(requests), _pipeline_size()))
     groups = [_Group(decoder, [requests[index] for index in part], second, last_visual) for part in parts]
     for group in groups:
@@ -208,7 +211,7 @@ def _pipeline_size() -> int:
 
 
 def _agreed_codes(decoder: Decoder, groups: Sequence[_Group], position: int, settings: SamplingSettings) -> Tensor:
-    """Codes of all groups, int64 ``[B]``: the last pipeline stage draws, and tells the others."""
+    """Return codes of all groups, int64 ``[B]``. The last pipeline stage draws them and sends them to the others."""
     if decoder.is_last_stage:
         codes = torch.cat([_codes(group.logits, group.uniforms[:, position], settings) for group in groups])
     else:

@@ -1,4 +1,4 @@
-"""Which text and image tokenizer belong to a checkpoint: those it brings, or those of the data it was trained on."""
+"""Find the text and image tokenizer of a checkpoint: its own, or those of the data that it was trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPTIONS = ("--text-tokenizer", "--image-tokenizer")
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Both tokenizers of a model; ``text`` is None where captions are classes."""
+    """Both tokenizers of a model. ``text`` is None where captions are classes."""
 
     text: TextTokenizer | None
     images: ImageTokenizer
@@ -44,18 +44,18 @@ def open_tokenizers(
     device: str | torch.device = "cpu",
     options: tuple[str, str] = OPTIONS,
 ) -> Tokenizers:
-    """The tokenizers of a checkpoint.
+    """Return the tokenizers of a checkpoint.
 
     Args:
         checkpoint: its own folder, or a Hugging Face folder.
-        config: what it says of itself; ``data.path`` is looked at last.
+        config: the checkpoint's configuration. Its ``data.path`` is searched last.
         vocabulary: which the tokenizers must fit.
-        text, images: folders that the user named; None means to look for them.
+        text, images: folders that the user named. None means to search for them.
         device: of the image tokenizer.
-        options: where a user names them, for messages.
+        options: the options that name them, for messages.
 
     Raises:
-        UserError: none found, damaged, or of another size than the model's vocabulary; names option or folder.
+        UserError: none found, a damaged one, or one that does not fit the vocabulary; names option or folder.
     """
     with said_of(options[0]):
         words = _words(checkpoint, config, vocabulary, text)
@@ -70,12 +70,13 @@ def open_tokenizers(
 
 
 def usual_grid(config: Config) -> tuple[int, int]:
-    """Height and width, in visual tokens, that a model draws: its only ones, or those of all that it was trained on.
+    """Return height and width, in visual tokens, of the images that a model draws.
 
-    Where the data are unknown, not here or of several sizes, it is what the released model draws.
+    A model of one grid has that one. For other models it is the only grid of the training data. Where the data are
+    unknown, missing or of several grids, it is the grid of the released model.
 
     Raises:
-        UserError: then, a model that was not released or has too few positions for that.
+        UserError: the released grid is needed, but the model has none or has too few positions for it.
     """
     architecture = resolve_architecture(config.model)
     own = own_grid(architecture)
@@ -136,7 +137,7 @@ def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> 
         try:
             return files.open(checkpoint, device)
         except UserError:
-            pass  # the decoder alone, whose image tokenizer lies elsewhere
+            pass  # a folder of the decoder alone; its image tokenizer is elsewhere
     for folder in _data_folders(config):
         if (folder / CODEBOOK_FILE).is_file():
             return open_image_tokenizer(folder, device)

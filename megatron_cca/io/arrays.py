@@ -1,4 +1,4 @@
-"""numpy's files, never with a pickle in them, and never believed in what they say of their size."""
+"""Read numpy's files without pickles, and without trusting what they say of their size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_cca.errors import UserError
 
 
 def mapped_array(path: Path) -> np.ndarray:
-    """The array in an ``.npy`` file, as a memory map that is read only.
+    """Return the array in an ``.npy`` file, as a read-only memory map.
 
     Raises:
-        UserError: a damaged file, or one that holds something else; does not name it.
+        UserError: a damaged file, or one that holds something else. The message does not name it.
     """
     try:
-        # Of an array that the file is too short for, nothing is mapped.
+        # numpy refuses to map an array that is longer than the file.
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     # numpy promises no closed set for damaged headers.
     except Exception as error:
@@ -32,7 +32,7 @@ def mapped_array(path: Path) -> np.ndarray:
 
 
 def array_in(content: bytes) -> np.ndarray:
-    """The array that the bytes of an ``.npy`` file hold.
+    """Return the array in the bytes of an ``.npy`` file.
 
     Raises:
         UserError: damaged, cut short, or something else than one array of plain data.
@@ -51,15 +51,15 @@ def array_in(content: bytes) -> np.ndarray:
 
 
 def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays in an ``.npz`` file.
+    """Return the arrays in an ``.npz`` file.
 
     Args:
         path: the file.
-        names: those that are read, where they are there; None means all.
+        names: the arrays to read, as far as they exist. None means all.
 
     Raises:
-        UserError: a damaged file, one that holds objects, or an array that is larger than what is there of it; does not
-            name the file.
+        UserError: a damaged file, one that holds objects, or an array that claims more bytes than the file has. The
+            message does not name the file.
     """
     if not zipfile.is_zipfile(path):
         raise UserError("cannot be read as .npz: it is cut short or something else; write it with numpy.savez")
@@ -70,13 +70,13 @@ def archived_arrays(path: Path, names: Collection[str] | None = None) -> dict[st
             return {name: _array_in(archive, members[name]) for name in wanted}
     except UserError:
         raise
-    # Neither does zipfile.
+    # zipfile promises no closed set of exceptions either.
     except Exception as error:
         raise UserError(f"cannot be read as .npz ({_reason(error)})") from None
 
 
 def archived_names(path: Path) -> list[str]:
-    """The arrays' names in an ``.npz`` that :func:`archived_arrays` has read."""
+    """Return the names of the arrays in an ``.npz`` file that :func:`archived_arrays` has read."""
     with zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
@@ -84,7 +84,7 @@ def archived_names(path: Path) -> list[str]:
 def _array_in(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as file:
         shape, _, dtype = _header(file)
-    # numpy takes the memory before it reads; a zip of so many bytes cannot unpack to more than this.
+    # numpy allocates before it reads. So many compressed bytes cannot unpack to more than this.
     if math.prod(shape) * dtype.itemsize > min(member.file_size, 2000 * member.compress_size):
         raise UserError(f"{member.filename} is larger than what is there of it")
     with archive.open(member) as file:

@@ -1,4 +1,4 @@
-"""What somebody else may have written: JSON, files of any kind, and the names that a list gives to files beside it."""
+"""Read files that somebody else may have written: JSON, their kinds, and the names that a list gives to other files."""
 
 from __future__ import annotations
 
@@ -47,18 +47,21 @@ _PAGES = (b"<!doctype html", b"<html")
 
 
 def kind_of(start: bytes) -> str | None:
-    """What a file is by its first :data:`KIND_BYTES` bytes, in words; None where they say nothing, as of plain text."""
+    """Return the kind of a file in words, by its first :data:`KIND_BYTES` bytes.
+
+    None means unknown, as of plain text.
+    """
     for offset, magic, name in _KINDS:
         if start[offset : offset + len(magic)] == magic:
             return name
     if start[:20].lstrip().lower().startswith(_PAGES):
         return "a web page"
-    # A letter of ASCII in UTF-16 has a zero byte before or behind it.
+    # An ASCII letter in UTF-16 has a zero byte before or after it.
     return UTF_16 if len(start) > 1 and (start[0] == 0) != (start[1] == 0) else None
 
 
 def kind_of_file(path: Path) -> str | None:
-    """:func:`kind_of` a file; None where it cannot be read, which its reader says."""
+    """Return the :func:`kind_of` a file. None means unknown, or that the file cannot be read."""
     try:
         with path.open("rb") as file:
             return kind_of(file.read(KIND_BYTES))
@@ -67,24 +70,26 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def said_kind(path: Path, but: Collection[str] = ()) -> str:
-    """What a file is instead of what its reader expects, to stand at the end of a message.
+    """Return the end of an error message that says what kind of file this is.
+
+    It is empty where that is unknown or expected.
 
     Args:
         path: the file.
-        but: kinds that the reader's own files are of.
+        but: the kinds that the reader expects.
     """
     kind = kind_of_file(path)
     return "" if kind is None or kind in but else f"; it is {kind}"
 
 
 def hub_blobs(folder: str | os.PathLike) -> Path | None:
-    """Where the hub's cache keeps the contents of a snapshot, whose files are links to there.
+    """Return where the hub's cache keeps the contents of a snapshot. The files of a snapshot are links to there.
 
     Args:
-        folder: ``.../snapshots/REVISION``, or a folder in it; without symbolic links.
+        folder: ``.../snapshots/REVISION``, or a folder in it, without symbolic links.
 
     Returns:
-        ``blobs`` beside ``snapshots``; None for any other folder.
+        ``blobs`` beside ``snapshots``. None for any other folder.
     """
     for revision in (Path(folder), *Path(folder).parents):
         blobs = revision.parent.parent / "blobs"
@@ -94,7 +99,7 @@ def hub_blobs(folder: str | os.PathLike) -> Path | None:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether something found in a file may be the name of another file in the same folder."""
+    """Return whether something found in a file may be the name of another file in the same folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     try:
@@ -104,14 +109,14 @@ def is_file_name(name: object) -> bool:
 
 
 def file_below(folder: Path, name: object) -> Path:
-    """The file that a name found inside a folder stands for.
+    """Return the path of a file whose name was found inside a folder.
 
     Args:
-        folder: which the user named; it may be a symbolic link itself.
-        name: foreign, relative to it.
+        folder: named by the user. It may be a symbolic link itself.
+        name: foreign input, relative to the folder.
 
     Raises:
-        UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, no such file.
+        UserError: no text, an absolute name, one that leaves the folder by ".." or by a symbolic link, or no such file.
     """
     if not isinstance(name, str) or not is_below(folder, name):
         reason = "; names are relative to it" if isinstance(name, str) and Path(name).is_absolute() else ""
@@ -123,9 +128,9 @@ def file_below(folder: Path, name: object) -> Path:
 
 
 def is_below(folder: Path, name: str) -> bool:
-    """Whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it.
+    """Return whether a name stays in a folder: relative, without a ".." or a symbolic link that leads out of it.
 
-    Of a snapshot in the hub's cache, a link may lead into the cache's contents.
+    In a snapshot of the hub's cache, a link may also lead into the cache's contents.
     """
     try:
         target, real = os.path.realpath(folder / name), os.path.realpath(folder)
@@ -136,10 +141,10 @@ def is_below(folder: Path, name: str) -> bool:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
-        UserError: it cannot be read, or holds none; names the file.
+        UserError: the file cannot be read, or holds no object; names the file.
     """
     try:
         found = json.loads(path.read_bytes())
@@ -153,11 +158,11 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def json_lines(path: Path, **required: type) -> Iterator[tuple[str, dict]]:
-    """Lines of a log and the objects in them; complete ones only, since a killed run may leave half of its last one.
+    """Yield the complete lines of a log and the objects in them. A killed run may leave half of its last line.
 
     Args:
-        path: where there is no file, there are no lines.
-        required: a key that every object has, and its type.
+        path: the file. If it is missing, there are no lines.
+        required: keys that every object has, with their types.
 
     Raises:
         UserError: a line that holds something else; names it.

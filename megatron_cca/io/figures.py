@@ -1,4 +1,4 @@
-"""The one style of all figures, and the contact sheet; whoever imports this needs matplotlib."""
+"""The one style of all figures, and the contact sheet. This module needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from megatron_cca.io.outputs import whole_file
 
 INK, GREY = "#1b1b1b", "#6b6b6b"
-# Okabe and Ito's, which colour-blind readers tell apart.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, SKY, ORANGE, GREEN = "#0072b2", "#56b4e9", "#e69f00", "#009e73"
 RED, PINK, YELLOW = "#d55e00", "#cc79a7", "#f0e442"
 
 
 def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-    """Images uint8 ``[H, W, 3]`` of any sizes, each over its caption."""
+    """Write a PNG that shows images uint8 ``[H, W, 3]`` of any sizes, each with its caption below it."""
     across = min(4, len(images))
     rows = -(-len(images) // across)
     figure = Figure(figsize=(across * 2.6, rows * 3.1), dpi=130)
@@ -30,17 +30,17 @@ def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[s
     for axis, image, caption in zip(axes, images, captions, strict=False):
         axis.imshow(image, interpolation="nearest" if max(image.shape) < 64 else "antialiased")
         lines = textwrap.wrap(caption, 34, max_lines=4, placeholder=" ...") or [""]
-        # A caption may hold dollar signs; they are not mathematics here.
+        # A caption may hold dollar signs, which are no mathematics here.
         axis.set_title("\n".join(lines), fontsize=7, color=INK, y=-0.04, va="top", parse_math=False)
     with warnings.catch_warnings():
-        # The font at hand has not every script's letters; it draws a box then.
+        # The font lacks the letters of some scripts, and draws boxes for them.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.tight_layout(pad=0.8, h_pad=2.2)
         save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG on white; under its name it is whole or not there."""
+    """Write a figure as PNG on white. The file is whole or not there."""
     FigureCanvasAgg(figure)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", facecolor="white", bbox_inches="tight", pad_inches=0.12)

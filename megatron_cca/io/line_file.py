@@ -1,4 +1,4 @@
-"""A log in a file that others may move or remove while a run writes it."""
+"""A log file that others may move or remove while a run writes it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 class LineFile:
-    """Appends lines to a file, each in one write. Where the file is gone, it is begun anew.
+    """Appends lines to a file, each in one write. A missing file is made anew.
 
     Args:
-        path: of the file; its folder exists.
+        path: of the file. Its folder exists.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # Unbuffered, so that no line waits for room that never comes.
+        # Unbuffered, so that no line waits in memory for a full disk.
         self._file = path.open("ab", buffering=0)
 
     def append(self, line: str) -> bool:
-        """Append a line; returns whether the file was gone.
+        """Append a line, and return whether the file was missing.
 
         Raises:
-            OSError: what the file system refuses. The next line may have more luck.
+            OSError: an error of the file system. A later line may succeed.
         """
         is_gone = not self._is_there()
         if is_gone:
@@ -34,12 +34,12 @@ class LineFile:
         return is_gone
 
     def _is_there(self) -> bool:
-        # What is written into a removed file goes nowhere, without an error.
+        # Writing into a removed file raises no error.
         try:
             return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
         except FileNotFoundError:
             return False
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""Output folders: nothing is replaced unasked, a full disk is one line, and what is half-written never looks whole."""
+"""Write output folders: replace nothing unasked, report a full disk in one line, never show a half-written output."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def check_output(output: Path, former: Collection[str], unfinished: Collection[str], *, overwrite: bool) -> None:
-    """Refuse a claimed folder that holds something which is not to be replaced.
+    """Refuse a claimed folder that holds something that must not be replaced.
 
     Args:
         output: the folder that the user named.
-        former: what a former output of the same kind consists of; only that may be replaced.
-        unfinished: names under which an interrupted attempt may have left something; they do not count.
+        former: names of what a former output of the same kind consists of. Only these may be replaced.
+        unfinished: names that an interrupted attempt may have left. They do not count.
         overwrite: whether the user allows replacing.
 
     Raises:
@@ -50,14 +50,14 @@ def _some(names: list[str]) -> str:
 
 
 def check_writable(path: Path, option: str = OPTION) -> None:
-    """Refuse, before any work, a file or folder that could not be written after it; nothing is made.
+    """Refuse, before any work, a file or folder that cannot be written. Nothing is made.
 
     Args:
         path: it need not exist.
         option: where the user named it, for messages.
 
     Raises:
-        UserError: says what the file system has against it.
+        UserError: it cannot be written. The message gives the file system's reason.
     """
     is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises below a folder that may not be entered
     error = refusal(path if is_folder else path.parent, make=False)
@@ -75,7 +75,7 @@ def _cannot_be_written(path: Path, error: OSError, option: str = OPTION) -> User
 
 
 def check_apart(output: Path, source: Path, option: str) -> None:
-    """Refuse to write into the folder that is read, around it or inside it."""
+    """Refuse an output that is the folder that is read, contains it, or lies in it."""
     inner, outer = output.resolve(), source.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise UserError(f"{OPTION}: {output} and {option} {source} are in each other's way; give another folder")
@@ -83,7 +83,7 @@ def check_apart(output: Path, source: Path, option: str) -> None:
 
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Keep other processes from writing into the folder meanwhile; it is made if there is none, and goes if left empty.
+    """Lock a folder against other processes inside the block. The folder is made if missing, and removed if left empty.
 
     Raises:
         UserError: another process has claimed it, or it cannot be made.
@@ -105,7 +105,7 @@ def claimed(output: Path) -> Iterator[None]:
     finally:
         os.close(handle)
         for folder in missing:
-            # Whoever tidies up around it may have been quicker.
+            # Another process may have removed it.
             with contextlib.suppress(FileNotFoundError):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
@@ -113,10 +113,10 @@ def claimed(output: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
-    """Make an empty folder to write in, inside a claimed one; it disappears again if the block fails.
+    """Make an empty folder to write in, inside a claimed one. It is removed if the block fails.
 
     Raises:
-        UserError: too little space, or anything the file system refuses; names the folder or file.
+        UserError: too little space, or an error of the file system; names the folder or file.
     """
     try:
         with file_system_errors(partial.parent):
@@ -130,7 +130,7 @@ def staging(partial: Path, needed_bytes: int) -> Iterator[None]:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to write more than fits.
+    """Refuse to write more than fits on the disk.
 
     Raises:
         UserError: says how much is free and how much is needed.
@@ -143,16 +143,16 @@ def check_space(folder: Path, needed_bytes: int) -> None:
 
 @contextmanager
 def replacing(output: Path, former: Collection[str], partial: str, last: str) -> Iterator[Path]:
-    """A folder to write in; what is there at the end takes the place of a former output.
+    """Yield a folder to write in. At the end of the block its contents replace a former output.
 
     Args:
         output: a claimed folder.
-        former: names of what a former output consists of; it goes.
-        partial: the folder's name inside ``output`` meanwhile; it disappears if the block fails.
-        last: the file that goes first and arrives last: where it is, all is there.
+        former: names of what a former output consists of. These are removed.
+        partial: the folder's name inside ``output`` meanwhile. It is removed if the block fails.
+        last: the file that is removed first and written last. Where it exists, the output is whole.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: an error of the file system.
     """
     staged = output / partial
     with staging(staged, 0):
@@ -166,7 +166,7 @@ def replacing(output: Path, former: Collection[str], partial: str, last: str) ->
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write over a file unasked.
+    """Refuse to overwrite a file unasked.
 
     Raises:
         UserError: it exists.
@@ -177,7 +177,10 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, beside ``path``, whose place it takes at the end; it disappears if the block fails."""
+    """Yield a path beside ``path`` to write to.
+
+    At the end of the block that file replaces ``path``, unless the block fails.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -187,12 +190,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Under its name the file is whole or what it was before."""
+    """Write an object as JSON. The file is whole at any time, or what it was before."""
     write_text(path, json.dumps(contents, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under its name the file is whole or what it was before."""
+    """Write a text. The file is whole at any time, or what it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -200,7 +203,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def file_system_errors(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses while ``output`` is written into one line; names the folder or file."""
+    """Turn an error of the file system while ``output`` is written into one line that names the folder or file."""
     try:
         yield
     except OSError as error:
@@ -215,7 +218,10 @@ def file_system_errors(output: Path) -> Iterator[None]:
 
 
 def _leads_to(name: object, output: Path) -> bool:
-    """Whether a file lies in an output, beside it, or on the way to it: what is read may have the same errors."""
+    """Return whether a file lies in an output, beside it, or on the way to it.
+
+    Reading can raise the same errors elsewhere.
+    """
     if not isinstance(name, str):
         return False
     file, whole = Path(name).absolute(), output.absolute()

@@ -1,6 +1,6 @@
-"""Pickles of plain data: the only ones that are read from files that somebody else may have written.
+"""Read pickles of plain data. No other pickles are read from files that somebody else may have written.
 
-A pickle is a program. What it may call is decided here by lists of names; anything else is refused before it is called.
+A pickle is a program. Lists of names decide what it may call. Anything else is refused before it is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest.mock import patch
 from megatron_cca.errors import shortened
 
 _MAX_MESSAGE = 500
-# What torch before 1.6 begins a file with: its magic number, a pickle of its own. A zip archive begins otherwise.
+# The first bytes of a file of torch before 1.6: its magic number, as a pickle. A zip archive begins differently.
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_LINE = 4096
 _ITEM_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4} | dict.fromkeys(
@@ -29,10 +29,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class NotPlainError(ValueError):
-    """A file that is whole but holds something else than plain data; the message says what."""
+    """The file is whole, but holds something else than plain data. The message says what."""
 
 
-# In Python, not in C: there a few bytes can claim a table of any size, and what a name stands for can be changed.
+# Not pickle's version in C: there a few bytes can claim a table of any size, and the meaning of a name can be changed.
 class _PlainUnpickler(pickle._Unpickler):
     dispatch = {  # noqa: RUF012 - pickle's own way
         code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
@@ -56,31 +56,32 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def unpickled(content: bytes, is_allowed: Callable[[str, str], bool]) -> Any:
-    """What a pickle holds.
+    """Return what a pickle holds.
 
     Args:
-        content: foreign.
+        content: foreign input.
         is_allowed: whether a name of a module may be called or referred to.
 
     Raises:
-        Exception: of nearly any class: damaged, or asking for something that is not allowed. Nothing else was called.
+        Exception: of nearly any class. The file is damaged, or asks for a name that is not allowed. It was not called.
     """
     return _PlainUnpickler(io.BytesIO(content), is_allowed).load()
 
 
 def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, str]] = ()) -> Any:
-    """What ``torch.save`` wrote: tensors, numbers, strings and containers.
+    """Return what ``torch.save`` wrote: tensors, numbers, strings and containers.
 
-    torch's own list of what else may be called is the process's; Megatron-Core adds numpy's way of restoring arrays to
-    it, which trusts its input (a forged data type makes it follow pointers). Only torch's tensors are taken here.
+    torch's own list of further names that may be called belongs to the process. Megatron-Core adds numpy's function
+    that restores arrays to it. That function trusts its input: a forged data type makes it follow pointers. Only
+    torch's tensors are accepted here.
 
     Args:
-        content: foreign; the bytes, a file open at their start, or a path: its tensors are then maps of the file, but
-            for what torch before 1.6 wrote, which is read into memory.
-        allowed: what else may be called, and the name by which the file calls it.
+        content: foreign input: the bytes, a file open at their start, or a path. The tensors of a path are memory maps,
+            except those that torch before 1.6 wrote.
+        allowed: further objects that may be called, each with its name in the file.
 
     Raises:
-        Exception: of nearly any class: damaged, or asking for something that is not allowed. Nothing else was called.
+        Exception: of nearly any class. The file is damaged, or asks for a name that is not allowed. It was not called.
     """
     import torch
 
@@ -94,7 +95,7 @@ def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, 
         with _only(allowed):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        # Without torch's advice to allow it.
+        # A message without torch's advice to allow it.
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise NotPlainError(f"it asks for {asked[1]}, which no plain data needs") from None
         raise
@@ -108,7 +109,7 @@ def _only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
     unchecked = Unpickler.load
 
     def load(unpickler: Unpickler) -> Any:
-        """torch searches the message, in which a foreign name stands, in time that grows with its length squared."""
+        """Shorten the message. torch searches it, with a foreign name in it, in time quadratic in its length."""
         try:
             return unchecked(unpickler)
         except pickle.UnpicklingError as error:
@@ -127,7 +128,7 @@ def _only(allowed: Sequence[tuple[Any, str]]) -> Iterator[None]:
 
 
 def _refuse_swollen(file: BinaryIO) -> None:
-    """torch unpacks a compressed archive to whatever size it claims."""
+    """Refuse a compressed archive, since torch unpacks it to whatever size it claims."""
     start = file.tell()
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -145,12 +146,12 @@ def _is_old(file: BinaryIO) -> bool:
 
 
 def _refuse_swollen_storages(file: BinaryIO) -> None:
-    """torch before 1.6 says how large a tensor's storage is before it comes, and memory is taken for it at once."""
+    """Refuse an old file whose tensors claim more bytes than it has. torch allocates them before it reads them."""
     if not _is_old(file):
         return
     start, rest = file.tell(), _Rest(file)
     unpickler = None
-    # The magic number, the version, the machine's; then the data, in which storages are named.
+    # The magic number, the version and the facts of the machine. Then the data, in which storages are named.
     for _ in range(4):
         unpickler = _StorageClaims(rest)
         unpickler.load()
@@ -164,14 +165,14 @@ class Readable(Protocol):
     """What an unpickler reads from."""
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes."""
+        """Return at most so many bytes."""
 
     def readline(self) -> bytes:
-        """Up to the end of the line."""
+        """Return the bytes up to the end of the line."""
 
 
 class _Rest:
-    """What is left of a file, never asked for more than that."""
+    """The rest of a file. Reads never ask for more than it has."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, start = file, file.tell()
@@ -187,7 +188,7 @@ class _Rest:
 
 
 class _Inert(dict):
-    """In place of whatever a pickle asks for: nothing is called, and what it is given is let go."""
+    """Takes the place of whatever a pickle asks for. Nothing is called, and its arguments are dropped."""
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class _Inert(dict):
 
 
 class _StorageClaims(_PlainUnpickler):
-    """Reads a pickle for the storages that it names; ``claims`` are their bytes by key."""
+    """Reads a pickle for the storages that it names. ``claims`` has their bytes by key."""
 
     def __init__(self, content: Readable) -> None:
         super().__init__(content, lambda module, name: True)

@@ -1,6 +1,6 @@
-"""Folders that libraries write to beside what the user has named: caches, and the one for temporary files.
+"""Folders that libraries write to, beside those that the user has named: caches and the folder for temporary files.
 
-A fault there is no fault of the user's data. It becomes one line: which folder, and which variable sets another.
+A fault there is no fault of the user's data. It becomes one line that names the folder and the variable that sets it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_cca.errors import SurroundingsError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HOME, _TEMPORARY = "HOME", "TMPDIR"
-# Of a cache: below which variable's folder it lies where its own variable is not set, and under which name.
+# Per cache: the variable whose folder it lies in where its own variable is not set, and its name there.
 _CACHES = {
     "HF_DATASETS_CACHE": ("HF_HOME", "datasets"),
     "HF_MODULES_CACHE": ("HF_HOME", "modules"),
@@ -33,22 +33,22 @@ _CACHES = {
 }
 # Too wide to be named where a library has a variable of its own.
 _WIDE = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", _HOME, _TEMPORARY)
-# What Python and torch call their own there; all else is the user's.
+# Names that Python and torch give their own temporary files. All other names are the user's.
 _TEMPORARY_NAMES = re.compile(r"tmp[a-z0-9_]{8}|(pymp-|torchelastic_|torchinductor_|matplotlib-|megatron_cca_).*")
 _PROBE_BYTES = 4096
-# What a launcher tells the processes of a job.
+# Variables that a launcher sets for the processes of a job.
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that a library writes to, and the variable that sets another."""
+    """A folder that a library writes to, and the variable that sets it."""
 
     folder: Path
     variable: str
 
     def fault(self, error: OSError) -> SurroundingsError:
-        """The line for what the file system says of it."""
+        """Return the error to raise for an error of the file system."""
         problem = "is full" if error.errno in _FULL else "cannot be written"
         return SurroundingsError(
             f"{self.variable}: {self.folder} {problem} ({error.strerror or error}); set {self.variable} to a folder "
@@ -76,7 +76,7 @@ def check_surroundings() -> None:
 
 
 def leave_without_current_folder() -> None:
-    """End the process with one line and status 2 if the current folder is gone, for what would end it otherwise."""
+    """End the process with one line and status 2 if the current folder no longer exists."""
     try:
         _check_current_folder()
     except SurroundingsError as error:
@@ -92,10 +92,10 @@ def _check_current_folder() -> None:
 
 
 def check_cache(variable: str) -> None:
-    """Refuse a cache that cannot be written, before a library needs it; the folder is made.
+    """Refuse a cache that cannot be written, before a library needs it. The folder is made.
 
     Args:
-        variable: of the environment; one that sets a cache.
+        variable: an environment variable that sets a cache.
 
     Raises:
         SurroundingsError: names the folder and what to set.
@@ -107,11 +107,11 @@ def check_cache(variable: str) -> None:
 
 
 def surroundings_fault(error: BaseException, cache: str | None = None) -> SurroundingsError | None:
-    """The fault of our surroundings behind an error; None where it is another.
+    """Return the fault of the surroundings behind an error. None means that the error has another reason.
 
     Args:
-        error: what a library raised; its causes count, too.
-        cache: the variable of what is being filled, for a full disk whose error names no file.
+        error: what a library raised. Its causes are searched, too.
+        cache: the variable of the cache that is being filled, for a full disk whose error names no file.
     """
     for cause in _causes(error):
         if isinstance(cause, SurroundingsError):
@@ -127,11 +127,11 @@ def surroundings_fault(error: BaseException, cache: str | None = None) -> Surrou
 
 
 def refusal(folder: Path, *, make: bool = True) -> OSError | None:
-    """What the file system has against writing into a folder; None where it can be written.
+    """Return the error that writing into a folder raises. None means that it can be written.
 
     Args:
         folder: it need not exist.
-        make: make it; otherwise, where it is missing, the nearest folder above it is tried, and nothing stays behind.
+        make: whether to make it. If not, and it is missing, the nearest existing parent is tried. Nothing is left.
     """
     try:
         if make:
@@ -152,7 +152,10 @@ def refusal(folder: Path, *, make: bool = True) -> OSError | None:
 
 
 def _place(variable: str) -> Place:
-    """Where a variable leads, and which one to set: itself, unless one above it was set to lead elsewhere."""
+    """Return where a variable leads, and which variable to set.
+
+    That is the variable itself, or one above it that was set to another place.
+    """
     above, name = _CACHES[variable]
     if given := _given(variable):
         return Place(Path(given).absolute(), variable)
@@ -176,7 +179,7 @@ def _home() -> Path:
 
 
 def _place_of(error: OSError, cache: str | None) -> Place | None:
-    """The narrowest place that an error's file lies in."""
+    """Return the narrowest place that an error's file lies in."""
     if error.filename is None:
         return _place(cache) if cache is not None and error.errno in _FULL else None
     file = Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "").absolute()
@@ -187,7 +190,7 @@ def _place_of(error: OSError, cache: str | None) -> Place | None:
     holding = [place for place in places if file.is_relative_to(place.folder)]
     if holding:
         return max(holding, key=lambda place: len(place.folder.parts))
-    # A folder is made from above: the error then names one of those that lead to it.
+    # Parents are made first: the error then names one of them.
     led_to = [place for place in places if _given(place.variable) and place.folder.is_relative_to(file)]
     return min(led_to, key=lambda place: len(place.folder.parts), default=None)
 

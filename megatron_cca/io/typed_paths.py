@@ -1,7 +1,7 @@
 """Paths as a person types them, in YAML, in ``--set`` and on command lines: one rule for all.
 
 ``~`` and ``~name`` at the beginning are a home folder. A shell variable that nothing has replaced is refused.
-Everything else is taken as typed. Names inside a user's data files are not typed paths; this rule is not for them.
+Everything else is taken as typed. Names inside a user's data files are not typed paths, and this rule is not for them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SHOWN = 120
 
 
 def typed_path(text: str) -> str:
-    """The path that a typed text stands for.
+    """Return the path that a typed text stands for.
 
     Args:
-        text: what was typed; a word that stands for data, such as ``digits``, comes back as it is.
+        text: what was typed. A word that stands for data, such as ``digits``, is returned as it is.
 
     Raises:
-        UserError: an empty text, a home folder that is not known, a variable such as ``$HOME`` in the name of nothing
-            that exists, what no file can be called.
+        UserError: an empty text, an unknown home folder, a variable such as ``$HOME`` in a path that does not exist, or
+            a name that no file can have.
     """
     shown = repr(shortened(text, _SHOWN))
     if not text:
@@ -43,18 +43,24 @@ def typed_path(text: str) -> str:
         raise UserError(
             f"{shown} is too long: at most {LONGEST_NAME} bytes between slashes and {_LONGEST_PATH} in all; shorten it"
         )
-    # Not in the name of the home folder itself, which nobody has typed.
+    # The name of the home folder itself is left out: the user has not typed it.
     _refuse_variables(path, len(path) - len(text.partition("/")[2]) if text.startswith("~") else 0, shown)
     return path
 
 
 def path_option(text: str) -> Path:
-    """:func:`typed_path` as the ``type`` of an option that holds a file or folder."""
+    """Return a typed text as a path, for the ``type`` of an option that holds a file or folder.
+
+    See :func:`typed_path`.
+    """
     return Path(name_option(text))
 
 
 def name_option(text: str) -> str:
-    """:func:`typed_path` as the ``type`` of an option that may hold a path or a word that stands for data."""
+    """Return a typed path or word for data, for the ``type`` of an option that may hold either.
+
+    See :func:`typed_path`.
+    """
     try:
         return typed_path(text)
     except UserError as error:
@@ -62,7 +68,7 @@ def name_option(text: str) -> str:
 
 
 def retyped(path: Path) -> str:
-    """What has to be typed to mean this path: ``./~a`` where ``Path`` has dropped the ``./`` and ``~a`` is a user."""
+    """Return what to type for this path. It is ``./~a`` where ``Path`` has dropped the ``./`` and ``~a`` is a user."""
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
@@ -72,7 +78,7 @@ def _from_home(text: str, shown: str) -> str:
         home = str(Path(name).expanduser())
     except RuntimeError:
         home = ""
-    # An empty HOME counts as the root folder to Python; nobody means that.
+    # Python takes an empty HOME for the root folder, which nobody means.
     if name == "~" and (not home.startswith("/") or os.environ.get("HOME") == ""):
         raise UserError(f"{shown} cannot be found: no home folder is known; set HOME to it, or write the path itself")
     if not home.startswith("/"):
@@ -83,7 +89,7 @@ def _from_home(text: str, shown: str) -> str:
 
 
 def _refuse_variables(path: str, start: int, shown: str) -> None:
-    """Refuse a variable behind ``start``, unless the path up to it exists under this very name."""
+    """Refuse a variable after position ``start``, unless the path up to it exists under this very name."""
     found = list(_VARIABLE.finditer(path, start))
     if not found:
         return

@@ -187,7 +187,7 @@ def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
 
 
 def own_grid(architecture: Architecture) -> tuple[int, int] | None:
-    """Height and width of the one grid that a model has positions for; None where it takes any."""
+    """Return height and width of the only grid that a model has positions for. None where it takes any grid."""
     if architecture.position_embedding != "rope_2d":
         return None
     side = grid_side(architecture)
@@ -195,7 +195,7 @@ def own_grid(architecture: Architecture) -> tuple[int, int] | None:
 
 
 def grid_misfit(architecture: Architecture, frames: int, height: int, width: int) -> str | None:
-    """Why a model cannot take images of such a grid, and what would help; None if it can."""
+    """Return why a model cannot take images of such a grid, and what would help. None if it can."""
     own = own_grid(architecture)
     if own is None or (frames, height, width) == (1, *own):
         return None

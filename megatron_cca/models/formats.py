@@ -1,4 +1,4 @@
-"""What a family says of files: its Hugging Face folders, its authors' own weights, its image tokenizer; no torch."""
+"""The interface of a family's files: Hugging Face folders, the authors' own weights, the image tokenizer. No torch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Naming:
-    """How tensors are called in one form of a checkpoint.
+    """The names of tensors in one form of a checkpoint.
 
     Attributes:
-        form: what the form is called on the command line.
-        prefixes: from the start of a name on disk to its start in the weight map.
-        companion_prefix: how the names of the parts start that travel along unchanged; None where there are none.
+        form: the name of the form on the command line.
+        prefixes: from the prefix of a name on disk to its prefix in the weight map.
+        companion_prefix: the prefix of companion tensors, which are copied unchanged. None where there are none.
     """
 
     form: str
@@ -35,28 +35,28 @@ class Naming:
     companion_prefix: str | None = None
 
     def mapped(self, name: str) -> str | None:
-        """The weight map's name for a name on disk; None if it is not one of the decoder's."""
+        """Return the weight map's name for a name on disk. None if it is not one of the decoder's."""
         for prefix, replacement in self.prefixes.items():
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return None
 
     def on_disk(self, name: str) -> str:
-        """The inverse of :meth:`mapped`."""
+        """Return the name on disk for a name of the weight map, the inverse of :meth:`mapped`."""
         for prefix, replacement in self.prefixes.items():
             if name.startswith(replacement):
                 return prefix + name.removeprefix(replacement)
         raise AssertionError(f"no prefix for {name}")
 
     def companion(self, name: str) -> str | None:
-        """The name without its prefix if it belongs to a part that travels along, else None."""
+        """Return the name without its prefix if it is a companion tensor's, else None."""
         if self.companion_prefix is None or not name.startswith(self.companion_prefix):
             return None
         return name.removeprefix(self.companion_prefix)
 
 
 def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
-    """The naming that knows most of these names."""
+    """Return the naming that knows most of these names."""
     names = list(names)
 
     def known(naming: Naming) -> int:
@@ -70,9 +70,9 @@ class HuggingFaceFormat(Protocol):
 
     Attributes:
         weights: the weight map.
-        marker: its name for a tensor that every model has, by which sets of weights are found in a folder.
-        model_types: what ``model_type`` may say.
-        namings: every way in which tensors are named on disk; of one form, the first is the one written.
+        marker: the weight map's name of a tensor that every model has. Sets of weights in a folder are found by it.
+        model_types: the values that ``model_type`` may have.
+        namings: all namings of tensors on disk. The first of a form is used for writing.
     """
 
     weights: WeightMap
@@ -81,17 +81,19 @@ class HuggingFaceFormat(Protocol):
     namings: Sequence[Naming]
 
     def form(self, config: Json) -> str:
-        """The form that a configuration belongs to."""
+        """Return the form of a configuration."""
 
     def read_model_config(self, config: Json) -> ModelConfig:
-        """The ``model`` section with every size that the configuration gives.
+        """Return the ``model`` section with every size in the configuration.
 
         Raises:
-            UserError: a key whose value this family's Megatron model cannot have; names the key.
+            UserError: this family's Megatron model cannot have the value of a key; names the key.
         """
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
-        """A configuration in ``form`` for this model, otherwise like ``template`` (of any form).
+        """Return a configuration in ``form`` for this model.
+
+        Everything else is as in ``template``, which may have any form.
 
         Args:
             template: an existing configuration, or None.
@@ -104,14 +106,14 @@ class HuggingFaceFormat(Protocol):
         """
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of the tensors that travel along, by name without prefix; None where the form has none.
+        """Return the shapes of the companion tensors, by name without prefix. None where the form has none.
 
         Raises:
             UserError: what transformers says about a configuration that it does not take.
         """
 
     def transformers_model(self, config: Json):
-        """transformers' own decoder for a configuration, on the meta device but for its buffers, in evaluation mode.
+        """Return transformers' own decoder, on the meta device except for its buffers, in evaluation mode.
 
         Raises:
             UserError: what transformers says about a configuration that it does not take.
@@ -122,11 +124,11 @@ class WeightsFileFormat(Protocol):
     """A family's weights in one file.
 
     Attributes:
-        weights: the weight map; its other names are the authors'.
-        sections: keys under which the authors' programs keep or look for the tensors, beside what else they save. What
-            is written stands under the first of all.
-        marker: a tensor that every model of the family has, by which sets of weights are found in a file.
-        unsaid: keys of the ``model`` section that shapes do not tell, or not always.
+        weights: the weight map. It maps Megatron's names to the authors'.
+        sections: keys that the authors' programs use for the tensors, beside what else they save. Exports use the
+            first.
+        marker: the name of a tensor that every model of the family has. Sets of weights in a file are found by it.
+        unsaid: keys of the ``model`` section that do not always follow from shapes.
     """
 
     weights: WeightMap
@@ -135,19 +137,19 @@ class WeightsFileFormat(Protocol):
     unsaid: Collection[str]
 
     def knows(self, names: Collection[str]) -> bool:
-        """Whether tensors of these names look like any model of the family."""
+        """Return whether tensors of these names look like any model of the family."""
 
     def read_model_config(self, shapes: Shapes, given: Sizes, assumed: Sizes) -> ModelConfig:
-        """The ``model`` section with every size.
+        """Return the ``model`` section with every size.
 
         Args:
             shapes: of the tensors, computed ones included.
-            given: what the user said of the model, by key.
-            assumed: what holds for ``unsaid`` keys where neither shapes nor the user nor a released model tell.
+            given: sizes that the user gave, by key.
+            assumed: values of ``unsaid`` keys that neither shapes nor the user nor a released model give.
 
         Raises:
-            UserError: a model of this family that is none here; a size that nothing tells, or that is given and wrong;
-                says what the model looks like.
+            UserError: an unsupported model of this family, a size that nothing gives, or a given size that is wrong.
+                The message says what the model looks like.
         """
 
 
@@ -161,7 +163,7 @@ class ImageTokenizerFiles(Protocol):
     description: str
 
     def recognises(self, path: Path) -> bool:
-        """Whether a file or folder looks like one, by names alone."""
+        """Return whether a file or folder looks like one, by names alone."""
 
     def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
         """The image tokenizer in a file or folder that was recognised.

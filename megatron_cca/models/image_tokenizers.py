@@ -1,4 +1,4 @@
-"""What the image tokenizers of all families share: the protocol, checks, precision."""
+"""What the image tokenizers of all families share: the protocol, checks of inputs, numerical precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ImageTokenizer(Protocol):
     Attributes:
         kind: such as "emu3-vq" or "patch-codebook".
         spatial_factor: pixels per code along a side.
-        temporal_factor: frames per frame of codes; 0 where clips are not supported.
+        temporal_factor: frames of video per frame of codes. 0 where clips are not supported.
         codebook_size: codes are below it.
     """
 
@@ -30,7 +30,7 @@ class ImageTokenizer(Protocol):
     codebook_size: int
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Codes of RGB images of one size, or of clips; they lie where ``pixels`` do.
+        """Return the codes of RGB images of one size, or of clips. They are on the device of ``pixels``.
 
         Args:
             pixels: uint8 ``[N, H, W, 3]`` or ``[N, T, H, W, 3]``, on any device.
@@ -43,7 +43,7 @@ class ImageTokenizer(Protocol):
         """
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes; they lie where ``codes`` do.
+        """Return the images of codes. They are on the device of ``codes``.
 
         Args:
             codes: int64 ``[N, h, w]`` or ``[N, T, h, w]``, on any device.
@@ -56,18 +56,18 @@ class ImageTokenizer(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """A short hash of weights and configuration: where it is the same, codes mean the same."""
+        """Return a short hash of weights and configuration. Equal hashes mean that codes have the same meaning."""
 
 
 def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> None:
-    """Check that these are images that the factors divide.
+    """Check that pixels have the right dtype and shape, and sides that the factors divide.
 
     Args:
-        pixels: uint8 ``[N, H, W, 3]``; also clips ``[N, T, H, W, 3]`` where ``temporal_factor`` is not 0.
+        pixels: uint8 ``[N, H, W, 3]``. Also clips ``[N, T, H, W, 3]`` where ``temporal_factor`` is not 0.
         spatial_factor, temporal_factor: of the tokenizer.
 
     Raises:
-        UserError: if not.
+        UserError: they do not.
     """
     shape = list(pixels.shape)
     if pixels.dtype != torch.uint8 or len(shape) not in (4, 5 if temporal_factor else 4) or shape[-1] != 3:
@@ -81,27 +81,30 @@ def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> N
 
 
 def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None:
-    """Check that these are codes of the codebook.
+    """Check that codes have the right dtype and shape, and are in the codebook.
 
     Args:
-        codes: int64 ``[N, h, w]``; also of clips, ``[N, T, h, w]``, where ``temporal_factor`` is not 0.
+        codes: int64 ``[N, h, w]``. Also those of clips, ``[N, T, h, w]``, where ``temporal_factor`` is not 0.
         codebook_size, temporal_factor: of the tokenizer.
 
     Raises:
-        UserError: if not.
+        UserError: they do not.
     """
     shape = list(codes.shape)
     if codes.dtype != torch.int64 or len(shape) not in (3, 4 if temporal_factor else 3) or 0 in shape[1:]:
         wanted = "int64 [N, h, w]" + (" or [N, T, h, w]" if temporal_factor else "")
         raise UserError(f"codes: must be {wanted}, found {codes.dtype} {shape}")
-    # Checked here because a lookup outside the table ends a process that runs on a GPU.
+    # Checked here, since a lookup outside the table ends a process on a GPU.
     if codes.numel() and not 0 <= (lowest := int(codes.min())) <= (highest := int(codes.max())) < codebook_size:
         raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
 
 
 @contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """No autocast, no TF32: with a few bits fewer (cuDNN takes TF32 by default) an image would get other codes."""
+    """Switch autocast and TF32 off inside the block.
+
+    Less precision, such as cuDNN's default TF32, changes codes of images.
+    """
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     with ExitStack() as undo:
         undo.enter_context(torch.autocast(device_type, enabled=False))
@@ -116,7 +119,7 @@ def full_float32(device_type: str) -> Iterator[None]:
             undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
         except RuntimeError:
-            # torch refuses to say what its older switch is where its newer ones were used.
+            # torch cannot read its older switch once its newer ones were set.
             _switch(undo, torch.backends.cuda.matmul, "fp32_precision", "ieee")
             _switch(undo, mkldnn.matmul, "fp32_precision", "ieee")
         yield
@@ -128,7 +131,7 @@ def _switch(undo: ExitStack, place: Any, name: str, value: Any) -> None:
 
 
 def fingerprint(facts: Any, state: Mapping[str, Tensor]) -> str:
-    """A short hash of what JSON can hold and of tensors on the CPU, by name."""
+    """Return a short hash of facts, as JSON, and of named tensors on the CPU."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(state):
         digest.update(name.encode())
@@ -137,7 +140,7 @@ def fingerprint(facts: Any, state: Mapping[str, Tensor]) -> str:
 
 
 def placed(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The model on a device.
+    """Move a model to a device and return it.
 
     Raises:
         UserError: there is no such device, or no room on it.

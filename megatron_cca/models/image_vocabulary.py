@@ -1,4 +1,8 @@
-"""What the token ids of a model are: their number, and in a model of images which of them means what."""
+"""The interface of a family's vocabulary: how an image and its condition are written in token ids.
+
+A sequence is a prompt, which states the condition, followed by an image. The visual ids of an image are the picture
+itself. Only they are trained on and drawn. The other ids of an image, if any, follow from the grid and are forced.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from megatron_cca.errors import UserError
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids ``0 .. size - 1``, of which nothing else is known.
+    """Token ids ``0 .. size - 1`` of unknown meaning.
 
     Such a model can be converted, but neither trained on images nor sampled.
     """
@@ -24,11 +28,14 @@ class Vocabulary:
 
     @property
     def output_size(self) -> int:
-        """How many of the ids, from 0 on, the LM head predicts; the rows behind them are masked, as padding is."""
+        """How many of the ids, from 0 on, the LM head predicts.
+
+        The head's rows after them are masked, as padding is.
+        """
         return self.size
 
     def resized(self, codebook_size: int | None, num_classes: int | None) -> Vocabulary:
-        """The vocabulary of the same family with other sizes; None leaves one as it is.
+        """Return the vocabulary of the same family with other sizes. None leaves a size as it is.
 
         Raises:
             UserError: a family whose vocabulary has one size.
@@ -37,21 +44,23 @@ class Vocabulary:
         raise UserError(f"model.{key}: this model's vocabulary has one size, {self.size}; leave the key out")
 
     def fingerprint(self) -> str:
-        """A short hash of the whole layout; shards and models that differ in it do not fit."""
+        """Return a short hash of the whole vocabulary. Shards and models whose hashes differ do not fit."""
         layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(layout.encode()).hexdigest()[:16]
 
 
 class ImageVocabulary(Vocabulary, ABC):
-    """Ids of images and of what they are images of; a family's own is a frozen dataclass below this class.
+    """Token ids of images and of their conditions.
+
+    A family's own vocabulary is a frozen dataclass that inherits from it.
 
     Attributes:
         codebook_size: of the image tokenizer.
         visual_start: code k of the image tokenizer is id ``visual_start + k``.
         pad: fills a batch to equal length.
-        caption_size: captions, as data hold them, are ids below it: of text, or the number of one class.
-        num_classes: how many classes there are; None where captions are text. A class's caption is its number alone,
-            and the empty caption, as everywhere, is the dropped condition.
+        caption_size: ids of captions are below it. A caption is text, or the number of one class.
+        num_classes: how many classes there are. None where captions are text. A class's caption is its number alone.
+            The empty caption is the dropped condition, as everywhere.
     """
 
     codebook_size: int
@@ -62,19 +71,19 @@ class ImageVocabulary(Vocabulary, ABC):
 
     @property
     def released_grid(self) -> tuple[int, int] | None:
-        """Height and width, in codes, that the released model draws; None where nobody says."""
+        """Height and width, in codes, of the images that the released model draws. None where that is not known."""
         return None
 
     @abstractmethod
     def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str | None:
-        """The words that a prompt says of the grid.
+        """Return the words in a prompt that state the grid.
 
         Args:
-            frames, height, width: the grid of codes; of a clip, each code frame stands for several of the video.
+            frames, height, width: the grid of codes. Each code frame of a clip stands for several frames of the video.
             clip_template: the words for a clip, with the fields ``{frames}``, ``{height}`` and ``{width}``.
 
         Returns:
-            The text; empty where prompts say nothing of it, None where nobody knows what they say.
+            The text. It is empty where prompts do not state the grid, and None where the words are not known.
 
         Raises:
             UserError: a template with other fields.
@@ -82,29 +91,29 @@ class ImageVocabulary(Vocabulary, ABC):
 
     @abstractmethod
     def prompt_length(self, caption_length, meta_length):
-        """Ids of a prompt; of numbers or of arrays."""
+        """Return the number of ids of a prompt, for numbers or arrays."""
 
     @abstractmethod
     def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
-        """:meth:`prompt` into an existing array of that length."""
+        """Write what :meth:`prompt` returns into an existing array of that length."""
 
     @abstractmethod
     def image_length(self, frames, height, width):
-        """Ids behind a prompt; of numbers or of arrays."""
+        """Return the number of ids after a prompt, for numbers or arrays."""
 
     @abstractmethod
     def write_image(self, ids: np.ndarray, codes: np.ndarray) -> None:
-        """:meth:`image` into an existing array of that length."""
+        """Write what :meth:`image` returns into an existing array of that length."""
 
     @abstractmethod
     def forced_tokens(self, height: int, width: int) -> np.ndarray:
-        """What follows from the grid: int64, as long as an image is, -1 where a visual token is free."""
+        """Return the ids of an image that follow from the grid, int64 ``[image_length]``. Visual tokens are -1."""
 
     def prompt(self, caption: np.ndarray, meta_words: np.ndarray) -> np.ndarray:
-        """The ids in front of an image.
+        """Return the ids before an image.
 
         Args:
-            caption: int ``[C]``, ids below ``caption_size``; empty for the unconditional prompt.
+            caption: int ``[C]``, ids below ``caption_size``. Empty for the unconditional prompt.
             meta_words: int ``[G]``, the ids of :meth:`meta_text`.
 
         Returns:
@@ -115,10 +124,10 @@ class ImageVocabulary(Vocabulary, ABC):
         return ids
 
     def image(self, codes: np.ndarray) -> np.ndarray:
-        """The ids behind a prompt.
+        """Return the ids after a prompt.
 
         Args:
-            codes: int ``[T, H, W]``, codebook indices; T is 1 for an image.
+            codes: int ``[T, H, W]``, codebook indices. T is 1 for an image.
 
         Returns:
             int64 ``[image_length(T, H, W)]``.
@@ -128,7 +137,7 @@ class ImageVocabulary(Vocabulary, ABC):
         return ids
 
     def sequence_length(self, caption_length, meta_length, height, width, frames=1):
-        """Ids in a whole sequence, for sizing without building it; of numbers or of arrays."""
+        """Return the number of ids of a whole sequence without building it, for numbers or arrays."""
         return self.prompt_length(caption_length, meta_length) + self.image_length(frames, height, width)
 
     @property
@@ -137,5 +146,5 @@ class ImageVocabulary(Vocabulary, ABC):
         return range(self.visual_start, self.visual_start + self.codebook_size)
 
     def is_visual(self, ids):
-        """Where an array or tensor of ids holds visual tokens: bool, of the same shape."""
+        """Return where an array or tensor of ids holds visual tokens, bool of the same shape."""
         return (ids >= self.visual_start) & (ids < self.visual_start + self.codebook_size)

@@ -1,4 +1,4 @@
-"""Tensors by name out of one file that ``torch.save``, or safetensors, wrote and somebody else made."""
+"""Read named tensors from one file that somebody else wrote with ``torch.save`` or safetensors."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from megatron_cca.io.pickles import NotPlainError, load_tensors
 from megatron_cca.models.weight_sets import WeightSet, unwrapped, weight_sets
 
 SAFETENSORS = ".safetensors"
-# Keys within keys, such as "state_dict" within "trainer", under which weights are looked for.
+# How deep nested keys, such as "state_dict" in "trainer", are searched for weights.
 _DEEPEST = 3
 
 
 def contents_of(path: Path) -> Any:
-    """What a file holds, its tensors as maps of it; in memory where torch before 1.6 wrote it.
+    """Return what a file holds. Its tensors are memory maps, unless torch before 1.6 wrote it.
 
     Raises:
-        UserError: a damaged file, or one that holds more than plain data; does not name the file.
+        UserError: a damaged file, or one that holds more than plain data. The message does not name the file.
     """
     if path.suffix == SAFETENSORS:
         return _safetensors(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # A training checkpoint records its command line, too.
+            # A training checkpoint also holds its command line.
             return load_tensors(path, [(argparse.Namespace, "argparse.Namespace")])
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from None
@@ -56,34 +56,37 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        # A header's length looks like it.
+        # The length of a header can look like UTF-16.
         kind = said_kind(path, but=[UTF_16])
         raise UserError(f"is truncated or not a safetensors file{kind or f': {shortened(why, 120)}'}") from None
 
 
 def tensors_in(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a file, as maps of it, by names without wrappers.
+    """Return the tensors of a file as memory maps, by names without wrappers.
 
     Args:
         path: the file.
-        sections: keys under which they may be, the first that is there counts; without any, they are the file's own.
+        sections: keys that may hold the tensors. The first existing one is used. Without any, the file itself holds
+            them.
 
     Raises:
-        UserError: see :func:`contents_of`; anything but tensors by name, or tensors that claim more bytes than the file
-            has; does not name the file.
+        UserError: as :func:`contents_of`. Also anything but tensors by name, or tensors that claim more bytes than the
+            file has. The message does not name the file.
     """
     return tensors_under(contents_of(path), sections, path.stat().st_size)
 
 
 def tensors_under(found: Any, sections: Sequence[str], num_bytes: int) -> dict[str, Tensor]:
-    """:func:`tensors_in` of what a file of ``num_bytes`` holds."""
+    """Return the tensors in the contents of a file of ``num_bytes``, see :func:`tensors_in`."""
     section = next((name for name in sections if isinstance(found, dict) and name in found), None)
     tensors = _plain(found if section is None else found[section], num_bytes)
     return {name: tensors[stored] for name, stored in unwrapped(tensors).items()}
 
 
 def sets_in(found: Any, markers: Collection[str], num_bytes: int) -> list[WeightSet[Tensor]]:
-    """Every set of weights in what a file holds, under whatever keys and prefixes; numbers and texts may lie beside.
+    """Return every set of weights in the contents of a file, under any keys and prefixes.
+
+    Numbers and texts are ignored.
 
     Args:
         found: from :func:`contents_of`.
@@ -91,7 +94,7 @@ def sets_in(found: Any, markers: Collection[str], num_bytes: int) -> list[Weight
         num_bytes: of the file.
 
     Raises:
-        UserError: a tensor that is no plain one, or tensors that claim more bytes than the file has.
+        UserError: a tensor that is not a plain one, or tensors that claim more bytes than the file has.
     """
     sets = list(_sets(found, markers, (), set()))
     for one in sets:
@@ -100,7 +103,7 @@ def sets_in(found: Any, markers: Collection[str], num_bytes: int) -> list[Weight
 
 
 def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set[int]) -> Iterator[WeightSet[Tensor]]:
-    # A pickle can name one dictionary many times, and let it hold itself.
+    # A pickle can hold one dictionary many times, or in itself.
     if not isinstance(found, Mapping) or id(found) in seen:
         return
     seen.add(id(found))
@@ -113,7 +116,7 @@ def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set
 
 
 def same_tensors(sets: Sequence[WeightSet[Tensor]]) -> bool:
-    """Tell whether all sets have the same names and, in every tensor, the same numbers."""
+    """Return whether all sets have the same names and, in every tensor, the same numbers."""
     first, *others = (one.weights for one in sets)
     return all(
         first.keys() == other.keys()

@@ -1,8 +1,8 @@
-"""A declarative map between Megatron's global tensors and Hugging Face's: one table, read in both directions.
+"""A declarative map between Megatron's global tensors and Hugging Face's. One table serves both directions.
 
-Every rule says which rows of which Hugging Face tensors make up a tensor of Megatron's, from top to bottom. Rows are
-never changed, only placed, so that what goes in comes out bit for bit, whatever the dtype. Keys are those of Megatron's
-distributed checkpoints (Transformer Engine's spelling of the norms), where the layers' tensors are stacked.
+Every rule lists the rows of Hugging Face tensors that make up one tensor of Megatron's, from top to bottom. Rows are
+moved and never changed, so that an import followed by an export is bit-exact in any dtype. Keys are those of Megatron's
+distributed checkpoints, where the tensors of the layers are stacked. Norms have Transformer Engine's names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DIMENSIONS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """``count`` rows of the Hugging Face tensor ``name``, from row ``start``."""
+    """``count`` rows of the Hugging Face tensor ``name``, beginning at row ``start``."""
 
     name: str
     start: int
@@ -36,13 +36,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """One tensor of Megatron's (one layer's, where layers are stacked) and where its rows come from.
+    """One tensor of Megatron's, or one layer of a stacked tensor, and where its rows come from.
 
     Attributes:
         key: in Megatron's distributed checkpoint.
-        layer: its index on the stacking axis; None for a tensor that is not stacked.
-        parts: Hugging Face's rows, in Megatron's order; padding rows at the end are not among them.
-        columns: of every row; None for a vector.
+        layer: its index on the stacking axis. None for a tensor that is not stacked.
+        parts: Hugging Face's rows, in Megatron's order, without padding rows at the end.
+        columns: of every row. None for a vector.
         padded: whether rows of zeros follow for a padded vocabulary.
     """
 
@@ -54,11 +54,11 @@ class MappedTensor:
 
     @property
     def num_rows(self) -> int:
-        """Rows without padding."""
+        """The number of rows without padding."""
         return sum(part.count for part in self.parts)
 
     def cut(self, start: int, stop: int) -> Iterator[Rows]:
-        """The parts of rows ``start .. stop``."""
+        """Yield the parts of rows ``start .. stop``."""
         position = 0
         for part in self.parts:
             low, high = max(start, position), min(stop, position + part.count)
@@ -69,7 +69,10 @@ class MappedTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """``count`` rows of a Hugging Face tensor from ``start``, as they lie in ``tensor`` from row ``megatron_start``."""
+    """``count`` rows of a Hugging Face tensor from ``start``.
+
+    They are the rows of ``tensor`` from ``megatron_start``.
+    """
 
     tensor: MappedTensor
     megatron_start: int
@@ -78,7 +81,7 @@ class Source:
 
 
 class Rule(Protocol):
-    """One line of a weight map. ``{layer}`` in Hugging Face's names makes it one of every layer."""
+    """One line of a weight map. A rule with ``{layer}`` in Hugging Face's names applies to every layer."""
 
     megatron: str
 
@@ -87,15 +90,15 @@ class Rule(Protocol):
         """Whether Megatron pads the rows to a size that tensor parallelism can split."""
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Shape of each Hugging Face tensor, by name."""
+        """Return the shape of each Hugging Face tensor, by name."""
 
     def parts(self, architecture: Architecture) -> list[Rows]:
-        """Their rows in Megatron's order."""
+        """Return the rows of the Hugging Face tensors, in Megatron's order."""
 
 
 @dataclass(frozen=True)
 class OneToOne:
-    """The same tensor under two names; ``shape`` names its dimensions, of which all are in ``_DIMENSIONS``."""
+    """The same tensor under two names. ``shape`` names its dimensions, which are keys of ``_DIMENSIONS``."""
 
     megatron: str
     huggingface: str
@@ -117,7 +120,7 @@ class OneToOne:
 
 @dataclass(frozen=True)
 class StackedVocabulary:
-    """Tables of words in one: the rows of ``output``, which are predicted, too, then those of ``input_only``."""
+    """Two tables of token ids in one: the rows of ``output``, which are also predicted, and those of ``input_only``."""
 
     megatron: str
     output: str
@@ -136,7 +139,7 @@ class StackedVocabulary:
 
 @dataclass(frozen=True)
 class StackedQKV:
-    """All query heads, all key heads, all value heads, where Megatron has them query group by query group."""
+    """A QKV tensor with all query heads, all key heads, then all value heads. Megatron orders them by query group."""
 
     megatron: str
     qkv: str
@@ -157,7 +160,10 @@ class StackedQKV:
 
 @dataclass(frozen=True)
 class GroupedQueryQKV:
-    """Query, key and value projections in one: for each query group its query heads, its key head, its value head."""
+    """Separate query, key and value projections.
+
+    Megatron stores, per query group, its query heads, key head and value head.
+    """
 
     megatron: str
     query: str
@@ -187,7 +193,7 @@ class GroupedQueryQKV:
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """A gated MLP's two input projections in one: the gate's rows, then the other's."""
+    """The two input projections of a gated MLP. Megatron stores the rows of ``gate``, then those of ``up``."""
 
     megatron: str
     gate: str
@@ -207,12 +213,12 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """A family's rules, in the order of the forward pass."""
+    """The rules of a family, in the order of the forward pass."""
 
     rules: Sequence[Rule]
 
     def tensors(self, architecture: Architecture) -> list[MappedTensor]:
-        """Megatron's tensors for these sizes."""
+        """Return Megatron's tensors for these sizes."""
         return [
             tensor
             for rules, layer in self._stages(architecture)
@@ -221,7 +227,7 @@ class WeightMap:
         ]
 
     def huggingface_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Shape of every Hugging Face tensor for these sizes, by name."""
+        """Return the shape of every Hugging Face tensor for these sizes, by name."""
         return {
             name.format(layer=layer): shape
             for rules, layer in self._stages(architecture)
@@ -239,7 +245,7 @@ class WeightMap:
 
 
 def sources(tensors: Sequence[MappedTensor]) -> Mapping[str, list[Source]]:
-    """The map backwards: where each Hugging Face tensor's rows lie, from top to bottom."""
+    """Return the reverse map: for each Hugging Face tensor, where its rows go, from top to bottom."""
     found: dict[str, list[Source]] = {}
     for tensor in tensors:
         position = 0

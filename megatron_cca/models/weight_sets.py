@@ -1,4 +1,4 @@
-"""Sets of weights among names that other programs changed: prefixes of wrappers, several copies, computed buffers."""
+"""Find sets of weights among names that other programs changed: wrappers' prefixes, copies, computed buffers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 
-# What torch's and Lightning's wrappers put into names, at any depth; no family here has such parts in its own.
+# Parts that torch's and Lightning's wrappers add to names, at any depth. No family here has them in its own names.
 _WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_fpw_module"}
 )
-# Buffers that a model computes when it is built or while it draws.
+# Buffers that a model computes when it is built or while it decodes.
 _RECOMPUTED = frozenset(
     {"freqs_cis", "inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "causal_mask", "k_cache", "v_cache"}
 )
-# Where a set has no prefix and lies under no key.
+# The place of a set that has no prefix and is under no key.
 TOP = "."
 # What bfloat16 leaves of them.
 _TOLERANCE = 1e-2
@@ -30,8 +30,8 @@ class WeightSet[Value]:
     """One set of weights.
 
     Attributes:
-        place: the keys and the prefix under which it lies, joined by dots.
-        weights: by name without wrappers and prefix.
+        place: its keys and its prefix, joined by dots.
+        weights: by name, without wrappers and prefix.
         beside: stored names in the same dictionary that belong to no set.
     """
 
@@ -41,15 +41,15 @@ class WeightSet[Value]:
 
 
 def is_recomputed(name: str) -> bool:
-    """Whether a tensor of this name is computed and not learnt: frequencies, masks, caches."""
+    """Return whether a tensor of this name is computed and not learnt: frequencies, masks, caches."""
     return name.rpartition(".")[2] in _RECOMPUTED
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Names without the parts that wrappers add, and what each is called in the file.
+    """Return the names without the parts that wrappers add, each with its name in the file.
 
     Raises:
-        UserError: two names that differ in wrappers alone.
+        UserError: two names differ only in wrappers.
     """
     found: dict[str, str] = {}
     for stored in names:
@@ -63,21 +63,21 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
 def weight_sets[Value](
     stored: Mapping[str, Value], markers: Collection[str], place: str = ""
 ) -> list[WeightSet[Value]]:
-    """The sets in a flat dictionary of tensors; none where no marker is there.
+    """Return the sets of weights in a flat dictionary of tensors. There is none where no marker is found.
 
     Args:
         stored: tensors, or whatever stands for them, by stored name.
-        markers: names that every set has one of.
-        place: where the dictionary itself lies.
+        markers: tensor names. Every set has one of them.
+        place: the place of the dictionary itself.
 
     Raises:
         UserError: see :func:`unwrapped`.
     """
     names = unwrapped(stored)
-    # Of two markers that a name ends with, the longer leaves the shorter prefix.
+    # If a name ends with two markers, the longer one gives the prefix.
     longest_first = sorted(markers, key=len, reverse=True)
     prefixes = {prefix for name in names if (prefix := _before_marker(name, longest_first)) is not None}
-    # A name belongs to the longest prefix that it has; the empty one takes the rest.
+    # A name belongs to its longest prefix. The empty prefix takes the rest.
     by_prefix: dict[str | None, list[str]] = {prefix: [] for prefix in sorted(prefixes)}
     for name in names:
         owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
@@ -101,15 +101,15 @@ def _before_marker(name: str, markers: Iterable[str]) -> str | None:
 
 
 def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_alike: bool) -> WeightSet[Value]:
-    """The set that is meant.
+    """Return the set of weights to use.
 
     Args:
         sets: at least one.
         section: the place that the user named, or None.
-        are_alike: whether all sets hold the same weights, so that it does not matter which is taken.
+        are_alike: whether all sets hold the same weights. Any of them is then right.
 
     Raises:
-        UserError: a place that holds no set, or several sets that differ and no place.
+        UserError: the place holds no set, or there are several different sets and no place.
     """
     places = ", ".join(one.place for one in sets)
     if section is not None:

@@ -1,4 +1,4 @@
-"""Where images with captions come from: one file for each way in which they lie on a disk."""
+"""Sources of images with captions: one file per layout on disk."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DEFAULTS = SourceOptions()
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which images and captions lie on a disk.
+    """One layout of images and captions on disk.
 
     Attributes:
-        recognises: whether a path has this layout, by a short look.
-        opens: makes the source of a path; raises UserError.
-        options: the fields of :class:`SourceOptions` that mean something to it; ``allow_outside`` does to all.
+        recognises: returns quickly whether a path has this layout.
+        opens: returns the source in a path. Raises UserError.
+        options: the fields of :class:`SourceOptions` that it uses. All layouts use ``allow_outside``.
     """
 
     recognises: Callable[[Path, SourceOptions], bool]
@@ -50,17 +50,17 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULTS) -> Source:
-    """The images and captions that lie at a path.
+    """Open the images and captions in a path.
 
     Args:
-        path: a folder; for webdataset also a tar, for emu3 also a list. Nothing outside it is read, but for the
-            folder that a list of Emu3's names, the contents of a snapshot in the hub's cache, and ``allow_outside``.
+        path: a folder. For webdataset also a tar, for emu3 also a list. Nothing outside it is read, except for the
+            folder in a list of Emu3's, the contents of a snapshot in the hub's cache, and ``allow_outside``.
         layout: a key of :data:`LAYOUTS`, or "auto".
-        options: what the layout's defaults leave open.
+        options: what differs from the layout's defaults.
 
     Raises:
-        UserError: nothing there, nothing in it, an unknown or unrecognisable layout, an option that means nothing to
-            it, or what the layout refuses.
+        UserError: nothing there, nothing in it, an unknown or unrecognisable layout, an option that the layout does not
+            use, or what the layout refuses.
     """
     path = Path(path)
     if layout not in (AUTO, *LAYOUTS):
@@ -104,7 +104,7 @@ def _check_options(options: SourceOptions) -> None:
 def _recognised(path: Path, options: SourceOptions) -> str:
     found = [name for name, layout in LAYOUTS.items() if layout.recognises(path, options)]
     if len(found) > 1:
-        # Images in sub-folders are classes only where no list beside them says otherwise.
+        # Images in sub-folders are classes only where there is no list beside them.
         found = [name for name in found if name != "classes"]
     if len(found) > 1:
         raise UserError(f"{printable(str(path))} could be {' or '.join(found)}; {_CHOOSE}")
@@ -120,10 +120,10 @@ _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
 
 
 def _advice(path: Path, options: SourceOptions) -> str:
-    """What would make something of a folder that no layout recognises.
+    """Return what would make a source of a folder with no known layout.
 
     Raises:
-        UserError: a link to a folder in it, of which all may consist.
+        UserError: a link to a folder in it. Everything may lie behind such links.
     """
     if is_file(path):
         kind = kind_of_file(path)
@@ -148,5 +148,5 @@ def _advice(path: Path, options: SourceOptions) -> str:
 
 
 def _on_one_line(message: str) -> str:
-    """Names of folders may hold anything but "/"."""
+    """Return a message on one line, since names of folders may hold anything but "/"."""
     return "".join(letter if letter.isprintable() else printable(letter) for letter in message)

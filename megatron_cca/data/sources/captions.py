@@ -1,4 +1,4 @@
-"""Images with captions in a ``captions.jsonl``, or in a text file beside each image."""
+"""Read images with captions in a ``captions.jsonl``, or in a text file beside each image."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from megatron_cca.data.sources.trees import LINKED, ImageTree, PassedOver, hashe
 from megatron_cca.errors import UserError
 
 LIST = "captions.jsonl"
-# A tree is recognised by its first images: it may have millions.
+# How many images are enough to recognise a tree, which may have millions.
 _LOOKED_AT = 1000
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether a folder has a ``captions.jsonl``, or texts beside its images."""
+    """Return whether a folder has a ``captions.jsonl``, or texts beside its images."""
     if not is_folder(path):
         return False
     return os.path.lexists(path / LIST) or _has_texts(real_folder(path, options.allow_outside))
@@ -53,10 +53,10 @@ def _has_texts(root: Root) -> bool:
 
 
 def open_captions(path: Path, options: SourceOptions) -> Source:
-    """The source in a folder.
+    """Open the source in a folder.
 
     Raises:
-        UserError: no images or lines; a ``caption_field`` that no line has.
+        UserError: no images or lines, or a ``caption_field`` that no line has.
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the images")
@@ -74,7 +74,7 @@ class CaptionLines:
 
     def __init__(self, root: Root, options: SourceOptions) -> None:
         self._root, self._options = root, options
-        # Whether it is of another kind is said of its lines.
+        # JsonLines refuses files of another kind.
         self._lines = JsonLines(own_file(root, LIST, kinds=None))
         self._has_field = options.caption_field is None
         self._listed, self._outside = array("q"), []
@@ -101,7 +101,7 @@ class CaptionLines:
         return short_hash(self._lines.digest, self._options.caption_field, *_said(self._options.caption_of_list))
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; walks through the folder."""
+        """See :class:`Source`. Walks through the folder."""
         lines, listed = [], np.array(self._listed, dtype=np.int64)
         if self._outside:
             lines.append(self._outside_line())
@@ -114,7 +114,7 @@ class CaptionLines:
         return lines + ([line] if (line := passed.line()) else [])
 
     def _first_names(self) -> Iterator[str]:
-        """Each line's first file, or the line where it names none."""
+        """Yield each line's first file, or the label of a line that names none."""
         for index, found in enumerate(self._lines.objects()):
             label = self._lines.label(index)
             self._has_field |= self._options.caption_field in found
@@ -129,11 +129,11 @@ class CaptionLines:
             yield references[0]
 
     def _relative(self, reference: str) -> str:
-        """As a walk through the folder calls it."""
+        """Return the name of a file as a walk through the folder gives it."""
         return os.path.normpath(reference).removeprefix(f"{self._root}/")
 
     def _leaves(self, reference: str) -> bool:
-        """Whether the name alone says that a file lies elsewhere; links are followed only where it may."""
+        """Return whether a file lies outside the folder. Links are resolved only where the name alone suggests that."""
         relative = self._relative(reference)
         if not relative.startswith(("/", "../")):
             return False
@@ -159,7 +159,10 @@ class CaptionLines:
 
 
 def _said(option: str | None) -> tuple[str, ...]:
-    """Of an option that is not given a fingerprint says nothing, so that those of earlier versions stay."""
+    """Return the option for the fingerprint.
+
+    It has no entry by default, so that fingerprints of earlier versions stay.
+    """
     return () if option is None else (option,)
 
 
@@ -172,10 +175,10 @@ def _images_in(root: Root, passed: PassedOver) -> Iterator[str]:
 
 
 def _references(found: dict[str, Any], name: str) -> list[str]:
-    """The image files that a line names, at least one.
+    """Return the image files of a line, at least one.
 
     Raises:
-        Unreadable: none, or not strings.
+        Unreadable: there are none, or they are not strings.
     """
     if ("file_name" in found) == ("frames" in found):
         raise Unreadable(name, 'the line needs either "file_name" or "frames"')
@@ -189,7 +192,7 @@ def _references(found: dict[str, Any], name: str) -> list[str]:
 
 
 class CaptionTree:
-    """A tree of images with a text (``.txt``, ``.caption``) beside each; an image without one has no caption."""
+    """A tree of images with a text (``.txt``, ``.caption``) beside each. An image without text has no caption."""
 
     def __init__(self, root: Root) -> None:
         self._root = root
@@ -208,7 +211,7 @@ class CaptionTree:
         return Record(name, caption, None, (read_below(self._root, path, name),))
 
     def fingerprint(self) -> str:
-        """See :class:`Source`; reads every text."""
+        """See :class:`Source`. Reads every text."""
         digest = self._images.digest()
         for index in range(len(self)):
             try:

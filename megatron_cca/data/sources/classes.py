@@ -1,4 +1,4 @@
-"""ImageNet's layout: a folder for each class. The class is caption and condition; its label is the folder's place."""
+"""Read ImageNet's layout: one folder per class. The class is caption and condition. Its label is the folder's index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOOKED_AT = 1000
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether all images of a folder lie in sub-folders of it, without texts beside them."""
+    """Return whether all images of a folder lie in its sub-folders, without texts beside them."""
     if not is_folder(path):
         return False
     root = real_folder(path, options.allow_outside)
@@ -38,11 +38,11 @@ def recognises(path: Path, options: SourceOptions) -> bool:
 
 
 def open_classes(path: Path, options: SourceOptions) -> Source:
-    """The source in a folder.
+    """Open the source in a folder.
 
     Raises:
         UserError: no images, folders that are splits and not classes, or a list of class names that cannot be read or
-            names other classes.
+            has the names of other classes.
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the classes' folders")
@@ -50,17 +50,17 @@ def open_classes(path: Path, options: SourceOptions) -> Source:
 
 
 class ClassFolders:
-    """Images below a folder for each class; ``classes.json`` or ``LOC_synset_mapping.txt`` may give better names.
+    """Images in one folder per class. ``classes.json`` or ``LOC_synset_mapping.txt`` may give better names.
 
-    Labels count the folders in the order of their names, as torchvision's ``ImageFolder`` does; one without images,
-    which that refuses, does not count.
+    Labels count the folders in the order of their names, as torchvision's ``ImageFolder`` does. A folder without
+    images, which torchvision refuses, does not count.
     """
 
     def __init__(self, root: Root) -> None:
         self._root = root
         self._images = ImageTree(root, others=(NAMES, SYNSETS))
         paths = (self._images.paths[index] for index in range(len(self._images)))
-        # Folder and how deep below it an image lies.
+        # The folder, and whether the image lies deeper than in it.
         places = Counter((path.partition("/")[0], path.count("/") > 1) for path in paths if "/" in path)
         self._deeper = sum(count for (_, is_deeper), count in places.items() if is_deeper)
         folders = sorted({folder for folder, _ in places})
@@ -71,7 +71,7 @@ class ClassFolders:
 
     @property
     def num_classes(self) -> int:
-        """Folders that count as a class."""
+        """The number of folders that are a class."""
         return len(self._labels)
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ class ClassFolders:
 
 
 def _refuse_splits(root: Root, folders: list[str]) -> None:
-    """Folders that are called as splits are hold classes, or images of all; they are none."""
+    """Refuse folders whose names are those of splits. Splits hold classes, or images of all classes."""
     splits = [folder for folder in folders if split_of(folder.lower())]
     kinds = {split_of(folder.lower()) for folder in splits}
     if splits and (len(splits) == len(folders) or len(kinds) > 1):
@@ -146,7 +146,7 @@ def _refuse_other_names(root: Root, file: str | None, names: dict[str, str], fol
 
 
 def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
-    """The list that is there, and its captions by folder."""
+    """Return the file that names classes, and the captions by folder."""
     for file, parse in ((NAMES, _parsed_names), (SYNSETS, _parsed_synsets)):
         if is_file(root / file):
             own_file(root, file)
@@ -166,7 +166,7 @@ def _parsed_names(content: bytes) -> dict[str, str]:
 
 
 def _parsed_synsets(content: bytes) -> dict[str, str]:
-    """ "n01440764 tench, Tinca tinca": the first name is the caption."""
+    """Return the first name of each line such as "n01440764 tench, Tinca tinca", by folder."""
     found = {}
     for number, line in enumerate(decoded(content, SYNSETS, SYNSETS).splitlines(), 1):
         folder, _, names = line.strip().partition(" ")

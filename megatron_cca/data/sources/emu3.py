@@ -1,4 +1,4 @@
-"""Emu3's own lists of tokenised images: {"prefix": folder, "path_list": [names]} and a ``.pth`` for each."""
+"""Read Emu3's own lists of tokenised images: {"prefix": folder, "path_list": [names]}, and one ``.pth`` per image."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from megatron_cca.io.external_files import kind_of_file
 from megatron_cca.io.pickles import NotPlainError
 
 FEATURES = "feature"
-# Far beyond any image: 4,096 x 4,096 codes. A forged tensor may claim any size on a few bytes.
+# More than any image has: 4,096 x 4,096 codes. A forged tensor of a few bytes may claim any size.
 _MAX_CODES = 1 << 24
 _MAX_PTH_BYTES = 1 << 28
 _START_BYTES = 1 << 12
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether it is a list, or a folder with one in it or in its ``list``."""
+    """Return whether a path is a list, or a folder with one in it or in its ``list``."""
     return bool(_lists(path))
 
 
@@ -52,7 +52,7 @@ def _lists(path: Path) -> list[Path]:
 
 
 def _looks_like_a_list(path: Path) -> bool:
-    """By its name and first bytes: the whole may be large."""
+    """Return whether a file is a list, by its name and first bytes, since it may be large."""
     if path.suffix != ".json" or not is_file(path):
         return False
     try:
@@ -64,7 +64,7 @@ def _looks_like_a_list(path: Path) -> bool:
 
 
 def open_emu3(path: Path, options: SourceOptions) -> Source:
-    """The source of a list, or of the only list in a folder.
+    """Open the source of a list, or of the only list in a folder.
 
     Raises:
         UserError: no list or several, a damaged or empty one, or a ``prefix`` that leads nowhere.
@@ -98,7 +98,7 @@ def _read_list(path: Path) -> tuple[str, list[str]]:
 
 
 def _found_folder(path: Path, prefix: str) -> Path:
-    """Where the files lie; people move data, and the list still names the old place."""
+    """Return the folder of the files. People move data, and the list still has the old path."""
     path = path.absolute()
     for folder in (path.parent / prefix, path.parent.parent / FEATURES):
         if is_folder(folder):
@@ -107,7 +107,7 @@ def _found_folder(path: Path, prefix: str) -> Path:
 
 
 class TokenizedFiles:
-    """One ``.pth`` for each record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
+    """One ``.pth`` per record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
 
     def __init__(self, root: Root, names: list[str]) -> None:
         self._root = root
@@ -123,7 +123,7 @@ class TokenizedFiles:
         content = read_below(self._root, self._paths[index], name, _MAX_PTH_BYTES)
         try:
             found = load_plain(content)
-        # The file is foreign, and torch's reader raises whatever it stumbles on.
+        # The file is foreign, and torch's reader can raise anything.
         except Exception as error:
             raise Unreadable(name, f"not a .pth of plain data: {_reason(error)}") from None
         if not isinstance(found, dict) or "images" not in found:
@@ -131,7 +131,7 @@ class TokenizedFiles:
         return Record(name, tidy(found.get("texts"), "texts", name), None, (), _codes(found["images"], name))
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; lists the folder."""
+        """See :class:`Source`. Lists the folder."""
         lines = []
         listed = hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
         if repeats := len(listed) - len(np.unique(listed)):
@@ -142,7 +142,7 @@ class TokenizedFiles:
         return lines
 
     def fingerprint(self) -> str:
-        """See :class:`Source`; reads the check sums in each file, not its codes."""
+        """See :class:`Source`. Reads the checksums in each file, not its codes."""
         digest = hashlib.sha256(self._paths.blob)
         for index in range(len(self)):
             try:
@@ -157,19 +157,19 @@ def _check_sums(file: BinaryIO) -> bytes:
     try:
         with zipfile.ZipFile(file) as archive:
             return repr([(member.filename, member.CRC) for member in archive.infolist()]).encode()
-    # Torch's old format, or damaged in any way that zipfile does not foresee.
+    # torch's old format, or damage of any kind.
     except Exception:
         file.seek(0)
         return hashlib.sha256(file.read(_MAX_PTH_BYTES)).digest()
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, where it is anything but damage."""
+    """Return what is wrong, unless it is only damage."""
     return printable(str(error)) if isinstance(error, NotPlainError) else "it is damaged or of another format"
 
 
 def _codes(images: Any, name: str) -> np.ndarray:
-    """int64 ``[1, H, W]``."""
+    """Return the codes as int64 ``[1, H, W]``."""
     array = images if isinstance(images, np.ndarray) else _array_of(images, name)
     if array.ndim == 2:
         array = array[None]
@@ -181,7 +181,7 @@ def _codes(images: Any, name: str) -> np.ndarray:
 
 
 def _array_of(tensor: Any, name: str) -> np.ndarray:
-    """An integer tensor as an array."""
+    """Return an integer tensor as an array."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):

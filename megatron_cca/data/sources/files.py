@@ -1,4 +1,4 @@
-"""Reads files of a folder that the user named, and nothing outside it."""
+"""Read files of a folder that the user named, and nothing outside it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import LFS_POINTER, hub_blobs, kind_of, kind_of_file
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-# Far beyond any image; keeps a forged size from filling the memory.
+# More than any image has. A forged size must not fill the memory.
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Root:
-    """A folder that the user named, and where its files may lead.
+    """A folder that the user named, and the places where its files may be.
 
     Attributes:
         path: of the folder, without symbolic links.
-        others: further folders, likewise, in which files may be read because a link or a list says so.
+        others: further such paths, in which files may be read if a link or a list names them.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Root:
         return self.path / name
 
     def holds(self, reference: str | os.PathLike) -> bool:
-        """Whether a reference from inside the folder ends in it, or in one of the others.
+        """Return whether a reference from inside the folder leads to a file in it, or in one of the other places.
 
         Raises:
             ValueError: a name that no file can have.
@@ -54,11 +54,11 @@ class Root:
 
 
 def real_folder(folder: Path, others: Iterable[Path] | None = None) -> Root:
-    """What everything below a folder is measured against.
+    """Return the folder, free of symbolic links, that everything below it is compared with.
 
     Args:
-        folder: that the user named. Of a snapshot in the hub's cache, the contents lie in the cache's ``blobs``.
-        others: folders outside it that the user allows, too.
+        folder: named by the user. The contents of a snapshot in the hub's cache are in the cache's ``blobs``.
+        others: folders outside it that the user also allows.
     """
     real = Path(os.path.realpath(folder))
     places = [Path(os.path.realpath(other)) for other in others or ()]
@@ -67,10 +67,10 @@ def real_folder(folder: Path, others: Iterable[Path] | None = None) -> Root:
 
 
 def outside_hint(targets: Sequence[str]) -> str:
-    """What a user can do about files that lie outside the folder; an end of a sentence.
+    """Return the end of an error message: what a user can do about files outside the folder.
 
     Args:
-        targets: absolute names of some of them.
+        targets: absolute names of some of these files.
     """
     there = [os.path.realpath(target) for target in targets if os.path.exists(target)]  # noqa: PTH110 - foreign names
     if not there:
@@ -82,14 +82,14 @@ def outside_hint(targets: Sequence[str]) -> str:
 def read_below(
     root: Root, reference: str, name: str, limit: int = MAX_IMAGE_BYTES, may_be_empty: bool = False
 ) -> bytes:
-    """The contents of a file below a folder.
+    """Return the contents of a file below a folder.
 
     Args:
         root: a result of :func:`real_folder`.
-        reference: relative to it; foreign input.
+        reference: relative to it, foreign input.
         name: the record's, for the message.
         limit: in bytes.
-        may_be_empty: whether a file of no bytes is taken.
+        may_be_empty: whether an empty file is accepted.
 
     Raises:
         Unreadable: it leaves the folder, is missing, no file, empty, or larger than the limit.
@@ -108,7 +108,7 @@ def read_below(
 
 @contextmanager
 def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
-    """A file below a folder; see :func:`read_below`. What goes wrong in the block with the file is told alike."""
+    """Open a file below a folder, see :func:`read_below`. Errors in the block are reported in the same way."""
     shown = printable(reference)
     try:
         if _ADDRESS.match(reference):
@@ -132,12 +132,12 @@ def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
 
 
 def own_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
-    """The path of a file of the layout itself (a list, an archive), free of symbolic links.
+    """Return the path of a file of the layout itself (a list, an archive), free of symbolic links.
 
     Args:
         root: a result of :func:`real_folder`.
         name: relative to it.
-        kinds: what :func:`~megatron_cca.io.external_files.kind_of` may say of it; None does not ask.
+        kinds: what :func:`~megatron_cca.io.external_files.kind_of` may return for it. None accepts all.
 
     Raises:
         UserError: it is missing, no file, cannot be read, leaves the folder or is of another kind.
@@ -156,20 +156,20 @@ def own_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file; a folder that may not be searched has none."""
+    """Return whether there is a file. In a folder that may not be searched there is none."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises where a folder may not be searched
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; see :func:`is_file`."""
+    """Return whether there is a folder, as :func:`is_file` does for files."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def names_in(folder: Path, *, hidden: bool = False) -> list[str]:
-    """The names in a folder that are not hidden, or those that are, sorted.
+    """Return the names in a folder that are not hidden, or only the hidden ones, sorted.
 
     Raises:
-        UserError: it may not be read.
+        UserError: the folder may not be read.
     """
     try:
         return sorted(

@@ -1,4 +1,4 @@
-"""Which column of a data set holds the captions."""
+"""Choose the column of a data set that holds the captions."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ _NAMES_OF_LISTS = (*_NAMES, *(f"{name}s" for name in _NAMES))
 def caption_column(
     dataset: Dataset, options: SourceOptions, image: str, root: Root
 ) -> tuple[str | None, tuple[str, ...]]:
-    """The column with text, else the one with classes; None where there is neither.
+    """Return the column with text, else the one with classes. None where there is neither.
 
     Args:
         dataset: the rows.
-        options: may name the column, and allow lists of captions.
+        options: of the user. They may name the column, and allow lists of captions.
         image: the column of the images.
-        root: where the data lies, for messages.
+        root: the folder of the data, for messages.
 
     Returns:
-        Its name, and what is to be said of the others: see
-        :class:`~megatron_cca.data.sources.records.Source`'s notices.
+        Its name, and notices about the other columns, see :class:`~megatron_cca.data.sources.records.Source`.
 
     Raises:
-        UserError: no such column, several that it may be, texts under no known name, lists of captions that are not
+        UserError: no such column, several possible ones, texts under no known name, or lists of captions that are not
             allowed.
     """
     from datasets import ClassLabel
@@ -66,14 +65,14 @@ def caption_column(
 
 
 def _texts(dataset: Dataset, image: str) -> tuple[list[str], list[str]]:
-    """The columns of text, and those of lists of texts."""
+    """Return the columns of text, and those of lists of texts."""
     features = {name: feature for name, feature in dataset.features.items() if name != image}
     lists = [name for name, feature in features.items() if _is_text(_inner(feature))]
     return [name for name, feature in features.items() if _is_text(feature)], lists
 
 
 def _inner(feature: Any) -> Any:
-    """Of a list what it holds."""
+    """Return the feature inside a list."""
     return feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
 
 

@@ -1,6 +1,6 @@
-"""Opens a folder with Hugging Face's ``datasets``: no code of its own is run, no network used.
+"""Open a folder with Hugging Face's ``datasets``, without running code from it and without network access.
 
-Which files hold the data is decided here, from what lies in the folder: its README could name any file or address.
+The files of the data are chosen here, from the contents of the folder. Its README could name any file or address.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SAVED = ("dataset_info.json", "state.json")
 SAVED_SPLITS = "dataset_dict.json"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-# By their first bytes; metadata may also be plain text.
+# Kinds by their first bytes. Metadata may also be plain text.
 KINDS = ("a Parquet file", "an Arrow file")
 _DEFAULT_SPLIT = "train"
 _CACHE = "HF_DATASETS_CACHE"
@@ -35,7 +35,7 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether it was written by ``save_to_disk``."""
+    """Return whether ``save_to_disk`` wrote the folder."""
     return is_file(folder / SAVED_SPLITS) or all(is_file(folder / name) for name in SAVED)
 
 
@@ -47,7 +47,7 @@ class Opened:
         dataset: its rows.
         split: its name.
         notices: see :class:`~megatron_cca.data.sources.records.Source`.
-        lists_images: whether it is a list of images that lie in the folder.
+        lists_images: whether the data are a list of images in the folder.
     """
 
     dataset: Dataset
@@ -57,26 +57,26 @@ class Opened:
 
 
 def open_folder(root: Root, split: str | None) -> Opened:
-    """The data of one split. Parquet is unpacked into the cache of ``datasets`` on first use.
+    """Open the data of one split. Parquet is unpacked into the cache of ``datasets`` on first use.
 
     Args:
         root: a result of :func:`~megatron_cca.data.sources.files.real_folder`.
-        split: None: the only one, or "train".
+        split: its name. None means the only one, or "train".
 
     Raises:
-        UserError: no data, no such split, several without "train", a file of another kind, or what ``datasets`` says.
+        UserError: no data, no such split, several without "train", a file of another kind, or an error of ``datasets``.
         SurroundingsError: the cache cannot be written.
     """
     _refuse_chain(root.path)
     with _refusing(root), _quiet():
         found = _open_saved(root, split) if is_saved(root.path) else _open_files(root, split)
-        # pyarrow follows offsets wherever they lead, which ends the process; once they are checked they stay inside.
+        # pyarrow does not check offsets. Wrong ones would end the process, so they are checked here.
         found.dataset.data.validate(full=True)
         return found
 
 
 def _refuse_chain(path: Path) -> None:
-    """To the file systems of ``datasets``, "::" joins addresses."""
+    """Refuse a path with "::", which joins addresses in the file systems of ``datasets``."""
     if "::" in str(path):
         raise UserError(f'{printable(str(path))} has "::" in its name, which datasets cannot open; rename it')
 
@@ -113,9 +113,10 @@ def _open_files(root: Root, split: str | None) -> Opened:
     for file in splits[name]:
         _refuse_chain(root / file)
         _refuse_chain(own_file(root, file, KINDS))
-    # Of the hub's cache by the links' own names: those of the contents say neither kind nor folder.
+    # The names of links, in the hub's cache, since the names of their contents have neither kind nor folder.
     paths = [root / file for file in splits[name]]
-    # Not as patterns, which every bracket in a folder's name would change; the cache is keyed by sizes and times.
+    # Not as patterns, in which a bracket of a folder's name would have a meaning. The cache is keyed by sizes and
+    # times.
     times = [(str(path.stat().st_size), str(path.stat().st_mtime_ns)) for path in paths]
     found = DataFilesList([str(path) for path in paths], times)
     dataset = load_dataset(builder, data_files={_DEFAULT_SPLIT: found}, split=_DEFAULT_SPLIT)
@@ -126,17 +127,17 @@ def _open_files(root: Root, split: str | None) -> Opened:
 
 
 def data_files(root: Root) -> tuple[str, list[str], PassedOver]:
-    """The builder of ``datasets`` for a folder, the files that it is given, in order, and those that it is not.
+    """Return the builder of ``datasets`` for a folder, the files for it in order, and the count of unread files.
 
     Raises:
-        UserError: nothing that it could read; folders in it that ``save_to_disk`` wrote.
+        UserError: nothing that it could read, or folders in it that ``save_to_disk`` wrote.
     """
     passed = PassedOver()
     files = sorted(walked(root, passed), key=os.fsencode)
     builder, found = _found(root, files)
     is_list = builder == "imagefolder"
     for file in sorted(set(files) - set(found)):
-        # Images that a list does not name are counted by who reads the list.
+        # The reader of a list counts the images that it does not name.
         if not (is_list and is_image(file)):
             passed.add(file)
     return builder, found, passed
@@ -159,7 +160,7 @@ def _found(root: Root, files: list[str]) -> tuple[str, list[str]]:
 
 
 def _is_cached(file: str) -> bool:
-    """What ``map`` and ``filter`` of ``datasets`` leave beside the data: rows of it once more."""
+    """Return whether ``map`` or ``filter`` of ``datasets`` wrote the file. It repeats rows of the data."""
     return PurePosixPath(file).name.startswith("cache-") and file.endswith(".arrow")
 
 
@@ -176,7 +177,7 @@ def _several_folders(files: list[str], lists_images: bool) -> tuple[str, ...]:
 
 
 def _splits(files: list[str]) -> dict[str, list[str]]:
-    """The files of each split; all are of "train" where no name says anything."""
+    """Return the files of each split. All are of "train" where no name has a split."""
     found: dict[str, list[str]] = {}
     for file in files:
         found.setdefault(_split_of(file), []).append(file)
@@ -197,7 +198,7 @@ def _split_of(file: str) -> str:
 
 
 def _chosen(splits: list[str], split: str | None, root: Root) -> str:
-    """``split`` or the default one.
+    """Return ``split``, or the default one.
 
     Raises:
         UserError: there is no such split, or there are several without "train".
@@ -217,7 +218,7 @@ def _refusing(root: Root) -> Iterator[None]:
         yield
     except (SurroundingsError, UserError):
         raise
-    # Foreign files under a large library: nearly anything can be raised.
+    # A large library reads foreign files: it can raise nearly anything.
     except Exception as error:
         fault = surroundings_fault(error, _CACHE)
         if fault is not None:
@@ -232,7 +233,7 @@ def _refusing(root: Root) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars where nobody watches."""
+    """Switch progress bars off unless standard error is a terminal."""
     import datasets
 
     watched = sys.stderr.isatty()

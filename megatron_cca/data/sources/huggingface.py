@@ -1,4 +1,4 @@
-"""Folders that Hugging Face's ``datasets`` opens: parquet, arrow, images with metadata, ``save_to_disk``."""
+"""Read folders that Hugging Face's ``datasets`` opens: parquet, arrow, images with metadata, ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_cca.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Trees of images may have millions of files and no data set among them.
+# How many files are checked, since a tree of images may have millions and no data set.
 _LOOKED_AT = 100_000
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether a folder was saved by ``datasets``, or has parquet, arrow or a metadata file."""
+    """Return whether ``datasets`` saved a folder, or it has parquet, arrow or a metadata file."""
     if not is_folder(path):
         return False
     if is_saved(path):
@@ -36,10 +36,10 @@ def recognises(path: Path, options: SourceOptions) -> bool:
 
 
 def open_huggingface(path: Path, options: SourceOptions) -> Source:
-    """The source in a folder.
+    """Open the source in a folder.
 
     Raises:
-        UserError: what :func:`~megatron_cca.data.sources.hf_files.open_folder` refuses, or a column that is not there.
+        UserError: what :func:`~megatron_cca.data.sources.hf_files.open_folder` refuses, or a missing column.
     """
     if not is_folder(path):
         raise UserError(f"{path} is not a folder; give the one that holds the data set")
@@ -51,7 +51,7 @@ def open_huggingface(path: Path, options: SourceOptions) -> Source:
 
 
 class DatasetRows:
-    """The rows of a split, as "train:17" (counted from 0)."""
+    """The rows of a split, named "train:17" (counted from 0)."""
 
     def __init__(self, root: Root, opened: Opened, options: SourceOptions) -> None:
         from datasets import ClassLabel, Image
@@ -66,7 +66,7 @@ class DatasetRows:
         columns = [self._image, *([self._caption] if self._caption else [])]
         try:
             self._rows = dataset.select_columns(columns).cast_column(self._image, Image(decode=False))
-        # datasets and pyarrow have an exception for every type that is no image.
+        # datasets and pyarrow raise a different exception for every type that is no image.
         except Exception:
             raise UserError(f"image_field: {root}: column {self._image!r} holds no images; choose another") from None
 
@@ -78,14 +78,14 @@ class DatasetRows:
         name = f"{self._split}:{index}"
         try:
             row = self._rows[index]
-        # A damaged file under pyarrow.
+        # pyarrow reads a damaged file.
         except Exception as error:
             raise Unreadable(name, f"the row cannot be read: {printable(str(error))}") from None
         caption, condition = self._text(row[self._caption] if self._caption else None, name)
         return Record(name, caption, condition, (self._image_bytes(row[self._image], name),))
 
     def fingerprint(self) -> str:
-        """See :class:`Source`; reads every caption."""
+        """See :class:`Source`. Reads every caption."""
         digest = hashlib.sha256(
             repr((self._split, self._image, self._caption, len(self), *self._list_option())).encode()
         )
@@ -93,7 +93,7 @@ class DatasetRows:
         for start in range(0, len(self) if rows is not None else 0, 1000):
             try:
                 captions = rows[start : start + 1000]
-            # A damaged file under pyarrow; its rows tell so themselves.
+            # pyarrow reads a damaged file. Reading its rows reports that.
             except Exception as error:
                 captions = type(error).__name__
             digest.update(repr(captions).encode("utf-8", "surrogatepass"))
@@ -103,7 +103,7 @@ class DatasetRows:
         return () if self._of_list is None else (self._of_list,)
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; walks through the folder where the data is a list of its images."""
+        """See :class:`Source`. Walks through the folder if the data are a list of its images."""
         lines = [*self._opened.notices, *self._others]
         if self._opened.lists_images:
             listed = hashes(os.path.relpath(path, self._root) for path in self._paths())
@@ -118,7 +118,7 @@ class DatasetRows:
         return [row["path"] for row in self._rows[self._image] if row and row["path"]]
 
     def _text(self, value: Any, name: str) -> tuple[str | None, str | None]:
-        """Caption and condition."""
+        """Return caption and condition."""
         if self._label is None:
             return caption_of(value, self._of_list, name), None
         if value is None or value < 0:
@@ -132,7 +132,7 @@ class DatasetRows:
             return content
         if not path:
             raise Unreadable(name, "has no image")
-        # datasets makes the paths of a folder of images absolute.
+        # datasets makes the paths of images in a folder absolute.
         inside = os.path.normpath(path).startswith(f"{self._root}/")
         return read_below(self._root, os.path.relpath(path, self._root) if inside else path, name)
 

@@ -1,4 +1,4 @@
-"""JourneyDB: a file of annotations as JSON lines beside the images."""
+"""Read JourneyDB: a file of annotations as JSON lines beside the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAPTION_FIELDS = ("prompt", "Task2.Caption")
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether a folder, or the ``data/train`` or ``data/valid`` in it, has JourneyDB's annotations."""
+    """Return whether a folder, or ``data/train`` or ``data/valid`` in it, has JourneyDB's annotations."""
     return any(is_folder(folder) and _lists(folder) for folder in (path, path / "data/train", path / "data/valid"))
 
 
@@ -35,10 +35,11 @@ def _lists(folder: Path) -> list[str]:
 
 
 def open_journeydb(path: Path, options: SourceOptions) -> Source:
-    """The source in a folder, or in ``data/<split>`` of it.
+    """Open the source in a folder, or in ``data/<split>`` of it.
 
     Raises:
-        UserError: no annotations or several, images missing or still packed, a ``caption_field`` that JourneyDB lacks.
+        UserError: no annotations or several, images that are missing or still packed, or a ``caption_field`` that
+            JourneyDB does not have.
     """
     field = options.caption_field or CAPTION_FIELDS[0]
     if field not in CAPTION_FIELDS:
@@ -76,9 +77,9 @@ def _check_images(folder: Path) -> None:
 
 
 class JourneyDB:
-    """Lines with "img_path", "prompt" and sometimes "Task2"; the prompt is the condition.
+    """Lines with "img_path", "prompt" and sometimes "Task2". The prompt is the condition.
 
-    A record is named by its line: names from inside the lines would take a pass over gigabytes of JSON.
+    The name of a record is its line number. Names from inside the lines would need a pass over gigabytes of JSON.
     """
 
     def __init__(self, root: Root, annotations: str, caption_field: str) -> None:
@@ -103,7 +104,7 @@ class JourneyDB:
         return Record(name, caption, prompt, (read_below(self._images, reference, name),))
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; walks through the images' folders."""
+        """See :class:`Source`. Walks through the images' folders."""
         passed, images = PassedOver(), 0
         for name in walked(self._images, passed, strict=False):
             if is_image(name):

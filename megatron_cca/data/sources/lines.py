@@ -1,4 +1,4 @@
-"""Random access to a file of JSON lines of any size; in memory are only the offsets of its lines."""
+"""Random access to a file of JSON lines of any size. Only the offsets of lines are in memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _WANTED = "write one JSON object a line, in UTF-8"
 
 
 class JsonLines:
-    """The lines of a file that hold more than white space.
+    """The lines of a file that are not blank.
 
     Attributes:
         digest: sha256 of the file.
 
     Raises:
-        UserError: a file that cannot be read, is of another kind, or is without lines.
+        UserError: a file that cannot be read, is of another kind, or has no lines.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class JsonLines:
             raise UserError(f"{printable(str(path))} holds no records; {_WANTED}")
 
     def _other_kind(self, file: BinaryIO) -> str | None:
-        """What the file is where none of its first lines begins as a JSON object does."""
+        """Return the kind of the file if none of its first lines begins as a JSON object does."""
         first = None
         for line in self._lines[:_LOOKED_AT].tolist():
             file.seek(int(self._offsets[line]))
@@ -71,14 +71,14 @@ class JsonLines:
         return len(self._lines)
 
     def label(self, index: int) -> str:
-        """ "captions.jsonl:17", the line counted from 1."""
+        """Return the name of a line such as "captions.jsonl:17", counted from 1."""
         return f"{printable(self._path.name)}:{self._lines[index] + 1}"
 
     def object(self, index: int) -> dict[str, Any]:
-        """The JSON object of a line.
+        """Return the JSON object of a line.
 
         Raises:
-            Unreadable: the line holds none; named by :meth:`label`.
+            Unreadable: the line holds no object. The name is that of :meth:`label`.
         """
         try:
             with self._path.open("rb") as file:
@@ -87,7 +87,7 @@ class JsonLines:
             raise Unreadable(self.label(index), f"the file cannot be read: {error.strerror}") from None
 
     def objects(self) -> Iterator[dict[str, Any]]:
-        """The JSON objects of all lines in order; an empty one for a line that holds none."""
+        """Yield the JSON objects of all lines in order. It is empty for a line that holds none."""
         with self._path.open("rb") as file:
             for index in range(len(self)):
                 try:
@@ -113,9 +113,12 @@ def _is_json(line: bytes) -> bool:
 
 
 def _scanned(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, str]:
-    """Where each line begins and the last one ends, int64 ``[lines + 1]``; which lines hold something; the sha256."""
+    """Return where lines begin, which lines are not blank, and the sha256 of the file.
+
+    The first array is int64 ``[lines + 1]``, with the end of the last line.
+    """
     file.seek(0)
-    # A byte order mark is nothing that a line holds.
+    # A byte order mark does not count as contents of a line.
     mark = len(BOM) if file.read(len(BOM)) == BOM else 0
     file.seek(0)
     digest, position, is_begun = hashlib.sha256(), 0, False
@@ -126,7 +129,7 @@ def _scanned(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, str]:
         breaks = np.flatnonzero(content == _NEWLINE)
         has_ink = ~_IS_SPACE[content]
         has_ink[: max(0, mark - position)] = False
-        # Each break ends a line; what is behind the last one goes on in the next chunk.
+        # Each break ends a line. The line after the last break continues in the next chunk.
         found = np.logical_or.reduceat(np.append(has_ink, False), np.concatenate([[0], breaks + 1]))
         found[0] |= is_begun
         filled.append(found[:-1])

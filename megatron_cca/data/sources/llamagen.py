@@ -1,10 +1,10 @@
-"""What LlamaGen's own extraction leaves (``autoregressive/train/extract_codes_c2i.py``): codes and labels by number.
+"""Read the output of LlamaGen's own extraction (``autoregressive/train/extract_codes_c2i.py``): numbered codes, labels.
 
 NAME_codes/0.npy 1.npy ...    [1, V, H * W], V crops or mirror images of one picture; or [1, H * W]
-NAME_labels/0.npy 1.npy ...   [1], the number of its class
+NAME_labels/0.npy 1.npy ...   [1], the number of the picture's class
 
-Its training reads a second extraction, FOLDER_105 beside FOLDER, with probability 1/2 (``dataset/imagenet.py``). Where
-a folder holds two such folders, the variants of both are taken together: the same where both have as many.
+LlamaGen's training reads a second extraction, FOLDER_105 beside FOLDER, with probability 1/2 (``dataset/imagenet.py``).
+If a folder holds two such folders, the variants of both are joined. With equal numbers of variants this is the same.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megatron_cca.errors import UserError
 from megatron_cca.io.arrays import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
-# Of their VQ-16.
+# The factor of the authors' VQ-16.
 _PIXELS_PER_CODE = 16
-# Far beyond any image: 10 crops of 128 x 128 codes in int64 are 1.3 MB.
+# Far more than any image has: 10 crops of 128 x 128 codes in int64 are 1.3 MB.
 _MAX_BYTES = 1 << 24
 _MAX_LABEL = 1 << 31
 _LOOKED_AT = 1024
@@ -43,15 +43,15 @@ class _Pair:
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether a folder holds NAME_codes beside NAME_labels, or two folders that do."""
+    """Return whether a folder holds NAME_codes beside NAME_labels, or two folders that do."""
     return is_folder(path) and bool(_extractions(path))
 
 
 def open_llamagen(path: Path, options: SourceOptions) -> Source:
-    """The source in a folder.
+    """Open the source in a folder.
 
     Raises:
-        UserError: no pair of folders or several, files that are missing, not as many labels as codes.
+        UserError: no pair of folders or several, missing files, or unequal numbers of labels and codes.
     """
     extractions = _extractions(path) if is_folder(path) else []
     if not extractions:
@@ -95,7 +95,7 @@ class CodeFolders:
     """Codes and labels by number, from one extraction or two.
 
     Raises:
-        UserError: files that are missing in the middle, not as many labels as codes.
+        UserError: missing files, or unequal numbers of labels and codes.
     """
 
     def __init__(self, root: Root, pairs: list[_Pair]) -> None:
@@ -124,7 +124,7 @@ class CodeFolders:
         return Record(name, None, None, (), codes, labels[0], _PIXELS_PER_CODE)
 
     def notices(self) -> list[str]:
-        """See :class:`Source`; lists the folders."""
+        """See :class:`Source`. Lists the folders."""
         read = {folder for pair in self._pairs for folder in (pair.codes, pair.labels)}
         places = sorted({folder.rpartition("/")[0] for folder in read})
         lines = []
@@ -145,7 +145,10 @@ class CodeFolders:
         return lines + ([line] if (line := passed.line()) else [])
 
     def fingerprint(self) -> str:
-        """See :class:`Source`; of how many images there are, and of 1,024 from all over the list: codes and labels."""
+        """See :class:`Source`.
+
+        It covers the number of images, and the codes and labels of 1,024 from all over the list.
+        """
         digest = hashlib.sha256(repr((self._count, self._pairs)).encode())
         for index in np.unique(np.linspace(0, self._count - 1, _LOOKED_AT).astype(int)).tolist():
             for pair in self._pairs:
@@ -165,7 +168,7 @@ class CodeFolders:
         return int(found.reshape(-1)[0])
 
     def _codes(self, pair: _Pair, index: int, name: str) -> np.ndarray:
-        """int64 ``[V, 1, H, W]``."""
+        """Return the codes of an image, int64 ``[V, 1, H, W]``."""
         found = self._array(f"{pair.codes}/{index}.npy", name)
         side = math.isqrt(found.shape[-1]) if found.ndim else 0
         if found.ndim not in (2, 3) or found.shape[0] != 1 or not found.size or side**2 != found.shape[-1]:
@@ -185,7 +188,7 @@ class CodeFolders:
 
 
 def _count(root: Root, folder: str) -> int:
-    """How many files 0.npy, 1.npy, ... a folder holds, none of which is missing."""
+    """Return how many files 0.npy, 1.npy, ... a folder holds. None may be missing."""
     shown = printable(str(root / folder))
     if not root.holds(folder):
         raise UserError(f"{shown} leaves the folder by a symbolic link; {outside_hint([str(root / folder)])}")
@@ -206,5 +209,5 @@ def _count(root: Root, folder: str) -> int:
 
 
 def _is_numbered(name: str) -> bool:
-    # Without leading zeros: no two names have one number.
+    # Without leading zeros, so that no two names have one number.
     return re.fullmatch(r"(0|[1-9][0-9]{0,11})\.npy", name) is not None

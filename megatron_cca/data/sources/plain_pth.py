@@ -1,7 +1,7 @@
-"""Reads a ``.pth`` of plain data: strings, numbers, containers, torch tensors and numpy's integer arrays.
+"""Read a ``.pth`` of plain data: strings, numbers, containers, torch tensors and numpy's integer arrays.
 
-``torch.load`` with ``weights_only`` runs nothing that is not on its list. numpy is not on it, and numpy's own way of
-restoring arrays trusts its input (a forged data type makes it follow pointers), so that stand-ins take its place.
+``torch.load`` with ``weights_only`` calls nothing that is not on its list. numpy is not on it, and numpy's own function
+that restores arrays trusts its input: a forged data type makes it follow pointers. Stand-ins therefore take its place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._r
 
 
 class _Type:
-    """In place of ``numpy.dtype``: integers only."""
+    """Takes the place of ``numpy.dtype``, for integers only."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if code not in _INTEGERS:
@@ -35,7 +35,7 @@ class _Type:
 
 
 class _Array:
-    """In place of ``numpy.ndarray``; :attr:`values` is the array once its state is known."""
+    """Takes the place of ``numpy.ndarray``. :attr:`values` is the array once its state is known."""
 
     values: np.ndarray | None = None
 
@@ -54,10 +54,11 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def load_plain(content: bytes) -> Any:
-    """What a ``.pth`` file holds; numpy arrays come as integer arrays, wherever in a dictionary's values they stand.
+    """Return what a ``.pth`` file holds. numpy arrays in a dictionary's values become integer arrays.
 
     Raises:
-        Exception: of nearly any class: damaged, or asking for something that is not plain data. Nothing was run.
+        Exception: of nearly any class. The file is damaged, or asks for something that is not plain data. Nothing was
+            run.
     """
     allowed = [(_reconstruct, name) for name in _RECONSTRUCT]
     allowed += [(_Array, "numpy.ndarray"), (_Type, "numpy.dtype")]

@@ -1,4 +1,4 @@
-"""What a source of images and captions is, whatever lies on the disk."""
+"""The interface of a source of images and captions, whatever its layout on disk is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Record:
     """One image (or clip) and its caption.
 
     Attributes:
-        name: unique within the source, stable and printable; for messages.
-        caption: None where there is none. Never empty, no surrounding whitespace, always valid Unicode.
-        condition: records with equal strings have the same condition; None: the caption itself is the condition.
-        frames: encoded image files (JPEG, PNG, WebP, ...), one for a still image, several for a clip; empty where
-            ``codes`` is given. That they decode is not checked.
-        codes: int64 ``[1, H, W]``, not negative: an image that is already tokenised; or ``[V, 1, H, W]`` for V variants
-            of it.
-        label: the number of its class, from 0; None where there is none.
-        pixels_per_code: along a side; only of codes, and None where the source does not know it.
+        name: unique within the source, stable and printable. For messages.
+        caption: valid Unicode, not empty, without surrounding whitespace. None where there is none.
+        condition: records with equal strings have the same condition. None means that the caption is the condition.
+        frames: encoded image files (JPEG, PNG, WebP, ...), one for a still image, several for a clip. Empty where
+            ``codes`` is given. They may be damaged.
+        codes: int64 ``[1, H, W]``, not negative, of an image that is already tokenised. ``[V, 1, H, W]`` for V
+            variants.
+        label: the number of its class, from 0. None where there is none.
+        pixels_per_code: along a side, for codes. None where the source does not know it.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Record:
 
 
 class Unreadable(Exception):
-    """One record cannot be read; the rest of the source can.
+    """One record cannot be read. The rest of the source can.
 
     Attributes:
         name: the record's name.
@@ -61,7 +61,7 @@ class Source(Protocol):
         """Read one record.
 
         Args:
-            index: from 0; negative ones count from the end, as in a list.
+            index: from 0. Negative ones count from the end, as in a list.
 
         Raises:
             Unreadable: this record cannot be read.
@@ -69,25 +69,25 @@ class Source(Protocol):
         """
 
     def notices(self) -> list[str]:
-        """What lies there and is not read, or is read otherwise than one may think; one line each.
+        """Return what is there and not read, or may be read in another way than expected, one line each.
 
-        May walk through all files; nothing changes by it.
+        This may walk through all files. It changes nothing.
         """
 
     def fingerprint(self) -> str:
-        """A short hash that changes with the list of records and with their captions."""
+        """Return a short hash that changes with the list of records and with their captions."""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a user may say about a source; None is the layout's default.
+    """What a user may set about a source. None means the layout's default.
 
     Attributes:
-        caption_field: where the caption stands: a key of a JSON object, or a column.
+        caption_field: the key of a JSON object, or the column, that holds the caption.
         image_field: the column that holds the image.
-        split: which part of a data set that has several.
-        caption_of_list: which caption is taken where a record has a list of them: "first" or "random".
-        allow_outside: folders outside the source where files may be read because a link or a list of it says so.
+        split: which split of a data set that has several.
+        caption_of_list: which caption of a list is used: "first" or "random".
+        allow_outside: folders outside the source in which files may be read if a link or a list in it names them.
     """
 
     caption_field: str | None = None
@@ -98,10 +98,10 @@ class SourceOptions:
 
 
 def checked_index(index: int, size: int) -> int:
-    """``index`` counted from 0.
+    """Return ``index`` counted from 0.
 
     Raises:
-        IndexError: not below ``size``.
+        IndexError: there is no such record.
     """
     found = operator.index(index)
     if not -size <= found < size:

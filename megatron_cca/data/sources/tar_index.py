@@ -1,4 +1,4 @@
-"""Where the members of a tar lie; only its headers are read."""
+"""Find the members of a tar. Only headers are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, and where its bytes lie."""
+    """A file in a tar: its name, and the place of its bytes."""
 
     name: str
     offset: int
@@ -25,11 +25,11 @@ class Member(NamedTuple):
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The files in a tar, in its order.
+    """Yield the files in a tar, in its order.
 
     Raises:
-        UserError: a compressed, damaged or truncated tar; a member that is a link, a device or sparse, or whose name
-            is absolute or has "..". Names the tar, and the member.
+        UserError: a compressed, damaged or truncated tar, or a member that is a link, a device or sparse, or whose name
+            is absolute or has "..". The message names the tar and the member.
     """
     shown = printable(str(path))
     try:
@@ -52,7 +52,7 @@ def members(path: Path) -> Iterator[Member]:
 def _checked(tar: tarfile.TarFile, shown: str) -> Iterator[Member]:
     end = os.fstat(tar.fileobj.fileno()).st_size
     while (member := tar.next()) is not None:
-        # The tar remembers every header that it has seen.
+        # The tar would keep every header that it has read.
         tar.members = []
         _refuse_unsafe(member, shown)
         if not 0 <= member.size <= end - member.offset_data:
@@ -79,7 +79,7 @@ def _refuse_unsafe(member: tarfile.TarInfo, shown: str) -> None:
 
 
 def _refuse_truncated(tar: tarfile.TarFile, shown: str) -> None:
-    """``tarfile`` takes a missing end, and a header that is damaged, for the end of the tar."""
+    """Refuse a tar without an end, or with a damaged header. ``tarfile`` takes both for its end."""
     tar.fileobj.seek(tar.offset)
     found = tar.fileobj.read(_BLOCK)
     if len(found) < _BLOCK or found.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""Foreign text: captions, names and JSON that may hold anything."""
+"""Handle foreign text: captions, names and JSON that may hold anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_cca.data.sources.records import SourceOptions, Unreadable
 from megatron_cca.errors import one_line, shortened
 from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 
-# The keys and columns that hold a caption where the user names none.
+# The keys and columns that hold a caption unless the user names one.
 CAPTION_FIELDS = ("caption", "text")
 OF_LIST = ("first", "random")
 OF_LIST_HINT = "choose one of each list with --caption-of-list first or random"
-# The words by which ``datasets`` tells splits, in a folder's or file's name.
+# The words in a folder's or file's name by which ``datasets`` recognises splits.
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val"},
@@ -29,12 +29,15 @@ _MAX_SHOWN = 200
 
 
 def printable(text: str) -> str:
-    """The text on one line without control characters or lone surrogates, shortened in the middle if it is long."""
+    """Return the text on one line without control characters or lone surrogates.
+
+    A long text is shortened in the middle.
+    """
     return one_line(shortened(text, _MAX_SHOWN))
 
 
 def unique_names(names: Iterable[str]) -> Iterator[str]:
-    """The names, printable; one that came before gets "#2", "#3" and so on."""
+    """Yield the names, printable. A repeated name gets "#2", "#3" and so on."""
     seen: set[str] = set()
     repeats: dict[str, int] = {}
     for raw in names:
@@ -47,7 +50,7 @@ def unique_names(names: Iterable[str]) -> Iterator[str]:
 
 
 class PackedStrings:
-    """Many strings in little memory: their bytes and where each begins. Lone surrogates come through."""
+    """Many strings in little memory: their bytes, and where each begins. Lone surrogates are kept."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         blob, ends = bytearray(), [0]
@@ -65,10 +68,10 @@ class PackedStrings:
 
 
 def tidy(value: Any, what: str, name: str) -> str | None:
-    """A caption or condition as it was written, without surrounding whitespace; None for null and for nothing.
+    """Return a caption or condition without surrounding whitespace. None for null and for an empty text.
 
     Args:
-        value: foreign.
+        value: foreign input.
         what: "caption" or "condition", for the message.
         name: the record's.
 
@@ -99,7 +102,7 @@ def _shown(value: Any) -> str:
 
 
 def decoded(content: bytes, what: str, name: str) -> str:
-    """UTF-8 bytes as text, a byte order mark removed.
+    """Decode UTF-8 bytes to text, without a byte order mark.
 
     Raises:
         Unreadable: not UTF-8.
@@ -112,7 +115,7 @@ def decoded(content: bytes, what: str, name: str) -> str:
 
 
 def parsed_object(content: bytes, what: str, name: str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
         Unreadable: not UTF-8, not JSON, too deeply nested, or something else than an object.
@@ -130,10 +133,10 @@ def parsed_object(content: bytes, what: str, name: str) -> dict[str, Any]:
 
 
 def caption_in(found: dict[str, Any], options: SourceOptions, name: str) -> str | None:
-    """The caption in a JSON object: that of the field asked for, else the first of :data:`CAPTION_FIELDS` there.
+    """Return the caption in a JSON object: that of the wanted field, else the first existing of :data:`CAPTION_FIELDS`.
 
     Raises:
-        Unreadable: it is neither a string nor a list that :func:`caption_of` takes.
+        Unreadable: the caption is neither a string nor a list that :func:`caption_of` accepts.
     """
     fields = (options.caption_field,) if options.caption_field is not None else CAPTION_FIELDS
     value = next((found[key] for key in fields if found.get(key) is not None), None)
@@ -141,15 +144,15 @@ def caption_in(found: dict[str, Any], options: SourceOptions, name: str) -> str 
 
 
 def caption_of(value: Any, of_list: str | None, name: str) -> str | None:
-    """A caption that may be one of a list.
+    """Return a caption, which may be one of a list.
 
     Args:
-        value: foreign; of a list those that hold text count.
-        of_list: "first", or "random", which the record's name decides; None takes no list.
+        value: foreign input. Only captions of a list that hold text count.
+        of_list: "first", or "random", which depends on the record's name. None accepts no list.
         name: the record's.
 
     Raises:
-        Unreadable: a list where none is taken, or what :func:`tidy` refuses.
+        Unreadable: a list where none is accepted, or what :func:`tidy` refuses.
     """
     if not isinstance(value, list):
         return tidy(value, "caption", name)
@@ -163,11 +166,11 @@ def caption_of(value: Any, of_list: str | None, name: str) -> str | None:
 
 
 def split_of(name: str) -> str:
-    """The split that a folder's or file's name says: "train", "validation" or "test"; "" where it says none."""
+    """Return the split in a folder's or file's name: "train", "validation" or "test". It is "" where there is none."""
     words = set(_BETWEEN_WORDS.split(name))
     return next((split for split, known in _SPLIT_WORDS.items() if words & known), "")
 
 
 def short_hash(*parts: object) -> str:
-    """16 hexadecimal digits that change with any of the parts; these are told apart by their ``repr``."""
+    """Return 16 hexadecimal digits that change with the ``repr`` of any of the parts."""
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]

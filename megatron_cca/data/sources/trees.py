@@ -1,4 +1,4 @@
-"""Folder trees of images."""
+"""List folder trees of images."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_cca.data.sources.texts import PackedStrings, printable, unique_nam
 from megatron_cca.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Of the texts beside images, in the order in which they are looked for.
+# Suffixes of the texts beside images, in the order of the search.
 TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
-# What every download or version control leaves.
+# Files of downloads and version control.
 _NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
 _SHOWN_KINDS = 6
 LINKED = "linked folders"
@@ -26,25 +26,25 @@ _EXAMPLES = 20
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image."""
+    """Return whether a file's name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - called for every file
 
 
 def text_beside(root: Root | Path, image: str) -> str | None:
-    """The text of an image, relative to ``root``; None where there is none."""
+    """Return the text of an image, relative to ``root``. None where there is none."""
     stem = os.path.splitext(image)[0]  # noqa: PTH122
     return next((stem + suffix for suffix in TEXT_SUFFIXES if os.path.lexists(root / (stem + suffix))), None)
 
 
 class PassedOver:
-    """Counts files that a reader meets and does not read, by kind, with an example of each."""
+    """Counts files that a reader finds and does not read, by kind, with an example of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
 
     def add(self, name: str, kind: str | None = None) -> None:
-        """Count a file, or a folder (its name ends with "/"); its suffix is its kind where none is given."""
+        """Count a file or folder. A folder's name ends with "/". Without a given kind, its suffix is its kind."""
         base = name.rstrip("/").rpartition("/")[2]
         if base in _NOT_WORTH_SAYING:
             return
@@ -55,7 +55,7 @@ class PassedOver:
         self._examples[kind] = min(name, self._examples.get(kind, name))
 
     def line(self) -> str | None:
-        """ "not read: 3 .heic (a.heic), 1 .csv (labels.csv)"; None where there is nothing to say."""
+        """Return "not read: 3 .heic (a.heic), 1 .csv (labels.csv)". None where nothing was counted."""
         if not self._counts:
             return None
         kinds = sorted(self._counts.items(), key=lambda found: (-found[1], found[0]))
@@ -68,23 +68,23 @@ class PassedOver:
 
 
 def walked(root: Root | Path, passed: PassedOver | None = None, *, strict: bool = True) -> Iterator[str]:
-    """The files below a folder, relative to it, "/" between folders; hidden ones are left out, order is arbitrary.
+    """Yield the files below a folder in any order, relative to it, with "/" between folders. Hidden ones are left out.
 
     Args:
         root: the folder.
-        passed: is told what is hidden.
-        strict: whether a folder that may not be read, or a link that leads elsewhere, is refused; else the former is
-            passed over, and a link is named, with a "/" behind it.
+        passed: counts hidden files.
+        strict: whether to refuse a folder that may not be read, or a link that leads outside. Otherwise such a folder
+            is counted as unread, and the link is yielded with a "/" at its end.
 
     Raises:
-        UserError: a folder that may not be read, or a symbolic link to one that does not lead to a place that the user
-            allowed: following it might lead anywhere, and not following it would lose its images in silence.
+        UserError: a folder that may not be read, or a symbolic link to a folder outside of the allowed places.
+            Following it might lead anywhere, and ignoring it would lose its images without notice.
     """
     return (name for name, _ in _walked(root if isinstance(root, Root) else real_folder(root), passed, strict))
 
 
 def _walked(root: Root, passed: PassedOver | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
-    """Each file, and whether it is a symbolic link."""
+    """Yield each file, and whether it is a symbolic link."""
     waiting, followed = [""], set()
     while waiting:
         here = waiting.pop()
@@ -123,7 +123,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _why_not_entered(root: Root, name: str, followed: set[str]) -> str | None:
-    """Why a link to a folder is not entered; None where it leads into an allowed place. Each place is entered once."""
+    """Return why a link to a folder is not followed. None where it leads to an allowed place, for the first time."""
     target = os.path.realpath(root / name)
     shown = f"{printable(str(root / name))} is a symbolic link to a folder"
     if target in followed:
@@ -135,20 +135,20 @@ def _why_not_entered(root: Root, name: str, followed: set[str]) -> str | None:
 
 
 class ImageTree:
-    """The images below a folder, in the order of their paths' bytes.
+    """The images below a folder, sorted by the bytes of their paths.
 
     Attributes:
         paths: relative to the folder.
         names: the same, printable and unique.
-        texts: the texts that lie there (:data:`TEXT_SUFFIXES`), relative likewise; only where they are wanted.
+        texts: the texts there (:data:`TEXT_SUFFIXES`), also relative. Only where they are wanted.
 
     Args:
         root: the folder.
-        wants_texts: whether texts are read, too.
-        others: files at the top that are read otherwise.
+        wants_texts: whether texts are listed, too.
+        others: files at the top that are read in another way.
 
     Raises:
-        UserError: no images, all of them links that leave the folder, or what :func:`walked` refuses.
+        UserError: no images, only links that leave the folder, or what :func:`walked` refuses.
     """
 
     def __init__(self, root: Root, *, wants_texts: bool = False, others: Iterable[str] = ()) -> None:
@@ -178,7 +178,7 @@ class ImageTree:
         return len(self.paths)
 
     def digest(self) -> hashlib._Hash:
-        """A sha256 of the paths, to be fed with more."""
+        """Return a sha256 of the paths, to be updated with more."""
         return hashlib.sha256(b"%d\0" % len(self) + self.paths.blob)
 
     def notices(self) -> list[str]:
@@ -202,5 +202,5 @@ class ImageTree:
 
 
 def hashes(names: Iterable[str]) -> np.ndarray:
-    """A number for each name, int64 ``[N]``: the same for equal names within this process."""
+    """Return a number for each name, int64 ``[N]``. Equal names have equal numbers within this process."""
     return np.array(array("q", map(hash, names)), dtype=np.int64)

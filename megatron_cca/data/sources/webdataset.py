@@ -1,4 +1,4 @@
-"""WebDataset: tars whose members belong together by name up to the first dot."""
+"""Read WebDataset: tars in which the members of a record have the same name up to the first dot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from megatron_cca.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption")
-# The columns of the index; of several images or texts in a record the first kind counts.
+# The columns of the index. If a record has several images or texts, the first kind is used.
 _KINDS = (*_IMAGES, "txt", "json", "cls", "caption")
 _COLUMN = {kind: column for column, kind in enumerate(_KINDS)}
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -47,16 +47,16 @@ _NUMBER = re.compile(r"[0-9]{1,12}$")
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
-    """Whether it is a tar, or a folder with tars."""
+    """Return whether a path is a tar, or a folder with tars."""
     names = [path.name] if is_file(path) else names_in(path)
     return any(name.lower().endswith((".tar", *_PACKED)) for name in names)
 
 
 def open_webdataset(path: Path, options: SourceOptions) -> Source:
-    """The source in a tar, or in the tars of a folder.
+    """Open the source in a tar, or in the tars of a folder.
 
     Raises:
-        UserError: no tars, a compressed, damaged or unsafe one, none with images, or a ``caption_field`` that no JSON
+        UserError: no tars, a compressed, damaged or unsafe one, no tar with images, or a ``caption_field`` that no JSON
             has.
     """
     passed = PassedOver()
@@ -82,7 +82,7 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
 
 
 def _gap(names: Iterable[str]) -> str | None:
-    """Which numbers are missing among tars that are numbered through, as after a download that was cut short."""
+    """Return which numbers are missing among numbered tars, as after an incomplete download."""
     series: dict[tuple[str, int], set[int]] = {}
     for name in names:
         stem = name[: -len(".tar")]
@@ -91,7 +91,7 @@ def _gap(names: Iterable[str]) -> str | None:
             series.setdefault((stem[: digits.start()], len(digits[0])), set()).add(int(digits[0]))
     for (prefix, width), numbers in sorted(series.items()):
         count = max(numbers) - min(numbers) + 1
-        # Dates and the like leave larger gaps; they are no count.
+        # Larger gaps mean dates and the like, which are no count.
         if len(numbers) < count < 2 * len(numbers):
             first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
             missing = printable(f"{prefix}{first:0{width}d}.tar")
@@ -106,14 +106,14 @@ def _is_tar(name: str) -> bool:
 class TarRecords:
     """The records of some tars.
 
-    In memory are, for each record, its name, its tar, and where its members lie: int64 ``[N, kinds, 2]``, offset and
+    Memory holds, for each record, its name, its tar, and the places of its members: int64 ``[N, kinds, 2]``, offset and
     size, -1 where there is no such member.
     """
 
     def __init__(self, tars: list[Path], options: SourceOptions, passed: PassedOver | None = None) -> None:
         self._tars, self._options = tars, options
         self._field = options.caption_field
-        # Beside the tars, and in them.
+        # Unread files beside the tars, and in them.
         self._passed, self._members = passed or PassedOver(), PassedOver()
         places: list[np.ndarray] = []
         self._names = PackedStrings(unique_names(self._read_index(places)))
@@ -135,8 +135,8 @@ class TarRecords:
         return Record(name, *self._text(index), (image,))
 
     def fingerprint(self) -> str:
-        """See :class:`Source`; reads every text."""
-        # Of kinds and options that earlier versions did not know, only where they are there.
+        """See :class:`Source`. Reads every text."""
+        # Kinds and options that earlier versions did not have count only where they are used.
         kinds = [kind for kind in _KINDS if kind != "caption" or (self._places[:, _COLUMN[kind], 0] != _ABSENT).any()]
         sizes = self._places[:, : len(kinds), 1]
         asked = repr(self._field) + (self._options.caption_of_list or "")
@@ -165,10 +165,10 @@ class TarRecords:
         return lines + [f"beside the tars, {line}" for line in [self._passed.line()] if line]
 
     def check_caption_field(self) -> None:
-        """Look for the field in the first records.
+        """Check that the first records with JSON have the field.
 
         Raises:
-            UserError: there are some with JSON, and none has it.
+            UserError: none of them has it.
         """
         if self._field is None:
             return
@@ -177,14 +177,14 @@ class TarRecords:
             raise UserError(f"caption_field: no .json in {self._tars[0]} has {self._field!r}; choose a key that it has")
 
     def _read_index(self, places: list[np.ndarray]) -> Iterator[str]:
-        """Names, tar by tar; appends each tar's rows to ``places``."""
+        """Yield the names of records, tar by tar. Each tar's rows are appended to ``places``."""
         for tar in self._tars:
             keys, rows = _grouped(tar, self._members)
             places.append(rows)
             yield from (f"{tar.name}/{key}" for key in keys)
 
     def _read(self, index: int, kind: str, limit: int) -> bytes | None:
-        """The bytes of a record's member of a kind; None where it has none."""
+        """Return the bytes of a record's member of a kind. None where there is no such member."""
         name = self._names[index]
         offset, size = (int(number) for number in self._places[index, _COLUMN[kind]])
         if offset == _ABSENT:
@@ -210,7 +210,7 @@ class TarRecords:
             raise
 
     def _text(self, index: int) -> tuple[str | None, str | None]:
-        """Caption and condition."""
+        """Return caption and condition."""
         name = self._names[index]
         kind = next((kind for kind in _TEXTS if self._places[index, _COLUMN[kind], 0] != _ABSENT), _TEXTS[0])
         text = self._read(index, kind, MAX_TEXT_BYTES)
@@ -232,13 +232,13 @@ class TarRecords:
 
 
 def _grouped(tar: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
-    """The keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
+    """Return the keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
 
-    A second member of one key and kind begins another record, as when two folders were put into one tar.
+    A second member of the same key and kind begins another record, as when two folders were put into one tar.
 
     Args:
         tar: the file.
-        passed: is told of members that are not read.
+        passed: counts members that are not read.
     """
     keys: list[str] = []
     rows: dict[str, int] = {}

@@ -1,4 +1,7 @@
-"""From captioned images to a shard folder: in parts, on any number of processes, going on where it was interrupted."""
+"""Turn captioned images into a shard folder, in parts, on any number of processes.
+
+An interrupted job can be continued.
+"""
 
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.data.tokenizing.settings import TokenizeSettings

@@ -1,7 +1,7 @@
-"""Whether a source and its records are for a model: classes, codes, their grid.
+"""Check that a source and its records fit a model: classes, codes, their grid.
 
-A model of classes, or of one grid, is given sources that were made for it. What one record has wrong there, all have,
-or their labels mean something else: it ends the job, while a record that is damaged or unusual is skipped.
+The source for a model of classes, or of one grid, is made for that model. If one record does not fit, no record does,
+or their labels mean something else. That ends the job. A record that is damaged or unusual is skipped instead.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
-    """A record's class, for a model that takes classes.
+    """Return a record's class, for a model that takes classes.
 
     Raises:
-        UserError: it has none, or one that the model does not know.
+        UserError: the record has no class, or one beyond the model's.
     """
     if record.label is None:
         raise UserError(f"--source: {record.name} has no class, and the model takes nothing else")
@@ -29,7 +29,10 @@ def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
 
 
 def class_notices(source: Source, vocabulary: ImageVocabulary) -> list[str]:
-    """Say of folders of classes that are fewer than the model's which of its classes they are taken for."""
+    """Return a notice where a source has fewer class folders than the model has classes.
+
+    It says which classes they become.
+    """
     known = vocabulary.num_classes
     if known is None or not isinstance(source, ClassFolders) or source.num_classes >= known:
         return []
@@ -45,11 +48,11 @@ def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, in
     Args:
         record: with codes.
         vocabulary: the model's.
-        grid: height and width of the only one that it takes; None where it takes any.
+        grid: height and width of the only one that the model takes. None where it takes any.
 
     Raises:
-        Rejected: of a model that takes any grid.
-        UserError: of a model that takes one.
+        Rejected: wrong codes for a model that takes any grid.
+        UserError: wrong codes for a model that takes one grid.
     """
     size = vocabulary.codebook_size
     if grid is None:

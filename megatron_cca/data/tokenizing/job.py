@@ -1,4 +1,4 @@
-"""A tokenising job on one process of several."""
+"""Run a tokenising job on one process of several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Result:
-    """What a job wrote: ``samples``, ``skipped`` records and the reasons, counted; the speed of all its processes."""
+    """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
 
     samples: int
     skipped: int
@@ -42,26 +42,26 @@ class Result:
 
 
 def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
-    """Do this process's share; process 0 then waits for the others and merges all parts into the shard folder.
+    """Do this process's share. Process 0 then waits for the others and merges all parts into the shard folder.
 
-    The same call continues an interrupted job, on any number of processes; the result does not depend on either.
+    The same call continues an interrupted job, on any number of processes. The result depends on neither.
 
     Args:
         settings: the same on every process.
-        rank, world_size: of the job; the processes meet in the file system alone.
+        rank, world_size: of the job. The processes share only the file system.
         device: of the image tokenizer.
 
     Returns:
-        On process 0 what was written; None elsewhere.
+        The result on process 0, None elsewhere.
 
     Raises:
-        UserError: bad input, too many records skipped, a full disk, another job on the same output; one line.
+        UserError: bad input, too many skipped records, a full disk, or another job on the same output.
     """
     try:
         return _share(settings, rank, world_size, device)
     except UserError:
-        # Process 0 has finished, which it cannot before this one's share is done, and has put everything away under
-        # this one's feet. Were the output an older one, process 0 would refuse it.
+        # Process 0 has finished and removed the parts. It finishes only after this process's share is done. If the
+        # output were an older one, process 0 would refuse it.
         if rank != 0 and settings.output.exists():
             return None
         raise
@@ -74,7 +74,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
         claimed(job.parts.scratch(rank)),
         job.parts.begun(_description(job), leads=rank == 0),
     ):
-        # While the others work: it may walk through all files.
+        # Rank 0 alone, since this may walk through all files.
         notices = [*class_notices(job.source, job.vocabulary), *job.source.notices()] if rank == 0 else []
         for notice in notices:
             print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
@@ -94,7 +94,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
 
 
 def _description(job: Job) -> dict:
-    """All that the tokens depend on."""
+    """Return all facts that the tokens depend on."""
     settings = job.settings
     return {
         "source": job.source.fingerprint(),
@@ -112,7 +112,7 @@ def _description(job: Job) -> dict:
 
 
 def _of_choices(job: Job) -> dict:
-    """What is said only where there is something to say: jobs and shards without are those of earlier versions."""
+    """Return the facts that have no entry by default, so that older jobs and shards without them still match."""
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
     return {name: value for name, value in facts.items() if value is not None}
@@ -140,8 +140,8 @@ def _write_parts(job: Job, rank: int, world_size: int, device: torch.device, pro
 
 
 def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iterator[list[Prepared | Skipped]]:
-    """The span's chunks, each prepared while the one before is in use."""
-    # An interrupted part ends with a chunk, so that what is encoded together does not depend on interruptions.
+    """Yield the chunks of a span. Each is prepared while the one before is in use."""
+    # An interrupted part ends with a whole chunk, so that batches do not depend on interruptions.
     edges = [*range(*span, _CHUNK), span[1]]
     following = ahead.submit(maker.prepare, range(edges[0], edges[1]))
     for start, stop in zip(edges[1:], [*edges[2:], None], strict=True):
@@ -178,7 +178,7 @@ def _merge(job: Job, parts: list[Part], notices: list[str]) -> None:
         if codebook and codebook.is_file():
             shutil.copyfile(codebook, folder / CODEBOOK_FILE)
 
-    # Below the parts, so that what a kill leaves of it goes with them.
+    # Inside the folder of parts, so that its remains after a kill are removed with the parts.
     aside = job.parts.scratch(0) / "merged"
     shutil.rmtree(aside, ignore_errors=True)
     merge_shards(
@@ -194,12 +194,15 @@ def _merge(job: Job, parts: list[Part], notices: list[str]) -> None:
 
 
 def _passed_over(notices: list[str]) -> dict:
-    """What the source's reader said of it; nothing where it said nothing, as in shards of earlier versions."""
+    """Return the notices of the source's reader.
+
+    There is no entry without notices, as in shards of earlier versions.
+    """
     return {"notices": [one_line(notice) for notice in notices]} if notices else {}
 
 
 def _facts(job: Job, skipped: int, notices: list[str]) -> dict:
-    """What the manifest says of where the tokens came from."""
+    """Return the facts in the manifest about the origin of the tokens."""
     settings, images = job.settings, None
     if job.images is not None:
         folder = str(settings.image_tokenizer.resolve())

@@ -1,4 +1,4 @@
-"""What a tokenising job needs, opened and checked before anything is written."""
+"""Open and check everything that a tokenising job needs before it writes anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 @dataclass(frozen=True)
 class Job:
-    """What a job works with; ``text`` is None for a model of classes, ``grid`` for one that takes any."""
+    """The opened inputs of a job. ``text`` is None for a model of classes. ``grid`` is None for a model of any grid."""
 
     settings: TokenizeSettings
     source: Source
@@ -47,13 +47,13 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
         device: of the image tokenizer.
 
     Raises:
-        UserError: something that is missing, damaged or not the model's; names the option.
+        UserError: something is missing, damaged or not the model's; names the option.
     """
     if settings.output.exists():
         raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
     if settings.source.is_dir():
         check_apart(settings.output, settings.source, "--source")
-    # Codes are not resized: then the default need not be there.
+    # Codes are not resized, so that the default library need not be installed.
     if settings.image_tokenizer is not None or settings.resize != DALI:
         check_resizing(settings.resize)
     architecture = _architecture(settings)

@@ -1,8 +1,8 @@
-"""The folder beside the output where finished parts wait to be merged.
+"""The folder beside the output that holds finished parts until they are merged.
 
-OUTPUT.parts/job.json               what is being made; another job is refused
+OUTPUT.parts/job.json               the description of the job; another job is refused
 OUTPUT.parts/000000-001024/         token files of these records, skipped.jsonl and part.json; appears when it is whole
-OUTPUT.parts/rank0/                 what process 0 is writing; locked while it lives
+OUTPUT.parts/rank0/                 the part that process 0 is writing; locked while the process lives
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Part:
-    """A finished part: ``folder``, its records ``start`` to ``stop - 1``, and how many of them gave samples or not."""
+    """A finished part: its folder, its records ``start`` to ``stop - 1``, and how many of them were used or skipped."""
 
     folder: Path
     start: int
@@ -51,9 +51,9 @@ class PartsFolder:
     """The parts of one output.
 
     Args:
-        output: the shard folder that they are for.
-        records: of the source.
-        block: records that a process works on at a time.
+        output: the shard folder to write in the end.
+        records: how many the source has.
+        block: how many records a process works on at a time.
     """
 
     def __init__(self, output: Path, records: int, block: int) -> None:
@@ -63,14 +63,14 @@ class PartsFolder:
         self._read: dict[str, Part] = {}
 
     def begin(self, job: dict, *, leads: bool) -> None:
-        """Agree with former attempts and other processes on what is being made.
+        """Check that former attempts and other processes work on the same job.
 
         Args:
-            job: plain data.
-            leads: whether this process writes it down; the others wait for it.
+            job: its description, plain data.
+            leads: whether this process writes the description. The others wait for it.
 
         Raises:
-            UserError: the parts there are another job's; names what differs.
+            UserError: the existing parts belong to another job; names what differs.
         """
         path = self.folder / _JOB
         if leads and not path.exists():
@@ -83,7 +83,7 @@ class PartsFolder:
                 raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
             time.sleep(0.1)
         theirs = json_object(path)
-        # Also what only they have: a choice is not written down where it is the default.
+        # Keys of either, since a default choice is not written.
         for key in {**job, **theirs}:
             if theirs.get(key) != job.get(key):
                 said = [repr(facts[key]) if key in facts else "none" for facts in (theirs, job)]
@@ -94,7 +94,7 @@ class PartsFolder:
 
     @contextmanager
     def begun(self, job: dict, *, leads: bool) -> Iterator[None]:
-        """:meth:`begin`; what fails before a part is finished leaves nothing behind."""
+        """Call :meth:`begin`. An error in the block before any part is finished leaves nothing behind."""
         self.begin(job, leads=leads)
         try:
             yield
@@ -104,14 +104,14 @@ class PartsFolder:
             raise
 
     def done(self) -> list[Part]:
-        """The finished parts, in order."""
+        """Return the finished parts, in order."""
         for path in self.folder.glob(f"*-*/{_PART}"):
             if path.parent.name not in self._read:
                 self._read[path.parent.name] = _part(path)
         return sorted(self._read.values(), key=lambda part: part.start)
 
     def todo(self, rank: int, world_size: int) -> Iterator[Span]:
-        """The spans of records that are left for a process: of every ``world_size``-th block what no part covers."""
+        """Yield the spans of records that a process has to do: the rest of every ``world_size``-th block."""
         done = self.done()
         for block in range(rank, -(-self._records // self._block), world_size):
             position, end = block * self._block, min((block + 1) * self._block, self._records)
@@ -124,7 +124,7 @@ class PartsFolder:
                 yield position, end
 
     def is_complete(self) -> bool:
-        """Whether every record is in a part.
+        """Return whether every record is in a part.
 
         Raises:
             UserError: parts overlap; names one.
@@ -139,22 +139,22 @@ class PartsFolder:
         return position == self._records
 
     def scratch(self, rank: int) -> Path:
-        """Where a process writes."""
+        """Return the folder that a process writes in."""
         return self.folder / f"rank{rank}"
 
 
 class PartWriter:
-    """Writes one part aside and gives it its name when it is whole; a context manager.
+    """Writes one part aside and gives it its name when it is whole. A context manager.
 
-    What is written when the block is interrupted (:class:`KeyboardInterrupt`) becomes a shorter part; any other error
-    leaves nothing.
+    When the block is interrupted (:class:`KeyboardInterrupt`), the records so far become a shorter part. Any other
+    error leaves nothing.
     """
 
     def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: ImageVocabulary) -> None:
         self._parts, self._start = parts, start
         self._partial = parts.scratch(rank) / "part"
         self._counts = {"samples": 0, "skipped": 0}
-        # Neither while records are being added, when an interruption may come between the files, nor before the first.
+        # False before the first records, and while records are added: an interruption may come between the files.
         self._is_whole = False
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
@@ -162,7 +162,7 @@ class PartWriter:
         self._skips = (self._partial / SKIPPED).open("w", encoding="utf-8")
 
     def add(self, outcomes: Sequence[Sample | Skipped]) -> None:
-        """The outcomes of the next records, in order."""
+        """Add the outcomes of the next records, in order."""
         self._is_whole = False
         for outcome in outcomes:
             if isinstance(outcome, Skipped):

@@ -1,4 +1,4 @@
-"""How far a tokenising job is, over all its processes."""
+"""Show the progress of a tokenising job over all its processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megatron_cca.data.tokenizing.parts import PartsFolder
 
 
 class Progress:
-    """A bar that counts records on a terminal, ten lines elsewhere; a context manager.
+    """A progress bar of records on a terminal, or ten lines elsewhere. A context manager.
 
     Args:
-        parts: where all processes leave what they have finished.
-        records: of the source.
-        shown: whether this process shows it.
+        parts: the finished parts of all processes.
+        records: how many the source has.
+        shown: whether this process shows the progress.
 
     Attributes:
-        skipped: records that gave no sample: those of all finished parts at the start, and this process's since.
+        skipped: how many records were skipped, in all parts finished at the start and by this process since then.
     """
 
     def __init__(self, parts: PartsFolder, records: int, *, shown: bool) -> None:
@@ -46,12 +46,12 @@ class Progress:
         self._bar.close()
 
     def count(self, records: int, skipped: int) -> None:
-        """This process has done some more records."""
+        """Count some more records that this process has done."""
         self.skipped += skipped
         self._bar.update(records)
 
     def refresh(self) -> None:
-        """Look at what all processes have finished."""
+        """Show what all processes have finished."""
         covered = self._covered()
         self._bar.n = covered
         self._bar.refresh()
@@ -60,7 +60,7 @@ class Progress:
             print(f"tokenized {covered}/{self._records} images, {self.per_second():.1f} images/s", flush=True)
 
     def per_second(self) -> float:
-        """Images per second of all processes, since this one began."""
+        """Return the images per second of all processes since this one began."""
         return (self._covered() - self._started_with) / (time.perf_counter() - self._began)
 
     def _covered(self) -> int:

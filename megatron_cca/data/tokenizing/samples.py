@@ -1,4 +1,7 @@
-"""From records to tokenised samples: read, checked, decoded, encoded; or skipped, with the reason."""
+"""Turn records into tokenised samples: read, check, decode, encode.
+
+A record that does not fit is skipped with a reason.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _TOLERANT = 0.5
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that gives no sample."""
+    """A skipped record."""
 
     name: str
     reason: str
@@ -36,7 +39,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class _Captioned:
-    """A record whose caption and image headers are in order."""
+    """A record whose caption and image headers are valid."""
 
     record: Record
     caption: np.ndarray
@@ -45,7 +48,7 @@ class _Captioned:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record whose images are decoded; ``pixels`` uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` of a clip."""
+    """A record whose images are decoded. ``pixels`` is uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` for a clip."""
 
     record: Record
     caption: np.ndarray
@@ -57,15 +60,15 @@ class SampleMaker:
 
     Args:
         source: the records.
-        vocabulary: what the tokens are for.
+        vocabulary: the model's.
         image_tokenizer: None where the source holds codes.
-        text_tokenizer: for captions; None where these are classes.
-        device: where images are decoded to.
+        text_tokenizer: for captions. None where captions are classes.
+        device: of decoded images.
         settings: of the job.
-        grid: height and width of the one grid that the model takes; None where it takes any.
+        grid: height and width of the only grid that the model takes. None where it takes any.
 
     Raises:
-        UserError: DALI is missing and asked for.
+        UserError: DALI is wanted and not installed.
     """
 
     def __init__(
@@ -86,10 +89,11 @@ class SampleMaker:
             self._resizing = RESIZINGS[settings.resize](device, settings.threads, settings.limits)
 
     def check_some(self, share: float) -> None:
-        """Look at some records from all over the source, and refuse a source that is wrong as a whole.
+        """Check some records from all over the source, and refuse a source in which none can be used.
 
         Args:
-            share: of the records that may be skipped. Where it is large, all of some may be bad by chance.
+            share: the share of records that may be skipped. Where it is large, nothing is checked: by chance, all may
+                be bad.
 
         Raises:
             UserError: none of them can be used; names the first, with the reason.
@@ -113,10 +117,10 @@ class SampleMaker:
         )
 
     def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
-        """Read, check and decode; one outcome for each record index.
+        """Read, check and decode records, and return one outcome per index.
 
         Raises:
-            UserError: codes or a class that are another model's: what a whole source has wrong is not skipped.
+            UserError: codes or a class of another model. What is wrong in a whole source is not skipped.
         """
         found = list(self._pool.map(self._captioned, records))
         wanted = [one for one in found if isinstance(one, _Captioned)]
@@ -126,7 +130,7 @@ class SampleMaker:
         return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
 
     def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
-        """Codes of all images; those of one size go through the tokenizer together."""
+        """Encode all images. Images of one size go through the tokenizer together."""
         by_shape: dict[tuple, list[int]] = {}
         for place, one in enumerate(prepared):
             if isinstance(one, Prepared) and one.pixels is not None:
@@ -143,7 +147,7 @@ class SampleMaker:
         ]
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """The codes of images, or ``[N, 2, T, h, w]`` of them and their mirror images."""
+        """Return the codes of images, or ``[N, 2, T, h, w]`` of the images and their mirror images."""
         codes = self._images.encode(pixels)
         if not self._settings.flips:
             return codes
@@ -177,7 +181,7 @@ class SampleMaker:
         return np.array(ids, dtype=np.int32)
 
     def _plan(self, record: Record) -> Plan:
-        """The sizes that the images pass through."""
+        """Return the sizes that the record's images pass through."""
         if record.codes is not None:
             self._check_needs_no_pixels(record.name)
             check_codes(record, self._vocabulary, self._grid)
@@ -208,7 +212,7 @@ class SampleMaker:
             raise UserError(f"--resize: {name} holds codes, which nobody resizes; leave it out")
 
     def _side(self) -> int:
-        """Height and width, in pixels, of the model's one grid, which is square."""
+        """Return height and width, in pixels, of the model's only grid, which is square."""
         height, width = self._grid
         assert height == width
         return height * self._images.spatial_factor

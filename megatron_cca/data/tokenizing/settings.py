@@ -1,4 +1,4 @@
-"""What a user says about a tokenising job."""
+"""The settings of a tokenising job."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from megatron_cca.data.sources import SourceOptions
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """A job.
+    """The settings of a job.
 
     Attributes:
-        source, layout, source_options: where the images and captions are, see :func:`open_source`.
+        source, layout, source_options: the images and captions, see :func:`open_source`.
         output: the shard folder to write.
-        model: the preset whose vocabulary the tokens are for, or a name for messages beside ``sizes``.
-        sizes: the ``model`` section of a checkpoint whose vocabulary and grid they are for; None means the preset's.
-        image_tokenizer: its folder; None for sources that hold codes already.
-        text_tokenizer: its folder; None where the model's captions are classes.
-        grid: height and width, in codes, that the model takes; None means the preset's, or any where it takes any.
+        model: the preset whose vocabulary the tokens have. With ``sizes``, only a name for messages.
+        sizes: the ``model`` section of a checkpoint whose vocabulary and grid the tokens have. None means the preset's.
+        image_tokenizer: its folder. None for sources that hold codes already.
+        text_tokenizer: its folder. None where the model's captions are classes.
+        grid: height and width, in codes, that the model takes. None means the preset's, or any where it takes any.
         flips: whether each image is tokenised mirrored too, as a second variant.
-        area: images are resized to about this many pixels, keeping their aspect ratio; for a model of one grid they are
-            cropped to it instead.
-        resize: who decodes and resizes: "dali", in one pass, or "authors", bit for bit as the model's authors do, see
-            :mod:`megatron_cca.data.resizing`.
-        clip_meta: what stands between BOI and IMG of a clip, see :meth:`ImageVocabulary.meta_text`.
+        area: images are resized to about this many pixels, with their aspect ratio. For a model of one grid they are
+            cropped to that grid instead.
+        resize: how images are decoded and resized: "dali", in one pass, or "authors", bit for bit as the model's
+            authors do, see :mod:`megatron_cca.data.resizing`.
+        clip_meta: the text between BOI and IMG of a clip, see :meth:`ImageVocabulary.meta_text`.
         max_caption_tokens: records with longer captions are skipped.
-        max_skipped: share of the records that may be skipped; more end the job.
+        max_skipped: the share of records that may be skipped. More end the job.
         limits: of an image.
         batch_size: images that go through the image tokenizer together.
-        threads: that read, check and decode images.
-        block: records that one process works on at a time; what a killed process has to do again at most.
+        threads: how many read, check and decode images.
+        block: how many records one process works on at a time. A killed process loses at most so many.
     """
 
     source: Path

@@ -35,10 +35,10 @@ _SIZES = {
 
 _RELEASED = PRESETS["emu3-8b"]
 
-# Of an image tokenizer; what a configuration wants is built before it is compared.
+# A limit for the network that is built of a configuration before it is compared with the tensors.
 _MOST_TENSORS = 2000
 
-# Switches that would make it another model than the one built here.
+# Switches whose other values would make another model than the one built here.
 _FIXED = {
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
@@ -133,12 +133,12 @@ class Emu3HuggingFace:
         import torch
         from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-        # The last two can name code to be fetched from a hub.
+        # The last two can name code that would be fetched from a hub.
         left_out = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
         text = _text_section(config)
         kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
         with _naming_the_key("config.json"):
-            # JSON has one kind of number; transformers wants a fraction here.
+            # JSON has one kind of number. transformers needs a float here.
             epsilon = float(text.get("rms_norm_eps", _RELEASED.layernorm_epsilon))
             settings = Emu3TextConfig(**kept | {"rms_norm_eps": epsilon})
             with torch.device("meta"):
@@ -200,7 +200,7 @@ def _check_switches(text: Mapping) -> None:
 
 
 def _write(text: Json, key: str, value: float, default: float) -> None:
-    """Leave a configuration as it is where it says so already."""
+    """Set a key of a configuration, unless it has the value already."""
     if text.get(key, default) != value:
         text[key] = value
 

@@ -15,12 +15,12 @@ from megatron_cca.models.emu3.vq_config import CONFIG, Form, normalisation, read
 from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
 from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fingerprint, full_float32, placed
 
-# transformers crops what it encodes to sizes (along the wrong axes of a clip); nothing here is padded.
+# transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.
 _UNCROPPED = (2**31, 2**31)
 
 
 class Emu3ImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`; open one with :func:`open_emu3_vq`.
+    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_emu3_vq` opens one.
 
     Args:
         model: transformers' ``Emu3VQVAE``, on its device and in its dtype.
@@ -31,7 +31,7 @@ class Emu3ImageTokenizer:
     kind = "emu3-vq"
 
     def __init__(self, model: torch.nn.Module, mean: list[float], std: list[float], fingerprint: str) -> None:
-        # In training mode batch norms would use, and change, the statistics of what is encoded.
+        # In training mode batch norms would use, and change, the statistics of the images.
         self._model = model.eval().requires_grad_(False)
         self.spatial_factor = 2 ** (len(model.config.channel_multiplier) - 1)
         self.temporal_factor = model.config.temporal_downsample_factor
@@ -43,9 +43,11 @@ class Emu3ImageTokenizer:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 ``[N, H, W, 3]`` -> int64 ``[N, H / f, W / f]``; clips ``[N, T, H, W, 3]`` -> ``[N, T / t, h, w]``.
+        """Encode images to codes.
 
-        The codes lie where ``pixels`` do. Convolutions and matrix products are never in TF32, nor under autocast.
+        Images uint8 ``[N, H, W, 3]`` become int64 ``[N, H / f, W / f]``. Clips ``[N, T, H, W, 3]`` become
+        ``[N, T / t, h, w]``. The codes are on the device of ``pixels``. Convolutions and matrix products never use TF32
+        or autocast.
 
         Raises:
             UserError: pixels of another dtype or shape, or sides (or frames) that the factors do not divide.
@@ -65,9 +67,10 @@ class Emu3ImageTokenizer:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 ``[N, h, w]`` -> uint8 ``[N, h f, w f, 3]``; ``[N, T', h, w]`` -> ``[N, T' t, h f, w f, 3]``.
+        """Decode codes to images.
 
-        Fractions of grey levels are cut off, see :func:`uint8_pixels`.
+        Codes int64 ``[N, h, w]`` become uint8 ``[N, h f, w f, 3]``. Those of clips, ``[N, T', h, w]``, become
+        ``[N, T' t, h f, w f, 3]``. Fractions of grey levels are cut off, see :func:`uint8_pixels`.
 
         Raises:
             UserError: codes of another dtype or shape, or outside the codebook.
@@ -83,7 +86,7 @@ class Emu3ImageTokenizer:
         return uint8_pixels(found, *self._normalisation).to(codes.device)
 
     def fingerprint(self) -> str:
-        """A short hash of weights, sizes and normalisation; the same for every form and device."""
+        """Return a short hash of weights, sizes and normalisation. It is the same for every form and device."""
         return self._fingerprint
 
     def _code_shape(self, pixels: torch.Size) -> list[int]:
@@ -105,9 +108,9 @@ def uint8_pixels(values: Tensor, mean: Sequence[float], std: Sequence[float]) ->
         mean, std: per channel, of pixels between 0 and 1.
 
     Returns:
-        uint8 ``[..., H, W, 3]``, where ``values`` lie.
+        uint8 ``[..., H, W, 3]``, on the device of ``values``.
     """
-    # The authors normalise once more, by -mean / std and 1 / std. In float32 x * std + mean is something else, unless
+    # The authors normalise again, by -mean / std and 1 / std. In float32, x * std + mean gives another result, unless
     # std is a power of 2.
     offset = _per_channel([-of / by for of, by in zip(mean, std, strict=True)], values.device)
     scale = _per_channel([1 / by for by in std], values.device)
@@ -125,20 +128,20 @@ def open_emu3_vq(
     dtype: torch.dtype = torch.float32,
     weights: str | Path | None = None,
 ) -> Emu3ImageTokenizer:
-    """The image tokenizer in ``folder``, whichever of the three forms it has.
+    """Open the image tokenizer in ``folder``, in any of its three forms.
 
-    Pixels are normalised by the ``image_mean`` and ``image_std`` of the folder's image processor. Where that does not
-    say, they are 0.5 in every form: the original processor's defaults, with which the released weights were trained,
-    not those of transformers' processor (CLIP's).
+    Pixels are normalised by the ``image_mean`` and ``image_std`` of the folder's image processor. If these are missing,
+    they are 0.5 in every form. These are the defaults of the original processor, with which the released weights were
+    trained. The defaults of transformers' processor are CLIP's.
 
     Args:
         folder: with ``config.json`` and safetensors.
         device: where it runs.
         dtype: in which it runs. In bfloat16 some codes differ.
-        weights: a folder of their own for the tensors, whose names then have no prefix: as an import keeps them.
+        weights: a separate folder with the tensors, whose names then have no prefix. An import keeps them so.
 
     Raises:
-        UserError: a missing or damaged file; a configuration or tensor that is not this model's; names it.
+        UserError: a missing or damaged file, or a configuration or tensor that is not this model's; names it.
     """
     folder = Path(folder)
     with said_of(folder / CONFIG):
@@ -160,11 +163,11 @@ def open_emu3_vq(
 
 @contextmanager
 def _frames_once(half: torch.nn.Module, repeats: int, *, still: bool) -> Iterator[None]:
-    """Of the ``repeats`` frames that stand for a still, run the layers of single frames on the first only.
+    """Run the layers of single frames only on the first of the ``repeats`` frames that stand for a still image.
 
-    The encoder's are copies of each other, of the decoder's only the first is kept: the result is the same, in a
-    fraction of the time and memory. Frames lie one after the other in the batch; where their layers end, copies of the
-    first take the places of those left out.
+    The encoder's frames are copies of each other. Of the decoder's frames only the first is kept. The result is
+    therefore the same, in a fraction of the time and memory. Frames are consecutive in the batch. Where the layers of
+    single frames end, copies of the first frame take the places of the others.
     """
 
     def first_only(_, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -186,7 +189,7 @@ def _frames_once(half: torch.nn.Module, repeats: int, *, still: bool) -> Iterato
 
 
 def _build(sizes: dict[str, Any]) -> torch.nn.Module:
-    """On the meta device: without weights, whatever their size."""
+    """Build the network on the meta device: without weights, whatever their size."""
     try:
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
     except ImportError:

@@ -3,9 +3,9 @@
 One vocabulary holds text, control and visual tokens (baaivision/Emu3, ``tokenization_emu3.py`` and ``config.json``).
 The control tokens behind IMG follow from the grid.
 
-Of an image, the meta text is the grid, "H*W" (``processing_emu3.py`` and ``train/datasets.py``). Of a clip the paper
-(arXiv 2409.18869) gives the same order of parts, a break after every row and every frame, and that the meta text holds
-resolution, frame rate and duration; no public source says in which words, so whoever trains on clips has to say it.
+The meta text of an image is the grid, "H*W" (``processing_emu3.py`` and ``train/datasets.py``). For a clip the paper
+(arXiv 2409.18869) gives the same order of parts, and a break after every row and every frame. Its meta text holds
+resolution, frame rate and duration. No public source gives the words. Users who train on clips have to give them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CLIP_FIELDS = ("frames", "height", "width")
 
 @dataclass(frozen=True)
 class Emu3Vocabulary(ImageVocabulary):
-    """Which id means what; see :class:`ImageVocabulary` for the methods.
+    """The meaning of every id. See :class:`ImageVocabulary` for the methods.
 
     Attributes:
         size: number of ids.
-        text_size: ids below it are text.
+        text_size: ids of text are below it.
         pad: fills a batch to equal length.
         bos, eos: begin and end of a sequence.
         boi, img, eoi: begin of image (before the grid size in words), begin of the visual tokens, end of image.
@@ -60,11 +60,11 @@ class Emu3Vocabulary(ImageVocabulary):
 
     @property
     def released_grid(self) -> tuple[int, int] | None:
-        """720 x 720 pixels; a small model of the same family has none."""
+        """The grid of 720 x 720 pixels. A small model of the same family has none."""
         return (90, 90) if self == EMU3_VOCABULARY else None
 
     def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str | None:
-        """See :class:`ImageVocabulary`; each code frame of a clip stands for four of the video."""
+        """See :class:`ImageVocabulary`. Each code frame of a clip stands for four of the video."""
         if frames == 1:
             return f"{height}*{width}"
         if clip_template is None:
@@ -76,11 +76,11 @@ class Emu3Vocabulary(ImageVocabulary):
             raise UserError(f"{clip_template!r}: the fields of a clip's meta text are {fields}") from None
 
     def prompt_length(self, caption_length, meta_length):
-        """Ids up to and including IMG."""
+        """Return the number of ids up to and including IMG."""
         return 3 + caption_length + meta_length
 
     def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
-        """BOS caption BOI meta IMG."""
+        """Write BOS caption BOI meta IMG."""
         end = 1 + len(caption)
         ids[0] = self.bos
         ids[1:end] = caption
@@ -89,11 +89,11 @@ class Emu3Vocabulary(ImageVocabulary):
         ids[-1] = self.img
 
     def image_length(self, frames, height, width):
-        """Ids after IMG."""
+        """Return the number of ids after IMG."""
         return frames * (height * (width + 1) + 1) + 2
 
     def write_image(self, ids: np.ndarray, codes: np.ndarray) -> None:
-        """Everything after IMG."""
+        """Write everything after IMG."""
         frames, height, width = codes.shape
         by_frame = ids[:-2].reshape(frames, -1)
         rows = by_frame[:, :-1].reshape(frames, height, width + 1)
@@ -103,7 +103,7 @@ class Emu3Vocabulary(ImageVocabulary):
         ids[-2:] = self.eoi, self.eos
 
     def forced_tokens(self, height: int, width: int) -> np.ndarray:
-        """int64 ``[H * (W + 1) + 3]``."""
+        """Return the ids after IMG, int64 ``[H * (W + 1) + 3]``. Visual tokens are -1."""
         row = np.concatenate([np.full(width, -1, dtype=np.int64), [self.eol]])
         return np.concatenate([np.tile(row, height), [self.eof, self.eoi, self.eos]])
 
@@ -125,7 +125,7 @@ EMU3_VOCABULARY = Emu3Vocabulary(
 
 
 def tiny_vocabulary(text_size: int = TINY_TEXT_SIZE, codebook_size: int = TINY_CODEBOOK_SIZE) -> Emu3Vocabulary:
-    """A vocabulary in Emu3's order (text, control, visual) for small text tokenizers and codebooks."""
+    """Return a vocabulary in Emu3's order (text, control, visual) for small text tokenizers and codebooks."""
     control = ("pad", "eol", "eof", "bos", "eos", "img", "boi", "eoi")
     ids = {name: text_size + offset for offset, name in enumerate(control)}
     visual_start = text_size + len(control)

@@ -1,9 +1,9 @@
-"""What the folders of Emu3's image tokenizer say of it: which form they have, its sizes, its normalisation.
+"""Read the configuration of Emu3's image tokenizer: which form a folder has, the sizes, the normalisation.
 
 original    BAAI/Emu3-VisionTokenizer: ``model_type`` "Emu3VisionVQ", tensors named by the original modules.
 saved       what ``Emu3VQVAE.save_pretrained`` writes: ``model_type`` "emu3_vqgan".
 composite   ``Emu3ForConditionalGeneration``: ``vq_config`` within its configuration, and the tensors that begin with
-            ``vqmodel.`` or ``model.vqmodel.``; those of the text model are not read.
+            ``vqmodel.`` or ``model.vqmodel.``. Those of the text model are not read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_cca.errors import UserError, said_of
 
 CONFIG = "config.json"
 
-# Sizes under transformers' names with the released model's values, and where the original calls them otherwise.
+# Sizes under transformers' names with the released model's values, and the original's names where they differ.
 _RELEASED = {
     "codebook_size": 32_768,
     "embed_dim": 4,
@@ -55,24 +55,24 @@ _RENAMED = (
 
 @dataclass(frozen=True)
 class Form:
-    """What a form calls things: how the tensors' names begin, and whether the rest is the original's."""
+    """The names of one form: the prefixes of the tensors' names, and whether the rest is the original's."""
 
     prefixes: tuple[str, ...]
     original: bool = False
 
     def key(self, name: str) -> str:
-        """A key of the configuration as this form spells it."""
+        """Return this form's name of a key of the configuration."""
         return _ORIGINAL_KEYS.get(name, name) if self.original else name
 
     def transformers_name(self, name: str) -> str:
-        """A tensor's name in transformers' model."""
+        """Return a tensor's name in transformers' model."""
         for pattern, replacement in _RENAMED if self.original else ():
             name = re.sub(pattern, replacement, name)
         return name
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
         UserError: it cannot be read, or holds none.
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def recognise(config: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
-    """The form, and the section with the sizes."""
+    """Return the form, and the section with the sizes."""
     kind = config.get("model_type")
     if kind == "Emu3VisionVQ":
         return Form(("",), original=True), config
@@ -107,7 +107,10 @@ def recognise(config: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
 
 
 def sizes_in(section: Mapping[str, Any], form: Form, num_tensors: int) -> dict[str, Any]:
-    """By transformers' names, checked as far as transformers does not check them itself in words."""
+    """Return the sizes by transformers' names.
+
+    They are checked as far as transformers has no clear message of its own.
+    """
     sizes = {name: section.get(form.key(name), released) for name, released in _RELEASED.items()}
     for name, released in _RELEASED.items():
         _check_type(form.key(name), sizes[name], released)
@@ -119,7 +122,7 @@ def sizes_in(section: Mapping[str, Any], form: Form, num_tensors: int) -> dict[s
     factor, levels = sizes["temporal_downsample_factor"], sizes["channel_multiplier"]
     if factor & (factor - 1):
         raise UserError(f"temporal_downsample_factor: {factor} is not a power of two")
-    # Before anything is built of them.
+    # Checked before a network of these sizes is built.
     if factor.bit_length() + len(levels) * sizes["num_res_blocks"] > num_tensors:
         raise UserError(f"wants more layers than the {num_tensors} tensors beside it make up")
     return sizes | _attention(section, form, sizes)
@@ -131,7 +134,7 @@ def _check_type(key: str, value: object, released: object) -> None:
     elif isinstance(released, int):
         right, what = _is_size(value, 1), "a positive integer"
     else:
-        # Levels count from 0, and there may be none with attention.
+        # Levels are counted from 0, and none may have attention.
         levels = key == "attn_resolutions"
         right = isinstance(value, list) and all(_is_size(item, 0 if levels else 1) for item in value)
         right, what = right and (levels or value != []), "a list of integers"
@@ -144,7 +147,10 @@ def _is_size(value: object, lowest: int) -> bool:
 
 
 def _attention(section: Mapping[str, Any], form: Form, sizes: Mapping[str, Any]) -> dict[str, int]:
-    """transformers' attention has one width at all levels, the original's that of its level."""
+    """Return the width and heads of attention.
+
+    In transformers all levels have one width, in the original each has its own.
+    """
     multipliers = sizes["channel_multiplier"]
     width = sizes["base_channels"] * multipliers[-1]
     for level in sizes["attn_resolutions"]:
@@ -163,7 +169,7 @@ def _attention(section: Mapping[str, Any], form: Form, sizes: Mapping[str, Any])
 
 
 def normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, from the first of transformers' two files that says something."""
+    """Return mean and standard deviation, from the first of transformers' two files that has them."""
     for name, section_key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         path = folder / name
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Where Emu3's image tokenizer lies."""
+"""Find Emu3's image tokenizer in a folder."""
 
 from __future__ import annotations
 

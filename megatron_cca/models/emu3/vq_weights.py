@@ -1,4 +1,4 @@
-"""The tensors of Emu3's image tokenizer, from safetensors alone, under transformers' names."""
+"""Read the tensors of Emu3's image tokenizer from safetensors files, under transformers' names."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_cca.models.emu3.vq_config import CONFIG, Form, read_json
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
-# Linear in transformers, 1 x 1 convolutions in the original.
+# Linear layers in transformers, 1 x 1 convolutions in the original.
 _LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
 
-# Counts training batches; evaluation never looks at it.
+# Counts training batches. Evaluation does not read it.
 IGNORED = "num_batches_tracked"
 
 
 def stored_tensors(folder: Path, form: Form) -> dict[str, tuple[str, Path]]:
-    """transformers' name -> name on disk and file, of the form's tensors only."""
+    """Return the tensors of a form: for each of transformers' names the name on disk and the file."""
     files = _files(folder)
     prefix = next((start for start in form.prefixes if any(name.startswith(start) for name in files)), None)
     if prefix is None:
@@ -45,7 +45,7 @@ def stored_tensors(folder: Path, form: Form) -> dict[str, tuple[str, Path]]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """In which file each tensor lies."""
+    """Return the file of each tensor."""
     if (folder / _SINGLE).is_file():
         with _opened(folder / _SINGLE) as tensors:
             return dict.fromkeys(tensors.keys(), folder / _SINGLE)
@@ -65,7 +65,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever is wrong with it becomes one line."""
+    """Open a safetensors file, and turn any error in it into one line."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(model: torch.nn.Module, stored: Mapping[str, tuple[str, Path]]) -> dict[str, Tensor]:
-    """The model's tensors in float32."""
+    """Return the model's tensors in float32."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(IGNORED)}
     for name in sorted(state.keys() - stored.keys()):
         raise UserError(f"tensor {name} (by transformers' name) is missing")
@@ -108,7 +108,7 @@ def _check_tensor(name: str, found: Any, wanted: tuple[int, ...], is_linear: boo
 
 
 def _in_float32(name: str, tensor: Tensor) -> Tensor:
-    # A copy: what safetensors returns may be a map of the file, and the file may change.
+    # A copy: safetensors may return a memory map, and the file may change.
     tensor = tensor.to(torch.float32, copy=True)
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds numbers that are not finite")

@@ -1,4 +1,4 @@
-"""LlamaGen's image tokenizer: the authors' VQ-16 (``vq_ds16_c2i.pt``, ``vq_ds16_t2i.pt``), or any of its shape."""
+"""LlamaGen's image tokenizer: the authors' VQ-16 (``vq_ds16_c2i.pt``, ``vq_ds16_t2i.pt``), or one of its structure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fing
 from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes, without_weights
 from megatron_cca.models.llamagen.vq_weights import read_vq
 
-# Images that pass through the network together: 7 of 384 x 384, 16 of 256 x 256, in which VQ-16 takes 2.6 GB.
+# Pixels that pass through the network together: 7 images of 384 x 384 or 16 of 256 x 256. VQ-16 takes 2.6 GB for them.
 _PIXELS_AT_ONCE = 2**20
-# Places whose similarities to a whole codebook are held together: 0.5 GB in float64 for 16,384 codes.
+# Places that are compared with the whole codebook at a time: 0.5 GB in float64 for 16,384 codes.
 _PLACES_AT_ONCE = 4096
 
 
 class LlamaGenImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`; open one with :func:`open_llamagen_vq`.
+    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
 
-    Everything runs in full float32, batches in parts of bounded size. The authors extract codes under TF32, so that of
-    theirs some differ where two codes are nearly as near.
+    Everything runs in full float32, and batches in parts of bounded size. The authors extract codes in TF32. Some of
+    their codes therefore differ, where two codes have nearly the same distance.
 
     Args:
         network: on its device.
@@ -41,7 +41,7 @@ class LlamaGenImageTokenizer:
         self._device = next(network.parameters()).device
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 ``[N, H, W, 3]`` -> int64 ``[N, H / f, W / f]``, where ``pixels`` lie.
+        """Encode images uint8 ``[N, H, W, 3]`` to codes int64 ``[N, H / f, W / f]``, on the device of ``pixels``.
 
         Raises:
             UserError: pixels of another dtype or shape, or sides that the factor does not divide.
@@ -53,7 +53,7 @@ class LlamaGenImageTokenizer:
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        """What the codebook is searched for: uint8 ``[N, H, W, 3]`` -> float32 ``[N, D, H / f, W / f]``.
+        """Encode images uint8 ``[N, H, W, 3]`` to the vectors that are quantised, float32 ``[N, D, H / f, W / f]``.
 
         Raises:
             UserError: as :meth:`encode`.
@@ -69,9 +69,10 @@ class LlamaGenImageTokenizer:
         return found
 
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 ``[N, h, w]`` -> uint8 ``[N, h f, w f, 3]``, where ``codes`` lie.
+        """Decode codes int64 ``[N, h, w]`` to images uint8 ``[N, h f, w f, 3]``, on the device of ``codes``.
 
-        As the authors' sampling for FID rounds: 127.5 x + 128 between 0 and 255, its fraction cut off.
+        Values are rounded as in the authors' sampling for FID: 127.5 x + 128, between 0 and 255, with the fraction cut
+        off.
 
         Raises:
             UserError: codes of another dtype or shape, or outside the codebook.
@@ -80,7 +81,7 @@ class LlamaGenImageTokenizer:
 
     @torch.no_grad()
     def decode_floats(self, codes: Tensor) -> Tensor:
-        """int64 ``[N, h, w]`` -> float32 ``[N, h f, w f, 3]``, about -1 to 1, where the network lies.
+        """Decode codes int64 ``[N, h, w]`` to float32 ``[N, h f, w f, 3]``, about -1 to 1, on the network's device.
 
         Raises:
             UserError: as :meth:`decode`.
@@ -94,7 +95,7 @@ class LlamaGenImageTokenizer:
         return found
 
     def fingerprint(self) -> str:
-        """A short hash of weights and sizes; the same for every form of the file and every device."""
+        """Return a short hash of weights and sizes. It is the same for every form of the file and every device."""
         return self._fingerprint
 
     def _parts(self, number: int, pixels: int) -> list[slice]:
@@ -103,18 +104,18 @@ class LlamaGenImageTokenizer:
 
 
 def open_llamagen_vq(path: str | Path, device: str | torch.device = "cpu") -> LlamaGenImageTokenizer:
-    """The image tokenizer in a ``.pt`` of the authors': their release, or a checkpoint of their training.
+    """Open the image tokenizer in a ``.pt`` of the authors': their release, or a checkpoint of their training.
 
-    Of a file with several sets of weights "model" is taken, as their sampling and code extraction do, not the average
-    "ema". Sizes are read from the tensors' shapes. That codes are compared by direction is not in the file; the
-    authors' are.
+    If a file has several sets of weights, "model" is read, as the authors' sampling and code extraction do, and not the
+    average "ema". Sizes are read from the shapes of tensors. The file does not say that codes are compared by
+    direction. The authors' codes are.
 
     Args:
         path: of the file.
         device: where it runs.
 
     Raises:
-        UserError: a damaged file, one of another model, or a tensor that is missing, too many or of a wrong shape.
+        UserError: a damaged file, one of another model, or a tensor that is missing, unknown or of a wrong shape.
     """
     path = Path(path)
     with said_of(path):

@@ -1,4 +1,4 @@
-"""LlamaGen's sizes, by the rule that its authors give them (``gpt.py``), and a tiny one for laptops and tests."""
+"""LlamaGen's sizes, by the rule in the authors' ``gpt.py``, and a tiny one for laptops and tests."""
 
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, LlamaGenVocabulary, class_vocabulary
@@ -10,7 +10,7 @@ _FFN_MULTIPLE = 256
 
 
 def _ffn_hidden_size(hidden_size: int) -> int:
-    """Two thirds of four times the width, up to the next multiple."""
+    """Return two thirds of four times the width, rounded up to the next multiple."""
     return -(-(8 * hidden_size // 3) // _FFN_MULTIPLE) * _FFN_MULTIPLE
 
 

@@ -1,6 +1,6 @@
-"""LlamaGen's ids and its sequence: one id for the class, then the codes row by row, and nothing behind them.
+"""LlamaGen's token ids and sequences: one id for the class, then the codes row by row, and nothing after them.
 
-The authors keep two tables, of codes and of classes (FoundationVision/LlamaGen, ``gpt.py``); here they are one.
+The authors have two tables, of codes and of classes (FoundationVision/LlamaGen, ``gpt.py``). Here they are one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 @dataclass(frozen=True)
 class LlamaGenVocabulary(ImageVocabulary):
-    """The codes, then the classes, then the null class, which stands for a dropped condition.
+    """The codes, then the classes, then the null class, which is the dropped condition.
 
     Attributes:
         size: number of ids.
@@ -41,47 +41,50 @@ class LlamaGenVocabulary(ImageVocabulary):
 
     @property
     def caption_size(self) -> int:
-        """A caption is the number of a class."""
+        """The number of classes: a caption is the number of a class."""
         return self.num_classes
 
     @property
     def null_class(self) -> int:
-        """The id in the place of a class's where the condition is dropped."""
+        """The id that takes the place of a class where the condition is dropped."""
         return self.codebook_size + self.num_classes
 
     @property
     def pad(self) -> int:
-        """No id is left for it; behind a row's end nothing is trained on, and before it nothing looks there."""
+        """The id of the null class, since no id is left for padding.
+
+        No token attends to padding, and none is trained on it.
+        """
         return self.null_class
 
     def meta_text(self, frames: int, height: int, width: int, clip_template: str | None = None) -> str:
-        """Nothing: a model has one grid."""
+        """Return an empty text, since a model has a single grid."""
         return ""
 
     def prompt_length(self, caption_length, meta_length):
-        """One, with a class or without."""
-        # Of the arguments' shape, which may be arrays.
+        """Return 1, with or without a class."""
+        # The arguments may be arrays, whose shape the result has.
         return 1 + 0 * (caption_length + meta_length)
 
     def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
-        """The class, or the null class for an empty caption."""
+        """Write the class, or the null class for an empty caption."""
         ids[0] = self.codebook_size + caption[0] if len(caption) else self.null_class
 
     def image_length(self, frames, height, width):
-        """The codes alone."""
+        """Return the number of codes."""
         return frames * height * width
 
     def write_image(self, ids: np.ndarray, codes: np.ndarray) -> None:
-        """Row by row."""
+        """Write the codes row by row."""
         ids[:] = codes.reshape(-1)
 
     def forced_tokens(self, height: int, width: int) -> np.ndarray:
-        """int64 ``[H * W]``, all free."""
+        """Return int64 ``[H * W]``, -1 everywhere: every token is visual."""
         return np.full(height * width, -1, dtype=np.int64)
 
 
 def class_vocabulary(codebook_size: int, num_classes: int) -> LlamaGenVocabulary:
-    """The vocabulary of a codebook and so many classes, the null class not counted."""
+    """Return the vocabulary of a codebook and so many classes, the null class not counted."""
     return LlamaGenVocabulary(codebook_size + num_classes + 1, codebook_size, num_classes)
 
 

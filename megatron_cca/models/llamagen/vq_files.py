@@ -1,4 +1,4 @@
-"""Where LlamaGen's image tokenizer lies: in one ``.pt``, or in a folder that holds no other."""
+"""Find LlamaGen's image tokenizer: a ``.pt`` file, or a folder with a single one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The network of LlamaGen's image tokenizer (arXiv 2406.06525; FoundationVision/LlamaGen, ``vq_model.py``).
 
-It is VQGAN's (arXiv 2012.09841) with attention at the lowest resolution only, and a codebook of unit vectors. Modules
-and tensors have the authors' names, so that their files load as they are. For inference alone: no dropout, no losses.
+It is VQGAN's network (arXiv 2012.09841) with attention only at the lowest resolution, and a codebook of unit vectors.
+Modules and tensors have the authors' names, so that their files load as they are. It is for inference alone, without
+dropout and losses.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# VQGAN's; channels must be a multiple of it.
+# VQGAN's number of groups. Channels must be a multiple of it.
 NORM_GROUPS = 32
 _NORM_EPSILON = 1e-6
-# Cosines that differ by no more are the same but for rounding in float64.
+# Cosines that differ by less are equal up to rounding in float64.
 _EQUAL = 1e-12
 
 
 @dataclass(frozen=True)
 class VqSizes:
-    """The authors' VQ-16 has 128; 128, 128, 256, 256, 512; 2; 256; 16,384; 8. VQ-8 has one level of 128 fewer.
+    """The sizes of a network.
+
+    The authors' VQ-16 has 128; 128, 128, 256, 256, 512; 2; 256; 16,384; 8. VQ-8 has one level of 128 fewer.
 
     Attributes:
         first_channels: of the convolution that sees the pixels.
-        channels: of each level, from the highest resolution down; each has half the resolution of the one before.
-        num_res_blocks: at each level; the decoder has one more.
+        channels: of each level, from the highest resolution down. Each level has half the resolution of the one before.
+        num_res_blocks: at each level. The decoder has one more.
         latent_channels: between encoder and codebook.
         codebook_size: codes are below it.
         embed_dim: of the codebook's vectors.
@@ -48,7 +51,7 @@ class VqSizes:
 
 
 class VqNetwork(nn.Module):
-    """Pixels to vectors and codes to pixels; see :class:`VqSizes`."""
+    """Encodes pixels to vectors and decodes codes to pixels, see :class:`VqSizes`."""
 
     def __init__(self, sizes: VqSizes) -> None:
         super().__init__()
@@ -58,33 +61,33 @@ class VqNetwork(nn.Module):
         self.post_quant_conv = nn.Conv2d(sizes.embed_dim, sizes.latent_channels, 1)
 
     def vectors(self, pixels: Tensor) -> Tensor:
-        """``[N, 3, H, W]`` between -1 and 1 -> ``[N, D, H / f, W / f]``, not yet of unit length."""
+        """Encode pixels ``[N, 3, H, W]`` between -1 and 1 to vectors ``[N, D, H / f, W / f]`` of any length."""
         return self.quant_conv(self.encoder(pixels))
 
     def pixels(self, codes: Tensor) -> Tensor:
-        """int64 ``[N, h, w]`` -> ``[N, 3, h f, w f]``, about -1 to 1."""
+        """Decode codes int64 ``[N, h, w]`` to pixels ``[N, 3, h f, w f]``, about -1 to 1."""
         return self.decoder(self.post_quant_conv(self.quantize.unit_vectors()[codes].movedim(-1, 1)))
 
 
 class Codebook(nn.Module):
-    """Its vectors count by their direction."""
+    """Vectors that are compared by their direction."""
 
     def __init__(self, sizes: VqSizes) -> None:
         super().__init__()
         self.embedding = nn.Embedding(sizes.codebook_size, sizes.embed_dim)
 
     def unit_vectors(self) -> Tensor:
-        """``[K, D]``."""
+        """Return the vectors with unit length, ``[K, D]``."""
         return functional.normalize(self.embedding.weight, dim=-1)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """``[M, D]`` -> int64 ``[M]``: whose direction is nearest; of equals the first.
+        """Return the codes int64 ``[M]`` with the nearest direction to vectors ``[M, D]``. Ties go to the first.
 
-        In float64: in float32, as the authors have it, near neighbours are told apart by rounding.
+        The comparison is in float64. In the authors' float32, rounding decides between near neighbours.
         """
         directions = functional.normalize(self.embedding.weight.double(), dim=-1)
         cosines = functional.normalize(vectors.double(), dim=-1) @ directions.T
-        # A product rounds equal columns differently, depending on where they stand.
+        # A matrix product rounds equal columns differently, depending on their place.
         best = cosines.amax(-1, keepdim=True) - _EQUAL
         return (cosines >= best).byte().argmax(-1)
 
@@ -144,7 +147,7 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each with attention behind it or none, then the way to the next resolution."""
+    """Residual blocks of one resolution, optionally with attention after each, then a change of resolution."""
 
     def __init__(
         self,
@@ -163,7 +166,7 @@ class Level(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C', H', W']``."""
+        """Return ``[N, C', H', W']`` for ``[N, C, H, W]``."""
         for residual, attention in zip_longest(self.res, self.attn):
             hidden = residual(hidden)
             hidden = hidden if attention is None else attention(hidden)
@@ -196,35 +199,35 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, given: Tensor) -> Tensor:
-        """``[N, C, h, w]``, the same."""
+        """Return the attention of ``[N, C, h, w]``, in the same shape."""
         normed = self.norm(given)
         query, key, value = (part(normed).flatten(2) for part in (self.q, self.k, self.v))
-        # Plain products, whose precision can be asked for; fused kernels take TF32 as they like.
+        # Plain matrix products, whose precision can be set. Fused kernels choose TF32 by themselves.
         weights = (query.transpose(1, 2) @ key * given.shape[1] ** -0.5).softmax(-1)
         return given + self.proj_out((value @ weights.transpose(1, 2)).view_as(given))
 
 
 class Downsample(nn.Module):
-    """Half the resolution."""
+    """A convolution that halves the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H / 2, W / 2]``; zeros stand right and below only."""
+        """Return ``[N, C, H / 2, W / 2]`` for ``[N, C, H, W]``. Zeros are padded only on the right and below."""
         return self.conv(functional.pad(hidden, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the resolution."""
+    """A convolution after doubling the resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, 2 H, 2 W]``."""
+        """Return ``[N, C, 2 H, 2 W]`` for ``[N, C, H, W]``."""
         return self.conv(functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
@@ -248,6 +251,6 @@ def _run(half: Encoder | Decoder, layers: Sequence[nn.Module], given: Tensor) ->
 
 
 def without_weights(sizes: VqSizes) -> VqNetwork:
-    """On the meta device, whatever the sizes."""
+    """Build the network on the meta device, without weights of whatever size."""
     with torch.device("meta"):
         return VqNetwork(sizes)

@@ -1,4 +1,4 @@
-"""The tensors of LlamaGen's image tokenizer, and its sizes, which nothing but their shapes says."""
+"""Read the tensors of LlamaGen's image tokenizer, and its sizes, which follow only from their shapes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqSizes, withou
 from megatron_cca.models.torch_file import tensors_in
 
 _FIRST, _CODEBOOK = "encoder.conv_in.weight", "quantize.embedding.weight"
-# Of training alone: which codes the last batches used.
+# Used in training alone: which codes the last batches used.
 _IGNORED = ("quantize.codebook_used",)
-# What the authors' sampling and code extraction read first; a training checkpoint's average comes after it.
+# In the order of the authors' sampling and code extraction. "ema" is a training checkpoint's average.
 _SECTIONS = ("model", "ema", "state_dict")
 _DECODER = "tok_embeddings.weight"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
-    """Sizes and float32 tensors, copied out of the file, by the authors' names.
+    """Return sizes and float32 tensors by the authors' names, as copies.
 
     Raises:
-        UserError: a damaged file, one of another model, or tensors that do not fit each other; does not name the file.
+        UserError: a damaged file, one of another model, or tensors that do not fit each other. The message does not
+            name the file.
     """
     found = tensors_in(path, _SECTIONS)
     stored = {name: tensor for name, tensor in found.items() if name not in _IGNORED}
@@ -47,7 +48,7 @@ def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
 
 
 def _sizes(stored: Mapping[str, Tensor]) -> VqSizes:
-    """Checked as far as building a network of them needs it."""
+    """Return the sizes. They are checked as far as building a network needs it."""
     levels = _counted(stored, "encoder.conv_blocks.{}.res.0.conv1.weight")
     blocks = _counted(stored, "encoder.conv_blocks.0.res.{}.conv1.weight")
     channels = [_channels(stored, f"encoder.conv_blocks.{level}.res.0.conv1.weight") for level in range(levels)]
@@ -97,7 +98,7 @@ def _check_shapes(stored: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, 
 
 
 def _in_float32(name: str, tensor: Tensor) -> Tensor:
-    # A copy: the tensor may be a map of the file, and the file may change.
+    # A copy: the tensor may be a memory map, and the file may change.
     tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
     if not tensor.isfinite().all():
         raise UserError(f"tensor {name} holds numbers that are not finite")

@@ -17,7 +17,7 @@ _THEIRS = "layers.{layer}."
 _CODES, _CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
 _FIRST_GATE, _FIRST_QKV = "layers.0.feed_forward.w1.weight", "layers.0.attention.wqkv.weight"
 _FREQUENCIES = "freqs_cis"
-# For what all sizes have in common.
+# For values that all sizes have in common.
 _ANY = PRESETS[RELEASED[0]]
 
 LLAMAGEN_WEIGHTS = WeightMap(
@@ -43,20 +43,20 @@ class LlamaGenWeightsFile:
     """See :class:`megatron_cca.models.weights_file.WeightsFileFormat`."""
 
     weights = LLAMAGEN_WEIGHTS
-    # What the authors' and CCA's samplers look for, in their order; without any it is an FSDP run's file.
+    # Keys that the authors' and CCA's samplers look for, in their order. A file of an FSDP run has none of them.
     sections = ("model", "module", "state_dict")
     marker = _CODES
     unsaid = ("num_attention_heads", "max_position_embeddings", "rotary_base", "layernorm_epsilon")
 
     def knows(self, names: Collection[str]) -> bool:
-        """By the table of codes, which text-to-image models have, too."""
+        """Return whether the table of codes is there. Text-to-image models have it, too."""
         return _CODES in names and any(name.startswith("cls_embedding.") for name in names)
 
     def read_model_config(self, shapes: Shapes, given: Sizes, assumed: Sizes) -> ModelConfig:
         """See the protocol.
 
-        Shapes tell all but the heads, the image's size and two constants of the authors' program. A released decoder,
-        whatever its codes and classes, has the released heads, and 24 x 24 codes unless somebody says otherwise.
+        Shapes give all sizes but the heads, the image's size and two constants of the authors' program. A released
+        decoder with any codes and classes has the released heads, and 24 x 24 codes unless these are given.
         """
         if any(name.startswith("cls_embedding.cap_proj") for name in shapes):
             raise UserError("looks like LlamaGen's text-to-image model; only class-to-image models are known here")
@@ -82,12 +82,12 @@ class LlamaGenWeightsFile:
     def _not_told_by_weights(
         self, shapes: Shapes, given: Sizes, assumed: Sizes, preset: Architecture | None
     ) -> dict[str, float | None]:
-        """The sizes in ``unsaid``; None where nothing tells one."""
+        """Return the sizes in ``unsaid``. None where nothing gives a size."""
         usual = {} if preset is None else {key: getattr(preset, key) for key in self.unsaid}
         buffer = _told_by_frequencies(shapes)
         places = {
             "num_attention_heads": (buffer, given, usual, assumed),
-            # A released decoder may be of either size of image: only the released default comes last.
+            # A released decoder may have either size of images, so its default comes last.
             "max_position_embeddings": (buffer, given, assumed, usual),
             "rotary_base": (given, assumed, vars(_ANY)),
             "layernorm_epsilon": (given, assumed, vars(_ANY)),
@@ -107,7 +107,7 @@ def _told_by_shapes(shapes: Shapes) -> dict[str, int]:
 
 
 def _told_by_frequencies(shapes: Shapes) -> dict[str, int]:
-    """Of ``freqs_cis``, ``[positions, channels of a head / 2, 2]``, which some programs save along."""
+    """Return the sizes in ``freqs_cis``, ``[positions, channels of a head / 2, 2]``, which some programs save."""
     shape, hidden = shapes.get(_FREQUENCIES, ()), shapes[_CODES][1]
     if len(shape) != 3 or shape[2] != 2 or not shape[1] or hidden % (2 * shape[1]):
         return {}
@@ -115,7 +115,7 @@ def _told_by_frequencies(shapes: Shapes) -> dict[str, int]:
 
 
 def _known(told: Mapping[str, int]) -> tuple[str, Architecture | None]:
-    """The preset of these sizes, or the released one whose decoder it is; else any, as a name for the family."""
+    """Return name and preset of these sizes, or of a released decoder, or the family's first name and None."""
     for name, preset in PRESETS.items():
         if _sizes_of(preset) == told:
             return name, preset
