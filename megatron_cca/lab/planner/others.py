@@ -60,7 +60,7 @@ def _neighbours(config: Config) -> Iterator[tuple[str, Config]]:
             optimizer, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
         )
         yield "the best, without the distributed optimizer", replace(config, optimizer=whole)
-    if config.objective.name != "next_token":
+    if config.objective.needs_reference:
         plain = replace(reference, strategy="resident", cache=None, fp8_param=False)
         yield "the best, reference resident", replace(config, reference=plain)
         yield "the best, reference offloaded", replace(config, reference=replace(plain, strategy="offload"))

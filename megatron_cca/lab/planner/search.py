@@ -58,7 +58,7 @@ def search(config: Config, wishes: Wishes, top: int) -> Plan:
 def _check_precisions(config: Config, wishes: Wishes) -> None:
     gpu = wishes.cluster.gpu
     gpu.peak_flops(config.training.precision)
-    if config.objective.name != "next_token":
+    if config.objective.needs_reference:
         gpu.peak_flops(reference_settings(config).precision, "reference.precision")
     check_fp8(laid_out(config, Layout()))
 
@@ -77,7 +77,7 @@ def _rank(candidate: Candidate) -> tuple:
 
 def _offers_cache(config: Config, wishes: Wishes) -> bool:
     """Whether to say what a cache of the reference's log-probabilities would gain, without planning with one."""
-    uses_pairs = config.objective.name != "next_token"
+    uses_pairs = config.objective.needs_reference
     return uses_pairs and "reference" in wishes.vary and "cached" not in wishes.vary and not _has_cache(config)
 
 

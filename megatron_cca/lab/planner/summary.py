@@ -90,7 +90,7 @@ def _remarks(report: Report) -> Iterator[str]:
             f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
             f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
         )
-    if best.config.reference.strategy == "offload" and best.config.objective.name != "next_token":
+    if best.config.reference.strategy == "offload" and best.config.objective.needs_reference:
         sizes = sizes_of(best.config, best.num_gpus, best.workload)
         on_node = (sizes.layers * sizes.layer_weights + sizes.head_weights) * _per_node(report)
         yield f"The offloaded reference takes {2 * on_node / GIB:.1f} GiB of host memory on each node."

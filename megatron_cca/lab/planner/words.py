@@ -52,7 +52,7 @@ def recompute_name(config: Config) -> str:
 
 def reference_name(config: Config) -> str:
     """Where the frozen model is."""
-    if config.objective.name == "next_token":
+    if not config.objective.needs_reference:
         return "none"
     return config.reference.strategy + (", FP8 weights" if config.reference.fp8_param else "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -22,7 +23,10 @@ def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
         before: what it was planned from; keys that differ are marked.
         head: lines above it, without the comment sign.
     """
-    defaults, given = config_to_dict(Config()), config_to_dict(before)
+    # A file that does not name its objective has the default one; the other defaults are this objective's own.
+    usual = replace(Config(), objective=type(config.objective)())
+    defaults, given = config_to_dict(usual), config_to_dict(before)
+    defaults["objective"]["name"] = Config().objective.name
     lines = [f"# {line}".rstrip() for text in head for line in textwrap.wrap(text, _WIDTH - 2) or [""]]
     for section, keys in config_to_dict(config).items():
         different = {key: value for key, value in keys.items() if value != defaults[section][key]}
