@@ -59,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_own_reference(config: Config) -> Config:
-    if config.objective.name == "next_token":
-        raise UserError("objective.name: next_token has no reference; nothing to compute")
+    if not config.objective.needs_reference:
+        raise UserError(f"objective.name: {config.objective.name} has no reference; nothing to compute")
     # Asked before the strategy counts as another one here: what dropout drew once must not be kept.
     check_dropout(replace(config, reference=replace(config.reference, strategy="cached")))
     strategy = "offload" if config.reference.strategy == "offload" else "resident"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_parts.lines import MEASURED, Line
-from megatron_cca.config import ObjectiveConfig
 
 HEAD, TESTS, STEP, LLAMAGEN, LORA, BIAS, PLAN = "head", "tests", "step", "llamagen", "lora", "bias", "plan"
 # In the order in which they run, with their shares of the time: about the seconds that each wants on an H100.
@@ -27,6 +26,7 @@ BF16_FEW, FP8_FEW = (f"{name}, {FEW_LAYERS} layers" for name in (BF16, FP8))
 _OFFLOAD, _FP8_PARAM = {"reference.strategy": "offload"}, {"reference.fp8_param": "true"}
 _TENSORWISE = {"training.precision": "fp8", "training.fp8_recipe": "tensorwise"}
 _LOCAL = {"model.transformer_impl": "local"}
+_IMAGE = {"objective.normalization": "image"}
 _SIZES = ("micro", "global")
 
 
@@ -121,11 +121,13 @@ def _step(rehearses: bool) -> list[Setting]:
             merged |= {f"training.{size}_batch_size": 2 * common["training.micro_batch_size"] for size in _SIZES}
         return _training(name, merged, grid, rehearses=rehearses, seconds=12, baseline=BF16)
 
-    settings = [
+    return [
         one(BF16),
         one(FP8, _TENSORWISE),
         one(BF16_FEW, layers=FEW_LAYERS),
         one(FP8_FEW, _TENSORWISE, layers=FEW_LAYERS),
+        one("bf16, resident, image words", _IMAGE),
+        one("fp8, resident, image words", _TENSORWISE, _IMAGE),
         one("bf16, resident, weights in FP8", _FP8_PARAM),
         one("bf16, offload", _OFFLOAD),
         one("fp8, resident, weights in FP8", _TENSORWISE, _FP8_PARAM),
@@ -137,13 +139,6 @@ def _step(rehearses: bool) -> list[Setting]:
         one("fp8 delayed, resident", {"training.precision": "fp8", "training.fp8_recipe": "delayed"}),
         one("bf16, local layers", _LOCAL),
     ]
-    if "normalization" in ObjectiveConfig.__dataclass_fields__:
-        image = {"objective.normalization": "image"}
-        settings[4:4] = [
-            one("bf16, resident, image words", image),
-            one("fp8, resident, image words", _TENSORWISE, image),
-        ]
-    return settings
 
 
 def _emu3(rehearses: bool) -> tuple[dict[str, Any], int]:

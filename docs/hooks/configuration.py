@@ -13,10 +13,13 @@ from pydantic import TypeAdapter
 
 from megatron_cca.config import Config
 from megatron_cca.models import FAMILIES
+from megatron_cca.objectives import OBJECTIVES, Objective
+from megatron_cca.objectives.base import keys_of, known_names
 
 _INTRODUCTION = """# Configuration reference
 
-<!-- Written by docs/hooks/configuration.py from megatron_cca/config/schema.py; change it there, then `make docs`. -->
+<!-- Written by docs/hooks/configuration.py from megatron_cca/config/schema.py and, for objective, from the classes in
+     megatron_cca/objectives/; change it there, then `make docs`. -->
 
 A run is one YAML file with these sections, each key of which but `data.path` may be left out, and overrides on the
 command line:
@@ -46,6 +49,7 @@ _TYPES = {
     "boolean": "true or false",
     "null": "null",
 }
+_COMMON = [field.name for field in dataclasses.fields(Objective)]
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -59,12 +63,16 @@ def main(output: str) -> None:
 def page() -> str:
     """The whole page as Markdown."""
     schema = TypeAdapter(Config).json_schema()
+    objective = TypeAdapter(Objective).json_schema()
+    objective["properties"]["name"]["enum"] = known_names()
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
     links = "\n".join(f"- [`{name}`](#{name})" for name in sections)
     parts = [_INTRODUCTION.format(sections=links)]
     for name, section in sections.items():
-        reference = schema["properties"][name]["$ref"]
-        parts.append(_section(name, schema["$defs"][reference.rpartition("/")[2]], section()))
+        reference = schema["properties"][name].get("$ref", "").rpartition("/")[2]
+        parts.append(_section(name, schema["$defs"][reference] if reference else objective, section()))
+        if not reference:
+            parts += map(_objective, known_names())
     return "\n".join([*parts, _presets()])
 
 
@@ -79,16 +87,27 @@ def _presets() -> str:
     return "## Presets\n\n" + "\n".join(rows) + "\n"
 
 
+def _objective(name: str) -> str:
+    kind = OBJECTIVES[name]
+    own, about = TypeAdapter(kind).json_schema(), sys.modules[kind.__module__].__doc__.partition("\n")[0]
+    rows = _table({key: own["properties"][key] for key in keys_of(name) if key not in _COMMON}, kind())
+    return f"### {name}\n\n{about}" + (f"\n\n{rows}" if rows else " It has no key of its own.\n")
+
+
 def _section(name: str, schema: dict[str, Any], defaults: Any) -> str:
     about = _prose(schema.get("description", "")).removeprefix(f"Section `{name}`").strip(" :.")
     about = f"{about[:1].upper()}{about[1:]}.\n\n" if about else ""
+    return f"## {name}\n\n{about}" + _table(schema["properties"], defaults)
+
+
+def _table(properties: dict[str, Any], defaults: Any) -> str:
     rows = ["| key | type | default | |", "|---|---|---|---|"]
-    for key, one in schema["properties"].items():
+    for key, one in properties.items():
         default = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=200)
         shown = default.replace("\n...", "").strip()
         cells = [f"`{key}`", _type(one), f"`{shown}`", _prose(one.get("description", ""))]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return f"## {name}\n\n{about}" + "\n".join(rows) + "\n"
+    return "\n".join(rows) + "\n" if properties else ""
 
 
 def _prose(docstring: str) -> str:

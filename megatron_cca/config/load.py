@@ -20,9 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_cca.config.schema import TYPED, Config
 from megatron_cca.config.texts import key_kind, override_value, texts_as_typed
 from megatron_cca.errors import UserError
+from megatron_cca.objectives.base import DEFAULT, inherited, keys_of
 
 NULL = "must be text, found null; an unquoted ~ is null in YAML, the home folder is ~/"
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+# Former versions wrote these keys and their defaults for every objective.
+FORMER_OBJECTIVE_KEYS = {"beta": 0.02, "negative_weight": 1.0}
 
 
 # Of a file with all aliases written out; a configuration has a few hundred.
@@ -73,7 +76,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Args:
         path: the file; None starts from the defaults.
         overrides: strings such as ``training.train_iters=10``; the value is YAML, of a key that holds text it is taken
-            as typed. Paths follow the rule of ``typed_paths.py``.
+            as typed. Paths follow the rule of ``typed_paths.py``. Another ``objective.name`` leaves behind the keys of
+            the file that this objective does not have.
 
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
@@ -82,8 +86,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if path is not None:
         read = read_yaml(Path(path), "--config", f"sections {', '.join(SECTIONS)}", Config)
         tree = {section: {} if keys is None else keys for section, keys in read.items()}
+    changes: dict[str, dict] = {}
     for override in overrides:
-        _apply_override(tree, override)
+        section, name, value = _parsed_override(override)
+        changes.setdefault(section, {})[name] = value
+    for section, keys in changes.items():
+        before = tree.get(section, {})
+        if not isinstance(before, dict):
+            raise UserError(f"{section}: expected keys below this section, found {before!r}")
+        if section == "objective" and "name" in keys:
+            before = inherited(before, keys["name"])
+        tree[section] = {**before, **keys}
     return config_from_dict(tree, typed=True)
 
 
@@ -93,13 +106,24 @@ def config_from_dict(tree: Mapping[str, Any], *, typed: bool = False) -> Config:
     Args:
         tree: section -> key -> value.
         typed: whether a person typed it. Paths then follow the rule of ``typed_paths.py``; what a run wrote down is
-            left as it is.
+            left as it is, but for keys that former versions wrote and that its objective does not have.
     """
+    if not typed:
+        tree = _of_today(tree)
     try:
         # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
         return TypeAdapter(Config).validate_json(as_json(tree), context=TYPED if typed else None)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
+
+
+def _of_today(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = tree.get("objective") if isinstance(tree, Mapping) else None
+    if not isinstance(section, dict):
+        return tree
+    known = keys_of(section.get("name", DEFAULT)) or FORMER_OBJECTIVE_KEYS
+    kept = {key: value for key, value in section.items() if key in known or key not in FORMER_OBJECTIVE_KEYS}
+    return {**tree, "objective": kept}
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -156,17 +180,15 @@ def as_json(tree: Any) -> str:
         raise UserError(f"holds what no configuration has: {error}") from None
 
 
-def _apply_override(tree: dict, override: str) -> None:
+def _parsed_override(override: str) -> tuple[str, str, Any]:
+    """Split ``section.key=value``; the value is parsed."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise UserError(f"--set {override}: expected section.key=value, such as training.train_iters=10")
     kind = key_kind(Config, key.strip())
     value = override_value(text, kind, lambda: _parsed(text, f"--set {override}: the value is not valid YAML", kind))
-    keys = tree.setdefault(section, {})
-    if not isinstance(keys, dict):
-        raise UserError(f"{section}: expected keys below this section, found {keys!r}")
-    keys[name] = value
+    return section, name, value
 
 
 def _one_line(error: ValidationError) -> str:
@@ -182,6 +204,10 @@ def _one_line(error: ValidationError) -> str:
         return f"{'.'.join(location[:2])}: {NULL}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: unknown key; {_suggestion(location)}"
+    if first["type"] == "no_such_key":
+        close = difflib.get_close_matches(location[-1], first["ctx"]["known"], n=1)
+        known = f"did you mean {location[0]}.{close[0]}?" if close else f"it has {', '.join(first['ctx']['known'])}"
+        return f"{key}: {first['msg']}; {known}"
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: expected keys below this section, found {first['input']!r}"
     # A union also adds the branch it tried to the location; the user knows only section, key, and what stands below.

@@ -9,17 +9,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic.dataclasses import dataclass
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from megatron_cca.io.typed_paths import typed_path
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
+from megatron_cca.objectives import OBJECTIVES, Objective
+from megatron_cca.objectives.base import DEFAULT, objective_of
+from megatron_cca.sections import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    strict,
+)
 
 # The context of a validation whose input a person typed, not a program.
 TYPED = "typed"
@@ -42,8 +52,6 @@ Blend = Annotated[dict[PathText, PositiveFloat], WrapValidator(_all_kept)]
 Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["tensorwise", "delayed", "blockwise"]
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-
-strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
 
 @strict
@@ -133,21 +141,6 @@ class LoraConfig:
 
 
 @strict
-class ObjectiveConfig:
-    """Section ``objective``."""
-
-    name: Literal["next_token", "cca", "dpo", "unlearning"] = "cca"
-    """``dpo`` (takes beta) and ``unlearning`` (takes negative_weight) are the ablations of the paper's Table 3."""
-    beta: PositiveFloat = 0.02
-    """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
-    negative_weight: PositiveFloat = 1.0
-    """The paper's lambda: larger means more fidelity and less diversity."""
-    normalization: Literal["vocabulary", "image"] = "vocabulary"
-    """What log p(x | c) is normalised over at each visual token: all words that the head predicts, as the authors do,
-    or the visual words alone, as drawing does. The latter computes less of the head."""
-
-
-@strict
 class ReferenceConfig:
     """Section ``reference``: the frozen copy that the objective compares with."""
 
@@ -167,8 +160,9 @@ class ReferenceConfig:
     """Keep its weights in FP8, one scale a row, and compute in ``precision`` with what they round to: half the memory
     of bf16. The LM head and the norms stay as they are."""
     allow_bias: NonNegativeFloat | None = None
-    """Largest root mean square of beta x log-ratio while policy and reference have the same weights. Null means exactly
-    0 where both take the same path and 0.05 where their precisions differ; with dropout it must be given."""
+    """Largest root mean square of beta x log-ratio (or of what else scales the objective's reward) while policy and
+    reference have the same weights. Null means exactly 0 where both take the same path and 0.05 where their precisions
+    differ; with dropout it must be given."""
 
 
 @strict
@@ -383,7 +377,10 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    # The keys of each objective stand in its class, in the package objectives.
+    objective: Annotated[Objective, PlainValidator(objective_of)] = dataclasses.field(
+        default_factory=OBJECTIVES[DEFAULT]
+    )
     reference: ReferenceConfig = dataclasses.field(default_factory=ReferenceConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)

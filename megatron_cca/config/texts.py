@@ -31,7 +31,7 @@ class KeysOf:
 def key_kind(kind: type, dotted: str) -> Any:
     """The type of ``section.key`` in a dataclass of dataclasses; None where there is no such key."""
     section, _, name = dotted.partition(".")
-    section_kind = _hints(kind).get(section)
+    section_kind = next(_members(_hints(kind).get(section)), None)
     return _hints(section_kind).get(name) if dataclasses.is_dataclass(section_kind) else None
 
 
@@ -90,8 +90,16 @@ def _pair_as_typed(key: yaml.Node, value: yaml.Node, kind: Any) -> tuple[yaml.No
     return key, texts_as_typed(value, _hints(kind).get(name)) if dataclasses.is_dataclass(kind) else value
 
 
-@functools.cache
 def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; of a section whose class one of its keys chooses, those of all classes."""
+    found: dict[str, Any] = {}
+    for one in (*kind.__subclasses__(), kind):
+        found |= _own_hints(one)
+    return found
+
+
+@functools.cache
+def _own_hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 

@@ -166,7 +166,7 @@ class ImageTokenizerFiles(Protocol):
         """Return whether a file or folder looks like one, by names alone."""
 
     def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
-        """The image tokenizer in a file or folder that was recognised.
+        """Return the image tokenizer in a file or folder that was recognised.
 
         Args:
             path: where its files lie.

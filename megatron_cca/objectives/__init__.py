@@ -1,21 +1,22 @@
 """Training objectives: log-probabilities in, a scalar loss and scalar metrics out. No Megatron here.
 
-``OBJECTIVES[name](**settings)`` is callable on :class:`PairLogps` (objectives that contrast matched with mismatched
-pairs) or on :class:`SequenceLogps` (plain likelihood), as its ``batch_type`` says. A new objective is one file and one
-line below.
+``OBJECTIVES[name](**keys)`` is callable on :class:`PairLogps` (objectives that contrast matched with mismatched pairs)
+or on :class:`SequenceLogps` (plain likelihood), as its ``contrasts`` says. A new objective is one file in this folder:
+all that stand here are found.
+
+Objectives are sections of a configuration: torch is imported when a loss is computed and not before, so that a mistyped
+key is refused in a fraction of a second.
 """
 
-from megatron_cca.objectives.batches import ObjectiveResult, PairLogps, SequenceLogps
-from megatron_cca.objectives.cca import CCA
-from megatron_cca.objectives.dpo import DPO
-from megatron_cca.objectives.next_token import NextToken
-from megatron_cca.objectives.unlearning import Unlearning
+import importlib
+import pkgutil
 
-OBJECTIVES = {
-    "cca": CCA,
-    "dpo": DPO,
-    "unlearning": Unlearning,
-    "next_token": NextToken,
-}
+from megatron_cca.objectives.base import OBJECTIVES, Objective, ObjectiveResult, objective, register
+from megatron_cca.objectives.rows import PairLogps, SequenceLogps
 
-__all__ = ["OBJECTIVES", "ObjectiveResult", "PairLogps", "SequenceLogps"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+for _objective in Objective.__subclasses__():
+    register(_objective)
+
+__all__ = ["OBJECTIVES", "Objective", "ObjectiveResult", "PairLogps", "SequenceLogps", "objective", "register"]

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch.nn.functional import logsigmoid
+from megatron_cca.objectives.base import Objective, objective
+from megatron_cca.sections import PositiveFloat
 
-from megatron_cca.objectives.batches import ObjectiveResult, PairLogps, must_be_positive
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_cca.objectives.rows import PairLogps
 
 
-@dataclass(frozen=True)
-class CCA:
+@objective("cca")
+class CCA(Objective):
     """L = -log sigma(beta r(x, c)) - lambda log sigma(-beta r(x, c')), divided by max(lambda, 1), averaged over rows.
 
     r = log p_theta - log p_phi. In a row with ``negative_is_positive`` the second term is
     ``-log sigma(+beta r(x, c'))`` with weight 1, as in the authors' code.
-
-    Attributes:
-        beta: > 0; plays 1 / guidance scale.
-        negative_weight: the paper's lambda, > 0.
-
-    Raises:
-        UserError: beta or negative_weight not positive.
     """
 
-    beta: float = 0.02
-    negative_weight: float = 1.0
+    beta: PositiveFloat = 0.02
+    """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
+    negative_weight: PositiveFloat = 1.0
+    """The paper's lambda: larger means more fidelity and less diversity."""
 
-    batch_type = PairLogps
+    contrasts = "conditions"
+    reward_scale = "beta"
+    against_collapse = "lower objective.negative_weight ({negative_weight:g}), raise objective.beta ({beta:g})"
 
-    def __post_init__(self) -> None:
-        must_be_positive(self, "beta", "negative_weight")
+    def loss(self, pairs: PairLogps) -> Tensor:
+        """Return the loss over B rows."""
+        from torch.nn.functional import logsigmoid  # here, since reading keys needs no torch
 
-    def __call__(self, pairs: PairLogps) -> ObjectiveResult:
-        """The loss over B rows, and :meth:`PairLogps.metrics`."""
         positive, negative = pairs.log_ratios()
         sign, weight = pairs.negative_signs_and_weights(self.negative_weight)
         rows = -logsigmoid(self.beta * positive) - weight * logsigmoid(sign * self.beta * negative)
-        loss = rows.mean() / max(self.negative_weight, 1.0)
-        return ObjectiveResult(loss, pairs)
+        return rows.mean() / max(self.negative_weight, 1.0)

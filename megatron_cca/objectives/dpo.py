@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch.nn.functional import logsigmoid
+from megatron_cca.objectives.base import Objective, objective
+from megatron_cca.sections import PositiveFloat
 
-from megatron_cca.objectives.batches import ObjectiveResult, PairLogps, must_be_positive
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_cca.objectives.rows import PairLogps
 
 
-@dataclass(frozen=True)
-class DPO:
+@objective("dpo")
+class DPO(Objective):
     """L = -log sigma(beta (r(x, c) - r(x, c'))), averaged over rows; r = log p_theta - log p_phi.
 
     Rows with ``negative_is_positive`` get no rule of their own, as in the authors' code: their two conditions are the
     same, hence they add ln 2 to the loss and nothing to its gradient.
-
-    Attributes:
-        beta: > 0.
-
-    Raises:
-        UserError: beta not positive.
     """
 
-    beta: float = 0.02
+    beta: PositiveFloat = 0.02
+    """Scale of the log-ratios; larger keeps the policy closer to the reference."""
 
-    batch_type = PairLogps
+    contrasts = "conditions"
+    reward_scale = "beta"
+    against_collapse = "raise objective.beta ({beta:g})"
+    without_contrast = "learns nothing, its loss is ln 2"
 
-    def __post_init__(self) -> None:
-        must_be_positive(self, "beta")
+    def loss(self, pairs: PairLogps) -> Tensor:
+        """Return the loss over B rows."""
+        from torch.nn.functional import logsigmoid  # here, since reading keys needs no torch
 
-    def __call__(self, pairs: PairLogps) -> ObjectiveResult:
-        """The loss over B rows, and :meth:`PairLogps.metrics`."""
         positive, negative = pairs.log_ratios()
-        loss = -logsigmoid(self.beta * (positive - negative)).mean()
-        return ObjectiveResult(loss, pairs)
+        return -logsigmoid(self.beta * (positive - negative)).mean()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_cca.objectives.batches import ObjectiveResult, SequenceLogps
+from megatron_cca.objectives.base import Objective, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_cca.objectives.rows import SequenceLogps
 
 
-@dataclass(frozen=True)
-class NextToken:
+@objective("next_token")
+class NextToken(Objective):
     """Mean negative log-likelihood per image token, in nats."""
 
-    batch_type = SequenceLogps
+    is_plain_likelihood = True
 
-    def __call__(self, sequences: SequenceLogps) -> ObjectiveResult:
-        """The loss over B rows; its only metric is itself."""
-        loss = -sequences.policy.mean() / sequences.mean_num_tokens
-        return ObjectiveResult(loss, sequences)
+    def loss(self, sequences: SequenceLogps) -> Tensor:
+        """Return the loss over B rows."""
+        return -sequences.policy.mean() / sequences.mean_num_tokens

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_cca.objectives.batches import ObjectiveResult, PairLogps, must_be_positive
+from megatron_cca.objectives.base import Objective, objective
+from megatron_cca.sections import PositiveFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_cca.objectives.rows import PairLogps
 
 
-@dataclass(frozen=True)
-class Unlearning:
+@objective("unlearning")
+class Unlearning(Objective):
     """L = -r(x, c) + lambda r(x, c'), divided by max(lambda, 1), averaged over rows; r = log p_theta - log p_phi.
 
     In a row with ``negative_is_positive`` the second term is ``-r(x, c')`` with weight 1, as in the authors' code. The
-    loss has no lower bound: the run must be short, or lambda small.
-
-    Attributes:
-        negative_weight: the paper's lambda, > 0.
-
-    Raises:
-        UserError: negative_weight not positive.
+    loss has no lower bound: the run must be short, or lambda small. Its gradient does not depend on the reference.
     """
 
-    negative_weight: float = 1.0
+    negative_weight: PositiveFloat = 1.0
+    """The paper's lambda: weight of the mismatched pairs."""
 
-    batch_type = PairLogps
+    contrasts = "conditions"
+    against_collapse = "lower objective.negative_weight ({negative_weight:g}),"
 
-    def __post_init__(self) -> None:
-        must_be_positive(self, "negative_weight")
-
-    def __call__(self, pairs: PairLogps) -> ObjectiveResult:
-        """The loss over B rows, and :meth:`PairLogps.metrics`."""
+    def loss(self, pairs: PairLogps) -> Tensor:
+        """Return the loss over B rows."""
         positive, negative = pairs.log_ratios()
         sign, weight = pairs.negative_signs_and_weights(self.negative_weight)
         rows = -positive - weight * sign * negative
-        loss = rows.mean() / max(self.negative_weight, 1.0)
-        return ObjectiveResult(loss, pairs)
+        return rows.mean() / max(self.negative_weight, 1.0)

@@ -70,8 +70,5 @@ class Alarms:
         )
 
     def _advice(self) -> str:
-        objective, rate = self._config.objective, f"lower optimizer.lr ({self._config.optimizer.lr:g})"
-        if objective.name == "dpo":
-            return f"raise objective.beta ({objective.beta:g}) or {rate}"
-        weight = f"lower objective.negative_weight ({objective.negative_weight:g})"
-        return f"{weight}, {f'raise objective.beta ({objective.beta:g}) ' * (objective.name == 'cca')}or {rate}"
+        own, rate = self._config.objective.collapse_advice, f"lower optimizer.lr ({self._config.optimizer.lr:g})"
+        return f"{own} or {rate}" if own else rate

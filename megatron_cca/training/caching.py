@@ -47,7 +47,7 @@ def check_cache(config: Config, data: RunData) -> None:
     Raises:
         UserError: names what differs or is missing.
     """
-    if config.objective.name == "next_token" or config.reference.strategy != "cached":
+    if not config.objective.needs_reference or config.reference.strategy != "cached":
         return
     if os.environ.get("RANK", "0") != "0":
         return

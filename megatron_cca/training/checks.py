@@ -50,7 +50,7 @@ def check_new_run(config: Config, world_size: int) -> None:
     check_attention(config)
     _check_validation(config)
     _check_pictures(config)
-    if config.objective.name != "next_token":
+    if config.objective.needs_reference:
         check_reference(config)
     if config.training.pretrained_checkpoint is not None:
         check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)

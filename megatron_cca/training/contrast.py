@@ -26,7 +26,7 @@ class ContrastWatch:
     """Says when no row of a batch has a negative, and when nearly none has; each once in the life of this process.
 
     Args:
-        config: of a run whose objective is on pairs.
+        config: of a run whose objective contrasts something.
         data: what it trains on.
     """
 
@@ -79,9 +79,7 @@ class ContrastWatch:
         return None
 
     def _consequence(self) -> str:
-        if self._config.objective.name == "dpo":
-            return "dpo learns nothing, its loss is ln 2"
-        return f"{self._config.objective.name} only raises the likelihood of the images"
+        return f"{self._config.objective.name} {self._config.objective.without_contrast}"
 
 
 def has_one_condition(data: TokenData) -> bool:

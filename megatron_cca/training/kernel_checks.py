@@ -228,7 +228,7 @@ def check_devices(config: Config) -> None:
 
 
 def _check_fork(config: Config) -> None:
-    offloads = config.objective.name != "next_token" and config.reference.strategy == "offload"
+    offloads = config.objective.needs_reference and config.reference.strategy == "offload"
     if platform.current().is_cuda and config.training.async_save and offloads:
         raise UserError(
             "training.async_save: true forks a process at each save, which either lacks or copies the host memory that "

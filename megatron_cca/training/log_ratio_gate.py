@@ -18,7 +18,7 @@ from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.tile_sizes import chunk_size_of
 from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
 
-# Rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
+# CCA's rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
 DEFAULT_ALLOWED = 0.05
 
 
@@ -74,12 +74,11 @@ def numeric_path(config: Config) -> dict[str, Any]:
     }
 
 
-def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:
+def judge(config: Config, spread: LogRatioSpread) -> str:
     """The line to say about the log-ratio at step 0.
 
     Args:
-        config: of the run.
-        beta: the objective's; None where its gradient does not depend on the reference.
+        config: of the run; its objective's ``reward_scale`` says how far a log-ratio counts.
         spread: of step 0's rows.
 
     Raises:
@@ -91,10 +90,12 @@ def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:
         f"step-0 log-ratio: mean {spread.mean:.3g}, sd {spread.std:.3g}, worst {spread.worst:.3g} nats over "
         f"{spread.rows} rows"
     )
-    if not same_weights(config) or beta is None:
+    key = config.objective.reward_scale
+    if not same_weights(config) or key is None:
         return measured
-    bias = beta * spread.root_mean_square
-    effect = f"{measured}; beta x mean {beta * spread.mean:.3g}, beta x root mean square {bias:.3g}"
+    scale = getattr(config.objective, key)
+    bias = scale * spread.root_mean_square
+    effect = f"{measured}; {key} x mean {scale * spread.mean:.3g}, {key} x root mean square {bias:.3g}"
     is_same_path = same_path(config)
     allowed = config.reference.allow_bias
     if allowed is None:
@@ -109,7 +110,7 @@ def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:
         )
     raise UserError(
         f"{effect}, only {allowed:g} allowed: {_differs(config)}, which bends the objective; {_remedy(config)}, lower "
-        f"objective.beta, or, {way_on}"
+        f"objective.{key}, or, {way_on}"
     )
 
 

@@ -132,7 +132,7 @@ def _loop(run: Run, journal: Journal) -> None:
 
 
 def _watch_contrast(run: Run, journal: Journal) -> ContrastWatch | None:
-    if not run.uses_pairs or journal.log is None:
+    if not run.config.objective.needs_reference or journal.log is None:
         return None
     watch = ContrastWatch(run.config, run.batches.data)
     watch.begin(journal)
@@ -178,7 +178,7 @@ def _finish(run: Run, journal: Journal) -> None:
 def _check_first_step(run: Run, report: StepReport, journal: Journal) -> None:
     if report.log_ratio is None:
         return
-    line = judge(run.config, getattr(run.objective, "beta", None), report.log_ratio)
+    line = judge(run.config, report.log_ratio)
     journal.say(line)
 
 

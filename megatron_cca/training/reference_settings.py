@@ -40,7 +40,7 @@ def reference_settings(config: Config) -> TrainingConfig:
 
 def uses_reference_pass(config: Config) -> bool:
     """Whether each step has a forward pass of the frozen model."""
-    return config.objective.name != "next_token" and config.reference.strategy != "cached"
+    return config.objective.needs_reference and config.reference.strategy != "cached"
 
 
 def settings_by_key(config: Config) -> dict[str, TrainingConfig]:

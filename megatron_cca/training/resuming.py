@@ -138,8 +138,9 @@ def _changed(config: Config, saved: Config) -> Iterator[tuple[str, object, objec
     ours, theirs = asdict(explicit(config)), asdict(saved)
     for section, values in ours.items():
         for name, value in values.items():
-            if value != theirs[section][name] and on_resume(section, name) is OnResume.REFUSED:
-                yield f"{section}.{name}", value, theirs[section][name]
+            # Another objective has other keys; its name comes first.
+            if value != theirs[section].get(name) and on_resume(section, name) is OnResume.REFUSED:
+                yield f"{section}.{name}", value, theirs[section].get(name)
 
 
 def started_from(config: Config) -> dict[str, str | None]:
@@ -166,7 +167,7 @@ def _check_started_from(config: Config, saved: Config, folder: Path) -> None:
     if not isinstance(recorded, dict):
         recorded = _still_there(saved)
     ours, theirs = config.training.pretrained_checkpoint, saved.training.pretrained_checkpoint
-    uses_own = config.objective.name != "next_token" and has_own_weights(config)
+    uses_own = config.objective.needs_reference and has_own_weights(config)
     keys = [PRETRAINED] if ours != theirs or (uses_own and config.reference.checkpoint is None) else []
     keys += [REFERENCE] if uses_own and config.reference.checkpoint is not None else []
     found = started_from(config)

@@ -27,7 +27,6 @@ from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.fp8_weights import keep_in_fp8
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import Initialize, initialize_by_name
-from megatron_cca.objectives import OBJECTIVES, PairLogps
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.engine import GraphCapture, graph_capture, initialize_user_buffers
@@ -45,7 +44,6 @@ class Run:
 
     config: Config
     architecture: Architecture
-    objective: object
     batches: BatchBuilder
     loader: BatchLoader
     validation: Validation | None
@@ -64,11 +62,6 @@ class Run:
     """See :func:`resuming.started_from`."""
     passed_over: tuple[str, ...] = ()
     """Why newer checkpoints than the one continued from were not taken; one line each."""
-
-    @property
-    def uses_pairs(self) -> bool:
-        """Whether the objective contrasts pairs with a reference."""
-        return self.objective.batch_type is PairLogps
 
     @property
     def policy_chunks(self) -> list[torch.nn.Module]:
@@ -112,12 +105,11 @@ def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize
         initialize: draws the weights that no checkpoint gives.
     """
     architecture = resolve_architecture(config.model)
-    objective = build_objective(config)
-    batches = training_batches(config, data, objective.batch_type is PairLogps)
+    batches = training_batches(config, data, config.objective.needs_reference)
     reader = loader(config, batches)
     # While the models are built, the first batches are read.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
-    validation = validation_batches(config, data, objective.batch_type is PairLogps)
+    validation = validation_batches(config, data, config.objective.needs_reference)
     run = build_run(config, architecture, batches, reader, validation, Progress(), initialize=initialize)
     _resume(run)
     if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
@@ -143,15 +135,13 @@ def build_run(
         progress: told of each forward pass.
         initialize: draws the weights that no checkpoint gives; None leaves them uninitialised, adapters' too.
     """
-    objective = build_objective(config)
-    uses_pairs = objective.batch_type is PairLogps
     forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
-    own = uses_pairs and has_own_weights(config)
+    own = config.objective.needs_reference and has_own_weights(config)
     initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
     reference = own_reference(config, forward, frozen_chunks(config, architecture, initialize)) if own else None
     policy = _build_policy(config, architecture, initialize)
-    if uses_pairs and not own:
+    if config.objective.needs_reference and not own:
         reference = borrowed_reference(config, forward, policy)
     optimizer = build_optimizer(config, policy)
     pretrained = config.training.pretrained_checkpoint
@@ -159,7 +149,6 @@ def build_run(
     return Run(
         config=config,
         architecture=architecture,
-        objective=objective,
         batches=batches,
         loader=reader,
         validation=validation,
@@ -186,12 +175,6 @@ def _saver(config: Config, start: Path | None) -> CheckpointSaver:
         keep_last=training.keep_last,
         keep_every=training.keep_every,
     )
-
-
-def build_objective(config: Config):
-    """The objective with the settings that its class declares."""
-    cls = OBJECTIVES[config.objective.name]
-    return cls(**{name: getattr(config.objective, name) for name in cls.__dataclass_fields__})
 
 
 def build_chunks(

@@ -9,8 +9,8 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary, Vocabulary
 
 
 def rows_per_sample(config: Config) -> int:
-    """Two for objectives on pairs, a matched and a mismatched one."""
-    return 1 if config.objective.name == "next_token" else 2
+    """Rows of one sample, as the objective says."""
+    return config.objective.rows_per_sample
 
 
 def rows_per_microbatch(config: Config) -> int:

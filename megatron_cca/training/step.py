@@ -139,7 +139,7 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
         rows = _rows(run, batch, microbatch, logps, reference.get(index))
         collected.append(_rows(run, batch, microbatch, logps.detach(), reference.get(index)))
         # Megatron divides the loss in place by the number of microbatches; the rows are reported instead.
-        return run.objective(rows).loss, {}
+        return run.config.objective(rows).loss, {}
 
     for chunk in run.policy:
         chunk.zero_grad_buffer()
@@ -149,7 +149,7 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
 
 
 def _rows(run: Run, batch: StepBatch, microbatch: Microbatch, policy: Tensor, reference: Tensor | None):
-    if not run.uses_pairs:
+    if not run.config.objective.needs_reference:
         return SequenceLogps(policy, batch.mean_num_tokens)
     return PairLogps(*policy.chunk(2), *reference.chunk(2), microbatch.negative_is_positive)
 
@@ -161,8 +161,8 @@ def _global_metrics(
     answer: list = [None, None, None]
     if parallel_state.is_pipeline_last_stage():
         gathered = _gather_rows(run, rows, mean_num_tokens)
-        answer[0] = {name: value.item() for name, value in run.objective(gathered).metrics.items()}
-        if run.uses_pairs:
+        answer[0] = {name: value.item() for name, value in run.config.objective(gathered).metrics.items()}
+        if run.config.objective.needs_reference:
             answer[1] = log_ratio_spread(gathered)
         answer[2] = terms_not_finite(gathered)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -176,9 +176,9 @@ def _global_metrics(
 
 
 def _gather_rows(run: Run, rows: list, mean_num_tokens: float) -> PairLogps | SequenceLogps:
-    names = ["policy"] if not run.uses_pairs else list(PairLogps.__dataclass_fields__)
+    names = ["policy"] if not run.config.objective.needs_reference else list(PairLogps.__dataclass_fields__)
     mine = torch.stack([torch.cat([getattr(row, name).float() for row in rows]) for name in names])
     columns = gathered_rows(mine)
-    if not run.uses_pairs:
+    if not run.config.objective.needs_reference:
         return SequenceLogps(columns[0], mean_num_tokens)
     return PairLogps(*columns[:4], columns[4].bool())

@@ -10,7 +10,7 @@ from megatron_cca.data.token_files import Sample
 from megatron_cca.training.events import read_events
 from tests.distributed.launch import SCRIPT, run_tool, run_workers
 from tests.distributed.test_launch import arguments
-from tests.distributed.test_layout_parity import CCA, PP2
+from tests.distributed.test_layout_parity import PP2, under
 from tests.references import token_shards
 
 UNDEFINED = {"negative_log_ratio", "margin", "accuracy"}
@@ -46,7 +46,7 @@ def test_data_of_one_caption_are_said_and_undefined_numbers_left_out(one_caption
 
 @pytest.mark.parametrize("objective", ["cca", "dpo", "unlearning"])
 def test_no_layout_makes_numbers_of_nothing(objective, one_caption, tmp_path):
-    common = [*CCA, f"objective.name={objective}", f"data.path={one_caption}", f"training.output_dir={tmp_path}/run"]
+    common = [*under(objective), f"data.path={one_caption}", f"training.output_dir={tmp_path}/run"]
     layouts = {"PP 2": PP2, "DP 2": ["training.micro_batch_size=2"]}
     found = run_workers(2, "traces", {"common": common, "layouts": layouts, "steps": 2}, tmp_path)
     for rows in found.values():

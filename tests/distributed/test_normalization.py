@@ -19,6 +19,7 @@ from tests.distributed.test_layout_parity import (
     VPP2,
     assert_as_independently_trained,
     column,
+    under,
     weights_to_start_from,
 )
 
@@ -81,7 +82,7 @@ def test_other_objectives_train_on_visual_words_too(name, common, tmp_path):
         run_workers(
             ranks,
             "traces",
-            {"common": [*common, f"objective.name={name}"], "layouts": layouts[ranks], "steps": STEPS},
+            {"common": under(name, common), "layouts": layouts[ranks], "steps": STEPS},
             tmp_path,
         )
         for ranks in layouts

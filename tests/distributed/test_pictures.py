@@ -8,18 +8,16 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from tests.distributed.launch import SCRIPT, ended, run_workers, start_job
-from tests.distributed.test_layout_parity import CCA, CP2, PP2, TP2, VPP2
+from tests.distributed.test_layout_parity import CCA, CP2, PP2, TP2, VPP2, under
 from tests.selection import mostly_full
 
 STEPS = [2, 3]
 EVERY = ["logging.sample_interval=1"]
 GATHER = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.ddp_bucket_size=2000"]
-DROPOUT = ["objective.name=next_token", "model.hidden_dropout=0.2", "model.attention_dropout=0.2"]
+DROPOUT = ["model.hidden_dropout=0.2", "model.attention_dropout=0.2"]
 LAYOUTS = {
     1: {
         "one process": EVERY,
-        "dropout": [*EVERY, *DROPOUT],
-        "dropout, no pictures": DROPOUT,
         "no pictures": [],
         "full recompute": [*EVERY, "training.recompute_granularity=full"],
     },
@@ -32,6 +30,8 @@ LAYOUTS = {
         "LoRA": [*EVERY, *TP2, "parallel.sequence_parallel=true", "lora.dim=2"],
     },
 }
+# Of plain likelihood, on one process.
+DROPPING = {"dropout": [*EVERY, *DROPOUT], "dropout, no pictures": DROPOUT}
 
 
 @pytest.fixture(scope="module", params=mostly_full(STEPS, [2]), ids=lambda steps: f"{steps} steps")
@@ -41,7 +41,8 @@ def runs(request, digit_shards, tmp_path_factory):
     prompts.write_text("a handwritten seven\nthe digit one\na scan of a three\n")
     common = [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}/run"]
     common.append(f"logging.sample_prompts={prompts}")
-    found = {}
+    dropping = {"common": under("next_token", common), "layouts": DROPPING, "steps": request.param}
+    found = run_workers(1, "pictured_steps", dropping, folder)
     for ranks, layouts in LAYOUTS.items():
         settings = {"common": common, "layouts": layouts, "steps": request.param}
         found |= run_workers(ranks, "pictured_steps", settings, folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
+from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column, under
 
 BEFORE, AFTER = 4, 6
 LAYOUTS = {
@@ -19,9 +19,9 @@ LAYOUTS = {
 SCHEDULE = ["optimizer.lr_warmup_iters=3", "optimizer.lr_decay_style=cosine", "training.train_iters=10"]
 
 
-def run(layout, folder, steps, data, *extra, save=False):
+def run(layout, folder, steps, data, *extra, save=False, objective="cca"):
     ranks, overrides = LAYOUTS[layout]
-    common = [*CCA, *SCHEDULE, f"data.path={data}", f"training.output_dir={folder}/run", *extra]
+    common = [*under(objective), *SCHEDULE, f"data.path={data}", f"training.output_dir={folder}/run", *extra]
     settings = {"overrides": [*common, *overrides], "steps": steps, "save": save}
     return run_workers(ranks, "checkpoint_workers.resume", settings, folder)
 
@@ -67,10 +67,10 @@ def test_other_optimizers_resume_exactly(extra, digit_shards, tmp_path):
 
 
 def test_dropout_resumes_exactly(digit_shards, tmp_path):
-    extra = ["objective.name=next_token", "model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    whole = run("PP 2", tmp_path / "whole", BEFORE + 2, digit_shards, *extra)["rows"]
-    run("PP 2", tmp_path / "cut", BEFORE, digit_shards, *extra, save=True)
-    rest = run("PP 2", tmp_path / "cut", 2, digit_shards, *extra)["rows"]
+    extra, plain = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"], {"objective": "next_token"}
+    whole = run("PP 2", tmp_path / "whole", BEFORE + 2, digit_shards, *extra, **plain)["rows"]
+    run("PP 2", tmp_path / "cut", BEFORE, digit_shards, *extra, save=True, **plain)
+    rest = run("PP 2", tmp_path / "cut", 2, digit_shards, *extra, **plain)["rows"]
     assert [row["loss"] for row in rest] == [row["loss"] for row in whole[BEFORE:]]
 
 

@@ -9,7 +9,7 @@ import torch
 from megatron_cca.config.load import load_config
 from megatron_cca.training.batches import open_data, training_batches, validation_batches
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, PP2, TP2, VPP2
+from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, PP2, TP2, VPP2, under
 from tests.distributed.test_layout_parity import initial_weights as initial_weights
 from tests.references import emu3
 
@@ -67,7 +67,7 @@ def test_validating_changes_nothing_in_training(answers, common, tmp_path):
 
 def test_next_token_validation_equals_an_independent_model(common, initial_weights, tmp_path):
     _, architecture, weights = initial_weights
-    overrides = [*common, "objective.name=next_token", "training.micro_batch_size=8", "model.attention_dropout=0.3"]
+    overrides = [*under("next_token", common), "training.micro_batch_size=8", "model.attention_dropout=0.3"]
     found = run_workers(1, "validations", {"common": overrides, "layouts": {"dropout": []}, "steps": 0}, tmp_path)
     config = load_config(None, overrides)
     validation = validation_batches(config, open_data(config), with_pairs=False)

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError
+from megatron_cca.objectives import OBJECTIVES
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,8 @@ from megatron_cca.errors import UserError
         ("objective.beta=-0.1", "objective.beta: input should be greater than 0, found -0.1"),
         ("objective.beta=.nan", "objective.beta: input should be a finite number"),
         ("objective.negative_weight=0", "objective.negative_weight: input should be greater than 0, found 0"),
+        ("objective.bta=1", "objective.bta: cca has no such key; did you mean objective.beta?"),
+        ("objective.tau=1", "objective.tau: cca has no such key; it has beta, negative_weight, normalization"),
         ("objective.name=ccaa", "objective.name: input should be 'next_token', 'cca', 'dpo' or 'unlearning'"),
         ("model.num_layers=x", "model.num_layers: input should be a valid integer, found 'x'"),
         ("parallel.tensor_model_parallel_size=-1", "parallel.tensor_model_parallel_size: input should be greater"),
@@ -47,6 +50,8 @@ def test_refused_overrides(override, message):
     ("text", "message"),
     [
         ("training: 3", "training: expected keys below this section, found 3"),
+        ("objective: 3", "objective: expected keys below this section, found 3"),
+        ("objective: {name: [cca]}", "objective.name: input should be 'next_token', 'cca', 'dpo' or 'unlearning'"),
         ("- a", "expected sections model, parallel"),
         ("training: {output_dir: [3]}", "training.output_dir: input should be a valid string, found [3]"),
         ("data: {path: [3]}", "data.path: input should be a valid string, found [3]"),
@@ -62,6 +67,51 @@ def test_refused_files(tmp_path, text, message):
         load_config(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "known"),
+    [
+        ("dpo", "negative_weight", "beta, normalization"),
+        ("unlearning", "beta", "negative_weight, normalization"),
+        ("next_token", "beta", "normalization"),
+    ],
+)
+def test_a_key_of_another_objective_is_refused_by_name(name, key, known, tmp_path):
+    file = tmp_path / "config.yaml"
+    message = f"^objective.{key}: {name} has no such key; it has {known}$"
+    file.write_text(f"objective: {{name: {name}, {key}: 50}}")
+    with pytest.raises(UserError, match=message):
+        load_config(file)
+    for overrides in ([f"objective.name={name}", f"objective.{key}=50"], [f"objective.{key}=50"]):
+        file.write_text(f"objective: {{name: {name}}}")
+        with pytest.raises(UserError, match=message):
+            load_config(file, overrides)
+        with pytest.raises(UserError, match=message):
+            load_config(None, [*overrides[::-1], f"objective.name={name}"])
+
+
+def test_another_objective_leaves_the_keys_of_the_file_behind(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("objective: {name: cca, beta: 0.3, negative_weight: 50, normalization: image}")
+    assert load_config(file, ["objective.name=dpo"]).objective == OBJECTIVES["dpo"](0.3, normalization="image")
+    found = load_config(file, ["objective.name=unlearning", "objective.negative_weight=2"]).objective
+    assert found == OBJECTIVES["unlearning"](2.0, normalization="image")
+    assert load_config(file, ["objective.name=cca"]) == load_config(file)
+    # The default one, too, is another one.
+    file.write_text("objective: {negative_weight: 50}")
+    assert load_config(file, ["objective.name=next_token"]).objective == OBJECTIVES["next_token"]()
+
+
+def test_what_former_versions_saved_for_every_objective_is_read():
+    former = {"beta": 0.5, "negative_weight": 50.0, "normalization": "vocabulary"}
+    for name, kind in OBJECTIVES.items():
+        own = {key: value for key, value in former.items() if key in kind.__dataclass_fields__}
+        assert config_from_dict({"objective": {"name": name, **former}}).objective == kind(**own)
+        with pytest.raises(UserError, match=r"objective\.tau: "):
+            config_from_dict({"objective": {"name": name, **former, "tau": 1.0}})
+    with pytest.raises(UserError, match=r"objective\.negative_weight: dpo has no such key"):
+        config_from_dict({"objective": {"name": "dpo", **former}}, typed=True)
 
 
 def test_a_missing_file_is_named(tmp_path):

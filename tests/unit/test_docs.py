@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from megatron_cca.config import Config
+from megatron_cca.objectives import OBJECTIVES, Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -107,9 +108,14 @@ def test_the_configuration_reference_is_current():
 
 def test_the_configuration_reference_has_every_key():
     text = (DOCS / "configuration.md").read_text()
-    for name, section in SECTIONS.items():
-        table = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-        assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == [field.name for field in fields(section())]
+    sections = {f"## {name}": section() for name, section in SECTIONS.items()}
+    sections |= {"## objective": Objective, **{f"### {name}": kind() for name, kind in OBJECTIVES.items()}}
+    common = [field.name for field in fields(Objective)]
+    for name, section in sections.items():
+        table = re.split(r"\n##+ ", text.partition(f"\n{name}\n")[2])[0]
+        keys = [field.name for field in fields(section)]
+        own = [key for key in keys if key not in common] if name.startswith("###") else keys
+        assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == own, name
 
 
 def code_blocks(text, language):

@@ -1,9 +1,13 @@
 """The house rules that can be read off the imports."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_cca.objectives import OBJECTIVES
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -13,24 +17,25 @@ LEVELS = {
     "errors": 0,
     "signals": 0,
     "version": 0,
+    "sections": 0,
     "display": 1,
     "io": 1,
     "reporting": 2,
-    "config": 2,
-    "megatron_compat": 3,
-    "platform": 4,
-    "objectives": 4,
-    "parallel": 5,
-    "models": 6,
-    "checkpoint": 7,
-    "data": 7,
-    "generation": 8,
-    "training": 9,
-    "lab": 10,
-    "lab/evaluation": 10,
-    "lab/planner": 11,
-    "lab/studies": 11,
-    "lab/scaling": 12,
+    "objectives": 2,
+    "config": 3,
+    "megatron_compat": 4,
+    "platform": 5,
+    "parallel": 6,
+    "models": 7,
+    "checkpoint": 8,
+    "data": 8,
+    "generation": 9,
+    "training": 10,
+    "lab": 11,
+    "lab/evaluation": 11,
+    "lab/planner": 12,
+    "lab/studies": 12,
+    "lab/scaling": 13,
 }
 
 
@@ -83,6 +88,29 @@ def test_objectives_know_no_megatron():
     files = list((PACKAGE / "objectives").glob("*.py"))
     found = [file.name for file in files if any(name.startswith("megatron.") for name in imported_modules(file))]
     assert files and not found
+
+
+def test_the_keys_of_a_run_are_read_without_torch():
+    script = "import sys, megatron_cca.config.load; print(*{'torch', 'megatron.core', 'numpy'} & set(sys.modules))"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert found.stdout.split() == []
+
+
+def named_objectives(file):
+    """Where a file compares something with an objective's name, or the name with anything, as a line each."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            inside = list(ast.walk(node))
+            is_name = any(isinstance(one, ast.Constant) and one.value in OBJECTIVES for one in inside)
+            if is_name or any(ast.unparse(one).endswith("objective.name") for one in inside):
+                yield f"{file.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_nobody_else_compares_the_name_of_an_objective():
+    others = [file for file in FILES if file.parent.name != "objectives"]
+    found = [line for file in others for line in named_objectives(file)]
+    assert not found, "\n".join(["ask the objective what it declares:", *found])
 
 
 # What may know a family by name: its own folder, the table of families, and readers of its files.

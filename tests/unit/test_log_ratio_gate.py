@@ -23,7 +23,9 @@ LOWER = ["reference.precision=bf16"]
 
 
 def line(overrides=(), beta=0.02, spread=SMALL):
-    return judge(load_config(None, overrides), beta, spread)
+    """What is said of CCA with this beta; of unlearning, which has none."""
+    own = "objective.name=unlearning" if beta is None else f"objective.beta={beta}"
+    return judge(load_config(None, [own, *overrides]), spread)
 
 
 def refused(overrides=(), beta=0.02, spread=SMALL):

@@ -115,7 +115,7 @@ def table_3_oracle(name: str, pairs: PairLogps, beta: float, weight: float) -> f
 
 def build(name, beta, weight):
     settings = {"beta": beta, "negative_weight": weight}
-    return OBJECTIVES[name](**{key: settings[key] for key in OBJECTIVES[name].__dataclass_fields__})
+    return OBJECTIVES[name](**{key: settings[key] for key in OBJECTIVES[name].__dataclass_fields__ if key in settings})
 
 
 @pytest.mark.parametrize("name", ["dpo", "unlearning"])

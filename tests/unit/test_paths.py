@@ -82,7 +82,7 @@ def test_what_no_file_can_be_called_is_refused(text, message):
 
 # Texts that stand for something else than a path, names of methods among them.
 NO_PATHS = {
-    Config: {"model.name"},
+    Config: {"model.name", "objective.name"},
     StudySettings: {
         *("name", "title", "methods", "methods.label"),
         *("plots.file", "plots.title", "plots.methods", "plots.x", "plots.y"),
@@ -100,7 +100,8 @@ def parts(kind):
 
 def texts(kind, prefix=""):
     """Keys that may hold text, with those of the sections below them."""
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+    hints = get_type_hints(kind, include_extras=True)
+    for name, hint in ((one.name, hints[one.name]) for one in dataclasses.fields(kind)):
         for part in parts(hint):
             if dataclasses.is_dataclass(part):
                 yield from texts(part, f"{prefix}{name}.")

@@ -34,7 +34,7 @@ def test_the_documentation_names_every_key_of_these_sections_that_is_refused():
                 assert f"`{section}.{key.name}`" in text
 
 
-def save(folder, config, content=b"x", **summary):
+def save(folder, config, content=b"x", /, **summary):
     """A whole checkpoint with one file of tensors."""
     root = folder / layout.FOLDER
     partial = layout.partial_folder(root, 10)
@@ -110,6 +110,17 @@ def test_what_no_reference_is_made_of_may_move_on(bases, begun, tmp_path):
     save(Path(a), load_config(), b"trained on")
     continued(tmp_path, f"{PRETRAINED}={a}", "objective.name=next_token")
     assert refused(tmp_path, f"{PRETRAINED}={b}", "objective.name=next_token").startswith(f"{PRETRAINED}: ")
+
+
+def test_a_run_of_a_former_version_continues_whatever_was_written_for_its_objective(tmp_path):
+    tree = config_to_dict(explicit(load_config(None, [f"training.output_dir={tmp_path}/run", "objective.name=dpo"])))
+    former = {**tree, "objective": {**tree["objective"], "negative_weight": 50.0}}
+    save(tmp_path / "run", load_config(), config=former)
+    continued(tmp_path, "objective.name=dpo")
+    assert refused(tmp_path, "objective.name=dpo", "objective.beta=0.5").startswith("objective.beta: 0.5, but the run")
+    for name in ("cca", "unlearning", "next_token"):
+        expected = f"objective.name: {name!r}, but the run in {tmp_path}/run was started with 'dpo'; set it so, or"
+        assert refused(tmp_path, f"objective.name={name}").startswith(expected)
 
 
 def test_a_damaged_record_is_no_record(bases, begun, tmp_path):

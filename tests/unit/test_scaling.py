@@ -16,6 +16,7 @@ from megatron_cca.lab.scaling.records import Row, read_record, record_path, rows
 from megatron_cca.lab.scaling.shapes import ideal_bubble
 from megatron_cca.lab.scaling.spans import Span, exposed_parts, merged, shortest, union, waiting
 from megatron_cca.lab.scaling.sweep import open_sweep, task_named
+from megatron_cca.objectives import OBJECTIVES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -90,6 +91,13 @@ def test_points_are_modes_by_layouts_by_sizes_that_divide(tmp_path):
     ]
     assert [task.config.training.global_batch_size for task in sweep.measured] == [16, 32, 32, 32, 32, 32]
     assert opened(tmp_path, mode="strong", global_batch_size=None).measured[0].config.training.global_batch_size == 64
+
+
+def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
+    sweep = opened(tmp_path, set={"objective.name": "next_token", "objective.normalization": "image"})
+    assert {task.config.objective for task in sweep.measured} == {OBJECTIVES["next_token"](normalization="image")}
+    with pytest.raises(UserError, match=r"set: objective\.beta: next_token has no such key"):
+        opened(tmp_path, set={"objective.name": "next_token", "objective.beta": 0.1})
 
 
 def test_auto_goes_as_far_as_the_machine(tmp_path, monkeypatch):

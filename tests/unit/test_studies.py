@@ -24,6 +24,7 @@ from megatron_cca.lab.studies.results import Statistic, as_json, collect, over_s
 from megatron_cca.lab.studies.running import Board, Progress
 from megatron_cca.lab.studies.study import grid, open_study
 from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
+from megatron_cca.objectives import OBJECTIVES
 
 GONE = "(gone)"
 LR = "optimizer.lr"
@@ -152,6 +153,8 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"methods/cca/config": None}, "methods.cca: optimizer.lr: nothing is trained here"),
         ({"methods/base": {}}, "methods.base: every study has the base"),
         ({"methods/cca/config": "no.yaml"}, "methods.cca.config: --config"),
+        ({"methods/cca/set": {"objective.name": "dpo"}}, "methods.cca: objective.negative_weight: dpo has no such key"),
+        ({"methods/control/set": {BETA: 0.1}}, "methods.control.set: objective.beta: next_token has no such key"),
         ({"methods/cca/tune": {"optimizer.lrr": [1, 2]}}, "methods.cca: optimizer.lrr: unknown key; did you mean"),
         ({"methods/cca/tune": {LR: [0.1, "much"]}}, "methods.cca: optimizer.lr: input should be a valid number"),
         ({"methods/cca/tune": {"lr": [0.1, 0.2]}}, "methods.cca: lr: expected section.key, such as optimizer.lr"),
@@ -255,6 +258,13 @@ def test_a_grid_changes_its_last_key_fastest():
 
 def changed(config, section, **values):
     return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
+    own = {"set": {"objective.name": "dpo"}, "sweep": {BETA: [0.2]}}
+    study = opened(tmp_path, **{"methods/cca": {**STUDY["methods"]["cca"], **own}, "plots": [{"kind": "comparison"}]})
+    points = [study.methods["cca"].point(values).config.objective for values in ({}, {BETA: 0.2})]
+    assert points == [OBJECTIVES["dpo"](0.1), OBJECTIVES["dpo"](0.2)]
 
 
 def test_what_determines_a_run_is_in_its_key_and_nothing_else():
@@ -478,7 +488,7 @@ def test_a_collapse_is_told_by_the_base_of_the_same_seed(tmp_path):
 def diverging(task):
     """Runs with a lambda of 1000 end in NaN on the first seed."""
     config = task.config
-    if config.objective.negative_weight == 1000 and config.training.seed == 1:
+    if getattr(config.objective, "negative_weight", None) == 1000 and config.training.seed == 1:
         return {"status": "failed", "reason": "diverged: NaN in a gradient", "title": "", "seconds": 1.0}
     return logged(task)
 

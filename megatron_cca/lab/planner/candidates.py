@@ -168,7 +168,7 @@ def _optimizer(config: Config, shards: int, vary: Sequence[str]) -> OptimizerCon
 
 def _references(config: Config, vary: Sequence[str]) -> Iterator:
     own = config.reference
-    if config.objective.name == "next_token" or "reference" not in vary:
+    if not config.objective.needs_reference or "reference" not in vary:
         yield own
     else:
         plain = replace(own, strategy="resident", cache=None, fp8_param=False)
@@ -180,7 +180,7 @@ def _references(config: Config, vary: Sequence[str]) -> Iterator:
             yield own
         if config.lora.dim is not None and same_weights(config) and own.precision is None and own.fp8_recipe is None:
             yield replace(plain, strategy="shared")
-    if "cached" in vary and own.strategy != "cached" and config.objective.name != "next_token":
+    if "cached" in vary and own.strategy != "cached" and config.objective.needs_reference:
         yield replace(own, strategy="cached", cache=CACHE_PLACE, fp8_param=False)
 
 

@@ -152,7 +152,7 @@ class _Rank:
 
     def _reference(self) -> float:
         """What the reference holds all the time."""
-        if self.config.objective.name == "next_token" or not has_own_weights(self.config):
+        if not self.config.objective.needs_reference or not has_own_weights(self.config):
             return 0
         if self.config.reference.strategy == "offload":
             return 0

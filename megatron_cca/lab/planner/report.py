@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def recompute_name(config: Config) -> str:
 
 def reference_name(config: Config) -> str:
     """Where the frozen model is."""
-    if config.objective.name == "next_token":
+    if not config.objective.needs_reference:
         return "none"
     return config.reference.strategy + (", FP8 weights" if config.reference.fp8_param else "")
 
@@ -127,7 +127,10 @@ def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
         before: what it was planned from; keys that differ are marked.
         head: lines above it, without the comment sign.
     """
-    defaults, given = config_to_dict(Config()), config_to_dict(before)
+    # A file that does not name its objective has the default one; the other defaults are this objective's own.
+    usual = replace(Config(), objective=type(config.objective)())
+    defaults, given = config_to_dict(usual), config_to_dict(before)
+    defaults["objective"]["name"] = Config().objective.name
     lines = [f"# {line}".rstrip() for text in head for line in textwrap.wrap(text, _WIDTH - 2) or [""]]
     for section, keys in config_to_dict(config).items():
         different = {key: value for key, value in keys.items() if value != defaults[section][key]}
@@ -228,7 +231,7 @@ def _remarks(report: Report) -> Iterator[str]:
             f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
             f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
         )
-    if best.config.reference.strategy == "offload" and best.config.objective.name != "next_token":
+    if best.config.reference.strategy == "offload" and best.config.objective.needs_reference:
         sizes = sizes_of(best.config, best.num_gpus, best.workload)
         on_node = (sizes.layers * sizes.layer_weights + sizes.head_weights) * _per_node(report)
         yield f"The offloaded reference takes {2 * on_node / GIB:.1f} GiB of host memory on each node."

@@ -75,7 +75,7 @@ def search(config: Config, wishes: Wishes, top: int) -> Plan:
 def _check_precisions(config: Config, wishes: Wishes) -> None:
     gpu = wishes.cluster.gpu
     gpu.peak_flops(config.training.precision)
-    if config.objective.name != "next_token":
+    if config.objective.needs_reference:
         gpu.peak_flops(reference_settings(config).precision, "reference.precision")
     check_fp8(laid_out(config, Layout()))
 
@@ -94,7 +94,7 @@ def _rank(candidate: Candidate) -> tuple:
 
 def _offers_cache(config: Config, wishes: Wishes) -> bool:
     """Whether to say what a cache of the reference's log-probabilities would gain, without planning with one."""
-    uses_pairs = config.objective.name != "next_token"
+    uses_pairs = config.objective.needs_reference
     return uses_pairs and "reference" in wishes.vary and "cached" not in wishes.vary and not _has_cache(config)
 
 
@@ -256,7 +256,7 @@ def _neighbours(config: Config) -> Iterator[tuple[str, Config]]:
             optimizer, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False
         )
         yield "the best, without the distributed optimizer", replace(config, optimizer=whole)
-    if config.objective.name != "next_token":
+    if config.objective.needs_reference:
         plain = replace(reference, strategy="resident", cache=None, fp8_param=False)
         yield "the best, reference resident", replace(config, reference=plain)
         yield "the best, reference offloaded", replace(config, reference=replace(plain, strategy="offload"))

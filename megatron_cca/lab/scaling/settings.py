@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_cca.config.load import read_yaml
-from megatron_cca.config.schema import NonNegativeInt, PathText, PositiveInt, strict
+from megatron_cca.config.schema import PathText
 from megatron_cca.errors import said_of
 from megatron_cca.lab.studies.settings import Keys, Name, from_plain
+from megatron_cca.sections import NonNegativeInt, PositiveInt, strict
 
 OPTION = "--sweep"
 

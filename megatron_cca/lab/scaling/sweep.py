@@ -15,6 +15,7 @@ from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling.settings import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
 from megatron_cca.lab.studies.digests import digest
 from megatron_cca.models import explicit
+from megatron_cca.objectives.base import inherited
 from megatron_cca.version import code_version
 
 MEASURED, PLANNED = "measured", "planned"
@@ -186,6 +187,8 @@ def _config(path: Path, name: str, keys: Keys, key: str) -> Config:
         raise UserError(f"{key}: {file} is not there; name a training configuration beside the sweep's file")
     config = load_config(file)
     tree = config_to_dict(config)
+    if "objective.name" in keys:
+        tree["objective"] = inherited(tree["objective"], keys["objective.name"])
     for dotted, value in keys.items():
         section, dot, option = dotted.partition(".")
         if not (dot and option) or section not in tree:

@@ -25,6 +25,7 @@ from megatron_cca.lab.studies.settings import Keys, SamplingConfig, StudySetting
 from megatron_cca.lab.studies.study import Method, Study
 from megatron_cca.models import resolve_architecture, tiny_architecture
 from megatron_cca.models.architecture import grid_misfit, own_grid
+from megatron_cca.objectives import OBJECTIVES
 from megatron_cca.training.checks import check_data, check_new_run
 
 CONTROL = "control"
@@ -74,9 +75,10 @@ def _check_seeds(settings: StudySettings) -> None:
 
 def _check_control(study: Study) -> None:
     control = study.methods.get(CONTROL)
-    if control is None or control.config is None or control.config.objective.name != "next_token":
+    if control is None or control.config is None or not control.config.objective.is_plain_likelihood:
+        plain = " or ".join(name for name, kind in OBJECTIVES.items() if kind.is_plain_likelihood)
         raise UserError(
-            f"methods.{CONTROL}: every study needs it: further training of the base with objective next_token, at the "
+            f"methods.{CONTROL}: every study needs it: further training of the base with objective {plain}, at the "
             "other methods' cost"
         )
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from megatron_cca.config import Config
 
 _FORWARD, _FORWARD_BACKWARD = 1, 3
-# A pair's two rows pass through the policy, forward and backward, and through the reference, forward.
-_ROWS_OF_A_PAIR = 2
 
 
 def units_per_sample(config: Config) -> int:
-    """3 for next-token training, 8 for every objective that compares pairs with a reference."""
-    if config.objective.name == "next_token":
-        return _FORWARD_BACKWARD
-    return _ROWS_OF_A_PAIR * (_FORWARD_BACKWARD + _FORWARD)
+    """3 for plain likelihood, 8 for every objective that compares pairs with a reference.
+
+    Each row passes through the policy, forward and backward, and through the reference, forward.
+    """
+    objective = config.objective
+    return objective.rows_per_sample * (_FORWARD_BACKWARD + _FORWARD * objective.needs_reference)
 
 
 def run_units(config: Config | None) -> int:

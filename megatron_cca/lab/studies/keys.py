@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
-from megatron_cca.config.load import config_to_dict
+from megatron_cca.config.load import FORMER_OBJECTIVE_KEYS, config_to_dict
 from megatron_cca.data.digits import KEYWORD
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.lab.studies.digests import digest
@@ -38,6 +38,8 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
         UserError: no token shards where the configuration says they are.
     """
     tree = config_to_dict(explicit(config))
+    # So that studies which a former version began go on.
+    tree["objective"] = FORMER_OBJECTIVE_KEYS | tree["objective"]
     for section in _FREE_SECTIONS:
         del tree[section]
     for section, name in _FREE_KEYS:

@@ -73,10 +73,10 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
 
 
 def _unit(results: Results) -> int:
-    """Passes of a CCA run, which counts as 1; of any training where the study has no CCA."""
+    """Passes of a run that contrasts something, which counts as 1; of any training where none does."""
     trained = [result for result in results.rows if result.units]
-    cca = [result for result in trained if result.row.point.config.objective.name == "cca"]
-    return (cca or trained)[0].units if trained else 1
+    contrasting = [result for result in trained if result.row.point.config.objective.contrasts is not None]
+    return (contrasting or trained)[0].units if trained else 1
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -12,17 +12,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_cca.config import Config
 from megatron_cca.config.load import NULL, as_json, read_yaml
-from megatron_cca.config.schema import (
-    TYPED,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathText,
-    PositiveFloat,
-    PositiveInt,
-    strict,
-)
+from megatron_cca.config.schema import TYPED, PathText
 from megatron_cca.config.texts import KeysOf
 from megatron_cca.errors import UserError, said_of
+from megatron_cca.sections import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 
 OPTION = "--study"
 SAMPLING = "sampling."

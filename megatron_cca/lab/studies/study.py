@@ -20,8 +20,9 @@ from megatron_cca.lab.studies.settings import (
     from_plain,
     read_study,
 )
+from megatron_cca.objectives.base import inherited
 
-BASE = "base"
+BASE, OBJECTIVE = "base", "objective.name"
 # What differs from run to run, and is the study's own business.
 _OWN_KEYS = (
     "training.output_dir",
@@ -155,12 +156,16 @@ def with_keys(
 ) -> tuple[Config | None, SamplingConfig]:
     """Both with keys such as ``objective.beta`` and ``sampling.guidance_scale`` changed.
 
+    Another ``objective.name`` leaves behind the keys that this objective does not have.
+
     Raises:
         UserError: an unknown key, a value that cannot be, a key of training where nothing is trained.
     """
     trees = {"sampling": asdict(sampling)}
     if config is not None:
         trees["config"] = config_to_dict(config)
+        if OBJECTIVE in keys:
+            trees["config"]["objective"] = inherited(trees["config"]["objective"], keys[OBJECTIVE])
     for key, value in keys.items():
         _set(trees, key, value)
     drawn = from_plain(SamplingConfig, trees["sampling"], SAMPLING)

@@ -1,13 +1,12 @@
-"""What objectives take and give."""
+"""What objectives take: summed log-probabilities of rows, with the metrics that come of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_cca.errors import UserError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,11 @@ class PairLogps:
         -1 and ``negative_weight`` for a true negative; +1 and 1 where the "negative" counts as a positive, which keeps
         the unconditional model intact.
         """
+        import torch  # here, since reading keys needs no torch
+
         flagged, dtype = self.negative_is_positive, self.policy_negative.dtype
         return torch.where(flagged, 1.0, -1.0).to(dtype), torch.where(flagged, 1.0, negative_weight).to(dtype)
 
-    @torch.no_grad()
     def metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """What every objective on pairs reports, scalars, in nats.
 
@@ -51,14 +51,17 @@ class PairLogps:
         ``positive_as_negative`` is the share of the other rows. Where no row has a true negative, these three are
         undefined and left out.
         """
-        positive, negative = self.log_ratios()
-        true_negative = ~self.negative_is_positive
-        found = {"loss": loss.detach(), "positive_log_ratio": positive.mean()}
-        if true_negative.any():
-            found["negative_log_ratio"] = _masked_mean(negative, true_negative)
-            found["margin"] = _masked_mean(positive - negative, true_negative)
-            found["accuracy"] = _masked_mean((positive > negative).to(positive.dtype), true_negative)
-        return found | {"positive_as_negative": self.negative_is_positive.to(positive.dtype).mean()}
+        import torch  # here, since reading keys needs no torch
+
+        with torch.no_grad():
+            positive, negative = self.log_ratios()
+            true_negative = ~self.negative_is_positive
+            found = {"loss": loss.detach(), "positive_log_ratio": positive.mean()}
+            if true_negative.any():
+                found["negative_log_ratio"] = _masked_mean(negative, true_negative)
+                found["margin"] = _masked_mean(positive - negative, true_negative)
+                found["accuracy"] = _masked_mean((positive > negative).to(positive.dtype), true_negative)
+            return found | {"positive_as_negative": self.negative_is_positive.to(positive.dtype).mean()}
 
 
 @dataclass(frozen=True)
@@ -79,31 +82,6 @@ class SequenceLogps:
         return {"loss": loss.detach()}
 
 
-@dataclass(frozen=True)
-class ObjectiveResult:
-    """What an objective makes of rows.
-
-    Attributes:
-        loss: a differentiable scalar.
-        rows: what it was called with.
-    """
-
-    loss: Tensor
-    rows: PairLogps | SequenceLogps
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Detached scalars. Computed when asked for, since that may wait for the device."""
-        return self.rows.metrics(self.loss)
-
-
-def must_be_positive(objective: object, *keys: str) -> None:
-    """Refuse an objective whose settings ``keys`` are not all above 0; raises :class:`UserError` naming the first."""
-    for key in keys:
-        if not getattr(objective, key) > 0:
-            raise UserError(f"objective.{key}: must be greater than 0, found {getattr(objective, key)}")
-
-
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask`` holds, which it does somewhere. Both ``[B]``; returns a scalar."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.to(values.dtype).sum()
+    return values.masked_fill(~mask, 0).sum() / mask.to(values.dtype).sum()
