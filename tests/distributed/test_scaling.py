@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from megatron_cca.lab.scaling.spans import Span, merged, shortest, waiting
+from megatron_cca.lab.scaling.waiting import Span, merged, shortest, waiting
 from tests.distributed.launch import LIMIT, ROOT, environment, run_tool, run_workers
 
 TOOL = ROOT / "examples" / "scaling" / "run.py"

@@ -18,7 +18,7 @@ from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster
 from megatron_cca.lab.planner.observer import Observer
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload
-from megatron_cca.lab.scaling.collective_timer import timed_collectives
+from megatron_cca.lab.scaling.waiting import timed_collectives
 from megatron_cca.parallel.process_groups import initialize_distributed
 
 

@@ -13,8 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation.clip import ClipScorer
-from megatron_cca.lab.evaluation.extraction import widths
-from megatron_cca.lab.evaluation.extractors import INCEPTION_URL, PUBLISHED_SHA256, WIDTHS, open_extractor
+from megatron_cca.lab.evaluation.extractors import INCEPTION_URL, PUBLISHED_SHA256, WIDTHS, open_extractor, widths
 from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
 from tests.references import tiny_clip
 

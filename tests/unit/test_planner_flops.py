@@ -149,7 +149,7 @@ def test_what_prints_an_mfu_says_what_it_means():
     printing = {name for name, text in texts.items() if '"MFU"' in text}
     assert {
         "benchmarks/reference.py",
-        "megatron_cca/lab/scaling/table.py",
+        "megatron_cca/lab/scaling/report.py",
         "megatron_cca/lab/planner/report.py",
     } <= printing
     silent = [name for name in printing if "MFU_MEANS" not in texts[name]]

@@ -9,13 +9,12 @@ from PIL import Image
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import laid_out
-from megatron_cca.lab.scaling import candidates, launching, planned, program, records, series, table
-from megatron_cca.lab.scaling.kernel_trace import spans_of
+from megatron_cca.lab.scaling import launching, planned, program, records, report
+from megatron_cca.lab.scaling.planned import ideal_bubble
 from megatron_cca.lab.scaling.plots import plot
 from megatron_cca.lab.scaling.records import Row, read_record, record_path, rows_of, write_failed, write_finished
-from megatron_cca.lab.scaling.shapes import ideal_bubble
-from megatron_cca.lab.scaling.spans import Span, exposed_parts, merged, shortest, union, waiting
 from megatron_cca.lab.scaling.sweep import open_sweep, task_named
+from megatron_cca.lab.scaling.waiting import Span, exposed_parts, merged, shortest, spans_of, union, waiting
 from megatron_cca.objectives import OBJECTIVES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -218,7 +217,7 @@ def test_nccl_kernels_in_a_trace():
 
 def test_the_even_bubble_is_the_textbooks(tmp_path):
     task = opened(tmp_path).measured[2]
-    config = laid_out(task.config, candidates.layout_of(task.layout, task))
+    config = laid_out(task.config, planned.layout_of(task.layout, task))
     assert ideal_bubble(config, 2) == pytest.approx(1 / (8 + 1))
 
 
@@ -265,7 +264,7 @@ def test_planned_points_that_cannot_be_do_not_end_the_sweep(tmp_path):
 def test_a_cpu_plans_its_layouts_only_with_a_calibration(tmp_path):
     task = opened(tmp_path, layouts="planned").measured[0]
     with pytest.raises(UserError, match="needs calibration"):
-        candidates.planned_candidate(task)
+        planned.planned_candidate(task)
 
 
 def test_measured_and_planned_share_axes_only_on_the_same_gpu(tmp_path):
@@ -273,21 +272,21 @@ def test_measured_and_planned_share_axes_only_on_the_same_gpu(tmp_path):
     theirs = rows(sweep.planned, finished(device="h100-80gb"), finished(device="h100-80gb"))
     on_cpu = rows(sweep.measured, finished(), finished())
     on_gpu = rows(sweep.measured, *[finished(device="NVIDIA H100 80GB HBM3")] * 2)
-    assert [group.kinds for group in series.groups_of(on_cpu, theirs)] == [["measured"], ["planned"]]
-    assert [group.kinds for group in series.groups_of(on_gpu, theirs)] == [["measured", "planned"]]
+    assert [group.kinds for group in report.groups_of(on_cpu, theirs)] == [["measured"], ["planned"]]
+    assert [group.kinds for group in report.groups_of(on_gpu, theirs)] == [["measured", "planned"]]
     other = opened(tmp_path / "other", planned={**PLANNED, "image_grid": [8, 8]}, layouts=[{}], mode="weak")
-    assert len(series.groups_of(on_gpu, rows(other.planned, *[row.record for row in theirs]))) == 2
+    assert len(report.groups_of(on_gpu, rows(other.planned, *[row.record for row in theirs]))) == 2
 
 
 def test_efficiency_is_of_the_smallest_point_of_the_mode(tmp_path):
     sweep = opened(tmp_path)
     found = rows(sweep.measured, *[finished(speed) for speed in (100.0, 90.0, 60.0, 200.0, 100.0, 50.0)])
-    assert [series.efficiency(row, found) for row in found] == pytest.approx([1, 0.9, 0.6, 1, 0.5, 0.25])
+    assert [report.efficiency(row, found) for row in found] == pytest.approx([1, 0.9, 0.6, 1, 0.5, 0.25])
 
 
 def test_mfu_is_of_the_best_peak_that_was_measured(tmp_path):
     sweep = opened(tmp_path, layouts=[{}], mode="weak")
-    found = series.with_one_peak(rows(sweep.measured, finished(mfu=0.2, peak_flops=5e10), finished()))
+    found = report.with_one_peak(rows(sweep.measured, finished(mfu=0.2, peak_flops=5e10), finished()))
     assert [row.record["mfu"] for row in found] == pytest.approx([0.1, 0.1])
 
 
@@ -296,7 +295,7 @@ def test_table_and_picture(tmp_path):
     measured = rows(sweep.measured[:1], finished())
     measured.append(Row(sweep.measured[1], {"num_gpus": 2, "status": "failed", "reason": "not enough memory"}))
     theirs = rows(sweep.planned, *[finished(device="h100-80gb")] * 2)
-    text = table.table(sweep, measured, theirs)
+    text = report.table(sweep, measured, theirs)
     assert "## Measured" in text and "host here; 2026-01-02; torch 2" in text
     assert "## Planned, not run" in text and "- measured weak-2-dp: not enough memory" in text
     plot(tmp_path / "scaling.png", sweep, measured, theirs)

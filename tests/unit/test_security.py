@@ -29,8 +29,8 @@ from megatron_cca.data.sources import open_source
 from megatron_cca.data.token_files import open_table
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
-from megatron_cca.lab.evaluation.archives import read_archive
 from megatron_cca.lab.evaluation.extractors import open_extractor
+from megatron_cca.lab.evaluation.images import read_archive
 from megatron_cca.lab.evaluation.listings import list_folder
 
 ROOT = Path(__file__).parents[2]

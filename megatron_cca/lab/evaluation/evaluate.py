@@ -12,8 +12,7 @@ from tqdm import tqdm
 from megatron_cca.errors import said_of
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
-from megatron_cca.lab.evaluation.extraction import widths
-from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor
+from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.images import ImageSet, read_images
 from megatron_cca.lab.evaluation.planning import (
     REFERENCE,

@@ -27,7 +27,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.extraction import OnProgress, check_images, extract, widths
+from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
 from megatron_cca.lab.evaluation.metrics import METRICS, MOMENT_METRICS, PART_OF, Counts, FidelitySettings, obstacle
 
 __all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]

@@ -1,13 +1,14 @@
-"""The pictures that people look at, as PNG."""
+"""The diagrams of an evaluation and of the demo, as PNG."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -90,3 +91,114 @@ def _label(axis: Axes, title: str, unit: str) -> None:
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+# More classes than this are drawn as a sorted curve: bars would be thinner than a line.
+_MAX_BARS = 30
+_ACROSS = 8
+
+
+def fid_is_plane(path: Path, points: Mapping[str, tuple[float, float]]) -> None:
+    """Sets of samples in the plane of FID and Inception Score; better is to the upper left.
+
+    Args:
+        path: the PNG.
+        points: name -> FID and Inception Score.
+    """
+    figure = Figure(figsize=(7.2, 3.8), dpi=160)
+    axes = figure.subplots()
+    for colour, (name, (fid, score)) in zip(_colours(len(points)), points.items(), strict=True):
+        axes.scatter([fid], [score], s=52, color=colour, edgecolors="white", linewidths=0.8, label=name, zorder=3)
+    axes.margins(0.12)
+    _style(axes, "Inception Score against FID", "FID (lower is better)", "Inception Score (higher is better)")
+    _legend(axes)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def class_accuracy_bars(path: Path, accuracies: Mapping[str, Mapping[int, float]]) -> None:
+    """How often each class is recognised; for many classes, the sorted curve.
+
+    Args:
+        path: the PNG.
+        accuracies: name of the set -> class -> share between 0 and 1.
+    """
+    classes = sorted({label for shares in accuracies.values() for label in shares})
+    many = len(classes) > _MAX_BARS
+    figure = Figure(figsize=(8.5 if many else max(5, 0.5 * len(classes) + 1.8), 3.6), dpi=160)
+    axes = figure.subplots()
+    draw = _curves if many else _bars
+    draw(axes, accuracies, classes)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    label = "classes, from the best to the worst" if many else "class"
+    _style(axes, "class accuracy", label, "recognised")
+    if len(accuracies) > 1:
+        _legend(axes)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def _bars(axes: Axes, accuracies: Mapping[str, Mapping[int, float]], classes: list[int]) -> None:
+    places, width = np.arange(len(classes)), 0.8 / len(accuracies)
+    for index, (colour, (name, shares)) in enumerate(zip(_colours(len(accuracies)), accuracies.items(), strict=True)):
+        heights = [shares.get(label, np.nan) for label in classes]
+        axes.bar(places + (index - (len(accuracies) - 1) / 2) * width, heights, width * 0.92, color=colour, label=name)
+    axes.set_xticks(places, [str(label) for label in classes])
+
+
+def _curves(axes: Axes, accuracies: Mapping[str, Mapping[int, float]], classes: list[int]) -> None:
+    for colour, (name, shares) in zip(_colours(len(accuracies)), accuracies.items(), strict=True):
+        axes.plot(sorted(shares.values(), reverse=True), color=colour, linewidth=1.6, label=name)
+
+
+def image_grid(path: Path, title: str, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Images in rows of eight below a title, each over its short caption.
+
+    Args:
+        path: the PNG.
+        title: one line.
+        images: uint8 ``[N, H, W, 3]``, at least one.
+        captions: as many; all may be empty.
+    """
+    across = min(_ACROSS, len(images))
+    rows = -(-len(images) // across)
+    width = 0.62 if max(images.shape[1:3]) < 64 else 1.3  # inches
+    height = width * images.shape[1] / images.shape[2] + (0.2 if any(captions) else 0.05)
+    figure = Figure(figsize=(max(across, 4) * (width + 0.06) + 0.2, rows * height + 0.45), dpi=160)
+    figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
+    axes = figure.subplots(rows, across, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, caption in zip(axes, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest" if max(image.shape) < 64 else "antialiased")
+        axis.set_title(caption, fontsize=7, color=GREY, y=-0.03, va="top", pad=0, parse_math=False)
+    figure.tight_layout(pad=0.5, h_pad=0.4, w_pad=0.3)
+    save(figure, path)
+
+
+def _legend(axes: Axes) -> None:
+    legend = axes.legend(
+        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, labelcolor=INK
+    )
+    for text in legend.get_texts():
+        # A name may hold dollar signs; they are not mathematics here.
+        text.set_parse_math(False)
+
+
+def _colours(count: int) -> list:
+    """Distinct colours; the first three are those of the other plots."""
+    base = ["#1f6fb2", "#c8553d", "#2a9d6f"]
+    more = colormaps["tab20"].colors
+    return [base[index] if index < len(base) else more[(2 * index) % 20] for index in range(count)]
+
+
+def _style(axes: Axes, title: str, across: str, up: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_xlabel(across, fontsize=8, color=GREY)
+    axes.set_ylabel(up, fontsize=8, color=GREY)
+    axes.tick_params(labelsize=8, colors=GREY)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -32,12 +32,9 @@ from megatron_cca.lab.planner.measuring import (
 from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.planner.workload import image_workload
-from megatron_cca.lab.scaling.candidates import gpu_of
-from megatron_cca.lab.scaling.collective_timer import timed_collectives
-from megatron_cca.lab.scaling.kernel_trace import traced_kernels
-from megatron_cca.lab.scaling.shapes import ideal_bubble
-from megatron_cca.lab.scaling.spans import Span, Waiting, merged, shortest, waiting
+from megatron_cca.lab.scaling.planned import gpu_of, ideal_bubble
 from megatron_cca.lab.scaling.sweep import Task
+from megatron_cca.lab.scaling.waiting import Span, Waiting, merged, shortest, timed_collectives, traced_kernels, waiting
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.kernel_checks import check_devices

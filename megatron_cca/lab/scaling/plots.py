@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, YELLOW, save
 from megatron_cca.lab.scaling.records import Row
-from megatron_cca.lab.scaling.series import Group, Series, groups_of, units
+from megatron_cca.lab.scaling.report import Group, Series, groups_of, units
 from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
 
 _COLOURS = (BLUE, RED, GREEN, PINK, ORANGE)

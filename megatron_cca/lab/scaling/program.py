@@ -116,8 +116,7 @@ def _speed(record: Record) -> str:
 def _write(sweep: Sweep, output: Path) -> None:
     # Imported late: matplotlib takes a second, which a mistyped file need not wait for.
     from megatron_cca.lab.scaling.plots import plot
-    from megatron_cca.lab.scaling.series import with_one_peak
-    from megatron_cca.lab.scaling.table import table
+    from megatron_cca.lab.scaling.report import table, with_one_peak
 
     measured, planned = with_one_peak(rows_of(output, sweep.measured)), rows_of(output, sweep.planned)
     _check_one_device(output, measured)
@@ -182,8 +181,8 @@ def _measured(task: Task) -> dict:
 
     from megatron_cca.lab.planner.candidates import check_candidate, laid_out
     from megatron_cca.lab.planner.program import PACKAGES
-    from megatron_cca.lab.scaling.candidates import layout_of, planned_candidate
     from megatron_cca.lab.scaling.measure import measure
+    from megatron_cca.lab.scaling.planned import layout_of, planned_candidate
     from megatron_cca.version import code_version, installed_versions
 
     if task.layout is None:

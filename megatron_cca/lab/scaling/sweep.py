@@ -13,7 +13,7 @@ from megatron_cca.config.load import config_from_dict, config_to_dict, load_conf
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling.settings import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
-from megatron_cca.lab.studies.digests import digest
+from megatron_cca.lab.studies.tasks import digest
 from megatron_cca.models import explicit
 from megatron_cca.objectives.base import inherited
 from megatron_cca.version import code_version

@@ -10,7 +10,7 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import FORMER_OBJECTIVE_KEYS, config_to_dict
 from megatron_cca.data.digits import KEYWORD
 from megatron_cca.data.manifest import fingerprint, read_manifest
-from megatron_cca.lab.studies.digests import digest
+from megatron_cca.lab.studies.tasks import digest
 from megatron_cca.models import explicit
 
 # The same training on any layout; checks.py lets a run go on with other values of these.

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from megatron_cca.lab.studies.compute import run_units
 from megatron_cca.lab.studies.plan import Outcomes, Plan, Row
 from megatron_cca.lab.studies.settings import Keys
-from megatron_cca.lab.studies.study import BASE, Study
+from megatron_cca.lab.studies.study import BASE, Study, run_units
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
 _DIAGNOSTIC = "positive_log_ratio"

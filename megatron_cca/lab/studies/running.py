@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.lab.studies.plan import Plan, Planner, expected_tasks, make_plan
-from megatron_cca.lab.studies.tasks import FAILED, Outcome, Task, outcome_of
-from megatron_cca.lab.studies.workers import do, start
+from megatron_cca.lab.studies.tasks import FAILED, Outcome, Task, do, outcome_of, start
 from megatron_cca.parallel.process_groups import initialize_distributed
 
 

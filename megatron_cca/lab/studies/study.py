@@ -1,4 +1,4 @@
-"""A study with its files read: which settings each method is tried at and reported at, and the run that each means."""
+"""A study with its files read: the settings that each method is tried and reported at, their runs, what they cost."""
 
 from __future__ import annotations
 
@@ -191,3 +191,22 @@ def _set(trees: dict[str, dict], key: str, value: Any) -> None:
 def grid(values: Mapping[str, Sequence[Any]]) -> list[Keys]:
     """All combinations, the last key changing fastest; of no keys it is one, the empty one."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+_FORWARD, _FORWARD_BACKWARD = 1, 3
+
+
+def units_per_sample(config: Config) -> int:
+    """Return 3 for plain likelihood, 8 for every objective that compares pairs with a reference.
+
+    Each row passes through the policy, forward and backward, and through the reference, forward.
+    """
+    objective = config.objective
+    return objective.rows_per_sample * (_FORWARD_BACKWARD + _FORWARD * objective.needs_reference)
+
+
+def run_units(config: Config | None) -> int:
+    """Of a whole run; 0 where nothing is trained."""
+    if config is None:
+        return 0
+    return config.training.train_iters * config.training.global_batch_size * units_per_sample(config)

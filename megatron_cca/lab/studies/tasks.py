@@ -1,17 +1,36 @@
-"""What a study consists of: training runs, and sets of samples that are drawn and judged; each has a folder."""
+"""What a study consists of: training runs, and sets of samples that are drawn and judged; each has a folder.
+
+Also the processes that do them side by side. Nothing here imports Megatron-Core before the platform is installed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import json_object
 from megatron_cca.io.outputs import write_json
 from megatron_cca.lab.studies.settings import SamplingConfig
+
+
+def digest(contents: Mapping[str, Any]) -> str:
+    """Of plain data and this package's version, 12 hexadecimal digits."""
+    text = json.dumps({"version": __version__, **contents}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -103,3 +122,30 @@ def outcome_of(task: Task) -> Outcome | None:
 def write_outcome(task: Task, outcome: Mapping[str, Any]) -> None:
     """Leave a task's result in its folder; it is whole or not there."""
     write_json(task.folder / RESULT, outcome)
+
+
+def start(device: platform.DeviceChoice, started: Synchronized) -> None:
+    """Prepare a worker: its own device of several, and no life without the program that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    with started.get_lock():
+        os.environ["LOCAL_RANK"] = str(started.value)
+        started.value += 1
+    platform.install(device)
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    # Megatron-Core's saving leaves one that would stay behind.
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
+
+
+def do(task: Task) -> Outcome:
+    """See :func:`megatron_cca.lab.studies.work.perform`."""
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.lab.studies.work import perform
+
+    return perform(task)
