@@ -22,8 +22,7 @@ from megatron_cca.io.surroundings import refusal
 from megatron_cca.models import tiny_architecture
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-# What data.path means by it, and where its tokens go (below the working directory, like every run).
-KEYWORD = "digits"
+# Where its tokens go: below the working directory, like every run.
 _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_classes")
 
 HELD_OUT = 360
