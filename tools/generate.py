@@ -276,13 +276,13 @@ def _say_hashes(prompts: list[Prompt]) -> None:
 
 def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
     """By label; None for a class without a name."""
-    from megatron_cca.data.digits import KEYWORD
+    from megatron_cca.data import DIGITS
     from megatron_cca.generation.prompts import digit_classes, read_class_captions
 
     if file is not None:
         with said_of("--class-captions"):
             return read_class_captions(file, num_classes)
-    if saved.data.path == KEYWORD:
+    if saved.data.path == DIGITS:
         return [prompt.text for prompt in digit_classes()]
     if num_classes is not None:
         return [None] * num_classes

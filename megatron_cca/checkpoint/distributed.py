@@ -30,7 +30,7 @@ from megatron_cca.megatron_compat.optimizer_state import (
     let_parts_count,
     padding_between_buckets,
 )
-from megatron_cca.models import lora
+from megatron_cca.models.low_rank import settings_of
 
 # The one sharding of the optimizer's state that any other TP x PP x DP can load.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -48,12 +48,14 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     if problem is not None:
         raise UserError(problem)
     settings = saved_config(folder, key).lora
-    merged = settings.dim is not None and lora.settings_of(chunks) is None
-    if merged:
-        lora.attach(chunks, settings, seed=None)
+    if settings.dim is None or settings_of(chunks) is not None:
+        _fill(chunks, _load(state_dict(chunks), folder, key))
+        return
+    from megatron_cca.models import lora
+
+    lora.attach(chunks, settings, seed=None)
     _fill(chunks, _load(state_dict(chunks), folder, key))
-    if merged:
-        lora.merge(chunks)
+    lora.merge(chunks)
 
 
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
@@ -97,7 +99,7 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
     """
     state = state_dict(chunks, optimizer, is_loading=False)
     leave_out_classes(state.get("optimizer", {}))
-    adapted = lora.settings_of(chunks) is not None
+    adapted = settings_of(chunks) is not None
     for name in [name for name in state if name != "optimizer"]:
         state[name] = without_empty_extra_states(state[name]) if adapted else with_all_extra_states(state[name])
     state["content_metadata"] = dict(_METADATA)

@@ -22,8 +22,7 @@ from megatron_cca.io.surroundings import refusal
 from megatron_cca.models import tiny_architecture
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-# The value of data.path for these data, and the folders of their tokens below the working directory.
-KEYWORD = "digits"
+# The folders of their tokens, below the working directory.
 _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_classes")
 
 HELD_OUT = 360

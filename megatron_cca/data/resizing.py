@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cca.data.dali import ImageDecoder, is_installed
+from megatron_cca.data.dali import is_installed
+from megatron_cca.data.dali_images import ImageDecoder
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.image_size import covering_size, scaled_size, target_size
 from megatron_cca.data.images import judge, stored_image

@@ -10,7 +10,8 @@ import torch
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
-from megatron_cca.data.digits import KEYWORD, digit_shards
+from megatron_cca.data import DIGITS
+from megatron_cca.data.digits import digit_shards
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
@@ -148,4 +149,4 @@ def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> 
 def _data_folders(config: Config) -> Iterator[Path]:
     path = config.data.path
     for name in [path] if isinstance(path, str) else path or ():
-        yield digit_shards(config.model) if name == KEYWORD else Path(name)
+        yield digit_shards(config.model) if name == DIGITS else Path(name)

@@ -22,7 +22,7 @@ from megatron_cca import platform
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ReferenceConfig
-from megatron_cca.data import digits
+from megatron_cca.data import DIGITS, digits
 from megatron_cca.data.microbatches import Microbatch
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
@@ -163,7 +163,7 @@ def _config(settings: BiasSettings) -> Config:
 
 
 def _open(config: Config, path: str) -> RunData:
-    folder = digits.digit_shards(config.model) if path == digits.KEYWORD else Path(path)
+    folder = digits.digit_shards(config.model) if path == DIGITS else Path(path)
     shards = TokenShards(folder, resolve_architecture(config.model).vocabulary, DATA)
     images = config.training.global_batch_size
     if len(shards) < images:

@@ -1,35 +1,65 @@
-"""Model families. A family is one folder and one line in :data:`FAMILIES`."""
+"""Model families. A family is one folder and one line in :data:`FAMILIES`; only what is asked for is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture, with_explicit_sizes, with_overrides
-from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
-from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
-from megatron_cca.models.emu3.vq_files import Emu3VqFiles
-from megatron_cca.models.formats import HuggingFaceFormat, ImageTokenizerFiles, WeightsFileFormat
-from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
-from megatron_cca.models.llamagen.vq_files import LlamaGenVqFiles
-from megatron_cca.models.llamagen.weights import LlamaGenWeightsFile
+
+if TYPE_CHECKING:
+    from megatron_cca.models.formats import HuggingFaceFormat, ImageTokenizerFiles, WeightsFileFormat
 
 
 @dataclass(frozen=True)
 class Family:
-    """Named sizes, the smallest of which is called FAMILY-tiny; what checkpoints and image tokenizers look like."""
+    """Named sizes, and what checkpoints and image tokenizers look like; each is imported when it is first asked for.
 
-    presets: dict[str, Architecture]
-    huggingface: HuggingFaceFormat | None = None
-    image_tokenizer: ImageTokenizerFiles | None = None
-    weights_file: WeightsFileFormat | None = None
+    Args:
+        presets_at: ``MODULE:NAME`` below this package of the sizes. Their names begin with the family's and a hyphen;
+            the smallest is called FAMILY-tiny.
+        huggingface_at, image_tokenizer_at, weights_file_at: ``MODULE:CLASS`` likewise; None where there is none.
+    """
+
+    presets_at: str
+    huggingface_at: str | None = None
+    image_tokenizer_at: str | None = None
+    weights_file_at: str | None = None
+
+    @cached_property
+    def presets(self) -> dict[str, Architecture]:
+        """The sizes by name."""
+        return resolve_name(f"{__name__}.{self.presets_at}")
+
+    @cached_property
+    def huggingface(self) -> HuggingFaceFormat | None:
+        """Its checkpoints on Hugging Face."""
+        return _made(self.huggingface_at)
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizerFiles | None:
+        """The files of its image tokenizer."""
+        return _made(self.image_tokenizer_at)
+
+    @cached_property
+    def weights_file(self) -> WeightsFileFormat | None:
+        """Its authors' own files of weights."""
+        return _made(self.weights_file_at)
+
+
+def _made(place: str | None) -> Any:
+    return None if place is None else resolve_name(f"{__name__}.{place}")()
 
 
 FAMILIES: dict[str, Family] = {
-    "emu3": Family(EMU3_PRESETS, Emu3HuggingFace(), Emu3VqFiles()),
-    "llamagen": Family(LLAMAGEN_PRESETS, None, LlamaGenVqFiles(), LlamaGenWeightsFile()),
+    "emu3": Family("emu3.presets:PRESETS", "emu3.huggingface:Emu3HuggingFace", "emu3.vq_files:Emu3VqFiles"),
+    "llamagen": Family(
+        "llamagen.presets:PRESETS", None, "llamagen.vq_files:LlamaGenVqFiles", "llamagen.weights:LlamaGenWeightsFile"
+    ),
 }
 
 
@@ -39,10 +69,11 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
     Raises:
         UserError: an unknown preset.
     """
-    presets = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
-    if config.name not in presets:
-        raise UserError(f"model.name: unknown preset {config.name!r}; known: {', '.join(presets)}")
-    return with_overrides(presets[config.name], config)
+    family = FAMILIES.get(_family_name(config))
+    if family is None or config.name not in family.presets:
+        known = ", ".join(name for family in FAMILIES.values() for name in family.presets)
+        raise UserError(f"model.name: unknown preset {config.name!r}; known: {known}")
+    return with_overrides(family.presets[config.name], config)
 
 
 def explicit(config: Config) -> Config:
@@ -68,10 +99,13 @@ def sizes_beside_preset(config: ModelConfig) -> dict[str, Any]:
 
 def family_of(config: ModelConfig) -> Family:
     """The family that a ``model`` section's preset belongs to; the preset must be known."""
-    return next(family for family in FAMILIES.values() if config.name in family.presets)
+    return FAMILIES[_family_name(config)]
 
 
 def tiny_architecture(config: ModelConfig) -> Architecture:
     """The smallest model of a ``model`` section's family, for laptops and tests; the preset must be known."""
-    name = next(name for name, family in FAMILIES.items() if config.name in family.presets)
-    return FAMILIES[name].presets[f"{name}-tiny"]
+    return family_of(config).presets[f"{_family_name(config)}-tiny"]
+
+
+def _family_name(config: ModelConfig) -> str:
+    return config.name.partition("-")[0]

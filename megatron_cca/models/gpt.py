@@ -23,7 +23,6 @@ from megatron_cca.megatron_compat.layers import await_parameters
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.kernels import fuse_weight_gradients, kernel_options
 from megatron_cca.models.layer_specs import check_fp8_device, layer_spec
-from megatron_cca.models.rotary_2d import use_grid_positions
 from megatron_cca.parallel import sequence_logps, token_logps
 
 _DEFAULT_KERNELS = KernelsConfig()
@@ -162,6 +161,8 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     if architecture.position_embedding == "rope_2d":
+        from megatron_cca.models.rotary_2d import use_grid_positions
+
         use_grid_positions(gpt, architecture)
     if platform.current().is_cuda and not next(gpt.parameters()).is_meta:
         gpt = gpt.to(platform.device())

@@ -78,12 +78,6 @@ def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int
             _draw(chunk, seed)
 
 
-def settings_of(chunks: Sequence[torch.nn.Module]) -> LoraConfig | None:
-    """What the chunks' adapters were attached with; None for chunks without adapters."""
-    attachment = _attachment(_gpt(chunks[0]))
-    return attachment.settings if attachment is not None else None
-
-
 @contextmanager
 def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Inside, a forward pass is that of the model without its adapters, bit for bit.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,12 @@ from megatron_cca.config import LoraConfig
 LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
 
 _ROWS_AT_A_TIME = 1024
+
+
+def settings_of(chunks: Sequence[torch.nn.Module]) -> LoraConfig | None:
+    """Return what the chunks' adapters were attached with (:func:`lora.attach`); None for chunks without adapters."""
+    found = next((module.lora for module in chunks[0].modules() if hasattr(module, "lora")), None)
+    return None if found is None else found.settings
 
 
 def scale_of(settings: LoraConfig) -> float:

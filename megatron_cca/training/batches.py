@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_cca import platform
 from megatron_cca.config import Config
-from megatron_cca.data import digits
+from megatron_cca.data import DIGITS
 from megatron_cca.data.loader import BatchLoader, Place
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.pairing import Pairing
@@ -60,11 +60,17 @@ def open_data(config: Config) -> RunData:
 def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
     blend = {path: 1.0} if isinstance(path, str) else path
     architecture = resolve_architecture(config.model)
-    folders = [digits.digit_shards(config.model) if name == digits.KEYWORD else Path(name) for name in blend]
+    folders = [_digits(config) if name == DIGITS else Path(name) for name in blend]
     shards = [TokenShards(folder, architecture.vocabulary, key) for folder in folders]
     for one in shards:
         _check_grids(one, architecture, key)
     return TokenData(shards, list(blend.values()))
+
+
+def _digits(config: Config) -> Path:
+    from megatron_cca.data.digits import digit_shards
+
+    return digit_shards(config.model)
 
 
 def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, OptimizerConfig
+from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout, num_parameters
@@ -192,7 +193,7 @@ def _check_pictures(config: Config) -> None:
             "0 or 1"
         )
     prompts = config.logging.sample_prompts
-    if prompts is None and config.data.path != "digits":
+    if prompts is None and config.data.path != DIGITS:
         raise UserError("logging.sample_prompts: name a file with captions, one a line, for logging.sample_interval")
     if prompts is not None and not Path(prompts).is_file():
         raise UserError(f"logging.sample_prompts: no file at {prompts}; give a text file with a caption a line")

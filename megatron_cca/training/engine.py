@@ -81,12 +81,3 @@ class GraphCapture:
             chunk.enable_forward_pre_hook()
         if self._gathers:
             self._helper.cuda_graph_set_manual_hooks()
-
-
-def graph_capture(
-    config: Config, policy: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
-) -> GraphCapture | None:
-    """What captures the policy's layers, where the loop has to see to it."""
-    if config.kernels.cuda_graph_impl != "transformer_engine":
-        return None
-    return GraphCapture(config, policy, optimizer)

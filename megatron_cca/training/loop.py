@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 import yaml
@@ -30,13 +30,15 @@ from megatron_cca.training.events import EventLog, Journal
 from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_without_data
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
-from megatron_cca.training.pictures import open_pictures
 from megatron_cca.training.saving import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import DataLost, StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest
 from megatron_cca.training.watchdog import watched
 from megatron_cca.version import code_version
+
+if TYPE_CHECKING:
+    from megatron_cca.training.pictures import SamplePictures
 
 
 def train(config: Config, data: RunData) -> None:
@@ -104,7 +106,7 @@ def _train_and_log(run: Run, events: EventLog) -> None:
 
 def _loop(run: Run, journal: Journal) -> None:
     training = run.config.training
-    pictures, alarms, skipped = open_pictures(run), Alarms(run.config), 0
+    pictures, alarms, skipped = _pictures(run), Alarms(run.config), 0
     contrast = _watch_contrast(run, journal)
     with StopRequest() as stop, watched(run.progress, journal.events, run.config.faults.hang_timeout_seconds):
         if pictures is not None and run.iteration == 0:
@@ -129,6 +131,15 @@ def _loop(run: Run, journal: Journal) -> None:
                 _stop(run, signal_number, journal)
             run.progress.step_done()
         _finish(run, journal)
+
+
+def _pictures(run: Run) -> SamplePictures | None:
+    if not run.config.logging.sample_interval:
+        return None
+    # What draws is large, and few runs draw.
+    from megatron_cca.training.pictures import open_pictures
+
+    return open_pictures(run)
 
 
 def _watch_contrast(run: Run, journal: Journal) -> ContrastWatch | None:

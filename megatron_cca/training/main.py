@@ -124,7 +124,6 @@ def _train_all(runs: Sequence[Config]) -> None:
     import torch.distributed as dist
 
     from megatron_cca.training.batches import open_data
-    from megatron_cca.training.caching import check_cache
     from megatron_cca.training.kernel_checks import check_devices
     from megatron_cca.training.loop import train
 
@@ -134,7 +133,10 @@ def _train_all(runs: Sequence[Config]) -> None:
         check_devices(config)
     for config in runs:
         data = open_data(config)
-        check_cache(config, data)
+        if config.reference.strategy == "cached":
+            from megatron_cca.training.caching import check_cache
+
+            check_cache(config, data)
         # Once more, for a run whose base has only just been trained.
         check_resume(config)
         train(config, data)

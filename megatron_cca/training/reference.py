@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -14,10 +14,11 @@ from torch import Tensor
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.microbatches import StepBatch
-from megatron_cca.data.reference_cache import ReferenceCache, Split
-from megatron_cca.models import lora
-from megatron_cca.models.streaming import StreamedChunks
 from megatron_cca.training.forward import LogpsPass
+
+if TYPE_CHECKING:
+    from megatron_cca.data.reference_cache import ReferenceCache, Split
+    from megatron_cca.models.streaming import StreamedChunks
 
 
 class Reference(Protocol):
@@ -71,7 +72,9 @@ class SharedReference:
 
     def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
         """See :class:`Reference`."""
-        with lora.adapters_off(self.policy):
+        from megatron_cca.models.lora import adapters_off
+
+        with adapters_off(self.policy):
             return self.forward.logps(self.policy, batch)
 
 
@@ -101,6 +104,8 @@ def _set_mode(chunks: Sequence[torch.nn.Module], split: Split) -> None:
 def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.Module]) -> Reference:
     """A reference with frozen chunks of its own, where ``has_own_weights``."""
     if config.reference.strategy == "offload":
+        from megatron_cca.models.streaming import StreamedChunks
+
         return OffloadedReference(forward, StreamedChunks(chunks))
     return ResidentReference(forward, chunks)
 
@@ -108,5 +113,7 @@ def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.
 def borrowed_reference(config: Config, forward: LogpsPass, policy: Sequence[torch.nn.Module]) -> Reference:
     """A reference without weights of its own: from disk, or the policy without its adapters."""
     if config.reference.strategy == "cached":
+        from megatron_cca.data.reference_cache import ReferenceCache
+
         return CachedReference(ReferenceCache(Path(config.reference.cache)))
     return SharedReference(forward, policy)

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -22,20 +23,21 @@ from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.optimizer_state import release
-from megatron_cca.models import lora, resolve_architecture
+from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.fp8_weights import keep_in_fp8
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
-from megatron_cca.training.engine import GraphCapture, graph_capture, initialize_user_buffers
 from megatron_cca.training.forward import LogpsPass, head_options
 from megatron_cca.training.optimization import build_optimizer, build_scheduler, wrap_ddp
 from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
 from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
+
+if TYPE_CHECKING:
+    from megatron_cca.training.engine import GraphCapture
 
 
 @dataclass
@@ -137,7 +139,10 @@ def build_run(
     """
     forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
     own = config.objective.needs_reference and has_own_weights(config)
-    initialize_user_buffers(config)
+    if config.parallel.tp_comm_overlap:
+        from megatron_cca.training.engine import initialize_user_buffers
+
+        initialize_user_buffers(config)
     # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
     reference = own_reference(config, forward, frozen_chunks(config, architecture, initialize)) if own else None
     policy = _build_policy(config, architecture, initialize)
@@ -161,9 +166,18 @@ def build_run(
         start=start,
         progress=progress,
         saver=_saver(config, start),
-        graphs=graph_capture(config, policy, optimizer),
+        graphs=_graphs(config, policy, optimizer),
         started_from=started_from(config),
     )
+
+
+def _graphs(config: Config, policy: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> GraphCapture | None:
+    """What captures the policy's layers, where the loop has to see to it; Megatron's schedules capture their own."""
+    if config.kernels.cuda_graph_impl != "transformer_engine":
+        return None
+    from megatron_cca.training.engine import GraphCapture
+
+    return GraphCapture(config, policy, optimizer)
 
 
 def _saver(config: Config, start: Path | None) -> CheckpointSaver:
@@ -224,6 +238,8 @@ def _build_policy(
         config, architecture, training, training.pretrained_checkpoint, checks.PRETRAINED, initialize=initialize
     )
     if config.lora.dim is not None:
+        from megatron_cca.models import lora
+
         lora.attach(chunks, config.lora, seed=training.seed if initialize is not None else None)
     return wrap_ddp(chunks, config)
 
@@ -238,6 +254,8 @@ def frozen_chunks(
     settings = reference_settings(config)
     chunks = build_chunks(config, architecture, settings, checkpoint, key, is_frozen=True, initialize=initialize)
     if config.reference.fp8_param:
+        from megatron_cca.models.fp8_weights import keep_in_fp8
+
         keep_in_fp8(chunks)
     return [chunk.requires_grad_(False) for chunk in chunks]
 

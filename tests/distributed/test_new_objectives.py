@@ -13,10 +13,10 @@ import yaml
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.lab.planner.candidates import Wishes
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.report import Report, yaml_of
 from megatron_cca.lab.planner.search import search
-from megatron_cca.lab.planner.summary import Report, yaml_of
-from megatron_cca.lab.planner.trials import Wishes
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.lab.studies.checks import check_study
 from megatron_cca.lab.studies.plan import Planner, make_plan

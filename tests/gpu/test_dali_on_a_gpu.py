@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.needs_hardware("nvJPEG")]
 
 @pytest.fixture(scope="module")
 def decoder():
-    from megatron_cca.data.dali import ImageDecoder
+    from megatron_cca.data.dali_images import ImageDecoder
 
     return ImageDecoder(platform.device())
 

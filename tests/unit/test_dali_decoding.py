@@ -14,8 +14,8 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image, ImageOps
 
-from megatron_cca.data import dali
-from megatron_cca.data.dali import ImageDecoder
+from megatron_cca.data import dali_images
+from megatron_cca.data.dali_images import ImageDecoder
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.errors import UserError
 from tests.unit.test_images import ALLOWED, HEIGHT, WIDTH, allowed, chunk, encoded, exif, picture
@@ -85,7 +85,7 @@ def test_turned_images_are_resized_upright(decoder):
 def test_any_number_of_images_each_with_its_size(decoder):
     assert decoder.decode([], []) == []
     names = list(ALLOWED) * 5
-    assert len(names) > 2 * dali.BATCH
+    assert len(names) > 2 * dali_images.BATCH
     sizes = [(1 + 3 * index % 50, 1 + 7 * index % 60) for index in range(len(names))]
     found = decoder.decode([ALLOWED[name] for name in names], sizes)
     assert [tuple(pixels.shape) for pixels in found] == [(*size, 3) for size in sizes]
@@ -136,7 +136,7 @@ def test_large_images_are_not_in_memory_together(decoder, monkeypatch):
     decoder.decode([ALLOWED["JPEG rgb"]] * 70, [(5, 5)] * 70)
     assert batches == [32, 32, 6]
     batches.clear()
-    monkeypatch.setattr(dali, "_BATCH_PIXELS", 2 * HEIGHT * WIDTH)
+    monkeypatch.setattr(dali_images, "_BATCH_PIXELS", 2 * HEIGHT * WIDTH)
     decoder.decode([ALLOWED["JPEG rgb"]] * 5 + [LARGE["JPEG rgb"]] * 2, [(5, 5)] * 7)
     assert batches == [2, 2, 1, 1, 1]
 
@@ -162,7 +162,7 @@ def test_whatever_thread_decodes_waits_for_the_device_of_its_copies(monkeypatch)
     """The current device of a thread is the machine's first GPU, not its rank's."""
     decoder, waited = ImageDecoder(CPU, threads=1), []
     monkeypatch.setattr(decoder, "_device", torch.device("cuda", 3))
-    monkeypatch.setattr(dali.platform, "synchronize", lambda *device: waited.append(device))
+    monkeypatch.setattr(dali_images.platform, "synchronize", lambda *device: waited.append(device))
     decoder.decode([ALLOWED["JPEG rgb"]], [(5, 5)])
     assert waited == [(torch.device("cuda", 3),)]
 

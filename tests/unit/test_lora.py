@@ -14,7 +14,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps
 from megatron_cca.models.initialization import initialize_by_name
-from megatron_cca.models.low_rank import merged_weight
+from megatron_cca.models.low_rank import merged_weight, settings_of
 from megatron_cca.parallel.process_groups import initialize_distributed
 
 SETTINGS = LoraConfig(dim=3, alpha=5.0)
@@ -197,7 +197,7 @@ def test_merging_leaves_a_plain_model(precision):
     torch.testing.assert_close(logps(chunk), before, rtol=1e-5 if precision == "fp32" else 0.1, atol=0)
     assert [type(module) for module in chunk.modules()] == [type(module) for module in plain.modules()]
     assert not any(module._forward_hooks for module in chunk.modules())
-    assert lora.settings_of([chunk]) is None
+    assert settings_of([chunk]) is None
     lora.attach([chunk], SETTINGS, seed=2)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ModelConfig
-from megatron_cca.data.digits import KEYWORD
+from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
@@ -139,7 +139,7 @@ def _reference_size(reference: str) -> int:
 
 
 def _check_prompts(settings: StudySettings) -> None:
-    if settings.prompts == KEYWORD:
+    if settings.prompts == DIGITS:
         return
     with said_of("prompts"):
         prompts = read_prompts(Path(settings.prompts))
@@ -180,7 +180,7 @@ def _base_model(study: Study) -> ModelConfig:
 def _check_conditions(study: Study) -> None:
     model = _base_model(study)
     vocabulary = resolve_architecture(model).vocabulary
-    if study.settings.prompts == KEYWORD:
+    if study.settings.prompts == DIGITS:
         # Other models know nothing of the digits, and no caption or class of theirs means one.
         if vocabulary != tiny_architecture(model).vocabulary:
             raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config.load import FORMER_OBJECTIVE_KEYS, config_to_dict
-from megatron_cca.data.digits import KEYWORD
+from megatron_cca.data import DIGITS
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.lab.studies.tasks import digest
 from megatron_cca.models import explicit
@@ -51,7 +51,7 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
 
 def _data_key(name: str) -> str:
     # The digits' shards are made when they are first needed, always the same.
-    return name if name == KEYWORD else fingerprint(read_manifest(Path(name)))
+    return name if name == DIGITS else fingerprint(read_manifest(Path(name)))
 
 
 def checkpoint_key(checkpoint: str, option: str) -> str:

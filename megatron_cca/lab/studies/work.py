@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.data.digits import KEYWORD
+from megatron_cca.data import DIGITS
 from megatron_cca.generation.painting import open_painter
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
 from megatron_cca.generation.sampler import SamplingSettings
@@ -124,7 +124,7 @@ def _sampled(task: Sampling) -> Outcome:
 
 
 def _prompts(name: str, count: int, seed: int) -> list[Prompt]:
-    if name == KEYWORD:
+    if name == DIGITS:
         return digit_prompts(count, seed)
     listed = read_prompts(Path(name))
     # Seeds of its own would make all of a study's seeds the same.
