@@ -11,8 +11,7 @@ import numpy as np
 
 from megatron_cca import platform
 from megatron_cca.config import Config
-from megatron_cca.data.shards import write_shards
-from megatron_cca.data.token_files import Sample
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
