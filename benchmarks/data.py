@@ -83,8 +83,7 @@ def _name(part: str, options: dict) -> str:
 def prepare(folder: str, samples: int) -> dict:
     """Random shards and the same samples as Emu3's ``prepare_data.py`` writes them, once."""
     _install()
-    from megatron_cca.data.shards import write_shards
-    from megatron_cca.data.token_files import Sample
+    from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY
 
     random = np.random.default_rng(0)

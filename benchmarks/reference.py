@@ -189,8 +189,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     """Write random shards, and the cache for ``cached``."""
     platform.install(device)
     from megatron_cca.config.load import load_config
-    from megatron_cca.data.shards import write_shards
-    from megatron_cca.data.token_files import Sample
+    from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.models import resolve_architecture
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.caching import cache_reference

@@ -107,8 +107,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from megatron_cca.checkpoint.saver import save
     from megatron_cca.checkpoint.summary import summarize
     from megatron_cca.config.load import load_config
-    from megatron_cca.data.shards import write_shards
-    from megatron_cca.data.token_files import Sample
+    from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.process_groups import initialize_distributed
     from megatron_cca.training.batches import open_data, training_batches

@@ -26,17 +26,6 @@ _REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files":
 _AGAIN = "tokenize the data again"
 
 
-def write_manifest(folder: Path, contents: Json) -> None:
-    """Write the manifest of a folder that is otherwise complete."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != FILE_NAME
-    }
-    text = json.dumps({"format_version": FORMAT_VERSION, **contents, "files": files}, indent=1, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
 def read_manifest(folder: Path) -> Json:
     """Read the manifest of a shard folder.
 

@@ -8,9 +8,6 @@ manifest.json                    counts, fingerprints, the token ids of each gri
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,100 +20,13 @@ from megatron_cca.data.manifest import (
     grid_key,
     meta_words,
     read_manifest,
-    write_manifest,
 )
-from megatron_cca.data.token_files import TABLE, VARIANTS, Sample, TokenWriter, checksum, join_token_files, open_table
+from megatron_cca.data.token_files import VARIANTS, checksum, open_table
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.io.arrays import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import open_indexed
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 DEFAULT_KEY = "data.path"
-
-EncodeText = Callable[[str], list[int]]
-
-
-def write_shards(
-    folder: Path,
-    samples: Iterable[Sample],
-    vocabulary: ImageVocabulary,
-    encode_text: EncodeText | None,
-    write_extras: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Write a shard folder. It appears under its name only when it is whole.
-
-    Args:
-        folder: must not exist yet.
-        samples: in the order of their ids.
-        vocabulary: what the tokens mean.
-        encode_text: encodes text, for grid sizes in words. None where captions are classes.
-        write_extras: called with the folder, adds further files (tokenizer, codebook).
-
-    Raises:
-        UserError: a code or caption token outside the vocabulary; names the sample.
-    """
-
-    def write_tokens(partial: Path) -> None:
-        with TokenWriter(partial, vocabulary) as writer:
-            for sample in samples:
-                writer.add(sample)
-        write_extras(partial)
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    _write_folder(folder, partial, write_tokens, vocabulary, encode_text, {})
-
-
-def merge_shards(
-    folder: Path,
-    parts: Sequence[Path],
-    vocabulary: ImageVocabulary,
-    encode_text: EncodeText | None,
-    write_extras: Callable[[Path], None],
-    facts: dict,
-    aside: Path,
-    clip_template: str | None = None,
-) -> None:
-    """Merge the token files of parts, in their order, into a shard folder. It appears only when it is whole.
-
-    Args:
-        folder, vocabulary, encode_text, write_extras: as for :func:`write_shards`.
-        parts: folders written by :class:`TokenWriter`.
-        facts: further entries of the manifest.
-        aside: a folder on the same disk to write in until then. It must not exist.
-        clip_template: the meta text of clips, see :meth:`ImageVocabulary.meta_text`.
-    """
-
-    def write_tokens(partial: Path) -> None:
-        join_token_files(partial, parts)
-        write_extras(partial)
-
-    aside.mkdir()
-    _write_folder(folder, aside, write_tokens, vocabulary, encode_text, facts, clip_template)
-
-
-def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
-    try:
-        write_tokens(partial)
-        grids = mapped_array(partial / TABLE)["grid"]
-        contents = {
-            "num_samples": len(grids),
-            "vocabulary": vocabulary.fingerprint(),
-            "meta_words": _meta_words(vocabulary, grids, encode_text, clip_template),
-            **facts,
-        }
-        write_manifest(partial, contents)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _meta_words(
-    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
-) -> dict[str, list[int]]:
-    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
-    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
 
 
 class TokenShards:

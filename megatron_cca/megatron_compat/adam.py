@@ -13,18 +13,8 @@ import importlib
 import torch
 from torch.optim.adamw import adamw
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 _OPTIMIZER = "megatron.core.optimizer"
 _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
-
-RELIED_ON = (
-    ReliedOn(f"{_OPTIMIZER}.Adam", "the class that get_megatron_optimizer makes"),
-    ReliedOn(f"{_OPTIMIZER}.USING_PYTORCH_OPTIMIZER", "says whether Megatron-Core has found no fused Adam"),
-    ReliedOn(f"{_DISTRIBUTED}.Adam", "the class that the distributed optimizer accepts"),
-    ReliedOn(f"{_DISTRIBUTED}.HAVE_APEX_OR_TE", "without it the distributed optimizer counts steps per parameter"),
-    ReliedOn(f"{_DISTRIBUTED}.USING_APEX_OPTIMIZER", "without it a checkpoint lacks the count of steps"),
-)
 
 
 class GroupStepAdamW(torch.optim.Optimizer):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 # The file that marks the format, and what stands in it.
 FORMAT_FILE, FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # Where Megatron-Core keeps what is not sharded: a prefix of its keys, and the one key there is.
@@ -18,23 +16,6 @@ EXTRA_STATE = "_extra_state"
 FINAL_NORM = "decoder.final_layernorm"
 _LAYERS = "decoder.layers"
 _PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-
-_CHECKPOINTING = "megatron.core.dist_checkpointing"
-RELIED_ON = (
-    ReliedOn(f"{_CHECKPOINTING}.core.CONFIG_FNAME", "the name of the file that marks the format", equals=FORMAT_FILE),
-    ReliedOn(f"{_CHECKPOINTING}.core.CheckpointingConfig", "what stands in that file", parameters=tuple(FORMAT)),
-    ReliedOn(
-        f"{_CHECKPOINTING}.strategies.common.COMMON_STATE_FNAME", "a pickle that is refused", equals=OLD_COMMON_FILE
-    ),
-    ReliedOn(
-        f"{_CHECKPOINTING}.serialization.save", "the key of what is not sharded", says=(f'key="{COMMON_PREFIX}"',)
-    ),
-    ReliedOn(
-        "megatron.core.transformer.transformer_block.TransformerBlock",
-        "the keys of layers and final norm",
-        has=("layers", "final_layernorm"),
-    ),
-)
 
 
 def extra_state_keys(num_layers: int) -> Iterator[str]:

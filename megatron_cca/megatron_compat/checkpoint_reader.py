@@ -20,17 +20,6 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_STRATEGY = "megatron.core.dist_checkpointing.strategies.torch"
-RELIED_ON = (
-    ReliedOn(_STRATEGY, "reads the index through torch's reader", says=("fs_reader.read_metadata()",)),
-    ReliedOn(
-        f"{_STRATEGY}.MCoreLoadPlanner",
-        "what is no tensor goes through torch's planner, and where that puts it",
-        has=("flatten_state_dict", "original_state_dict", "mappings", "state_dict", "load_bytes"),
-    ),
-)
 _ONE_AT_A_TIME = threading.Lock()
 
 

@@ -18,46 +18,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_CHECKPOINTING = "megatron.core.dist_checkpointing"
-_STRATEGIES = f"{_CHECKPOINTING}.strategies"
-_WRITER = f"{_STRATEGIES}.filesystem_async.FileSystemWriterAsync"
-RELIED_ON = (
-    ReliedOn(f"{_STRATEGIES}.filesystem_async._results_queue", "the queue that the next save answers through"),
-    ReliedOn(
-        f"{_STRATEGIES}.filesystem_async.get_write_results_queue",
-        "takes a queue that is there already",
-        says=("if _results_queue is None",),
-    ),
-    ReliedOn(
-        f"{_WRITER}.write_preloaded_data",
-        "writes one file and returns its error as the second of two results",
-        says=("local_output = (local_proc_idx, e)", "return local_output"),
-    ),
-    ReliedOn(f"{_WRITER}.finish", "writes the index on rank 0", parameters=("self", "metadata", "results")),
-    ReliedOn(
-        f"{_WRITER}.get_save_function_and_args",
-        "the second argument of the function that writes is what is preloaded",
-        says=("[torch.distributed.get_rank(), self.write_buckets, self.results_queue]",),
-    ),
-    ReliedOn(
-        f"{_STRATEGIES}.torch.TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks",
-        "where the writer is known that will write the index",
-        parameters=("self", "writer", "save_state_dict_ret", "async_strategy"),
-    ),
-    ReliedOn(
-        f"{_STRATEGIES}.async_utils.AsyncRequest",
-        "what there is to write",
-        has=("async_fn", "async_fn_args", "finalize_fns", "preload_fn"),
-    ),
-    ReliedOn(
-        f"{_CHECKPOINTING}.serialization.save",
-        "the last thing to be done marks the format on rank 0, and then all ranks meet",
-        says=("async_request.finalize_fns.append(metadata_finalize_fn)",),
-    ),
-)
-
 
 class Strategy(TorchDistSaveShardedStrategy):
     """Megatron's own, but for an index that cannot be written: rank 0 would raise and the others wait for it.

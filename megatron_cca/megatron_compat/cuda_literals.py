@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 # Modules below megatron.core with a literal device, with streams of their own or with page-locked memory; a word of it.
-_MODULES = {
+MODULES = {
     "pipeline_parallel.schedules": "cuda",
     "distributed.distributed_data_parallel": "cuda",
     "distributed.param_and_grad_buffer": "cuda",
@@ -29,32 +27,10 @@ _MODULES = {
 }
 _RANDOM = "megatron.core.tensor_parallel.random"
 
-RELIED_ON = (
-    *(
-        ReliedOn(f"megatron.core.{name}", "asks CUDA for memory or streams", has=("torch",), says=(text,))
-        for name, text in _MODULES.items()
-    ),
-    ReliedOn(
-        f"{_RANDOM}._get_cuda_rng_state",
-        "the tracker of random states reads a GPU's",
-        parameters=("device", "clone", "graph_safe"),
-    ),
-    ReliedOn(
-        f"{_RANDOM}._set_cuda_rng_state",
-        "the tracker of random states writes a GPU's",
-        parameters=("new_state", "device", "graph_safe"),
-    ),
-    ReliedOn(
-        "megatron.core.optimizer.optimizer",
-        "compares this string with what Tensor.type() answers, see platform/cpu.py",
-        says=("cuda.FloatTensor'", "cuda.BFloat16Tensor'"),
-    ),
-)
-
 
 def replace_torch(torch_on_cpu: Any) -> None:
     """Let the modules that name CUDA see ``torch_on_cpu`` as ``torch``, and the CPU's random state as a GPU's."""
-    for name in _MODULES:
+    for name in MODULES:
         importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu
     random = importlib.import_module(_RANDOM)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()

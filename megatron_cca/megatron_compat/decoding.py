@@ -12,47 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-
-_GPT = "megatron.core.models.gpt.GPTModel"
-RELIED_ON = (
-    ReliedOn(
-        _GPT,
-        "rotates nothing where this is none, and sends tensors between stages",
-        has=("position_embedding_type", "pre_process", "post_process", "decoder", "set_input_tensor"),
-    ),
-    ReliedOn(
-        f"{_GPT}.forward",
-        "hands hidden states to a function in place of the LM head",
-        takes=("input_ids", "position_ids", "attention_mask", "output_processor", "output_processor_context"),
-    ),
-    ReliedOn(
-        f"{_GPT}._preprocess",
-        "computes angles only for rope",
-        says=("if self.position_embedding_type == 'rope'",),
-    ),
-    ReliedOn(
-        "megatron.core.transformer.attention.SelfAttention", "whose attention is replaced", has=("core_attention",)
-    ),
-    ReliedOn(
-        "megatron.core.transformer.transformer_layer.TransformerLayer",
-        "tells the layers of a rank apart",
-        has=("self_attention", "layer_number"),
-    ),
-    ReliedOn(
-        "megatron.core.models.common.embeddings.language_model_embedding.LanguageModelEmbedding",
-        "splits its output over the ranks",
-        has=("scatter_to_sequence_parallel", "reduce_scatter_embeddings"),
-    ),
-    *(
-        ReliedOn(
-            f"megatron.core.tensor_parallel.layers.{name}", "splits or gathers a sequence", has=("sequence_parallel",)
-        )
-        for name in ("ColumnParallelLinear", "RowParallelLinear")
-    ),
-)
 
 
 @contextmanager

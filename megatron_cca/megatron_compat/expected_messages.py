@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 _WARNINGS = (
     # Running without them is supported here (see adam.py and models/layer_specs.py).
     r"Transformer Engine and Apex are not installed",
@@ -21,7 +19,7 @@ _WARNINGS = (
     r"The argument order of load has been changed",
     r"Please use DTensor instead",
 )
-_LOG_RECORDS = {
+LOG_RECORDS = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
     "megatron.core.rerun_state_machine": "State",
@@ -32,12 +30,10 @@ _LOG_RECORDS = {
     "megatron.core.tensor_parallel.random": "CPU RNG state changed",
 }
 
-RELIED_ON = tuple(ReliedOn(name, "logs under this name") for name in _LOG_RECORDS if name.startswith("megatron."))
-
 
 def hide_expected_messages() -> None:
     """Filter the messages above, and no others."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name, text in _LOG_RECORDS.items():
+    for name, text in LOG_RECORDS.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())

@@ -16,21 +16,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.safe_globals import SafeUnpickler
 
 from megatron_cca.megatron_compat.checkpoint_format import EXTRA_STATE, FINAL_NORM
-from megatron_cca.megatron_compat.relied_on import ReliedOn
 
 # Transformer Engine 2.16 and later unpickle the extra states of FP8's delayed scaling only where it is 1.
 _TE_MAY_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-
-RELIED_ON = (
-    ReliedOn(
-        "megatron.core.dist_checkpointing.mapping.ShardedObject",
-        "how an extra state stands in a sharded state",
-        takes=("key", "data", "global_shape", "global_offset", "replica_id"),
-        has=("unique_key",),
-    ),
-    ReliedOn("megatron.core.safe_globals.SafeUnpickler._SAFE_CLASSES", "the classes that an FP8 recipe consists of"),
-    ReliedOn("transformer_engine.common.recipe.DelayedScaling", "the recipe whose states are pickled"),
-)
 
 
 def with_all_extra_states(state: dict) -> dict:

@@ -9,15 +9,6 @@ import torch
 from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.optimizer import clip_grads
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_SWIGLU = "megatron.core.fusions.fused_bias_swiglu"
-RELIED_ON = (
-    ReliedOn("megatron.core.optimizer.clip_grads.l2_norm_impl", "makes a tensor of numbers"),
-    ReliedOn(f"{_SWIGLU}.swiglu", "is compiled", parameters=("y",)),
-    ReliedOn(f"{_SWIGLU}.swiglu_back", "is compiled", parameters=("g", "y")),
-)
-
 
 def replaced_norm() -> AbstractContextManager:
     """Megatron's substitute for a fused kernel makes one tensor of a list of tensors, number by number."""

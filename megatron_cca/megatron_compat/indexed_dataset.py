@@ -23,36 +23,6 @@ from megatron.core.datasets.indexed_dataset import (
     _BinReader,
 )
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_MODULE = "megatron.core.datasets.indexed_dataset"
-RELIED_ON = (
-    ReliedOn(f"{_MODULE}._INDEX_HEADER", "an index begins with it", equals=b"MMIDIDX\x00\x00"),
-    ReliedOn(f"{_MODULE}.DType.code_from_dtype", "the code of a type in an index", takes=("value",)),
-    ReliedOn(f"{_MODULE}._BinReader.read", "what reads tokens", parameters=("self", "dtype", "count", "offset")),
-    ReliedOn(
-        f"{_MODULE}.IndexedDataset",
-        "reads through an attribute that can be replaced",
-        takes=("path_prefix", "mmap"),
-        has=("bin_reader",),
-    ),
-    ReliedOn(
-        f"{_MODULE}.IndexedDatasetBuilder",
-        "keeps what it writes into the index",
-        takes=("bin_path", "dtype"),
-        has=("data_file", "sequence_lengths", "document_indices"),
-    ),
-    ReliedOn(
-        f"{_MODULE}.IndexedDatasetBuilder.add_index",
-        "what append_tokens does without collecting garbage",
-        says=(
-            "self.sequence_lengths.extend(",
-            "self.document_indices.extend(",
-            "shutil.copyfileobj(f, self.data_file)",
-        ),
-    ),
-)
-
 
 def open_indexed(prefix: Path) -> IndexedDataset:
     """Open the files ``prefix``.bin and ``prefix``.idx; the first stays open.

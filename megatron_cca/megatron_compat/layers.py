@@ -14,69 +14,6 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_DDP = "megatron.core.distributed.DistributedDataParallel"
-_TE = "transformer_engine.pytorch"
-RELIED_ON = (
-    ReliedOn(
-        "megatron.core.tensor_parallel.layers._grad_accum_fusion_available", "says whether apex can fuse gradients"
-    ),
-    ReliedOn(
-        f"{_DDP}._make_forward_pre_hook",
-        "waits for a module's own weights; torch keeps it among the module's hooks",
-        parameters=("self",),
-        says=("def hook(module, *unused)",),
-    ),
-    ReliedOn(f"{_DDP}.enable_forward_pre_hook", "registers that hook", says=("register_forward_pre_hook(",)),
-    ReliedOn(
-        f"{_DDP}._make_backward_post_hook",
-        "adds no gradient that is in main_grad already, see platform/accumulation.py",
-        says=("param.grad_added_to_main_grad", "zero_out_wgrad"),
-    ),
-    ReliedOn(f"{_DDP}.start_param_sync", "gathers updated weights at once", takes=("force_sync",)),
-    ReliedOn(f"{_DDP}.disable_forward_pre_hook", "lets a capture do without gathering", takes=("param_sync",)),
-    ReliedOn(_DDP, "has the gradients of a chunk", has=("buffers", "no_sync")),
-    ReliedOn(
-        "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer", "holds gradients", has=("grad_data",)
-    ),
-    ReliedOn(
-        "megatron.core.models.gpt.GPTModel",
-        "the parts of a chunk in the order of its forward pass; rotary_pos_emb is replaced",
-        has=("embedding", "decoder", "output_layer", "rotary_pos_emb"),
-    ),
-    ReliedOn(
-        "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.get_emb",
-        "computes the angles of all positions",
-        parameters=("self", "max_seq_len", "offset"),
-    ),
-    ReliedOn(
-        "megatron.core.transformer.attention.Attention",
-        "builds a core attention by these names and calls it with what is rotated",
-        says=("self.core_attention = submodules.core_attention(", "attention_type=self.attention_type"),
-    ),
-    ReliedOn(
-        "megatron.core.transformer.transformer_layer.TransformerLayer",
-        "builds norms by these names",
-        says=("hidden_size=self.config.hidden_size", "eps=self.config.layernorm_epsilon"),
-        has=("self_attention", "mlp"),
-    ),
-    ReliedOn(
-        f"{_TE}.cpp_extensions.general_gemm",
-        "adds a product to a sum, see platform/accumulation.py",
-        takes=("out_dtype", "layout", "out", "accumulate"),
-    ),
-    ReliedOn(f"{_TE}.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),
-    ReliedOn(f"{_TE}.is_fp8_block_scaling_available", "says what a GPU lacks", takes=("return_reason",)),
-    ReliedOn(f"{_TE}.Linear", "a layer that can add its gradient to main_grad", has=("fuse_wgrad_accumulation",)),
-    ReliedOn(
-        f"{_TE}.LayerNormLinear",
-        "a layer that norms its own input",
-        has=("normalization", "zero_centered_gamma", "eps"),
-        says=("layer_norm_weight",),
-    ),
-)
-
 
 def await_parameters(module: torch.nn.Module) -> None:
     """Wait until the module's own weights are those of the last update; at once where nothing is on its way.

@@ -21,37 +21,11 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import get_model_config
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 # Tell parameter groups apart whatever their settings; Megatron-Core compares the settings, too, and raises where the
 # learning rate has changed.
 _STRUCTURE = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "optimizer")
 # Which parameters a group has, and how many updates it has seen.
 _STATE = ("params", "step")
-
-_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-_BUFFERS = "megatron.core.distributed.param_and_grad_buffer"
-RELIED_ON = (
-    ReliedOn(f"{_DISTRIBUTED}.get_parameter_state_dp_zero", "joins the buckets of a buffer", takes=("empty_data",)),
-    ReliedOn(
-        f"{_DISTRIBUTED}.sharded_param_state_fully_reshardable",
-        "takes each parameter's part from what was joined",
-        says=("self.get_parameter_state_dp_zero(",),
-    ),
-    ReliedOn(_DISTRIBUTED, "the buffers whose buckets are joined", has=("buffers",)),
-    ReliedOn(f"{_BUFFERS}._ParamAndGradBuffer", "a buffer", has=("buckets", "numel")),
-    ReliedOn(f"{_BUFFERS}._ParamAndGradBucket", "a bucket of a buffer", has=("offset", "numel_unpadded")),
-    ReliedOn("megatron.core.optimizer.optimizer.ChainedOptimizer", "several optimizers", has=("chained_optimizers",)),
-    ReliedOn(
-        "megatron.core.optimizer.cpu_offloading.HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers",
-        "writes the groups of the whole over those of the parts before each step",
-    ),
-    ReliedOn(
-        "megatron.core.optimizer.distrib_optimizer",
-        "a parameter keeps its shard, which keeps the parameter",
-        says=("model_param.main_param = shard_main_param",),
-    ),
-)
 
 
 @contextmanager

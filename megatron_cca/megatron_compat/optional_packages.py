@@ -7,20 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
 _ENGINE = "megatron.core.extensions.transformer_engine"
 _GPU_ONLY = ("transformer_engine", "apex")
 _OTHER_WRITER = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
-
-RELIED_ON = (
-    ReliedOn(f"{_ENGINE}.HAVE_TE", "tells whether Megatron-Core has bound Transformer Engine's kernels"),
-    ReliedOn(
-        "megatron.core.dist_checkpointing.strategies.nvrx",
-        "falls back to Megatron-Core's own writer where the other one cannot be imported",
-        says=(_OTHER_WRITER, "except (ImportError"),
-    ),
-)
 
 
 def hide_gpu_only_packages() -> None:

@@ -11,35 +11,6 @@ from collections.abc import Collection, Sequence
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.core import parallel_state
 
-from megatron_cca.megatron_compat.relied_on import ReliedOn
-
-_CALCULATOR = "megatron.core.num_microbatches_calculator"
-_BASE = "transformer_engine.pytorch.module.base"
-RELIED_ON = (
-    ReliedOn(f"{_CALCULATOR}._GLOBAL_NUM_MICROBATCHES_CALCULATOR", "says whether one has been set already"),
-    ReliedOn(
-        f"{_CALCULATOR}.init_num_microbatches_calculator",
-        "is called with positions",
-        parameters=(
-            *("rank", "rampup_batch_size", "global_batch_size", "micro_batch_size", "data_parallel_size"),
-            *("decrease_batch_size_if_needed", "step_batch_size_schedule", "seq_length"),
-        ),
-    ),
-    ReliedOn(
-        "megatron.core.transformer.cuda_graphs.TECudaGraphHelper",
-        "captures, after having asked for the number of microbatches",
-        takes=("model", "config", "seq_length", "micro_batch_size", "optimizers"),
-        has=("capture_finished", "create_cudagraphs", "cuda_graph_set_manual_hooks"),
-    ),
-    ReliedOn("megatron.core.transformer.cuda_graphs", "asks for it", says=("get_num_microbatches()",)),
-    ReliedOn(
-        f"{_BASE}.initialize_ub",
-        "makes the buffers",
-        takes=("shape", "tp_size", "quantization_modes", "bootstrap_backend"),
-    ),
-    ReliedOn(f"{_BASE}.UserBufferQuantizationMode", "the kinds of buffers", has=("FP8", "NONE")),
-)
-
 
 def set_number_of_microbatches(global_batch_size: int, micro_batch_size: int) -> None:
     """Tell Megatron's capture of CUDA graphs how many microbatches a step has; sizes are in samples."""

@@ -9,8 +9,7 @@ import yaml
 
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import ensure_digit_shards
-from megatron_cca.data.shards import write_shards
-from megatron_cca.data.token_files import Sample
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.launch import ROOT, run_tool, run_workers

@@ -8,9 +8,8 @@ import torch
 import yaml
 
 from megatron_cca.config.load import load_config
-from megatron_cca.data.shards import write_shards
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.text import train_tokenizer
-from megatron_cca.data.token_files import Sample
 from megatron_cca.models import resolve_architecture
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.distributed.test_generate_tool import generate, rows

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_cca import platform
-from megatron_cca.data.token_files import Sample
+from megatron_cca.data.shard_writing import Sample
 from megatron_cca.parallel import sequence_logps
 from tests.gpu.test_grid_positions_on_a_gpu import TOLERANCE, build, rows
 from tests.gpu.test_reference_on_a_gpu import BF16, start, trace

@@ -6,9 +6,9 @@ import torch
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.shards import TokenShards, write_shards
+from megatron_cca.data.shard_writing import Sample, write_shards
+from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import Sample
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import grid_misfit, own_grid

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_cca.config.load import load_config
+from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import Sample
 from megatron_cca.lab.evaluation.plots import training_curves
 from megatron_cca.lab.studies.work import _means
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.shards import TokenShards, merge_shards
+from megatron_cca.data.shard_writing import TokenWriter, merge_shards
+from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import TokenWriter
 from megatron_cca.errors import UserError
 from tests.references.token_shards import VOCABULARY, encode_text, pairing, random_samples, token_data, write
 

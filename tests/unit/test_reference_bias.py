@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.config.load import load_config
-from megatron_cca.data.shards import write_shards
-from megatron_cca.data.token_files import Sample
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.errors import UserError
 from megatron_cca.lab import reference_bias as bias
 from megatron_cca.lab import reference_bias_report as report

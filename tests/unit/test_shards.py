@@ -9,10 +9,11 @@ from megatron_cca.data.digits import captions_of, ensure_digit_shards, load_scan
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import check_files, read_manifest
 from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.shards import TokenShards, merge_shards
+from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
+from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.text import load_tokenizer
 from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import TOKEN_FILES, Sample, TokenWriter
+from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY, tiny_vocabulary
 from tests.references.token_shards import encode_text, random_samples, write

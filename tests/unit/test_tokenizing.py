@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data import token_files, tokenizing
+from megatron_cca.data import shard_writing, tokenizing
 from megatron_cca.data.image_tokenizers import PatchImageTokenizer, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.shards import TokenShards, write_shards
+from megatron_cca.data.shard_writing import Sample, write_shards
+from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.text import open_text_tokenizer
-from megatron_cca.data.token_files import TOKEN_FILES, Sample
+from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.data.tokenizing import TokenizeSettings, parts
 from megatron_cca.errors import UserError
 from megatron_cca.io import outputs
@@ -147,7 +148,7 @@ def test_an_interrupted_job_goes_on_without_repeating(settings, expected, interr
 
 
 def test_an_interruption_between_two_files_keeps_nothing_half(settings, expected, monkeypatch):
-    calls, original = [], token_files.checksum
+    calls, original = [], shard_writing.checksum
 
     def interrupted(tokens):
         calls.append(1)
@@ -155,7 +156,7 @@ def test_an_interruption_between_two_files_keeps_nothing_half(settings, expected
             raise KeyboardInterrupt
         return original(tokens)
 
-    monkeypatch.setattr(token_files, "checksum", interrupted)
+    monkeypatch.setattr(shard_writing, "checksum", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(settings)
     assert [part.stop for part in parts.PartsFolder(settings.output, NUMBER, 40).done()] == [40, 80]

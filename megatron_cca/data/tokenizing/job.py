@@ -15,7 +15,7 @@ import torch
 from megatron_cca import __version__
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.resizing import DALI
-from megatron_cca.data.shards import merge_shards
+from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.skip_reasons import Reasons, reasons_in
 from megatron_cca.data.tokenizing.fitting import class_notices
 from megatron_cca.data.tokenizing.opening import Job, open_job

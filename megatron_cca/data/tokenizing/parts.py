@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cca.data.token_files import Sample, TokenWriter
+from megatron_cca.data.shard_writing import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import json_object

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
 from megatron_cca.data.image_size import centre
 from megatron_cca.data.resizing import DALI, RESIZINGS, Plan
+from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.text import TextTokenizer
-from megatron_cca.data.token_files import Sample
 from megatron_cca.data.tokenizing.fitting import check_codes, class_of
 from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError

@@ -18,8 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cca import platform
 from megatron_cca.config import Config
-from megatron_cca.data.shards import write_shards
-from megatron_cca.data.token_files import Sample
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.lab.planner.flops import Product
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
