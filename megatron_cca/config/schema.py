@@ -160,9 +160,9 @@ class ReferenceConfig:
     """Keep its weights in FP8, one scale a row, and compute in ``precision`` with what they round to: half the memory
     of bf16. The LM head and the norms stay as they are."""
     allow_bias: NonNegativeFloat | None = None
-    """Largest root mean square of beta x log-ratio (or what else scales the objective's reward) while policy and reference
-    have the same weights. Null means exactly 0 where both take the same path and 0.05 where their precisions differ; with
-    dropout it must be given."""
+    """Largest root mean square of beta x log-ratio, or of what else the objective takes for a reward, while policy and
+    reference have the same weights. Null means exactly 0 where both take the same path and 0.05 where their precisions
+    differ; with dropout it must be given."""
 
 
 @strict
