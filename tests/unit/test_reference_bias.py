@@ -167,10 +167,14 @@ def bias_of(rms, tokens=8192, fp8_param=True, policy="bf16"):
 def test_the_beta_that_it_calls_safe_passes_the_gate_of_training(rms):
     config = load_config(None, ["training.precision=bf16", "reference.fp8_param=true"])
     pair = bias_of(rms)
-    judge(config, float(report._beta(pair.safe_beta)), pair.spread)
-    judge(config, pair.safe_beta * 0.999, pair.spread)
+
+    def judged(beta):
+        return judge(replace(config, objective=replace(config.objective, beta=beta)), pair.spread)
+
+    judged(float(report._beta(pair.safe_beta)))
+    judged(pair.safe_beta * 0.999)
     with pytest.raises(UserError):
-        judge(config, pair.safe_beta * 1.001, pair.spread)
+        judged(pair.safe_beta * 1.001)
     assert float(report._beta(pair.safe_beta)) > 0.89 * pair.safe_beta
 
 
