@@ -25,11 +25,12 @@ LEVELS = {
     "data": 6,
     "generation": 7,
     "training": 8,
-    "lab": 9,
-    "lab/evaluation": 9,
-    "lab/planner": 10,
-    "lab/studies": 10,
-    "lab/scaling": 11,
+    "lab/tables": 9,
+    "lab": 10,
+    "lab/evaluation": 10,
+    "lab/planner": 11,
+    "lab/studies": 11,
+    "lab/scaling": 12,
 }
 
 
