@@ -19,6 +19,7 @@ CORE = [
     "pydantic>=2.7",
     "pyyaml",
     "safetensors",
+    "tabulate",
     "tensorboard",
     "tokenizers",
     "torch>=2.8",

@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measuring import in_fresh_process, machine, markdown_table
+from measuring import in_fresh_process, machine
 from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
 from megatron_cca.config import ModelConfig
+from megatron_cca.lab.tables import markdown_table
 from megatron_cca.models import FAMILIES, resolve_architecture
 
 COPY = "copy"

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import in_fresh_process, machine, markdown_table
+from measuring import in_fresh_process, machine
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data import dali
 from megatron_cca.data.sequence_feed import DALI, TORCH
+from megatron_cca.lab.tables import markdown_table
 
 GRID, CAPTION = (90, 90), (20, 120)  # a 720 x 720 image; tokens of a caption, from and to
 _PTH_FILES = 2000

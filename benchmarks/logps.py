@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 from logps_peers import DENSE, MAIN_GRAD, PADDED_PEERS, PEERS
-from measuring import in_fresh_process, machine, markdown_table
+from measuring import in_fresh_process, machine
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.lab.tables import markdown_table
 
 # Rows of a head are padded to a multiple of this, as Megatron pads them for one rank.
 PADDING = 128

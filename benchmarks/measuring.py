@@ -1,4 +1,4 @@
-"""What the benchmarks share: a fresh process for every measurement, Markdown tables, the machine's name."""
+"""What the benchmarks share: a fresh process for every measurement, the machine's name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform as host
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -24,12 +23,6 @@ def in_fresh_process(program: str, settings: dict) -> dict:
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine(device: str) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cca.lab.tables import markdown_table
+
 RUN = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "run.py"
 COLUMNS = (("accuracy", "accuracy", ".3f"), ("inception_score", "IS", ".2f"), ("fid", "FID", ".2f"))
 
@@ -40,14 +42,14 @@ def _report(seed: int, output: Path) -> list[dict]:
 
 
 def _table(reports: list[list[dict]]) -> str:
-    lines = ["| model | forwards/token | accuracy | IS | FID |", "|---|---|---|---|---|"]
+    rows = []
     for models in zip(*reports, strict=True):
         cells = []
         for key, _, form in COLUMNS:
             values = np.array([model[key] for model in models])
             cells.append(f"{values.mean():{form}} ({values.std(ddof=1) if len(values) > 1 else 0:{form}})")
-        lines.append(f"| {models[0]['name']} | {models[0]['forwards_per_token']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([models[0]["name"], str(models[0]["forwards_per_token"]), *cells])
+    return markdown_table(["model", "forwards/token", "accuracy", "IS", "FID"], rows)
 
 
 def _verdict(models: list[dict]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from eight_b_memory import computed_table
-from measuring import in_fresh_process, machine, markdown_table
+from measuring import in_fresh_process, machine
 from tqdm import tqdm
 
 from megatron_cca import platform
@@ -29,6 +29,7 @@ from megatron_cca.lab.planner.flops import MFU_MEANS, average_peak, flops_by_pre
 from megatron_cca.lab.planner.hardware import gpu_named, name_of_device
 from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.lab.tables import markdown_table
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
 NARROW = {"hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 4, "num_query_groups": 1}

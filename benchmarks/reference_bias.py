@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import machine, markdown_table
+from measuring import machine
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.lab.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,13 +15,14 @@ from importlib.resources import files
 
 import numpy as np
 import torch
-from measuring import machine, markdown_table
+from measuring import machine
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.image_size import centre
 from megatron_cca.data.resizing import RESIZINGS
+from megatron_cca.lab.tables import markdown_table
 
 CPU = torch.device("cpu")
 AREA = 720 * 720

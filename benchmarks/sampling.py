@@ -17,10 +17,11 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from measuring import machine, markdown_table
+from measuring import machine
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.lab.tables import markdown_table
 
 # Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
 FFN_RATIO, HEAD = 3.5, 64

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import in_fresh_process, machine, markdown_table
+from measuring import in_fresh_process, machine
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.lab.tables import markdown_table
 
 # Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
 HEADS = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 2}

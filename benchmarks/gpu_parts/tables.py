@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from measuring import markdown_table
-
 from gpu_parts import lines
 from gpu_parts.goals import goals
 from gpu_parts.lines import MEASURED, Line, milliseconds, peak_bytes
 from gpu_parts.settings import BIAS, CALIBRATION, GEMM, HEAD, PLAN, TESTS, TRAINING
 from megatron_cca.lab.planner.flops import MFU_MEANS
+from megatron_cca.lab.tables import markdown_table
 
 _TITLES = {
     "step": "CCA step, Emu3-8B's layers and vocabulary",

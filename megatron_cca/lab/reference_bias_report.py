@@ -12,6 +12,7 @@ import torch
 from megatron_cca import platform
 from megatron_cca.io.outputs import write_json
 from megatron_cca.lab.reference_bias import IN_FP8, BiasSettings, PairBias, Variant
+from megatron_cca.lab.tables import markdown_table
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread
 
 # The CCA paper (arXiv 2410.09347) has beta 0.02 for images of 576 tokens.
@@ -21,14 +22,14 @@ _PAPER_BETA_TIMES_TOKENS = 0.02 * 576
 def table(pairs: Sequence[PairBias]) -> str:
     """All numbers as a Markdown table; a pair that is 0 everywhere is one line."""
     header = ("policy", "reference", "tokens", "mean", "sd", "rms", "worst", "safe beta")
-    lines = [header, ("---",) * len(header)]
+    lines = []
     for group in _by_pair(pairs):
         names = (str(group[0].policy), str(group[0].reference))
         if not any(pair.spread.worst for pair in group):
             lines.append((*names, "all", *("exactly 0",) * 4, "any"))
             continue
         lines += [(*names, f"{pair.tokens:,}", *_numbers(pair.spread), _beta(pair.safe_beta)) for pair in group]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, lines)
 
 
 def _numbers(spread: LogRatioSpread) -> tuple[str, ...]:

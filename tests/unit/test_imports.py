@@ -31,11 +31,12 @@ LEVELS = {
     "data": 8,
     "generation": 9,
     "training": 10,
-    "lab": 11,
-    "lab/evaluation": 11,
-    "lab/planner": 12,
-    "lab/studies": 12,
-    "lab/scaling": 13,
+    "lab/tables": 11,
+    "lab": 12,
+    "lab/evaluation": 12,
+    "lab/planner": 13,
+    "lab/studies": 13,
+    "lab/scaling": 14,
 }
 
 

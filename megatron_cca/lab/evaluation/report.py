@@ -16,6 +16,7 @@ from megatron_cca.io.outputs import check_output, claimed, replacing
 from megatron_cca.lab.evaluation.evaluate import Evaluation, SetResult
 from megatron_cca.lab.evaluation.images import ImageSet
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
+from megatron_cca.lab.tables import markdown_table
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
@@ -130,16 +131,14 @@ def table(evaluation: Evaluation) -> str:
     """A Markdown table, a row a set; of several sets the best of each column is bold."""
     rows = [values(one) for one in evaluation.sets]
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
-    lines = [
-        "| samples | images | " + " | ".join(heading for _, heading, _ in columns) + " |",
-        "|---|" + "---:|" * (1 + len(columns)),
+    header = ["samples", "images", *(heading for _, heading, _ in columns)]
+    cells = [
+        [one.name, str(len(one.images.images)), *(_cell(key, row, rows, rising) for key, _, rising in columns)]
+        for one, row in zip(evaluation.sets, rows, strict=True)
     ]
-    for one, row in zip(evaluation.sets, rows, strict=True):
-        cells = [_cell(key, row, rows, rising) for key, _, rising in columns]
-        name = one.name.replace("|", "\\|")
-        lines.append(f"| {name} | {len(one.images.images)} | {' | '.join(cells)} |")
     settings, reference = evaluation.settings, evaluation.reference.images
-    lines += ["", f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
+    lines = [markdown_table(header, cells, first_number=1), ""]
+    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     return "\n".join(lines)

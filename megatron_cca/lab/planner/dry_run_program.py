@@ -15,8 +15,8 @@ from megatron_cca.lab.planner.candidates import check_candidate
 from megatron_cca.lab.planner.hardware import Gpu, gpu_named
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_cca.lab.planner.program import check_known_weights, image_shape
-from megatron_cca.lab.planner.report import table
 from megatron_cca.lab.planner.workload import Workload, image_workload
+from megatron_cca.lab.tables import padded_table
 
 # From there on Megatron's groups alone take minutes.
 MAX_GPUS = 16_384
@@ -147,7 +147,7 @@ def _lines(config: Config, settings: DryRunSettings, workload: Workload, rank: i
         ("activations, head, at the peak", found.activations, moving),
         ("peak of all tensors", found.peak, found.peak - found.activations + moving),
     ]
-    yield table([_row(*one) for one in rows], ("bytes on this rank", "counted", "GiB", "predicted", "off by"))
+    yield padded_table(("bytes on this rank", "counted", "GiB", "predicted", "off by"), [_row(*one) for one in rows])
     if settings.gpu is not None:
         unseen = _unseen(predicted)
         yield (
@@ -164,7 +164,7 @@ def _lines(config: Config, settings: DryRunSettings, workload: Workload, rank: i
         (one.group, str(one.group_size), one.operation, one.phase, f"{one.calls:,}", f"{one.num_bytes:,}")
         for one in found.traffic
     ]
-    yield table(traffic, ("group", "ranks", "operation", "phase", "calls", "bytes"))
+    yield padded_table(("group", "ranks", "operation", "phase", "calls", "bytes"), traffic)
 
 
 def _row(name: str, counted: int, predicted: int) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from megatron_cca.lab.planner.hardware import DEFAULT
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate
 from megatron_cca.lab.planner.search import Other, Plan
 from megatron_cca.lab.planner.sizes import sizes_of
+from megatron_cca.lab.tables import padded_table
 from megatron_cca.models import resolve_architecture
 from megatron_cca.training.shapes import rows_per_sample
 
@@ -106,16 +107,6 @@ def memory_groups(memory: MemoryEstimate) -> dict[str, int]:
     }
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
-    """A Markdown table whose columns also line up on a terminal."""
-    columns = [[name, *column] for name, column in zip(header, zip(*rows, strict=True), strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
-    )
-
-
 _WIDTH = 118
 
 
@@ -193,7 +184,7 @@ def text(report: Report) -> str:
         f"{plan.considered:,} candidates; the fastest of those within {wishes.memory_limit / GIB:.1f} GiB, "
         f"{MEMORY_SHARE:.0%} of a GPU's memory:",
         "",
-        table([row(candidate) for candidate in plan.best]),
+        padded_table(HEADER, [row(candidate) for candidate in plan.best]),
         "",
         _trust(report),
         MFU_MEANS,

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_cca.lab.planner import report
 from megatron_cca.lab.planner.flops import MFU_MEANS
 from megatron_cca.lab.planner.hardware import name_of_device
 from megatron_cca.lab.scaling.records import Row
 from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
+from megatron_cca.lab.tables import padded_table
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _table(rows: Sequence[Row]) -> str:
         return ""
     unit = unit_of(finished[0].record["device"])
     header = [name.format(unit=unit, units=units(unit)) for name in _HEADER]
-    return report.table([_line(row, finished) for row in finished], header) + "\n"
+    return padded_table(header, [_line(row, finished) for row in finished]) + "\n"
 
 
 def _line(row: Row, rows: Sequence[Row]) -> list[str]:

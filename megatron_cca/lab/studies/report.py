@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cca.lab.studies.results import Result, Results, Statistic, Trial
 from megatron_cca.lab.studies.study import BASE, Study, units_per_sample
+from megatron_cca.lab.tables import markdown_table
 
 _KEYS = {
     "objective.beta": "β",
@@ -97,23 +98,19 @@ def _costs(study: Study) -> str:
 def _table(results: Results, rows: Sequence[Result]) -> str:
     names = [name for name in METRICS if any(name in result.statistics for result in results.rows)]
     head = ["method", "settings", "forwards/token", "training", *(METRICS[name][0] for name in names), "lost seeds"]
-    lines = [_line(head), _line(["---"] * len(head))]
     unit = _unit(results)
-    for result in rows:
-        method = result.row.method
-        lines.append(
-            _line(
-                [
-                    "base, guidance-free" if method.name == BASE else method.label,
-                    settings_name(result.row.values),
-                    str(result.row.point.sampling.forwards_per_token),
-                    f"{result.units / unit:.2f}",
-                    *(_cell(result.statistics.get(name), METRICS[name][1]) for name in names),
-                    _lost(result),
-                ]
-            )
-        )
-    return "\n".join(lines)
+    lines = [
+        [
+            "base, guidance-free" if result.row.method.name == BASE else result.row.method.label,
+            settings_name(result.row.values),
+            str(result.row.point.sampling.forwards_per_token),
+            f"{result.units / unit:.2f}",
+            *(_cell(result.statistics.get(name), METRICS[name][1]) for name in names),
+            _lost(result),
+        ]
+        for result in rows
+    ]
+    return markdown_table(head, lines)
 
 
 def _unit(results: Results) -> int:
@@ -121,10 +118,6 @@ def _unit(results: Results) -> int:
     trained = [result for result in results.rows if result.units]
     contrasting = [result for result in trained if result.row.point.config.objective.contrasts is not None]
     return (contrasting or trained)[0].units if trained else 1
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cell(statistic: Statistic | None, decimals: int) -> str:
@@ -154,15 +147,16 @@ def _losses(results: Results) -> str:
 def _trials(results: Results) -> str:
     metrics = [name for name in METRICS if any(name in one.metrics for part in results.trials.values() for one in part)]
     head = ["method", "settings", *(METRICS[name][0] for name in metrics), ""]
-    lines = [_line(head), _line(["---"] * len(head))]
-    for name, trials in results.trials.items():
-        label = results.study.methods[name].label
-        lines += [_trial_line(label, one, metrics) for one in trials]
-    return "\n".join(lines)
+    lines = [
+        _trial_line(results.study.methods[name].label, one, metrics)
+        for name, trials in results.trials.items()
+        for one in trials
+    ]
+    return markdown_table(head, lines)
 
 
-def _trial_line(label: str, trial: Trial, metrics: Sequence[str]) -> str:
+def _trial_line(label: str, trial: Trial, metrics: Sequence[str]) -> list[str]:
     single = {name: Statistic(value, None) for name, value in trial.metrics.items()}
     cells = [_cell(single.get(name), METRICS[name][1]) for name in metrics]
     remark = "chosen" if trial.is_chosen else trial.failed or ""
-    return _line([label, settings_name(trial.values), *cells, remark])
+    return [label, settings_name(trial.values), *cells, remark]
