@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from megatron_cca.config import Config
+from megatron_cca.effects import Effect, effects
 from megatron_cca.models import FAMILIES
 
 _INTRODUCTION = """# Configuration reference
@@ -35,6 +36,23 @@ Names are Megatron-Core's own where Megatron has the thing; keys without a note 
 what their name says. A mistyped key, a wrong type or an impossible combination is refused in one line, before any
 process group is made. `config.yaml` in the run's folder has every key with the value that it had, sizes of the preset
 included.
+
+The column *affects* says what changes with the value of a key:
+
+- *numbers*: losses and weights;
+- *last bits*: their rounding alone, since the same numbers are summed in another order;
+- *speed*: memory and time alone;
+- *output*: what is written and said, and when a run is ended.
+
+A † marks a key on which the log-probabilities of the reference depend. A reference cache serves only runs with the same
+values of these *numbers*. Where the values of these *last bits* differ, the gate on step 0 allows a small log-ratio
+(`reference.allow_bias`).
+
+The column *on a resume* says what happens to a new value when a run continues:
+
+- it *takes effect* with the next step;
+- it takes effect and leaves the *same numbers*;
+- it is *refused*, since the key says which run this is.
 
 {sections}
 """
@@ -61,10 +79,10 @@ def page() -> str:
     schema = TypeAdapter(Config).json_schema()
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
     links = "\n".join(f"- [`{name}`](#{name})" for name in sections)
-    parts = [_INTRODUCTION.format(sections=links)]
+    parts, declared = [_INTRODUCTION.format(sections=links)], effects(Config())
     for name, section in sections.items():
         reference = schema["properties"][name]["$ref"]
-        parts.append(_section(name, schema["$defs"][reference.rpartition("/")[2]], section()))
+        parts.append(_section(name, schema["$defs"][reference.rpartition("/")[2]], section(), declared))
     return "\n".join([*parts, _presets()])
 
 
@@ -79,14 +97,16 @@ def _presets() -> str:
     return "## Presets\n\n" + "\n".join(rows) + "\n"
 
 
-def _section(name: str, schema: dict[str, Any], defaults: Any) -> str:
+def _section(name: str, schema: dict[str, Any], defaults: Any, declared: dict[str, Effect]) -> str:
     about = _prose(schema.get("description", "")).removeprefix(f"Section `{name}`").strip(" :.")
     about = f"{about[:1].upper()}{about[1:]}.\n\n" if about else ""
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    rows = ["| key | type | default | affects | on a resume | |", "|---|---|---|---|---|---|"]
     for key, one in schema["properties"].items():
         default = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=200)
         shown = default.replace("\n...", "").strip()
-        cells = [f"`{key}`", _type(one), f"`{shown}`", _prose(one.get("description", ""))]
+        effect = declared[f"{name}.{key}"]
+        affects = f"{effect.affects.value} †" if effect.reference else effect.affects.value
+        cells = [f"`{key}`", _type(one), f"`{shown}`", affects, effect.resume.value, _prose(one.get("description", ""))]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return f"## {name}\n\n{about}" + "\n".join(rows) + "\n"
 

@@ -7,14 +7,17 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.config import Config, DataConfig, TrainingConfig, load
 from megatron_cca.config.load import config_to_dict, load_config
+from megatron_cca.config.schema import strict
+from megatron_cca.effects import Affects, effects, key, section
 from megatron_cca.errors import UserError
 from megatron_cca.lab.studies.digests import digest
 from megatron_cca.lab.studies.keys import training_contents
 from megatron_cca.models import explicit
 from megatron_cca.training import caching
 from megatron_cca.training.log_ratio_gate import numeric_path
-from megatron_cca.training.resuming import check_resume, on_resume
+from megatron_cca.training.resuming import check_resume
 
 # The key; what becomes of a new value on a resume; whether a study takes the run for another one; and whether the
 # reference's log-probabilities depend on it (cache), or their last bits only (path). A new key need not be here.
@@ -186,11 +189,12 @@ def config(tmp_path):
 
 @pytest.fixture
 def saved(config, tmp_path):
-    """A checkpoint of the run that is continued."""
+    """The folder of a run that is continued."""
     root = tmp_path / "run" / layout.FOLDER
     partial = layout.partial_folder(root, 10)
     partial.mkdir(parents=True)
     layout.finalize(partial, root, 10, {"config": config_to_dict(explicit(config))})
+    return tmp_path / "run"
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +223,7 @@ def is_refused(config):
 def answers(config, section, name):
     """One line of EXPECTED, from what the code does with the key."""
     other = changed(config, section, name)
-    resume = on_resume(section, name).value
+    resume = effects(config)[f"{section}.{name}"].resume.value
     assert is_refused(other) == (resume == "refused")
     study = "study" if digest(training_contents(other, None)) != digest(training_contents(config, None)) else "-"
     in_path, in_cache = numeric_path(other) != numeric_path(config), identity(other) != identity(config)
@@ -231,3 +235,67 @@ def test_every_list_answers_as_the_table_says(config, saved):
     lines = EXPECTED.split("\n")[1:-1]
     assert [answers(config, *line.partition(" ")[0].split(".")) for line in lines] == lines
     assert len(lines) == 118
+
+
+@strict
+class MoreTraining(TrainingConfig):
+    """With a key that declares nothing."""
+
+    new: int = 3
+
+
+@strict
+class Undeclared(Config):
+    training: MoreTraining = section(MoreTraining)
+
+
+@strict
+class MoreData(DataConfig):
+    """With a key of each kind."""
+
+    numbers: int = key(3, Affects.NUMBERS, reference=True)
+    last_bits: int = key(3, Affects.LAST_BITS, reference=True)
+    speed: int = key(3, Affects.SPEED, study=False)
+    output: list[Literal["a"]] = key([], Affects.OUTPUT)
+
+
+@strict
+class Declared(Config):
+    data: MoreData = section(MoreData)
+
+
+def test_a_key_that_declares_nothing_is_named():
+    with pytest.raises(TypeError, match=r"^training\.new: does not say what it affects; "):
+        effects(Undeclared())
+    with pytest.raises(TypeError, match=r"^training\.new: "):
+        training_contents(Undeclared(), None)
+
+
+NEW = """
+data.numbers | refused | study | cache
+data.last_bits | same numbers | study | path
+data.speed | same numbers | - | -
+data.output | takes effect | study | -
+"""
+
+
+def test_a_declared_key_has_its_answer_everywhere(saved, monkeypatch):
+    """The checkpoint is of a version without these keys."""
+    monkeypatch.setattr(load, "Config", Declared)
+    config = load_config(None, [*BASE, f"training.output_dir={saved}"])
+    lines = NEW.split("\n")[1:-1]
+    assert [answers(config, *line.partition(" ")[0].split(".")) for line in lines] == lines
+    assert Declared().data.output is not Declared().data.output
+    with pytest.raises(UserError, match=r"^data.numbers: 4, but the run in .* was started with 3; set it so"):
+        check_resume(changed(config, "data", "numbers"))
+
+
+def test_a_name_in_place_of_a_value_is_one_of_the_caches(config):
+    names = {one.reference for one in effects(config).values() if isinstance(one.reference, str)}
+    assert names and names <= identity(config).keys()
+
+
+def test_a_section_says_it_for_keys_that_do_not():
+    found = effects(Config())
+    assert found["faults.on_alarm"].affects is Affects.OUTPUT
+    assert found["faults.non_finite"].affects is Affects.NUMBERS
