@@ -76,6 +76,7 @@ class Effect:
 def _effect(
     affects: Affects, resume: OnResume | None = None, *, reference: bool | str = False, study: bool = True
 ) -> Effect:
+    assert not reference or affects in (Affects.NUMBERS, Affects.LAST_BITS)
     return Effect(affects, resume or _USUAL[affects], reference, study)
 
 
