@@ -9,7 +9,7 @@ configuration and imports nothing of it, so that a section can have its class an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -138,9 +138,15 @@ def values(config: Any) -> dict[str, Any]:
     }
 
 
-def values_of_reference(config: Any, affects: Affects) -> dict[str, Any]:
-    """Return the values that a reference's log-probabilities, or their last bits, depend on, by ``section.key``."""
-    found = values(config)
+def values_of_reference(config: Any, affects: Affects, filled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a reference's log-probabilities, or their last bits, depend on, by ``section.key``.
+
+    Args:
+        config: a ``Config``.
+        affects: ``NUMBERS`` or ``LAST_BITS``.
+        filled: values to take in place of the configuration's own, such as what a null stands for.
+    """
+    found = values(config) | filled
     return {
         name: found[name] for name, one in effects(config).items() if one.affects is affects and one.reference is True
     }

@@ -27,7 +27,7 @@ from megatron_cca.data.reference_cache import (
     Split,
     finished_blocks,
 )
-from megatron_cca.effects import Affects, values_of_reference
+from megatron_cca.effects import Affects, values, values_of_reference
 from megatron_cca.io.outputs import claimed
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
@@ -75,6 +75,7 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
         "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
     }
     led_to = {
+        **{name: value for name, value in architecture.items() if name not in values(config)},
         "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
         "data": data.training.fingerprint(),
         "validation data": data.validation.fingerprint() if data.validation is not None else None,
@@ -82,7 +83,7 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     # Only where there are some: former versions took another caption of the same image for a negative.
     repeated = data.training.num_repeated_images()
     led_to |= {"repeated images": repeated} if repeated else {}
-    return values_of_reference(config, Affects.NUMBERS) | filled | led_to
+    return values_of_reference(config, Affects.NUMBERS, filled) | led_to
 
 
 def _drawn(config: Config) -> str:

@@ -63,7 +63,7 @@ def numeric_path(config: Config) -> dict[str, Any]:
     filled = {"training.logps_chunk_size": chunk_size_of(config.training.logps_chunk_size, on_gpu=on_gpu)}
     filled |= {f"kernels.{name}": value for name, value in forward_kernels(config.kernels).items()}
     machine = {"device": platform.device_name(), "torch": torch.__version__}
-    return values_of_reference(config, Affects.LAST_BITS) | filled | machine
+    return values_of_reference(config, Affects.LAST_BITS, filled) | machine
 
 
 def judge(config: Config, beta: float | None, spread: LogRatioSpread) -> str:

@@ -202,6 +202,7 @@ def paths_as_contents(monkeypatch):
     """Weights and data are where their paths say, and nothing need be there."""
     monkeypatch.setattr(caching.layout, "resolve", lambda path, key: path)
     monkeypatch.setattr(caching, "weights_fingerprint", lambda folder, key: folder)
+    monkeypatch.setattr(caching, "_drawn", lambda config: config.model.init_method_std)
     monkeypatch.setattr("megatron_cca.training.resuming._fingerprint", lambda path, key: path)
     monkeypatch.setattr("megatron_cca.lab.studies.keys._data_key", lambda name: name)
 
@@ -223,11 +224,12 @@ def is_refused(config):
 def answers(config, section, name):
     """One line of EXPECTED, from what the code does with the key."""
     other = changed(config, section, name)
-    resume = effects(config)[f"{section}.{name}"].resume.value
+    effect = effects(config)[f"{section}.{name}"]
+    resume = effect.resume.value
     assert is_refused(other) == (resume == "refused")
     study = "study" if digest(training_contents(other, None)) != digest(training_contents(config, None)) else "-"
     in_path, in_cache = numeric_path(other) != numeric_path(config), identity(other) != identity(config)
-    assert not (in_path and in_cache)
+    assert not (in_path and in_cache) and (in_path or in_cache) == bool(effect.reference)
     return f"{section}.{name} | {resume} | {study} | {'path' if in_path else 'cache' if in_cache else '-'}"
 
 
