@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from megatron_cca.config import Config
+from megatron_cca.effects import Effect, effects
 from megatron_cca.models import FAMILIES
 from megatron_cca.objectives import OBJECTIVES, Objective
 from megatron_cca.objectives.base import keys_of, known_names
@@ -38,6 +39,23 @@ Names are Megatron-Core's own where Megatron has the thing; keys without a note 
 what their name says. A mistyped key, a wrong type or an impossible combination is refused in one line, before any
 process group is made. `config.yaml` in the run's folder has every key with the value that it had, sizes of the preset
 included.
+
+The column *affects* says what changes with the value of a key:
+
+- *numbers*: losses and weights;
+- *last bits*: their rounding alone, since the same numbers are summed in another order;
+- *speed*: memory and time alone;
+- *output*: what is written and said, and when a run is ended.
+
+A † marks a key on which the log-probabilities of the reference depend. A reference cache serves only runs with the same
+values of these *numbers*. Where the values of these *last bits* differ, the gate on step 0 allows a small log-ratio
+(`reference.allow_bias`).
+
+The column *on a resume* says what happens to a new value when a run continues:
+
+- it *takes effect* with the next step;
+- it takes effect and leaves the *same numbers*;
+- it is *refused*, since the key says which run this is.
 
 {sections}
 """
@@ -67,10 +85,10 @@ def page() -> str:
     objective["properties"]["name"]["enum"] = known_names()
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
     links = "\n".join(f"- [`{name}`](#{name})" for name in sections)
-    parts = [_INTRODUCTION.format(sections=links)]
+    parts, declared = [_INTRODUCTION.format(sections=links)], effects(Config())
     for name, section in sections.items():
         reference = schema["properties"][name].get("$ref", "").rpartition("/")[2]
-        parts.append(_section(name, schema["$defs"][reference] if reference else objective, section()))
+        parts.append(_section(name, schema["$defs"][reference] if reference else objective, section(), declared))
         if not reference:
             parts += map(_objective, known_names())
     return "\n".join([*parts, _presets()])
@@ -90,22 +108,26 @@ def _presets() -> str:
 def _objective(name: str) -> str:
     kind = OBJECTIVES[name]
     own, about = TypeAdapter(kind).json_schema(), sys.modules[kind.__module__].__doc__.partition("\n")[0]
-    rows = _table({key: own["properties"][key] for key in keys_of(name) if key not in _COMMON}, kind())
+    declared = effects(dataclasses.replace(Config(), objective=kind()))
+    own_keys = {key: own["properties"][key] for key in keys_of(name) if key not in _COMMON}
+    rows = _table("objective", own_keys, kind(), declared)
     return f"### {name}\n\n{about}" + (f"\n\n{rows}" if rows else " It has no key of its own.\n")
 
 
-def _section(name: str, schema: dict[str, Any], defaults: Any) -> str:
+def _section(name: str, schema: dict[str, Any], defaults: Any, declared: dict[str, Effect]) -> str:
     about = _prose(schema.get("description", "")).removeprefix(f"Section `{name}`").strip(" :.")
     about = f"{about[:1].upper()}{about[1:]}.\n\n" if about else ""
-    return f"## {name}\n\n{about}" + _table(schema["properties"], defaults)
+    return f"## {name}\n\n{about}" + _table(name, schema["properties"], defaults, declared)
 
 
-def _table(properties: dict[str, Any], defaults: Any) -> str:
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+def _table(section: str, properties: dict[str, Any], defaults: Any, declared: dict[str, Effect]) -> str:
+    rows = ["| key | type | default | affects | on a resume | |", "|---|---|---|---|---|---|"]
     for key, one in properties.items():
         default = yaml.safe_dump(getattr(defaults, key), default_flow_style=True, width=200)
         shown = default.replace("\n...", "").strip()
-        cells = [f"`{key}`", _type(one), f"`{shown}`", _prose(one.get("description", ""))]
+        effect = declared[f"{section}.{key}"]
+        affects = f"{effect.affects.value} †" if effect.reference else effect.affects.value
+        cells = [f"`{key}`", _type(one), f"`{shown}`", affects, effect.resume.value, _prose(one.get("description", ""))]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n" if properties else ""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, ModelConfig, TrainingConfig
+from megatron_cca.config.former import of_today
 from megatron_cca.config.load import config_from_dict, config_to_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
@@ -53,7 +54,8 @@ def config_of_weights(model: ModelConfig, precision: str) -> Config:
 def saved_config(folder: Path, key: str) -> Config:
     """The configuration that a whole checkpoint names; of an imported one its model and precision alone.
 
-    Earlier versions recorded the defaults of all keys in an import, ``data.path: digits`` among them.
+    What an earlier version wrote is read with today's keys, see ``config/former.py``. In an import earlier versions
+    recorded the defaults of all keys, ``data.path: digits`` among them.
 
     Args:
         folder: the checkpoint's own folder.
@@ -67,7 +69,7 @@ def saved_config(folder: Path, key: str) -> Config:
     if not isinstance(saved, dict):
         raise UserError(f"{key}: {folder / layout.SUMMARY} is damaged: it has no config; choose another checkpoint")
     with said_of(f"{key}: {folder / layout.SUMMARY}"):
-        config = explicit(config_from_dict(saved))
+        config = explicit(config_from_dict(of_today(saved)))
     return config_of_weights(config.model, config.training.precision) if _no_run_wrote(summary) else config
 
 

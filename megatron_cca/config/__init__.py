@@ -18,6 +18,7 @@ from megatron_cca.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron_cca.effects import effects
 
 __all__ = [
     "Config",
@@ -34,3 +35,6 @@ __all__ = [
     "TrainingConfig",
     "ValidationConfig",
 ]
+
+# A key that does not say what it affects is found here, before any program does anything.
+effects(Config())

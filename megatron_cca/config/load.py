@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_cca.config import former
 from megatron_cca.config.schema import TYPED, Config
 from megatron_cca.config.texts import key_kind, override_value, texts_as_typed
 from megatron_cca.errors import UserError
@@ -203,7 +204,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "string_type" and first["input"] is None:
         return f"{'.'.join(location[:2])}: {NULL}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {_suggestion(location)}"
+        return f"{key}: {_unknown(location)}"
     if first["type"] == "no_such_key":
         close = difflib.get_close_matches(location[-1], first["ctx"]["known"], n=1)
         known = f"did you mean {location[0]}.{close[0]}?" if close else f"it has {', '.join(first['ctx']['known'])}"
@@ -212,6 +213,15 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: expected keys below this section, found {first['input']!r}"
     # A union also adds the branch it tried to the location; the user knows only section, key, and what stands below.
     return f"{'.'.join(location[:2] + location[3:])}: {_lower_first(first['msg'])}, found {first['input']!r}"
+
+
+def _unknown(location: list[str]) -> str:
+    key = ".".join(location)
+    if key in former.RENAMED:
+        return f"is called {former.RENAMED[key]} now; rename it"
+    if key in former.DROPPED:
+        return f"is no key any more; {former.DROPPED[key]}"
+    return f"unknown key; {_suggestion(location)}"
 
 
 def _suggestion(location: list[str]) -> str:

@@ -18,16 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_cca.config.former import values_without
 from megatron_cca.errors import UserError
 from megatron_cca.io.arrays import archived_arrays
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 
 Split = Literal["training", "validation"]
 BLOCK = 64
-
-NORMALIZATION = "objective.normalization"
-# What caches of former versions, which do not say it, were computed with.
-_FORMER = {NORMALIZATION: "vocabulary"}
 
 _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
@@ -173,9 +170,10 @@ def _read_manifest(folder: Path, key: str) -> dict | None:
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    theirs, ours = _FORMER | dict(theirs), _FORMER | dict(ours)
+    # A cache of a former version does not name a key that came later.
+    unnamed = values_without()
     for name in sorted(theirs.keys() | ours.keys()):
-        old, new = theirs.get(name), ours.get(name)
+        old, new = (one.get(name, unnamed.get(name)) for one in (theirs, ours))
         if old != new:
             return f"{name} {_plain(old)}, not with this run's {_plain(new)}"
     return ""

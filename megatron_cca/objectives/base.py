@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from megatron_cca.effects import Affects, key
 from megatron_cca.errors import UserError
 from megatron_cca.sections import strict
 
@@ -34,7 +35,7 @@ class Objective:
     _: KW_ONLY
     name: str
     """Which one."""
-    normalization: Literal["vocabulary", "image"] = "vocabulary"
+    normalization: Literal["vocabulary", "image"] = key("vocabulary", Affects.NUMBERS, reference=True)
     """What log p(x | c) is normalised over at each visual token: all words that the head predicts, as the authors do,
     or the visual words alone, as drawing does. The latter computes less of the head."""
 
@@ -167,10 +168,10 @@ def objective_of(section: Any, info: ValidationInfo) -> Objective:
         *others, last = (f"'{one}'" for one in known_names())
         expected = {"expected": f"{', '.join(others)} or {last}"}
         raise _refusal(InitErrorDetails(type="literal_error", loc=("name",), input=name, ctx=expected))
-    for key in section if isinstance(section, dict) else ():
-        if key not in ("name", *known):
+    for given in section if isinstance(section, dict) else ():
+        if given not in ("name", *known):
             reason = PydanticCustomError("no_such_key", f"{name} has no such key", {"known": known})
-            raise _refusal(InitErrorDetails(type=reason, loc=(key,), input=section[key]))
+            raise _refusal(InitErrorDetails(type=reason, loc=(given,), input=section[given]))
     # Strict mode takes a dataclass for a dataclass only; its JSON form takes a plain object.
     return TypeAdapter(OBJECTIVES[name]).validate_json(json.dumps(section), context=info.context)
 

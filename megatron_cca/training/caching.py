@@ -22,12 +22,12 @@ from megatron_cca.config import Config
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.reference_cache import (
     BLOCK,
-    NORMALIZATION,
     ReferenceCache,
     ReferenceCacheWriter,
     Split,
     finished_blocks,
 )
+from megatron_cca.effects import Affects, values, values_of_reference
 from megatron_cca.io.outputs import claimed
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.process_groups import initialize_distributed
@@ -68,28 +68,22 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     settings = reference_settings(config)
     architecture = {f"model.{name}": value for name, value in asdict(resolve_architecture(config.model)).items()}
     vocabulary = architecture.pop("model.vocabulary")["size"]
+    filled = {
+        **architecture,
+        "model.vocab_size": vocabulary,
+        "reference.precision": settings.precision,
+        "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
+    }
+    led_to = {
+        **{name: value for name, value in architecture.items() if name not in values(config)},
+        "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
+        "data": data.training.fingerprint(),
+        "validation data": data.validation.fingerprint() if data.validation is not None else None,
+    }
     # Only where there are some: former versions took another caption of the same image for a negative.
     repeated = data.training.num_repeated_images()
-    return (
-        architecture
-        | {
-            "model.vocab_size": vocabulary,
-            "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
-            "data": data.training.fingerprint(),
-            NORMALIZATION: config.objective.normalization,
-            "training.seed": config.training.seed,
-            "training.global_batch_size": config.training.global_batch_size,
-            "data.condition_dropout": config.data.condition_dropout,
-            "data.length_bucketing": config.data.length_bucketing,
-            "validation data": data.validation.fingerprint() if data.validation is not None else None,
-            "validation.fraction": config.validation.fraction,
-            "validation.seed": config.validation.seed,
-            "reference.precision": settings.precision,
-            "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
-            "reference.fp8_param": config.reference.fp8_param,
-        }
-        | ({"repeated images": repeated} if repeated else {})
-    )
+    led_to |= {"repeated images": repeated} if repeated else {}
+    return values_of_reference(config, Affects.NUMBERS, filled) | led_to
 
 
 def _drawn(config: Config) -> str:

@@ -12,6 +12,7 @@ import torch
 from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.reference_cache import ReferenceCache
+from megatron_cca.effects import Affects, values_of_reference
 from megatron_cca.errors import UserError
 from megatron_cca.models.kernels import forward_kernels
 from megatron_cca.objectives import PairLogps
@@ -57,21 +58,12 @@ def same_path(config: Config) -> bool:
 
 
 def numeric_path(config: Config) -> dict[str, Any]:
-    """What the last bits of a log-probability depend on besides weights, data and precision."""
-    parallel, training = config.parallel, config.training
-    return {
-        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "parallel.context_parallel_size": parallel.context_parallel_size,
-        "parallel.sequence_parallel": parallel.sequence_parallel,
-        "training.micro_batch_size": training.micro_batch_size,
-        "training.logps_chunk_size": chunk_size_of(training.logps_chunk_size, on_gpu=platform.current().is_cuda),
-        "data.pad_to_multiple_of": config.data.pad_to_multiple_of,
-        "parallel.tp_comm_overlap": parallel.tp_comm_overlap,
-        "model.transformer_impl": config.model.transformer_impl,
-        **{f"kernels.{name}": value for name, value in forward_kernels(config.kernels).items()},
-        "device": platform.device_name(),
-        "torch": torch.__version__,
-    }
+    """Return what the last bits of a log-probability depend on besides weights, data and precision, nulls filled in."""
+    on_gpu = platform.current().is_cuda
+    filled = {"training.logps_chunk_size": chunk_size_of(config.training.logps_chunk_size, on_gpu=on_gpu)}
+    filled |= {f"kernels.{name}": value for name, value in forward_kernels(config.kernels).items()}
+    machine = {"device": platform.device_name(), "torch": torch.__version__}
+    return values_of_reference(config, Affects.LAST_BITS, filled) | machine
 
 
 def judge(config: Config, spread: LogRatioSpread) -> str:

@@ -13,10 +13,10 @@ import torch
 
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
+from megatron_cca.effects import OnResume, effects
 from megatron_cca.errors import UserError
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.kernel_checks import check_devices
-from megatron_cca.training.resuming import OnResume, on_resume
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, TP2, column
 from tests.references import token_shards
@@ -298,8 +298,8 @@ QUICK = {*FEW, *LACKING, *REFUSED}
 @pytest.mark.parametrize("key", mostly_full(KEYS, lambda key: key in QUICK or key not in CHECKED))
 def test_a_changed_key_takes_effect_or_is_refused(key, bases, request):
     """A key that nobody has declared fails here."""
-    assert key in CHECKED, f"say in training/resuming.py what {key} may do on a resume, and show it here"
-    assert (on_resume(*key.split(".")) is OnResume.REFUSED) == (key in REFUSED)
+    assert key in CHECKED, f"show here what a new value of {key} does on a resume, as config/schema.py declares it"
+    assert (effects(Config())[key].resume is OnResume.REFUSED) == (key in REFUSED)
     if key in BY_HAND or key in RATES:
         keys = FEW if key in FEW else (*BY_HAND, *RATES)
         check_optimized(key, request.getfixturevalue("optimized")["sharded", "one process", keys])

@@ -10,28 +10,31 @@ import pytest
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict, load_config
+from megatron_cca.effects import OnResume, effects
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit
-from megatron_cca.training.resuming import STARTED_FROM, OnResume, check_resume, on_resume, started_from
+from megatron_cca.training.resuming import STARTED_FROM, check_resume, started_from
 
 
 def test_every_key_is_declared_once():
     kinds = {
-        (section.name, key.name): on_resume(section.name, key.name)
+        (section.name, key.name): effects(Config())[f"{section.name}.{key.name}"].resume
         for section in dataclasses.fields(Config)
         for key in dataclasses.fields(getattr(Config(), section.name))
     }
     assert set(kinds.values()) == set(OnResume)
     with pytest.raises(KeyError):
-        on_resume("training", "new_key")
+        effects(Config())["training.new_key"]
 
 
 def test_the_documentation_names_every_key_of_these_sections_that_is_refused():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
     for section in ("data", "reference", "validation", "optimizer", "training"):
         for key in dataclasses.fields(getattr(Config(), section)):
-            if on_resume(section, key.name) is OnResume.REFUSED:
-                assert f"`{section}.{key.name}`" in text
+            if effects(Config())[f"{section}.{key.name}"].resume is OnResume.REFUSED:
+                table = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+                row = next(line for line in table.splitlines() if line.startswith(f"| `{key.name}` |"))
+                assert " | refused | " in row
 
 
 def save(folder, config, content=b"x", /, **summary):

@@ -10,21 +10,9 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import FORMER_OBJECTIVE_KEYS, config_to_dict
 from megatron_cca.data import DIGITS
 from megatron_cca.data.manifest import fingerprint, read_manifest
+from megatron_cca.effects import effects
 from megatron_cca.lab.studies.tasks import digest
 from megatron_cca.models import explicit
-
-# The same training on any layout; checks.py lets a run go on with other values of these.
-_FREE_SECTIONS = ("parallel", "logging")
-_FREE_KEYS = (
-    ("data", "prefetch"),
-    ("data", "loader"),
-    ("training", "micro_batch_size"),
-    ("training", "save_interval"),
-    ("training", "distributed_timeout_minutes"),
-    # The study's own; what they lead to is in the key.
-    ("training", "output_dir"),
-    ("training", "pretrained_checkpoint"),
-)
 
 
 def training_contents(config: Config, base: str | None) -> dict[str, Any]:
@@ -40,10 +28,11 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
     tree = config_to_dict(explicit(config))
     # So that studies which a former version began go on.
     tree["objective"] = FORMER_OBJECTIVE_KEYS | tree["objective"]
-    for section in _FREE_SECTIONS:
-        del tree[section]
-    for section, name in _FREE_KEYS:
-        del tree[section][name]
+    for key, effect in effects(config).items():
+        section, _, name = key.partition(".")
+        if not effect.study:
+            del tree[section][name]
+    tree = {section: keys for section, keys in tree.items() if keys}
     paths = [config.data.path, config.validation.path]
     names = [name for path in paths if path is not None for name in ([path] if isinstance(path, str) else path)]
     return {"config": tree, "base": base, "data": [_data_key(name) for name in names]}
