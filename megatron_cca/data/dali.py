@@ -269,7 +269,7 @@ def _sort_out(printed: bytes, remarks: list[str]) -> None:
             os.write(_STDERR, line)
 
 
-def _one_line(said: object) -> str:
+def _one_line(message: object) -> str:
     """Return DALI's message without its traceback of our own pipeline."""
-    lines = str(said).partition("encountered:")[2] or str(said)
+    lines = str(message).partition("encountered:")[2] or str(message)
     return " ".join(lines.replace("Current pipeline object is no longer valid.", "").split())

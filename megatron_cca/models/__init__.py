@@ -11,12 +11,12 @@ from megatron_cca.models.architecture import Architecture, with_explicit_sizes, 
 from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
 from megatron_cca.models.emu3.presets import PRESETS as EMU3_PRESETS
 from megatron_cca.models.emu3.vq_files import Emu3VqFiles
-from megatron_cca.models.huggingface import HuggingFaceFormat
+from megatron_cca.models.huggingface_format import HuggingFaceFormat
 from megatron_cca.models.image_tokenizer_files import ImageTokenizerFiles
 from megatron_cca.models.llamagen.presets import PRESETS as LLAMAGEN_PRESETS
 from megatron_cca.models.llamagen.vq_files import LlamaGenVqFiles
 from megatron_cca.models.llamagen.weights import LlamaGenWeightsFile
-from megatron_cca.models.weights_file import WeightsFileFormat
+from megatron_cca.models.weights_file_format import WeightsFileFormat
 
 
 @dataclass(frozen=True)

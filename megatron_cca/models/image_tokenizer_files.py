@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from megatron_cca.models.image_tokenizers import ImageTokenizer
+    from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 
 
 class ImageTokenizerFiles(Protocol):

@@ -22,7 +22,7 @@ from megatron_cca.checkpoint.pieces import row_ranges
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.huggingface_format import HuggingFaceFormat, Json, Naming
 
 
 def export_checkpoint(

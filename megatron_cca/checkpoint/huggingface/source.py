@@ -17,7 +17,7 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.huggingface_format import HuggingFaceFormat, Json, recognise_naming
 from megatron_cca.models.rotary_frequencies import check_frequencies
 from megatron_cca.models.weight_sets import chosen_set, is_recomputed, weight_sets
 

@@ -10,7 +10,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface.safetensors_files import INDEX, SINGLE, SafetensorsFolder
 from megatron_cca.checkpoint.huggingface.source import CONFIG, companion_files, read_config, recognise
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.huggingface import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.huggingface_format import HuggingFaceFormat, Json, recognise_naming
 
 
 @dataclass(frozen=True)

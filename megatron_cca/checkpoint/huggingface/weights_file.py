@@ -18,10 +18,10 @@ from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import OPTION, check_file, check_space, file_system_errors, whole_file
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.huggingface import Naming
+from megatron_cca.models.huggingface_format import Naming
 from megatron_cca.models.torch_file import SAFETENSORS, contents_of, same_tensors, sets_in, tensors_under
 from megatron_cca.models.weight_sets import chosen_set, is_recomputed
-from megatron_cca.models.weights_file import WeightsFileFormat
+from megatron_cca.models.weights_file_format import WeightsFileFormat
 
 SUFFIXES = (".pt", ".pth")
 READABLE = (*SUFFIXES, SAFETENSORS)

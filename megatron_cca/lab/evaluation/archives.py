@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.foreign_text import printable
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.io.arrays import archived_arrays, archived_names
 from megatron_cca.io.external_files import ZIP, kind_of_file
+from megatron_cca.io.numpy_files import archived_arrays, archived_names
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

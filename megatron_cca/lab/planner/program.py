@@ -20,7 +20,7 @@ from megatron_cca.lab.planner.summary import Report, text
 from megatron_cca.lab.planner.trials import Wishes
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.grids import own_grid
+from megatron_cca.models.grids import only_grid
 from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
 
 _USUAL_GRID = "90x90"
@@ -84,7 +84,7 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
         UserError: not of the form ``HxW``, or less than nothing.
     """
     if grid is None:
-        own = own_grid(resolve_architecture(config.model))
+        own = only_grid(resolve_architecture(config.model))
         grid = _USUAL_GRID if own is None else "{}x{}".format(*own)
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:

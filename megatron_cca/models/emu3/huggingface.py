@@ -19,7 +19,7 @@ from megatron_cca.models.emu3.presets import PRESETS
 from megatron_cca.models.emu3.vocabulary import Emu3Vocabulary
 from megatron_cca.models.emu3.vq_config import recognise, sizes_in
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS
-from megatron_cca.models.huggingface import Json, Naming
+from megatron_cca.models.huggingface_format import Json, Naming
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
 
@@ -49,7 +49,7 @@ _FIXED = {
 
 
 class Emu3HuggingFace:
-    """See :class:`megatron_cca.models.huggingface.HuggingFaceFormat`."""
+    """See :class:`megatron_cca.models.huggingface_format.HuggingFaceFormat`."""
 
     weights = EMU3_WEIGHTS
     marker = "model.embed_tokens.weight"

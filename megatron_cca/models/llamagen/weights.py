@@ -10,7 +10,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.llamagen.presets import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
-from megatron_cca.models.weights_file import Shapes, Sizes
+from megatron_cca.models.weights_file_format import Shapes, Sizes
 
 _OURS = "decoder.layers."
 _THEIRS = "layers.{layer}."
@@ -40,7 +40,7 @@ LLAMAGEN_WEIGHTS = WeightMap(
 
 
 class LlamaGenWeightsFile:
-    """See :class:`megatron_cca.models.weights_file.WeightsFileFormat`."""
+    """See :class:`megatron_cca.models.weights_file_format.WeightsFileFormat`."""
 
     weights = LLAMAGEN_WEIGHTS
     # Keys that the authors' and CCA's samplers look for, in their order. A file of an FSDP run has none of them.
