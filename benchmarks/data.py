@@ -127,9 +127,9 @@ def _batches(folder: str, size: int):
 
 
 def _loader(folder: str, size: int, loader: str | None = None):
-    from megatron_cca.data.loader import BatchLoader, Place
+    from megatron_cca.data.loader import BatchLoader, RankShare
 
-    return BatchLoader(_batches(folder, size), Place(), torch.device("cpu"), prefetch=2, loader=loader)
+    return BatchLoader(_batches(folder, size), RankShare(), torch.device("cpu"), prefetch=2, loader=loader)
 
 
 def _tokens_per_second(batches: Iterator[torch.Tensor], seconds: float, padding: int) -> dict:
@@ -167,7 +167,7 @@ class _Rows(Dataset):
         data = self._batches.data
         codes = data.codes(sample)
         caption = np.empty(0, np.int32) if dropped else data.caption(caption_of)
-        prompt = data.vocabulary.prompt(caption, data.meta_words(sample, codes.shape))
+        prompt = data.vocabulary.prompt(caption, data.meta_ids(sample, codes.shape))
         return torch.from_numpy(np.concatenate([prompt, data.vocabulary.image(codes)]))
 
 

@@ -85,7 +85,7 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     platform.install(device)
     from megatron_cca.data.patch_codebook import PatchCodebook
     from megatron_cca.data.shard_writing import Sample, write_shards
-    from megatron_cca.data.text import FILE_NAME, train_tokenizer
+    from megatron_cca.data.text_tokenizers import FILE_NAME, train_tokenizer
     from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
 
     photographs = _photographs()

@@ -88,7 +88,7 @@ def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: 
     resizing = RESIZINGS[way](CPU, 2, ImageLimits())
     found = {}
     for name, data in photographs.items():
-        size = resizing.judge(data)
+        size = resizing.check_image(data)
         plan = resizing.to_area(*size, AREA, factor) if side is None else resizing.to_cover(*size, side)
         (image,) = resizing.decode([data], [plan])
         if isinstance(image, Rejected):

@@ -74,7 +74,7 @@ def _save_random_model(arguments: argparse.Namespace, folder: str) -> None:
 
 def _measure(arguments: argparse.Namespace, folder: str) -> None:
     from megatron_cca.config.load import load_config
-    from megatron_cca.generation.loading import load_for_sampling
+    from megatron_cca.generation.model_loading import load_for_sampling
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     initialize_distributed(load_config())
@@ -113,14 +113,14 @@ def _speeds(arguments: argparse.Namespace, folder: str, model) -> str:
 def _ways(arguments: argparse.Namespace, folder: str, model) -> dict[str, Callable[[], object]]:
     from transformers import Emu3ForCausalLM
 
-    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+    from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 
     vocabulary, side, batch = model.architecture.vocabulary, arguments.grid, arguments.batch_size
     random = np.random.default_rng(0)
     captions = random.integers(vocabulary.text_size, size=(batch, CAPTION_TOKENS))
-    words = np.arange(5)
-    prompts = [vocabulary.prompt(caption, words) for caption in captions]
-    empty = vocabulary.prompt(captions[0][:0], words)
+    meta_ids = np.arange(5)
+    prompts = [vocabulary.prompt(caption, meta_ids) for caption in captions]
+    empty = vocabulary.prompt(captions[0][:0], meta_ids)
     requests = [ImageRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
 
     def ours(scale: float) -> np.ndarray:

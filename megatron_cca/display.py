@@ -22,7 +22,7 @@ class OutputClosed(BaseException):
     """
 
 
-class Guarded:
+class GuardedStream:
     """A text stream that does not raise when its other end closes. What cannot be written is lost.
 
     Args:
@@ -110,26 +110,26 @@ def guarded(*, ends: bool) -> Iterator[None]:
     _fill_holes()
     _LOSSES.ends = ends
     streams = {
-        name: Guarded(stream or open(os.devnull, "w"), lambda error, name=name: _LOSSES.lost(name, error))  # noqa: SIM115, PTH123
+        name: GuardedStream(stream or open(os.devnull, "w"), lambda error, name=name: _LOSSES.lost(name, error))  # noqa: SIM115, PTH123
         for name, stream in zip(_NAMES, before, strict=True)
     }
     sys.stdout, sys.stderr = streams["stdout"], streams["stderr"]
     try:
         yield
     finally:
-        goes_on()
+        ignore_losses()
         for stream in streams.values():
             stream.flush()
         sys.stdout, sys.stderr = before
 
 
-def goes_on() -> None:
+def ignore_losses() -> None:
     """Let no loss end this program from now on. It is called before a program's last words."""
     _LOSSES.ends = False
 
 
 @contextmanager
-def losses_told_to(listener: Callable[[str, str], None]) -> Iterator[None]:
+def report_losses_to(listener: Callable[[str, str], None]) -> Iterator[None]:
     """Call ``listener`` when a standard stream is lost inside the block, with the stream's name and the reason."""
     _LOSSES.listener = listener
     try:

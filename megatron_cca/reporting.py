@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_cca.display import OutputClosed, goes_on, guarded
+from megatron_cca.display import OutputClosed, guarded, ignore_losses
 from megatron_cca.errors import Stopped, SurroundingsError, UserError
 from megatron_cca.io.surroundings import check_surroundings, surroundings_fault
 from megatron_cca.signals import handle
@@ -65,11 +65,11 @@ def _reported() -> Iterator[None]:
     except (UserError, SurroundingsError) as error:
         _leave_in_one_line(error)
     except Stopped as stopped:
-        leave(f"megatron_cca: {stopped}", stopped.status)
+        end_with(f"megatron_cca: {stopped}", stopped.status)
     except KeyboardInterrupt:
-        leave("megatron_cca: interrupted", status=130)
+        end_with("megatron_cca: interrupted", status=130)
     except OutputClosed as closed:
-        leave(f"megatron_cca: {closed}, and nobody reads on; ended", status=128 + signal.SIGPIPE)
+        end_with(f"megatron_cca: {closed}, and nobody reads on; ended", status=128 + signal.SIGPIPE)
     except Exception as error:
         fault = surroundings_fault(error)
         if fault is not None:
@@ -78,7 +78,7 @@ def _reported() -> Iterator[None]:
         if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
             _wait_to_be_ended(peer_wait)
         where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
-        leave(where + traceback.format_exc(), status=1)
+        end_with(where + traceback.format_exc(), status=1)
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
 def _leave_in_one_line(error: Exception) -> None:
     if os.environ.get("RANK", "0") != "0":
         _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
-    leave(f"megatron_cca: error: {error}", status=2)
+    end_with(f"megatron_cca: error: {error}", status=2)
 
 
 def _peer_wait_seconds() -> float:
@@ -128,9 +128,9 @@ def _wait_to_be_ended(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def leave(text: str, status: int) -> None:
+def end_with(text: str, status: int) -> None:
     """End this process at once. The text goes to standard error and to torchrun's error file."""
-    goes_on()
+    ignore_losses()
     # This may be called outside of guarded(), as in a thread that outlives it.
     with suppress(OSError):
         sys.stdout.flush()

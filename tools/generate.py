@@ -18,9 +18,9 @@ from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
     from megatron_cca.config import Config
-    from megatron_cca.generation.job import Job
-    from megatron_cca.generation.loading import Inspected
+    from megatron_cca.generation.model_loading import InspectedCheckpoint
     from megatron_cca.generation.prompts import Prompt
+    from megatron_cca.generation.sampling_job import SamplingJob
 
 _EXAMPLES = """examples:
   python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
@@ -194,9 +194,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from megatron_cca.config.load import load_config
-    from megatron_cca.generation.job import check_job_output, job_requests, run
-    from megatron_cca.generation.loading import inspect_for_sampling
-    from megatron_cca.generation.painting import open_painter
+    from megatron_cca.generation.image_generator import open_image_generator
+    from megatron_cca.generation.model_loading import inspect_for_sampling
+    from megatron_cca.generation.sampling_job import check_sampling_output, run_sampling, sampling_requests
     from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
     from megatron_cca.parallel.process_groups import initialize_distributed
 
@@ -206,12 +206,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.scorer is not None:
         check_scorer(arguments.scorer)
     if os.environ.get("RANK", "0") == "0":
-        check_job_output(job)
+        check_sampling_output(job)
     initialize_distributed(config)
     named = {name: getattr(arguments, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
-    painter = open_painter(arguments.checkpoint, **named, before_loading=partial(job_requests, job))
+    generator = open_image_generator(arguments.checkpoint, **named, before_loading=partial(sampling_requests, job))
     scorer = open_scorer(arguments.scorer, platform.device()) if arguments.scorer is not None else None
-    speed = run(job, painter, scorer)
+    speed = run_sampling(job, generator, scorer)
     if dist.get_rank() == 0:
         passes = job.settings.forwards_per_token
         print(
@@ -221,15 +221,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _job(arguments: argparse.Namespace, checkpoint: Inspected) -> Job:
-    from megatron_cca.generation.job import Job
-    from megatron_cca.generation.sampler import SamplingSettings
-    from megatron_cca.generation.tokenizers import usual_grid
+def _job(arguments: argparse.Namespace, checkpoint: InspectedCheckpoint) -> SamplingJob:
+    from megatron_cca.generation.checkpoint_tokenizers import default_grid
+    from megatron_cca.generation.decode_loop import SamplingSettings
+    from megatron_cca.generation.sampling_job import SamplingJob
 
     with said_of("--grid"):
-        height, width = arguments.grid or usual_grid(checkpoint.config)
+        height, width = arguments.grid or default_grid(checkpoint.config)
     names = ("guidance_scale", "contrastive_top_k", "contrastive_alpha", "temperature", "top_k", "top_p", "batch_size")
-    return Job(
+    return SamplingJob(
         checkpoint=arguments.checkpoint,
         prompts=_prompts(arguments, checkpoint),
         settings=SamplingSettings(height, width, **{name: getattr(arguments, name) for name in names}),
@@ -243,7 +243,7 @@ def _job(arguments: argparse.Namespace, checkpoint: Inspected) -> Job:
     )
 
 
-def _prompts(arguments: argparse.Namespace, checkpoint: Inspected) -> list[Prompt]:
+def _prompts(arguments: argparse.Namespace, checkpoint: InspectedCheckpoint) -> list[Prompt]:
     from megatron_cca.generation.conditions import check_conditions
     from megatron_cca.generation.prompts import Prompt, class_prompts, read_prompts, repeated, seeded
 

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import load_scans
+from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.guidance import forwards_per_token
-from megatron_cca.generation.painting import open_painter
+from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import digit_prompts
-from megatron_cca.generation.sampler import SamplingSettings
 from megatron_cca.lab.evaluation.digit_judges import DigitJudges
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
@@ -65,9 +65,9 @@ def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[fl
     drawn = {}
     with tqdm(total=total, unit="image", desc="sampling", disable=None) as bar:
         for model_name, scales in MODELS:
-            painter = open_painter(str(output / model_name))
+            generator = open_image_generator(str(output / model_name))
             for scale in scales:
-                pictures = painter.paint(prompts, SamplingSettings(*GRID, scale), on_progress=bar.update)
+                pictures = generator.generate(prompts, SamplingSettings(*GRID, scale), on_progress=bar.update)
                 name = model_name if scale == 0 else f"{model_name}+cfg{scale:g}"
                 drawn[name] = (scale, pictures.images[..., 0])
     dist.destroy_process_group()

@@ -77,7 +77,7 @@ def start(pipeline: Any, device: torch.device) -> Any:
     return pipeline
 
 
-def one_line(said: object) -> str:
+def one_line(message: object) -> str:
     """Return DALI's message without its traceback of our own pipeline."""
-    lines = str(said).partition("encountered:")[2] or str(said)
+    lines = str(message).partition("encountered:")[2] or str(message)
     return " ".join(lines.replace("Current pipeline object is no longer valid.", "").split())

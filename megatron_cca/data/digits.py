@@ -14,8 +14,8 @@ from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
-from megatron_cca.data.text import train_tokenizer
+from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
+from megatron_cca.data.text_tokenizers import train_tokenizer
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.surroundings import refusal
 from megatron_cca.models import tiny_architecture
@@ -110,21 +110,23 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
 def _tokenize(folder: Path, vocabulary: ImageVocabulary) -> None:
     train, _ = load_scans()
     codebook = PatchCodebook.fit(train.images, vocabulary.codebook_size, PATCH)
-    words = None
+    tokenizer = None
     if vocabulary.num_classes is None:
-        words = train_tokenizer((text for label in range(10) for text in captions_of(label)), vocabulary.caption_size)
+        tokenizer = train_tokenizer(
+            (text for label in range(10) for text in captions_of(label)), vocabulary.caption_size
+        )
 
     def encode_text(text: str) -> list[int]:
-        return words.encode(text).ids
+        return tokenizer.encode(text).ids
 
     def write_extras(partial: Path) -> None:
-        if words is not None:
-            words.save(str(partial / TOKENIZER_FILE))
+        if tokenizer is not None:
+            tokenizer.save(str(partial / TOKENIZER_FILE))
         codebook.save(partial)
 
     phrasings = np.random.default_rng(0).integers(len(PHRASINGS), size=len(train.labels))
     captions = (
-        [label] if words is None else encode_text(captions_of(label)[phrasing])
+        [label] if tokenizer is None else encode_text(captions_of(label)[phrasing])
         for label, phrasing in zip(train.labels, phrasings, strict=True)
     )
     samples = (

@@ -93,7 +93,7 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
     """Parse the header of an image without decoding it.
 
     Raises:
-        Rejected: as :func:`judge`, except for damage inside the compressed stream.
+        Rejected: as :func:`check_image`, except for damage inside the compressed stream.
     """
     if not data:
         raise Rejected("the file is empty")

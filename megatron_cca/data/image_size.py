@@ -35,8 +35,8 @@ def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, i
         raise ValueError(f"{height} x {width} pixels at an area of {area}: a side is below the {factor} of one token")
     aspect = max(height, width) / min(height, width)
     if aspect > MAX_ASPECT:
-        said = math.ceil(aspect * 100) / 100  # rounded up, so that the message never says 5
-        raise ValueError(f"aspect ratio {said} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
+        shown = math.ceil(aspect * 100) / 100  # rounded up, so that the message never says 5
+        raise ValueError(f"aspect ratio {shown} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
     return _rounded(height, width, factor, min(MIN_PIXELS, area), max(MAX_PIXELS, area))
 
 

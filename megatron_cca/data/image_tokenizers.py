@@ -13,7 +13,7 @@ from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.errors import UserError
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.image_tokenizers import ImageTokenizer, check_codes, check_pixels
+from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer, check_codes, check_pixels
 
 # ITU-R 601-2 luma in units of 1/65536, as PIL's convert("L") computes it.
 _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)

@@ -13,12 +13,12 @@ from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.skip_reasons import reasons_in
-from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.data.skip_reasons import read_skip_reasons
+from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.data.token_files import code_lengths
 from megatron_cca.errors import UserError, one_line, said_of
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"
@@ -111,7 +111,7 @@ def _notices(manifest: Json) -> list[str]:
 def _reasons(folder: Path) -> str:
     path = folder / "skipped.jsonl"
     try:
-        reasons = reasons_in([path] if path.is_file() else [])
+        reasons = read_skip_reasons([path] if path.is_file() else [])
         return f" ({one_line(reasons.line())})" if len(reasons) else ""
     except (ValueError, KeyError, TypeError, RecursionError):
         return f", but {path.name} is damaged"

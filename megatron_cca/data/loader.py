@@ -18,7 +18,7 @@ from megatron_cca.parallel.across_ranks import described
 
 
 @dataclass(frozen=True)
-class Place:
+class RankShare:
     """The part of a global batch that a rank reads and uses.
 
     Attributes:
@@ -44,16 +44,16 @@ class BatchLoader:
 
     Args:
         batches: builds the batches.
-        place: this rank's.
+        share: this rank's.
         device: where the tokens go.
         prefetch: how many steps are read ahead.
         loader: the value of ``data.loader``, see :func:`~megatron_cca.data.sequence_feed.loader_in_force`.
     """
 
     def __init__(
-        self, batches: BatchBuilder, place: Place, device: torch.device, prefetch: int, loader: str | None = None
+        self, batches: BatchBuilder, share: RankShare, device: torch.device, prefetch: int, loader: str | None = None
     ) -> None:
-        self._batches, self._place, self._device, self._prefetch = batches, place, device, prefetch
+        self._batches, self._share, self._device, self._prefetch = batches, share, device, prefetch
         self._wanted = loader
         self._feed: SequenceFeed | None = None
         self._plans: dict[int, StepPlan] = {}
@@ -68,7 +68,7 @@ class BatchLoader:
     @property
     def reads(self) -> bool:
         """Whether this rank reads from disk. Other ranks receive the tokens, or need none."""
-        return self._place.reads
+        return self._share.reads
 
     @cached_property
     def loader(self) -> str | None:
@@ -78,31 +78,31 @@ class BatchLoader:
             UserError: DALI is wanted and not installed.
         """
         # This imports DALI, which takes a second.
-        return loader_in_force(self._wanted) if self._place.reads else None
+        return loader_in_force(self._wanted) if self._share.reads else None
 
     def start(self, step: int) -> None:
         """Begin to read ahead for this step. :meth:`get` does so by itself, but its first call then has to wait."""
-        if not self._place.reads:
+        if not self._share.reads:
             return
         self.close()
-        place, batches, plans = self._place, self._batches, self._plans
+        share, batches, plans = self._share, self._batches, self._plans
 
         # The function must not refer to this object: the calling thread would keep it and its process groups alive.
         def sequences(turn: int) -> np.ndarray:
             plans[step + turn] = plan = batches.plan(step + turn)
-            return batches.sequences(plan, place.data_parallel_rank, place.data_parallel_size)
+            return batches.sequences(plan, share.data_parallel_rank, share.data_parallel_size)
 
-        rows = batches.rows_per_rank(place.data_parallel_size)
+        rows = batches.rows_per_rank(share.data_parallel_size)
         self._feed = SequenceFeed(sequences, rows, self._device, self._prefetch, self.loader)
         self._next_step = step
 
     def get(self, step: int) -> StepBatch:
-        """Return the batch of a step. Steps in order are fastest. Collective over the place's group.
+        """Return the batch of a step. Steps in order are fastest. Collective over the share's group.
 
         Raises:
             UserError: as :meth:`BatchBuilder.plan` and :meth:`BatchBuilder.sequences` do.
         """
-        return self._get(step, self._read(step) if self._place.reads else None)
+        return self._get(step, self._read(step) if self._share.reads else None)
 
     def attempt(self, step: int) -> tuple[StepBatch, str | None]:
         """Return the batch of a step, or the reason why it could not be read, where :meth:`get` would raise.
@@ -118,14 +118,14 @@ class BatchLoader:
         except (UserError, OSError) as error:
             problem = described(error)
         plan = self._plans.setdefault(step, self._batches.plan(step))
-        return self._get(step, self._room_for(plan).zero_() if self._place.reads else None), problem
+        return self._get(step, self._room_for(plan).zero_() if self._share.reads else None), problem
 
     def _get(self, step: int, ids: Tensor | None) -> StepBatch:
-        place = self._place
-        plan = self._plans.pop(step) if place.reads else self._batches.plan(step)
-        if place.needs_tokens:
+        share = self._share
+        plan = self._plans.pop(step) if share.reads else self._batches.plan(step)
+        if share.needs_tokens:
             ids = self._shared(plan, ids)
-        return self._batches.assemble(plan, ids, place.data_parallel_rank, place.data_parallel_size, self._device)
+        return self._batches.assemble(plan, ids, share.data_parallel_rank, share.data_parallel_size, self._device)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -137,13 +137,13 @@ class BatchLoader:
     def _shared(self, plan: StepPlan, ids: Tensor | None) -> Tensor:
         if ids is None:
             ids = self._room_for(plan)
-        group = self._place.group
+        group = self._share.group
         if group is not None and group.size() > 1:
             dist.broadcast(ids, src=dist.get_global_rank(group, 0), group=group)
         return ids
 
     def _room_for(self, plan: StepPlan) -> Tensor:
-        rows = self._batches.rows_per_rank(self._place.data_parallel_size)
+        rows = self._batches.rows_per_rank(self._share.data_parallel_size)
         return torch.empty(rows, plan.seq_length + 1, dtype=torch.int64, device=self._device)
 
     def _read(self, step: int) -> Tensor:

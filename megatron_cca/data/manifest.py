@@ -111,7 +111,7 @@ def grid_key(grid: Iterable[int]) -> str:
     return "x".join(map(str, grid))
 
 
-def meta_words(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
+def meta_ids(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
     """Return the token ids between BOI and IMG, int32 ``[G]``, by grid ``(T, H, W)``."""
     return {
         tuple(map(int, key.split("x"))): np.array(ids, dtype=np.int32) for key, ids in manifest["meta_words"].items()

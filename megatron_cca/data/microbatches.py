@@ -110,10 +110,10 @@ class BatchBuilder:
         captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
         caption_lengths = np.where(batch.condition_dropped, 0, np.stack(captions))
         samples = zip(batch.sample_ids.tolist(), map(tuple, table["grid"].tolist()), strict=True)
-        words = np.array([len(self.data.meta_words(sample, grid)) for sample, grid in samples])
+        meta_lengths = np.array([len(self.data.meta_ids(sample, grid)) for sample, grid in samples])
         frames, heights, widths = table["grid"].astype(np.int64).T
         vocabulary = self.data.vocabulary
-        prompts = vocabulary.prompt_length(caption_lengths, words)
+        prompts = vocabulary.prompt_length(caption_lengths, meta_lengths)
         images = vocabulary.image_length(frames, heights, widths)
         return StepPlan(batch, prompts, images, frames * heights * widths, self._seq_length(batch, prompts + images))
 
@@ -183,14 +183,14 @@ class BatchBuilder:
         """
         sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
         codes = self.data.codes(sample, int(plan.batch.variants[row]))
-        words = self.data.meta_words(sample, codes.shape)
+        meta_ids = self.data.meta_ids(sample, codes.shape)
         starts, length = plan.prompt_lengths[:, row].tolist(), int(plan.image_lengths[row])
         image = ids[0, starts[0] : starts[0] + length]
         vocabulary.write_image(image, codes)
         for target, captions, start in zip(ids, self._caption_ids(plan.batch), starts, strict=True):
             dropped = plan.batch.condition_dropped[row]
             caption = _NO_CAPTION if dropped else self.data.caption(int(captions[row]))
-            vocabulary.write_prompt(target[:start], caption, words)
+            vocabulary.write_prompt(target[:start], caption, meta_ids)
             target[start : start + length] = image
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.io.arrays import mapped_array
+from megatron_cca.io.numpy_files import mapped_array
 
 FILE_NAME = "codebook.npy"
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_cca.data.dali import is_installed
 from megatron_cca.data.dali_images import ImageDecoder
+from megatron_cca.data.image_checks import check_image, stored_image
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.image_size import covering_size, scaled_size, target_size
-from megatron_cca.data.images import judge, stored_image
 from megatron_cca.errors import UserError
 
 DALI, AUTHORS = "dali", "authors"
@@ -39,7 +39,7 @@ def check_resizing(resize: str) -> None:
         )
 
 
-class Step(NamedTuple):
+class ResizeStep(NamedTuple):
     """A resizing to ``height`` x ``width`` pixels, by the mean of pixels (box filter) or by bicubic interpolation."""
 
     height: int
@@ -47,29 +47,32 @@ class Step(NamedTuple):
     is_mean: bool = False
 
 
-Plan = tuple[Step, ...]
+ResizePlan = tuple[ResizeStep, ...]
 
 
 class Resizing(Protocol):
     """Decodes and resizes the images of a job."""
 
-    def judge(self, data: bytes) -> tuple[int, int]:
-        """Check an encoded image and return its height and width, as :func:`megatron_cca.data.images.judge` does."""
+    def check_image(self, data: bytes) -> tuple[int, int]:
+        """Check an encoded image and return its height and width.
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> Plan:
+        See :func:`megatron_cca.data.image_checks.check_image`.
+        """
+
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
         """Return the plan for a model of any grid. See :func:`target_size` for arguments and errors."""
 
-    def to_cover(self, height: int, width: int, side: int) -> Plan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
         """Return the plan for a model of one grid: the shorter side becomes ``side``, and the middle is cropped."""
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[Plan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
         """Decode and resize checked images.
 
         Each becomes uint8 ``[H, W, 3]``, RGB, on the job's device, or the reason why not.
         """
 
 
-class ByDali:
+class DaliResizing:
     """A single bicubic pass, upright as EXIF says, on a GPU where there is one.
 
     Args:
@@ -84,24 +87,24 @@ class ByDali:
     def __init__(self, device: torch.device, threads: int, limits: ImageLimits) -> None:
         self._limits, self._decoder = limits, ImageDecoder(device, threads, limits)
 
-    def judge(self, data: bytes) -> tuple[int, int]:
+    def check_image(self, data: bytes) -> tuple[int, int]:
         """See :class:`Resizing`."""
-        return judge(data, self._limits)
+        return check_image(data, self._limits)
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> Plan:
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
         """See :class:`Resizing`."""
-        return (Step(*target_size(height, width, area, factor)),)
+        return (ResizeStep(*target_size(height, width, area, factor)),)
 
-    def to_cover(self, height: int, width: int, side: int) -> Plan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
         """See :class:`Resizing`."""
-        return (Step(*covering_size(height, width, side, side)),)
+        return (ResizeStep(*covering_size(height, width, side, side)),)
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[Plan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
         """See :class:`Resizing`."""
         return self._decoder.decode(images, [plan[-1][:2] for plan in plans])
 
 
-class AsTheAuthors:
+class AuthorsResizing:
     """Pillow's decoding and resizing in the order of the authors' programs, bit for bit.
 
     For an area, these are the steps of baaivision/Emu3's ``prepare_data.py`` and of its image processor. For one grid,
@@ -118,29 +121,29 @@ class AsTheAuthors:
         self._device, self._limits = device, replace(limits, cmyk=True)
         self._pool = ThreadPoolExecutor(threads)
 
-    def judge(self, data: bytes) -> tuple[int, int]:
+    def check_image(self, data: bytes) -> tuple[int, int]:
         """See :class:`Resizing`."""
-        return judge(data, self._limits, upright=False)
+        return check_image(data, self._limits, upright=False)
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> Plan:
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
         """See :class:`Resizing`."""
         final = target_size(height, width, area, factor)
-        return (Step(*scaled_size(height, width, area)), Step(*final))
+        return (ResizeStep(*scaled_size(height, width, area)), ResizeStep(*final))
 
-    def to_cover(self, height: int, width: int, side: int) -> Plan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
         """See :class:`Resizing`."""
         steps = []
         while min(height, width) >= 2 * side:
             height, width = height // 2, width // 2
-            steps.append(Step(height, width, is_mean=True))
+            steps.append(ResizeStep(height, width, is_mean=True))
         scale = side / min(height, width)
-        return (*steps, Step(round(height * scale), round(width * scale)))
+        return (*steps, ResizeStep(round(height * scale), round(width * scale)))
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[Plan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
         """See :class:`Resizing`."""
         return list(self._pool.map(self._decoded, images, plans))
 
-    def _decoded(self, data: bytes, plan: Plan) -> Tensor | Rejected:
+    def _decoded(self, data: bytes, plan: ResizePlan) -> Tensor | Rejected:
         try:
             image = stored_image(data, self._limits)
         except Rejected as reason:
@@ -152,4 +155,4 @@ class AsTheAuthors:
         return torch.from_numpy(np.array(image)).to(self._device)
 
 
-RESIZINGS: dict[str, type[ByDali | AsTheAuthors]] = {DALI: ByDali, AUTHORS: AsTheAuthors}
+RESIZINGS: dict[str, type[DaliResizing | AuthorsResizing]] = {DALI: DaliResizing, AUTHORS: AuthorsResizing}

@@ -22,7 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_cca.data.manifest import FILE_NAME, FORMAT_VERSION, Json, grid_key, sha256
 from megatron_cca.data.token_files import INDEXED, SAMPLE, TABLE, VARIANTS, checksum, code_lengths
 from megatron_cca.errors import UserError
-from megatron_cca.io.arrays import mapped_array
+from megatron_cca.io.numpy_files import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import append_tokens
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

@@ -18,7 +18,7 @@ from megatron_cca.data.manifest import (
     check_files,
     fingerprint,
     grid_key,
-    meta_words,
+    meta_ids,
     read_manifest,
 )
 from megatron_cca.data.token_files import VARIANTS, checksum, open_table
@@ -54,7 +54,7 @@ class TokenShards:
         with said_of(key):
             self.manifest = read_manifest(self.folder)
             self._check_vocabulary()
-            self._check_meta_words()
+            self._check_meta_ids()
             check_files(self.folder, self.manifest)
             if len(self) < 1:
                 raise UserError(f"{self.folder} holds no samples")
@@ -97,29 +97,29 @@ class TokenShards:
             )
         return found
 
-    def meta_words(self, grid: tuple[int, int, int]) -> np.ndarray:
+    def meta_ids(self, grid: tuple[int, int, int]) -> np.ndarray:
         """Return the token ids of a prompt that state a grid ``(T, H, W)`` of these data, int32 ``[G]``.
 
         Raises:
             UserError: a clip whose meta text is not known.
         """
-        if grid not in self._meta_words:
+        if grid not in self._meta_ids:
             raise UserError(
                 f"{self._key}: {self.folder} holds clips ({grid_key(grid)} codes), and Emu3's authors have not "
                 "published what stands between BOI and IMG of one; tokenize them with --clip-meta, or train on images"
             )
-        return self._meta_words[grid]
+        return self._meta_ids[grid]
 
     def fingerprint(self) -> str:
         """Return a short hash of the manifest, which holds the hash of every file."""
         return fingerprint(self.manifest)
 
-    def _check_meta_words(self) -> None:
-        self._meta_words = meta_words(self.manifest)
-        for words in self._meta_words.values():
-            if (words >= self.vocabulary.caption_size).any():
+    def _check_meta_ids(self) -> None:
+        self._meta_ids = meta_ids(self.manifest)
+        for ids in self._meta_ids.values():
+            if (ids >= self.vocabulary.caption_size).any():
                 raise UserError(
-                    f"{self.folder / FILE_NAME}: meta_words has token {words.max()}, the text vocabulary is "
+                    f"{self.folder / FILE_NAME}: meta_words has token {ids.max()}, the text vocabulary is "
                     f"{self.vocabulary.caption_size}; tokenize the data again"
                 )
 

@@ -12,7 +12,7 @@ _NAMES_AND_NUMBERS = re.compile(r"\S*[\d/]\S*|\S+\.[A-Za-z]{2,5}\b")
 _SHOWN = 4
 
 
-class Reasons:
+class SkipReasons:
     """Counts reasons. Reasons that differ only in names and numbers are one, of which the first is shown."""
 
     def __init__(self) -> None:
@@ -31,21 +31,21 @@ class Reasons:
     def line(self) -> str:
         """Return "9: it has no caption; 2 such as: a.png is missing". The most frequent reason comes first."""
         kinds = self._counts.most_common(_SHOWN)
-        said = [
+        parts = [
             f"{count}{' such as' if kind != self._shown[kind] and count > 1 else ''}: {self._shown[kind]}"
             for kind, count in kinds
         ]
         left = sum(self._counts.values()) - sum(count for _, count in kinds)
-        return "; ".join([*said, *([f"{left} for other reasons"] if left else [])])
+        return "; ".join([*parts, *([f"{left} for other reasons"] if left else [])])
 
 
-def reasons_in(files: Iterable[Path]) -> Reasons:
+def read_skip_reasons(files: Iterable[Path]) -> SkipReasons:
     """Return the reasons in files of skipped records, such as a shard folder's.
 
     Raises:
         ValueError, KeyError, TypeError, RecursionError: a line that holds something else.
     """
-    found = Reasons()
+    found = SkipReasons()
     for file in files:
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:

@@ -73,9 +73,9 @@ class TokenData:
         shards, local = self._place(sample)
         return shards.caption(local)
 
-    def meta_words(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
-        """Return the token ids of a prompt that state the grid. Raises as :meth:`TokenShards.meta_words` does."""
-        return self._place(sample)[0].meta_words(grid)
+    def meta_ids(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
+        """Return the token ids of a prompt that state the grid. Raises as :meth:`TokenShards.meta_ids` does."""
+        return self._place(sample)[0].meta_ids(grid)
 
     def describe(self, sample: int) -> str:
         """Return the name of a sample for messages."""

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.io.arrays import mapped_array
+from megatron_cca.io.numpy_files import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import index_header
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.generation.sampler import ImageRequest
+from megatron_cca.generation.decode_loop import ImageRequest
 
 SCORER = "--scorer"
 
@@ -32,14 +32,14 @@ def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageReques
 
 
 @dataclass(frozen=True)
-class Choice:
+class BestCandidates:
     """The best candidates: int64 ``[N]`` indices into all images, and their float64 ``[N]`` scores."""
 
     indices: np.ndarray
     scores: np.ndarray
 
 
-def best(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int) -> Choice:
+def best_candidates(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int) -> BestCandidates:
     """Return the best of every ``count`` consecutive images. Ties go to the first.
 
     Args:
@@ -51,4 +51,4 @@ def best(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int)
     scores = scorer(images, [prompt for prompt in prompts for _ in range(count)]).reshape(-1, count)
     places = scores.argmax(axis=1)
     rows = np.arange(len(prompts))
-    return Choice(rows * count + places, scores[rows, places].astype(np.float64))
+    return BestCandidates(rows * count + places, scores[rows, places].astype(np.float64))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_cca.data.text import TextTokenizer
+from megatron_cca.data.text_tokenizers import TextTokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.models.image_vocabulary import ImageVocabulary

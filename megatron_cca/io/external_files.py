@@ -69,7 +69,7 @@ def kind_of_file(path: Path) -> str | None:
         return None
 
 
-def said_kind(path: Path, but: Collection[str] = ()) -> str:
+def kind_hint(path: Path, but: Collection[str] = ()) -> str:
     """Return the end of an error message that says what kind of file this is.
 
     It is empty where that is unknown or expected.
@@ -153,7 +153,7 @@ def json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object{said_kind(path)}")
+        raise UserError(f"{path} is damaged: it holds no JSON object{kind_hint(path)}")
     return found
 
 

@@ -41,7 +41,7 @@ _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
-class Place:
+class LibraryFolder:
     """A folder that a library writes to, and the variable that sets it."""
 
     folder: Path
@@ -151,20 +151,20 @@ def refusal(folder: Path, *, make: bool = True) -> OSError | None:
     return None
 
 
-def _place(variable: str) -> Place:
+def _place(variable: str) -> LibraryFolder:
     """Return where a variable leads, and which variable to set.
 
     That is the variable itself, or one above it that was set to another place.
     """
     above, name = _CACHES[variable]
     if given := _given(variable):
-        return Place(Path(given).absolute(), variable)
+        return LibraryFolder(Path(given).absolute(), variable)
     if above not in _CACHES:
         root = Path(tempfile.gettempdir()) if above == _TEMPORARY else _home()
-        return Place(root / name, variable)
+        return LibraryFolder(root / name, variable)
     upper = _place(above)
     is_narrow = above not in _WIDE or _given(above) is not None
-    return Place(upper.folder / name, upper.variable if is_narrow else variable)
+    return LibraryFolder(upper.folder / name, upper.variable if is_narrow else variable)
 
 
 def _given(name: str) -> str | None:
@@ -178,7 +178,7 @@ def _home() -> Path:
         return Path("/")
 
 
-def _place_of(error: OSError, cache: str | None) -> Place | None:
+def _place_of(error: OSError, cache: str | None) -> LibraryFolder | None:
     """Return the narrowest place that an error's file lies in."""
     if error.filename is None:
         return _place(cache) if cache is not None and error.errno in _FULL else None
@@ -186,7 +186,7 @@ def _place_of(error: OSError, cache: str | None) -> Place | None:
     places = [_place(variable) for variable in _CACHES]
     temporary = Path(tempfile.gettempdir())
     if file.is_relative_to(temporary) and _TEMPORARY_NAMES.fullmatch((*file.relative_to(temporary).parts, "")[0]):
-        places.append(Place(temporary, _TEMPORARY))
+        places.append(LibraryFolder(temporary, _TEMPORARY))
     holding = [place for place in places if file.is_relative_to(place.folder)]
     if holding:
         return max(holding, key=lambda place: len(place.folder.parts))

@@ -186,7 +186,7 @@ def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
         raise UserError(f"{key}: {divisor} does not divide {name} {size}; possible: {possible}")
 
 
-def own_grid(architecture: Architecture) -> tuple[int, int] | None:
+def only_grid(architecture: Architecture) -> tuple[int, int] | None:
     """Return height and width of the only grid that a model has positions for. None where it takes any grid."""
     if architecture.position_embedding != "rope_2d":
         return None
@@ -196,7 +196,7 @@ def own_grid(architecture: Architecture) -> tuple[int, int] | None:
 
 def grid_misfit(architecture: Architecture, frames: int, height: int, width: int) -> str | None:
     """Return why a model cannot take images of such a grid, and what would help. None if it can."""
-    own = own_grid(architecture)
+    own = only_grid(architecture)
     if own is None or (frames, height, width) == (1, *own):
         return None
     found = f"{height} x {width} codes" if frames == 1 else f"{frames} frames of {height} x {width} codes"

@@ -17,7 +17,7 @@ Sizes = Mapping[str, float]
 if TYPE_CHECKING:
     import torch
 
-    from megatron_cca.models.image_tokenizers import ImageTokenizer
+    from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 
 
 @dataclass(frozen=True)

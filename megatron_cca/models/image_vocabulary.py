@@ -94,7 +94,7 @@ class ImageVocabulary(Vocabulary, ABC):
         """Return the number of ids of a prompt, for numbers or arrays."""
 
     @abstractmethod
-    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
+    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_ids: np.ndarray) -> None:
         """Write what :meth:`prompt` returns into an existing array of that length."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class ImageVocabulary(Vocabulary, ABC):
     def forced_tokens(self, height: int, width: int) -> np.ndarray:
         """Return the ids of an image that follow from the grid, int64 ``[image_length]``. Visual tokens are -1."""
 
-    def prompt(self, caption: np.ndarray, meta_words: np.ndarray) -> np.ndarray:
+    def prompt(self, caption: np.ndarray, meta_ids: np.ndarray) -> np.ndarray:
         """Return the ids before an image.
 
         Args:
@@ -119,8 +119,8 @@ class ImageVocabulary(Vocabulary, ABC):
         Returns:
             int64 ``[prompt_length(C, G)]``.
         """
-        ids = np.empty(self.prompt_length(len(caption), len(meta_words)), dtype=np.int64)
-        self.write_prompt(ids, caption, meta_words)
+        ids = np.empty(self.prompt_length(len(caption), len(meta_ids)), dtype=np.int64)
+        self.write_prompt(ids, caption, meta_ids)
         return ids
 
     def image(self, codes: np.ndarray) -> np.ndarray:

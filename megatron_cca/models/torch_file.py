@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, shortened
-from megatron_cca.io.external_files import UTF_16, ZIP, said_kind
+from megatron_cca.io.external_files import UTF_16, ZIP, kind_hint
 from megatron_cca.io.pickles import NotPlainError, load_tensors
 from megatron_cca.models.weight_sets import WeightSet, unwrapped, weight_sets
 
@@ -42,7 +42,7 @@ def contents_of(path: Path) -> Any:
         ) from None
     except Exception as error:  # torch.load promises no closed set for damaged files
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        kind = said_kind(path, but=[ZIP])
+        kind = kind_hint(path, but=[ZIP])
         raise UserError(f"is truncated or not what torch.save writes{kind or f': {shortened(why, 120)}'}") from None
 
 
@@ -57,7 +57,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         # The length of a header can look like UTF-16.
-        kind = said_kind(path, but=[UTF_16])
+        kind = kind_hint(path, but=[UTF_16])
         raise UserError(f"is truncated or not a safetensors file{kind or f': {shortened(why, 120)}'}") from None
 
 

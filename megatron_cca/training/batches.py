@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data import DIGITS
-from megatron_cca.data.loader import BatchLoader, Place
+from megatron_cca.data.loader import BatchLoader, RankShare
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.pairing import Pairing
 from megatron_cca.data.sample_order import SampleOrder, held_out_order, training_order
@@ -18,7 +18,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, own_grid, sequence_multiple
+from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, only_grid, sequence_multiple
 
 DATA, VALIDATION = "data.path", "validation.path"
 
@@ -74,7 +74,7 @@ def _digits(config: Config) -> Path:
 
 
 def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> None:
-    own = own_grid(architecture)
+    own = only_grid(architecture)
     if own is None:
         return
     others = (shards.table["grid"] != (1, *own)).any(axis=1)
@@ -130,15 +130,15 @@ def _builder(
 
 def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
     """This rank's reader of batches; Megatron's groups must be initialised."""
-    return BatchLoader(batches, _this_place(), platform.device(), config.data.prefetch, config.data.loader)
+    return BatchLoader(batches, _this_share(), platform.device(), config.data.prefetch, config.data.loader)
 
 
-def _this_place() -> Place:
+def _this_share() -> RankShare:
     stage, stages = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    return Place(
+    return RankShare(
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         needs_tokens=stage in (0, stages - 1),

@@ -14,7 +14,7 @@ import yaml
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
-from megatron_cca.display import losses_told_to
+from megatron_cca.display import report_losses_to
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.io.outputs import write_text
 from megatron_cca.models import explicit
@@ -62,7 +62,7 @@ def train(config: Config, data: RunData) -> None:
 def _train(run: Run) -> None:
     events = EventLog(Path(run.config.training.output_dir))
     try:
-        with losses_told_to(lambda stream, reason: _lose_output(events, stream, reason)):
+        with report_losses_to(lambda stream, reason: _lose_output(events, stream, reason)):
             if dist.get_rank() == 0:
                 _train_and_log(run, events)
             else:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.generation.painting import Painter, Pictures
+from megatron_cca.generation.checkpoint_tokenizers import default_grid, open_tokenizers
+from megatron_cca.generation.decode_loop import SamplingSettings
+from megatron_cca.generation.image_generator import GeneratedImages, ImageGenerator
 from megatron_cca.generation.prompts import Prompt, digit_classes, read_prompts, seeded
-from megatron_cca.generation.sampler import SamplingSettings
-from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.setup import Run
 
@@ -23,7 +23,7 @@ class SamplePictures:
     """Draws with a run's policy and leaves everything of the run as it was.
 
     Args:
-        painter: with the policy's own chunks.
+        generator: with the policy's own chunks.
         prompts: with seeds.
         settings: guidance-free.
         folder: where the PNGs go.
@@ -33,22 +33,22 @@ class SamplePictures:
 
     def __init__(
         self,
-        painter: Painter,
+        generator: ImageGenerator,
         prompts: list[Prompt],
         settings: SamplingSettings,
         folder: Path,
         beat: Callable[[], None],
         gather: Callable[[], None],
     ) -> None:
-        self._painter, self._prompts, self._settings, self._folder = painter, prompts, settings, folder
+        self._generator, self._prompts, self._settings, self._folder = generator, prompts, settings, folder
         self._beat, self._gather = beat, gather
         # Prompts that do not fit are refused before the first step, not at the first picture.
-        painter.requests(prompts, settings)
+        generator.requests(prompts, settings)
 
-    def paint(self) -> Pictures:
+    def generate(self) -> GeneratedImages:
         """All prompts' pictures, on every rank. Collective over all ranks of the job."""
         self._gather()
-        return self._painter.paint(self._prompts, self._settings, on_tokens=lambda tokens: self._beat())
+        return self._generator.generate(self._prompts, self._settings, on_tokens=lambda tokens: self._beat())
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
         """Put them into one PNG. Collective over all ranks of the job.
@@ -57,7 +57,7 @@ class SamplePictures:
             step: completed steps.
             log: on rank 0, where the picture goes.
         """
-        pictures = self.paint()
+        pictures = self.generate()
         if log is None:
             return
         path = self._folder / f"step_{step:07d}.png"
@@ -84,7 +84,7 @@ def open_pictures(run: Run) -> SamplePictures | None:
             "logging.sample_interval: pictures need matplotlib; pip install 'megatron-cca[eval]', or set it to 0"
         )
     with said_of("logging.sample_grid"):
-        height, width = config.logging.sample_grid or usual_grid(config)
+        height, width = config.logging.sample_grid or default_grid(config)
     tokenizers = open_tokenizers(
         run.start or Path(config.training.output_dir),
         config,
@@ -94,11 +94,11 @@ def open_pictures(run: Run) -> SamplePictures | None:
         device=platform.device(),
         options=("logging.text_tokenizer", "logging.image_tokenizer"),
     )
-    painter = Painter(run.policy_chunks, run.architecture, tokenizers)
+    generator = ImageGenerator(run.policy_chunks, run.architecture, tokenizers)
     settings = SamplingSettings(height, width, batch_size=_BATCH)
     with said_of("logging.sample_prompts"):
         folder = Path(config.training.output_dir) / FOLDER
-        return SamplePictures(painter, _prompts(run), settings, folder, run.progress.beat, run.gather_parameters)
+        return SamplePictures(generator, _prompts(run), settings, folder, run.progress.beat, run.gather_parameters)
 
 
 def _prompts(run: Run) -> list[Prompt]:

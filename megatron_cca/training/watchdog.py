@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_cca.reporting import leave
+from megatron_cca.reporting import end_with
 from megatron_cca.training.events import EventLog
 from megatron_cca.training.progress import PHASES, Place, Progress
 
@@ -106,7 +106,7 @@ class Watchdog:
         stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
         self._events.write("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        leave(f"{line}\nstack of rank {self._rank}, innermost last:\n{''.join(stack)}{line}", status=1)
+        end_with(f"{line}\nstack of rank {self._rank}, innermost last:\n{''.join(stack)}{line}", status=1)
 
     def _read_all(self) -> dict[int, list]:
         """What each rank posted last, as far as the store answers."""

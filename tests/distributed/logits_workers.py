@@ -92,7 +92,7 @@ def sampled(settings):
 def _sampled(settings, overrides):
     import numpy as np
 
-    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+    from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 
     model = _for_sampling(settings["checkpoint"], overrides)
     vocabulary = model.architecture.vocabulary
@@ -103,7 +103,7 @@ def _sampled(settings, overrides):
 
 
 def _for_sampling(checkpoint, overrides):
-    from megatron_cca.generation.loading import load_for_sampling
+    from megatron_cca.generation.model_loading import load_for_sampling
 
     split_anew(load_config(None, overrides))
     return load_for_sampling(checkpoint)

@@ -141,15 +141,15 @@ def test_prompts_that_the_scorer_reads_in_part_are_said(checkpoint, tmp_path):
 
 
 def test_the_sheet_shows_images_of_the_whole_list():
-    from megatron_cca.generation.job import on_sheet
+    from megatron_cca.generation.sampling_job import sheet_indices
 
-    assert on_sheet(2) == [0, 1]
-    assert on_sheet(16) == list(range(16))
-    assert (on_sheet(200)[0], on_sheet(200)[-1], len(set(on_sheet(200)))) == (0, 199, 16)
+    assert sheet_indices(2) == [0, 1]
+    assert sheet_indices(16) == list(range(16))
+    assert (sheet_indices(200)[0], sheet_indices(200)[-1], len(set(sheet_indices(200)))) == (0, 199, 16)
 
 
 def test_a_former_output_loses_first_what_says_that_it_is_whole(tmp_path, monkeypatch):
-    from megatron_cca.generation import job
+    from megatron_cca.generation import sampling_job
 
     (tmp_path / "images").mkdir()
     (tmp_path / "settings.json").write_text("{}")
@@ -157,9 +157,9 @@ def test_a_former_output_loses_first_what_says_that_it_is_whole(tmp_path, monkey
     def killed(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job.shutil, "rmtree", killed)
+    monkeypatch.setattr(sampling_job.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        job._place(tmp_path / ".partial", tmp_path)
+        sampling_job._place(tmp_path / ".partial", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

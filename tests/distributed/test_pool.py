@@ -94,9 +94,9 @@ def test_training_does_not_pile_up(pool, digit_shards, tmp_path):
 def test_a_program_ends_with_its_status_and_leaves_the_process_as_it_was(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys\nfrom megatron_cca.reporting import leave\n\n"
+        "import os, sys\nfrom megatron_cca.reporting import end_with\n\n"
         "def main(argv):\n    os.environ['LEFT'] = 'behind'\n    print(os.getcwd())\n"
-        "    if argv[0] == 'leaves':\n        leave('a line', 138)\n"
+        "    if argv[0] == 'leaves':\n        end_with('a line', 138)\n"
         "    if argv[0] == 'raises':\n        raise RuntimeError('boom')\n"
         "    sys.exit({'says': 'a word', 'none': None, 'three': 3}[argv[0]])\n"
     )

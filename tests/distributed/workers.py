@@ -229,11 +229,11 @@ def pictured_steps(settings):
     for name, overrides in settings["layouts"].items():
         run = start(settings["common"] + overrides)
         pictures = open_pictures(run)
-        before = pictures.paint().codes.tolist() if pictures else None
+        before = pictures.generate().codes.tolist() if pictures else None
         losses = [step["loss"] for step in take_steps(run, settings["steps"])]
         answers[name] = {
             "before": before,
             "losses": losses,
-            "after": pictures.paint().codes.tolist() if pictures else None,
+            "after": pictures.generate().codes.tolist() if pictures else None,
         }
     return answers

@@ -72,6 +72,6 @@ def test_pictures_leave_the_training_as_it_was(precision, digit_shards, tmp_path
         with run.loader:
             for _ in range(3):
                 if is_drawn:
-                    assert pictures.paint().images.shape == (3, 8, 8, 3)
+                    assert pictures.generate().images.shape == (3, 8, 8, 3)
                 losses.append(train_step(run).metrics["loss"])
     assert losses[:3] == losses[3:]

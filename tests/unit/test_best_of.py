@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.best_of import best, candidates, cut_prompts
-from megatron_cca.generation.sampler import ImageRequest
+from megatron_cca.generation.best_of import best_candidates, candidates, cut_prompts
+from megatron_cca.generation.decode_loop import ImageRequest
 from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
 from tests.references import tiny_clip
 
@@ -30,7 +30,7 @@ def test_the_first_candidate_has_the_seed_itself():
 
 def test_the_best_of_each_prompt_is_chosen(tmp_path):
     scorer = open_scorer(plugin(tmp_path, "images[:, 0, 0, 0].astype(float) + [len(p) for p in prompts]"), "cpu")
-    choice = best(scorer, IMAGES, ["a", "bcd"], 3)
+    choice = best_candidates(scorer, IMAGES, ["a", "bcd"], 3)
     first = IMAGES[:, 0, 0, 0].astype(float)
     expected = [first[:3].argmax(), 3 + first[3:].argmax()]
     assert choice.indices.tolist() == expected
@@ -73,7 +73,7 @@ def test_prompts_that_clip_reads_in_part_are_counted(tmp_path):
 def test_a_scorer_that_returns_nonsense_is_refused(body, message, tmp_path):
     spec = plugin(tmp_path, body)
     with pytest.raises(UserError) as error:
-        best(open_scorer(spec, "cpu"), IMAGES, ["a", "b"], 3)
+        best_candidates(open_scorer(spec, "cpu"), IMAGES, ["a", "b"], 3)
     assert str(error.value) == f"--scorer: {spec} {message}"
 
 

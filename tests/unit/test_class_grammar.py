@@ -11,7 +11,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import grid_misfit, own_grid
+from megatron_cca.models.architecture import grid_misfit, only_grid
 from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.token_shards import pairing
 
@@ -47,7 +47,7 @@ def test_imagenets_numbers():
 )
 def test_the_grid_of_a_model(model, grid):
     architecture = resolve_architecture(model)
-    assert own_grid(architecture) == grid
+    assert only_grid(architecture) == grid
     assert grid_misfit(architecture, 1, *(grid or (7, 9))) is None
 
 

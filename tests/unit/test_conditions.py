@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.conditions import caption_ids, check_conditions, negative_ids
 from megatron_cca.generation.guidance import guided_logits

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from megatron_cca.display import OutputClosed, guarded, losses_told_to
+from megatron_cca.display import OutputClosed, guarded, report_losses_to
 
 RUN = """
 import sys
 from megatron_cca.reporting import {reported}
-from megatron_cca.display import losses_told_to
+from megatron_cca.display import report_losses_to
 told = open({told!r}, "w")
-with {reported}({arguments}), losses_told_to(lambda *what: print(*what, file=told, flush=True)):
+with {reported}({arguments}), report_losses_to(lambda *what: print(*what, file=told, flush=True)):
     sys.stdin.readline()
     for number in range(3):
         print("line", number, flush=True)
@@ -110,7 +110,7 @@ class Failing:
 def test_a_disk_with_room_again_is_written_to(monkeypatch):
     stream, losses = Failing(None, errno.ENOSPC, errno.EAGAIN, None), []
     monkeypatch.setattr(sys, "stdout", stream)
-    with guarded(ends=True), losses_told_to(lambda *what: losses.append(what)):
+    with guarded(ends=True), report_losses_to(lambda *what: losses.append(what)):
         for text in "abcd":
             sys.stdout.write(text)
     assert stream.written == ["a", "d"]

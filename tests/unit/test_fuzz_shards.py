@@ -41,7 +41,7 @@ def read_everything(folder):
     for sample in range(len(shards)):
         shards.caption(sample)
         for variant in range(min(int(shards.variants[sample]), 100)):
-            shards.meta_words(tuple(shards.codes(sample, variant).shape))
+            shards.meta_ids(tuple(shards.codes(sample, variant).shape))
 
 
 def test_whole_shards_are_read(sandbox, written):

@@ -16,8 +16,8 @@ pytest.importorskip("PIL")
 
 from PIL import Image, ImageFile, ImageOps
 
+from megatron_cca.data.image_checks import check_image
 from megatron_cca.data.image_headers import ImageLimits, Rejected, read_header
-from megatron_cca.data.images import judge
 
 HEIGHT, WIDTH = 40, 56
 
@@ -95,14 +95,14 @@ def chunk(kind, body):
 def reason(data, *limits):
     with warnings.catch_warnings(), pytest.raises(Rejected) as error:
         warnings.simplefilter("error")
-        judge(data, *limits)
+        check_image(data, *limits)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_is_allowed_has_pillows_size(name):
-    assert judge(ALLOWED[name]) == (HEIGHT, WIDTH)
+    assert check_image(ALLOWED[name]) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -110,13 +110,13 @@ def test_what_is_allowed_has_pillows_size(name):
 @pytest.mark.parametrize("orientation", range(10))
 def test_the_size_is_the_upright_one(form, order, orientation):
     data = encoded(picture(), form, exif=exif(orientation, order))
-    assert judge(data) == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size[::-1]
+    assert check_image(data) == ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size[::-1]
 
 
 @pytest.mark.parametrize("length", range(6, 26, 3))
 def test_damaged_exif_is_no_exif(length):
-    assert judge(encoded(picture(), "JPEG", exif=exif(6)[:length])) == (HEIGHT, WIDTH)
-    assert judge(encoded(picture(), "JPEG", exif=exif(6, kind=7))) == (HEIGHT, WIDTH)
+    assert check_image(encoded(picture(), "JPEG", exif=exif(6)[:length])) == (HEIGHT, WIDTH)
+    assert check_image(encoded(picture(), "JPEG", exif=exif(6, kind=7))) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
@@ -213,7 +213,7 @@ def test_a_bomb_is_known_by_its_header(form, side, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     assert f"the {form} image is {side} x {side}; at most 100000000 pixels are read" in reason(sized(form, side, side))
     if form != "WebP":  # Pillow's own limit for WebP cannot be got round.
-        assert judge(ALLOWED[f"{form} rgb"]) == (HEIGHT, WIDTH)
+        assert check_image(ALLOWED[f"{form} rgb"]) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WebP"])
@@ -223,7 +223,7 @@ def test_an_image_without_pixels_is_refused(form):
 
 def test_the_limits_are_the_callers():
     data = ALLOWED["PNG rgb"]
-    assert judge(data, ImageLimits(HEIGHT * WIDTH, len(data))) == (HEIGHT, WIDTH)
+    assert check_image(data, ImageLimits(HEIGHT * WIDTH, len(data))) == (HEIGHT, WIDTH)
     assert "at most 2239 pixels" in reason(data, ImageLimits(HEIGHT * WIDTH - 1))
     assert f"has {len(data)} bytes; at most {len(data) - 1}" in reason(data, ImageLimits(max_bytes=len(data) - 1))
 
@@ -259,14 +259,14 @@ def test_what_stands_behind_an_images_end_is_not_the_images(name, turned):
     data, form = ALLOWED[name], name.split()[0]
     if turned and form not in ("BMP", "WebP"):
         data = encoded(Image.open(io.BytesIO(data)), form, exif=exif(6))
-    size, kept = judge(data), read_header(data)
+    size, kept = check_image(data), read_header(data)
     for what, other in others(form).items():
-        assert judge(data + other) == size, what
+        assert check_image(data + other) == size, what
         header = read_header(data + other)
         assert header.orientation == kept.orientation, what
         assert header.essential == kept.essential, what
         # What is appended does not count against the limit on bytes.
-        assert judge(data + other, ImageLimits(max_bytes=len(data))) == size, what
+        assert check_image(data + other, ImageLimits(max_bytes=len(data))) == size, what
     with Image.open(io.BytesIO(kept.essential)) as image, Image.open(io.BytesIO(data)) as whole:
         assert (np.asarray(image.convert("RGB")) == np.asarray(whole.convert("RGB"))).all()
 
@@ -290,7 +290,7 @@ def test_a_marker_inside_a_scan_is_damage():
     progressive = ALLOWED["JPEG progressive"]
     scan = progressive.rindex(b"\xff\xda")
     comment = b"\xff\xff\xfe\0\x08" + b"\xff\xd9\xff\xda\xff\xd8"
-    assert judge(progressive[:scan] + comment + progressive[scan:]) == (HEIGHT, WIDTH)
+    assert check_image(progressive[:scan] + comment + progressive[scan:]) == (HEIGHT, WIDTH)
 
 
 @settings(max_examples=300, deadline=None)
@@ -303,7 +303,7 @@ def test_nothing_but_a_rejection_comes_out(name, noise, chance):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             try:
-                height, width = judge(bytes(spoilt))
+                height, width = check_image(bytes(spoilt))
                 assert height > 0 < width
             except Rejected as error:
                 assert "\n" not in str(error)
@@ -312,4 +312,4 @@ def test_nothing_but_a_rejection_comes_out(name, noise, chance):
 def test_threads_do_not_disturb_each_other():
     names = sorted(ALLOWED) * 6
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(lambda name: judge(ALLOWED[name]), names)) == {(HEIGHT, WIDTH)}
+        assert set(pool.map(lambda name: check_image(ALLOWED[name]), names)) == {(HEIGHT, WIDTH)}

@@ -11,10 +11,10 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import import_checkpoint
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.data.text import train_tokenizer
+from megatron_cca.data.text_tokenizers import train_tokenizer
 from megatron_cca.errors import UserError
-from megatron_cca.generation.loading import inspect_for_sampling
-from megatron_cca.generation.tokenizers import open_tokenizers, usual_grid
+from megatron_cca.generation.checkpoint_tokenizers import default_grid, open_tokenizers
+from megatron_cca.generation.model_loading import inspect_for_sampling
 from megatron_cca.lab.studies import checks as study_checks
 from megatron_cca.lab.studies.settings import SamplingConfig
 from megatron_cca.lab.studies.study import Method, Study
@@ -68,7 +68,7 @@ def test_an_import_stores_that_its_data_are_unknown(imported_emu3, imported_llam
 @pytest.mark.parametrize("source", ["import", "folder"])
 def test_the_released_emu3_draws_the_released_grid(source, emu3, imported_emu3):
     found = inspect_for_sampling(str(emu3 if source == "folder" else imported_emu3), ALONE)
-    assert usual_grid(found.config) == (90, 90)
+    assert default_grid(found.config) == (90, 90)
     vocabulary = found.architecture.vocabulary
     assert (vocabulary.size, vocabulary.visual_start, vocabulary.codebook_size) == (184_622, 151_854, 32_768)
 
@@ -104,7 +104,7 @@ def test_the_program_draws_what_the_model_is_of(generate, imported_emu3, importe
 def test_who_has_no_room_for_the_released_grid_is_asked_for_one(tmp_path):
     thin.save_emu3(tmp_path, max_position_embeddings=5120)
     found = inspect_for_sampling(str(tmp_path), ALONE)
-    assert refused(usual_grid, found.config) == (
+    assert refused(default_grid, found.config) == (
         "the checkpoint does not say what images the model was trained on; give height and width in visual tokens, "
         "such as 16 16"
     )

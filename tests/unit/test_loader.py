@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from megatron_cca.data.loader import BatchLoader, Place
+from megatron_cca.data.loader import BatchLoader, RankShare
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.sequence_feed import SequenceFeed
 from megatron_cca.data.shards import TokenShards
@@ -43,7 +43,7 @@ def kind(request):
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 7])
-@pytest.mark.parametrize("place", [Place(), Place(1, 2)])
+@pytest.mark.parametrize("place", [RankShare(), RankShare(1, 2)])
 def test_batches_are_the_builders_for_any_depth(data, prefetch, place, kind):
     batches = builder(data)
     with BatchLoader(batches, place, CPU, prefetch, kind) as loader:
@@ -56,7 +56,7 @@ def test_batches_are_the_builders_for_any_depth(data, prefetch, place, kind):
 
 def test_a_batch_stays_what_it_was_while_later_ones_are_read(data, kind):
     batches = builder(data)
-    with BatchLoader(batches, Place(), CPU, 2, kind) as loader:
+    with BatchLoader(batches, RankShare(), CPU, 2, kind) as loader:
         kept = [loader.get(step) for step in range(6)]
     for step, batch in enumerate(kept):
         assert_same(batch, batches.build(step, 0, 1))
@@ -65,7 +65,7 @@ def test_a_batch_stays_what_it_was_while_later_ones_are_read(data, kind):
 def test_a_rank_between_the_ends_of_the_pipeline_reads_nothing(data, monkeypatch):
     monkeypatch.setattr(TokenShards, "codes", None)
     batches = builder(data)
-    with BatchLoader(batches, Place(needs_tokens=False), CPU, 2) as loader:
+    with BatchLoader(batches, RankShare(needs_tokens=False), CPU, 2) as loader:
         batch = loader.get(3)
     assert all(microbatch.tokens is None for microbatch in batch.microbatches)
     assert batch.seq_length == batches.plan(3).seq_length
@@ -74,7 +74,7 @@ def test_a_rank_between_the_ends_of_the_pipeline_reads_nothing(data, monkeypatch
 
 def test_nothing_is_left_running(data, kind):
     before = threading.active_count()
-    loader = BatchLoader(builder(data), Place(), CPU, 3, kind)
+    loader = BatchLoader(builder(data), RankShare(), CPU, 3, kind)
     loader.get(0)
     assert threading.active_count() == before + 1
     loader.close()
@@ -91,7 +91,7 @@ def test_damage_is_reported_at_the_step_that_meets_it_and_not_before(tmp_path, k
     data = TokenData([TokenShards(data.shards[0].folder, VOCABULARY)])
     batches = builder(data)
     bad = next(step for step in range(4) if 0 in batches.pairing.at(step).sample_ids)
-    with BatchLoader(batches, Place(), CPU, 8, kind) as loader:
+    with BatchLoader(batches, RankShare(), CPU, 8, kind) as loader:
         for step in range(bad):
             loader.get(step)
         with pytest.raises(UserError, match=r"codes\.bin: sample 0 is not what was written"):

@@ -18,7 +18,7 @@ from megatron_cca.data.image_size import centre
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.resizing import AsTheAuthors
+from megatron_cca.data.resizing import AuthorsResizing
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.tokenizing import TokenizeSettings, tokenize
 from megatron_cca.data.tokenizing.parts import PartsFolder
@@ -35,16 +35,16 @@ AREA = 720 * 720
 
 @pytest.fixture(scope="module")
 def authors():
-    return AsTheAuthors(CPU, 2, ImageLimits())
+    return AuthorsResizing(CPU, 2, ImageLimits())
 
 
 def to_area(authors, data, area, factor=8):
-    (pixels,) = authors.decode([data], [authors.to_area(*authors.judge(data), area, factor)])
+    (pixels,) = authors.decode([data], [authors.to_area(*authors.check_image(data), area, factor)])
     return pixels.numpy()
 
 
 def to_cover(authors, data, side):
-    (pixels,) = authors.decode([data], [authors.to_cover(*authors.judge(data), side)])
+    (pixels,) = authors.decode([data], [authors.to_cover(*authors.check_image(data), side)])
     return centre(pixels, side, side).numpy()
 
 
@@ -91,7 +91,7 @@ OTHERS = {
 def test_every_kind_of_image_is_decoded_as_the_authors_do(name, authors):
     """That is as it is stored, whatever EXIF says, and without alpha."""
     data = (ALLOWED | OTHERS)[name]
-    assert authors.judge(data) == (HEIGHT, WIDTH)
+    assert authors.check_image(data) == (HEIGHT, WIDTH)
     assert np.array_equal(to_cover(authors, data, 16), adm_pixels(data, 16))
     assert np.array_equal(to_area(authors, data, 48 * 48, 8), emu3_pixels(data, 48 * 48, 8, (48 * 48, 1024**2)))
 
@@ -99,7 +99,7 @@ def test_every_kind_of_image_is_decoded_as_the_authors_do(name, authors):
 def test_what_the_authors_read_wrongly_or_not_at_all_is_rejected(authors):
     deep = encoded(Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)), "PNG")
     with pytest.raises(Rejected, match="16-bit PNG"):
-        authors.judge(deep)
+        authors.check_image(deep)
     (found,) = authors.decode([b""], [((5, 5, False),)])
     assert isinstance(found, Rejected)
 

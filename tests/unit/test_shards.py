@@ -11,7 +11,7 @@ from megatron_cca.data.manifest import check_files, read_manifest
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.text import load_tokenizer
+from megatron_cca.data.text_tokenizers import load_tokenizer
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.errors import UserError
@@ -45,7 +45,7 @@ def test_round_trip_of_ragged_samples(small):
     assert shards.table["caption_length"].tolist() == [4, 1, 0]
     assert shards.table["grid"].tolist() == [[1, 2, 3], [1, 3, 3], [2, 2, 3]]
     assert shards.codes(0).dtype == np.uint16
-    assert shards.meta_words((1, 3, 3)).tolist() == encode_text("3*3")
+    assert shards.meta_ids((1, 3, 3)).tolist() == encode_text("3*3")
 
 
 def test_what_was_read_outlives_the_shards(small):
@@ -61,7 +61,7 @@ def test_what_was_read_outlives_the_shards(small):
 def test_a_clip_trains_only_with_words_that_somebody_chose(small, tmp_path):
     folder, samples = small
     with pytest.raises(UserError, match=r"holds clips \(2x2x3 codes\).*have not published"):
-        open_shards(folder).meta_words((2, 2, 3))
+        open_shards(folder).meta_ids((2, 2, 3))
     with TokenWriter(_new(tmp_path / "part"), tiny_vocabulary()) as writer:
         writer.add(samples[2])
         writer.add(samples[0])
@@ -76,7 +76,7 @@ def test_a_clip_trains_only_with_words_that_somebody_chose(small, tmp_path):
         tmp_path / "aside",
         template,
     )
-    assert open_shards(tmp_path / "clips").meta_words((2, 2, 3)).tolist() == encode_text("2 of 2*3")
+    assert open_shards(tmp_path / "clips").meta_ids((2, 2, 3)).tolist() == encode_text("2 of 2*3")
 
 
 def _new(folder):

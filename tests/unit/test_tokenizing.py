@@ -17,7 +17,7 @@ from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.text import open_text_tokenizer
+from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.data.tokenizing import TokenizeSettings, parts
 from megatron_cca.errors import UserError
@@ -372,7 +372,7 @@ def test_clips_are_tokenised_in_groups_of_four_frames(settings, vq, tmp_path):
     assert (shards.codes(0) == tokenizer.encode(torch.from_numpy(frames)[None])[0].numpy()).all()
     assert (shards.codes(1)[0] == tokenizer.encode(torch.from_numpy(frames)[:1])[0].numpy()).all()
     text = open_text_tokenizer(settings.output)
-    assert text.decode(shards.meta_words((2, 8, 6)).tolist()) == "2*8*6"
+    assert text.decode(shards.meta_ids((2, 8, 6)).tolist()) == "2*8*6"
     reasons = [json.loads(line)["reason"] for line in (settings.output / "skipped.jsonl").read_text().splitlines()]
     assert "a clip of 6 frames; frames are tokenised in groups of 4" in reasons[0]
     assert "its frames differ in size" in reasons[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
 from megatron_cca.errors import UserError, said_of, shortened
-from megatron_cca.io.external_files import UTF_16, is_file_name, said_kind
+from megatron_cca.io.external_files import UTF_16, is_file_name, kind_hint
 from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -140,7 +140,7 @@ class SafetensorsFolder:
                     found[name] = TensorInfo(path, name, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
             # A header's length looks like UTF-16.
-            why = said_kind(path, but=[UTF_16]) or f": {str(error).splitlines()[0]}"
+            why = kind_hint(path, but=[UTF_16]) or f": {str(error).splitlines()[0]}"
             raise UserError(f"{self.option}: {path} is truncated or not a safetensors file{why}") from None
         return found
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
-from megatron_cca.data.sources import captions, classes, emu3, huggingface, journeydb, llamagen, webdataset
-from megatron_cca.data.sources.files import is_file, is_folder, names_in, real_folder
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable
-from megatron_cca.data.sources.texts import OF_LIST, printable, split_of
-from megatron_cca.data.sources.trees import is_image, walked
+from megatron_cca.data.sources import captions, classes, emu3, hf_rows, journeydb, llamagen, webdataset
+from megatron_cca.data.sources.confined_files import is_file, is_folder, names_in, real_folder
+from megatron_cca.data.sources.foreign_text import OF_LIST, printable, split_of
+from megatron_cca.data.sources.image_trees import is_image, walk_files
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file
 
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Layout] = {
     "classes": Layout(classes.recognises, classes.open_classes),
     "journeydb": Layout(journeydb.recognises, journeydb.open_journeydb, frozenset({"caption_field", "split"})),
     "webdataset": Layout(webdataset.recognises, webdataset.open_webdataset, _CAPTIONS),
-    "datasets": Layout(huggingface.recognises, huggingface.open_huggingface, _CAPTIONS | {"image_field", "split"}),
+    "datasets": Layout(hf_rows.recognises, hf_rows.open_huggingface, _CAPTIONS | {"image_field", "split"}),
     "emu3": Layout(emu3.recognises, emu3.open_emu3),
     "llamagen": Layout(llamagen.recognises, llamagen.open_llamagen),
 }
@@ -129,7 +129,7 @@ def _advice(path: Path, options: SourceOptions) -> str:
         kind = kind_of_file(path)
         found = f"it is {kind}" if kind else "it is one file"
         return f"{found}; give the folder that it lies in, a tar, or a list of Emu3's"
-    for _ in islice(walked(real_folder(path, options.allow_outside)), _LOOKED_AT):
+    for _ in islice(walk_files(real_folder(path, options.allow_outside)), _LOOKED_AT):
         pass
     names = names_in(path)
     folders = [name for name in names if is_folder(path / name)]

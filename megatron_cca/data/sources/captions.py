@@ -11,19 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.sources.files import (
+from megatron_cca.data.sources.confined_files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     Root,
     is_folder,
+    layout_file,
     outside_hint,
-    own_file,
     read_below,
     real_folder,
 )
-from megatron_cca.data.sources.lines import JsonLines
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import (
+from megatron_cca.data.sources.foreign_text import (
     PackedStrings,
     caption_in,
     decoded,
@@ -32,7 +30,17 @@ from megatron_cca.data.sources.texts import (
     tidy,
     unique_names,
 )
-from megatron_cca.data.sources.trees import LINKED, ImageTree, PassedOver, hashes, is_image, text_beside, walked
+from megatron_cca.data.sources.image_trees import (
+    LINKED,
+    ImageTree,
+    UnreadFiles,
+    is_image,
+    name_hashes,
+    text_beside,
+    walk_files,
+)
+from megatron_cca.data.sources.json_lines import JsonLines
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 
 LIST = "captions.jsonl"
@@ -48,7 +56,7 @@ def recognises(path: Path, options: SourceOptions) -> bool:
 
 
 def _has_texts(root: Root) -> bool:
-    images = islice((name for name in walked(root, strict=False) if is_image(name)), _LOOKED_AT)
+    images = islice((name for name in walk_files(root, strict=False) if is_image(name)), _LOOKED_AT)
     return any(text_beside(root, name) is not None for name in images)
 
 
@@ -75,7 +83,7 @@ class CaptionLines:
     def __init__(self, root: Root, options: SourceOptions) -> None:
         self._root, self._options = root, options
         # JsonLines refuses files of another kind.
-        self._lines = JsonLines(own_file(root, LIST, kinds=None))
+        self._lines = JsonLines(layout_file(root, LIST, kinds=None))
         self._has_field = options.caption_field is None
         self._listed, self._outside = array("q"), []
         self._names = PackedStrings(unique_names(self._first_names()))
@@ -98,7 +106,9 @@ class CaptionLines:
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
-        return short_hash(self._lines.digest, self._options.caption_field, *_said(self._options.caption_of_list))
+        return short_hash(
+            self._lines.digest, self._options.caption_field, *_option_entry(self._options.caption_of_list)
+        )
 
     def notices(self) -> list[str]:
         """See :class:`Source`. Walks through the folder."""
@@ -107,11 +117,11 @@ class CaptionLines:
             lines.append(self._outside_line())
         if repeats := len(listed) - len(np.unique(listed)):
             lines.append(f"{LIST} names {repeats} images again that it has named before; each line is a sample")
-        passed = PassedOver()
-        images = hashes(_images_in(self._root, passed))
+        unread = UnreadFiles()
+        images = name_hashes(_images_in(self._root, unread))
         if unlisted := int((~np.isin(images, listed)).sum()):
             lines.append(f"{unlisted} of {len(images)} images that lie there are not in {LIST} and are not read")
-        return lines + ([line] if (line := passed.line()) else [])
+        return lines + ([line] if (line := unread.line()) else [])
 
     def _first_names(self) -> Iterator[str]:
         """Yield each line's first file, or the label of a line that names none."""
@@ -158,7 +168,7 @@ class CaptionLines:
         return tuple(frames)
 
 
-def _said(option: str | None) -> tuple[str, ...]:
+def _option_entry(option: str | None) -> tuple[str, ...]:
     """Return the option for the fingerprint.
 
     It has no entry by default, so that fingerprints of earlier versions stay.
@@ -166,12 +176,12 @@ def _said(option: str | None) -> tuple[str, ...]:
     return () if option is None else (option,)
 
 
-def _images_in(root: Root, passed: PassedOver) -> Iterator[str]:
-    for name in walked(root, passed, strict=False):
+def _images_in(root: Root, unread: UnreadFiles) -> Iterator[str]:
+    for name in walk_files(root, unread, strict=False):
         if is_image(name):
             yield name
         elif name != LIST:
-            passed.add(name, LINKED if name.endswith("/") else None)
+            unread.add(name, LINKED if name.endswith("/") else None)
 
 
 def _references(found: dict[str, Any], name: str) -> list[str]:
@@ -223,7 +233,7 @@ class CaptionTree:
 
     def notices(self) -> list[str]:
         """See :class:`Source`."""
-        images, texts = (hashes(map(_stem, _all(names))) for names in (self._images.paths, self._images.texts))
+        images, texts = (name_hashes(map(_stem, _all(names))) for names in (self._images.paths, self._images.texts))
         lines = self._images.notices()
         mute = int((~np.isin(images, texts)).sum())
         if mute == len(images):

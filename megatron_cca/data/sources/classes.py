@@ -7,19 +7,19 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from megatron_cca.data.sources.files import (
+from megatron_cca.data.sources.confined_files import (
     MAX_TEXT_BYTES,
     Root,
     is_file,
     is_folder,
+    layout_file,
     names_in,
-    own_file,
     read_below,
     real_folder,
 )
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import decoded, parsed_object, printable, split_of, tidy
-from megatron_cca.data.sources.trees import ImageTree, is_image, text_beside, walked
+from megatron_cca.data.sources.foreign_text import decoded, parsed_object, printable, split_of, tidy
+from megatron_cca.data.sources.image_trees import ImageTree, is_image, text_beside, walk_files
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 
 NAMES = "classes.json"
@@ -32,7 +32,7 @@ def recognises(path: Path, options: SourceOptions) -> bool:
     if not is_folder(path):
         return False
     root = real_folder(path, options.allow_outside)
-    images = list(islice((name for name in walked(root, strict=False) if is_image(name)), _LOOKED_AT))
+    images = list(islice((name for name in walk_files(root, strict=False) if is_image(name)), _LOOKED_AT))
     in_classes = all(len(PurePosixPath(name).parts) == 2 for name in images)
     return bool(images) and in_classes and not any(text_beside(path, name) for name in images)
 
@@ -149,7 +149,7 @@ def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
     """Return the file that names classes, and the captions by folder."""
     for file, parse in ((NAMES, _parsed_names), (SYNSETS, _parsed_synsets)):
         if is_file(root / file):
-            own_file(root, file)
+            layout_file(root, file)
             try:
                 return file, parse(read_below(root, file, file, MAX_TEXT_BYTES))
             except Unreadable as error:

@@ -11,20 +11,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_cca.data.sources.files import (
+from megatron_cca.data.sources.confined_files import (
     Root,
     is_file,
     is_folder,
+    layout_file,
     names_in,
     opened_below,
-    own_file,
     read_below,
     real_folder,
 )
+from megatron_cca.data.sources.foreign_text import PackedStrings, printable, tidy, unique_names
+from megatron_cca.data.sources.image_trees import name_hashes, walk_files
 from megatron_cca.data.sources.plain_pth import load_plain
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import PackedStrings, printable, tidy, unique_names
-from megatron_cca.data.sources.trees import hashes, walked
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file
 from megatron_cca.io.pickles import NotPlainError
@@ -79,7 +79,7 @@ def _only_list(folder: Path, options: SourceOptions) -> Path:
     if len(lists) != 1:
         found = f"several lists ({', '.join(printable(path.name) for path in lists)})" if lists else "no list"
         raise UserError(f'{folder} holds {found}; give one JSON file with "prefix" and "path_list"')
-    return own_file(real_folder(folder, options.allow_outside), str(lists[0].relative_to(folder)))
+    return layout_file(real_folder(folder, options.allow_outside), str(lists[0].relative_to(folder)))
 
 
 def _read_list(path: Path) -> tuple[str, list[str]]:
@@ -133,10 +133,10 @@ class TokenizedFiles:
     def notices(self) -> list[str]:
         """See :class:`Source`. Lists the folder."""
         lines = []
-        listed = hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
+        listed = name_hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
         if repeats := len(listed) - len(np.unique(listed)):
             lines.append(f"the list names {repeats} files again that it has named before; each is a sample")
-        there = hashes(name for name in walked(self._root, strict=False) if name.endswith(".pth"))
+        there = name_hashes(name for name in walk_files(self._root, strict=False) if name.endswith(".pth"))
         if unlisted := int((~np.isin(there, listed)).sum()):
             lines.append(f"{unlisted} of {len(there)} .pth files that lie there are not in the list and are not read")
         return lines

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_cca.data.sources.files import Root
-from megatron_cca.data.sources.records import SourceOptions
-from megatron_cca.data.sources.texts import CAPTION_FIELDS, OF_LIST_HINT, printable
+from megatron_cca.data.sources.confined_files import Root
+from megatron_cca.data.sources.foreign_text import CAPTION_FIELDS, OF_LIST_HINT, printable
+from megatron_cca.data.sources.source_protocol import SourceOptions
 from megatron_cca.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def caption_column(
         root: the folder of the data, for messages.
 
     Returns:
-        Its name, and notices about the other columns, see :class:`~megatron_cca.data.sources.records.Source`.
+        Its name, and notices about the other columns, see :class:`~megatron_cca.data.sources.source_protocol.Source`.
 
     Raises:
         UserError: no such column, several possible ones, texts under no known name, or lists of captions that are not

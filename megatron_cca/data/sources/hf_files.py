@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from megatron_cca.data.sources.files import Root, is_file, own_file
-from megatron_cca.data.sources.texts import printable, split_of
-from megatron_cca.data.sources.trees import PassedOver, is_image, walked
+from megatron_cca.data.sources.confined_files import Root, is_file, layout_file
+from megatron_cca.data.sources.foreign_text import printable, split_of
+from megatron_cca.data.sources.image_trees import UnreadFiles, is_image, walk_files
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.surroundings import check_cache, surroundings_fault
 
@@ -46,7 +46,7 @@ class Opened:
     Attributes:
         dataset: its rows.
         split: its name.
-        notices: see :class:`~megatron_cca.data.sources.records.Source`.
+        notices: see :class:`~megatron_cca.data.sources.source_protocol.Source`.
         lists_images: whether the data are a list of images in the folder.
     """
 
@@ -60,7 +60,7 @@ def open_folder(root: Root, split: str | None) -> Opened:
     """Open the data of one split. Parquet is unpacked into the cache of ``datasets`` on first use.
 
     Args:
-        root: a result of :func:`~megatron_cca.data.sources.files.real_folder`.
+        root: a result of :func:`~megatron_cca.data.sources.confined_files.real_folder`.
         split: its name. None means the only one, or "train".
 
     Raises:
@@ -92,14 +92,14 @@ def _open_saved(root: Root, split: str | None) -> Opened:
     elif split is not None:
         raise UserError(f"split: {printable(str(root))} has no splits; leave it out")
     for file in SAVED:
-        own_file(root, f"{folder}/{file}".lstrip("/"))
+        layout_file(root, f"{folder}/{file}".lstrip("/"))
     for file in _json(root, f"{folder}/{SAVED[1]}".lstrip("/"))["_data_files"]:
-        own_file(root, f"{folder}/{file['filename']}".lstrip("/"), KINDS)
+        layout_file(root, f"{folder}/{file['filename']}".lstrip("/"), KINDS)
     return Opened(Dataset.load_from_disk(str(root / folder)).with_format(None), folder or _DEFAULT_SPLIT, notices)
 
 
 def _json(root: Root, name: str) -> dict:
-    return json.loads(own_file(root, name).read_bytes())
+    return json.loads(layout_file(root, name).read_bytes())
 
 
 def _open_files(root: Root, split: str | None) -> Opened:
@@ -107,12 +107,12 @@ def _open_files(root: Root, split: str | None) -> Opened:
     from datasets.data_files import DataFilesList
 
     check_cache(_CACHE)
-    builder, files, passed = data_files(root)
+    builder, files, unread = data_files(root)
     splits = _splits(files)
     name = _chosen(list(splits), split, root)
     for file in splits[name]:
         _refuse_chain(root / file)
-        _refuse_chain(own_file(root, file, KINDS))
+        _refuse_chain(layout_file(root, file, KINDS))
     # The names of links, in the hub's cache, since the names of their contents have neither kind nor folder.
     paths = [root / file for file in splits[name]]
     # Not as patterns, in which a bracket of a folder's name would have a meaning. The cache is keyed by sizes and
@@ -122,25 +122,25 @@ def _open_files(root: Root, split: str | None) -> Opened:
     dataset = load_dataset(builder, data_files={_DEFAULT_SPLIT: found}, split=_DEFAULT_SPLIT)
     lists_images = builder == "imagefolder"
     notices = (*_other_splits(splits, name), *_several_folders(splits[name], lists_images))
-    line = passed.line()
+    line = unread.line()
     return Opened(dataset, name, notices + ((line,) if line else ()), lists_images)
 
 
-def data_files(root: Root) -> tuple[str, list[str], PassedOver]:
+def data_files(root: Root) -> tuple[str, list[str], UnreadFiles]:
     """Return the builder of ``datasets`` for a folder, the files for it in order, and the count of unread files.
 
     Raises:
         UserError: nothing that it could read, or folders in it that ``save_to_disk`` wrote.
     """
-    passed = PassedOver()
-    files = sorted(walked(root, passed), key=os.fsencode)
+    unread = UnreadFiles()
+    files = sorted(walk_files(root, unread), key=os.fsencode)
     builder, found = _found(root, files)
     is_list = builder == "imagefolder"
     for file in sorted(set(files) - set(found)):
         # The reader of a list counts the images that it does not name.
         if not (is_list and is_image(file)):
-            passed.add(file)
-    return builder, found, passed
+            unread.add(file)
+    return builder, found, unread
 
 
 def _found(root: Root, files: list[str]) -> tuple[str, list[str]]:
@@ -224,9 +224,9 @@ def _refusing(root: Root) -> Iterator[None]:
         if fault is not None:
             raise fault from None
         cause = error.__cause__ or error
-        said = str(cause).strip().splitlines() or [""]
+        lines = str(cause).strip().splitlines() or [""]
         raise UserError(
-            f"{printable(str(root))} cannot be opened by datasets ({type(cause).__name__}: {printable(said[0])}); "
+            f"{printable(str(root))} cannot be opened by datasets ({type(cause).__name__}: {printable(lines[0])}); "
             "repair it or save it again"
         ) from None
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_cca.data.sources.files import (
+from megatron_cca.data.sources.confined_files import (
     Root,
     is_folder,
+    layout_file,
     names_in,
     outside_hint,
-    own_file,
     read_below,
     real_folder,
 )
-from megatron_cca.data.sources.lines import JsonLines
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import printable, short_hash, tidy
-from megatron_cca.data.sources.trees import LINKED, PassedOver, is_image, walked
+from megatron_cca.data.sources.foreign_text import printable, short_hash, tidy
+from megatron_cca.data.sources.image_trees import LINKED, UnreadFiles, is_image, walk_files
+from megatron_cca.data.sources.json_lines import JsonLines
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 
 LISTS = "*anno*repath*.jsonl"
@@ -88,7 +88,7 @@ class JourneyDB:
             raise UserError(f"{root / IMAGES} leaves the folder by a symbolic link; {hint}")
         self._images = real_folder(root / IMAGES, root.others)
         self._field, self._annotations = caption_field, annotations
-        self._lines = JsonLines(own_file(root, annotations, kinds=None))
+        self._lines = JsonLines(layout_file(root, annotations, kinds=None))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -105,16 +105,16 @@ class JourneyDB:
 
     def notices(self) -> list[str]:
         """See :class:`Source`. Walks through the images' folders."""
-        passed, images = PassedOver(), 0
-        for name in walked(self._images, passed, strict=False):
+        unread, images = UnreadFiles(), 0
+        for name in walk_files(self._images, unread, strict=False):
             if is_image(name):
                 images += 1
             else:
-                passed.add(name, LINKED if name.endswith("/") else None)
+                unread.add(name, LINKED if name.endswith("/") else None)
         lines = []
         if images > len(self):
             lines.append(f"{images} images lie in {IMAGES}, and {printable(self._annotations)} has {len(self)} lines")
-        return lines + [f"in {IMAGES}, {line}" for line in [passed.line()] if line]
+        return lines + [f"in {IMAGES}, {line}" for line in [unread.line()] if line]
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""

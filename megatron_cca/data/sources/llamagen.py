@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.files import Root, is_folder, names_in, outside_hint, read_below, real_folder
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import printable
-from megatron_cca.data.sources.trees import PassedOver
+from megatron_cca.data.sources.confined_files import Root, is_folder, names_in, outside_hint, read_below, real_folder
+from megatron_cca.data.sources.foreign_text import printable
+from megatron_cca.data.sources.image_trees import UnreadFiles
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.arrays import array_in
+from megatron_cca.io.numpy_files import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
 # The factor of the authors' VQ-16.
@@ -137,12 +137,12 @@ class CodeFolders:
             ]
             if alone:
                 lines.append(f"{printable(alone[0])} has no partner ({_CODES} and {_LABELS}) and is not read")
-        passed = PassedOver()
+        unread = UnreadFiles()
         for folder in sorted(read):
             for name in names_in(self._root / folder):
                 if not _is_numbered(name):
-                    passed.add(f"{folder}/{name}")
-        return lines + ([line] if (line := passed.line()) else [])
+                    unread.add(f"{folder}/{name}")
+        return lines + ([line] if (line := unread.line()) else [])
 
     def fingerprint(self) -> str:
         """See :class:`Source`.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.foreign_text import printable
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file
 
@@ -24,7 +24,7 @@ class Member(NamedTuple):
     size: int
 
 
-def members(path: Path) -> Iterator[Member]:
+def tar_members(path: Path) -> Iterator[Member]:
     """Yield the files in a tar, in its order.
 
     Raises:

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.files import (
+from megatron_cca.data.sources.confined_files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     is_file,
     is_folder,
+    layout_file,
     names_in,
-    own_file,
     real_folder,
 )
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.tar_index import members
-from megatron_cca.data.sources.texts import (
+from megatron_cca.data.sources.foreign_text import (
     PackedStrings,
     caption_in,
     decoded,
@@ -31,7 +29,9 @@ from megatron_cca.data.sources.texts import (
     tidy,
     unique_names,
 )
-from megatron_cca.data.sources.trees import PassedOver
+from megatron_cca.data.sources.image_trees import UnreadFiles
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
+from megatron_cca.data.sources.tar_index import tar_members
 from megatron_cca.errors import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -59,7 +59,7 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
         UserError: no tars, a compressed, damaged or unsafe one, no tar with images, or a ``caption_field`` that no JSON
             has.
     """
-    passed = PassedOver()
+    unread = UnreadFiles()
     if is_file(path):
         tars = [path]
     else:
@@ -68,15 +68,15 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
         if packed:
             raise UserError(f"{path / packed[0]} is compressed, which allows no random access; decompress it")
         root = real_folder(path, options.allow_outside)
-        tars = [own_file(root, name, kinds=None) for name in names if _is_tar(name)]
+        tars = [layout_file(root, name, kinds=None) for name in names if _is_tar(name)]
         for name in names:
             if not _is_tar(name):
-                passed.add(f"{name}/" if is_folder(path / name) else name)
+                unread.add(f"{name}/" if is_folder(path / name) else name)
         for name in names_in(path, hidden=True):
-            passed.add(name)
+            unread.add(name)
     if not tars:
         raise UserError(f"{path} holds no .tar files")
-    source = TarRecords(tars, options, passed)
+    source = TarRecords(tars, options, unread)
     source.check_caption_field()
     return source
 
@@ -110,11 +110,11 @@ class TarRecords:
     size, -1 where there is no such member.
     """
 
-    def __init__(self, tars: list[Path], options: SourceOptions, passed: PassedOver | None = None) -> None:
+    def __init__(self, tars: list[Path], options: SourceOptions, unread: UnreadFiles | None = None) -> None:
         self._tars, self._options = tars, options
         self._field = options.caption_field
         # Unread files beside the tars, and in them.
-        self._passed, self._members = passed or PassedOver(), PassedOver()
+        self._unread, self._members = unread or UnreadFiles(), UnreadFiles()
         places: list[np.ndarray] = []
         self._names = PackedStrings(unique_names(self._read_index(places)))
         self._tar_ids = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows in places])
@@ -162,7 +162,7 @@ class TarRecords:
         if several := int((here[:, : len(_IMAGES)].sum(1) > 1).sum()):
             lines.append(f"{several} records have several images, of which the first of {', '.join(_IMAGES)} is read")
         lines += [f"in the tars, {line}" for line in [self._members.line()] if line]
-        return lines + [f"beside the tars, {line}" for line in [self._passed.line()] if line]
+        return lines + [f"beside the tars, {line}" for line in [self._unread.line()] if line]
 
     def check_caption_field(self) -> None:
         """Check that the first records with JSON have the field.
@@ -231,7 +231,7 @@ class TarRecords:
         return f"class {int(digits)}"
 
 
-def _grouped(tar: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
+def _grouped(tar: Path, unread: UnreadFiles) -> tuple[list[str], np.ndarray]:
     """Return the keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
 
     A second member of the same key and kind begins another record, as when two folders were put into one tar.
@@ -244,13 +244,13 @@ def _grouped(tar: Path, passed: PassedOver) -> tuple[list[str], np.ndarray]:
     rows: dict[str, int] = {}
     flat = array("q")
     taken: set[int] = set()
-    for name, offset, size in members(tar):
+    for name, offset, size in tar_members(tar):
         folder, _, base = name.rpartition("/")
         stem, _, kind = base.partition(".")
         column = _COLUMN.get(kind.lower())
         if not stem or column is None:
             is_dotted = stem and "." in kind and kind.rpartition(".")[2].lower() in _IMAGES
-            passed.add(f"{tar.name}/{name}", _DOTTED if is_dotted else None)
+            unread.add(f"{tar.name}/{name}", _DOTTED if is_dotted else None)
             continue
         key = f"{folder}/{stem}" if folder else stem
         if key not in rows or rows[key] * len(_KINDS) + column in taken:

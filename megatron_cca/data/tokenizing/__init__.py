@@ -3,7 +3,7 @@
 An interrupted job can be continued.
 """
 
-from megatron_cca.data.tokenizing.job import tokenize
-from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.data.tokenizing.run_job import tokenize
+from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
 
 __all__ = ["TokenizeSettings", "tokenize"]

@@ -86,10 +86,10 @@ class PartsFolder:
         # Keys of either, since a default choice is not written.
         for key in {**job, **theirs}:
             if theirs.get(key) != job.get(key):
-                said = [repr(facts[key]) if key in facts else "none" for facts in (theirs, job)]
+                values = [repr(facts[key]) if key in facts else "none" for facts in (theirs, job)]
                 raise UserError(
-                    f"{OPTION}: {self.folder} was begun with {key} {said[0]}, not {said[1]}; go on as it was begun, or "
-                    "remove that folder"
+                    f"{OPTION}: {self.folder} was begun with {key} {values[0]}, not {values[1]}; go on as it was "
+                    "begun, or remove that folder"
                 )
 
     @contextmanager

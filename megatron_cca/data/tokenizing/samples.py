@@ -15,14 +15,14 @@ from torch import Tensor
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
 from megatron_cca.data.image_size import centre
-from megatron_cca.data.resizing import DALI, RESIZINGS, Plan
+from megatron_cca.data.resizing import DALI, RESIZINGS, ResizePlan
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
-from megatron_cca.data.text import TextTokenizer
-from megatron_cca.data.tokenizing.fitting import check_codes, class_of
-from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.data.text_tokenizers import TextTokenizer
+from megatron_cca.data.tokenizing.model_checks import check_codes, class_of
+from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _LOOKED_AT = 32
@@ -43,7 +43,7 @@ class _Captioned:
 
     record: Record
     caption: np.ndarray
-    plan: Plan
+    plan: ResizePlan
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class SampleMaker:
             raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
         return np.array(ids, dtype=np.int32)
 
-    def _plan(self, record: Record) -> Plan:
+    def _plan(self, record: Record) -> ResizePlan:
         """Return the sizes that the record's images pass through."""
         if record.codes is not None:
             self._check_needs_no_pixels(record.name)
@@ -189,7 +189,7 @@ class SampleMaker:
         if self._images is None:
             raise Rejected("it is an image; an image tokenizer is needed for it")
         self._check_clip(len(record.frames))
-        sizes = {self._resizing.judge(frame) for frame in record.frames}
+        sizes = {self._resizing.check_image(frame) for frame in record.frames}
         if len(sizes) > 1:
             raise Rejected(f"its frames differ in size: {sorted(sizes)}")
         if self._grid is not None:
@@ -199,7 +199,7 @@ class SampleMaker:
         except ValueError as error:
             raise Rejected(str(error)) from None
 
-    def _covering(self, height: int, width: int) -> Plan:
+    def _covering(self, height: int, width: int) -> ResizePlan:
         plan = self._resizing.to_cover(height, width, self._side())
         if plan[-1].height * plan[-1].width > DEFAULT_LIMITS.max_pixels:
             raise Rejected(f"it is {width} x {height}, too long to be cut to a square of {self._side()}")

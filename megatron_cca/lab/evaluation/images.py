@@ -16,10 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cca.data.image_headers import Rejected, read_header
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.foreign_text import printable
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.io.arrays import archived_arrays, archived_names
 from megatron_cca.io.external_files import ZIP, kind_of_file
+from megatron_cca.io.numpy_files import archived_arrays, archived_names
 from megatron_cca.io.typed_paths import typed_path
 from megatron_cca.lab.evaluation.listings import HELD_OUT, WORDS, Listing, check_path, list_folder
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.files import real_folder
-from megatron_cca.data.sources.texts import printable, split_of
-from megatron_cca.data.sources.trees import LINKED, PassedOver, walked
+from megatron_cca.data.sources.confined_files import real_folder
+from megatron_cca.data.sources.foreign_text import printable, split_of
+from megatron_cca.data.sources.image_trees import LINKED, UnreadFiles, walk_files
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.external_files import file_below, kind_of_file
 from megatron_cca.io.typed_paths import typed_path
@@ -75,14 +75,14 @@ def list_folder(folder: Path) -> Listing:
 
 def _passed_over(folder: Path) -> tuple[str, ...]:
     """What of a folder is no image of the set; folders that are links are not looked into."""
-    found, deeper, passed = [], [], PassedOver()
-    for name in walked(real_folder(folder), passed, strict=False):
+    found, deeper, unread = [], [], UnreadFiles()
+    for name in walk_files(real_folder(folder), unread, strict=False):
         if name.endswith("/"):
             # One level below, links are read as folders are.
             if name.count("/") > 1:
-                passed.add(name, LINKED)
+                unread.add(name, LINKED)
         elif Path(name).suffix.lower() not in SUFFIXES:
-            passed.add(name)
+            unread.add(name)
         elif name.count("/") > 1:
             deeper.append(name)
         else:
@@ -91,7 +91,7 @@ def _passed_over(folder: Path) -> tuple[str, ...]:
         {name.partition("/")[0] for name in found if name.count("/") == 1 and split_of(name.partition("/")[0])}
     )
     together = f"{' and '.join(map(printable, splits))} are taken together as one set" if len(splits) > 1 else ""
-    line = passed.line()
+    line = unread.line()
     below = (
         f"{len(deeper)} images lie deeper than one level and are not read ({printable(min(deeper))})" if deeper else ""
     )

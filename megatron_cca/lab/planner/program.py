@@ -29,7 +29,7 @@ from megatron_cca.lab.planner.report import Report, reserved, text, write_report
 from megatron_cca.lab.planner.search import obvious_others, search
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import own_grid
+from megatron_cca.models.architecture import only_grid
 from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
 from megatron_cca.version import installed_versions
 
@@ -98,7 +98,7 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
         UserError: not of the form ``HxW``, or less than nothing.
     """
     if grid is None:
-        own = own_grid(resolve_architecture(config.model))
+        own = only_grid(resolve_architecture(config.model))
         grid = _USUAL_GRID if own is None else "{}x{}".format(*own)
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:

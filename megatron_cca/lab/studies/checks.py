@@ -22,7 +22,7 @@ from megatron_cca.lab.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.lab.studies.settings import Keys, PlotSettings, SamplingConfig, StudySettings
 from megatron_cca.lab.studies.study import BASE, Method, Study, run_units, units_per_sample
 from megatron_cca.models import resolve_architecture, tiny_architecture
-from megatron_cca.models.architecture import grid_misfit, own_grid
+from megatron_cca.models.architecture import grid_misfit, only_grid
 from megatron_cca.objectives import OBJECTIVES
 from megatron_cca.training.checks import check_data, check_new_run
 
@@ -194,7 +194,7 @@ def _check_grids(study: Study) -> None:
     architecture = resolve_architecture(model)
     positions = architecture.max_position_embeddings
     # Of a model with one grid every other is a misfit.
-    takes_any = own_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
+    takes_any = only_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
     for method in study.methods.values():
         for sampling in (method.point(values).sampling for values in variants(method)):
             if takes_any and (sampling.height, sampling.width) == (digits.height, digits.width):

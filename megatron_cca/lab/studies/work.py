@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data import DIGITS
-from megatron_cca.generation.painting import open_painter
+from megatron_cca.generation.decode_loop import SamplingSettings
+from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
-from megatron_cca.generation.sampler import SamplingSettings
 from megatron_cca.io.outputs import whole_file
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor
@@ -133,10 +133,10 @@ def _prompts(name: str, count: int, seed: int) -> list[Prompt]:
 
 def draw(task: Sampling, prompts: Sequence[Prompt]) -> np.ndarray:
     """What a model draws, uint8 ``[N, H, W, 3]``. Collective over all ranks."""
-    painter = open_painter(task.checkpoint)
+    generator = open_image_generator(task.checkpoint)
     settings = SamplingSettings(**asdict(task.sampling))
     with tqdm(total=len(prompts), unit="image", desc="drawing", mininterval=10, disable=dist.get_rank() != 0) as bar:
-        return painter.paint(prompts, settings, on_progress=bar.update).images
+        return generator.generate(prompts, settings, on_progress=bar.update).images
 
 
 def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:

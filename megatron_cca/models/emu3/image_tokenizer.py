@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.vq_config import CONFIG, Form, normalisation, read_json, recognise, sizes_in
+from megatron_cca.models.emu3.vq_config import CONFIG, VqForm, normalisation, read_json, recognise, sizes_in
 from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
-from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fingerprint, full_float32, placed
+from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
 
 # transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.
 _UNCROPPED = (2**31, 2**31)
 
 
 class Emu3ImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_emu3_vq` opens one.
+    """See :class:`megatron_cca.models.image_tokenizer_protocol.ImageTokenizer`. :func:`open_emu3_vq` opens one.
 
     Args:
         model: transformers' ``Emu3VQVAE``, on its device and in its dtype.
@@ -148,7 +148,7 @@ def open_emu3_vq(
         form, section = recognise(read_json(folder / CONFIG))
     files = folder if weights is None else Path(weights)
     with said_of(files):
-        stored = stored_tensors(files, form if weights is None else Form(("",)))
+        stored = stored_tensors(files, form if weights is None else VqForm(("",)))
     with said_of(folder / CONFIG):
         sizes = sizes_in(section, form, len(stored))
         model = _build(sizes)
@@ -158,7 +158,7 @@ def open_emu3_vq(
     found = fingerprint([sizes, [mean, std]], state)
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}
     model.load_state_dict(state | counters, assign=True)
-    return Emu3ImageTokenizer(placed(model, device, dtype), mean, std, found)
+    return Emu3ImageTokenizer(moved_to(model, device, dtype), mean, std, found)
 
 
 @contextmanager

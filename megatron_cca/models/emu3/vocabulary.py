@@ -79,13 +79,13 @@ class Emu3Vocabulary(ImageVocabulary):
         """Return the number of ids up to and including IMG."""
         return 3 + caption_length + meta_length
 
-    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
+    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_ids: np.ndarray) -> None:
         """Write BOS caption BOI meta IMG."""
         end = 1 + len(caption)
         ids[0] = self.bos
         ids[1:end] = caption
         ids[end] = self.boi
-        ids[end + 1 : -1] = meta_words
+        ids[end + 1 : -1] = meta_ids
         ids[-1] = self.img
 
     def image_length(self, frames, height, width):

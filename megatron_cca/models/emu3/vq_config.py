@@ -54,7 +54,7 @@ _RENAMED = (
 
 
 @dataclass(frozen=True)
-class Form:
+class VqForm:
     """The names of one form: the prefixes of the tensors' names, and whether the rest is the original's."""
 
     prefixes: tuple[str, ...]
@@ -88,13 +88,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def recognise(config: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
+def recognise(config: dict[str, Any]) -> tuple[VqForm, dict[str, Any]]:
     """Return the form, and the section with the sizes."""
     kind = config.get("model_type")
     if kind == "Emu3VisionVQ":
-        return Form(("",), original=True), config
+        return VqForm(("",), original=True), config
     if kind == "emu3_vqgan":
-        return Form(("",)), config
+        return VqForm(("",)), config
     if kind != "emu3" and "vq_config" not in config:
         raise UserError(
             f"model_type {repr(kind)[:60]} is not an Emu3 image tokenizer's: Emu3VisionVQ, emu3_vqgan, or emu3 with a "
@@ -103,10 +103,10 @@ def recognise(config: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
     section = config.get("vq_config", {})
     if not isinstance(section, dict):
         raise UserError(f"vq_config: must be an object, found {repr(section)[:60]}")
-    return Form(("vqmodel.", "model.vqmodel.")), section
+    return VqForm(("vqmodel.", "model.vqmodel.")), section
 
 
-def sizes_in(section: Mapping[str, Any], form: Form, num_tensors: int) -> dict[str, Any]:
+def sizes_in(section: Mapping[str, Any], form: VqForm, num_tensors: int) -> dict[str, Any]:
     """Return the sizes by transformers' names.
 
     They are checked as far as transformers has no clear message of its own.
@@ -146,7 +146,7 @@ def _is_size(value: object, lowest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < 2**31
 
 
-def _attention(section: Mapping[str, Any], form: Form, sizes: Mapping[str, Any]) -> dict[str, int]:
+def _attention(section: Mapping[str, Any], form: VqForm, sizes: Mapping[str, Any]) -> dict[str, int]:
     """Return the width and heads of attention.
 
     In transformers all levels have one width, in the original each has its own.

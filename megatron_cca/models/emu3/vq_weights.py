@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, said_of
-from megatron_cca.models.emu3.vq_config import CONFIG, Form, read_json
+from megatron_cca.models.emu3.vq_config import CONFIG, VqForm, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -24,7 +24,7 @@ _LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
 IGNORED = "num_batches_tracked"
 
 
-def stored_tensors(folder: Path, form: Form) -> dict[str, tuple[str, Path]]:
+def stored_tensors(folder: Path, form: VqForm) -> dict[str, tuple[str, Path]]:
     """Return the tensors of a form: for each of transformers' names the name on disk and the file."""
     files = _files(folder)
     prefix = next((start for start in form.prefixes if any(name.startswith(start) for name in files)), None)

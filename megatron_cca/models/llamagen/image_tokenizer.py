@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import said_of
-from megatron_cca.models.image_tokenizers import check_codes, check_pixels, fingerprint, full_float32, placed
-from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes, without_weights
+from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes, network_on_meta
 from megatron_cca.models.llamagen.vq_weights import read_vq
 
 # Pixels that pass through the network together: 7 images of 384 x 384 or 16 of 256 x 256. VQ-16 takes 2.6 GB for them.
@@ -20,7 +20,7 @@ _PLACES_AT_ONCE = 4096
 
 
 class LlamaGenImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizers.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
+    """See :class:`megatron_cca.models.image_tokenizer_protocol.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
 
     Everything runs in full float32, and batches in parts of bounded size. The authors extract codes in TF32. Some of
     their codes therefore differ, where two codes have nearly the same distance.
@@ -120,7 +120,7 @@ def open_llamagen_vq(path: str | Path, device: str | torch.device = "cpu") -> Ll
     path = Path(path)
     with said_of(path):
         sizes, state = read_vq(path)
-    network = without_weights(sizes)
+    network = network_on_meta(sizes)
     network.load_state_dict(state, assign=True)
     found = fingerprint(asdict(sizes), state)
-    return LlamaGenImageTokenizer(placed(network, device, torch.float32), sizes, found)
+    return LlamaGenImageTokenizer(moved_to(network, device, torch.float32), sizes, found)

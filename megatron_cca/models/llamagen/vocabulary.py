@@ -66,7 +66,7 @@ class LlamaGenVocabulary(ImageVocabulary):
         # The arguments may be arrays, whose shape the result has.
         return 1 + 0 * (caption_length + meta_length)
 
-    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_words: np.ndarray) -> None:
+    def write_prompt(self, ids: np.ndarray, caption: np.ndarray, meta_ids: np.ndarray) -> None:
         """Write the class, or the null class for an empty caption."""
         ids[0] = self.codebook_size + caption[0] if len(caption) else self.null_class
 

@@ -250,7 +250,7 @@ def _run(half: Encoder | Decoder, layers: Sequence[nn.Module], given: Tensor) ->
     return half.conv_out(_activated(half.norm_out(hidden)))
 
 
-def without_weights(sizes: VqSizes) -> VqNetwork:
+def network_on_meta(sizes: VqSizes) -> VqNetwork:
     """Build the network on the meta device, without weights of whatever size."""
     with torch.device("meta"):
         return VqNetwork(sizes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError
-from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqSizes, without_weights
+from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqSizes, network_on_meta
 from megatron_cca.models.torch_file import tensors_in
 
 _FIRST, _CODEBOOK = "encoder.conv_in.weight", "quantize.embedding.weight"
@@ -39,7 +39,7 @@ def read_vq(path: Path) -> tuple[VqSizes, dict[str, Tensor]]:
         if name not in stored:
             raise UserError(f"is not LlamaGen's image tokenizer: tensor {name} is missing")
     sizes = _sizes(stored)
-    wanted = {name: tuple(tensor.shape) for name, tensor in without_weights(sizes).state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in network_on_meta(sizes).state_dict().items()}
     _check_shapes(stored, wanted)
     state = {name: _in_float32(name, stored[name]) for name in wanted}
     if not (lengths := state[_CODEBOOK].norm(dim=1)).all():

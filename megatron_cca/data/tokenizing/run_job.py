@@ -16,13 +16,13 @@ from megatron_cca import __version__
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.resizing import DALI
 from megatron_cca.data.shard_writing import merge_shards
-from megatron_cca.data.skip_reasons import Reasons, reasons_in
-from megatron_cca.data.tokenizing.fitting import class_notices
-from megatron_cca.data.tokenizing.opening import Job, open_job
+from megatron_cca.data.skip_reasons import SkipReasons, read_skip_reasons
+from megatron_cca.data.tokenizing.model_checks import class_notices
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartWriter, Span
-from megatron_cca.data.tokenizing.progress import Progress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped
-from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+from megatron_cca.data.tokenizing.tokenizing_job import TokenizingJob, open_job
+from megatron_cca.data.tokenizing.tokenizing_progress import TokenizingProgress
 from megatron_cca.errors import UserError, one_line
 from megatron_cca.io.outputs import claimed, file_system_errors
 
@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Result:
+class TokenizingResult:
     """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
 
     samples: int
@@ -41,7 +41,7 @@ class Result:
     reasons: str = ""
 
 
-def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
+def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
     """Do this process's share. Process 0 then waits for the others and merges all parts into the shard folder.
 
     The same call continues an interrupted job, on any number of processes. The result depends on neither.
@@ -67,7 +67,7 @@ def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: tor
         raise
 
 
-def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> Result | None:
+def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
     job = open_job(settings, device)
     with (
         file_system_errors(settings.output),
@@ -78,7 +78,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
         notices = [*class_notices(job.source, job.vocabulary), *job.source.notices()] if rank == 0 else []
         for notice in notices:
             print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
-        with Progress(job.parts, len(job.source), shown=rank == 0) as progress:
+        with TokenizingProgress(job.parts, len(job.source), shown=rank == 0) as progress:
             _write_parts(job, rank, world_size, device, progress)
             if rank != 0:
                 return None
@@ -87,13 +87,13 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
                 progress.refresh()
         parts, speed = job.parts.done(), progress.per_second()
         _merge(job, parts, notices)
-        reasons = reasons_in(part.folder / SKIPPED for part in parts).line()
+        reasons = read_skip_reasons(part.folder / SKIPPED for part in parts).line()
         shutil.rmtree(job.parts.folder)
         samples, skipped = sum(part.samples for part in parts), sum(part.skipped for part in parts)
-        return Result(samples, skipped, speed, reasons)
+        return TokenizingResult(samples, skipped, speed, reasons)
 
 
-def _description(job: Job) -> dict:
+def _description(job: TokenizingJob) -> dict:
     """Return all facts that the tokens depend on."""
     settings = job.settings
     return {
@@ -111,20 +111,22 @@ def _description(job: Job) -> dict:
     }
 
 
-def _of_choices(job: Job) -> dict:
+def _of_choices(job: TokenizingJob) -> dict:
     """Return the facts that have no entry by default, so that older jobs and shards without them still match."""
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _write_parts(job: Job, rank: int, world_size: int, device: torch.device, progress: Progress) -> None:
+def _write_parts(
+    job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: TokenizingProgress
+) -> None:
     spans = list(job.parts.todo(rank, world_size))
     if not spans:
         return
     maker = SampleMaker(job.source, job.vocabulary, job.images, job.text, device, job.settings, job.grid)
     maker.check_some(job.settings.max_skipped)
-    reasons = Reasons()
+    reasons = SkipReasons()
     with ThreadPoolExecutor(1) as ahead:
         for span in spans:
             with PartWriter(job.parts, rank, span[0], job.vocabulary) as writer:
@@ -151,7 +153,7 @@ def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iter
         yield prepared
 
 
-def _check_skips(job: Job, skipped: int, latest: list[Skipped], reasons: Reasons) -> None:
+def _check_skips(job: TokenizingJob, skipped: int, latest: list[Skipped], reasons: SkipReasons) -> None:
     if skipped > job.skip_limit:
         last = f"; the last, {latest[-1].name}: {latest[-1].reason}" if latest else ""
         if len(reasons) > 1:
@@ -162,9 +164,9 @@ def _check_skips(job: Job, skipped: int, latest: list[Skipped], reasons: Reasons
         )
 
 
-def _merge(job: Job, parts: list[Part], notices: list[str]) -> None:
+def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
     skipped = sum(part.skipped for part in parts)
-    _check_skips(job, skipped, [], reasons_in(part.folder / SKIPPED for part in parts))
+    _check_skips(job, skipped, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
     if skipped == len(job.source):
         raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
 
@@ -193,7 +195,7 @@ def _merge(job: Job, parts: list[Part], notices: list[str]) -> None:
     )
 
 
-def _passed_over(notices: list[str]) -> dict:
+def _notices_entry(notices: list[str]) -> dict:
     """Return the notices of the source's reader.
 
     There is no entry without notices, as in shards of earlier versions.
@@ -201,7 +203,7 @@ def _passed_over(notices: list[str]) -> dict:
     return {"notices": [one_line(notice) for notice in notices]} if notices else {}
 
 
-def _facts(job: Job, skipped: int, notices: list[str]) -> dict:
+def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
     """Return the facts in the manifest about the origin of the tokens."""
     settings, images = job.settings, None
     if job.images is not None:
@@ -211,7 +213,7 @@ def _facts(job: Job, skipped: int, notices: list[str]) -> dict:
         "skipped": skipped,
         "image_tokenizer": images,
         "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
-        "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_passed_over(notices)},
+        "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_notices_entry(notices)},
         "area": settings.area,
         **_of_choices(job),
         "version": __version__,

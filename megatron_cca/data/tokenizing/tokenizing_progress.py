@@ -11,7 +11,7 @@ from tqdm import tqdm
 from megatron_cca.data.tokenizing.parts import PartsFolder
 
 
-class Progress:
+class TokenizingProgress:
     """A progress bar of records on a terminal, or ten lines elsewhere. A context manager.
 
     Args:
@@ -39,7 +39,7 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TokenizingProgress:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_cca.data.sources.records import Unreadable
-from megatron_cca.data.sources.texts import printable
+from megatron_cca.data.sources.foreign_text import printable
+from megatron_cca.data.sources.source_protocol import Unreadable
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import LFS_POINTER, hub_blobs, kind_of, kind_of_file
 
@@ -131,7 +131,7 @@ def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
         raise Unreadable(name, f"{shown} is not a file name") from None
 
 
-def own_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
+def layout_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
     """Return the path of a file of the layout itself (a list, an archive), free of symbolic links.
 
     Args:

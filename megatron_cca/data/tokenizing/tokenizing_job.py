@@ -10,19 +10,19 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.sources import Source, open_source
-from megatron_cca.data.text import TextTokenizer, open_text_tokenizer
+from megatron_cca.data.text_tokenizers import TextTokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing.parts import PartsFolder
-from megatron_cca.data.tokenizing.settings import TokenizeSettings
+from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import OPTION, check_apart
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, own_grid
-from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.architecture import Architecture, only_grid
+from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenizingJob:
     """The opened inputs of a job. ``text`` is None for a model of classes. ``grid`` is None for a model of any grid."""
 
     settings: TokenizeSettings
@@ -39,7 +39,7 @@ class Job:
         return int(self.settings.max_skipped * len(self.source))
 
 
-def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
+def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     """Open everything that a job needs.
 
     Args:
@@ -74,11 +74,11 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> Job:
     with said_of("--source"):
         source = open_source(settings.source, settings.layout, settings.source_options)
     parts = PartsFolder(settings.output, len(source), settings.block)
-    return Job(settings, source, vocabulary, images, text, grid, parts)
+    return TokenizingJob(settings, source, vocabulary, images, text, grid, parts)
 
 
 def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, int] | None:
-    own = own_grid(architecture)
+    own = only_grid(architecture)
     if settings.grid is None:
         return own
     if own is None:

@@ -47,7 +47,7 @@ def is_huggingface(checkpoint: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class InspectedCheckpoint:
     """A checkpoint whose configuration is read and whose weights are not.
 
     Attributes:
@@ -61,7 +61,7 @@ class Inspected:
     folder: Path
 
 
-def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None) -> Inspected:
+def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None) -> InspectedCheckpoint:
     """Inspect a checkpoint, and refuse one that cannot be sampled on a layout.
 
     Args:
@@ -86,17 +86,17 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
         )
     with said_of(f"{OPTION}: {folder} cannot be sampled so"):
         check_layout(architecture, config.model, parallel or _layout_of_the_job())
-    return Inspected(source, config, architecture, folder)
+    return InspectedCheckpoint(source, config, architecture, folder)
 
 
-def load_for_sampling(checkpoint: str | Inspected, precision: Precision | None = None) -> SamplingModel:
+def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precision | None = None) -> SamplingModel:
     """Load the model of a checkpoint, split over Megatron's process groups.
 
     Any TP x PP will do, whatever the layout in training was. The model has Megatron's local layers on every device.
     LoRA adapters are merged into its weights. Collective over all ranks. Process groups must be initialised.
 
     Args:
-        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors, or an :class:`Inspected`.
+        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors, or one inspected already.
         precision: ``fp32`` or ``bf16``. None means the checkpoint's own, with FP8 as bf16.
 
     Raises:

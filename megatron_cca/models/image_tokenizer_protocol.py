@@ -139,7 +139,7 @@ def fingerprint(facts: Any, state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def placed(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def moved_to(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Move a model to a device and return it.
 
     Raises:

@@ -8,11 +8,11 @@ from megatron_cca.errors import UserError
 
 
 def drawn(logits, uniforms, **options):
-    from megatron_cca.generation.drawing import drawn_codes
+    from megatron_cca.generation.categorical import draw_codes
 
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(uniforms), -1)
     options = {"temperature": 1.0, **options}
-    return drawn_codes(rows, torch.tensor(uniforms, dtype=torch.float64), **options).tolist()
+    return draw_codes(rows, torch.tensor(uniforms, dtype=torch.float64), **options).tolist()
 
 
 LOGITS = np.log([0.1, 0.4, 0.2, 0.3]).tolist()
@@ -99,7 +99,7 @@ def test_contrastive_logits_are_the_ratio_within_the_plausible():
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):
-    from megatron_cca.generation.sampler import SamplingSettings
+    from megatron_cca.generation.decode_loop import SamplingSettings
 
     with pytest.raises(UserError) as error:
         SamplingSettings(**{"height": 4, "width": 4, **options})

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
+from megatron_cca.generation.categorical import NO_CODE, draw_codes
 from megatron_cca.generation.decoder import Decoder, decoding
-from megatron_cca.generation.drawing import NO_CODE, drawn_codes
 from megatron_cca.generation.guidance import contrastive_logits, guided_logits
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -229,4 +229,4 @@ def _codes(logits: Sequence[Tensor], uniforms: Tensor, settings: SamplingSetting
         scores = guided_logits(*logits, settings.guidance_scale)
     else:
         scores = logits[0]
-    return drawn_codes(scores, uniforms, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+    return draw_codes(scores, uniforms, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)

@@ -13,7 +13,7 @@ _BLOCK = 128
 NO_CODE = -1
 
 
-def drawn_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def draw_codes(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Return codes int64 ``[B]``, drawn from the logits with one random number per row.
 
     The codes depend on the arguments alone. A row whose logits are not finite gets ``NO_CODE``.

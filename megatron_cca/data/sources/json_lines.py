@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_cca.data.sources.records import Unreadable
-from megatron_cca.data.sources.texts import parsed_object, printable
+from megatron_cca.data.sources.foreign_text import parsed_object, printable
+from megatron_cca.data.sources.source_protocol import Unreadable
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 

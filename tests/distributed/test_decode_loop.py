@@ -65,7 +65,7 @@ def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
 
 def loaded(checkpoint):
     from megatron_cca.config.load import load_config
-    from megatron_cca.generation.loading import load_for_sampling
+    from megatron_cca.generation.model_loading import load_for_sampling
     from megatron_cca.parallel.process_groups import initialize_distributed
 
     initialize_distributed(load_config())
@@ -110,7 +110,7 @@ def test_drawn_images_follow_the_exact_probabilities(options, passes, toy):
     """All 125 images of three codes: how often each is drawn against its probability by the chain rule, chi-square."""
     from scipy.stats import chisquare
 
-    from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
+    from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 
     vocabulary = toy.architecture.vocabulary
     settings = SamplingSettings(*GRID, batch_size=5000, **options)

@@ -14,21 +14,21 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError
+from megatron_cca.generation.checkpoint_tokenizers import Tokenizers, open_tokenizers
 from megatron_cca.generation.conditions import caption_ids, negative_ids
-from megatron_cca.generation.loading import inspect_for_sampling, load_for_sampling
+from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
+from megatron_cca.generation.model_loading import inspect_for_sampling, load_for_sampling
 from megatron_cca.generation.prompts import Prompt
-from megatron_cca.generation.sampler import ImageRequest, SamplingSettings, sample_codes
-from megatron_cca.generation.tokenizers import Tokenizers, open_tokenizers
 from megatron_cca.models.architecture import Architecture, grid_misfit
 
 # Tokens that pass through the image tokenizer together: 64 images of 16 x 16 codes, or one of Emu3's.
 _TOKENS_DECODED = 16_384
 
-Progress = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class GeneratedImages:
     """Generated images, in the order of the prompts.
 
     Attributes:
@@ -40,7 +40,7 @@ class Pictures:
     codes: np.ndarray
 
 
-class Painter:
+class ImageGenerator:
     """Generates images for prompts with a model.
 
     Args:
@@ -52,15 +52,15 @@ class Painter:
     def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, tokenizers: Tokenizers) -> None:
         self.chunks, self.architecture, self.tokenizers = chunks, architecture, tokenizers
 
-    def paint(
+    def generate(
         self,
         prompts: Sequence[Prompt],
         settings: SamplingSettings,
         *,
         negative: str = "",
-        on_progress: Progress = lambda images: None,
-        on_tokens: Progress = lambda tokens: None,
-    ) -> Pictures:
+        on_progress: OnProgress = lambda images: None,
+        on_tokens: OnProgress = lambda tokens: None,
+    ) -> GeneratedImages:
         """Generate all images and return them on every rank.
 
         Data-parallel ranks share the work. Collective over all ranks.
@@ -86,7 +86,7 @@ class Painter:
         return _gathered(drawn, len(prompts), settings, group)
 
     def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
-        """Return the requests for the sampler. Raises as :meth:`paint` does."""
+        """Return the requests for the sampler. Raises as :meth:`generate` does."""
         vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
         return [
             ImageRequest(self._prompt_ids(prompt.title, caption_ids(vocabulary, text, prompt), settings), prompt.seed)
@@ -96,7 +96,7 @@ class Painter:
     def second_prompt(self, settings: SamplingSettings, negative: str = "") -> np.ndarray | None:
         """Return the second stream's prompt, int64 ``[P]``.
 
-        None where there is one stream. Raises as :meth:`paint` does.
+        None where there is one stream. Raises as :meth:`generate` does.
         """
         if settings.forwards_per_token == 1:
             return None
@@ -108,12 +108,12 @@ class Painter:
         requests: Sequence[ImageRequest],
         settings: SamplingSettings,
         second: np.ndarray | None,
-        on_tokens: Progress = lambda tokens: None,
+        on_tokens: OnProgress = lambda tokens: None,
     ) -> np.ndarray:
         """Draw codes int64 ``[N, h, w]`` for this replica's own requests. Collective over its model-parallel ranks."""
         return sample_codes(self.chunks, self.architecture.vocabulary, requests, settings, second, on_tokens)
 
-    def decoded(self, codes: np.ndarray) -> np.ndarray:
+    def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decode codes int64 ``[N, h, w]`` to images uint8 ``[N, H, W, 3]``."""
         at_once = max(1, _TOKENS_DECODED // (codes.shape[1] * codes.shape[2]))
         parts = torch.from_numpy(codes).split(at_once)
@@ -124,25 +124,25 @@ class Painter:
         requests: Sequence[ImageRequest],
         settings: SamplingSettings,
         second: np.ndarray | None,
-        on_tokens: Progress,
+        on_tokens: OnProgress,
     ) -> tuple[np.ndarray, np.ndarray]:
         codes = self.codes(requests, settings, second, on_tokens)
-        return self.decoded(codes), codes
+        return self.decode(codes), codes
 
     def _prompt_ids(self, title: str, caption: np.ndarray, settings: SamplingSettings) -> np.ndarray:
         vocabulary = self.architecture.vocabulary
-        said = vocabulary.meta_text(1, settings.height, settings.width)
-        words = np.array(self.tokenizers.text.encode(said) if said else [], dtype=np.int64)
-        self._check_length(title, caption, words, settings)
-        return vocabulary.prompt(caption, words)
+        meta_text = vocabulary.meta_text(1, settings.height, settings.width)
+        meta_ids = np.array(self.tokenizers.text.encode(meta_text) if meta_text else [], dtype=np.int64)
+        self._check_length(title, caption, meta_ids, settings)
+        return vocabulary.prompt(caption, meta_ids)
 
-    def _check_length(self, title: str, caption: np.ndarray, words: np.ndarray, settings: SamplingSettings) -> None:
+    def _check_length(self, title: str, caption: np.ndarray, meta_ids: np.ndarray, settings: SamplingSettings) -> None:
         height, width, vocabulary = settings.height, settings.width, self.architecture.vocabulary
         misfit = grid_misfit(self.architecture, 1, height, width)
         if misfit is not None:
             raise UserError(f"grid {height}*{width}: {misfit}")
         positions = self.architecture.max_position_embeddings
-        fixed, whole = (vocabulary.sequence_length(size, len(words), height, width) for size in (0, len(caption)))
+        fixed, whole = (vocabulary.sequence_length(size, len(meta_ids), height, width) for size in (0, len(caption)))
         grid = f"{height}*{width}"
         if fixed > positions:
             raise UserError(f"grid {grid}: takes {fixed} tokens, the model has {positions} positions; take a smaller")
@@ -153,21 +153,21 @@ class Painter:
             )
 
 
-def open_painter(
+def open_image_generator(
     checkpoint: str,
     *,
     text_tokenizer: Path | None = None,
     image_tokenizer: Path | None = None,
     precision: Precision | None = None,
-    before_loading: Callable[[Painter], object] = lambda painter: None,
-) -> Painter:
+    before_loading: Callable[[ImageGenerator], object] = lambda generator: None,
+) -> ImageGenerator:
     """Open a checkpoint for generation, over all ranks of the job. Process groups must be initialised.
 
     Args:
         checkpoint: see :func:`load_for_sampling`.
         text_tokenizer, image_tokenizer: folders. None means those that belong to the checkpoint.
         precision: of the model. None means the checkpoint's.
-        before_loading: called with the painter once it has tokenizers but no weights, to refuse what does not fit.
+        before_loading: called with the generator once it has tokenizers but no weights, to refuse what does not fit.
 
     Raises:
         UserError: see :func:`load_for_sampling` and :func:`open_tokenizers`.
@@ -181,13 +181,13 @@ def open_painter(
         images=image_tokenizer,
         device=platform.device(),
     )
-    painter = Painter([], found.architecture, tokenizers)
-    before_loading(painter)
-    painter.chunks = load_for_sampling(found, precision).chunks
-    return painter
+    generator = ImageGenerator([], found.architecture, tokenizers)
+    before_loading(generator)
+    generator.chunks = load_for_sampling(found, precision).chunks
+    return generator
 
 
-def _parts(requests: Sequence[ImageRequest], size: int, on_progress: Progress) -> Iterator[Sequence[ImageRequest]]:
+def _parts(requests: Sequence[ImageRequest], size: int, on_progress: OnProgress) -> Iterator[Sequence[ImageRequest]]:
     for start in range(0, len(requests), size):
         part = requests[start : start + size]
         yield part
@@ -196,14 +196,14 @@ def _parts(requests: Sequence[ImageRequest], size: int, on_progress: Progress) -
 
 def _gathered(
     drawn: list[tuple[np.ndarray, np.ndarray]], total: int, settings: SamplingSettings, group: dist.ProcessGroup
-) -> Pictures:
+) -> GeneratedImages:
     mine = tuple(np.concatenate(parts) for parts in zip(*drawn, strict=True)) if drawn else None
     everyone = [mine]
     if group.size() > 1:
         everyone = [None] * group.size()
         dist.all_gather_object(everyone, mine, group=group)
     images, codes = ([share[place] for share in everyone if share is not None] for place in (0, 1))
-    return Pictures(_interleaved(images, total), _interleaved(codes, total))
+    return GeneratedImages(_interleaved(images, total), _interleaved(codes, total))
 
 
 def _interleaved(shares: Sequence[np.ndarray], total: int) -> np.ndarray:

@@ -16,12 +16,12 @@ from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
-from megatron_cca.data.text import FILE_NAME as TOKENIZER_FILE
-from megatron_cca.data.text import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
+from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
+from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.architecture import Architecture, own_grid
-from megatron_cca.models.image_tokenizers import ImageTokenizer
+from megatron_cca.models.architecture import Architecture, only_grid
+from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 OPTIONS = ("--text-tokenizer", "--image-tokenizer")
@@ -59,18 +59,19 @@ def open_tokenizers(
         UserError: none found, a damaged one, or one that does not fit the vocabulary; names option or folder.
     """
     with said_of(options[0]):
-        words = _words(checkpoint, config, vocabulary, text)
+        text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
     with said_of(options[1]):
-        codes = open_image_tokenizer(images, device) if images is not None else _images_of(checkpoint, config, device)
-        if codes.codebook_size != vocabulary.codebook_size:
+        given = None if images is None else open_image_tokenizer(images, device)
+        tokenizer = given or _own_image_tokenizer(checkpoint, config, device)
+        if tokenizer.codebook_size != vocabulary.codebook_size:
             raise UserError(
-                f"has a codebook of {codes.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
+                f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
                 "model's own"
             )
-    return Tokenizers(words, codes)
+    return Tokenizers(text_tokenizer, tokenizer)
 
 
-def usual_grid(config: Config) -> tuple[int, int]:
+def default_grid(config: Config) -> tuple[int, int]:
     """Return height and width, in visual tokens, of the images that a model draws.
 
     A model of one grid has that one. For other models it is the only grid of the training data. Where the data are
@@ -80,7 +81,7 @@ def usual_grid(config: Config) -> tuple[int, int]:
         UserError: the released grid is needed, but the model has none or has too few positions for it.
     """
     architecture = resolve_architecture(config.model)
-    own = own_grid(architecture)
+    own = only_grid(architecture)
     if own is not None:
         return own
     grids = {grid for folder in _data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
@@ -108,18 +109,20 @@ def _grids(folder: Path) -> Iterator[tuple[int, int]]:
             yield height, width
 
 
-def _words(checkpoint: Path, config: Config, vocabulary: ImageVocabulary, folder: Path | None) -> TextTokenizer | None:
+def _text_tokenizer(
+    checkpoint: Path, config: Config, vocabulary: ImageVocabulary, folder: Path | None
+) -> TextTokenizer | None:
     if vocabulary.num_classes is not None:
         if folder is not None:
             raise UserError("this model takes classes, not texts; leave it out")
         return None
-    words = open_text_tokenizer(folder) if folder is not None else _text_of(checkpoint, config)
-    if words.size > vocabulary.caption_size:
-        raise UserError(f"has {words.size} words, the model {vocabulary.caption_size}; give the model's own")
-    return words
+    tokenizer = open_text_tokenizer(folder) if folder is not None else _own_text_tokenizer(checkpoint, config)
+    if tokenizer.size > vocabulary.caption_size:
+        raise UserError(f"has {tokenizer.size} words, the model {vocabulary.caption_size}; give the model's own")
+    return tokenizer
 
 
-def _text_of(checkpoint: Path, config: Config) -> TextTokenizer:
+def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
     for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *_data_folders(config)):
         if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_NAME).is_file():
             return open_text_tokenizer(folder)
@@ -129,7 +132,7 @@ def _text_of(checkpoint: Path, config: Config) -> TextTokenizer:
     raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_NAME}")
 
 
-def _images_of(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
+def _own_image_tokenizer(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
     kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
     files = family_of(config.model).image_tokenizer
     if weights.is_dir():

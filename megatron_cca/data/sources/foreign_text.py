@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.sources.records import SourceOptions, Unreadable
+from megatron_cca.data.sources.source_protocol import SourceOptions, Unreadable
 from megatron_cca.errors import one_line, shortened
 from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 

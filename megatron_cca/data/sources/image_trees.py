@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.files import Root, outside_hint, real_folder
-from megatron_cca.data.sources.texts import PackedStrings, printable, unique_names
+from megatron_cca.data.sources.confined_files import Root, outside_hint, real_folder
+from megatron_cca.data.sources.foreign_text import PackedStrings, printable, unique_names
 from megatron_cca.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -36,7 +36,7 @@ def text_beside(root: Root | Path, image: str) -> str | None:
     return next((stem + suffix for suffix in TEXT_SUFFIXES if os.path.lexists(root / (stem + suffix))), None)
 
 
-class PassedOver:
+class UnreadFiles:
     """Counts files that a reader finds and does not read, by kind, with an example of each kind."""
 
     def __init__(self) -> None:
@@ -59,15 +59,15 @@ class PassedOver:
         if not self._counts:
             return None
         kinds = sorted(self._counts.items(), key=lambda found: (-found[1], found[0]))
-        said = [
+        parts = [
             f"{count} {printable(kind)} ({printable(self._examples[kind])})" for kind, count in kinds[:_SHOWN_KINDS]
         ]
         if len(kinds) > _SHOWN_KINDS:
-            said.append(f"{sum(count for _, count in kinds[_SHOWN_KINDS:])} of {len(kinds) - _SHOWN_KINDS} more kinds")
-        return f"not read: {', '.join(said)}"
+            parts.append(f"{sum(count for _, count in kinds[_SHOWN_KINDS:])} of {len(kinds) - _SHOWN_KINDS} more kinds")
+        return f"not read: {', '.join(parts)}"
 
 
-def walked(root: Root | Path, passed: PassedOver | None = None, *, strict: bool = True) -> Iterator[str]:
+def walk_files(root: Root | Path, unread: UnreadFiles | None = None, *, strict: bool = True) -> Iterator[str]:
     """Yield the files below a folder in any order, relative to it, with "/" between folders. Hidden ones are left out.
 
     Args:
@@ -80,20 +80,20 @@ def walked(root: Root | Path, passed: PassedOver | None = None, *, strict: bool 
         UserError: a folder that may not be read, or a symbolic link to a folder outside of the allowed places.
             Following it might lead anywhere, and ignoring it would lose its images without notice.
     """
-    return (name for name, _ in _walked(root if isinstance(root, Root) else real_folder(root), passed, strict))
+    return (name for name, _ in _walk(root if isinstance(root, Root) else real_folder(root), unread, strict))
 
 
-def _walked(root: Root, passed: PassedOver | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
+def _walk(root: Root, unread: UnreadFiles | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
     """Yield each file, and whether it is a symbolic link."""
     waiting, followed = [""], set()
     while waiting:
         here = waiting.pop()
-        for entry in _entries(root / here, None if strict else passed or PassedOver()):
+        for entry in _entries(root / here, None if strict else unread or UnreadFiles()):
             name = f"{here}{entry.name}"
             is_folder = _is_folder(entry)
             if entry.name.startswith("."):
-                if passed is not None:
-                    passed.add(f"{name}/" if is_folder else name)
+                if unread is not None:
+                    unread.add(f"{name}/" if is_folder else name)
             elif not is_folder:
                 yield name, entry.is_symlink()
             elif not entry.is_symlink() or (reason := _why_not_entered(root, name, followed)) is None:
@@ -104,13 +104,13 @@ def _walked(root: Root, passed: PassedOver | None, strict: bool = True) -> Itera
                 yield f"{name}/", True
 
 
-def _entries(folder: Path, passed: PassedOver | None) -> list[os.DirEntry]:
+def _entries(folder: Path, unread: UnreadFiles | None) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        if passed is not None:
-            passed.add(f"{folder}/", "folders that may not be read")
+        if unread is not None:
+            unread.add(f"{folder}/", "folders that may not be read")
             return []
         raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read") from None
 
@@ -148,22 +148,22 @@ class ImageTree:
         others: files at the top that are read in another way.
 
     Raises:
-        UserError: no images, only links that leave the folder, or what :func:`walked` refuses.
+        UserError: no images, only links that leave the folder, or what :func:`walk_files` refuses.
     """
 
     def __init__(self, root: Root, *, wants_texts: bool = False, others: Iterable[str] = ()) -> None:
-        self._passed, self._outside, self._targets = PassedOver(), 0, []
+        self._unread, self._outside, self._targets = UnreadFiles(), 0, []
         found, texts, known = [], [], frozenset(others)
-        for name, is_link in _walked(root, self._passed):
+        for name, is_link in _walk(root, self._unread):
             if is_image(name):
                 found.append(name)
                 self._count_link(root, name, is_link)
             elif wants_texts and name.endswith(TEXT_SUFFIXES):
                 texts.append(name)
             elif name not in known:
-                self._passed.add(name)
+                self._unread.add(name)
         if not found:
-            found_instead = f"; {line}" if (line := self._passed.line()) else ""
+            found_instead = f"; {line}" if (line := self._unread.line()) else ""
             raise UserError(
                 f"{printable(str(root))} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){found_instead}"
             )
@@ -182,9 +182,9 @@ class ImageTree:
         return hashlib.sha256(b"%d\0" % len(self) + self.paths.blob)
 
     def notices(self) -> list[str]:
-        """See :class:`~megatron_cca.data.sources.records.Source`."""
+        """See :class:`~megatron_cca.data.sources.source_protocol.Source`."""
         outside = [self._outside_line(len(self))] if self._outside else []
-        line = self._passed.line()
+        line = self._unread.line()
         return outside + ([line] if line else [])
 
     def _count_link(self, root: Root, name: str, is_link: bool) -> None:
@@ -201,6 +201,6 @@ class ImageTree:
         )
 
 
-def hashes(names: Iterable[str]) -> np.ndarray:
+def name_hashes(names: Iterable[str]) -> np.ndarray:
     """Return a number for each name, int64 ``[N]``. Equal names have equal numbers within this process."""
     return np.array(array("q", map(hash, names)), dtype=np.int64)

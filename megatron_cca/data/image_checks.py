@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def judge(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
+def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
     """Check that an image can be used, and return its size. Pillow decodes it to find damage.
 
     Grey, palette, 1-bit and alpha images are accepted. Alpha is dropped.
@@ -47,7 +47,7 @@ def stored_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image:
         limits: of an image.
 
     Raises:
-        Rejected: as :func:`judge`.
+        Rejected: as :func:`check_image`.
     """
     with _opened(read_header(data, limits)) as image:
         return image.convert("RGB")

@@ -61,7 +61,7 @@ def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, in
         return
     *_, frames, height, width = record.codes.shape
     if (frames, height, width) != (1, *grid):
-        found, own = (_sized(one, record.pixels_per_code) for one in ((height, width), grid))
+        found, own = (_grid_text(one, record.pixels_per_code) for one in ((height, width), grid))
         or_else = f", or, for a model of these, --grid {height} {width}" if (frames, height) == (1, width) else ""
         raise UserError(f"--source: {record.name} has {found}, the model takes {own}; give codes of that size{or_else}")
     if record.codes.max() >= size:
@@ -70,8 +70,8 @@ def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, in
         )
 
 
-def _sized(grid: tuple[int, int], pixels_per_code: int | None) -> str:
-    said = f"{grid[0]} x {grid[1]} codes"
+def _grid_text(grid: tuple[int, int], pixels_per_code: int | None) -> str:
+    text = f"{grid[0]} x {grid[1]} codes"
     if pixels_per_code is None:
-        return said
-    return f"{said} ({grid[0] * pixels_per_code} x {grid[1] * pixels_per_code} pixels)"
+        return text
+    return f"{text} ({grid[0] * pixels_per_code} x {grid[1] * pixels_per_code} pixels)"

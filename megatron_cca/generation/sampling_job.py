@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from megatron_cca import __version__, platform
 from megatron_cca.errors import UserError
-from megatron_cca.generation import files
-from megatron_cca.generation.best_of import SCORER, Scorer, best, candidates, cut_prompts
-from megatron_cca.generation.painting import Painter
+from megatron_cca.generation import sample_files
+from megatron_cca.generation.best_of import SCORER, Scorer, best_candidates, candidates, cut_prompts
+from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings
+from megatron_cca.generation.image_generator import ImageGenerator
 from megatron_cca.generation.prompts import Prompt
-from megatron_cca.generation.sampler import ImageRequest, SamplingSettings
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.outputs import check_output, claimed, staging
 
@@ -31,7 +31,7 @@ _ON_SHEET = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """What to draw and where to put it.
 
     Attributes:
@@ -76,52 +76,52 @@ class _Share:
     scores: list[float]
 
 
-def check_job_output(job: Job) -> None:
+def check_sampling_output(job: SamplingJob) -> None:
     """Refuse an output folder that holds something else. Called on rank 0, before a model is loaded.
 
     Raises:
         UserError: names what it holds.
     """
     with claimed(job.output):
-        check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+        check_output(job.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
 
 
-def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.ndarray | None]:
-    """Return the requests for the sampler and the second stream's prompt. The painter needs no weights for it.
+def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
+    """Return the requests for the sampler and the second stream's prompt. The generator needs no weights for it.
 
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
-    if job.suffix and painter.architecture.vocabulary.num_classes is not None:
+    if job.suffix and generator.architecture.vocabulary.num_classes is not None:
         raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
     prompts = [
         replace(prompt, text=None if prompt.text is None else prompt.text + job.suffix) for prompt in job.prompts
     ]
-    return painter.requests(prompts, job.settings), painter.second_prompt(job.settings, job.negative)
+    return generator.requests(prompts, job.settings), generator.second_prompt(job.settings, job.negative)
 
 
-def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
+def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | None = None) -> Speed:
     """Draw everything. Collective over all ranks, which must share a file system.
 
     Raises:
         UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
     """
-    requests, second = job_requests(job, painter)
+    requests, second = sampling_requests(job, generator)
     partial = job.output / _PARTIAL
     leads = dist.get_rank() == 0
     with ExitStack() as stack:
         if leads:
             stack.enter_context(claimed(job.output))
-            check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+            check_output(job.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
             stack.enter_context(staging(partial, 0))
-            (partial / files.IMAGES).mkdir()
+            (partial / sample_files.IMAGES).mkdir()
             cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
             if cut is not None and (line := cut.line()) is not None:
                 print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
         dist.barrier()
         started = time.perf_counter()
         bar = stack.enter_context(_bar(job) if leads else nullcontext())
-        share = _draw_share(job, painter, scorer, requests, second, partial, bar)
+        share = _draw_share(job, generator, scorer, requests, second, partial, bar)
         shares = _collected(share)
         seconds = time.perf_counter() - started
         if leads:
@@ -133,12 +133,12 @@ def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
     return Speed(tokens / seconds, kept / seconds)
 
 
-def _bar(job: Job) -> tqdm:
+def _bar(job: SamplingJob) -> tqdm:
     total = len(job.prompts) * job.best_of * job.settings.height * job.settings.width
     return tqdm(total=total, unit="token", unit_scale=True, desc=job.output.name, disable=None)
 
 
-def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
+def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
     replicas = parallel_state.get_data_parallel_world_size()
 
     def on_tokens(count: int) -> None:
@@ -147,17 +147,17 @@ def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, 
 
     share = _Share([], [], [])
     for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.best_of)):
-        codes = painter.codes(
+        codes = generator.codes(
             candidates([requests[place] for place in places], job.best_of), job.settings, second, on_tokens
         )
         if not _writes():
             continue
-        images = painter.decoded(codes)
+        images = generator.decode(codes)
         if scorer is not None:
-            choice = best(scorer, images, [job.prompts[place].title for place in places], job.best_of)
+            choice = best_candidates(scorer, images, [job.prompts[place].title for place in places], job.best_of)
             codes, images = codes[choice.indices], images[choice.indices]
             share.scores.extend(choice.scores.tolist())
-        files.write_images(partial, places, images)
+        sample_files.write_images(partial, places, images)
         share.places.extend(places)
         share.codes.extend(codes)
         if bar is not None:
@@ -187,7 +187,7 @@ def _collected(share: _Share) -> list[_Share]:
 
 
 def _finish(
-    job: Job, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share], facts: dict[str, int]
+    job: SamplingJob, requests: Sequence[ImageRequest], partial: Path, shares: Sequence[_Share], facts: dict[str, int]
 ) -> None:
     """Join what all replicas wrote and move it into the output folder. ``settings.json`` comes last."""
     count = len(job.prompts)
@@ -201,19 +201,19 @@ def _finish(
             codes[place] = share.codes[turn]
             if share.scores:
                 rows[place]["score"] = share.scores[turn]
-    np.save(partial / files.CODES, codes)
-    files.write_prompts(partial, rows)
+    np.save(partial / sample_files.CODES, codes)
+    sample_files.write_prompts(partial, rows)
     labels = [prompt.label for prompt in job.prompts]
     if job.npz:
-        files.write_npz(partial, count, None if None in labels else labels)
-    shown = on_sheet(count)
-    images = [files.read_image(partial, place) for place in shown]
-    contact_sheet(partial / files.SHEET, images, [job.prompts[place].title for place in shown])
-    (partial / files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
+        sample_files.write_npz(partial, count, None if None in labels else labels)
+    shown = sheet_indices(count)
+    images = [sample_files.read_image(partial, place) for place in shown]
+    contact_sheet(partial / sample_files.SHEET, images, [job.prompts[place].title for place in shown])
+    (partial / sample_files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
     _place(partial, job.output)
 
 
-def on_sheet(count: int) -> list[int]:
+def sheet_indices(count: int) -> list[int]:
     """Return the indices of the images on the contact sheet.
 
     They are spread evenly, since the first may share one prompt.
@@ -221,7 +221,7 @@ def on_sheet(count: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, _ON_SHEET)).round().astype(int).tolist()
 
 
-def _record(job: Job) -> dict:
+def _record(job: SamplingJob) -> dict:
     return {
         "checkpoint": job.checkpoint,
         "sampling": asdict(job.settings),
@@ -238,10 +238,10 @@ def _record(job: Job) -> dict:
 
 
 def _place(partial: Path, output: Path) -> None:
-    for name in sorted(files.FORMER, key=lambda name: name != files.SETTINGS):
+    for name in sorted(sample_files.FORMER, key=lambda name: name != sample_files.SETTINGS):
         former = output / name
         shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
-    for name in sorted(files.FORMER, key=lambda name: name == files.SETTINGS):
+    for name in sorted(sample_files.FORMER, key=lambda name: name == sample_files.SETTINGS):
         if (partial / name).exists():
             (partial / name).rename(output / name)
     partial.rmdir()

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_cca.data.sources.files import Root, is_folder, read_below, real_folder
+from megatron_cca.data.sources.confined_files import Root, is_folder, read_below, real_folder
+from megatron_cca.data.sources.foreign_text import caption_of, printable, tidy
 from megatron_cca.data.sources.hf_columns import caption_column
 from megatron_cca.data.sources.hf_files import METADATA, Opened, is_saved, open_folder
-from megatron_cca.data.sources.records import Record, Source, SourceOptions, Unreadable, checked_index
-from megatron_cca.data.sources.texts import caption_of, printable, tidy
-from megatron_cca.data.sources.trees import hashes, is_image, walked
+from megatron_cca.data.sources.image_trees import is_image, name_hashes, walk_files
+from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def recognises(path: Path, options: SourceOptions) -> bool:
         return False
     if is_saved(path):
         return True
-    files = islice(walked(real_folder(path, options.allow_outside), strict=False), _LOOKED_AT)
+    files = islice(walk_files(real_folder(path, options.allow_outside), strict=False), _LOOKED_AT)
     return any(PurePosixPath(file).name in METADATA or file.endswith((".parquet", ".arrow")) for file in files)
 
 
@@ -106,8 +106,8 @@ class DatasetRows:
         """See :class:`Source`. Walks through the folder if the data are a list of its images."""
         lines = [*self._opened.notices, *self._others]
         if self._opened.lists_images:
-            listed = hashes(os.path.relpath(path, self._root) for path in self._paths())
-            images = hashes(name for name in walked(self._root, strict=False) if is_image(name))
+            listed = name_hashes(os.path.relpath(path, self._root) for path in self._paths())
+            images = name_hashes(name for name in walk_files(self._root, strict=False) if is_image(name))
             if unlisted := int((~np.isin(images, listed)).sum()):
                 lines.insert(
                     0, f"{unlisted} of {len(images)} images that lie there are in no metadata and are not read"
