@@ -17,7 +17,7 @@ EDITED = [
     "io",
     "models/emu3",
     "models/formats.py",
-    "models/image_tokenizers.py",
+    "models/image_tokenizer_protocol.py",
     "models/image_vocabulary.py",
     "models/llamagen",
     "models/torch_file.py",
