@@ -24,6 +24,8 @@ EDITED = [
     "models/torch_file.py",
     "models/weight_map.py",
     "models/weight_sets.py",
+    "parallel",
+    "platform",
     "reporting.py",
     "signals.py",
     "version.py",
