@@ -1,6 +1,6 @@
-"""Everything that patches or reaches into Megatron-Core and Transformer Engine where they have no public door.
+"""Everything that patches or uses internals of Megatron-Core and Transformer Engine, where no public API exists.
 
-One file for each concern. Its head says why it is needed, and which version it is for. Its ``RELIED_ON`` lists the
-names that it needs and how each of them must look. ``tests/unit/test_megatron_contract.py`` checks every one of them,
-so that an upgrade of Megatron-Core fails there, by name.
+There is one file for each concern. Its docstring says why it is needed, and for which version. Its ``RELIED_ON`` lists
+the names that it needs, and what must be true of each. ``tests/unit/test_megatron_contract.py`` checks all of them. So
+an incompatible version of Megatron-Core fails there, and the test names what changed.
 """

@@ -1,7 +1,7 @@
-"""Where Megatron-Core 0.19.2 names CUDA itself, on a path that training, saving or loading takes.
+"""The modules of Megatron-Core 0.19.2 that name CUDA in code for training, saving or loading.
 
-A CPU has no such device. The modules below see another ``torch``, whose factories place on the CPU what a module places
-on ``"cuda"``. The tracker of random states asks for the CPU's state instead of a GPU's.
+A CPU has no such device. The modules below get another ``torch``. Its factories create tensors on the CPU where a
+module asks for ``"cuda"``. The tracker of random states uses the CPU's state instead of a GPU's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from megatron_cca.megatron_compat.relied_on import ReliedOn
 
-# Modules below megatron.core with a literal device, with streams of their own or with page-locked memory; a word of it.
+# Modules below megatron.core that name the device, make streams or pin memory, each with text from that code.
 _MODULES = {
     "pipeline_parallel.schedules": "cuda",
     "distributed.distributed_data_parallel": "cuda",
@@ -53,7 +53,7 @@ RELIED_ON = (
 
 
 def replace_torch(torch_on_cpu: Any) -> None:
-    """Let the modules that name CUDA see ``torch_on_cpu`` as ``torch``, and the CPU's random state as a GPU's."""
+    """Give ``torch_on_cpu`` as ``torch`` to the modules that name CUDA, and the CPU's random state as a GPU's."""
     for name in _MODULES:
         importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu
     random = importlib.import_module(_RANDOM)

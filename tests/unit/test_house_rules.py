@@ -16,6 +16,7 @@ EDITED = [
     "errors.py",
     "generation",
     "io",
+    "megatron_compat",
     "models/emu3",
     "models/formats.py",
     "models/image_tokenizers.py",
