@@ -66,7 +66,7 @@ def fed_token_by_token[Attention: torch.nn.Module](
         gpt: the model, without wrappers.
         new_attention: makes the replacement of a layer's core attention, from layer number and softmax scale.
 
-    Yields:
+    Returns:
         The replacements, in the order of the layers.
     """
     with ExitStack() as stack:

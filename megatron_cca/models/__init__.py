@@ -19,7 +19,14 @@ from megatron_cca.models.llamagen.weights import LlamaGenWeightsFile
 
 @dataclass(frozen=True)
 class Family:
-    """Named sizes, the smallest of which is called FAMILY-tiny; what checkpoints and image tokenizers look like."""
+    """A model family.
+
+    Attributes:
+        presets: named sizes. The name of the smallest one is FAMILY-tiny.
+        huggingface: format of its checkpoints on Hugging Face. None if there are none.
+        image_tokenizer: the files of its image tokenizer. None if it has none.
+        weights_file: format of its authors' own weights files. None if there are none.
+    """
 
     presets: dict[str, Architecture]
     huggingface: HuggingFaceFormat | None = None
@@ -34,10 +41,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def resolve_architecture(config: ModelConfig) -> Architecture:
-    """The architecture that a ``model`` section describes: its preset with the given sizes put in.
+    """Return the architecture of a ``model`` section: its preset, with the sizes that the section sets.
 
     Raises:
-        UserError: an unknown preset.
+        UserError: the preset is not known.
     """
     presets = {name: preset for family in FAMILIES.values() for name, preset in family.presets.items()}
     if config.name not in presets:
@@ -46,32 +53,32 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
 
 
 def explicit(config: Config) -> Config:
-    """The configuration with the model's preset resolved into sizes: what a checkpoint records."""
+    """Return the configuration with every size of the model's preset written out, as a checkpoint records it."""
     return replace(config, model=with_explicit_sizes(config.model, resolve_architecture(config.model)))
 
 
 def sizes_beside_preset(config: ModelConfig) -> dict[str, Any]:
-    """The keys that a configuration needs for such a model: its preset's name, and every size that is not the preset's.
+    """Return the keys that a configuration needs for a model: the preset's name, and sizes that differ from the preset.
 
     Args:
         config: a ``model`` section with every size.
 
     Returns:
-        Empty where the preset alone would do.
+        Values by key. Empty if the preset alone is enough.
     """
     preset = with_explicit_sizes(ModelConfig(name=config.name), resolve_architecture(ModelConfig(name=config.name)))
     own = {key: value for key, value in vars(config).items() if value != getattr(preset, key)}
-    # It follows from the two sizes of a vocabulary of classes.
+    # For classes, vocab_size follows from codebook_size and num_classes.
     own = {key: value for key, value in own.items() if key != "vocab_size" or config.num_classes is None}
     return {"name": config.name, **own} if own else {}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a ``model`` section's preset belongs to; the preset must be known."""
+    """Return the family of a ``model`` section's preset. The preset must be known."""
     return next(family for family in FAMILIES.values() if config.name in family.presets)
 
 
 def tiny_architecture(config: ModelConfig) -> Architecture:
-    """The smallest model of a ``model`` section's family, for laptops and tests; the preset must be known."""
+    """Return the smallest model of a ``model`` section's family, for laptops and tests. The preset must be known."""
     name = next(name for name, family in FAMILIES.items() if config.name in family.presets)
     return FAMILIES[name].presets[f"{name}-tiny"]

@@ -166,13 +166,13 @@ class ImageTokenizerFiles(Protocol):
         """Return whether a file or folder looks like one, by names alone."""
 
     def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
-        """The image tokenizer in a file or folder that was recognised.
+        """Open the image tokenizer in a file or folder that was recognised.
 
         Args:
-            path: where its files lie.
-            device: where it runs.
-            weights: the folder of its tensors where they travel with a checkpoint; None means that they lie there too.
+            path: the file or folder.
+            device: the device that it runs on.
+            weights: the folder of its tensors, for the files in a checkpoint. None means that they are in ``path``.
 
         Raises:
-            UserError: a missing or damaged file, or one of another model; names it.
+            UserError: a file is missing or damaged, or is of another model. Names the file.
         """
