@@ -1,4 +1,4 @@
-"""Compute the frozen reference's log-probabilities once, so that training needs no second model."""
+"""Compute the log-probabilities of the frozen reference once, so that training does not need a second model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_cca.training.checks import check_dropout, check_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot run, fill the cache."""
+    """Parse the command line, check the configuration, and fill the cache."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(("nvidia",), "data"):
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 def _with_own_reference(config: Config) -> Config:
     if config.objective.name == "next_token":
         raise UserError("objective.name: next_token has no reference; nothing to compute")
-    # Asked before the strategy counts as another one here: what dropout drew once must not be kept.
+    # The strategy changes below. Check dropout as for "cached": a cache would keep one random draw of the masks.
     check_dropout(replace(config, reference=replace(config.reference, strategy="cached")))
     strategy = "offload" if config.reference.strategy == "offload" else "resident"
     return replace(config, reference=replace(config.reference, strategy=strategy, cache=None))
