@@ -34,7 +34,7 @@ _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
 
 @contextmanager
 def plain_data_only(stored: StoredTensors) -> Iterator[None]:
-    """Prevent that Megatron runs code from a checkpoint that it reads within the block.
+    """Prevent Megatron from running code of a checkpoint that it reads within the block.
 
     Args:
         stored: the checkpoint. Its index is already read and checked.

@@ -210,7 +210,7 @@ def _slices(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> 
 
 
 class _Into(DefaultLoadPlanner):
-    """Plan that lets torch's reader write into one tensor."""
+    """Planner that lets torch's reader write into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

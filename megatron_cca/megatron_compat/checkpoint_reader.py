@@ -36,7 +36,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @contextmanager
 def replaced_reading(folder: Path, index: Metadata, load: Callable[[bytes, str], Any]) -> Iterator[None]:
-    """Prevent that Megatron-Core itself unpickles anything of a checkpoint within the block.
+    """Prevent Megatron-Core from unpickling anything of a checkpoint itself within the block.
 
     Args:
         folder: folder of the checkpoint. No other checkpoint can be read within the block.

@@ -49,7 +49,7 @@ _FIXED = {
 
 
 class Emu3HuggingFace:
-    """See :class:`megatron_cca.models.huggingface.HuggingFaceFormat`."""
+    """See :class:`megatron_cca.models.formats.HuggingFaceFormat`."""
 
     weights = EMU3_WEIGHTS
     marker = "model.embed_tokens.weight"

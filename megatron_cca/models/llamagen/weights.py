@@ -40,7 +40,7 @@ LLAMAGEN_WEIGHTS = WeightMap(
 
 
 class LlamaGenWeightsFile:
-    """See :class:`megatron_cca.models.weights_file.WeightsFileFormat`."""
+    """See :class:`megatron_cca.models.formats.WeightsFileFormat`."""
 
     weights = LLAMAGEN_WEIGHTS
     # Keys that the authors' and CCA's samplers look for, in their order. A file of an FSDP run has none of them.
