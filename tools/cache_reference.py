@@ -1,4 +1,4 @@
-"""Compute the frozen reference's log-probabilities once, so that training needs no second model."""
+"""Compute the log-probabilities of the frozen reference once, so that training does not need a second model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_cca.training.checks import check_dropout, check_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot run, fill the cache."""
+    """Parse the command line, check the configuration, and fill the cache."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(("nvidia",), "data"):

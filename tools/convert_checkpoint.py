@@ -1,4 +1,4 @@
-"""Bring checkpoints in from Hugging Face and out again, and prove that nothing was lost."""
+"""Import checkpoints from Hugging Face, export them again, and verify that nothing was lost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LAYOUT_HELP = "refuse a model that cannot be split so; the output itself loads 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
+    """Parse the command line, and convert or verify. ``verify`` exits with status 3 if the two sides differ."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(("safetensors", "transformers"), "hf"):
         if "output" in arguments:

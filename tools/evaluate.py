@@ -1,4 +1,4 @@
-"""Judge sets of images: FID, sFID, Inception Score, KID, precision and recall, class accuracy, CLIP score."""
+"""Evaluate sets of images: FID, sFID, Inception Score, KID, precision and recall, class accuracy, CLIP score."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PACKAGES = ("matplotlib", "PIL", "scipy", "sklearn", "torch_fidelity", "torchvi
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot be evaluated, write the report and print the table."""
+    """Parse the command line, check the inputs, write the report, and print the table."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         _evaluate(arguments)
@@ -106,7 +106,7 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
 
 
 def _named(samples: list[str]) -> dict[str, str]:
-    """Name -> path."""
+    """Return the path of each set of images, by name."""
     found: dict[str, str] = {}
     for text in samples:
         name, separator, path = text.partition("=")
@@ -148,7 +148,7 @@ def _numbers(arguments: argparse.Namespace, metrics: tuple[str, ...] | None) -> 
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    # Imported late: --help need not wait for it.
+    # Import late, so that --help is fast.
     from megatron_cca.lab.evaluation.planning import check
     from megatron_cca.lab.evaluation.report import reserved
 
@@ -168,7 +168,7 @@ def _run(arguments: argparse.Namespace, settings: EvaluationSettings) -> None:
         platform.install(arguments.device)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    # Imported late: the scans' module imports Megatron-Core, before which the platform must be installed.
+    # Import late: the module of the scans imports Megatron-Core. The platform must be installed before.
     from megatron_cca.lab.evaluation.evaluate import evaluate
     from megatron_cca.lab.evaluation.report import table, write_report
 

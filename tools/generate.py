@@ -36,7 +36,7 @@ _PACKAGES = ("matplotlib", "PIL", "safetensors", "sklearn", "tiktoken", "transfo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot be drawn, draw."""
+    """Parse the command line, check the options, and draw the images."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
@@ -266,7 +266,7 @@ def _prompts(arguments: argparse.Namespace, checkpoint: InspectedCheckpoint) -> 
 
 
 def _say_hashes(prompts: list[Prompt]) -> None:
-    """A prompt may begin with "#", and so may what somebody meant as a comment."""
+    """Tell how many prompts begin with "#". The user can have meant them as comments."""
     hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
     if hashes and os.environ.get("RANK", "0") == "0":
         print(
@@ -275,7 +275,7 @@ def _say_hashes(prompts: list[Prompt]) -> None:
 
 
 def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
-    """By label; None for a class without a name."""
+    """Return the caption of each label. None for a class without a name."""
     from megatron_cca.data import DIGITS
     from megatron_cca.generation.prompts import digit_classes, read_class_captions
 

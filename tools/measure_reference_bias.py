@@ -1,4 +1,4 @@
-"""Measure how far apart precision alone moves a policy and its reference, and which beta is safe with it."""
+"""Measure how much precision alone makes a policy and its reference differ, and which beta is safe then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_cca.reporting import reported_tool_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, refuse what cannot be measured, print the table."""
+    """Parse the command line, check the options, measure, and print the table."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(("matplotlib",), "eval"):
         _check(arguments)
@@ -71,7 +71,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--output: the folder {output.parent} does not exist")
     if output is not None:
         check_writable(output)
-        # Wanted at the end only; its lack is better known now.
+        # Only the end of the program needs it. If it is missing, report it now.
         import matplotlib  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Plan a run before it costs anything: which layout fits, how fast it will be, and why the others are not it."""
+"""Plan a run before it costs anything: which layout fits, how fast it will be, and why other layouts are worse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ against published runs, none of them of this program: measure your own with tool
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and do what it says."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command: whose run it is about."""
+    """Add the options of every command, which name the run."""
     parser.add_argument("--config", required=True, type=path_option, metavar="FILE", help="the run's YAML file")
     parser.add_argument(
         "--set",
@@ -67,7 +67,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """How long the rows are."""
+    """Add the options that give the length of the rows."""
     parser.add_argument(
         "--image-grid",
         metavar="HxW",
@@ -144,11 +144,11 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
 
 
 def _settings(kind: type, arguments: argparse.Namespace) -> Any:
-    """The options, which have the names of the settings that they are."""
+    """Return settings of a class ``kind`` from the options with the names of its fields."""
     return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
 
 
-# What each does is imported late: --help need not wait for it.
+# Each command imports its code late, so that --help is fast.
 def _search(arguments: argparse.Namespace) -> None:
     from megatron_cca.lab.planner.program import PlanSettings, run_search
 

@@ -1,4 +1,4 @@
-"""Run a study: methods compared at equal budget over several seeds, from one YAML file to a table and its plots."""
+"""Run a study: compare methods at equal budget over several seeds. It turns one YAML file into a table and plots."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ file holds.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, do what is missing, write the results."""
+    """Parse the command line, do the runs that are missing, and write the results."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(("sklearn", "matplotlib", "torch_fidelity"), "eval"):
         if arguments.workers < 1:
             raise UserError(f"--workers: must be 1 or more, found {arguments.workers}")
         check_writable(arguments.output)
-        # Imported late, for the options above are told in no time.
+        # Import late, so that errors in the options above appear fast.
         from megatron_cca.lab.studies.program import run_study
 
         run_study(arguments.study, arguments.output, arguments.workers, arguments.device)

@@ -1,4 +1,4 @@
-"""Turn captioned images into token shards for training, and look at shards."""
+"""Convert captioned images to token shards for training, and inspect shards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LAYOUTS = """where the images and captions are. Layouts (recognised from what l
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, then tokenise or inspect."""
+    """Parse the command line, and tokenise or inspect."""
     arguments = _parser().parse_args(argv)
     with reported_tool_errors(_PACKAGES, "data,eval,hf"):
         arguments.run(arguments)
@@ -180,7 +180,7 @@ def _command(commands, name: str, run: Callable, text: str) -> argparse.Argument
 
 
 def _threads() -> int:
-    """This process's share of the machine's cores."""
+    """Return this process's share of the machine's cores."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -255,7 +255,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _sizes(model: str) -> ModelConfig | None:
-    """Of a checkpoint; None where it is a preset's name."""
+    """Return the sizes in a checkpoint. None if ``model`` is the name of a preset."""
     from megatron_cca.checkpoint import layout
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import FAMILIES
@@ -282,7 +282,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _picture(arguments: argparse.Namespace) -> Path:
-    """Where the contact sheet goes; never in the place of a shard's own file."""
+    """Return the path of the contact sheet. It must end in .png, so that it never replaces a file of the shards."""
     folder = arguments.shards.resolve()
     picture = arguments.picture or folder.with_name(f"{folder.name}.png")
     if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():

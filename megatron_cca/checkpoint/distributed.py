@@ -32,17 +32,22 @@ from megatron_cca.megatron_compat.optimizer_state import (
 )
 from megatron_cca.models.low_rank import settings_of
 
-# The one sharding of the optimizer's state that any other TP x PP x DP can load.
+# Only this sharding of the optimizer state loads at any other TP x PP x DP.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
-    """Fill this rank's model chunks from a whole checkpoint; collective over all ranks.
+    """Load the weights of a whole checkpoint into this rank's model chunks. Collective over all ranks.
 
-    A LoRA run's adapters are merged into the weights, unless the chunks have adapters themselves.
+    The adapters of a LoRA run are merged into the weights, unless the chunks have adapters themselves.
+
+    Args:
+        folder: the checkpoint's own folder.
+        chunks: this rank's model chunks.
+        key: the configuration key that named the checkpoint, for messages.
 
     Raises:
-        UserError: a damaged file, tensors missing or misshapen; ``key`` says which key named the checkpoint.
+        UserError: a file is damaged, or a tensor is missing or has another shape.
     """
     problem = check_whole_together(folder, key)
     if problem is not None:
@@ -59,13 +64,13 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
 
 
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
-    """Fill model chunks, with their adapters, and optimizer from any layout's checkpoint; collective over all ranks.
+    """Load weights, adapters and optimizer state from a checkpoint of any layout. Collective over all ranks.
 
-    The optimizer keeps its settings, such as betas, which are the configuration's. The checkpoint must have been found
-    whole (:func:`integrity.newest_whole`).
+    The optimizer keeps the settings of the configuration, such as betas. :func:`integrity.newest_whole` must have
+    checked the checkpoint before.
 
     Raises:
-        UserError: see :func:`check_master_weights`; tensors missing or misshapen.
+        UserError: see :func:`check_master_weights`; also if a tensor is missing or has another shape.
     """
     check_master_weights(StoredTensors(folder, key))
     state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
@@ -76,9 +81,9 @@ def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, 
 
 
 def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool = True) -> dict:
-    """What Megatron saves and loads: this rank's shards under their global names. Collective over all ranks."""
-    # Megatron keeps process groups in the metadata that it is given, which outlive their layout there.
-    # The tensors carry global names, so that a chunk's place in this dict does not bind the checkpoint to a layout.
+    """Return this rank's shards under their global names, for Megatron to save or load. Collective over all ranks."""
+    # Megatron stores process groups in the metadata. A copy for each call keeps old groups out of the next layout.
+    # The tensors have global names. So a chunk's key in this dict does not bind the checkpoint to a layout.
     state = {f"model{index}": chunk.sharded_state_dict(metadata=dict(_METADATA)) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
         with padding_between_buckets(optimizer):
@@ -89,12 +94,12 @@ def state_dict(chunks: list[torch.nn.Module], optimizer=None, is_loading: bool =
 
 
 def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iteration: int) -> dict:
-    """What a checkpoint holds: :func:`state_dict`, and what plain Megatron asks for. Collective over all ranks.
+    """Return the state to save: :func:`state_dict` and what plain Megatron needs. Collective over all ranks.
 
     Args:
         chunks: this rank's model chunks, without DDP.
-        optimizer: Megatron's, or None.
-        config: of the run.
+        optimizer: Megatron's optimizer, or None.
+        config: the run's configuration.
         iteration: number of completed steps.
     """
     state = state_dict(chunks, optimizer, is_loading=False)
@@ -108,7 +113,7 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
 
 
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
-    """Give the chunks what :func:`_load` has read."""
+    """Copy the state that :func:`_load` returned into the chunks."""
     with checked_extra_states():
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(state[f"model{index}"])

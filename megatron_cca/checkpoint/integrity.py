@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Every file's content against its recorded checksum."""
+"""Check that a checkpoint is undamaged: compare the content of each file with its recorded checksum."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from megatron_cca.parallel.across_ranks import attempted_on_rank_0, described, first_problem
 
-# Policy and reference often come from one checkpoint; an unchanged file is not read again.
+# Policy and reference often load one checkpoint. An unchanged file is read only once.
 _known_good: set[tuple] = set()
 _MASTER = "optimizer.state.param."
-# bf16 keeps 8 bits of a number. Masters in fp16 share one scale, which costs the smallest of them more.
+# bf16 has 8 bits of precision. Master weights in fp16 share one scale, so the smallest of them lose more.
 _OF_A_WEIGHT, _OF_THE_LARGEST = 2.0**-8, 2.0**-24
 
 
 def check_whole(folder: Path, key: str) -> dict:
-    """Refuse a checkpoint with a damaged file; reads every byte.
+    """Refuse a checkpoint with a damaged file. Reads every byte.
 
     Args:
         folder: the checkpoint's own folder.
-        key: where the user named it, for messages.
+        key: the key or option that named the checkpoint, for messages.
 
     Returns:
-        Its summary.
+        The summary of the checkpoint.
 
     Raises:
-        UserError: see :func:`layout.read_summary`; a file whose content is not what was written; names it.
+        UserError: see :func:`layout.read_summary`; also if a file's content is not what was written. Names the file.
     """
     summary = layout.read_summary(folder, key)
     _check_contents(folder, key, summary["files"], summary["files"])
@@ -41,14 +41,14 @@ def check_whole(folder: Path, key: str) -> dict:
 
 
 def check_whole_together(folder: Path, key: str) -> str | None:
-    """What is wrong with a checkpoint, or None; each rank reads its share. Collective over all ranks."""
+    """Return what is wrong with a checkpoint, or None. Each rank reads its share. Collective over all ranks."""
     return first_problem(_problem(folder, key, dist.get_rank(), dist.get_world_size()))
 
 
 def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
     try:
         files = layout.read_summary(folder, key)["files"]
-        # The largest first, in turns, so that each rank has about as much to read.
+        # Ranks take turns, the largest file first, so that all read about as many bytes.
         names = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks]
         _check_contents(folder, key, files, names)
     except UserError as error:
@@ -77,8 +77,8 @@ class Newest:
     """The checkpoint that a run continues from.
 
     Attributes:
-        iteration: its number of completed steps.
-        passed_over: why newer ones, or the latest-file, were not followed; one line each.
+        iteration: number of completed steps of this checkpoint.
+        passed_over: why newer checkpoints or the latest-file were ignored, one line for each.
     """
 
     iteration: int
@@ -86,10 +86,10 @@ class Newest:
 
 
 def newest_whole(root: Path, key: str) -> Newest | None:
-    """The newest undamaged checkpoint below ``root``; None where nothing was saved yet. Collective over all ranks.
+    """Return the newest undamaged checkpoint below ``root``, or None if there is none. Collective over all ranks.
 
     Raises:
-        UserError: there are checkpoints, and none is whole; names the newest one's damage.
+        UserError: checkpoints exist, but all are damaged. Names the damage of the newest one.
     """
     listed, problem = attempted_on_rank_0(lambda: _tidied(root, key))
     if problem is not None:
@@ -113,7 +113,7 @@ def _tidied(root: Path, key: str) -> tuple[list[int], int | str | None]:
 
 
 def _said_latest(root: Path, key: str) -> int | str | None:
-    """What the latest-file says: an iteration, what is wrong with it, or None where there is no file."""
+    """Return the iteration in the latest-file, what is wrong with the file, or None if there is no file."""
     try:
         return layout.latest_iteration(root)
     except UserError as error:
@@ -133,19 +133,19 @@ def _disagreement(root: Path, latest: int | str | None, number: int, passed_over
 
 
 def check_master_weights(stored: StoredTensors) -> None:
-    """Refuse master weights that do not round to the weights; reads rows of the smallest tensors.
+    """Refuse master weights that do not round to the weights. Reads one row each of the smallest tensors.
 
     Args:
-        stored: the checkpoint; without a distributed optimizer's state it is not looked at.
+        stored: the checkpoint. Without the state of a distributed optimizer, there is nothing to check.
 
     Raises:
-        UserError: names the folder and what it is still good for.
+        UserError: the master weights are wrong. Names the folder and how to use its weights.
     """
     names = [name for name in stored.names() if name.startswith(_MASTER) and name.removeprefix(_MASTER) in stored]
     for name in sorted(names, key=lambda name: math.prod(stored.shape(name))):
         master, weights = (_first_row(stored, one) for one in (name, name.removeprefix(_MASTER)))
         if not weights.any():
-            # Adapters begin with zeros, which tell nothing.
+            # Adapters start at zero. Zeros prove nothing.
             continue
         if not _round_to(master, weights):
             raise UserError(

@@ -1,12 +1,13 @@
-"""Where checkpoints lie, and how to tell a whole one from a half-written one; no torch, no Megatron.
+"""The folders of checkpoints, and how to tell a whole one from a half-written one. Needs no torch, no Megatron.
 
     <run>/checkpoints/iter_0000060/            Megatron's distributed checkpoint
-    <run>/checkpoints/iter_0000060/checkpoint.json   what it is; size and checksum of every file
-    <run>/checkpoints/iter_0000060/huggingface/      what came along from Hugging Face: config, tokenizer, ...
-    <run>/checkpoints/iter_0000060/huggingface_parts/  and the tensors that are not the decoder's
+    <run>/checkpoints/iter_0000060/checkpoint.json   its summary, with size and checksum of every file
+    <run>/checkpoints/iter_0000060/huggingface/      files from Hugging Face: config, tokenizer, ...
+    <run>/checkpoints/iter_0000060/huggingface_parts/  tensors from Hugging Face outside of the decoder
     <run>/checkpoints/latest_checkpointed_iteration.txt
 
-A checkpoint is written under a hidden name, flushed and renamed when complete; the latest-file moves last.
+A checkpoint is written under a hidden name, flushed to disk, and renamed when it is complete. The latest-file is
+updated last.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ COMPANION_FILES, COMPANION_TENSORS = "huggingface", "huggingface_parts"
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
-    """Megatron's name of a checkpoint below ``root``."""
+    """Return the folder of a checkpoint below ``root``, with Megatron's name for it."""
     return root / f"iter_{iteration:07d}"
 
 
 def partial_folder(root: Path, iteration: int) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """Return the hidden folder in which a checkpoint is written until it is whole."""
     return root / f".iter_{iteration:07d}.partial"
 
 
@@ -46,12 +47,12 @@ def _removed_folder(root: Path, iteration: int) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like one of these checkpoints, by names alone."""
+    """Return whether a folder looks like a checkpoint of this package. Looks only for the summary file."""
     return (folder / SUMMARY).is_file()
 
 
 def own_names(root: Path, iteration: int) -> set[str]:
-    """Every name that a checkpoint of this iteration, finished or interrupted, may have below ``root``."""
+    """Return every name below ``root`` that a finished or interrupted save of this iteration can leave."""
     folders = (iteration_folder(root, iteration), partial_folder(root, iteration), _former_folder(root, iteration))
     return {LATEST, f".{LATEST}", *(folder.name for folder in folders)}
 
@@ -59,14 +60,14 @@ def own_names(root: Path, iteration: int) -> set[str]:
 def finalize(
     partial: Path, root: Path, iteration: int, summary: dict, checksums: Mapping[str, str] | None = None
 ) -> None:
-    """Turn a written folder into the newest checkpoint: record its files, flush and rename it, move the latest-file.
+    """Turn a written folder into the newest checkpoint: record its files, flush, rename, update the latest-file.
 
     Args:
-        partial: the folder; any that was there under the final name is replaced.
-        root: where checkpoints lie.
+        partial: the written folder. It replaces a folder of the final name.
+        root: the folder of all checkpoints.
         iteration: number of completed steps.
         summary: plain data to keep in ``checkpoint.json``.
-        checksums: of files whose content was hashed already.
+        checksums: known checksums, by file name. Other files are hashed now.
     """
     files = records.file_records(partial, checksums or {})
     (partial / SUMMARY).write_text(records.sealed({**summary, "iteration": iteration, "files": files}))
@@ -91,13 +92,13 @@ def finalize(
 
 
 def iterations(root: Path) -> list[int]:
-    """Iterations of all folders that have a checkpoint's name, whole or not, ascending."""
+    """Return the iterations of all folders with a checkpoint's name, whole or not, in ascending order."""
     found = [re.fullmatch(r"iter_([0-9]{7,12})", path.name) for path in root.glob("iter_*")]
     return sorted(int(match[1]) for match in found if match)
 
 
 def tidy(root: Path) -> None:
-    """Remove what interrupted saves left, and take back a checkpoint that one was about to replace."""
+    """Remove what interrupted saves left, and restore a checkpoint that one of them was about to replace."""
     for former in root.glob(".iter_*.former"):
         final = root / former.name.removeprefix(".").removesuffix(".former")
         if not final.exists():
@@ -108,20 +109,20 @@ def tidy(root: Path) -> None:
 
 
 def prune(root: Path, newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Remove checkpoints that are not to be kept; returns their iterations.
+    """Remove old checkpoints and return their iterations.
 
     Args:
-        root: where they lie.
-        newest: the one just saved. What is newer was passed over for its damage: it stays, and does not count.
-        keep_last: so many of the newest stay; None keeps all.
-        keep_every: multiples of this stay besides.
+        root: the folder of all checkpoints.
+        newest: iteration of the checkpoint just saved. Newer ones are damaged: they stay, and do not count.
+        keep_last: number of newest checkpoints to keep. None keeps all.
+        keep_every: also keep the multiples of this iteration.
     """
     if keep_last is None:
         return []
     own = [number for number in iterations(root) if number <= newest]
     removed = [number for number in own[:-keep_last] if keep_every is None or number % keep_every]
     for number in removed:
-        # Renamed first, so that what is half-removed has no checkpoint's name.
+        # Rename first, so that a half-removed folder does not look like a checkpoint.
         hidden = _removed_folder(root, number)
         iteration_folder(root, number).rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -129,13 +130,13 @@ def prune(root: Path, newest: int, keep_last: int | None, keep_every: int | None
 
 
 def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> dict[str, str]:
-    """Give a checkpoint what the run keeps from Hugging Face, by hard links where the file system has them.
+    """Add the files that the run keeps from Hugging Face to a checkpoint, as hard links where possible.
 
-    It is taken from the run's newest checkpoint, so that the one it started from may go once there is another; a folder
-    that is gone is no reason to lose a checkpoint.
+    They come from the run's newest checkpoint, else from ``start``. So ``start`` may be deleted once the run has a
+    checkpoint. If both are gone, the checkpoint is saved without these files.
 
     Returns:
-        The recorded checksums of what was kept: hashing it again would hide damage since.
+        The recorded checksums of these files, by name. A new checksum would hide damage that happened meanwhile.
     """
     origins = [iteration_folder(root, number) for number in reversed(iterations(root))]
     origins += [] if start is None else [start]
@@ -155,10 +156,10 @@ def keep_companions(root: Path, start: Path | None, checkpoint: Path) -> dict[st
 
 
 def latest_iteration(root: Path) -> int | None:
-    """What the latest-file says, or None where there is none.
+    """Return the iteration in the latest-file, or None if there is no such file.
 
     Raises:
-        UserError: an unreadable latest-file.
+        UserError: the file does not hold an iteration number.
     """
     marker = root / LATEST
     if not marker.is_file():
@@ -170,7 +171,7 @@ def latest_iteration(root: Path) -> int | None:
 
 
 def newest_complete(root: Path) -> int | None:
-    """The newest iteration whose files are all there in full, whatever is in them; None where there is none."""
+    """Return the newest iteration whose files all exist in full size, or None. Does not check their content."""
     return next((number for number in reversed(iterations(root)) if _is_complete(iteration_folder(root, number))), None)
 
 
@@ -183,14 +184,14 @@ def _is_complete(folder: Path) -> bool:
 
 
 def resolve(path: str | Path, key: str) -> Path:
-    """The checkpoint folder that a user means by a run folder, its ``checkpoints`` folder, or an ``iter_`` folder.
+    """Return the checkpoint folder for a run folder, its ``checkpoints`` folder, or an ``iter_`` folder.
 
     Args:
-        path: what the user gave.
-        key: the configuration key it came from, for messages.
+        path: the path that the user gave.
+        key: the configuration key that it came from, for messages.
 
     Raises:
-        UserError: nothing there, or not a whole checkpoint; names the folder or file.
+        UserError: there is nothing, or no whole checkpoint. Names the folder or file.
     """
     given = Path(path)
     for root in (given / FOLDER, given):
@@ -207,12 +208,12 @@ def resolve(path: str | Path, key: str) -> Path:
 
 
 def read_summary(folder: Path, key: str) -> dict:
-    """A checkpoint's summary, after checking that every file it names is there in full.
+    """Read a checkpoint's summary, and check that every file in it exists in full size.
 
-    What is in the files is looked at by :func:`integrity.check_whole`.
+    :func:`integrity.check_whole` checks the content of the files.
 
     Raises:
-        UserError: missing, half-written, or truncated; names the folder or file.
+        UserError: the checkpoint is missing, half-written or truncated. Names the folder or file.
     """
     if not folder.is_dir():
         raise UserError(f"{key}: no checkpoint at {folder}; give a run folder or an iter_ folder")

@@ -1,8 +1,7 @@
-"""Add what plain Megatron asks of a checkpoint besides tensors: extra states, and the state common to all ranks.
+"""The common state of a checkpoint: what plain Megatron-LM needs in it besides tensors and extra states.
 
-``megatron.core.dist_checkpointing.load`` refuses a checkpoint that lacks an extra state of a layer. ``load_checkpoint``
-of Megatron-LM 0.19 takes the rest from the common state: where training was, on which layout, and which arguments the
-model was built with (``check_checkpoint_args``, ``load_args_from_checkpoint``).
+``load_checkpoint`` of Megatron-LM 0.19 reads from it the iteration, the layout and the arguments that the model was
+built with (``check_checkpoint_args``, ``load_args_from_checkpoint``).
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from megatron_cca.config import Config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 
-# From 2.0 on Megatron-LM takes the projections of query, key and value as they lie.
+# From version 2.0 on, Megatron-LM does not reorder the projections of query, key and value.
 _CHECKPOINT_VERSION = 3.0
 
 
 def common_state(config: Config, iteration: int, *, world_size: int = 1, has_optimizer: bool = False) -> dict:
-    """What Megatron-LM finds beside the tensors.
+    """Return the state that Megatron-LM reads besides the tensors.
 
     Args:
-        config: of the run, or of the model alone, with explicit sizes.
+        config: configuration of the run, or of the model alone, with explicit sizes.
         iteration: number of completed steps.
-        world_size: ranks of the run.
-        has_optimizer: whether the optimizer's state is in the checkpoint.
+        world_size: number of ranks of the run.
+        has_optimizer: whether the checkpoint holds the optimizer's state.
 
     Returns:
         ``args``, ``iteration`` and ``checkpoint_version``; with an optimizer also ``opt_param_scheduler``.
@@ -33,7 +32,7 @@ def common_state(config: Config, iteration: int, *, world_size: int = 1, has_opt
         **_model_arguments(config),
         **_layout_arguments(config, world_size),
         no_save_optim=not has_optimizer,
-        # Dropout is a function of seed and step: there is no generator's state to save.
+        # Dropout is a function of seed and step. So there is no generator state to save.
         no_save_rng=True,
     )
     state = {"args": arguments, "iteration": iteration, "checkpoint_version": _CHECKPOINT_VERSION}
@@ -117,7 +116,7 @@ def _run_arguments(config: Config, iteration: int) -> dict:
 
 
 def _schedule(config: Config, iteration: int) -> dict:
-    """The learning rate's schedule as Megatron-LM's ``OptimizerParamScheduler`` keeps it, which counts in samples."""
+    """Return the state of Megatron-LM's ``OptimizerParamScheduler``, which counts in samples, not in steps."""
     optimizer, samples = config.optimizer, config.training.global_batch_size
     return {
         "max_lr": optimizer.lr,

@@ -1,4 +1,4 @@
-"""Tensors cut into pieces that are small enough to hold, for streaming, and the bar that counts them."""
+"""Split tensors into pieces that fit in memory, and show progress in bytes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ PIECE_BYTES = 64 * 2**20
 
 
 def row_ranges(shape: Sequence[int], dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most ``piece_bytes`` (but one row at least) that cover a tensor of this shape."""
+    """Yield ranges of rows that cover a tensor of this shape: at most ``piece_bytes`` each, at least one row."""
     rows = shape[0] if shape else 1
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    # Of nothing there may be any number of rows.
+    # Rows of no bytes all fit in one piece.
     step = max(1, piece_bytes // row_bytes if row_bytes else rows)
     yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
+    """Return the size of a tensor in bytes."""
     return math.prod(shape) * dtype.itemsize
 
 
 class ByteProgress:
-    """A bar that counts bytes; a context manager."""
+    """Progress bar that counts bytes. A context manager."""
 
     def __init__(self, verb: str, total_bytes: int, *, shown: bool) -> None:
         self._bar = tqdm(
@@ -41,13 +41,13 @@ class ByteProgress:
         self._bar.close()
 
     def watch(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same pieces, counted."""
+        """Yield the same pieces, and count each after use."""
         for piece in pieces:
             yield piece
             self.count(piece)
 
     def watched(self, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The same function, its answers counted."""
+        """Return a function that calls ``read`` and counts the tensor that it returns."""
 
         def reading() -> Tensor:
             piece = read()
@@ -57,5 +57,5 @@ class ByteProgress:
         return reading
 
     def count(self, piece: Tensor) -> None:
-        """One more piece is done."""
+        """Add the bytes of one piece to the bar."""
         self._bar.update(piece.nbytes)

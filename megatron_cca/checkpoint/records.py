@@ -1,4 +1,4 @@
-"""What a checkpoint records of its files: sizes and checksums, sealed with a checksum too, and flushed to the disk."""
+"""The record of a checkpoint's files: their sizes and checksums. The record has a checksum of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SEAL = "checksum"
 
 
 def checksum(path: Path) -> str:
-    """The XXH3-128 of a file's content: it finds damage, not forgery."""
+    """Return the XXH3-128 hash of a file's content. It detects damage, not forgery."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -25,18 +25,18 @@ def checksum(path: Path) -> str:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The checksum of each named file below ``folder``."""
+    """Return the checksum of each named file below ``folder``, by name."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(names, threads.map(lambda name: checksum(folder / name), names), strict=True))
 
 
 def file_records(folder: Path, known: Mapping[str, str]) -> dict[str, dict]:
-    """Size and checksum of every file below ``folder``, by name.
+    """Return size and checksum of every file below ``folder``, by name.
 
     Args:
-        folder: of a checkpoint that is being written.
-        known: checksums that need not be computed again.
+        folder: folder of a checkpoint that is being written.
+        known: checksums that are already computed, by name.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     sums = {**checksums(folder, [name for name in names if name not in known]), **known}
@@ -44,15 +44,15 @@ def file_records(folder: Path, known: Mapping[str, str]) -> dict[str, dict]:
 
 
 def sealed(summary: dict) -> str:
-    """A summary as text that carries its own checksum."""
+    """Return a summary as text that contains its own checksum."""
     return json.dumps({**summary, _SEAL: _seal(summary)}, indent=1)
 
 
 def unsealed(text: str) -> dict:
-    """The summary in a sealed text.
+    """Return the summary from a text that :func:`sealed` made.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: not what :func:`sealed` wrote.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: the text is not from :func:`sealed`.
     """
     summary = json.loads(text)
     if summary.pop(_SEAL) != _seal(summary):
@@ -70,13 +70,13 @@ def _seal(summary: dict) -> str:
 
 
 def flush_tree(folder: Path) -> None:
-    """Have everything below ``folder`` on the disk, names included, before this returns."""
+    """Flush all files and folders below ``folder`` to the disk."""
     for path in [*folder.rglob("*"), folder]:
         flush(path)
 
 
 def flush(path: Path) -> None:
-    """Have one file's content, or one folder's names, on the disk."""
+    """Flush the content of one file, or the names in one folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -85,7 +85,7 @@ def flush(path: Path) -> None:
 
 
 def file_system_cause(error: BaseException) -> BaseException:
-    """What the file system said, or an interruption, where torch's zip writer has put an error of its own on top."""
+    """Return the file system's error, or the interruption, that torch's zip writer hides behind its own error."""
     found: BaseException | None = error
     while found is not None and isinstance(found, Exception) and not isinstance(found, OSError):
         found = found.__context__

@@ -1,9 +1,14 @@
-"""Lets Megatron read a checkpoint's pickles only where they hold plain data.
+"""Let Megatron read a checkpoint's pickles only if they hold plain data.
 
-Megatron-Core 0.19 reads tensors by ``torch.load`` with ``weights_only``. Of the rest it reads the index ``.metadata``
-by ``pickle.load``, what is no tensor (its ``common_state``, the layers' extra states, the optimizer's objects) by
-``torch.load`` with ``weights_only=False``, and a ``common.pt``, which only its older versions wrote, by a list that
-has numpy's trusting functions on it. Transformer Engine unpickles the bytes of the layers' extra states once more.
+How Megatron-Core 0.19 reads the parts of a checkpoint:
+
+- tensors: ``torch.load`` with ``weights_only``, which is safe;
+- the index ``.metadata``: ``pickle.load``;
+- objects (``common_state``, the layers' extra states, the optimizer's objects): ``torch.load`` with
+  ``weights_only=False``;
+- ``common.pt``, which only older versions wrote: an unpickler that allows unsafe functions of numpy.
+
+Transformer Engine then unpickles the bytes of the layers' extra states.
 """
 
 from __future__ import annotations
@@ -23,19 +28,20 @@ from megatron_cca.megatron_compat.checkpoint_format import COMMON_PREFIX, EXTRA_
 from megatron_cca.megatron_compat.checkpoint_reader import replaced_reading
 from megatron_cca.megatron_compat.extra_states import is_of_a_recipe
 
-# Megatron-LM's way of keeping its arguments: a dictionary with dots.
+# Megatron-LM keeps its arguments in a Namespace.
 _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
 
 
 @contextmanager
 def plain_data_only(stored: StoredTensors) -> Iterator[None]:
-    """Within the block, whatever Megatron reads of a checkpoint runs no code.
+    """Prevent Megatron from running code of a checkpoint that it reads within the block.
 
     Args:
-        stored: the checkpoint, whose index has been read and checked.
+        stored: the checkpoint. Its index is already read and checked.
 
     Raises:
-        UserError: a ``common.pt``; from the block, a damaged file or one that holds more than plain data; names it.
+        UserError: there is a ``common.pt``. In the block: a file is damaged, or holds more than plain data. Names the
+            file.
     """
     if (stored.folder / OLD_COMMON_FILE).exists():
         raise UserError(
@@ -50,7 +56,7 @@ def plain_data_only(stored: StoredTensors) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
-            # torch's, by rank, of which there is one; it is no Exception.
+            # A BaseException of torch, with one failure for each rank. Here there is one rank.
             cause = next(iter(error.failures.values()))[0]
             if isinstance(cause, UserError):
                 raise cause from None
@@ -74,14 +80,14 @@ def _loaded(content: bytes, name: str, stored: StoredTensors) -> Any:
 
 
 def _drop_arguments(found: Any) -> None:
-    """Leave out what only Megatron-LM reads: Megatron-Core would also take its way of loading from it."""
+    """Remove Megatron-LM's arguments. Megatron-Core would take settings for loading from them."""
     for part in found if isinstance(found, list | tuple) else ():
         if isinstance(part, dict):
             part.pop("args", None)
 
 
 def _check_extra_states(found: Any) -> None:
-    """Refuse bytes that Transformer Engine could not unpickle without running anything."""
+    """Refuse pickled bytes that would run code when Transformer Engine unpickles them."""
     if isinstance(found, dict):
         found = list(found.values())
     if isinstance(found, list | tuple):

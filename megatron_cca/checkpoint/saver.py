@@ -1,4 +1,4 @@
-"""Save checkpoints beside the training, one at a time: whole or not at all; also by a process that writes meanwhile."""
+"""Save checkpoints during training, one at a time, each whole or not at all. A forked process can do the writing."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank's writer adds to Megatron's own results.
+    """The result of a rank's writer, besides Megatron's own results.
 
     Attributes:
-        checksums: of the files it wrote, by name.
-        problem: why it could not write, in one line; None if it could.
+        checksums: checksums of the files that it wrote, by name.
+        problem: why it could not write, in one line. None if it could.
     """
 
     checksums: dict[str, str]
@@ -55,13 +55,13 @@ class Written:
 
 
 class ResultsFile:
-    """What Megatron's writer process answers, through a file in memory that parent and forked child share.
+    """The results of Megatron's writer process, in a file in memory that parent and forked child share.
 
-    Megatron would start a server process for it that survives a killed rank, and takes seconds to import torch.
+    It replaces Megatron's server process, which outlives a killed rank and takes seconds to import torch.
     """
 
     def __init__(self) -> None:
-        # A file object, so that it goes with this one: a run saves many times.
+        # A file object closes itself when this object is deleted. A run saves many times.
         self._file = os.fdopen(os.memfd_create("checkpoint_results"), "r+b", buffering=0)
         self._read = 0
 
@@ -73,27 +73,32 @@ class ResultsFile:
             rest = rest[self._file.write(rest) :]
 
     def get_nowait(self) -> object:
-        """The next item; raises :class:`queue.Empty` where there is none."""
+        """Return the next item.
+
+        Raises:
+            queue.Empty: there is no further item.
+        """
         size = int.from_bytes(os.pread(self._file.fileno(), 8, self._read), "little")
         data = os.pread(self._file.fileno(), size, self._read + 8)
         if not size or len(data) < size:
             raise queue.Empty
         self._read += 8 + size
-        # From this rank's own forked child, through memory that no one else can open.
+        # The data come from this rank's own forked child, through memory that no other process can open.
         return pickle.loads(data)  # noqa: S301
 
 
 def writes_in_background(wanted: bool | None) -> bool:
-    """Whether a forked process writes while training goes on.
+    """Return whether a forked process writes while training goes on.
 
     Args:
-        wanted: ``training.async_save``; None is true on a CPU alone: CUDA does not support a fork after its start.
+        wanted: ``training.async_save``. None means true on a CPU and false on CUDA, which does not support a fork
+            after its start.
     """
     return not platform.current().is_cuda if wanted is None else wanted
 
 
 def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_background: bool) -> AsyncRequest:
-    """The request to write this rank's files, and to hash them; a :class:`Written` follows as one more result."""
+    """Return the request extended to also hash this rank's files and put a :class:`Written` into ``results``."""
     if request.async_fn is None:
         return request
     write = functools.partial(_write, request.async_fn, folder, dist.get_rank(), results, os.getpid(), in_background)
@@ -106,7 +111,7 @@ def _write(
     if in_background:
         _die_with(parent)
     problems: list[str] = []
-    # Megatron's writer reports that something went wrong but not what.
+    # Megatron's writer reports a failure without its cause.
     with watched_writes(lambda error: problems.append(described(file_system_cause(error)))):
         write(*arguments)
     checksums = {}
@@ -118,24 +123,25 @@ def _write(
 
 
 def _die_with(parent: int) -> None:
-    """Let this process end when its rank is killed, so that it cannot write into what the next attempt writes."""
+    """End this process when its rank is killed, so that it cannot write into the folder of the next attempt."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     for number in STOPPING:
-        # They go to the whole job; the rank decides what they mean, and waits for this process.
+        # The signals go to the whole job. The rank handles them, and waits for this process.
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended.
+    """The outcome of a save.
 
     Attributes:
-        iteration: of the checkpoint.
-        problem: why there is no such checkpoint, in one line; None if there is.
-        removed: iterations that retention removed thereafter.
-        seconds: from the call to the end, of which training waited for ``waited_seconds``.
+        iteration: iteration of the checkpoint.
+        problem: why the checkpoint was not saved, in one line. None if it was.
+        removed: iterations that were removed afterwards (``keep_last``, ``keep_every``).
+        seconds: time from the call of ``save`` to the end.
+        waited_seconds: the part of it during which training waited.
     """
 
     iteration: int
@@ -158,13 +164,13 @@ class _Pending:
 
 
 class CheckpointSaver:
-    """Writes a run's checkpoints. All methods are collective over all ranks.
+    """Writer of a run's checkpoints. All methods are collective over all ranks.
 
-    A save that fails leaves the former checkpoints as they were and nothing of its own.
+    A save that fails leaves no files, and does not change earlier checkpoints.
 
     Args:
         root: the run's ``checkpoints`` folder.
-        start: the checkpoint that training started from; what it keeps from Hugging Face is kept along.
+        start: the checkpoint that training started from. Its files from Hugging Face go into each checkpoint.
         in_background: whether another process writes while training goes on.
         keep_last, keep_every: see :func:`layout.prune`.
     """
@@ -186,16 +192,16 @@ class CheckpointSaver:
         """Iteration of the newest checkpoint that this run has saved or continued from."""
 
     def save(self, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict) -> list[Saved]:
-        """Begin to write model and optimizer; waits for the former save, and for this one if not in the background.
+        """Begin to write model and optimizer. Waits for the previous save, and for this one unless in the background.
 
         Args:
             iteration: number of completed steps.
             chunks: this rank's model chunks, without DDP.
             optimizer: Megatron's optimizer, or None.
-            summary: of :func:`summarize`, kept in ``checkpoint.json``.
+            summary: from :func:`summarize`, to keep in ``checkpoint.json``.
 
         Returns:
-            The saves that ended meanwhile.
+            The saves that ended during this call.
         """
         ended = self.finish()
         started = time.perf_counter()
@@ -218,7 +224,7 @@ class CheckpointSaver:
         if self._in_background:
             self._queue.schedule_async_request(request)
             return
-        # A rank that fails says so below, where all are told.
+        # If a rank fails, _end tells all ranks.
         self._queue.schedule_async_request(write_at_once(request))
 
     @property
@@ -227,11 +233,11 @@ class CheckpointSaver:
         return self._pending is not None
 
     def poll(self) -> list[Saved]:
-        """The save that has ended since, if one has; does not wait for it."""
+        """Return the save that has ended since the last call, if any. Does not wait."""
         return self._end(blocking=False)
 
     def finish(self) -> list[Saved]:
-        """Wait for what is being written."""
+        """Wait until the current save ends, and return it."""
         return self._end(blocking=True)
 
     def _end(self, *, blocking: bool) -> list[Saved]:
@@ -265,7 +271,7 @@ class CheckpointSaver:
             dist.gather_object(checksums, everyone)
             problem = attempted_on_rank_0(lambda: self._finalize(pending, everyone))[1]
         if problem is None:
-            # The checkpoint is there, whether old ones can be removed or not.
+            # The save has succeeded, even if old checkpoints cannot be removed.
             removed = attempted_on_rank_0(lambda: layout.prune(self._root, pending.iteration, *self._keep))[0]
         else:
             attempted_on_rank_0(lambda: _remove(pending.partial))
@@ -281,10 +287,10 @@ class CheckpointSaver:
 def save(
     root: Path, iteration: int, chunks: list[torch.nn.Module], optimizer, summary: dict, start: Path | None = None
 ) -> None:
-    """Save one checkpoint and wait for it; see :class:`CheckpointSaver`. Collective over all ranks.
+    """Save one checkpoint and wait for it, see :class:`CheckpointSaver`. Collective over all ranks.
 
     Raises:
-        UserError: it could not be written; in one line.
+        UserError: the checkpoint could not be written.
     """
     for saved in CheckpointSaver(root, start=start).save(iteration, chunks, optimizer, summary):
         if saved.problem is not None:
@@ -301,7 +307,7 @@ def _remove(partial: Path) -> None:
 
 
 def _not_finite(state: dict) -> str | None:
-    """Which of this rank's tensors holds a NaN or an infinity, in one line; None if none does."""
+    """Return one line that names a tensor of this rank with NaN or infinity. None if all are finite."""
     for item in nested_values(state):
         if not isinstance(item, ShardedTensor | ShardedTensorFactory) or not torch.is_tensor(item.data):
             continue
@@ -316,7 +322,7 @@ def _why(error: CheckpointException) -> str:
 
 
 def _written(pending: _Pending) -> Written:
-    """What this rank's writer said last."""
+    """Return the result of this rank's writer."""
     with contextlib.suppress(queue.Empty):
         while True:
             found = pending.results.get_nowait()

@@ -1,7 +1,7 @@
-"""Read a Megatron distributed checkpoint's tensors by rows, whatever layout wrote it; no Megatron, no process group.
+"""Read rows of tensors from a Megatron distributed checkpoint of any layout. Needs no Megatron and no process group.
 
-Such a checkpoint is a ``torch.distributed.checkpoint`` folder. Its index, ``.metadata``, is a pickle; it is read here
-by an unpickler that knows the index's own classes and no others, and nothing in it is believed before it is checked.
+Such a checkpoint is a ``torch.distributed.checkpoint`` folder. Its index, ``.metadata``, is a pickle. The unpickler
+here knows only the classes of an index. Everything in the index is checked before use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_cca.io.pickles import unpickled
 
 INDEX = ".metadata"
 
-# Plain data and functions that look a name up in a table; Megatron keeps its plan for writing in the index as well.
+# Classes of plain data, and functions that look up a name in a table. Megatron's index also holds its save plan.
 _HARMLESS = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
@@ -56,10 +56,11 @@ def _is_harmless(module: str, name: str) -> bool:
 
 
 def read_index(folder: Path, key: str) -> Metadata:
-    """A checkpoint's index, and where it says that the data lie: in files of the folder, which are large enough.
+    """Read a checkpoint's index, and check that its data lie in files of the folder that are large enough.
 
     Raises:
-        UserError: no index, a damaged one, one that would run code or leads out of the folder; names the file.
+        UserError: the index is missing or damaged, would run code, or names a file outside of the folder. Names the
+            file.
     """
     path = folder / INDEX
     try:
@@ -75,7 +76,7 @@ def read_index(folder: Path, key: str) -> Metadata:
         _check_places(folder, index)
     except UserError as error:
         raise UserError(f"{key}: {path}: {error}; choose another checkpoint") from None
-    # Any part of the index may be of any of the types above.
+    # A damaged index can have a wrong type anywhere, which can raise anything.
     except Exception as error:
         why = str(error) or type(error).__name__
         raise UserError(f"{key}: {path} is damaged or not a checkpoint's index: {why}") from None
@@ -96,7 +97,7 @@ def _check_places(folder: Path, index: Metadata) -> None:
 
 
 def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> None:
-    """The index is believed in nothing that memory is then taken for."""
+    """Check the sizes in the index before memory is allocated for them."""
     width, size = tensor.properties.dtype.itemsize, torch.Size(tensor.size)
     for chunk in tensor.chunks:
         offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
@@ -111,7 +112,8 @@ class StoredTensors:
     """The tensors of one checkpoint folder.
 
     Attributes:
-        folder, option: where it is, and what named it.
+        folder: the checkpoint's own folder.
+        option: the key or option that named it, for messages.
         index: see :func:`read_index`.
         objects: keys of everything in it that is not a tensor.
 
@@ -135,22 +137,28 @@ class StoredTensors:
         return key in self._tensors
 
     def names(self) -> list[str]:
-        """Keys of all tensors."""
+        """Return the keys of all tensors."""
         return list(self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Global shape; layers are stacked on the first axis."""
+        """Return the global shape. Layers are stacked on the first axis."""
         return tuple(self._tensors[key].size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """As stored."""
+        """Return the dtype in the file."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, layer: int | None, start: int, stop: int) -> Tensor:
-        """Rows ``start .. stop`` of a tensor, or of one layer's where layers are stacked.
+        """Return rows ``start .. stop`` of a tensor.
+
+        Args:
+            key: the tensor.
+            layer: index of the layer if the tensor stacks layers, else None.
+            start: first row.
+            stop: row after the last one.
 
         Raises:
-            UserError: a damaged file; names it or the tensor.
+            UserError: a file is damaged. Names the file or the tensor.
         """
         tail = self.shape(key)[1 if layer is None else 2 :]
         if layer is None:
@@ -158,12 +166,12 @@ class StoredTensors:
         return self.read_block(key, (layer, start, *(0 for _ in tail)), (layer + 1, stop, *tail))[0]
 
     def read_block(self, key: str, low: Sequence[int], high: Sequence[int]) -> Tensor:
-        """The block of a global tensor from index ``low`` up to ``high``; see :meth:`read`."""
+        """Return the block of a global tensor from index ``low`` up to ``high``, exclusive. See :meth:`read`."""
         stored = self._tensors[key]
         shape = [b - a for a, b in zip(low, high, strict=True)]
         parts = [(chunk, *_overlap(chunk, low, high)) for chunk in stored.chunks]
         parts = [part for part in parts if all(a < b for a, b in zip(part[1], part[2], strict=True))]
-        # Before memory is taken for what an index claims.
+        # Check this before memory is allocated for what the index claims.
         if sum(math.prod(b - a for a, b in zip(*part[1:], strict=True)) for part in parts) != math.prod(shape):
             raise UserError(f"{self.option}: {self.folder} does not hold all of {key}; choose another checkpoint")
         block, held = torch.empty(shape, dtype=stored.properties.dtype), {}
@@ -173,7 +181,7 @@ class StoredTensors:
             part = whole[_slices(begin, end, chunk.offsets)]
             block[_slices(begin, end, low)] = part
             if part.numel() < whole.numel():
-                # The next rows are likely to come from it as well: query, key and value lie in one.
+                # Keep it: the next rows probably lie in it, too. Query, key and value share one tensor.
                 held[index] = whole
         self._held = held
         return block
@@ -202,7 +210,7 @@ def _slices(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> 
 
 
 class _Into(DefaultLoadPlanner):
-    """Lets torch's reader write into one tensor."""
+    """Planner that lets torch's reader write into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

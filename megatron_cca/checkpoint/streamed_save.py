@@ -1,6 +1,7 @@
-"""Write a Megatron distributed checkpoint piece by piece: no model, no process group, one piece in memory at a time.
+"""Write a Megatron distributed checkpoint with one piece in memory at a time, without a model or a process group.
 
-torch.distributed.checkpoint asks a planner for every item just before it writes it; here the answer is read then.
+torch.distributed.checkpoint asks a planner for each item just before it writes the item. The planner here reads the
+piece only then.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from megatron_cca.megatron_compat.checkpoint_format import COMMON_STATE, FORMAT,
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a global tensor, and how to get it.
+    """A block of a global tensor, and a function that reads it.
 
     Attributes:
-        key: the global tensor.
-        global_shape: its shape.
-        offsets, sizes: of the block.
-        read: returns the block's data; called once.
+        key: key of the global tensor.
+        global_shape: shape of the global tensor.
+        offsets: index of the block's first element.
+        sizes: shape of the block.
+        dtype: dtype of the block.
+        read: returns the block's data. Called once.
     """
 
     key: str
@@ -47,16 +50,16 @@ def save_pieces(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any
     """Write ``pieces`` as a checkpoint into an existing folder.
 
     Args:
-        folder: of the checkpoint.
-        pieces: of all its tensors.
-        objects: what else is in it, by Megatron's unique keys; :data:`COMMON_STATE` is there in any case.
+        folder: folder of the checkpoint.
+        pieces: pieces of all its tensors.
+        objects: everything else to save, by Megatron's unique keys. :data:`COMMON_STATE` is added if it is missing.
 
     Raises:
         OSError: from the file system, such as a full disk.
     """
     planner = _PiecePlanner(pieces, {COMMON_STATE: {}, **(objects or {})})
     checksums = torch.serialization.get_crc32_options()
-    # zip's checksums would take longer than everything else, and no reader looks at them.
+    # zip's checksums take longer than everything else, and no reader checks them.
     torch.serialization.set_crc32_options(False)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself in its ``checkpoint.json``, and what tells its weights from another's."""
+"""The summary of a checkpoint, kept in its ``checkpoint.json``, and fingerprints of its weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.version import code_version
 
-# The key of checkpoint.json that says which folder or file an import read.
+# Key of checkpoint.json: the folder or file that was imported.
 IMPORTED_FROM = "imported_from"
 _THREADS = 8
 
 
 def summarize(config: Config, data: str | None = None) -> dict:
-    """Plain data: every size written out, the version of this package, the vocabulary and the data.
+    """Return a summary as plain data: configuration with explicit sizes, package version, vocabulary and data.
 
     Args:
-        config: of the run, or of the model alone.
-        data: fingerprint of the shards; None where the weights saw none here.
+        config: configuration of the run, or of the model alone.
+        data: fingerprint of the shards. None if this package did not train the weights.
     """
     return {
         "config": config_to_dict(explicit(config)),
@@ -36,33 +36,33 @@ def summarize(config: Config, data: str | None = None) -> dict:
 
 
 def imported_summary(model: ModelConfig, precision: str, source: dict[str, str]) -> dict:
-    """:func:`summarize` of weights that no run wrote: of a configuration only what the weights say is known.
+    """Return a summary of imported weights. Of the configuration, only model and precision are known.
 
     Args:
         model: every size that was read or given.
-        precision: ``training.precision`` of the weights' width.
-        source: where they came from.
+        precision: ``training.precision`` for the dtype of the weights.
+        source: where the weights came from.
     """
     return {**summarize(config_of_weights(model, precision)), IMPORTED_FROM: source}
 
 
 def config_of_weights(model: ModelConfig, precision: str) -> Config:
-    """A configuration of weights alone; all its other keys have defaults, which say nothing about these weights."""
+    """Return a configuration for weights alone. Its other keys have defaults, which say nothing of these weights."""
     return Config(model=model, training=TrainingConfig(precision=precision))
 
 
 def saved_config(folder: Path, key: str) -> Config:
-    """The configuration that a whole checkpoint names; of an imported one its model and precision alone.
+    """Return the configuration of a whole checkpoint. For an imported one, only model and precision are taken.
 
     What an earlier version wrote is read with today's keys, see ``config/former.py``. In an import earlier versions
     recorded the defaults of all keys, ``data.path: digits`` among them.
 
     Args:
         folder: the checkpoint's own folder.
-        key: where the user named it, for messages.
+        key: the key or option that named the checkpoint, for messages.
 
     Raises:
-        UserError: not a whole checkpoint, or one whose configuration is damaged; names the file.
+        UserError: the checkpoint is not whole, or its configuration is damaged. Names the file.
     """
     summary = layout.read_summary(folder, key)
     saved = summary.get("config")
@@ -74,21 +74,21 @@ def saved_config(folder: Path, key: str) -> Config:
 
 
 def _no_run_wrote(summary: dict[str, Any]) -> bool:
-    """A run records the fingerprint of its data; an import, the folder that it came from."""
+    """Return whether a checkpoint is an import. An import records its source, a run the fingerprint of its data."""
     return IMPORTED_FROM in summary and summary.get("data") is None
 
 
 def weights_fingerprint(folder: Path, key: str) -> str:
-    """A short hash of everything a checkpoint's tensors are stored in; reads every byte.
+    """Return a short hash of the files that hold a checkpoint's tensors. Reads every byte.
 
-    The same weights saved from another layout, or together with an optimizer's state, have another.
+    The hash differs if the same weights are saved from another layout, or with an optimizer's state.
 
     Args:
         folder: the checkpoint's own folder.
-        key: where the user named it, for messages.
+        key: the key or option that named the checkpoint, for messages.
 
     Raises:
-        UserError: not a whole checkpoint.
+        UserError: the checkpoint is not whole.
     """
     names = sorted(name for name in layout.read_summary(folder, key)["files"] if name.endswith(".distcp"))
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -97,12 +97,12 @@ def weights_fingerprint(folder: Path, key: str) -> str:
 
 
 def recorded_fingerprint(folder: Path, key: str) -> str:
-    """A short hash of what a checkpoint's summary records of its tensors' files; reads none of them.
+    """Return a short hash of the recorded checksums of a checkpoint's tensor files. Reads none of these files.
 
-    Of another kind than :func:`weights_fingerprint`; likewise the same weights saved anew have another.
+    It never equals :func:`weights_fingerprint`. The hash can differ if the same weights are saved again.
 
     Raises:
-        UserError: not a whole checkpoint.
+        UserError: the checkpoint is not whole.
     """
     files = layout.read_summary(folder, key)["files"]
     recorded = sorted((name, record["xxh3"]) for name, record in files.items() if name.endswith(".distcp"))

@@ -1,4 +1,4 @@
-"""Everything that patches or reaches into Megatron-Core and Transformer Engine where they have no public door.
+"""Everything that patches or uses internals of Megatron-Core and Transformer Engine, where no public API exists.
 
 One file for each concern. Its head says why it is needed, and which version it is for. ``relied_on`` lists the names
 that each file needs and how they must look. ``tests/unit/test_megatron_contract.py`` checks every one of them, so that

@@ -1,9 +1,9 @@
-"""Adam for machines without Transformer Engine and apex, in the shape of their ``FusedAdam``.
+"""Adam for machines without Transformer Engine and apex, with the interface of their ``FusedAdam``.
 
-Megatron-Core 0.19.2 falls back to ``torch.optim.AdamW`` there, which counts steps per parameter. Its fully reshardable
-checkpoint does not carry that count: a resumed run either fails with ``KeyError: 'step'`` or restarts the bias
-correction silently. ``FusedAdam`` keeps one count per parameter group. An optimizer of that shape, doing torch's own
-arithmetic, lets every machine take the path that Megatron-Core takes on its production machines.
+On such machines, Megatron-Core 0.19.2 uses ``torch.optim.AdamW``, which counts steps per parameter. Its fully
+reshardable checkpoint does not save this count. A resumed run then fails with ``KeyError: 'step'``, or silently
+restarts the bias correction. ``FusedAdam`` has one count per parameter group. The optimizer here has the same interface
+and torch's arithmetic. So every machine takes the code path that Megatron-Core takes in production.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) whose step count lives in the parameter group.
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with one step count per parameter group.
 
     Args:
         params: parameters or parameter groups.
@@ -26,8 +26,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
         betas: decay rates of the first and second moment.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
-        adam_w_mode: must be true; coupled decay is not offered.
-        capturable: must be false; CUDA graphs need a fused kernel.
+        adam_w_mode: must be true. Coupled decay is not implemented.
+        capturable: must be false. CUDA graphs need a fused kernel.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [torch.tensor(float(steps_before), device=param.device) for param in params],
-            # One pass; the unfused update makes temporaries as large as two copies of the largest parameter.
+            # Fused means one pass. The other update needs temporaries as large as twice the largest parameter.
             fused=True,
             amsgrad=False,
             beta1=beta1,
@@ -81,7 +81,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def serve_megatron() -> None:
-    """Give Megatron-Core this optimizer wherever it found neither Transformer Engine nor apex. Idempotent."""
+    """Let Megatron-Core use this optimizer if it found neither Transformer Engine nor apex. Harmless if repeated."""
     optimizer, distrib_optimizer = importlib.import_module(_OPTIMIZER), importlib.import_module(_DISTRIBUTED)
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return

@@ -1,4 +1,4 @@
-"""Names in a distributed checkpoint of Megatron-Core 0.19.2, for code that does without Megatron-Core."""
+"""Names in a distributed checkpoint of Megatron-Core 0.19.2, for code that does not import Megatron-Core."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 # The file that marks the format, and what stands in it.
 FORMAT_FILE, FORMAT = "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-# Where Megatron-Core keeps what is not sharded: a prefix of its keys, and the one key there is.
+# The key of the state that is not sharded, and its prefix.
 COMMON_PREFIX = "common_state"
 COMMON_STATE = f"{COMMON_PREFIX}/shard_0_1"
-# Pickled states of older versions of Megatron-Core.
+# A pickle that older versions of Megatron-Core wrote.
 OLD_COMMON_FILE = "common.pt"
 
 EXTRA_STATE = "_extra_state"
@@ -19,14 +19,14 @@ _PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.
 
 
 def extra_state_keys(num_layers: int) -> Iterator[str]:
-    """Unique keys of all extra states that a plain GPTModel asks for, of local layers or of Transformer Engine's.
+    """Yield the unique keys of all extra states that a plain GPTModel loads, with local or Transformer Engine layers.
 
-    Without FP8 they hold nothing: both kinds of layers take None.
+    Without FP8 these states are empty. Both kinds of layers then accept None.
     """
     yield from (
         f"{_LAYERS}.{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
         for name in _PROJECTIONS
         for layer in range(num_layers)
     )
-    # Only Transformer Engine's norm has one.
+    # Only Transformer Engine's norm has an extra state.
     yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"

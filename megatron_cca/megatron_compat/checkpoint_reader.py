@@ -1,8 +1,8 @@
-"""Stands between Megatron-Core 0.19.2 and the pickles of a checkpoint that it reads.
+"""Replace the functions by which Megatron-Core 0.19.2 unpickles parts of a checkpoint.
 
-It reads them through torch's own classes: the index ``.metadata`` by ``FileSystemReader.read_metadata``, and what is no
-tensor by ``DefaultLoadPlanner.load_bytes``. Both unpickle whatever they are given. ``dist_checkpointing.load`` takes no
-others.
+Megatron-Core uses torch's classes: ``FileSystemReader.read_metadata`` for the index ``.metadata``, and
+``DefaultLoadPlanner.load_bytes`` for objects that are not tensors. Both unpickle anything. ``dist_checkpointing.load``
+does not accept other classes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @contextmanager
 def replaced_reading(folder: Path, index: Metadata, load: Callable[[bytes, str], Any]) -> Iterator[None]:
-    """Within the block, Megatron-Core unpickles nothing of a checkpoint itself.
+    """Prevent Megatron-Core from unpickling anything of a checkpoint itself within the block.
 
     Args:
-        folder: of the checkpoint; no other one may be read within the block.
-        index: stands for its ``.metadata``.
-        load: returns what the bytes of an item hold that is no tensor; it is given the item's unique key, too.
+        folder: folder of the checkpoint. No other checkpoint can be read within the block.
+        index: the content of its ``.metadata``.
+        load: unpickles an object. It gets the bytes and the unique key of the object.
     """
 
     def read_metadata(reader: FileSystemReader, *_: Any, **__: Any) -> Metadata:

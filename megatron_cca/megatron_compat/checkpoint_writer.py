@@ -1,7 +1,7 @@
-"""Megatron-Core 0.19.2's asynchronous writer of checkpoints, with errors that every rank hears of.
+"""Megatron-Core 0.19.2's asynchronous checkpoint writer, changed so that every rank learns of errors.
 
-Its writer answers through a queue that a server process keeps, says that a file was not written but not why, and lets
-one rank raise while the others wait.
+The unchanged writer sends its results through a queue in a server process. It reports that a file was not written, but
+not why. After some errors one rank raises while the others wait.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 
 class Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's own, but for an index that cannot be written: rank 0 would raise and the others wait for it.
+    """Megatron's save strategy, except that an index that cannot be written is recorded in :attr:`problem`.
+
+    Megatron's own would raise on rank 0 while the other ranks wait.
 
     Args:
-        described: says in one line what is wrong with an error.
+        described: returns the message of an error in one line.
     """
 
     def __init__(self, described: Callable[[BaseException], str]) -> None:
         super().__init__()
         self._described = described
         self.problem: str | None = None
-        """Why the index could not be written; None if it could."""
+        """Why the index could not be written. None if it was."""
 
     def _get_save_and_finalize_callbacks(self, writer, *arguments) -> AsyncRequest:
         finish = writer.finish
@@ -46,15 +48,16 @@ class Strategy(TorchDistSaveShardedStrategy):
 
 
 def write_request(state: dict, folder: Path, strategy: Strategy, results: Any) -> AsyncRequest:
-    """Ask Megatron-Core for what is to be done to write a sharded state; collective over all ranks.
+    """Return Megatron-Core's request to write a sharded state. Collective over all ranks.
 
-    The format is not marked: Megatron-Core would do it on rank 0 while the others wait, whether it can or not.
+    The request does not write the file that marks the format, see :func:`mark_format`. If Megatron-Core could not write
+    it, rank 0 would raise while the other ranks wait.
 
     Args:
-        state: as ``dist_checkpointing.save`` wants it.
-        folder: exists and is empty.
-        strategy: of this save.
-        results: takes what the writer says; has ``put`` and ``get_nowait`` of a queue.
+        state: a sharded state for ``dist_checkpointing.save``.
+        folder: an existing, empty folder.
+        strategy: the strategy of this save.
+        results: a queue for the writer's results. It needs only ``put`` and ``get_nowait``.
     """
     filesystem_async._results_queue = results
     request = dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True, async_strategy="mcore")
@@ -63,9 +66,9 @@ def write_request(state: dict, folder: Path, strategy: Strategy, results: Any) -
 
 
 def write_at_once(request: AsyncRequest) -> AsyncRequest:
-    """Write in this process, and return what is left to be done.
+    """Write the files in this process, and return the request without this part.
 
-    As Megatron's ``execute_sync``, but that what comes after the writing is still to be done.
+    Megatron's ``execute_sync`` would also finalise the save.
     """
     arguments = list(request.async_fn_args)
     if request.async_fn is not None:
@@ -75,13 +78,17 @@ def write_at_once(request: AsyncRequest) -> AsyncRequest:
 
 
 def mark_format(folder: Path, strategy: Strategy) -> None:
-    """Write the file by which Megatron-Core knows the format; raises what the file system raises."""
+    """Write the file by which Megatron-Core recognises the format.
+
+    Raises:
+        OSError: from the file system.
+    """
     save_config(CheckpointingConfig(strategy.backend, strategy.version), str(folder))
 
 
 @contextmanager
 def watched_writes(failed: Callable[[Exception], None]) -> Iterator[None]:
-    """Within the block, call ``failed`` with each error that Megatron-Core's writer meets."""
+    """Call ``failed`` with each error of Megatron-Core's writer within the block."""
     write = FileSystemWriterAsync.write_preloaded_data
 
     def watched(*arguments, **options):

@@ -1,7 +1,7 @@
-"""Where Megatron-Core 0.19.2 names CUDA itself, on a path that training, saving or loading takes.
+"""The modules of Megatron-Core 0.19.2 that name CUDA in code for training, saving or loading.
 
-A CPU has no such device. The modules below see another ``torch``, whose factories place on the CPU what a module places
-on ``"cuda"``. The tracker of random states asks for the CPU's state instead of a GPU's.
+A CPU has no such device. The modules below get another ``torch``. Its factories create tensors on the CPU where a
+module asks for ``"cuda"``. The tracker of random states uses the CPU's state instead of a GPU's.
 """
 
 from __future__ import annotations

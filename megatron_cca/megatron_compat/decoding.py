@@ -1,7 +1,8 @@
-"""A model of Megatron-Core 0.19.2 that takes one token after another, without its own inference engine.
+"""Token-by-token decoding with a model of Megatron-Core 0.19.2, without Megatron's inference engine.
 
-Its static inference context rotates all keys again for every token, and takes a token's index in the batch for its
-position. Without that context nothing in a model says that it decodes, so that it is told here, module by module.
+Megatron's static inference context rotates all keys again for every token. It also uses a token's index in the batch as
+its position. Without this context, a model does not know that it decodes. So this module changes the settings of each
+submodule.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 def fed_token_by_token[Attention: torch.nn.Module](
     gpt: GPTModel, new_attention: Callable[[int, float | None], Attention]
 ) -> Iterator[list[Attention]]:
-    """Within the block, a model takes one token at a time; afterwards it is as it was before, in training or out of it.
+    """Let a model take one token at a time within the block. Afterwards restore it, also its training mode.
 
     Args:
-        gpt: without wrappers.
-        new_attention: makes what stands in a layer for its core attention, of the layer's number and softmax scale.
+        gpt: the model, without wrappers.
+        new_attention: makes the replacement of a layer's core attention, from layer number and softmax scale.
 
     Returns:
-        What it has made, in the order of the layers.
+        The replacements, in the order of the layers.
     """
     with ExitStack() as stack:
         for module, name, value in _changes(gpt):
@@ -47,10 +48,10 @@ def _set(stack: ExitStack, thing: object, name: str, value: object) -> None:
 
 
 def _changes(gpt: GPTModel) -> Iterator[tuple[object, str, object]]:
-    """What a model must not do while one token at a time passes through it."""
+    """Yield the changes for decoding: object, name of its attribute, and value."""
     # The cache rotates keys and queries itself.
     yield gpt, "position_embedding_type", "none"
-    # Too few rows for FP8's products, which want multiples of 16.
+    # FP8 products need a multiple of 16 rows. Decoding has fewer.
     yield gpt.config, "fp8", None
     if gpt.config.sequence_parallel:
         # One token cannot be split over the ranks.

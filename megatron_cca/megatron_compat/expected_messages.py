@@ -1,4 +1,4 @@
-"""Messages that Megatron-Core 0.19.2 prints on every supported run and that ask nothing of the user."""
+"""Messages that Megatron-Core 0.19.2 prints on every supported run, and that need no action by the user."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 import warnings
 
 _WARNINGS = (
-    # Running without them is supported here (see adam.py and models/layer_specs.py).
+    # This package supports running without them (see adam.py and models/layer_specs.py).
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
     r"full scope is deprecated",
     r"Could not determine rank from torch.distributed",
     r"MimoModelConfig is experimental",
-    # Megatron's distributed optimizer looks at gradients of views on its buffers on purpose.
+    # Megatron's distributed optimizer reads gradients of views of its buffers on purpose.
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
-    # Megatron's checkpoint reader loads rank by rank through torch's, which remarks on it.
+    # Megatron's checkpoint reader calls torch's reader on each rank alone, and torch warns about it.
     r"torch\.distributed is disabled, unavailable or uninitialized",
     r"The argument order of load has been changed",
     r"Please use DTensor instead",
@@ -26,13 +26,13 @@ LOG_RECORDS = {
     "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.async_utils": "async save is deprecated",
     "torch.utils.cpp_extension": "No CUDA runtime is found",
-    # The tracker guards CPU randomness while it forks the GPU's; on a CPU the two are one generator.
+    # The tracker warns if CPU random numbers change while it forks the GPU's. On a CPU both are one generator.
     "megatron.core.tensor_parallel.random": "CPU RNG state changed",
 }
 
 
 def hide_expected_messages() -> None:
-    """Filter the messages above, and no others."""
+    """Hide the messages above, and no others."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, text in LOG_RECORDS.items():

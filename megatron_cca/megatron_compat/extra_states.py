@@ -1,8 +1,8 @@
-"""The layers' extra states in a checkpoint's sharded state: which are saved, and which are asked for.
+"""Extra states of layers in a checkpoint's sharded state: which ones to save, and which ones to load.
 
-Transformer Engine's layers keep FP8 scales in them, and local layers nothing. Both take None for "start afresh", and
-plain Megatron refuses a checkpoint that lacks one. Transformer Engine 2.11 to 2.19 pickles the scales; from 2.16 on it
-refuses to unpickle them. For megatron-core 0.19.2.
+Transformer Engine's layers keep FP8 scales in them. Local layers keep nothing. Both accept None, which means default
+values. Plain Megatron refuses a checkpoint without them. Transformer Engine 2.11 to 2.19 pickles the scales. From 2.16
+on it refuses to unpickle them. For megatron-core 0.19.2.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron.core.safe_globals import SafeUnpickler
 
 from megatron_cca.megatron_compat.checkpoint_format import EXTRA_STATE, FINAL_NORM
 
-# Transformer Engine 2.16 and later unpickle the extra states of FP8's delayed scaling only where it is 1.
+# Transformer Engine 2.16 and later unpickle the extra states of FP8 delayed scaling only if this variable is 1.
 _TE_MAY_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def with_all_extra_states(state: dict) -> dict:
-    """A chunk's sharded state with all extra states that plain layers of either kind ask for."""
+    """Return a chunk's sharded state with all extra states that plain layers of either kind load."""
     weight, name = state.get(f"{FINAL_NORM}.weight"), f"{FINAL_NORM}.{EXTRA_STATE}"
     if weight is None:
         return state
@@ -30,20 +30,20 @@ def with_all_extra_states(state: dict) -> dict:
 
 
 def without_empty_extra_states(state: dict) -> dict:
-    """A chunk's sharded state without the extra states that hold nothing.
+    """Return a chunk's sharded state without the extra states that are empty.
 
-    So a LoRA run is saved. A plain GPTModel would take the weights and leave the adapters without a word; now Megatron
-    says that a key is missing.
+    LoRA runs are saved like this. Otherwise a plain GPTModel would load the weights and silently ignore the adapters.
+    Without the extra states, Megatron reports a missing key.
     """
     return {name: item for name, item in state.items() if not (_is_extra_state(item) and _is_empty(item.data))}
 
 
 def without_absent_extra_states(state: dict, stored: Collection[str]) -> tuple[dict, list[str]]:
-    """A chunk's sharded state without the extra states that a checkpoint does not have, and their names.
+    """Return a chunk's sharded state without the extra states that a checkpoint lacks, and their names.
 
     Args:
-        state: of the chunk.
-        stored: Megatron's unique keys of what is no tensor in the checkpoint.
+        state: sharded state of the chunk.
+        stored: Megatron's unique keys of the objects in the checkpoint that are not tensors.
     """
     absent = [name for name, item in state.items() if _is_extra_state(item) and item.unique_key not in stored]
     return {name: item for name, item in state.items() if name not in absent}, absent
@@ -51,10 +51,9 @@ def without_absent_extra_states(state: dict, stored: Collection[str]) -> tuple[d
 
 @contextmanager
 def checked_extra_states() -> Iterator[None]:
-    """Within the block, Transformer Engine takes pickled extra states of layers.
+    """Let Transformer Engine unpickle the extra states of layers within the block. Then restore the environment.
 
-    Only for those that were read under ``checkpoint.safe_pickle``, which has refused what would run anything. The
-    environment is left as it was.
+    Use it only for states that were read with ``checkpoint.safe_pickle``, which refuses pickles that run code.
     """
     before = os.environ.get(_TE_MAY_UNPICKLE)
     os.environ[_TE_MAY_UNPICKLE] = "1"
@@ -68,7 +67,7 @@ def checked_extra_states() -> Iterator[None]:
 
 
 def is_of_a_recipe(module: str, name: str) -> bool:
-    """Return whether a pickled extra state may name this class: Megatron-Core's list without numpy's functions."""
+    """Return whether a pickled extra state can name this class. Allows Megatron-Core's list, except numpy."""
     return module.partition(".")[0] != "numpy" and (module, name) in SafeUnpickler._SAFE_CLASSES
 
 

@@ -1,4 +1,4 @@
-"""Functions of Megatron-Core 0.19.2 that fake tensors, which have shapes and no numbers, cannot go through."""
+"""Replacements for functions of Megatron-Core 0.19.2 that fail with fake tensors, which have shapes but no numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron.core.optimizer import clip_grads
 
 
 def replaced_norm() -> AbstractContextManager:
-    """Megatron's substitute for a fused kernel makes one tensor of a list of tensors, number by number."""
+    """Return a patch for the L2 norm. Megatron's own substitute for a fused kernel reads the tensors' numbers."""
     return patch.object(clip_grads, "l2_norm_impl", _l2_norm)
 
 
 def replaced_fusions() -> list[AbstractContextManager]:
-    """Megatron compiles its fused functions; compiled, they make no more than what they return."""
+    """Return patches for Megatron's compiled functions. Compiled, they allocate only the tensors that they return."""
     return [
         patch.object(fused_bias_swiglu, "swiglu", lambda y: y.new_empty(*y.shape[:-1], y.size(-1) // 2)),
         patch.object(fused_bias_swiglu, "swiglu_back", lambda _gradient, y: torch.empty_like(y)),

@@ -1,7 +1,7 @@
-"""Megatron-Core 0.19.2's indexed files of tokens, written and read where its own classes fall short.
+"""Read and write Megatron-Core 0.19.2's indexed token files, where its own classes are not good enough.
 
-Its readers end the process where a file is cut short, and open a file for each sample. Its writer collects garbage for
-each part that is joined, and its index has no check of its own.
+Its readers end the process if a file was truncated, or open a file for each sample. Its writer collects garbage for
+each part that it joins. Its index has no checksum.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron.core.datasets.indexed_dataset import (
 
 
 def open_indexed(prefix: Path) -> IndexedDataset:
-    """Open the files ``prefix``.bin and ``prefix``.idx; the first stays open.
+    """Open the files ``prefix``.bin and ``prefix``.idx. The ``.bin`` file stays open.
 
     Raises:
-        OSError: one cannot be opened; when a sample is read also: it is shorter than it was.
+        OSError: a file cannot be opened. Reading a sample later raises it if the file has become shorter.
     """
     found = IndexedDataset(str(prefix), mmap=False)
     found.bin_reader = _OpenFile(prefix.with_name(f"{prefix.name}.bin"))
@@ -36,16 +36,16 @@ def open_indexed(prefix: Path) -> IndexedDataset:
 
 
 class _OpenFile(_BinReader):
-    """Reads a ``.bin`` file that stays open.
+    """Reader of a ``.bin`` file that stays open.
 
-    A memory map would answer with SIGBUS where the file has become shorter or its disk is gone. To open the file for
-    each sample would miss it once its folder is removed.
+    A memory map ends the process with SIGBUS if the file has become shorter or its disk is gone. Opening the file for
+    each sample fails after its folder is removed.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,10 +54,10 @@ class _OpenFile(_BinReader):
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, dtype: type[np.number], count: int, offset: int) -> np.ndarray:
-        """``count`` items from a byte on.
+        """Return ``count`` items, beginning at the byte ``offset``.
 
         Raises:
-            OSError: the disk does not answer, or the file ends before them.
+            OSError: the disk does not answer, or the file is too short.
         """
         found = np.empty(count, dtype)
         rest = memoryview(found).cast("B") if count else memoryview(b"")
@@ -70,14 +70,14 @@ class _OpenFile(_BinReader):
 
 
 def index_header(dtype: type[np.number], count: int) -> bytes:
-    """Return how an index of ``count`` sequences begins, each of which is a document of its own."""
+    """Return the header of an index of ``count`` sequences. Each sequence is one document."""
     return _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype), count, count + 1)
 
 
 def append_tokens(builder: IndexedDatasetBuilder, path: Path, lengths: Sequence[int]) -> None:
-    """Append another ``.bin`` file's sequences, each a document of its own.
+    """Append the sequences of another ``.bin`` file. Each sequence is one document.
 
-    Megatron's ``add_index`` does the same, but collects garbage every time: hours for a data set of many parts.
+    Megatron's ``add_index`` does the same, but collects garbage every time. This takes hours if there are many parts.
     """
     first = len(builder.sequence_lengths)
     builder.sequence_lengths.extend(lengths)

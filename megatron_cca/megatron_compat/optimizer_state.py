@@ -1,12 +1,11 @@
-"""What Megatron-Core 0.19.2's optimizers do to their state that a run must not suffer: saving, loading, letting go.
+"""Corrections of how Megatron-Core 0.19.2's optimizers save, load and release their state.
 
-- To save the distributed optimizer's state for any layout, Megatron-Core joins the buckets of a buffer without the
-  padding between them (``get_parameter_state_dp_zero``). Then it takes each parameter's part from where it lies with
-  the padding (``sharded_param_state_fully_reshardable``). From the second bucket on the parts are those of others, and
-  nothing is said.
-- A checkpoint brings an optimizer's state along, and Megatron-Core also takes the settings from it. Those are the
-  configuration's.
-- Parameters and their hooks keep each other in memory.
+- Saving: Megatron-Core joins the buckets of a buffer without the padding between them
+  (``get_parameter_state_dp_zero``). Then it reads each parameter's part at its place with the padding
+  (``sharded_param_state_fully_reshardable``). From the second bucket on, it reads parts of other parameters, without an
+  error.
+- Loading: Megatron-Core takes the optimizer's settings from the checkpoint. They must come from the configuration.
+- Releasing: parameters and their hooks keep each other in memory.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from megatron.core.utils import get_model_config
 # Tell parameter groups apart whatever their settings; Megatron-Core compares the settings, too, and raises where the
 # learning rate has changed.
 _STRUCTURE = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "optimizer")
-# Which parameters a group has, and how many updates it has seen.
+# The parameters of a group, and its number of updates.
 _STATE = ("params", "step")
 
 
 @contextmanager
 def padding_between_buckets(optimizer) -> Iterator[None]:
-    """Inside, what the optimizer joins has the padding that its places count with.
+    """Let the optimizer keep the padding when it joins buckets within the block, so that it reads the right parts.
 
     Args:
-        optimizer: Megatron's, chained or not; without buckets nothing happens.
+        optimizer: Megatron's optimizer, chained or not. One without buckets is not changed.
     """
     with ExitStack() as stack:
         for one in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -69,27 +68,27 @@ def _spread(optimizer: DistributedOptimizer, state: dict | None) -> dict | None:
 
 
 def keep_present_settings(state: dict, param_groups: list[dict]) -> None:
-    """Write the settings that an optimizer has into the state that it is to load.
+    """Write the optimizer's current settings into a state before it loads this state.
 
-    Megatron-Core and torch take betas, epsilon and the bounds of the learning rate from the parameter groups that were
-    saved, whatever a run that continues asks for.
+    Otherwise Megatron-Core and torch take betas, epsilon and the bounds of the learning rate from the saved parameter
+    groups and ignore the configuration.
 
     Args:
-        state: as Megatron's optimizers save it, also several of them; changed in place.
-        param_groups: of the optimizer before it loads.
+        state: saved state of one or several of Megatron's optimizers. Changed in place.
+        param_groups: parameter groups of the optimizer before it loads.
     """
     present = {_structure(group): group for group in param_groups}
     for saved in _saved_groups(state):
-        # One that this run has not is Megatron's to refuse.
+        # Megatron refuses a group that this run does not have.
         settings = present.get(_structure(saved), {})
         saved.update({name: value for name, value in settings.items() if name not in _STATE})
 
 
 def leave_out_classes(state: dict) -> None:
-    """Take the classes that an offloaded optimizer names out of its groups; only plain data is read back.
+    """Remove the classes that an offloaded optimizer keeps in its groups. Only plain data can be loaded again.
 
     Args:
-        state: as Megatron's optimizers save it, also several of them; changed in place.
+        state: saved state of one or several of Megatron's optimizers. Changed in place.
     """
     for group in _saved_groups(state):
         for name in [name for name, value in group.items() if isinstance(value, type)]:
@@ -97,13 +96,13 @@ def leave_out_classes(state: dict) -> None:
 
 
 def let_parts_count(optimizer) -> None:
-    """Let the parts of an offloaded optimizer count on after a load.
+    """Let the parts of an offloaded optimizer continue their own count of steps after a load.
 
-    Before each step Megatron-Core 0.19.2 writes the whole's groups over those of the parts. A count of steps among them
-    would set back the part on the GPU, and its bias correction would stand still.
+    Before each step, Megatron-Core 0.19.2 copies the groups of the whole optimizer to its parts. A loaded count of
+    steps would reset the part on the GPU each time, and its bias correction would not advance.
 
     Args:
-        optimizer: Megatron's, chained or not; any other kind stays as it is.
+        optimizer: Megatron's optimizer, chained or not. One that is not offloaded is not changed.
     """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(whole := getattr(one, "optimizer", None), HybridDeviceOptimizer):
@@ -124,11 +123,11 @@ def _saved_groups(state: dict) -> Iterator[dict]:
 
 
 def release(policy: Iterable[DistributedDataParallel]) -> None:
-    """Undo what would keep a policy and its optimizer in memory once nothing else does.
+    """Break the reference cycle that keeps a policy and its optimizer in memory. The policy cannot be trained then.
 
-    In fp32 an optimizer's shard of a parameter is a view with a gradient. Through Megatron-Core's hooks, in autograd's
-    C++, the parameter then keeps itself, and no garbage collection finds that circle: a second run in this process
-    would find weights, gradients and optimizer state of the first in memory. The policy cannot be trained afterwards.
+    In fp32, an optimizer's shard of a parameter is a view with a gradient. Through Megatron-Core's hooks in autograd's
+    C++ code, the parameter then refers to itself. Garbage collection does not find this cycle. A second run in this
+    process would have the weights, gradients and optimizer state of the first one still in memory.
     """
     for chunk in policy:
         get_model_config(chunk).grad_scale_func = None

@@ -1,6 +1,6 @@
-"""Packages that Megatron-Core 0.19.2 takes where it finds them, and must not take here.
+"""Hide packages that Megatron-Core 0.19.2 uses if they are installed, but must not use here.
 
-To be called before Megatron-Core is imported.
+Call these functions before Megatron-Core is imported.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _OTHER_WRITER = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
 
 
 def hide_gpu_only_packages() -> None:
-    """Let Megatron-Core take its plain torch fallbacks: kernels of Transformer Engine and apex take no CPU tensors.
+    """Let Megatron-Core use plain torch on a CPU. Kernels of Transformer Engine and apex do not accept CPU tensors.
 
     Raises:
-        RuntimeError: Megatron-Core was imported before and has already bound Transformer Engine's kernels.
+        RuntimeError: Megatron-Core was imported before, and already uses Transformer Engine's kernels.
     """
     if getattr(sys.modules.get(_ENGINE), "HAVE_TE", False):
         raise RuntimeError("call megatron_cca.platform.install('cpu') before importing megatron.core")
@@ -26,5 +26,5 @@ def hide_gpu_only_packages() -> None:
 
 
 def hide_other_writer() -> None:
-    """Let Megatron-Core write checkpoints itself; where it finds the other writer, it ends if that is too old."""
+    """Let Megatron-Core use its own checkpoint writer. It fails if it finds the other writer in an old version."""
     sys.modules.setdefault(_OTHER_WRITER, None)

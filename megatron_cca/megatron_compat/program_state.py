@@ -1,7 +1,7 @@
-"""What Megatron-LM's own training program keeps for the whole process, and layers ask for.
+"""Global state that Megatron-LM's training program sets up, and that layers need.
 
-Megatron-Core 0.19.2 reads it from modules: its capture of CUDA graphs asks for the number of microbatches, Transformer
-Engine's layers (2.11 to 2.19) for the buffers through which they overlap tensor-parallel communication with products.
+Megatron-Core 0.19.2 needs the number of microbatches when it captures CUDA graphs. Transformer Engine's layers (2.11 to
+2.19) need buffers to overlap tensor-parallel communication with matrix products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 
 def set_number_of_microbatches(global_batch_size: int, micro_batch_size: int) -> None:
-    """Tell Megatron's capture of CUDA graphs how many microbatches a step has; sizes are in samples."""
+    """Set the number of microbatches in a step, for Megatron's capture of CUDA graphs. Batch sizes are in samples."""
     if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
         calculator.unset_num_microbatches_calculator()
     calculator.init_num_microbatches_calculator(
@@ -27,12 +27,12 @@ def set_number_of_microbatches(global_batch_size: int, micro_batch_size: int) ->
 
 
 def make_user_buffers(shape: Sequence[int], tp_size: int, precisions: Collection[str]) -> None:
-    """Make Transformer Engine's buffers, once a process; collective over all ranks.
+    """Make Transformer Engine's communication buffers. Call it once per process. Collective over all ranks.
 
     Args:
-        shape: ``[tokens, hidden size]`` of what a layer communicates.
-        tp_size: ranks of a tensor-parallel group.
-        precisions: that layers compute in; ``fp8`` and ``bf16`` have buffers.
+        shape: ``[tokens, hidden size]`` of the tensor that a layer communicates.
+        tp_size: number of ranks of a tensor-parallel group.
+        precisions: precisions that layers compute in. Only ``fp8`` and ``bf16`` have buffers.
     """
     from transformer_engine.pytorch.module import base
 

@@ -13,15 +13,15 @@ from megatron_cca.megatron_compat import cuda_literals, expected_messages
 
 @dataclass(frozen=True)
 class ReliedOn:
-    """A name, and what must be true of it beside that it exists.
+    """A name that must exist, and what else must be true of it.
 
     Attributes:
-        name: the dotted name, from the package on.
-        why: what would go wrong without it, in one line.
-        parameters: all parameters of a function, in order, where it is replaced or overridden.
-        takes: parameters that a function or class is called with, among others.
+        name: the dotted name, beginning with the package.
+        why: what the name does or why it is needed, in one line.
+        parameters: all parameters of a function, in order. Used if the function is replaced or overridden.
+        takes: some parameters of a function or class, those that are passed to it.
         has: attributes that an object has, or that the source of a class sets on ``self``.
-        says: text in the source of a module, class or function, where its behaviour is relied on.
+        says: text that the source of a module, class or function must contain, because its behaviour is needed.
         equals: the value of a constant.
     """
 

@@ -64,10 +64,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def resolve_architecture(config: ModelConfig) -> Architecture:
-    """The architecture that a ``model`` section describes: its preset with the given sizes put in.
+    """Return the architecture of a ``model`` section: its preset, with the sizes that the section sets.
 
     Raises:
-        UserError: an unknown preset.
+        UserError: the preset is not known.
     """
     family = FAMILIES.get(_family_name(config))
     if family is None or config.name not in family.presets:
@@ -77,33 +77,33 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
 
 
 def explicit(config: Config) -> Config:
-    """The configuration with the model's preset resolved into sizes: what a checkpoint records."""
+    """Return the configuration with every size of the model's preset written out, as a checkpoint records it."""
     return replace(config, model=with_explicit_sizes(config.model, resolve_architecture(config.model)))
 
 
 def sizes_beside_preset(config: ModelConfig) -> dict[str, Any]:
-    """The keys that a configuration needs for such a model: its preset's name, and every size that is not the preset's.
+    """Return the keys that a configuration needs for a model: the preset's name, and sizes that differ from the preset.
 
     Args:
         config: a ``model`` section with every size.
 
     Returns:
-        Empty where the preset alone would do.
+        Values by key. Empty if the preset alone is enough.
     """
     preset = with_explicit_sizes(ModelConfig(name=config.name), resolve_architecture(ModelConfig(name=config.name)))
     own = {key: value for key, value in vars(config).items() if value != getattr(preset, key)}
-    # It follows from the two sizes of a vocabulary of classes.
+    # For classes, vocab_size follows from codebook_size and num_classes.
     own = {key: value for key, value in own.items() if key != "vocab_size" or config.num_classes is None}
     return {"name": config.name, **own} if own else {}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that a ``model`` section's preset belongs to; the preset must be known."""
+    """Return the family of a ``model`` section's preset. The preset must be known."""
     return FAMILIES[_family_name(config)]
 
 
 def tiny_architecture(config: ModelConfig) -> Architecture:
-    """The smallest model of a ``model`` section's family, for laptops and tests; the preset must be known."""
+    """Return the smallest model of a ``model`` section's family, for laptops and tests. The preset must be known."""
     return family_of(config).presets[f"{_family_name(config)}-tiny"]
 
 

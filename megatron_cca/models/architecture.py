@@ -1,4 +1,4 @@
-"""The sizes of a decoder-only model and the layouts it can take; no torch, no Megatron."""
+"""The sizes of a decoder-only model, and the layouts that it can have. Needs no torch, no Megatron."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_cca.models.image_vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes under Megatron's names, and the vocabulary that gives token ids their meaning.
+    """Sizes with Megatron's names, and the vocabulary, which gives token ids their meaning.
 
     Attributes:
-        vocabulary: of all ids.
-        position_embedding: ``rope``, along the row; or ``rope_2d``, over the square grid of the image, whose codes
-            follow ``prefix_tokens`` that have no place on it.
-        prefix_tokens: of ``rope_2d``.
+        vocabulary: the vocabulary of all ids.
+        position_embedding: ``rope``, positions along the row, or ``rope_2d``, positions on the square grid of the
+            image.
+        prefix_tokens: number of tokens before the codes of the image under ``rope_2d``. They have no place on the grid.
     """
 
     num_layers: int
@@ -41,11 +41,11 @@ class Architecture:
 
 
 def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
-    """The preset with every size that ``config`` does not leave at null.
+    """Return the preset with every size that ``config`` sets.
 
     Raises:
-        UserError: heads that do not divide the hidden size, groups that do not divide the heads, positions that are
-            no square grid where the model wants one, or sizes of the vocabulary that do not fit each other.
+        UserError: the heads do not divide the hidden size, the groups do not divide the heads, the positions are not
+            the square grid that the model needs, or the sizes of the vocabulary do not fit each other.
     """
     names = {field.name for field in fields(config)}
     given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
@@ -95,12 +95,12 @@ def _check_grid(architecture: Architecture, channels: int) -> None:
 
 
 def grid_side(architecture: Architecture) -> int:
-    """Of the square of codes that ``rope_2d`` has positions for."""
+    """Return the side of the square of codes that ``rope_2d`` has positions for."""
     return math.isqrt(max(0, architecture.max_position_embeddings - architecture.prefix_tokens))
 
 
 def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
-    """The same model with every size written out, so that a later change of a preset cannot change its meaning."""
+    """Return the same model with every size written out. Then a later change of the preset does not change it."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
     sizes = {name: getattr(architecture, name) for name in shared}
     vocabulary = architecture.vocabulary
@@ -110,7 +110,10 @@ def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> Mode
 
 
 def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding and the LM head: ``model.padded_vocab_size``, or the next multiple that TP can split."""
+    """Return the number of rows of the embedding and the LM head.
+
+    This is ``model.padded_vocab_size`` if it is set, else the next multiple that tensor parallelism can split.
+    """
     if model.padded_vocab_size is not None:
         return model.padded_vocab_size
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
@@ -118,28 +121,31 @@ def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_mod
 
 
 def sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
-    """What the length of rows must be a multiple of, so that every rank holds equally long parts of a sequence.
+    """Return the number that must divide the length of rows, so that all ranks have parts of equal length.
 
     Args:
         parallel: the layout.
         bucket: ``data.pad_to_multiple_of``.
     """
-    # Two pieces on each context-parallel rank: an early and a late one, for equal work under a causal mask.
+    # A context-parallel rank has two pieces, an early and a late one, for equal work under a causal mask.
     context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     return math.lcm(context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1), bucket)
 
 
 def longest_row(architecture: Architecture, multiple: int) -> int:
-    """The most positions that a row may have, what fills it up to a multiple of ``multiple`` counted in.
+    """Return the largest number of positions in a row, with the padding up to a multiple of ``multiple``.
 
-    Behind a grid there is room for the filling: nothing looks there. Elsewhere it takes positions as tokens do.
+    Padding after a grid needs no positions of the model, because no token attends to it. With ``rope`` it needs them.
     """
     positions = architecture.max_position_embeddings
     return positions if architecture.position_embedding == "rope" else -(-positions // multiple) * multiple
 
 
 def num_parameters(architecture: Architecture) -> int:
-    """Weights of the whole model, without rows that pad the vocabulary and without words that are never predicted."""
+    """Return the number of weights of the whole model.
+
+    Rows that pad the vocabulary do not count, nor rows of the LM head for words that are never predicted.
+    """
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = hidden // architecture.num_attention_heads
     attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
@@ -149,10 +155,10 @@ def num_parameters(architecture: Architecture) -> int:
 
 
 def check_layout(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the model cannot take.
+    """Refuse a layout that the model cannot have.
 
     Raises:
-        UserError: names the parallel size, what it must divide, and the sizes that would do.
+        UserError: a parallel size does not fit. Names the size, what it must divide, and the possible sizes.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     padded = padded_vocab_size(architecture, model, tp)

@@ -87,7 +87,7 @@ class HuggingFaceFormat(Protocol):
         """Return the ``model`` section with every size in the configuration.
 
         Raises:
-            UserError: this family's Megatron model cannot have the value of a key; names the key.
+            UserError: this family's Megatron model cannot have the value of a key. Names the key.
         """
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
@@ -102,21 +102,21 @@ class HuggingFaceFormat(Protocol):
             form: one of the namings' forms.
 
         Raises:
-            UserError: no template where this form needs one.
+            UserError: this form needs a template, and there is none.
         """
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Return the shapes of the companion tensors, by name without prefix. None where the form has none.
+        """Return the shapes of the companion tensors, by name without prefix. None if the form has none.
 
         Raises:
-            UserError: what transformers says about a configuration that it does not take.
+            UserError: transformers refuses the configuration. The message is that of transformers.
         """
 
     def transformers_model(self, config: Json):
         """Return transformers' own decoder, on the meta device except for its buffers, in evaluation mode.
 
         Raises:
-            UserError: what transformers says about a configuration that it does not take.
+            UserError: transformers refuses the configuration. The message is that of transformers.
         """
 
 
@@ -169,10 +169,10 @@ class ImageTokenizerFiles(Protocol):
         """Return the image tokenizer in a file or folder that was recognised.
 
         Args:
-            path: where its files lie.
-            device: where it runs.
-            weights: the folder of its tensors where they travel with a checkpoint; None means that they lie there too.
+            path: the file or folder.
+            device: the device that it runs on.
+            weights: the folder of its tensors, for the files in a checkpoint. None means that they are in ``path``.
 
         Raises:
-            UserError: a missing or damaged file, or one of another model; names it.
+            UserError: a file is missing or damaged, or is of another model. Names the file.
         """

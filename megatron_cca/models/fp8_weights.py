@@ -1,8 +1,8 @@
-"""Frozen weights kept in FP8, and rounded back to the model's own type while their layer runs.
+"""Frozen weights in FP8. While a layer runs, its weights are converted back to the model's own dtype.
 
-E4M3 (arXiv 2209.05433) with one fp32 scale a row, taken from the row itself: the scales of a frozen model are right
-from the first batch on, whatever the activations are. No FP8 hardware is needed. The LM head and the norms stay as they
-are: an error in the head goes straight into every log-probability.
+The format is E4M3 (arXiv 2209.05433) with one fp32 scale per row, computed from the row. So the scales are right from
+the first batch on, and do not depend on activations. No FP8 hardware is needed. The LM head and the norms are not
+quantised: an error in the head would change every log-probability.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def keep_in_fp8(chunks: Sequence[torch.nn.Module]) -> None:
-    """Quantise the embedding and the projections of model chunks from ``build_gpt``, in place and for good.
+    """Quantise the embedding and the projections of model chunks from ``build_gpt``, in place and permanently.
 
-    Their ``weight`` is empty except while the module's ``forward`` runs. The chunks can be neither trained nor saved.
+    Their ``weight`` is empty, except while the module's ``forward`` runs. The chunks can no longer be trained or saved.
     """
     for chunk in chunks:
         for module in _quantized_modules(chunk):
@@ -26,9 +26,9 @@ def keep_in_fp8(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix ``[M, N]`` as float8_e4m3fn ``[M, N]`` and the float32 scale ``[M, 1]`` of each row.
+    """Return a matrix ``[M, N]`` as float8_e4m3fn ``[M, N]``, and the float32 scale ``[M, 1]`` of each row.
 
-    The largest number of a row becomes the largest that the format has; rows of zeros have scale 1.
+    The largest absolute value of a row becomes the largest number of the format. Rows of zeros have scale 1.
     """
     scales = weight.abs().amax(dim=1, keepdim=True).float() / _LARGEST
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
@@ -36,7 +36,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`quantize_rows`, rounded to ``dtype``."""
+    """Invert :func:`quantize_rows`, and return the result in ``dtype``."""
     return (values.float() * scales).to(dtype)
 
 

@@ -37,15 +37,16 @@ def transformer_config(
     kernels: KernelsConfig = _DEFAULT_KERNELS,
     is_frozen: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of the decoder; a fresh object on each call, since DDP hangs its hooks on it.
+    """Return Megatron's configuration of the decoder. Each call makes a new object, because DDP puts its hooks on it.
 
     Args:
-        architecture, model, parallel, training: of the run; ``training`` says precision and recomputation.
-        kernels: of the run, too.
-        is_frozen: whether the weights will never change.
+        architecture: sizes of the model.
+        model, parallel, training, kernels: sections of the run's configuration. ``training`` has precision and
+            recomputation.
+        is_frozen: whether the weights never change.
 
     Raises:
-        UserError: FP8 where it cannot be computed with.
+        UserError: the precision is FP8, and this device does not support it.
     """
     if training.precision == "fp8":
         check_fp8_device(training.fp8_recipe)
@@ -76,8 +77,8 @@ def transformer_config(
         tp_comm_overlap=parallel.tp_comm_overlap,
         microbatch_group_size_per_vp_stage=parallel.microbatch_group_size_per_vp_stage,
         deallocate_pipeline_outputs=parallel.deallocate_pipeline_outputs,
-        # With two pipeline ranks both neighbours are the same rank, and Megatron's batched send/receive, which matches
-        # messages by their order alone, then mixes up the two directions without a word.
+        # With two pipeline ranks, both neighbours are the same rank. Megatron's batched send/receive matches messages
+        # only by their order. It then silently mixes up the two directions.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=overlaps_p2p,
         recompute_granularity=training.recompute_granularity,
@@ -91,11 +92,11 @@ def transformer_config(
         fp8_recipe=training.fp8_recipe,
         fp8_amax_history_len=training.fp8_amax_history_len,
         fp8_amax_compute_algo=training.fp8_amax_compute_algo,
-        # Transformer Engine would keep an FP8 copy of every weight for good beside a frozen model's own.
+        # For a frozen model, Transformer Engine would permanently keep an FP8 copy of every weight.
         disable_parameter_transpose_cache=is_frozen,
-        # The weights are filled by name afterwards (checkpoint or initialization.py), alike for every layout.
+        # The weights are filled by name later (checkpoint or initialization.py), identically for every layout.
         perform_initialization=False,
-        # Megatron names the GPU where it makes a weight, and so would take no notice of torch.device("meta").
+        # Otherwise Megatron creates weights on the GPU by name, and ignores torch.device("meta").
         use_cpu_initialization=not on_gpu or torch.get_default_device().type == "meta",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -104,7 +105,7 @@ def transformer_config(
 
 
 def num_model_chunks(parallel: ParallelConfig) -> int:
-    """Model chunks on each pipeline rank: 1, or more under the interleaved schedule."""
+    """Return the number of model chunks on each pipeline rank. More than 1 means the interleaved schedule."""
     return parallel.virtual_pipeline_model_parallel_size or 1
 
 
@@ -117,11 +118,14 @@ def build_gpt(
     kernels: KernelsConfig = _DEFAULT_KERNELS,
     is_frozen: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks, on its device, with uninitialised weights: one, or more under interleaving.
+    """Build this rank's model chunks on its device, with uninitialised weights.
 
-    Model parallelism must be initialised. Arguments are those of :func:`transformer_config`. But for fp32, each chunk
-    is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules expect.
-    Under ``torch.device("meta")`` the weights stay there.
+    Model parallelism must be initialised. The arguments are those of :func:`transformer_config`. Except for fp32, each
+    chunk is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules
+    expect. Under ``torch.device("meta")`` the weights are on the meta device.
+
+    Returns:
+        One chunk, or several for the interleaved schedule.
     """
     config = transformer_config(architecture, model, parallel, training, kernels=kernels, is_frozen=is_frozen)
     chunks = num_model_chunks(parallel)
@@ -172,26 +176,27 @@ def _build_chunk(
 def image_logps(
     model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: Any
 ) -> Tensor:
-    """One forward pass of a model chunk. Chunks with neither the first nor the last layers need no tokens.
+    """Run one forward pass of a model chunk. A chunk without the first and the last layers needs no tokens.
 
     Args:
         model: a chunk from :func:`build_gpt`, bare or wrapped in DDP.
-        tokens: int64 ``[B, S]``, the whole sequences also under context parallelism.
+        tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
-        mask: bool ``[B, S]``, true where the target is an image token.
+        mask: bool ``[B, S]``, true if the target is an image token.
         head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
-        On the last chunk of the pipeline the log-probability of each row's image tokens, float32 ``[B]``, the same on
-        all tensor- and context-parallel ranks; on earlier chunks the hidden states that Megatron's schedule sends on.
+        On the last chunk of the pipeline: the log-probability of each row's image tokens, float32 ``[B]``, the same on
+        all tensor- and context-parallel ranks. On earlier chunks: the hidden states that Megatron's schedule sends to
+        the next chunk.
     """
     return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
 
 
 def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:
-    """What :func:`image_logps` sums, token by token: float32 ``[B, S]``, 0 where masked out.
+    """Return the terms of the sum in :func:`image_logps`: float32 ``[B, S]``, 0 where ``mask`` is false.
 
-    Arguments are those of :func:`image_logps`. Not for context parallelism, where no rank has a whole row.
+    The arguments are those of :func:`image_logps`. Context parallelism is not supported: no rank has a whole row.
     """
     assert parallel_state.get_context_parallel_group().size() == 1
     return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
@@ -203,7 +208,7 @@ def _forward(
     if tokens is None:
         return model(None, None, None)
     tokens, targets, mask = _on_this_context_rank(tokens, targets, mask)
-    # Rotary positions are the index in the whole sequence, whatever these say; Megatron wants the argument.
+    # Megatron requires this argument but does not use it: rotary positions are the index in the whole sequence.
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     context = {"targets": targets, "mask": mask, **context}
     return model(tokens, positions, None, output_processor=_logps_head, output_processor_context=context)
@@ -221,12 +226,12 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
     tp_group = parallel_state.get_tensor_model_parallel_group()
     await_parameters(output_layer)
     if config.sequence_parallel:
-        # sequence_logps returns the whole gradient of its input on every rank; summing again would double it.
+        # sequence_logps returns the whole gradient of its input on every rank. Another sum would count it twice.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
     logps_of, batch = context["logps_of"], {name: value for name, value in context.items() if name != "logps_of"}
     logps = logps_of(hidden_states, output_layer.weight, tp_group=tp_group, **batch)
     if config.context_parallel_size == 1:
         return logps
-    # Each rank has summed its own part of the sequence. Its gradient is its own too: Megatron's data parallelism sums
-    # parameter gradients over these ranks.
+    # Each rank has the sum and the gradient of its own part of the sequence. Megatron's data parallelism sums parameter
+    # gradients over these ranks.
     return reduce_from_tensor_model_parallel_region(logps, parallel_state.get_context_parallel_group())

@@ -15,13 +15,13 @@ from megatron_cca.errors import UserError
 
 
 class ImageTokenizer(Protocol):
-    """Turns images into the codes of a codebook, and codes into images.
+    """A converter of images to codes of a codebook, and of codes to images.
 
     Attributes:
-        kind: such as "emu3-vq" or "patch-codebook".
+        kind: name of the kind, such as "emu3-vq" or "patch-codebook".
         spatial_factor: pixels per code along a side.
-        temporal_factor: frames of video per frame of codes. 0 where clips are not supported.
-        codebook_size: codes are below it.
+        temporal_factor: frames of video per frame of codes. 0 if clips are not supported.
+        codebook_size: number of codes.
     """
 
     kind: str
@@ -60,14 +60,14 @@ class ImageTokenizer(Protocol):
 
 
 def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> None:
-    """Check that pixels have the right dtype and shape, and sides that the factors divide.
+    """Check that pixels have the right dtype and shape, and that the factors divide their sides.
 
     Args:
-        pixels: uint8 ``[N, H, W, 3]``. Also clips ``[N, T, H, W, 3]`` where ``temporal_factor`` is not 0.
-        spatial_factor, temporal_factor: of the tokenizer.
+        pixels: uint8 ``[N, H, W, 3]``. Also clips ``[N, T, H, W, 3]`` if ``temporal_factor`` is not 0.
+        spatial_factor, temporal_factor: factors of the tokenizer.
 
     Raises:
-        UserError: they do not.
+        UserError: dtype, shape or a side is wrong.
     """
     shape = list(pixels.shape)
     if pixels.dtype != torch.uint8 or len(shape) not in (4, 5 if temporal_factor else 4) or shape[-1] != 3:
@@ -84,11 +84,11 @@ def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None
     """Check that codes have the right dtype and shape, and are in the codebook.
 
     Args:
-        codes: int64 ``[N, h, w]``. Also those of clips, ``[N, T, h, w]``, where ``temporal_factor`` is not 0.
-        codebook_size, temporal_factor: of the tokenizer.
+        codes: int64 ``[N, h, w]``. Also codes of clips ``[N, T, h, w]`` if ``temporal_factor`` is not 0.
+        codebook_size, temporal_factor: sizes of the tokenizer.
 
     Raises:
-        UserError: they do not.
+        UserError: dtype or shape is wrong, or a code is not in the codebook.
     """
     shape = list(codes.shape)
     if codes.dtype != torch.int64 or len(shape) not in (3, 4 if temporal_factor else 3) or 0 in shape[1:]:

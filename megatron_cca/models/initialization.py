@@ -1,6 +1,7 @@
-"""Random weights that are the same for every layout: each tensor is drawn from its name, then cut to this rank's part.
+"""Random weights that are the same for every layout. Each whole tensor is drawn by its name, then cut for each rank.
 
-Megatron's own initialisation depends on the pipeline and tensor layout, so that runs could not be compared.
+Megatron's own initialisation depends on the pipeline and tensor layout. Runs on different layouts would not be
+comparable.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 # Weights that write into the residual stream start smaller by sqrt(2 * num_layers), as in GPT-2 and Megatron.
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
-# Fills a chunk with random weights; takes the arguments of initialize_by_name.
+# A function that fills a chunk with random weights. It has the parameters of initialize_by_name.
 Initialize = Callable[..., None]
 
 
@@ -24,15 +25,15 @@ Initialize = Callable[..., None]
 def initialize_by_name(
     model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int, output_size: int | None = None
 ) -> None:
-    """Fill a pipeline stage: norms with ones, other weights with N(0, std), rows of no word with zeros.
+    """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
 
     Args:
-        model: a chunk.
-        seed: of all tensors.
-        std: of weights; less where they write into the residual stream.
-        num_layers: of the whole model.
-        vocab_size: rows of the embedding that are words.
-        output_size: likewise of the LM head; None means as many.
+        model: the chunk.
+        seed: seed of all tensors.
+        std: standard deviation of weights. Weights that write into the residual stream have a smaller one.
+        num_layers: number of layers of the whole model.
+        vocab_size: number of words of the embedding. Later rows are padding.
+        output_size: number of words of the LM head. None means ``vocab_size``.
     """
     words = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
     shards = sharded_tensors(model.sharded_state_dict())
@@ -46,7 +47,7 @@ def initialize_by_name(
 
 
 def sharded_tensors(tree) -> list[ShardedTensor]:
-    """Every sharded tensor in a sharded state; their data are views of the parameters."""
+    """Return every sharded tensor in a sharded state. Their data are views of the parameters."""
     if isinstance(tree, ShardedTensor):
         return [tree]
     if isinstance(tree, ShardedTensorFactory):
@@ -57,12 +58,17 @@ def sharded_tensors(tree) -> list[ShardedTensor]:
 
 
 def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
-    """This rank's part of a whole tensor (one layer's, where layers are stacked) of N(0, 1), drawn from seed and name.
+    """Draw a tensor of N(0, 1) from seed and name, and return this rank's part of it.
+
+    If layers are stacked, each layer is a tensor of its own.
 
     Args:
-        shard: says which tensor and which part; float32 of its ``local_shape`` is returned, on the CPU.
-        seed: of all tensors; each name gives numbers of its own.
-        rows: those after the first so many are zero; None means all are drawn.
+        shard: the tensor and this rank's part of it.
+        seed: seed of all tensors. Each name gives other numbers.
+        rows: number of rows to draw. Later rows are zero. None means all rows.
+
+    Returns:
+        float32, in the ``local_shape`` of ``shard``, on the CPU.
     """
     stacked = shard.prepend_axis_num
     name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])

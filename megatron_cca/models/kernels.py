@@ -1,4 +1,4 @@
-"""Section ``kernels`` in Megatron's words, with its nulls filled in for this device."""
+"""The section ``kernels`` as options of Megatron, with defaults for this device in place of null."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cca.megatron_compat.layers import apex_fuses_gradients, fuse_engin
 
 
 def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
-    """The fused kernels of a forward pass, by key; the last bits of what it computes depend on them."""
+    """Return which fused kernels a forward pass uses, by key. The last bits of its results depend on them."""
     on_gpu = platform.current().is_cuda
     return {
         "bias_activation_fusion": _chosen(kernels.bias_activation_fusion, on_gpu),
@@ -22,15 +22,15 @@ def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
 
 
 def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]:
-    """What Megatron's ``TransformerConfig`` is to have of it.
+    """Return the options for Megatron's ``TransformerConfig``.
 
     Args:
-        kernels: of the run.
-        is_frozen: whether the weights will never change: such a model has no gradients, and is not captured.
+        kernels: section of the run's configuration.
+        is_frozen: whether the weights never change. Such a model has no gradients and no CUDA graphs.
     """
     return {
         **forward_kernels(kernels),
-        # Megatron's own layers fuse through apex, Transformer Engine's by themselves: see fuse_weight_gradients.
+        # Megatron's own layers need apex for this. Transformer Engine's do not, see fuse_weight_gradients.
         "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and apex_fuses_gradients(),
         "cuda_graph_impl": "none" if is_frozen else kernels.cuda_graph_impl,
         "cuda_graph_modules": list(kernels.cuda_graph_modules),
@@ -39,13 +39,13 @@ def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]
 
 
 def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_frozen: bool) -> None:
-    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if the run wants it."""
+    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if ``kernels`` asks for it."""
     if _fuses(kernels, is_frozen):
         fuse_engine_gradients(gpt)
 
 
 def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:
-    # A frozen model has no buffer that gradients could be added to.
+    # A frozen model has no gradient buffer.
     return _chosen(kernels.gradient_accumulation_fusion, False) and not is_frozen
 
 

@@ -1,4 +1,4 @@
-"""The one switch between Transformer Engine's layers and local ones."""
+"""The choice between Transformer Engine's layers and local ones."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from megatron_cca.models.local_layers import RMSNorm, ScaledDotProductAttention
 
 
 def engine_is_available() -> bool:
-    """Whether Transformer Engine is installed and has a GPU."""
+    """Return whether Transformer Engine is installed and there is a GPU."""
     return HAVE_TE and platform.current().is_cuda
 
 
 def layer_spec(
     transformer_impl: str, num_layers: int, *, channels: int, precision: Precision
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder's layers for ``model.transformer_impl``.
+    """Return the spec of the decoder's layers for ``model.transformer_impl``.
 
     Args:
         transformer_impl: ``auto``, ``local`` or ``transformer_engine``.
-        num_layers: layers on this pipeline stage.
-        channels: of an attention head.
-        precision: that the model computes in.
+        num_layers: number of layers on this pipeline stage.
+        channels: number of channels of an attention head.
+        precision: precision of the computation.
 
     Raises:
-        UserError: Transformer Engine asked for where it is not installed or has no GPU.
+        UserError: Transformer Engine is asked for, but is not installed or has no GPU.
     """
     available = engine_is_available()
     if transformer_impl == "transformer_engine" and not available:
@@ -54,13 +54,13 @@ def layer_spec(
 
 
 def check_fp8_device(recipe: str) -> None:
-    """Refuse FP8 products where they cannot be computed.
+    """Refuse FP8 on a device that does not support it.
 
     Args:
         recipe: ``tensorwise``, ``delayed`` or ``blockwise``.
 
     Raises:
-        UserError: says what is missing.
+        UserError: FP8 is not supported. Says what is missing.
     """
     if not engine_is_available():
         raise UserError(
@@ -78,7 +78,7 @@ def check_fp8_device(recipe: str) -> None:
 def _local_block(num_layers: int) -> TransformerBlockSubmodules:
     submodules = _with_torch_attention(get_gpt_layer_local_submodules(normalization="RMSNorm"))
     submodules = dataclasses.replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
-    # Named here too: a bare layer spec would leave the final norm to Megatron's fallback.
+    # Set layer_norm here, too. With only a layer spec, the final norm would be Megatron's fallback.
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=TransformerLayer, submodules=submodules)] * num_layers, layer_norm=RMSNorm
     )

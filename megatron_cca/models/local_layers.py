@@ -1,4 +1,4 @@
-"""Layers where Megatron-Core's own, or Transformer Engine's, fall short for image-length sequences."""
+"""Layers that replace Megatron-Core's or Transformer Engine's, which do not suit sequences as long as images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_cca.platform.operations import current_operations
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm that works under sequence parallelism (Megatron's torch fallback refuses it).
+    """Root-mean-square norm for sequence parallelism, which Megatron's torch fallback does not support.
 
     ``[..., H] -> [..., H]``, in the input's dtype. The weight is marked ``sequence_parallel``, so that Megatron sums
     its gradient over the tensor-parallel group.
@@ -26,15 +26,15 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise over the last dimension."""
+        """Normalise ``x`` over the last dimension."""
         return current_operations().rms_norm(x, self.weight, self.eps)
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Core attention on torch's fused kernels: never an S x S score matrix where the device has a flash kernel.
+    """Core attention with torch's fused kernels. With a flash kernel, no S x S score matrix is ever in memory.
 
-    Under context parallelism the keys and values of all ranks are gathered (as in Llama 3, arXiv 2407.21783, section
-    3.3.2) and each rank attends from its own two pieces of the sequence.
+    Under context parallelism, each rank gathers the keys and values of all ranks (as in Llama 3, arXiv 2407.21783,
+    section 3.3.2). Its queries are its own two pieces of the sequence.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class ScaledDotProductAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType | None = None,
         **_unused,
     ) -> Tensor:
-        """Causal attention, or attention to the whole cache when one new token is decoded.
+        """Compute causal attention, or attention of one new token to the whole cache.
 
         Args:
-            query: ``[S, B, heads, D]``; under context parallelism S is this rank's part.
-            key: ``[T, B, groups, D]``; value likewise.
-            attention_mask: unused; padding is on the right, where causality already hides it.
-            attn_mask_type: ``no_mask`` while decoding with a cache, causal otherwise.
+            query: ``[S, B, heads, D]``. Under context parallelism, S is the length of this rank's part.
+            key: ``[T, B, groups, D]``.
+            value: ``[T, B, groups, D]``.
+            attention_mask: unused. Padding is on the right, where the causal mask hides it.
+            attn_mask_type: ``no_mask`` for decoding with a cache, else causal.
 
         Returns:
             ``[S, B, heads * D]``.
@@ -93,7 +94,7 @@ class ScaledDotProductAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if query.is_cuda and query.dtype == torch.float32:
-            # The one fused kernel that takes fp32 takes no grouped queries.
+            # The only fused kernel for fp32 does not support grouped queries.
             key, value = (tensor.repeat_interleave(query.size(1) // key.size(1), 1) for tensor in (key, value))
         context = scaled_dot_product_attention(
             query,
@@ -108,7 +109,7 @@ class ScaledDotProductAttention(torch.nn.Module):
 
 
 def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """The sequence ``[S, ...]`` from each rank's two pieces of it; rank r holds pieces r and 2 * size - 1 - r."""
+    """Gather the whole sequence ``[S, ...]``. Rank r has two pieces of it, number r and 2 * size - 1 - r."""
     gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
     pieces = gathered.chunk(2 * group.size())
     return torch.cat([*pieces[::2], *pieces[1::2][::-1]])

@@ -1,9 +1,11 @@
 """Low-rank adapters on a GPTModel's projections (LoRA, arXiv 2106.09685), under any tensor and sequence parallelism.
 
-A projection ``y = W x`` becomes ``y = W x + alpha / dim * B A x``. W is frozen; A (``linear_in``) is drawn by name, the
-same for every layout, and B (``linear_out``) starts at zero. Where W is split by its rows (``linear_qkv``,
-``linear_fc1``) so is B; where it is split by its columns (``linear_proj``, ``linear_fc2``) so is A. The other one is
-whole on every rank, so that only the ``dim`` numbers of each token pass between ranks.
+A projection ``y = W x`` becomes ``y = W x + alpha / dim * B A x``. W is frozen. A (``linear_in``) is drawn by name, the
+same for every layout. B (``linear_out``) starts at zero.
+
+If tensor parallelism splits the rows of W (``linear_qkv``, ``linear_fc1``), it also splits the rows of B. If it splits
+the columns of W (``linear_proj``, ``linear_fc2``), it also splits the columns of A. The other matrix is whole on every
+rank. So ranks exchange only the ``dim`` numbers of each token.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 @dataclass
 class _Attachment:
-    """What a model with adapters remembers: their settings, whether they act, and the hook on its embedding."""
+    """State of a model with adapters: their settings, whether they are on, and the hook on the embedding."""
 
     settings: LoraConfig
     is_on: bool = True
@@ -48,18 +50,18 @@ class _Attachment:
 
 
 def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int | None) -> None:
-    """Give every projection of ``settings.target_modules`` in every layer an adapter, and freeze everything else.
+    """Add an adapter to every projection in ``settings.target_modules``, and freeze everything else.
 
-    The adapters have their layer's dtype and device. With B at zero the model's outputs stay the same, bit for bit.
+    The adapters have the dtype and device of their layer. B is zero, so the model's outputs keep their bits.
 
     Args:
         chunks: this rank's chunks from ``build_gpt`` with their weights, bare or in Float16Module, not yet in DDP.
-        settings: ``dim`` must be set.
-        seed: A is drawn from it, normal, with the variance 1 / (3 * inputs) of the authors' code; None leaves A
-            uninitialised for a checkpoint to fill.
+        settings: settings of the adapters. ``dim`` must be set.
+        seed: seed of A, which is normal with variance 1 / (3 * inputs), as in the authors' code. None leaves A
+            uninitialised. A checkpoint must then fill it.
 
     Raises:
-        UserError: no target modules.
+        UserError: there are no target modules.
     """
     assert settings.dim is not None, "no adapters without lora.dim"
     if not settings.target_modules:
@@ -80,9 +82,10 @@ def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int
 
 @contextmanager
 def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Inside, a forward pass is that of the model without its adapters, bit for bit.
+    """Switch the adapters off within the block. Outputs have the same bits as those of the model without adapters.
 
-    It may be nested. The chunks may be wrapped in DDP. A backward pass belongs on the side of its forward pass.
+    Blocks can be nested. The chunks can be wrapped in DDP. Run a backward pass inside the block if its forward pass was
+    inside, else outside.
     """
     attachments = [attachment for chunk in chunks if (attachment := _attachment(_gpt(chunk))) is not None]
     before = [attachment.is_on for attachment in attachments]
@@ -97,9 +100,9 @@ def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(chunks: Sequence[torch.nn.Module]) -> None:
-    """Fold the adapters into the weights and take them off; then all parameters are trainable, as ``build_gpt``'s are.
+    """Merge the adapters into the weights and remove them. Then all parameters are trainable, as after ``build_gpt``.
 
-    Not for chunks that an optimizer holds.
+    Do not call it for chunks that an optimizer holds.
     """
     for chunk in chunks:
         gpt = _gpt(chunk)
@@ -119,14 +122,14 @@ def merge(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 class _UninitializedLinear(torch.nn.Linear):
-    """A projection whose weight somebody else fills; torch's own numbers would take from the process's generator."""
+    """A linear layer with an uninitialised weight. torch's initialisation would use the process's random generator."""
 
     def reset_parameters(self) -> None:
-        """Leave the weight as it is."""
+        """Do nothing, so that the weight stays uninitialised."""
 
 
 class Adapter(torch.nn.Module):
-    """One projection's A and B, as this rank has them."""
+    """This rank's parts of A and B of one projection."""
 
     def __init__(self, projection: torch.nn.Module, name: str, attachment: _Attachment) -> None:
         super().__init__()
@@ -141,18 +144,23 @@ class Adapter(torch.nn.Module):
         torch.nn.init.zeros_(self.linear_out.weight)
         split, whole = (self.linear_in, self.linear_out) if self.is_row_parallel else (self.linear_out, self.linear_in)
         copy_tensor_model_parallel_attributes(split.weight, weight)
-        # Each rank's gradient of the whole one is that of its tokens alone; Megatron then sums it over the ranks.
+        # A rank's gradient of the whole matrix covers only its own tokens. Megatron sums it over the ranks.
         whole.weight.sequence_parallel = self.sequence_parallel
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """The projection's ``output`` ``[S, B, rows]`` for its input ``x`` ``[S, B, columns]``, plus the adapter's."""
+        """Return ``output`` plus the adapter's output.
+
+        Args:
+            x: the projection's input, ``[S, B, columns]``.
+            output: the projection's output, ``[S, B, rows]``.
+        """
         low_rank = self._across_ranks(self.linear_in(x))
         await_parameters(self.linear_out)
         flat = torch.addmm(output.flatten(0, -2), low_rank.flatten(0, -2), self.linear_out.weight.t(), alpha=self.scale)
         return flat.view_as(output)
 
     def _across_ranks(self, low_rank: Tensor) -> Tensor:
-        """What the projection does with its input or its wide output, done with the ``dim`` numbers of each token."""
+        """Do the projection's communication, but only with the ``dim`` numbers of each token."""
         if self.is_row_parallel:
             if self.sequence_parallel:
                 return reduce_scatter_to_sequence_parallel_region(low_rank)
@@ -162,7 +170,7 @@ class Adapter(torch.nn.Module):
         return copy_to_tensor_model_parallel_region(low_rank)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's sharded state; the rows of a gated projection's B lie as its own do."""
+        """Return Megatron's sharded state. B of a gated projection has the same order of rows as the projection."""
         split = {"linear_in.weight": 1} if self.is_row_parallel else {"linear_out.weight": 0}
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
@@ -179,7 +187,7 @@ class Adapter(torch.nn.Module):
 
 
 class _Adapted:
-    """Mixed into the class of a projection that has an adapter, so that its own weights keep their names."""
+    """Mixin for the class of a projection with an adapter. The projection's weights keep their names."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(x)
@@ -189,7 +197,7 @@ class _Adapted:
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        # Megatron's layers have taken what is inside for parameters of theirs that every rank has whole.
+        # Replace the adapter's entries: Megatron's layers treat them as parameters that every rank has whole.
         return own | self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)
 
 
@@ -200,9 +208,9 @@ def _projections(gpt: GPTModel, settings: LoraConfig) -> Iterator[tuple[str, tor
 
 
 def _keep_gradients_flowing(embedding: torch.nn.Module, attachment: _Attachment) -> RemovableHandle:
-    """Let the first layer's input need a gradient though the embedding is frozen.
+    """Let the first layer's input require a gradient, although the embedding is frozen.
 
-    Megatron's activation recompute gives no gradients at all for layers of whose input none is wanted.
+    Otherwise Megatron's activation recompute computes no gradients at all for the layer.
     """
 
     def need_gradient(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The arithmetic of low-rank adapters, and their names in checkpoints; no Megatron."""
+"""The arithmetic of low-rank adapters, and their names in checkpoints. Needs no Megatron."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_cca.config import LoraConfig
 
-# Keys of a projection's A and B, in place of its own "weight"; Megatron-Bridge spells them so.
+# Names of a projection's A and B, in place of its own "weight". Megatron-Bridge has the same names.
 LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
 
 _ROWS_AT_A_TIME = 1024
@@ -22,19 +22,19 @@ def settings_of(chunks: Sequence[torch.nn.Module]) -> LoraConfig | None:
 
 
 def scale_of(settings: LoraConfig) -> float:
-    """The factor ``alpha / dim`` of an adapter's output."""
+    """Return the factor ``alpha / dim`` of an adapter's output."""
     return settings.alpha / settings.dim
 
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, linear_in: Tensor, linear_out: Tensor, scale: float) -> Tensor:
-    """``W + scale * B A``, rounded to fp32 and then once to the weight's dtype.
+    """Return ``W + scale * B A``, rounded to fp32 and then once to the weight's dtype.
 
-    It is summed in fp64: then it depends neither on the machine nor on how a weight was cut, and a model that is merged
-    on a GPU's shards has the bits of one that is exported by rows.
+    The sum is in fp64, so that the result does not depend on the machine or on how the weight is split. A merge of
+    shards on a GPU gives the same bits as an export by rows.
 
     Args:
-        weight: ``[rows, columns]``, the whole or any block of it.
+        weight: ``[rows, columns]``, the whole weight or any block of it.
         linear_in: A, ``[dim, columns]``.
         linear_out: B, ``[rows, dim]``.
         scale: ``alpha / dim``.

@@ -1,7 +1,7 @@
-"""Rotary positions over the square grid of an image (``rope_2d``; the definition is that of arXiv 2406.06525's model).
+"""Rotary positions on the square grid of an image (``rope_2d``), as defined by the model of arXiv 2406.06525.
 
-The first half of a head's pairs of channels turns with the code's row, the second with its column; a pair are
-neighbouring channels. Tokens before the image have no place on the grid: there cosine and sine are both 0, so that
+Two neighbouring channels of a head are a pair. The first half of the pairs rotates with the row of a code, the second
+half with its column. Tokens before the image have no place on the grid. Their cosine and sine are both 0, so that their
 queries and keys are zero. No rotation angle gives zero.
 """
 
@@ -24,10 +24,10 @@ class GridRotaryEmbedding(RotaryEmbedding):
     """Megatron's rotary embedding, with the angles of a grid.
 
     Args:
-        channels: of a head, a multiple of 4.
-        base: of the frequencies, which are those of half a head along each axis.
-        side: of the grid.
-        prefix_tokens: before it; their angles mean nothing.
+        channels: number of channels of a head, a multiple of 4.
+        base: base of the frequencies. Each axis has the frequencies of half a head.
+        side: side of the grid.
+        prefix_tokens: number of tokens before the grid. Their angles have no meaning.
         use_cpu_initialization: as in Megatron.
     """
 
@@ -44,9 +44,9 @@ class GridRotaryEmbedding(RotaryEmbedding):
         self.side, self.prefix_tokens = side, prefix_tokens
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        """The angle of each position and channel, float32 ``[max_seq_len, 1, 1, channels]``.
+        """Return the angle of each position and channel, float32 ``[max_seq_len, 1, 1, channels]``.
 
-        What fills a row up behind the grid stands on further rows of it, where nothing looks.
+        Padding after the image gets angles of further rows of the grid. No token attends to it.
         """
         axis = super().get_emb(max(self.side, (offset + max_seq_len) // self.side + 1))
         places = torch.arange(offset, offset + max_seq_len, device=axis.device).sub_(self.prefix_tokens).clamp_(min=0)
@@ -54,7 +54,7 @@ class GridRotaryEmbedding(RotaryEmbedding):
 
 
 def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
-    """Give a model built with ``rope`` and ``rotary_interleaved`` the positions of ``rope_2d`` instead."""
+    """Replace the positions of a model built with ``rope`` and ``rotary_interleaved`` by those of ``rope_2d``."""
     gpt.rotary_pos_emb = GridRotaryEmbedding(
         gpt.config.kv_channels,
         architecture.rotary_base,
@@ -63,13 +63,13 @@ def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
         use_cpu_initialization=gpt.config.use_cpu_initialization,
     )
     context = parallel_state.get_context_parallel_group()
-    # Of a sequence that is dealt out in zigzag order, rank 0 has the beginning.
+    # Context parallelism deals out a sequence in zigzag order. Rank 0 has the beginning.
     if architecture.prefix_tokens == 0 or context.rank() > 0:
         return
     blanking = _Blanking(architecture.prefix_tokens, pieces=2 if context.size() > 1 else 1)
     for layer in gpt.decoder.layers:
-        # In the core attention, whichever it is: there queries and keys have been rotated, and every rank has the
-        # sequence in order again. It runs once more where activations are recomputed.
+        # Do this in the core attention, of any class. There, queries and keys are rotated, and every rank has the
+        # sequence in order again. Activation recompute runs it again.
         attention = layer.self_attention.core_attention
         attention.blanking = blanking
         mix_in(attention, _Blanked)
@@ -77,19 +77,19 @@ def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
 
 @dataclass(frozen=True)
 class _Blanking:
-    """Puts zeros for the queries or keys of the first tokens, ``[S, B, heads, D]``."""
+    """Function that sets the queries or keys ``[S, B, heads, D]`` of the first tokens to zero."""
 
     prefix_tokens: int
     pieces: int
 
     def __call__(self, x: Tensor) -> Tensor:
         assert self.prefix_tokens <= x.size(0) // self.pieces, "the prefix does not fit a rank's part of a row"
-        # Not in place: selective recomputation hands in leaves.
+        # This cannot be in place: with selective recomputation, x is a leaf.
         return pad(x[self.prefix_tokens :], (*(0, 0) * 3, self.prefix_tokens, 0))
 
 
 class _Blanked:
-    """Mixed into the class of a core attention."""
+    """Mixin for the class of a core attention."""
 
     def forward(self, query: Tensor, key: Tensor, *others, **more) -> Tensor:
         return super().forward(self.blanking(query), self.blanking(key), *others, **more)
@@ -97,11 +97,11 @@ class _Blanked:
 
 @dataclass(frozen=True)
 class Rotation:
-    """What turns queries and keys.
+    """The rotation of queries and keys.
 
     Attributes:
-        cos, sin: float32 ``[positions, D]``, both 0 where queries and keys are to vanish.
-        interleaved: whether a pair are neighbouring channels; else they are half a head apart.
+        cos, sin: float32 ``[positions, D]``. Both are 0 at positions whose queries and keys must be zero.
+        interleaved: whether the two channels of a pair are neighbours. Otherwise they are half a head apart.
     """
 
     cos: Tensor
@@ -110,7 +110,7 @@ class Rotation:
 
 
 def rotation_of(gpt: GPTModel, positions: int, device: torch.device) -> Rotation:
-    """The rotation that a model gives the first positions of a row."""
+    """Return the rotation that a model applies to the first positions of a row."""
     angles = gpt.rotary_pos_emb.get_emb(positions)[:, 0, 0].to(device)
     cos, sin = torch.cos(angles), torch.sin(angles)
     blank = getattr(gpt.rotary_pos_emb, "prefix_tokens", 0)

@@ -1,7 +1,7 @@
-"""Frozen model chunks that live in host memory and pass through the device a layer at a time.
+"""Frozen model chunks in host memory that are copied to the device one layer at a time.
 
-While one layer computes, the next one's weights are copied in, so that the device holds two at most. Works below any of
-Megatron's schedules: the weights come and go by forward hooks.
+While one layer computes, the weights of the next one are copied. So the device holds at most two layers. Forward hooks
+do this. It works with any of Megatron's schedules.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron_cca.platform.transfers import Arriving, Fetcher
 
 
 class StreamedChunks:
-    """Moves model chunks from ``build_gpt`` to host memory for good.
+    """Model chunks from ``build_gpt`` that are permanently moved to host memory.
 
     Args:
-        chunks: on the device; they give up their memory there.
+        chunks: chunks on the device. Their memory there is freed.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -30,7 +30,7 @@ class StreamedChunks:
 
     @contextmanager
     def running(self) -> Iterator[Sequence[torch.nn.Module]]:
-        """The chunks, ready for forward passes; afterwards, whatever happens, the device holds nothing of them."""
+        """Yield the chunks for forward passes. After the block, also after an error, no weights are on the device."""
         try:
             yield self.chunks
         finally:
@@ -39,7 +39,7 @@ class StreamedChunks:
 
 
 class _Ring:
-    """A chunk's parts in the order of its forward pass; after the last comes the first, of the next microbatch."""
+    """Parts of a chunk in the order of its forward pass. The first one follows the last, for the next microbatch."""
 
     def __init__(self, chunk: torch.nn.Module, fetcher: Fetcher) -> None:
         gpt = getattr(chunk, "module", chunk)
@@ -49,7 +49,7 @@ class _Ring:
         for layer in gpt.decoder.layers:
             self._add(_Part([layer], fetcher), layer, layer)
         if gpt.post_process:
-            # The head is used without its forward, between the final norm and the end of the model's own forward.
+            # The head's forward does not run. Its weight is used from the final norm to the end of the model's forward.
             norm = gpt.decoder.final_layernorm
             self._add(_Part([norm, gpt.output_layer], fetcher), norm, gpt)
 
@@ -72,7 +72,7 @@ class _Ring:
 
 
 class _Part:
-    """Modules whose weights come and go together."""
+    """Modules whose weights are copied to the device together and leave it together."""
 
     def __init__(self, modules: Sequence[torch.nn.Module], fetcher: Fetcher) -> None:
         self._fetcher = fetcher

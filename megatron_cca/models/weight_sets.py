@@ -21,7 +21,7 @@ _RECOMPUTED = frozenset(
 )
 # The place of a set that has no prefix and is under no key.
 TOP = "."
-# What bfloat16 leaves of them.
+# Relative precision of frequencies in bfloat16.
 _TOLERANCE = 1e-2
 
 
@@ -126,15 +126,15 @@ def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_
 
 
 def check_frequencies(name: str, found: Tensor, architecture: Architecture) -> None:
-    """Refuse frequencies of another base than the model's, which is then not the model that was trained.
+    """Refuse rotary frequencies of another base than the model's. The weights were trained with these frequencies.
 
     Args:
-        name: of the tensor, for messages.
-        found: ``[channels of a head / 2]``; of another shape it says nothing.
-        architecture: of the model.
+        name: name of the tensor, for messages.
+        found: ``[channels of a head / 2]``. A tensor of another shape is ignored.
+        architecture: sizes of the model.
 
     Raises:
-        UserError: names the tensor and both bases.
+        UserError: the bases differ. Names the tensor and both bases.
     """
     channels = architecture.kv_channels
     if found.shape != (channels // 2,) or channels < 4:

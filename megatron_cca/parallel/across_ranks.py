@@ -1,4 +1,4 @@
-"""What one rank met, told to all, so that they go on or stop together."""
+"""Share the outcome of one rank with all ranks, so that they continue or stop together."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from megatron_cca.errors import SurroundingsError, UserError, one_line
 
 
 def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | None, str | None]:
-    """Let rank 0 alone do something with files.
+    """Run an action with files on rank 0 only, and send the outcome to all ranks. Collective over all ranks.
 
     Args:
-        action: its answer must be plain data.
+        action: the function to run. It must return plain data.
 
     Returns:
-        The answer, or what the file system or a check had against it in one line; the same on every rank.
+        The answer of the action and None, or None and the error of the file system or of a check in one line. The
+        same on every rank.
     """
     outcome: list = [None, None]
     if dist.get_rank() == 0:
@@ -32,34 +33,34 @@ def attempted_on_rank_0[Answer](action: Callable[[], Answer]) -> tuple[Answer | 
 
 
 def largest(value: int) -> int:
-    """The largest of what the ranks have; one small all-reduce."""
+    """Return the largest value of all ranks. Needs one small all-reduce."""
     answer = torch.tensor([value], dtype=torch.int32, device=platform.device())
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return int(answer)
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether it holds on some rank; one small all-reduce."""
+    """Return whether the condition is true on at least one rank. Needs one small all-reduce."""
     return largest(int(condition)) == 1
 
 
 def first_problem(problem: str | None) -> str | None:
-    """Of the problems that ranks have, that of the first; None where no rank has one."""
+    """Return the problem of the lowest rank that has one. None if no rank has one. Collective over all ranks."""
     problems: list = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((found for found in problems if found is not None), None)
 
 
 def described(error: BaseException) -> str:
-    """What an error says, in one line, without a traceback and with its file where it has one."""
+    """Return an error's message in one line, without a traceback. Includes the file name if the error has one."""
     if isinstance(error, OSError):
         return one_line(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     return one_line(" ".join(str(error).split())) or type(error).__name__
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; waits for the device.
+    """Return whether a floating-point tensor holds neither NaN nor infinity. Waits for the device.
 
-    One pass and no mask in memory: what is not finite stays so in a sum.
+    A sum with NaN or infinity is not finite. So one pass is enough, without a mask in memory.
     """
     return bool(torch.isfinite(values.sum(dtype=torch.float32)))

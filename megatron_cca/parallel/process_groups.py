@@ -13,7 +13,7 @@ from megatron_cca.config import Config
 
 
 def initialize_distributed(config: Config) -> None:
-    """Join the job and split it into Megatron's groups; idempotent for one layout."""
+    """Join the job and split it into Megatron's groups. A second call with the same layout is harmless."""
     parallel = config.parallel
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.training.distributed_timeout_minutes)
@@ -29,6 +29,6 @@ def initialize_distributed(config: Config) -> None:
             create_gloo_process_groups=False,
             distributed_timeout_minutes=config.training.distributed_timeout_minutes,
         )
-    # Graphs can replay only Transformer Engine's kind of random numbers.
+    # CUDA graphs can replay random numbers only from Transformer Engine's tracker.
     captures = config.kernels.cuda_graph_impl != "none"
     model_parallel_cuda_manual_seed(config.training.seed, te_rng_tracker=captures, force_reset_rng=captures)

@@ -1,10 +1,11 @@
-"""Log-probabilities of target tokens, straight from hidden states, without ever holding the logits.
+"""Log-probabilities of target tokens, computed from hidden states without a full tensor of logits.
 
-The LM head is applied tile by tile: a chunk of tokens times a block of words. Each token keeps three numbers, the
-largest logit, the sum of exponentials and the target's logit, which are reduced over the tensor-parallel group once at
-the end; backward recomputes the tiles. Words past ``vocab_size`` (padding) never count, whatever their rows hold, so
-the result does not depend on how the vocabulary was padded for a layout. With a ``support`` the same holds for all
-words outside of it.
+The LM head is applied tile by tile. A tile is a chunk of tokens times a block of words. Each token keeps three numbers:
+the largest logit, the sum of exponentials and the target's logit. They are reduced over the tensor-parallel group once
+at the end. Backward recomputes the tiles.
+
+Words at or past ``vocab_size`` are padding. They never count, whatever their rows hold. So the result does not depend
+on how a layout pads the vocabulary. Words outside of the ``support`` do not count either.
 """
 
 from __future__ import annotations
@@ -33,32 +34,33 @@ def sequence_logps(
     support: range | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Sum over masked-in positions of log p(target | prefix); float32 ``[B]``, nats.
+    """Return the sum of log p(target | prefix) over the positions in the mask: float32 ``[B]``, in nats.
 
-    Differentiable in ``hidden`` and ``weight``. Where ``weight`` has a ``main_grad`` (Megatron's data parallelism),
-    its gradient is added there, in that dtype, as Megatron's own fused layers do; ``weight.grad`` gets a placeholder
-    that holds no numbers and no memory. Elsewhere it is summed in fp32 and cast to the weight's dtype once.
+    Differentiable in ``hidden`` and ``weight``. If ``weight`` has a ``main_grad`` (Megatron's data parallelism), its
+    gradient is added there, in that dtype, as Megatron's fused layers do. ``weight.grad`` then gets a placeholder
+    without numbers or memory. Otherwise the gradient is summed in fp32 and cast to the weight's dtype once.
 
     Args:
-        hidden: ``[S, B, H]``, fp32, bf16 or fp16; the full sequence on every tensor-parallel rank. Its gradient is
+        hidden: ``[S, B, H]``, fp32, bf16 or fp16, the full sequence on every tensor-parallel rank. Its gradient is
             complete on every rank (summed over the group).
-        weight: ``[V_local, H]``, this rank's rows of the LM head, of the same dtype; as many on every rank.
-        targets: int64 ``[B, S]``; ``targets[b, s]`` is predicted by ``hidden[s, b]``. Ignored where masked out.
-        mask: bool ``[B, S]``; only these positions are computed at all.
-        tp_group: the tensor-parallel group; None where the head is whole.
-        vocab_size: the true size; rows at or past it never take part.
-        support: the words whose probabilities sum to 1, consecutive ids; None is the whole vocabulary. Others have no
-            probability, and their rows of ``weight`` have a gradient of exactly 0.
-        chunk_size: tokens in a tile; memory beyond inputs and gradients grows with it. None: 1,024 on a CPU, 4,096 on
-            a GPU (:mod:`megatron_cca.parallel.tile_sizes`).
+        weight: ``[V_local, H]``, this rank's rows of the LM head, in the dtype of ``hidden``. Every rank has the same
+            number of rows.
+        targets: int64 ``[B, S]``. ``hidden[s, b]`` predicts ``targets[b, s]``. Ignored where the mask is false.
+        mask: bool ``[B, S]``. Only true positions are computed.
+        tp_group: the tensor-parallel group. None if this rank has the whole head.
+        vocab_size: the true size of the vocabulary, without padding.
+        support: consecutive ids of the words whose probabilities sum to 1. None means the whole vocabulary. Other
+            words have no probability, and the gradient of their rows of ``weight`` is exactly 0.
+        chunk_size: tokens in a tile. Memory beyond inputs and gradients grows with it. None means 1,024 on a CPU and
+            4,096 on a GPU (:mod:`megatron_cca.parallel.tile_sizes`).
 
     Raises:
-        ValueError: a target outside the support where the mask is on (names position and id), a support that is not
-            part of the vocabulary, shapes or dtypes that do not fit, a chunk size below 1, shards that do not add up
-            to the vocabulary.
+        ValueError: a target in the mask is outside of the support (names position and id), the support is not part of
+            the vocabulary, shapes or dtypes do not fit, the chunk size is below 1, or the shards do not add up to the
+            vocabulary.
     """
     options = {"tp_group": tp_group, "vocab_size": vocab_size, "support": support, "chunk_size": chunk_size}
-    # Thousands of terms: the sum itself must not be what limits the log-ratio.
+    # The sum has thousands of terms. In fp64 its rounding does not limit the precision of the log-ratio.
     return token_logps(hidden, weight, targets, mask, **options).double().sum(dim=1).float()
 
 
@@ -73,7 +75,7 @@ def token_logps(
     support: range | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Per-token variant of :func:`sequence_logps`: float32 ``[B, S]``, 0 where masked out."""
+    """Return log p(target | prefix) of each token, see :func:`sequence_logps`: float32 ``[B, S]``, 0 off the mask."""
     _check_shapes(hidden, weight, targets, mask, chunk_size)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
     words = targets.t().reshape(-1).index_select(0, positions)
@@ -139,7 +141,7 @@ class _SelectedLogps(torch.autograd.Function):
         peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
         ctx.save_for_backward(hidden, weight, positions, words, peak, sum_exp)
         ctx.settings = (tp_group, vocab_size, support, chunk_size)
-        # In this order: the logits may be huge and nearly equal.
+        # Keep this order: the logits can be huge and nearly equal.
         return (target_logits - peak).sub_(sum_exp.log()).float()
 
     @staticmethod
@@ -160,14 +162,14 @@ class _SelectedLogps(torch.autograd.Function):
                 head_gradient.finish(block)
         grad_hidden = None
         if wants_hidden:
-            # Each rank's rows of the head give a part of the gradient of hidden states that are the same everywhere.
+            # All ranks have the same hidden states. The rows of each rank give a part of their gradient.
             grad_selected = head.all_reduce(grad_selected, dist.ReduceOp.SUM)
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
         return grad_hidden, head_gradient.result() if wants_weight else None, *[None] * 6
 
 
 class _HeadShard:
-    """This rank's rows of the LM head, applied to N tokens in tiles, and the reductions over the other ranks."""
+    """This rank's rows of the LM head: applies them to N tokens in tiles, and reduces over the other ranks."""
 
     def __init__(
         self,
@@ -190,45 +192,45 @@ class _HeadShard:
         self._workspace: Tensor | None = None
 
     def blocks(self) -> Iterator[slice]:
-        """Slices of this rank's words of the support, one tile wide; the last may run into rows that do not count."""
+        """Yield slices of this rank's words of the support, each one tile wide. The last can contain padding rows."""
         first, rows = self.own_words.start, self.weight.size(0)
         for block in blocks(len(self.own_words), rows - first, self.sizes):
             yield slice(first + block.start, first + block.stop)
 
     def chunks(self) -> Iterator[slice]:
-        """Slices of the tokens, one tile high."""
+        """Return slices of the tokens, each one tile high."""
         total, size = self.words.numel(), self.chunk_size
         return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
     def local_targets(self, rows: slice, block: slice) -> Tensor:
-        """The targets as columns of a block; outside of it where the target is another block's or rank's."""
+        """Return the targets as columns of a block. Other blocks' or ranks' targets give columns outside of it."""
         return self.words[rows] - (self.first_word + block.start)
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """A factor of a product: half precision stays so on a GPU, whose products sum in fp32; a CPU's do not."""
+        """Return a tensor as a factor of a product, cast on a CPU: there, sums of half precision are not in fp32."""
         return tensor if self.on_gpu else tensor.to(self.sum_dtype)
 
     def true_columns(self, block: slice) -> Tensor:
-        """A block's rows of the weight as a factor; those that do not count are 0, whatever the weight holds."""
+        """Return a block's rows of the weight as a factor of a product. Rows that do not count are set to 0."""
         rows = self.weight[block]
         true = self.own_words.stop - block.start
         if true < rows.size(0):
-            # Their gradient of the logits is 0, which times infinity is no number.
+            # The gradient of their logits is 0. Times infinity in the weight, it would be NaN.
             rows = rows.clone()
             rows[true:] = 0
         return self.operand(rows)
 
     def logits(self, tokens: Tensor, columns: Tensor, block: slice) -> Tensor:
-        """Compute the tile ``[n, width]`` in fp32 or better; it lives until the next.
+        """Compute the tile ``[n, width]`` in fp32 or better. The next call overwrites it.
 
-        Words that do not count have minus infinity.
+        Words that do not count get minus infinity.
         """
         rows, width = tokens.size(0), columns.size(0)
         if tokens.dtype != self.sum_dtype:
             tile = torch.mm(tokens, columns.t(), out_dtype=self.sum_dtype)
         else:
             if self._workspace is None:
-                # Reused, because on a CPU fresh pages cost as much as the arithmetic.
+                # Reuse the memory: on a CPU, new pages cost as much time as the arithmetic.
                 self._workspace = tokens.new_empty(rows * width)
             tile = torch.mm(tokens, columns.t(), out=self._workspace[: rows * width].view(rows, width))
         true = self.own_words.stop - block.start
@@ -246,15 +248,16 @@ class _HeadShard:
         grad_selected: Tensor | None,
         head_gradient: _HeadGradient | None,
     ) -> None:
-        """Add one tile's part to the gradients that are wanted.
+        """Add the part of one tile to the gradients that are not None.
 
         Args:
-            block, rows: of the tile.
-            selected: the tokens' hidden states ``[N, H]``.
-            columns: of the block, from :meth:`true_columns`.
+            block: the words of the tile.
+            rows: the tokens of the tile.
+            selected: hidden states of all tokens, ``[N, H]``.
+            columns: rows of the weight for the block, from :meth:`true_columns`.
             statistics: largest logit, sum of exponentials and upstream gradient of each token, ``[N]`` each.
-            grad_selected: the gradient of ``selected``, or None.
-            head_gradient: of the weight, or None.
+            grad_selected: gradient of ``selected``, or None.
+            head_gradient: gradient of the weight, or None.
         """
         tokens = self.operand(selected[rows])
         gradient = self.operations.logits_gradient(
@@ -269,8 +272,8 @@ class _HeadShard:
             head_gradient.add(block, gradient, tokens)
 
     def reduce_statistics(self, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The three numbers of each token over the whole vocabulary; refuses shards that do not add up to it."""
-        # The shard's size rides along, so that the check costs no collective of its own.
+        """Reduce the three numbers of each token over the whole vocabulary. Refuse shards that do not add up to it."""
+        # The size of the shard is sent with them, so that its check needs no further collective.
         own_rows = peak.new_tensor([self.weight.size(0), -self.weight.size(0)])
         joined = self.all_reduce(torch.cat([peak, own_rows]), dist.ReduceOp.MAX)
         self._check_shards(own_rows, joined[-2:])
@@ -278,7 +281,7 @@ class _HeadShard:
         return joined[:-2].clone(), *self.all_reduce(sums, dist.ReduceOp.SUM)
 
     def _check_shards(self, own_rows: Tensor, all_rows: Tensor) -> None:
-        """Compare this rank's (rows, -rows) with the largest of each over all ranks, which all ranks have alike."""
+        """Compare this rank's (rows, -rows) with the maximum over all ranks. All ranks raise the same error."""
         ranks, rows = self.tp_group.size() if self.tp_group is not None else 1, self.weight.size(0)
         if not torch.equal(own_rows, all_rows):
             smallest, largest = -int(all_rows[1]), int(all_rows[0])
@@ -290,14 +293,14 @@ class _HeadShard:
             )
 
     def all_reduce(self, tensor: Tensor, op) -> Tensor:
-        """In place over the tensor-parallel group, if there is one."""
+        """Reduce the tensor in place over the tensor-parallel group, if there is one, and return it."""
         if self.tp_group is not None:
             dist.all_reduce(tensor, op=op, group=self.tp_group)
         return tensor
 
 
 class _HeadGradient:
-    """Sums the gradient of the head's rows block by block, in fp32 or straight into Megatron's ``main_grad``."""
+    """Sum of the gradient of the head's rows, block by block, in fp32 or directly in Megatron's ``main_grad``."""
 
     def __init__(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         self._weight, self._sum_dtype = weight, sum_dtype
@@ -314,15 +317,15 @@ class _HeadGradient:
         current_operations().add_product(self._block, gradient.t(), tokens)
 
     def finish(self, block: slice) -> None:
-        """All tiles of the block are in."""
+        """Add the sum of the block to the whole gradient. Call it after the last tile of the block."""
         if self._block is not None and self._block.dtype != self._whole.dtype:
             self._whole[block] += self._block
         self._block = None
 
     def result(self) -> Tensor:
-        """What backward returns for the weight."""
+        """Return the gradient of the weight for autograd."""
         if not self._is_main:
             return self._whole
-        # Megatron's hook must find a gradient, and must not add it: the protocol of its fused linear layers.
+        # Megatron's hook must find a gradient but must not add it. Its fused linear layers do the same.
         self._weight.grad_added_to_main_grad = True
         return MainGradPlaceholder(self._weight)

@@ -1,8 +1,8 @@
-"""What the log-probability kernel does to a tile of logits: absorb it into running statistics, turn it into a gradient.
+"""The two operations of the log-probability kernel on a tile of logits: update the running softmax, make the gradient.
 
 A tile is fp32 (or fp64) ``[n, width]``: the logits of n tokens for ``width`` neighbouring words. ``local_targets`` is
-int64 ``[n]``, the target's column, which is outside ``0 .. width - 1`` where the target is in another tile. This module
-is the plain version, which runs everywhere; ``triton_tiles`` has the same two functions with one pass over the tile.
+int64 ``[n]``: the target's column, or a number outside of ``0 .. width - 1`` if the target is in another tile. This
+module runs on every device. ``triton_tiles`` has the same two functions with one pass over the tile.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 
 
 def operations_for(device: torch.device) -> ModuleType:
-    """The module to use for tensors on ``device``: the fused one on a GPU with Triton, else this one."""
+    """Return the module to use for tensors on ``device``: ``triton_tiles`` on a GPU with Triton, else this one."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return importlib.import_module("megatron_cca.parallel.triton_tiles")
     return sys.modules[__name__]
 
 
 def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> None:
-    """Take a tile into the running softmax of its tokens (online softmax, arXiv 1805.02867). Overwrites ``logits``.
+    """Add a tile to the running softmax of its tokens (online softmax, arXiv 1805.02867). Overwrites ``logits``.
 
     Args:
-        logits: the tile; destroyed.
+        logits: the tile. Its content is lost.
         local_targets: int64 ``[n]``.
-        peak: ``[n]``, updated: the largest logit so far; minus infinity before the first tile.
+        peak: ``[n]``, updated: the largest logit so far. Minus infinity before the first tile.
         sum_exp: ``[n]``, updated: the sum of exp(logit - peak) so far.
-        target_logits: ``[n]``, updated where the target is in this tile.
+        target_logits: ``[n]``, updated if the target is in this tile.
     """
     column, inside = _columns(local_targets, logits.size(1))
     torch.where(inside, logits.gather(1, column).squeeze(1), target_logits, out=target_logits)
@@ -43,17 +43,17 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
 def logits_gradient(
     logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``upstream * (onehot(target) - softmax(logits))`` for one tile, in ``dtype``. Overwrites ``logits``.
+    """Return ``upstream * (onehot(target) - softmax(logits))`` of one tile, in ``dtype``. Overwrites ``logits``.
 
     Args:
-        logits: the tile; destroyed.
+        logits: the tile. Its content is lost.
         local_targets: int64 ``[n]``.
         peak: ``[n]``, the largest logit over all words.
         sum_exp: ``[n]``, the sum of exp(logit - peak) over all words.
         upstream: ``[n]``, the gradient of each token's log-probability.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
-    # exp(logit - peak) / sum_exp rather than exp(logit - logsumexp): beside a logit of 1e4 the latter loses its digits.
+    # Use exp(logit - peak) / sum_exp. With logits of 1e4, logsumexp in exp(logit - logsumexp) loses its digits.
     gradient = logits.sub_(peak[:, None]).exp_().mul_((-upstream / sum_exp)[:, None])
     column, inside = _columns(local_targets, logits.size(1))
     gradient.scatter_add_(1, column, (upstream * inside)[:, None])
@@ -61,6 +61,6 @@ def logits_gradient(
 
 
 def _columns(local_targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A valid column ``[n, 1]`` for every token, and whether ``[n]`` it is the target's."""
+    """Return a valid column ``[n, 1]`` for every token, and whether it is the target's column, bool ``[n]``."""
     inside = (local_targets >= 0) & (local_targets < width)
     return local_targets.clamp(0, width - 1)[:, None], inside

@@ -1,7 +1,7 @@
-"""How large the tiles are in which the LM head is applied. No torch: the planner asks, too.
+"""Sizes of the tiles in which the LM head is applied. Needs no torch, because the planner uses it, too.
 
-A tile is a chunk of tokens times a block of words. Both sizes are a device's: on a CPU a tile stays in cache, on a GPU
-it fills the machine. ``benchmarks/logps.md`` has what was measured.
+A tile is a chunk of tokens times a block of words. Both sizes depend on the device. On a CPU, a tile fits in the cache.
+On a GPU, it keeps the whole GPU busy. ``benchmarks/logps.md`` has the measurements.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class TileSizes:
     """The tiles of one kind of device.
 
     Attributes:
-        chunk_size: tokens in a tile, where the configuration does not say.
-        width: words in a tile, at most.
-        multiple: the last tile ends at a multiple of so many words, as long as the weight has rows there.
+        chunk_size: tokens in a tile, if the configuration does not set it.
+        width: largest number of words in a tile.
+        multiple: the last tile ends at a multiple of this number of words, if the weight has enough rows.
     """
 
     chunk_size: int
@@ -26,8 +26,8 @@ class TileSizes:
 
 
 CPU = TileSizes(chunk_size=1024, width=2048, multiple=1)
-# A GPU's products are fastest where every row of an operand begins at a multiple of 16 bytes. The chunk of 4,096 is on
-# paper: the sum over chunks reads and writes the whole gradient of the head once a chunk.
+# GPU products are fastest if every row of an operand begins at a multiple of 16 bytes. The chunk of 4,096 is an
+# estimate, not a measurement: each chunk reads and writes the whole gradient of the head once.
 GPU = TileSizes(chunk_size=4096, width=16384, multiple=128)
 
 _WIDTH_MULTIPLE = 128
@@ -39,16 +39,16 @@ def tile_sizes(*, on_gpu: bool) -> TileSizes:
 
 
 def chunk_size_of(configured: int | None, *, on_gpu: bool) -> int:
-    """Return the tokens in a tile: ``training.logps_chunk_size``, or where that is null the device's own number."""
+    """Return the number of tokens in a tile: ``training.logps_chunk_size``, or the device's default if it is null."""
     return tile_sizes(on_gpu=on_gpu).chunk_size if configured is None else configured
 
 
 def block_width(words: int, sizes: TileSizes) -> int:
-    """Return the words in a tile: all of one width, but for the last, which has what is left.
+    """Return the number of words in a tile. All tiles have this width, but the last can be narrower.
 
     Args:
-        words: the true words of a rank; 1 or more.
-        sizes: of the device.
+        words: number of true words of a rank, 1 or more.
+        sizes: tile sizes of the device.
     """
     tiles = -(-words // sizes.width)
     return _rounded_up(-(-words // tiles), _WIDTH_MULTIPLE)
@@ -57,12 +57,12 @@ def block_width(words: int, sizes: TileSizes) -> int:
 def blocks(words: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
     """Yield the blocks of a rank's rows that hold true words.
 
-    The last block may run into rows that pad the vocabulary, at most up to the next multiple.
+    The last block can contain rows that pad the vocabulary, at most up to the next multiple.
 
     Args:
-        words: the true words of the rank, 0 or more.
-        rows: the rows of its weight, ``words`` or more.
-        sizes: of the device.
+        words: number of true words of the rank, 0 or more.
+        rows: number of rows of its weight, ``words`` or more.
+        sizes: tile sizes of the device.
     """
     if words < 1:
         return
@@ -71,12 +71,12 @@ def blocks(words: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
 
 
 def own_part(support: range, first_word: int, rows: int) -> range:
-    """Return the rows of a shard of the head that hold words of the support; empty where there are none.
+    """Return the rows of a shard of the head that hold words of the support. Empty if there are none.
 
     Args:
         support: consecutive ids.
-        first_word: the id of the shard's first row.
-        rows: of the shard.
+        first_word: id of the shard's first row.
+        rows: number of rows of the shard.
     """
     start, stop = (min(max(word - first_word, 0), rows) for word in (support.start, support.stop))
     return range(start, stop)

@@ -1,6 +1,6 @@
-"""The two operations of ``softmax_tiles`` as Triton kernels: one pass over the tile each, for GPUs.
+"""The two operations of ``softmax_tiles`` as Triton kernels for GPUs. Each makes one pass over the tile.
 
-The matrix products stay with the GPU's own library. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, as the tests do.
+The GPU's own library does the matrix products. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, as the tests do.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 2048
-# Options of every launch. Whether a * b + c is one instruction must not depend on the version of Triton, whose default
-# changes in 3.10: a cached reference has the bits of the run that wrote it. Said here and not by the environment's
-# TRITON_DEFAULT_FP_FUSION, which counts for the kernels of all others in the process, too. It is as Triton has had it
-# so far, and rounds once instead of twice: the only place is a running sum times a factor, plus a sum.
+# Options of every launch. FP fusion computes a * b + c as one instruction, which rounds once instead of twice. It only
+# matters where a running sum is multiplied by a factor and added to a sum. Triton's default changes in 3.10. Set it
+# here, so that a cached reference has the same bits under every version. The environment variable
+# TRITON_DEFAULT_FP_FUSION would also change all other kernels of the process.
 _LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> None:
-    """See :func:`softmax_tiles.absorb`; leaves ``logits`` as they are."""
+    """Add a tile to the running softmax, see :func:`softmax_tiles.absorb`. Does not change ``logits``."""
     rows, width = logits.shape
     if rows:
         _absorb_kernel[(rows,)](
@@ -30,7 +30,7 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
 def logits_gradient(
     logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """See :func:`softmax_tiles.logits_gradient`."""
+    """Return the gradient of a tile, see :func:`softmax_tiles.logits_gradient`."""
     rows, width = logits.shape
     result = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if rows:

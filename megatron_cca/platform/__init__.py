@@ -1,7 +1,7 @@
-"""Where the program runs: CUDA with NCCL, or a CPU with gloo.
+"""The platform that the program runs on: CUDA with NCCL, or a CPU with gloo.
 
-The only package that touches ``torch.cuda``. Call :func:`install` once, before Megatron-Core is imported; from then
-on Megatron-Core runs unmodified and the rest of the project asks this module for devices, backends and memory.
+Only this package uses ``torch.cuda``. Call :func:`install` once, before Megatron-Core is imported. Then Megatron-Core
+runs unmodified, and the rest of the project asks this module for devices, backends and memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_cca.io.surroundings import leave_without_current_folder
 from megatron_cca.platform import nvml
 
-# MKL ends the process where there is none, with words about a library.
+# If the current folder does not exist, MKL ends the process with a misleading message about a library.
 leave_without_current_folder()
 import torch  # noqa: E402
 
@@ -41,16 +41,16 @@ _installed: Platform | None = None
 
 
 def install(choice: DeviceChoice = "auto") -> Platform:
-    """Choose the platform for this process and prepare Megatron-Core for it. Idempotent.
+    """Choose the platform for this process and prepare Megatron-Core for it. A second call is harmless.
 
     Args:
-        choice: ``"auto"`` takes CUDA where a GPU is visible and the CPU elsewhere; ``"cpu"`` and ``"cuda"`` force.
+        choice: ``"auto"`` takes CUDA if a GPU is visible, else the CPU. ``"cpu"`` and ``"cuda"`` take only that one.
 
     Returns:
-        The platform in force.
+        The installed platform.
 
     Raises:
-        ValueError: ``"cuda"`` without a visible GPU, or another choice than the one already installed.
+        ValueError: ``"cuda"`` without a visible GPU, or another choice than the platform already installed.
     """
     global _installed
     if _installed is not None:
@@ -75,10 +75,10 @@ def install(choice: DeviceChoice = "auto") -> Platform:
 
 
 def _limit_hardware_queues() -> None:
-    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` to 1 where it is needed and nobody has set it; CUDA must not have started.
+    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` to 1 if the GPUs need it and it is not set. Call it before CUDA starts.
 
     Up to Hopper, Megatron overlaps tensor- and context-parallel communication with compute only if one hardware queue
-    keeps the order of launches. Blackwell (compute capability 10) needs no such limit, which would cost it overlap.
+    keeps the order of launches. Blackwell (compute capability 10) does not need this limit, and loses overlap with it.
     """
     found = nvml.compute_capabilities()
     if not found or min(found) < (10, 0):
@@ -96,19 +96,19 @@ def _choose(choice: DeviceChoice) -> Platform:
 
 
 def current() -> Platform:
-    """The installed platform; installs ``"auto"`` if nothing was installed yet."""
+    """Return the installed platform. Installs ``"auto"`` if none is installed yet."""
     return _installed or install()
 
 
 def device() -> torch.device:
-    """The device of this rank's tensors."""
+    """Return the device of this rank's tensors."""
     if current().is_cuda:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def process_group_options() -> dict:
-    """Keyword arguments for ``torch.distributed.init_process_group`` on this platform."""
+    """Return the keyword arguments for ``torch.distributed.init_process_group`` on this platform."""
     options: dict = {"backend": current().backend}
     if "MASTER_PORT" not in os.environ:
         # Not under torchrun: a job of one process needs no port.
@@ -121,38 +121,39 @@ def process_group_options() -> dict:
 
 
 def _fresh_rendezvous(attempt: str) -> dict:
-    """A place in torchrun's store where ranks that were killed have left nothing.
+    """Return a part of torchrun's store that holds nothing from killed ranks.
 
-    torchrun hands the store of the first attempt to those after it, with the dead ranks' addresses
-    (pytorch/pytorch#135712). On one machine its count of restarts is the same on every rank; on several it need not be,
-    and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment is the way (docs/reliability.md).
+    torchrun gives the store of the first attempt to later attempts, with the addresses of dead ranks
+    (pytorch/pytorch#135712). The part is named by torchrun's count of restarts. On one machine, all ranks have the same
+    count. On several machines the counts can differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment
+    there (docs/reliability.md).
     """
     store, rank, world_size = next(torch.distributed.rendezvous("env://"))
     return {"store": torch.distributed.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
 def synchronize(on: torch.device | None = None) -> None:
-    """Wait for the work queued on the device, so that a wall-clock reading means something.
+    """Wait for the work queued on the device, so that wall-clock times are right.
 
     Args:
-        on: the device; None is the current one, which in another thread than the main one is the machine's first.
+        on: the device. None means the current one. In a thread other than the main thread, this is the first GPU.
     """
     if current().is_cuda:
         torch.cuda.synchronize(on)
 
 
 def memory_bytes() -> int:
-    """Bytes held now: by the allocator on a GPU, the process's resident set on a CPU."""
+    """Return the bytes in use now: of the allocator on a GPU, of the process's resident set on a CPU."""
     return torch.cuda.memory_allocated() if current().is_cuda else resident_bytes()
 
 
 def peak_memory_bytes() -> int:
-    """Peak bytes held since the start or :func:`reset_peak_memory`."""
+    """Return the peak of bytes in use since the start or since :func:`reset_peak_memory`."""
     return torch.cuda.max_memory_allocated() if current().is_cuda else resident_bytes(peak=True)
 
 
 def reset_peak_memory() -> None:
-    """Let the peak count from now on."""
+    """Restart the measurement of peak memory."""
     if current().is_cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -160,21 +161,21 @@ def reset_peak_memory() -> None:
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """The process's resident set, now or at its peak; needs no :func:`install`."""
-    # Not getrusage: its peak survives exec, so that a process started by a large one would report the parent's.
+    """Return the size of the process's resident set in bytes, now or at its peak. Needs no :func:`install`."""
+    # The peak of getrusage survives exec. A process started by a large one would report the peak of its parent.
     field = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def num_devices(choice: DeviceChoice = "auto") -> tuple[str, int]:
-    """What :func:`install` would choose, ``"cpu"`` or ``"cuda"``, and how many processes this machine has room for.
+    """Return the device type that :func:`install` would choose, and its number of devices. Needs no :func:`install`.
 
     Returns:
-        The device type; the visible GPUs, or the cores that this process may use. Needs no :func:`install`.
+        ``"cuda"`` and the number of visible GPUs, or ``"cpu"`` and the number of cores that this process may use.
 
     Raises:
-        ValueError: as :func:`install`.
+        ValueError: see :func:`install`.
     """
     if _choose(choice).is_cuda:
         return "cuda", torch.cuda.device_count()
@@ -182,12 +183,12 @@ def num_devices(choice: DeviceChoice = "auto") -> tuple[str, int]:
 
 
 def host_name() -> str:
-    """This machine's name, for logs."""
+    """Return this machine's name, for logs."""
     return socket.gethostname()
 
 
 def device_name() -> str:
-    """A name of the device for logs: the GPU's, or the number of CPU threads."""
+    """Return a name of the device for logs: the GPU's name, or the number of CPU threads."""
     if current().is_cuda:
         return torch.cuda.get_device_name()
     return f"CPU ({torch.get_num_threads()} threads)"

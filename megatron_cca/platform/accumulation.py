@@ -1,6 +1,6 @@
-"""Weight gradients that go straight into a sum: how a product is added in place, and what autograd gets instead.
+"""Weight gradients that are added directly to a sum: how to add a product in place, and what autograd gets instead.
 
-The one place that decides how half-precision factors are summed in fp32.
+Only this module decides how products of half precision are summed in fp32.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ _SUMS = (_ATEN.add.Tensor, _ATEN.add_.Tensor)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Do ``total += left @ right`` in ``total``'s dtype.
+    """Compute ``total += left @ right`` in ``total``'s dtype.
 
     Args:
-        total: ``[M, N]``, contiguous, fp32 or fp64; updated in place.
-        left: ``[M, K]``, of ``total``'s dtype, or on a GPU fp16 or bf16; contiguous, or the transpose of such a tensor.
-        right: ``[K, N]``, contiguous, of ``left``'s dtype.
+        total: ``[M, N]``, contiguous, fp32 or fp64, updated in place.
+        left: ``[M, K]``, in ``total``'s dtype, or on a GPU in fp16 or bf16. Contiguous, or the transpose of a
+            contiguous tensor.
+        right: ``[K, N]``, contiguous, in ``left``'s dtype.
     """
     if left.dtype == total.dtype:
         total.addmm_(left, right)
@@ -33,10 +34,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @cache
 def way_to_add(device: torch.device, dtype: torch.dtype) -> Way:
-    """Choose how products of ``dtype`` are added to an fp32 sum, by a small product on the device itself.
+    """Choose how products of ``dtype`` are added to an fp32 sum, by a test with a small product on the device.
 
-    The two ways in place come first: without one, a product is written, read again and added, in memory of its own.
-    Versions do not tell: torch has the argument since 2.8 and takes an fp32 sum there since 2.10.
+    The two ways that work in place come first. The third one needs more memory: it writes the product, then reads and
+    adds it. The version of torch does not tell: the argument exists since 2.8, but accepts an fp32 sum since 2.10.
     """
     return next((way for way in (_by_torch, _by_transformer_engine) if _is_right(way, device, dtype)), _product_and_sum)
 
@@ -48,7 +49,7 @@ def _by_torch(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _by_transformer_engine(total: Tensor, left: Tensor, right: Tensor) -> None:
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    # Its kernels see memory, not strides; its operands come in the order of column-major libraries.
+    # Its kernels ignore strides. Its operands have the order of column-major libraries.
     factor, layout = (left, "NN") if left.is_contiguous() else (left.t(), "NT")
     general_gemm(right, factor, out_dtype=total.dtype, layout=layout, out=total, accumulate=True)
 
@@ -58,7 +59,7 @@ def _product_and_sum(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _is_right(way: Way, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a way is there and sums exactly what only fp32 can hold."""
+    """Return whether a way exists and gives the exact result of a sum that needs fp32."""
     size = 16
     whole = torch.arange(size * size, device=device).view(size, size)
     left, right = ((whole * step % 7 - 3).to(dtype) for step in (1, 3))
@@ -70,24 +71,25 @@ def _is_right(way: Way, device: torch.device, dtype: torch.dtype) -> bool:
             if not torch.equal(total, start + factor.float() @ right.float()):
                 return False
     except Exception:
-        # What is missing may say so in any way: an import, an argument, a type, a kernel.
+        # If something is missing (a module, an argument, a dtype, a kernel), the type of the error is unknown.
         return False
     return True
 
 
 class MainGradPlaceholder(Tensor):
-    """Zeros of a weight's shape, strides, dtype and device that hold no memory.
+    """Zeros with a weight's shape, strides, dtype and device that use no memory.
 
-    Megatron's data parallelism wants a gradient on the weight's device, so that its hooks run on that device's thread,
-    and then forgets it: an Emu3 head's would be 1.5 GB. An expanded number would not do, since autograd copies a
-    gradient that is not laid out like its weight. Added to another tensor a placeholder leaves it as it is, which is
-    right where a weight has another use in the graph, and where Megatron adds the gradient nevertheless
-    (``zero_out_wgrad``).
+    Megatron's data parallelism needs a gradient on the weight's device, so that its hooks run on that device's thread.
+    It then drops the gradient, which is 1.5 GB for an Emu3 head. An expanded scalar does not work: autograd copies a
+    gradient with another memory layout than its weight.
+
+    Adding a placeholder to a tensor does not change the tensor. This is right if the weight has another use in the
+    graph, and if Megatron adds the gradient nevertheless (``zero_out_wgrad``).
     """
 
     @staticmethod
     def __new__(cls, weight: Tensor) -> MainGradPlaceholder:
-        """Return the placeholder of ``weight``'s gradient."""
+        """Return the placeholder for the gradient of ``weight``."""
         layout = {"strides": weight.stride(), "dtype": weight.dtype, "device": weight.device}
         return Tensor._make_wrapper_subclass(cls, weight.shape, **layout, storage_size=0)
 
@@ -96,10 +98,10 @@ class MainGradPlaceholder(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """Be copied and be added as zeros are; refuse all else, since there are no numbers to read.
+        """Allow copies and sums, as for zeros. Refuse everything else, because there are no numbers to read.
 
         Raises:
-            RuntimeError: an operation that would need numbers.
+            RuntimeError: the operation needs numbers.
         """
         if function in _COPIES:
             return cls(args[0])

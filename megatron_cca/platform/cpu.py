@@ -1,12 +1,13 @@
 """Let unmodified Megatron-Core run on a CPU.
 
-Megatron-Core 0.19 names CUDA in a small number of places. Each is redirected by a targeted patch rather than by a
-global ``TorchFunctionMode``: the mode is off inside ``torch.autograd.backward`` (activation recompute then fails) and
-taxes every operation. The patches are:
+Megatron-Core 0.19 names CUDA in a few places. A patch redirects each of them. A global ``TorchFunctionMode`` would not
+work: it is off inside ``torch.autograd.backward``, so activation recompute fails, and it slows down every operation.
+The patches are:
 
 1. the ``torch.cuda`` functions of the training path (current device, streams, synchronisation, random state);
 2. ``Tensor.cuda()``, which becomes the identity;
-3. ``Tensor.type()``, which answers ``torch.cuda.FloatTensor`` to Megatron's optimizers, since they compare that string;
+3. ``Tensor.type()``, which returns ``torch.cuda.FloatTensor`` to Megatron's optimizers, because they compare this
+   string;
 4. the ``torch`` name inside a few Megatron modules, see :mod:`megatron_cca.megatron_compat.cuda_literals`.
 """
 
@@ -24,7 +25,7 @@ from megatron_cca.megatron_compat import cuda_literals, optional_packages
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "full", "arange")
 
-# Everything is done at once, in order.
+# On a CPU, all work runs immediately and in order.
 _STREAM = SimpleNamespace(
     wait_stream=lambda other: None, wait_event=lambda event: None, synchronize=lambda: None, cuda_stream=0
 )
@@ -36,7 +37,7 @@ def redirect_cuda_to_cpu() -> None:
     """Apply the patches of this module once.
 
     Raises:
-        RuntimeError: Megatron-Core was imported before and has already bound Transformer Engine's GPU kernels.
+        RuntimeError: Megatron-Core was imported before, and already uses Transformer Engine's GPU kernels.
     """
     global _done
     if _done:
@@ -79,7 +80,7 @@ def _patch_tensor() -> None:
 
 
 class _TorchOnCpu:
-    """``torch`` as seen by one Megatron module: factories place on the CPU what the module places on "cuda"."""
+    """``torch`` as seen by one Megatron module. Its factories create tensors on the CPU instead of "cuda"."""
 
     def __init__(self) -> None:
         self.cuda = _CudaOnCpu()
@@ -91,7 +92,7 @@ class _TorchOnCpu:
 
 
 class _CudaOnCpu:
-    """``torch.cuda`` as seen by one Megatron module: its streams are the one that there is."""
+    """``torch.cuda`` as seen by one Megatron module. All its streams are the same one."""
 
     def Stream(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
         return _STREAM
@@ -107,7 +108,7 @@ def _on_cpu(factory: Any) -> Any:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = _CPU
-        # Pinning asks the CUDA driver, which is not there.
+        # Pinned memory needs the CUDA driver, which does not exist here.
         kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 

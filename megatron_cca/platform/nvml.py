@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says of the GPUs; unlike any question to CUDA it initialises none."""
+"""Queries to NVIDIA's management library. Unlike CUDA queries, they do not initialise a GPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _MANY = 256
 
 
 def compute_capabilities() -> list[tuple[int, int]]:
-    """Major and minor compute capability of every GPU of this machine; none where the library or a driver is missing.
+    """Return the major and minor compute capability of every GPU of this machine. Empty without library or driver.
 
-    Processes may be forked, and variables that CUDA reads when it starts may be set, after this call.
+    The call does not start CUDA. A process can still fork, or set variables that CUDA reads at its start.
     """
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")

@@ -1,4 +1,4 @@
-"""Copies between host and device that overlap with compute; on a CPU they are plain copies."""
+"""Copies between host and device that overlap with compute. On a CPU they are plain copies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _device_calls = threading.Lock()
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory, page-locked where there is a GPU, so that it can be copied back while the GPU computes.
+    """Return a copy in host memory. On a GPU platform it is page-locked, so that copying it back overlaps with compute.
 
     Raises:
-        RuntimeError: the driver will not lock so much memory.
+        RuntimeError: the driver cannot lock so much memory.
     """
     host = torch.empty_like(tensor, device="cpu")
     if platform.current().is_cuda and host.numel():
@@ -33,7 +33,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 
 def _lock_pages(host: Tensor) -> None:
-    # Not torch's pinned allocator: it rounds sizes up to powers of two, gigabytes for an embedding.
+    # torch's pinned allocator rounds sizes up to powers of two. For an embedding this wastes gigabytes.
     cudart, address = torch.cuda.cudart(), host.data_ptr()
     error = int(cudart.cudaHostRegister(address, host.nbytes, 0))
     if error:
@@ -42,19 +42,22 @@ def _lock_pages(host: Tensor) -> None:
 
 
 class Fetcher:
-    """Copies tensors to the device beside the compute queue, in the order asked for."""
+    """A queue of copies to the device, beside the compute queue. Copies run in the order of the calls."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream() if platform.current().is_cuda else None
 
     def start(self, host: Sequence[Tensor]) -> Arriving:
-        """Begin to copy; what the compute queue holds already may still be running, what comes later must wait."""
+        """Begin to copy. The copy starts after the work that is now in the compute queue.
+
+        Later work in the compute queue must call :meth:`Arriving.wait` before it uses the tensors.
+        """
         arrived = [torch.empty_like(tensor, device=platform.device()) for tensor in host]
         if self._stream is None:
             for ours, theirs in zip(arrived, host, strict=True):
                 ours.copy_(theirs)
             return Arriving(arrived, None)
-        # The memory may have been another layer's a moment ago: its last use must be over.
+        # Another layer may still be using this memory. Wait until its last use is over.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for ours, theirs in zip(arrived, host, strict=True):
@@ -69,9 +72,10 @@ class Arriving:
         self._tensors, self._event = tensors, event
 
     def wait(self) -> list[Tensor]:
-        """The tensors, for use by what is queued from now on; also to be called before they are dropped unused.
+        """Return the tensors. Work queued from now on can use them.
 
-        Their memory goes back to the compute queue's pool, which must not write into it before the copy is done.
+        Call it also before dropping the tensors unused. Their memory returns to the compute queue's pool, which must
+        not write into it before the copy is done.
         """
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
@@ -79,10 +83,10 @@ class Arriving:
 
 
 class SideQueue:
-    """Device work of a thread that does not compute, beside the compute queue; on a CPU it is done at once.
+    """A queue for device work of another thread, beside the compute queue. On a CPU the work runs immediately.
 
     Args:
-        device: where the work is done.
+        device: the device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,15 +94,15 @@ class SideQueue:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Queue the device work of a block here, and wait at its end until that is done.
+        """Queue the device work of the block here, and wait at its end until the work is done.
 
-        What the block has read may be written again thereafter, and any thread may use what it has made. The compute
-        queue is not waited for.
+        After the block, its inputs can be overwritten, and any thread can use its results. The compute queue is not
+        waited for.
         """
         if self._stream is None:
             yield
             return
-        # The stream's device also becomes the thread's, whose own would be the machine's first GPU.
+        # This also sets the thread's current device. It would otherwise be the first GPU.
         with _device_calls, torch.cuda.stream(self._stream):
             yield
             self._stream.synchronize()
@@ -106,24 +110,25 @@ class SideQueue:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all: torch has 32, and would hand out again what others hold.
+    # All side queues of a device share one stream. torch has only 32, and would give out a stream that is in use.
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def without_side_work() -> Iterator[None]:
-    """Keep the blocks of every :class:`SideQueue` waiting.
+    """Block every :class:`SideQueue` during this block.
 
-    For a graph capture in CUDA's mode "global": it fails where another thread allocates or waits meanwhile.
+    A CUDA graph capture in mode "global" needs this. It fails if another thread allocates or waits at the same time.
     """
     with _device_calls:
         yield
 
 
 def used_here(tensor: Tensor) -> Tensor:
-    """The tensor, whose memory then is not given to others before what this thread has queued so far and later is done.
+    """Mark a tensor as used by this thread's queue, and return it.
 
-    To be called by whoever takes a tensor that a :class:`SideQueue` has allocated.
+    Call it for every tensor that a :class:`SideQueue` has allocated. After the tensor is dropped, its memory is then
+    reused only when this thread's queued work is done.
     """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -131,12 +136,12 @@ def used_here(tensor: Tensor) -> Tensor:
 
 
 def host_buffer(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised host memory for ``count`` numbers, page-locked if they are to be copied to a GPU."""
+    """Return uninitialised host memory for ``count`` numbers. It is page-locked if ``device`` is a GPU."""
     return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def available_host_bytes() -> int:
-    """Host memory that this machine's processes can still take, within the control group's limit."""
+    """Return the bytes of host memory that processes can still allocate, within the limit of the control group."""
     available = psutil.virtual_memory().available
     for path in map(Path, _CGROUP_LIMITS):
         text = path.read_text().strip() if path.is_file() else "max"
@@ -151,5 +156,5 @@ def _cgroup_usage(limit: Path) -> int:
 
 
 def local_world_size() -> int:
-    """Processes of this job on this machine."""
+    """Return the number of processes of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))

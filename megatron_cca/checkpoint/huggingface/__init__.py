@@ -1,4 +1,4 @@
-"""Checkpoints in from Hugging Face and out again: exact, streamed, verified."""
+"""Import checkpoints from Hugging Face, export them, and verify them: exact, one piece in memory at a time."""
 
 from megatron_cca.checkpoint.huggingface.exporting import export_checkpoint
 from megatron_cca.checkpoint.huggingface.importing import import_checkpoint

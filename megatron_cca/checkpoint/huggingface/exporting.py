@@ -1,7 +1,7 @@
-"""Megatron -> Hugging Face, piece by piece, and all or nothing.
+"""Export a Megatron checkpoint to a Hugging Face folder, piece by piece, all or nothing.
 
-Every export lists its files in a hidden file beside them; only those are ever replaced. ``config.json`` goes first and
-comes last: without it nothing takes the folder for a model.
+Every export lists its files in a hidden file beside them. A later export replaces only these. ``config.json`` is
+removed first and written last: no program loads a folder without it as a model.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ def export_checkpoint(
     overwrite: bool = False,
     progress_bar: bool = True,
 ) -> Path:
-    """Turn a Megatron checkpoint, imported or trained, into a folder that ``from_pretrained`` takes.
+    """Convert a Megatron checkpoint, imported or trained, to a folder that ``from_pretrained`` loads.
 
-    A family that is on Hugging Face in no such form has its authors' own: one file, see :func:`export_weights_file`.
+    A family without such a folder on Hugging Face is exported as a file, see :func:`export_weights_file`.
 
     Args:
         checkpoint: a run folder, an import's output or an ``iter_`` folder.
-        output: an empty or new folder; or the file's name.
-        form: ``original`` or ``transformers``; None means the template's, or the form it was imported from, or
+        output: an empty or new folder, or the name of the file.
+        form: ``original`` or ``transformers``. None means the template's form, else the form of the import, else
             ``original``.
-        template: a Hugging Face folder whose configuration, tokenizer and image tokenizer go along; None means those
-            kept since the import.
-        overwrite: replace a former export in ``output``, and nothing else.
-        progress_bar: show one on a terminal.
+        template: a Hugging Face folder. Its configuration, tokenizer and image tokenizer are copied. None means
+            those that the import kept.
+        overwrite: replace an earlier export in ``output``, and nothing else.
+        progress_bar: show a progress bar on a terminal.
 
     Returns:
         ``output``.
 
     Raises:
-        UserError: see :class:`MegatronCheckpoint`; a form that needs parts which are not there; an output that holds
-            something else; a full disk.
+        UserError: see :class:`MegatronCheckpoint`; also if ``form`` needs parts that are missing, ``output`` holds
+            something else, or the disk is full.
     """
     source, output = MegatronCheckpoint(checkpoint, CHECKPOINT), Path(output)
     check_apart(output, source.folder, CHECKPOINT)
@@ -154,13 +154,13 @@ def _write_config(path: Path, config: Json, along: Template) -> None:
 
 
 def _list_files(folder: Path) -> None:
-    """List the files of a finished export, which are all there are in ``folder``, in the hidden file."""
+    """Write the names of all files in ``folder``, a finished export, to the hidden file."""
     names = sorted(path.name for path in folder.iterdir())
     (folder / _RECORD).write_text(json.dumps({"version": __version__, "files": names}, indent=1) + "\n")
 
 
 def _exported_files(folder: Path) -> list[str]:
-    """The files of the export in ``folder``, the hidden one included; none where there is no export."""
+    """Return the files of the export in ``folder`` with the hidden file. Empty if there is no export."""
     try:
         names = json.loads((folder / _RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -170,7 +170,7 @@ def _exported_files(folder: Path) -> list[str]:
 
 
 def _move_into_place(output: Path) -> None:
-    """Move what lies in ``output/.partial`` up into ``output``; on any failure everything is as it was before."""
+    """Move all files from ``output/.partial`` to ``output``. If this fails, restore everything."""
     partial, former = output / _PARTIAL, output / _FORMER
     former.mkdir()
     try:
@@ -184,11 +184,11 @@ def _move_into_place(output: Path) -> None:
 
 
 def _undo_move(output: Path) -> None:
-    """Take back a placement that did not come to its end, even if the process was killed; else do nothing."""
+    """Undo a move that did not finish, for example because the process was killed. Else do nothing."""
     partial, former = output / _PARTIAL, output / _FORMER
     if not former.is_dir():
         return
-    # The list of the new files is moved last: where it is still below, they have not all arrived.
+    # The list of the new files is moved last. If it is still in partial, some files have not been moved.
     for name in _exported_files(partial):
         if not (partial / name).exists():
             (output / name).unlink(missing_ok=True)

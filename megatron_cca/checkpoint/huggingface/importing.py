@@ -1,4 +1,4 @@
-"""Hugging Face, or a file of a family's own authors -> Megatron, piece by piece."""
+"""Import a Hugging Face folder, or a file of a family's authors, into a Megatron checkpoint, piece by piece."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def import_checkpoint(
     dtype: Literal["fp32"] | None = None,
     progress_bar: bool = True,
 ) -> Path:
-    """Turn a Hugging Face folder, or a file of a family's authors, into a Megatron distributed checkpoint, bit for bit.
+    """Convert a Hugging Face folder, or a file of a family's authors, to a Megatron distributed checkpoint, bit-exact.
 
-    What comes out binds no layout: it loads at any TP x PP x VPP. Tokenizer, configurations and the image tokenizer are
-    kept beside the weights and follow the model through training to :func:`export_checkpoint`.
+    The checkpoint loads at any TP x PP x VPP. Tokenizer, configurations and image tokenizer are kept beside the
+    weights. Training copies them to its checkpoints, and :func:`export_checkpoint` writes them out again.
 
     Args:
-        hf: a folder of a known family, in any of its forms, with safetensors; or such a file.
-        output: an empty or new folder; it then holds ``iter_0000000`` and can be named in
-            ``training.pretrained_checkpoint``.
-        overwrite: replace a former import in ``output``.
-        parallel: a layout that the model is meant for, so that one it cannot take is refused now and not on a cluster.
-        max_position_embeddings: of a model whose weights do not tell; the same as in ``sizes``.
+        hf: a folder with safetensors of a known family, in any of its forms, or a file of the family's authors.
+        output: an empty or new folder. It will hold ``iter_0000000``, and ``training.pretrained_checkpoint`` can
+            name it.
+        overwrite: replace an earlier import in ``output``.
+        parallel: the layout that the model is meant for. A layout that it cannot have is refused now.
+        max_position_embeddings: size of a model whose weights do not tell it. The same key can be in ``sizes``.
         sizes: keys of the ``model`` section that a file's tensors do not tell, such as ``num_attention_heads``.
-        section: which set of weights to take where there are several that differ, as the refusal lists them.
-        dtype: ``fp32`` widens weights of fewer bits, or of several widths, without loss; None keeps their bits.
-        progress_bar: show one on a terminal.
+        section: which set of weights to take if several differ. The error message lists them.
+        dtype: ``fp32`` converts bf16, fp16 or mixed weights to fp32, without loss. None keeps their bits.
+        progress_bar: show a progress bar on a terminal.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: see :func:`open_public`; an output that holds something else; a full disk.
+        UserError: see :func:`open_public`; also if ``output`` holds something else, or the disk is full.
     """
     sizes = dict(sizes or {})
     if max_position_embeddings is not None:
@@ -114,7 +114,7 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
 
 
 def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
-    """Rows of a Megatron tensor; rows past the last one are padding, zeros."""
+    """Return rows ``start .. stop`` of a Megatron tensor. Rows after its last one are padding: zeros."""
     parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
     padding = stop - start - sum(part.size(0) for part in parts)
     if padding:
@@ -140,15 +140,16 @@ def _summary(source: PublicCheckpoint) -> dict:
 
 
 def open_public(path: Path, option: str, reading: Reading = AS_IT_IS) -> PublicCheckpoint:
-    """Recognise and check it.
+    """Recognise and check a folder or file of published weights.
 
     Args:
         path: the folder or file.
         option: the command-line option that named it, for messages.
-        reading: what the user said of it.
+        reading: what the user said about it.
 
     Raises:
-        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; sizes said of a folder.
+        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; also if ``path`` is a folder and
+            ``reading`` has sizes.
     """
     if path.is_file():
         return WeightsFile(path, option, reading)

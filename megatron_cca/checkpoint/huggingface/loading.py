@@ -1,8 +1,8 @@
-"""Weights of a file into models that are built: Megatron's of any layout, and both sides' a layer at a time.
+"""Load weights into built models: into Megatron's of any layout, or into either side's model one layer at a time.
 
-The second is for logits in fp32 of models larger than the machine. transformers' own model and Megatron's own are built
-without weights; each part gets them just before it runs and loses them afterwards. Megatron's own sharding says which
-block of which global tensor a weight is.
+The second way computes fp32 logits of models that do not fit in memory. The models of transformers and of Megatron are
+built without weights. Each part gets its weights just before it runs, and loses them afterwards. Megatron's sharding
+tells which block of a global tensor a weight is.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Fill = Callable[[str, torch.nn.Module], None]
 
 @torch.no_grad()
 def load_weights(source: HuggingFaceCheckpoint, chunks: Sequence[torch.nn.Module]) -> None:
-    """Fill this rank's model chunks, each of its tensors read alone; rows that pad the vocabulary become zeros.
+    """Load weights into this rank's model chunks, one tensor at a time. Rows that pad the vocabulary become zeros.
 
     Args:
-        source: of the same sizes as the chunks.
-        chunks: of :func:`megatron_cca.models.gpt.build_gpt`, in any precision.
+        source: a checkpoint of the same sizes as the chunks.
+        chunks: chunks from :func:`megatron_cca.models.gpt.build_gpt`, in any precision.
 
     Raises:
-        UserError: a damaged file.
+        UserError: a file is damaged.
     """
     tensors = {(tensor.key, tensor.layer): tensor for tensor in source.format.weights.tensors(source.architecture)}
     for chunk in chunks:
@@ -65,7 +65,7 @@ def _fill(shard: ShardedTensor, source: HuggingFaceCheckpoint, tensor: MappedTen
 
 @torch.no_grad()
 def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
-    """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from transformers' decoder on the CPU."""
+    """Return float32 logits ``[B, S, V]`` of transformers' decoder on the CPU, for int64 ``tokens`` ``[B, S]``."""
     with said_of(f"{source.option}: {source.folder}"):
         model = source.format.transformers_model(source.config)
 
@@ -81,9 +81,9 @@ def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progre
 
 @torch.no_grad()
 def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
-    """float32 ``[B, S, V]`` for int64 ``tokens`` ``[B, S]``, from Megatron's GPTModel; tensor-parallel over all ranks.
+    """Return float32 logits ``[B, S, V]`` of Megatron's GPTModel for int64 ``tokens`` ``[B, S]``.
 
-    Process groups must be initialised by :func:`verification_config`'s layout.
+    The model is tensor-parallel over all ranks. Process groups must have the layout of :func:`verification_config`.
     """
     config = verification_config(checkpoint)
     with torch.device("meta"):
@@ -104,22 +104,22 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_
 
 
 def verification_config(checkpoint: MegatronCheckpoint) -> Config:
-    """The checkpoint's model in fp32 without dropout, tensor-parallel over all ranks of the job.
+    """Return a configuration of the checkpoint's model in fp32, without dropout, tensor-parallel over all ranks.
 
-    Of Megatron's local layers: Transformer Engine multiplies float32 in TF32, too coarse to show a wrong weight.
+    It uses Megatron's local layers. Transformer Engine multiplies float32 in TF32, which can hide a wrong weight.
     """
     saved, ranks = checkpoint.config, int(os.environ.get("WORLD_SIZE", "1"))
     return replace(
         saved,
         model=replace(saved.model, transformer_impl="local", hidden_dropout=0.0, attention_dropout=0.0),
         parallel=ParallelConfig(tensor_model_parallel_size=ranks),
-        # Other ranks wait while the first compares tensors.
+        # The other ranks wait while rank 0 compares tensors.
         training=replace(saved.training, precision="fp32", recompute_granularity=None, distributed_timeout_minutes=60),
     )
 
 
 def _fill_shard(shard: ShardedTensor, stored: StoredTensors) -> None:
-    """Give a weight this rank's part of a global tensor; zeros where it goes past the stored vocabulary's padding."""
+    """Load this rank's part of a global tensor into a weight. Rows after the stored vocabulary padding become zeros."""
     sizes = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
     low, ends = shard.global_offset, stored.shape(shard.key)
     high = [max(a, min(a + size, end)) for a, size, end in zip(low, sizes, ends, strict=True)]
@@ -142,7 +142,7 @@ def _parts(model: torch.nn.Module, *names: str) -> list[str]:
 def _streamed(
     model: torch.nn.Module, parts: list[str], fill: Fill, device: torch.device | str, what: str, progress_bar: bool
 ) -> Iterator[None]:
-    """Inside, each part is filled just before it runs and emptied just after, which the progress bar counts."""
+    """Load each part just before it runs, and empty it just after, within the block. A bar counts the parts."""
     with tqdm(total=len(parts), desc=what, unit="part", disable=None if progress_bar else True) as bar:
         for name in parts:
             module = model.get_submodule(name)

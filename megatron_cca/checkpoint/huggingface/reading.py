@@ -1,4 +1,4 @@
-"""How weights of other programs are to be read: what the user says of them, and the one width that they have here."""
+"""How to read weights of other programs: what the user says about them, and the one dtype that they have here."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from megatron_cca.errors import UserError
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Every number of theirs is one of float32's, too.
+# float32 holds every number of these dtypes exactly.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 _REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What weights do not say of themselves.
+    """What the user says about weights, because the files do not say it.
 
     Attributes:
         sizes: keys of the ``model`` section, for a file without a configuration.
-        assumed: the same, where neither the file nor ``sizes`` say it.
-        section: which of several sets of weights to take, as a message lists them.
-        dtype: ``fp32`` widens weights of fewer bits, or of several widths; None takes them as they are.
+        assumed: the same keys, used if neither the file nor ``sizes`` has them.
+        section: which of several sets of weights to take. The error message lists them.
+        dtype: ``fp32`` converts bf16, fp16 or mixed weights to fp32. None keeps their dtype.
     """
 
     sizes: Mapping[str, float] = field(default_factory=dict)
@@ -38,16 +38,16 @@ AS_IT_IS = Reading()
 
 
 def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
-    """The dtype of all tensors, or float32 where they are to be widened.
+    """Return the dtype of all tensors, or float32 if ``asked`` wants it.
 
-    Nothing is rounded: float16 and bfloat16 become float32 when asked for, and nothing ever becomes bfloat16.
+    Nothing is rounded: float16 and bfloat16 become float32 only if asked, and nothing becomes bfloat16.
 
     Args:
-        dtypes: of each tensor, by the name that messages have for it.
-        asked: ``fp32``, or None to take the tensors as they are.
+        dtypes: dtype of each tensor, by the name for messages.
+        asked: ``fp32``, or None to keep the dtype.
 
     Raises:
-        UserError: dtypes that differ, or one that no model here has; does not name the file.
+        UserError: dtypes differ, or a dtype is not supported. Does not name the file.
     """
     (first, dtype), *others = dtypes.items()
     if asked == "fp32":
@@ -64,6 +64,10 @@ def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None =
 
 
 def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
-    """Raise :class:`UserError` for weights in a dtype that no model here has."""
+    """Refuse weights in a dtype that is not supported.
+
+    Raises:
+        UserError: the dtype is neither float32 nor bfloat16. Does not name the file.
+    """
     if dtype not in PRECISIONS:
         raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")

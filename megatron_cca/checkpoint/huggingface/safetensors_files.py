@@ -1,4 +1,4 @@
-"""Safetensors folders, one file or several with an index: read from memory maps, written piece by piece."""
+"""Safetensors folders, with one file or with several and an index. Reads use memory maps. Writes go piece by piece."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# Where nothing is stored, the format lets a tensor claim any shape.
+# The format lets an empty tensor claim any shape.
 _MAX_SIZE = 2**40
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, what it is called there and what it is."""
+    """File, name in the file, shape and dtype of a tensor."""
 
     file: Path
     name: str
@@ -50,7 +50,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor in bytes."""
         return num_bytes(self.shape, self.dtype)
 
 
@@ -58,36 +58,36 @@ class SafetensorsFolder:
     """The tensors of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` names.
 
     Attributes:
-        tensors: by name, without the parts that wrappers add to it.
+        tensors: the tensors, by name without the parts that wrappers add.
 
     Args:
-        folder: where they lie.
+        folder: the folder.
         option: the command-line option that named the folder, for messages.
 
     Raises:
-        UserError: a missing, truncated or unreadable file, a tensor that is not where the index says; names it.
+        UserError: a file is missing, truncated or unreadable, or a tensor is not where the index says. Names it.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
         self.option = option
-        # In transformers' order: a folder may have both.
+        # A folder may have both. This is transformers' order.
         has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
         found = self._scan_index(folder) if has_index else self._scan_single(folder)
         with said_of(f"{option}: {folder}"):
             self.tensors = {name: found[stored] for name, stored in unwrapped(found).items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start .. stop`` as a view of a memory map that lives as long as the tensor; the whole of a scalar."""
+        """Return rows ``start .. stop`` as a view of a memory map, or the whole tensor if it is a scalar."""
         return self.read_info(self.tensors[name], start, stop)
 
     def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
-        """The same by what is known of the tensor, whatever it is called here."""
-        # Opened each time: a map that stays open keeps every page that was ever read in the resident set.
+        """Do the same as :meth:`read`, but for a :class:`TensorInfo` instead of a name."""
+        # Open the file each time. A map that stays open keeps all pages that were read in the resident set.
         with safe_open(info.file, framework="pt") as file:
             return file.get_slice(info.name)[start:stop] if info.shape else file.get_tensor(info.name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A whole tensor, piece by piece."""
+        """Return an iterator over a whole tensor, piece by piece."""
         info = self.tensors[name]
         return (self.read(name, start, stop) for start, stop in row_ranges(info.shape, info.dtype))
 
@@ -126,7 +126,7 @@ class SafetensorsFolder:
     def _scan_file(self, path: Path) -> dict[str, TensorInfo]:
         found = {}
         with path.open("rb"):
-            pass  # safetensors calls a file that may not be read a missing one
+            pass  # raises for lack of permission, which safetensors reports as a missing file
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
@@ -146,7 +146,7 @@ class SafetensorsFolder:
 
 
 def same_tensors(files: SafetensorsFolder, sets: Sequence[WeightSet[TensorInfo]]) -> bool:
-    """Tell whether all sets have the same names and, in every tensor, the same bits."""
+    """Return whether all sets have the same names and the same numbers in every tensor."""
     first, *others = (one.weights for one in sets)
     return all(
         first.keys() == other.keys() and all(_same(files, first[name], other[name]) for name in first)
@@ -162,7 +162,7 @@ def _same(files: SafetensorsFolder, one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _what_else(folder: Path) -> str:
-    """A hint at what a folder holds instead of safetensors under their usual names."""
+    """Return a hint at what a folder holds instead of safetensors with the usual names."""
     for patterns, hint in (
         (("model-*.safetensors",), "is a part; the index that belongs to it is missing"),
         (("adapter_model.*",), "is an adapter; merge it into its base first"),
@@ -178,7 +178,7 @@ def _what_else(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class OutgoingTensor:
-    """A tensor to be written, and how to get it piece by piece, from the first row to the last."""
+    """A tensor to write, and its pieces from the first row to the last."""
 
     name: str
     shape: tuple[int, ...]
@@ -187,14 +187,14 @@ class OutgoingTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Its size."""
+        """Size of the tensor in bytes."""
         return num_bytes(self.shape, self.dtype)
 
 
 def write_safetensors(folder: Path, tensors: Iterable[OutgoingTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write ``model.safetensors``, or shards of at most ``max_shard_bytes`` with an index, as transformers does.
 
-    ``safetensors.torch.save_file`` takes whole tensors in memory; this holds one piece at a time.
+    ``safetensors.torch.save_file`` needs whole tensors in memory. This function holds one piece at a time.
 
     Raises:
         OSError: from the file system, such as a full disk.
@@ -226,10 +226,10 @@ def _split(tensors: Iterable[OutgoingTensor], max_shard_bytes: int) -> list[list
 
 
 def _write_file(path: Path, tensors: list[OutgoingTensor]) -> None:
-    # Wide dtypes first, so that every tensor begins on a multiple of its own width.
+    # Wide dtypes come first, so that every tensor begins at a multiple of its item size.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header = json.dumps(_header(tensors), separators=(",", ":")).encode()
-    # The format wants the data to begin on a multiple of eight.
+    # The format requires that the data begin at a multiple of eight bytes.
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""A Hugging Face folder that has been recognised and checked: its configuration, its tensors under the map's names."""
+"""A recognised and checked Hugging Face folder: its configuration, and its tensors under the weight map's names."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ from megatron_cca.models.weight_sets import check_frequencies, chosen_set, is_re
 
 CONFIG = "config.json"
 
-# What is not copied along: weights in any format, and their index.
+# Files of weights in any format. They are not copied.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
 
 
 class HuggingFaceCheckpoint:
-    """A folder with ``config.json`` and safetensors of a known family, in either of its forms.
+    """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
 
     Attributes:
-        folder, config, format, form: what it is.
-        model: its sizes as a ``model`` section; ``architecture``: the same, resolved.
-        dtype: of all the decoder's tensors.
-        companions: tensors beside the decoder, by the name that does not depend on the form.
+        folder: the folder.
+        config: contents of ``config.json``.
+        format: the family's format.
+        form: the form within the format, ``original`` or ``transformers``.
+        model: sizes of the model as a ``model`` section.
+        architecture: the same sizes, resolved.
+        dtype: dtype of all tensors of the decoder.
+        companions: names of the tensors outside of the decoder, by the name that does not depend on the form.
 
     Raises:
-        UserError: not of a known family, a size that Megatron cannot have, several sets of weights, missing, extra or
-            misshapen tensors, mixed or unsuitable dtypes, damaged files; names the key, tensor or file.
+        UserError: the family is not known, Megatron cannot have a size, there are several sets of weights, tensors are
+            missing, unexpected or of another shape, dtypes are mixed or not supported, or a file is damaged. Names the
+            key, tensor or file.
     """
 
     def __init__(self, folder: Path, option: str, reading: Reading = AS_IT_IS) -> None:
@@ -60,19 +65,19 @@ class HuggingFaceCheckpoint:
 
     @property
     def precision(self) -> str:
-        """``training.precision`` of the same width."""
+        """The ``training.precision`` that has this dtype."""
         return PRECISIONS[self.dtype]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a decoder's tensor under its name in the weight map."""
+        """Return rows ``start .. stop`` of a decoder tensor, in :attr:`dtype`. ``name`` is from the weight map."""
         return self.files.read(self.naming.on_disk(name), start, stop).to(self.dtype)
 
     def companion_files(self) -> list[Path]:
-        """See :func:`companion_files`."""
+        """Return the files to copy, see :func:`companion_files`."""
         return companion_files(self.folder)
 
     def _own_tensors(self, section: str | None) -> dict[str, TensorInfo]:
-        """The tensors by the names that this family's programs give them, those that are computed left out."""
+        """Return the tensors of the chosen set of weights, by the family's names, without those that are recomputed."""
         found = self.files.tensors
         markers = {naming.on_disk(self.format.marker) for naming in self.format.namings}
         sets = weight_sets(found, markers)
@@ -137,7 +142,11 @@ class HuggingFaceCheckpoint:
 
 
 def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
-    """Raise :class:`UserError` for a tensor of another shape than its ``config.json`` wants."""
+    """Refuse a tensor of another shape than ``config.json`` requires.
+
+    Raises:
+        UserError: the shapes differ.
+    """
     if found.shape != shape:
         raise UserError(
             f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
@@ -149,7 +158,11 @@ def _and_more(names: list[str]) -> str:
 
 
 def read_config(folder: Path, option: str) -> Json:
-    """The contents of ``config.json``; raises :class:`UserError` where there is none or it is damaged."""
+    """Return the contents of ``config.json``.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     if not folder.is_dir():
         raise UserError(f"{option}: no folder at {folder}; hf download ORG/NAME --local-dir {folder} makes one")
     path = folder / CONFIG
@@ -167,7 +180,11 @@ def read_config(folder: Path, option: str) -> Json:
 
 
 def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
-    """The family that a configuration belongs to; raises :class:`UserError` that says what it is otherwise."""
+    """Return the format of the family that a configuration belongs to.
+
+    Raises:
+        UserError: the family is not known. Names the model type.
+    """
     kind = config.get("model_type")
     for family in FAMILIES.values():
         if family.huggingface and isinstance(kind, str) and kind in family.huggingface.model_types:
@@ -180,13 +197,14 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Files that travel along as they are: configurations, tokenizers, remote code; no weights, nothing hidden.
+    """Return the files to copy unchanged: configurations, tokenizers, remote code.
 
-    Subfolders stay behind. A link to nothing is listed: copying it fails, instead of losing a tokenizer in silence.
+    Weights, hidden files and subfolders are left out. A broken link is in the list: the copy then fails, so that no
+    tokenizer is lost silently.
 
     Raises:
-        UserError: a symbolic link out of the folder, into anything but the hub's cache: what it leads to would be
-            published with the model.
+        UserError: a symbolic link leads out of the folder to another place than the hub's cache. An export would
+            publish its target with the model.
     """
     files = sorted(
         path

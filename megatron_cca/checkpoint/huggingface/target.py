@@ -1,4 +1,4 @@
-"""A Megatron checkpoint seen as a Hugging Face folder: its rows under their names there, and what travels along."""
+"""A Megatron checkpoint with Hugging Face names: its tensors by rows, and the files and tensors to copy with it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from megatron_cca.models.weight_map import sources
 
 
 class MegatronCheckpoint:
-    """A whole checkpoint, imported or trained, on whatever layout.
+    """A whole checkpoint, imported or trained, of any layout.
 
     Attributes:
-        folder, config, architecture: where and what it is.
-        format: of its family on Hugging Face, or in its authors' own files.
-        stored: its tensors as Megatron names them, a LoRA run's adapters merged into them.
-        shapes: of every Hugging Face tensor of the decoder, by the weight map's name.
-        dtype: of all of them.
+        folder: the checkpoint's own folder.
+        config: the configuration in its summary.
+        architecture: the resolved sizes of its model.
+        format: the family's format on Hugging Face, or that of its authors' own files.
+        stored: tensors by Megatron's names. Adapters of a LoRA run are merged into the weights.
+        shapes: shape of every Hugging Face tensor of the decoder, by the weight map's name.
+        dtype: dtype of all these tensors.
 
     Raises:
-        UserError: no whole checkpoint, or tensors that do not fit its own sizes; names the file or tensor.
+        UserError: the checkpoint is not whole, or a tensor does not fit the checkpoint's sizes. Names the file or
+            tensor.
     """
 
     def __init__(self, path: str | Path, option: str) -> None:
@@ -53,7 +56,7 @@ class MegatronCheckpoint:
         self.dtype = self._checked_dtype()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start .. stop`` of the Hugging Face tensor that the weight map calls ``name``."""
+        """Return rows ``start .. stop`` of the Hugging Face tensor that the weight map calls ``name``."""
         parts = []
         for source in self._sources[name]:
             low, high = max(start, source.start), min(stop, source.start + source.count)
@@ -91,10 +94,10 @@ class MegatronCheckpoint:
 
 
 class MergedTensors(StoredTensors):
-    """The tensors of one checkpoint folder, their adapters merged in; each block is rounded as the whole would be.
+    """The tensors of one checkpoint folder, with merged adapters. A block has the same bits as in the whole tensor.
 
     Raises:
-        UserError: see :class:`StoredTensors`; adapters missing or misshapen, names the tensor.
+        UserError: see :class:`StoredTensors`; also if an adapter is missing or has another shape. Names the tensor.
     """
 
     def __init__(self, folder: Path, key: str, settings: LoraConfig) -> None:
@@ -106,7 +109,7 @@ class MergedTensors(StoredTensors):
             self._check(weight)
 
     def read_block(self, key: str, low: Sequence[int], high: Sequence[int]) -> Tensor:
-        """See :meth:`StoredTensors.read_block`; of a projection at most one layer at a time."""
+        """Return a block, see :meth:`StoredTensors.read_block`. A block of a projection must lie in one layer."""
         if not key.endswith(self._adapted):
             return super().read_block(key, low, high)
         assert high[0] == low[0] + 1, "layers have adapters of their own"
@@ -116,7 +119,7 @@ class MergedTensors(StoredTensors):
         return merged_weight(weight, linear_in, linear_out, scale_of(self._settings))[None]
 
     def _adapter(self, weight: str, layer: int) -> tuple[Tensor, Tensor]:
-        """A and B of one layer, kept for the next rows of the same weight."""
+        """Return A and B of one layer. The last answer is kept for the next rows of the same weight."""
         if self._last is None or self._last[0] != (weight, layer):
             parts = (self.read(name, layer, 0, self.shape(name)[1]) for name in _adapter_of(weight))
             self._last = (weight, layer), tuple(parts)
@@ -142,15 +145,15 @@ def _adapter_of(weight: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Template:
-    """Configuration, files and tensors that travel along.
+    """Configuration, files and tensors to copy into an export.
 
     Attributes:
-        option: the option by which messages name it.
-        config: the contents of ``config.json``; None where nothing is known.
-        config_file: the file itself.
+        option: the option that messages name.
+        config: contents of ``config.json``. None if there is none.
+        config_file: path of ``config.json``.
         files: all other files to copy.
-        tensors: where the tensors of ``names`` are.
-        names: from their names without prefix to those in ``tensors``.
+        tensors: the folder that holds the tensors to copy.
+        names: names in ``tensors``, by the names without prefix.
     """
 
     option: str
@@ -162,12 +165,12 @@ class Template:
 
 
 def template_from_folder(folder: Path, format: HuggingFaceFormat, option: str) -> Template:
-    """From a Hugging Face folder of the same family; of its tensors only those that are not the decoder's are used.
+    """Return the template from a Hugging Face folder of the same family.
 
-    It may have no safetensors at all.
+    Only its tensors outside of the decoder are used. The folder may have no safetensors at all.
 
     Raises:
-        UserError: not a folder of this family, a configuration that is not this family's, damaged files.
+        UserError: the folder or its configuration is of another family, or a file is damaged.
     """
     config = read_config(folder, option)
     if recognise(config, folder, option) is not format:
@@ -181,7 +184,7 @@ def template_from_folder(folder: Path, format: HuggingFaceFormat, option: str) -
 
 
 def template_from_checkpoint(checkpoint: Path, option: str) -> Template:
-    """What the import, and every training run since, left in a checkpoint; an empty one where that is nothing."""
+    """Return the template that the import left in a checkpoint, also after training. Empty if there is none."""
     folder, parts = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
     if not (folder / CONFIG).is_file():
         return Template(option)

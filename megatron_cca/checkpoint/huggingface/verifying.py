@@ -22,14 +22,14 @@ from megatron_cca.models.architecture import check_layout
 
 Read = Callable[[int, int], Tensor]
 
-# Of the largest logit: two correct fp32 implementations add up thousands of products in different orders.
+# Relative to the largest logit. Correct fp32 implementations add thousands of products in different orders.
 RELATIVE_TOLERANCE = 1e-4
 _SAME_WIDTH_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """How many tensors were compared, and what differs, a line each."""
+    """Number of compared tensors, and one line for each difference."""
 
     compared: int
     differences: tuple[str, ...]
@@ -42,14 +42,14 @@ class TensorComparison:
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """Megatron's logits against transformers', both in fp32.
+    """Differences between Megatron's and transformers' logits, both in fp32.
 
     Attributes:
-        max_absolute: greatest difference.
-        max_relative: the same, over the greatest of transformers' logits in absolute value.
-        top1_agreement: share of positions where both put the same token first.
-        finite: whether all of both are numbers; if not, the other figures mean nothing.
-        shape: of the compared logits.
+        max_absolute: largest absolute difference.
+        max_relative: ``max_absolute`` divided by the largest absolute logit of transformers.
+        top1_agreement: share of positions where both give the largest logit to the same token.
+        finite: whether all logits of both are finite. If not, the other figures mean nothing.
+        shape: shape of the compared logits.
     """
 
     max_absolute: float
@@ -60,22 +60,22 @@ class LogitComparison:
 
     @property
     def agree(self) -> bool:
-        """Whether the difference is what fp32's rounding explains."""
+        """Whether fp32 rounding explains the difference."""
         return self.finite and self.max_relative <= RELATIVE_TOLERANCE
 
 
 def open_both(
     hf: str | Path, checkpoint: str | Path, reading: Reading = AS_IT_IS
 ) -> tuple[PublicCheckpoint, MegatronCheckpoint]:
-    """Recognise and check both sides.
+    """Recognise and check both checkpoints, and refuse them if their sizes differ.
 
     Args:
-        hf: a folder or file.
-        checkpoint: Megatron's.
-        reading: what the user said of the first. Sizes that neither it nor the user tells are the checkpoint's.
+        hf: a Hugging Face folder, or a file of a family's authors.
+        checkpoint: a Megatron checkpoint.
+        reading: what the user said about ``hf``. Sizes that are still unknown are taken from ``checkpoint``.
 
     Raises:
-        UserError: what either refuses; sizes that differ.
+        UserError: see :func:`open_public` and :class:`MegatronCheckpoint`; also if sizes differ.
     """
     hf = Path(hf)
     source = None if hf.is_file() else open_public(hf, HF, reading)
@@ -99,7 +99,7 @@ def open_both(
 def compare_tensors(
     source: PublicCheckpoint, target: MegatronCheckpoint, *, progress_bar: bool = True
 ) -> TensorComparison:
-    """Every tensor bit for bit, the image tokenizer's included where the Hugging Face folder has one."""
+    """Compare every tensor bit by bit, also the image tokenizer's tensors if the Hugging Face folder has them."""
     kept = template_from_checkpoint(target.folder, target.option)
     total = sum(num_bytes(shape, source.dtype) for shape in target.shapes.values())
     total += sum(source.files.tensors[name].num_bytes for name in source.companions.values())
@@ -136,7 +136,7 @@ def _companion_difference(source: PublicCheckpoint, kept: Template, bare: str, p
 def _difference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, theirs: Read, ours: Read, progress: ByteProgress
 ) -> str | None:
-    # As integers: the same bits, also where they are not numbers.
+    # Compare as integers, so that NaNs with the same bits are equal.
     integer = _SAME_WIDTH_INTEGERS[dtype.itemsize]
     count, first_row = 0, None
     for start, stop in row_ranges(shape, dtype):
@@ -158,21 +158,22 @@ def compare_logits(
     seed: int = 0,
     progress_bar: bool = True,
 ) -> LogitComparison | None:
-    """Both models on random tokens, in fp32, one layer at a time.
+    """Compare the logits of both models for random tokens, in fp32, one layer in memory at a time.
 
-    Collective over all ranks of the job, over which Megatron's model is split by tensor parallelism.
+    Collective over all ranks of the job. Tensor parallelism splits Megatron's model over them.
 
     Args:
         source, target: from :func:`open_both`.
-        rows, length: of the random sequences; the length is cut to what the model has positions for.
-        seed: of the tokens.
-        progress_bar: show them on a terminal.
+        rows: number of random sequences.
+        length: their length, at most the number of positions of the model.
+        seed: seed of the tokens.
+        progress_bar: show progress bars on a terminal.
 
     Returns:
         The comparison on rank 0, None on other ranks.
 
     Raises:
-        UserError: a model that this many ranks cannot split, a configuration that transformers does not take.
+        UserError: the model cannot be split over this many ranks, or transformers refuses the configuration.
     """
     platform.current()
     # Imported late: Megatron-Core must not be imported before the platform is installed.

@@ -1,4 +1,4 @@
-"""A family's own file of weights, seen as :class:`HuggingFaceCheckpoint` shows a folder, and written."""
+"""A weights file of a family's authors: read it with the interface of :class:`HuggingFaceCheckpoint`, and write it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ READABLE = (*SUFFIXES, SAFETENSORS)
 
 
 class WeightsFile:
-    """A file of a known family.
+    """A weights file of a known family.
 
     Attributes:
-        folder: the file; it has this name for what is done alike with a folder.
-        format, form, naming, model, architecture, dtype, companions: as those of :class:`HuggingFaceCheckpoint`.
+        folder: path of the file. It has this name so that folder and file have the same interface.
+        format, form, naming, model, architecture, dtype, companions: as in :class:`HuggingFaceCheckpoint`.
 
     Raises:
-        UserError: damaged, of no known family, sizes that nothing tells, several sets of weights, missing, extra or
-            misshapen tensors, mixed or unsuitable dtypes; names the file and the tensor.
+        UserError: the file is damaged, the family or a size is not known, there are several sets of weights, tensors
+            are missing, unexpected or of another shape, or dtypes are mixed or not supported. Names the file and the
+            tensor.
     """
 
     form = "a file of its authors"
@@ -43,7 +44,7 @@ class WeightsFile:
     def __init__(self, path: Path, option: str, reading: Reading = AS_IT_IS) -> None:
         self.folder, self.option, self.companions = path, option, {}
         with said_of(f"{option}: {path}"):
-            # So that what is given has the types and ranges of the configuration's keys.
+            # Check types and ranges of the given sizes as keys of a configuration.
             config_from_dict({"model": dict(reading.sizes)})
             self.format, found = _recognised(path, reading.section)
             shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
@@ -57,11 +58,11 @@ class WeightsFile:
     precision = HuggingFaceCheckpoint.precision
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor under its name in the weight map."""
+        """Return rows ``start .. stop`` of a tensor, in :attr:`dtype`. ``name`` is from the weight map."""
         return self._tensors[name][start:stop].to(self.dtype).contiguous()
 
     def companion_files(self) -> list[Path]:
-        """None lie in a file."""
+        """Return no files. A file has none beside it."""
         return []
 
     def _check_shapes(self) -> None:
@@ -106,12 +107,13 @@ def _looks_like(found: Collection[str]) -> str:
 
 
 def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: bool, progress_bar: bool) -> Path:
-    """Write a checkpoint as the file that its family's authors' programs load; it is whole or not there.
+    """Write a checkpoint as a file that the programs of the family's authors load. The file is whole or does not exist.
 
-    All weights are in memory meanwhile.
+    All weights are in memory during the export.
 
     Raises:
-        UserError: a name that is no such file's, one that exists, too little space, or what the file system refuses.
+        UserError: the name does not end in .pt or .pth, the file exists, the disk is full, or another error of the
+            file system.
     """
     if output.suffix not in SUFFIXES:
         raise UserError(f"{OPTION}: {output}: this family's weights are one file; give a name that ends in .pt")
@@ -127,11 +129,11 @@ def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: 
 
 def _save(contents: dict[str, dict[str, Tensor]], path: Path) -> None:
     try:
-        # To a path instead of an open file, torch.save forgets what the file system said.
+        # Given a path instead of an open file, torch.save hides the error of the file system.
         with path.open("wb") as file:
             torch.save(contents, file)
     except RuntimeError as error:
-        # Of a broken write it says only that the file is too short.
+        # torch reports a failed write only as a file that is too short.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise

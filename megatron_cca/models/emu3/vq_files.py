@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Emu3VqFiles:
-    """See :class:`megatron_cca.models.image_tokenizer_files.ImageTokenizerFiles`."""
+    """See :class:`megatron_cca.models.formats.ImageTokenizerFiles`."""
 
     description = f"the {CONFIG} and safetensors of Emu3's"
 

@@ -16,7 +16,7 @@ _SUFFIXES = (".pt", ".pth")
 
 
 class LlamaGenVqFiles:
-    """See :class:`megatron_cca.models.image_tokenizer_files.ImageTokenizerFiles`."""
+    """See :class:`megatron_cca.models.formats.ImageTokenizerFiles`."""
 
     description = "the .pt of LlamaGen's, such as vq_ds16_c2i.pt"
 
