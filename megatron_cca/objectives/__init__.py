@@ -11,12 +11,13 @@ key is refused in a fraction of a second.
 import importlib
 import pkgutil
 
-from megatron_cca.objectives.base import OBJECTIVES, Objective, ObjectiveResult, objective, register
+from megatron_cca.objectives.base import OBJECTIVES, Objective, ObjectiveResult, is_objective, objective, register
 from megatron_cca.objectives.rows import PairLogps, SequenceLogps
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-for _objective in Objective.__subclasses__():
-    register(_objective)
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    for _value in vars(_module).values():
+        if is_objective(_value) and _value.__module__ == _module.__name__:
+            register(_value)
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveResult", "PairLogps", "SequenceLogps", "objective", "register"]

@@ -69,7 +69,7 @@ class Objective:
         return self.against_collapse.format(**asdict(self))
 
     def loss(self, rows: PairLogps | SequenceLogps) -> Tensor:
-        """Return the loss over B rows, a differentiable scalar, in nats."""
+        """Return the loss over B rows, a differentiable scalar."""
         raise NotImplementedError
 
     def __call__(self, rows: PairLogps | SequenceLogps) -> ObjectiveResult:
@@ -129,8 +129,17 @@ def _with_user_errors(init: Callable[..., None]) -> Callable[..., None]:
     return checked
 
 
+def is_objective(value: Any) -> bool:
+    """Whether a value is a class that :func:`objective` made."""
+    return isinstance(value, type) and issubclass(value, Objective) and "name" in vars(value)
+
+
 def register(cls: type[Objective]) -> None:
     """Let ``objective.name`` choose an objective that :func:`objective` made."""
+    usual = cls()
+    # Now, rather than when a run first asks.
+    assert usual.reward_scale is None or usual.reward_scale in asdict(usual), f"{cls.name} has no {usual.reward_scale}"
+    assert isinstance(usual.collapse_advice, str)
     OBJECTIVES[cls.name] = cls
 
 

@@ -4,13 +4,17 @@ Each is chosen from YAML, trained in ranks of their own, resumed, cached, gated,
 """
 
 import contextlib
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+import megatron_cca
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import Wishes
@@ -28,10 +32,12 @@ from megatron_cca.training.checks import check_run
 from megatron_cca.training.events import read_events
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
 from megatron_cca.training.metrics import read_metrics
-from tests.distributed.launch import run_workers
+from tests.distributed.launch import run_workers, typed
 from tests.distributed.test_layout_parity import LOSS_RTOL, NORM_RTOL, PP2, TP2, column, under
 from tests.unit.test_docs import hook
 from tests.unit.test_objectives import random_pairs
+
+PACKAGE = Path(megatron_cca.__file__).parent
 
 
 @objective("ipo")
@@ -126,6 +132,26 @@ def test_ipo_equals_its_formula_in_float64():
     assert result.metrics.keys() == OBJECTIVES["cca"]()(pairs).metrics.keys()
     with pytest.raises(UserError, match=r"objective\.tau: must be greater than 0, found 0"):
         IPO(tau=0)
+
+
+NEW_FILE = """
+from megatron_cca.objectives.base import objective
+from megatron_cca.objectives.cca import CCA
+
+@objective("heavier_cca")
+class HeavierCCA(CCA):
+    extra: float = 2.0
+"""
+
+
+def test_a_file_in_the_folder_is_all_that_it_takes(tmp_path):
+    shutil.copytree(PACKAGE / "objectives", tmp_path / "megatron_cca" / "objectives")
+    for name in ("__init__", "errors", "sections"):
+        shutil.copy(PACKAGE / f"{name}.py", tmp_path / "megatron_cca")
+    (tmp_path / "megatron_cca" / "objectives" / "heavier.py").write_text(NEW_FILE)
+    script = "from megatron_cca.objectives import OBJECTIVES as o; print(*o, o['heavier_cca'](0.1, extra=3.0).extra)"
+    done = typed(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout.split() == ["cca", "dpo", "heavier_cca", "next_token", "unlearning", "3.0"], done.stderr
 
 
 def test_yaml_chooses_it_and_knows_its_keys(tmp_path, digit_shards):
