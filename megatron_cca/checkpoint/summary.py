@@ -34,17 +34,6 @@ def summarize(config: Config, data: str | None = None) -> dict:
     }
 
 
-def imported_summary(model: ModelConfig, precision: str, source: dict[str, str]) -> dict:
-    """:func:`summarize` of weights that no run wrote: of a configuration only what the weights say is known.
-
-    Args:
-        model: every size that was read or given.
-        precision: ``training.precision`` of the weights' width.
-        source: where they came from.
-    """
-    return {**summarize(config_of_weights(model, precision)), IMPORTED_FROM: source}
-
-
 def config_of_weights(model: ModelConfig, precision: str) -> Config:
     """A configuration of weights alone; all its other keys have defaults, which say nothing about these weights."""
     return Config(model=model, training=TrainingConfig(precision=precision))
