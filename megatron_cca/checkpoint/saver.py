@@ -274,7 +274,7 @@ class CheckpointSaver:
             # The save has succeeded, even if old checkpoints cannot be removed.
             removed = attempted_on_rank_0(lambda: layout.prune(self._root, pending.iteration, *self._keep))[0]
         else:
-            attempted_on_rank_0(lambda: _remove(pending.partial))
+            attempted_on_rank_0(lambda: shutil.rmtree(pending.partial, ignore_errors=True))
         return removed, problem
 
     def _finalize(self, pending: _Pending, everyone: list[dict[str, str]]) -> None:
@@ -300,10 +300,6 @@ def save(
 def _make_empty(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-
-
-def _remove(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _not_finite(state: dict) -> str | None:

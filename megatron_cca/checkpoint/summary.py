@@ -35,17 +35,6 @@ def summarize(config: Config, data: str | None = None) -> dict:
     }
 
 
-def imported_summary(model: ModelConfig, precision: str, source: dict[str, str]) -> dict:
-    """Return a summary of imported weights. Of the configuration, only model and precision are known.
-
-    Args:
-        model: every size that was read or given.
-        precision: ``training.precision`` for the dtype of the weights.
-        source: where the weights came from.
-    """
-    return {**summarize(config_of_weights(model, precision)), IMPORTED_FROM: source}
-
-
 def config_of_weights(model: ModelConfig, precision: str) -> Config:
     """Return a configuration for weights alone. Its other keys have defaults, which say nothing of these weights."""
     return Config(model=model, training=TrainingConfig(precision=precision))

@@ -151,6 +151,24 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         ),
         _core("distributed.DistributedDataParallel", "has the gradients of a chunk", has=("buffers", "no_sync")),
         _core("distributed.param_and_grad_buffer._ParamAndGradBuffer", "holds gradients", has=("grad_data",)),
+        _engine(
+            "pytorch.cpp_extensions.general_gemm",
+            "adds a product to a sum, see parallel/accumulation.py",
+            takes=("out_dtype", "layout", "out", "accumulate"),
+        ),
+        _engine("pytorch.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),
+        _engine(
+            "pytorch.is_fp8_block_scaling_available",
+            "says what a GPU lacks",
+            takes=("return_reason",),
+        ),
+        _engine(
+            "pytorch.Linear",
+            "a layer that can add its gradient to main_grad",
+            has=("fuse_wgrad_accumulation",),
+        ),
+    ),
+    "mixins": (
         _core(
             "models.gpt.GPTModel",
             "the parts of a chunk in the order of its forward pass; rotary_pos_emb is replaced",
@@ -171,22 +189,6 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             "builds norms by these names",
             has=("self_attention", "mlp"),
             says=("hidden_size=self.config.hidden_size", "eps=self.config.layernorm_epsilon"),
-        ),
-        _engine(
-            "pytorch.cpp_extensions.general_gemm",
-            "adds a product to a sum, see parallel/accumulation.py",
-            takes=("out_dtype", "layout", "out", "accumulate"),
-        ),
-        _engine("pytorch.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),
-        _engine(
-            "pytorch.is_fp8_block_scaling_available",
-            "says what a GPU lacks",
-            takes=("return_reason",),
-        ),
-        _engine(
-            "pytorch.Linear",
-            "a layer that can add its gradient to main_grad",
-            has=("fuse_wgrad_accumulation",),
         ),
         _engine(
             "pytorch.LayerNormLinear",

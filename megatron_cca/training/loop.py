@@ -23,11 +23,11 @@ from megatron_cca.models.layer_specs import engine_is_available
 from megatron_cca.parallel.across_ranks import described, largest
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
-from megatron_cca.training.attention import attention_lines
 from megatron_cca.training.batches import RunData
 from megatron_cca.training.contrast import ContrastWatch
 from megatron_cca.training.events import EventLog, Journal
 from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_without_data
+from megatron_cca.training.kernel_checks import attention_lines
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
 from megatron_cca.training.saving import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork

@@ -31,10 +31,10 @@ from megatron_cca.training import checks
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.forward import LogpsPass, head_options
 from megatron_cca.training.optimization import build_optimizer, build_scheduler, wrap_ddp
-from megatron_cca.training.progress import Progress
 from megatron_cca.training.reference import Reference, borrowed_reference, own_reference
 from megatron_cca.training.reference_settings import has_own_weights, reference_settings
 from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
+from megatron_cca.training.watchdog import Progress
 
 if TYPE_CHECKING:
     from megatron_cca.training.engine import GraphCapture

@@ -1,4 +1,4 @@
-"""Find a rank that hangs: say which one and where, print its stack, and end the job."""
+"""Where a rank is in its step; and find one that hangs: say which one and where, print its stack, and end the job."""
 
 from __future__ import annotations
 
@@ -9,22 +9,80 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from types import TracebackType
 
 import torch.distributed as dist
 
 from megatron_cca.reporting import end_with
 from megatron_cca.training.events import EventLog
-from megatron_cca.training.progress import PHASES, Place, Progress
 
+PHASES = (
+    "reading the batch",
+    "receiving the batch",
+    "reference pass",
+    "policy pass",
+    "optimizer step",
+    "validation",
+    "drawing pictures",
+    "saving",
+)
 _TICKS = 10
 _LONGEST_TICK_SECONDS = 5.0
 _STACK_FRAMES = 12
 # In larger jobs one rank of each machine asks what the others posted; so many answers are no load for the store.
 _ALL_ASK = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """A moment of a rank's work.
+
+    Attributes:
+        step, phase: what it works on; one of :data:`PHASES`.
+        since: ``time.monotonic()`` of the last sign of progress.
+        patience: how many times longer than usual this may take.
+    """
+
+    step: int
+    phase: str
+    since: float
+    patience: float
+
+
+class Progress:
+    """Told by the training loop, read by the watchdog's thread."""
+
+    def __init__(self) -> None:
+        self.place = Place(0, PHASES[0], time.monotonic(), 1.0)
+        self._launcher_heartbeat = _launcher_heartbeat()
+
+    def at(self, phase: str, step: int | None = None, *, patience: float = 1.0) -> None:
+        """A phase begins."""
+        self.place = Place(self.place.step if step is None else step, phase, time.monotonic(), patience)
+
+    def beat(self) -> None:
+        """The present phase goes on: another microbatch, another picture."""
+        self.at(self.place.phase, patience=self.place.patience)
+
+    def step_done(self) -> None:
+        """Tell NVIDIA's fault-tolerant launcher, where it has started this rank, that a step has ended."""
+        self._launcher_heartbeat()
+
+
+def _launcher_heartbeat() -> Callable[[], None]:
+    """``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``; elsewhere nothing."""
+    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
+        return lambda: None
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+    client = RankMonitorClient()
+    client.init_workload_monitoring()
+    return client.send_heartbeat
 
 
 def watched(progress: Progress, events: EventLog, timeout_seconds: float) -> AbstractContextManager:

@@ -10,9 +10,9 @@ from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
-from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
+from megatron_cca.training.watchdog import Progress
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.references import llamagen

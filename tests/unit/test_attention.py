@@ -10,8 +10,8 @@ from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.attention import has_engine_attention, unfused_because
-from megatron_cca.training.attention import attention_lines
 from megatron_cca.training.checks import check_new_run
+from megatron_cca.training.kernel_checks import attention_lines
 
 LARGE = ["model.name=llamagen-3b", "training.precision=bf16", "training.micro_batch_size=4"]
 ENGINE, LOCAL = "model.transformer_impl=transformer_engine", "model.transformer_impl=local"

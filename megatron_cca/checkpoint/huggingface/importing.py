@@ -20,7 +20,7 @@ from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckp
 from megatron_cca.checkpoint.huggingface.weights_file import READABLE, WeightsFile
 from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
-from megatron_cca.checkpoint.summary import config_of_weights, imported_summary
+from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
@@ -136,7 +136,9 @@ def _objects(source: PublicCheckpoint) -> dict:
 
 
 def _summary(source: PublicCheckpoint) -> dict:
-    return imported_summary(source.model, source.precision, {"folder": str(source.folder), "form": source.form})
+    # No run wrote these weights: of a configuration only what they say is known.
+    summary = summarize(config_of_weights(source.model, source.precision))
+    return {**summary, IMPORTED_FROM: {"folder": str(source.folder), "form": source.form}}
 
 
 def open_public(path: Path, option: str, reading: Reading = AS_IT_IS) -> PublicCheckpoint:

@@ -17,10 +17,10 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
-from megatron_cca.training.progress import Progress
 from megatron_cca.training.setup import Run, build_run
 from megatron_cca.training.shapes import rows_per_microbatch
 from megatron_cca.training.step import train_step
+from megatron_cca.training.watchdog import Progress
 
 
 @dataclass(frozen=True)
