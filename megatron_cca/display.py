@@ -16,9 +16,9 @@ _FOR_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)
 
 
 class OutputClosed(BaseException):
-    """The reader of this program's output has closed it.
+    """A closed pipe: the reader of this program's output has gone.
 
-    As with KeyboardInterrupt, only a program's end should catch it.
+    Only a program's end should catch it, as KeyboardInterrupt.
     """
 
 
@@ -81,7 +81,7 @@ class GuardedStream:
 
 
 class _Losses:
-    """Who is told of a lost stream. There is one for the process."""
+    """The listener that is told of a lost stream. There is one for the process."""
 
     def __init__(self) -> None:
         self.ends = False

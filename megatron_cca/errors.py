@@ -20,9 +20,7 @@ class UserError(ValueError):
 
 
 class SurroundingsError(Exception):
-    """A cache, a temporary folder or the like cannot be used.
-
-    The message is one line: which folder, which variable to set.
+    """A fault of a cache, a temporary folder or the like. The message is one line: which folder, which variable to set.
 
     It is no :class:`UserError`, since readers take that for a fault of the file that they read. Programs end in the
     same way for both.
@@ -47,7 +45,7 @@ def shortened(text: str, length: int) -> str:
 
 
 class Stopped(Exception):
-    """A run has saved and ends because it was asked to. The message is one line.
+    """The end of a run that has saved because it was asked to stop. The message is one line.
 
     Attributes:
         status: the exit code, 128 + the signal's number. Launchers restart a job that ends with it.

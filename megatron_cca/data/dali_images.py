@@ -44,7 +44,9 @@ class _Job(NamedTuple):
 
 
 class ImageDecoder:
-    """Decodes and resizes encoded images. JPEGs are decoded on the GPU ("mixed" decoding by nvJPEG) where there is one.
+    """A decoder and resizer of encoded images.
+
+    JPEGs are decoded on the GPU ("mixed" decoding by nvJPEG) where there is one.
 
     One pipeline is built and used for all batches. Two threads must not call it at once, since DALI has its own
     threads.

@@ -43,7 +43,7 @@ _ORIENTATION, _SHORT = 0x0112, 3
 
 
 class Rejected(Exception):
-    """The image is not used. The message is the reason, in words, for the list of skipped records."""
+    """An image that is not used. The message is the reason, in words, for the list of skipped records."""
 
 
 @dataclass(frozen=True)

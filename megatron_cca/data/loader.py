@@ -40,7 +40,7 @@ class RankShare:
 
 
 class BatchLoader:
-    """Loads a rank's batches step by step, prefetched and on its device.
+    """A loader of a rank's batches, step by step, prefetched and on its device.
 
     Args:
         batches: builds the batches.

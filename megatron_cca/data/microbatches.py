@@ -71,7 +71,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builds the batches of a run.
+    """A builder of the batches of a run.
 
     Attributes:
         data: the tokens.

@@ -41,7 +41,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Draws the global batches of a run.
+    """The rule by which the global batches of a run are drawn.
 
     Attributes:
         order: the stream of samples.

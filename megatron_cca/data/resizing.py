@@ -51,7 +51,7 @@ ResizePlan = tuple[ResizeStep, ...]
 
 
 class Resizing(Protocol):
-    """Decodes and resizes the images of a job."""
+    """The interface of what decodes and resizes the images of a job."""
 
     def check_image(self, data: bytes) -> tuple[int, int]:
         """Check an encoded image and return its height and width.

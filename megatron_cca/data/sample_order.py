@@ -50,7 +50,7 @@ class SampleOrder:
 
     @cached_property
     def _counts(self) -> tuple[int, ...]:
-        """How many positions of a block each pool has, by the method of largest remainders."""
+        """The number of positions of a block that each pool has, by the method of largest remainders."""
         exact = np.array(self.weights) * (BLOCK / sum(self.weights))
         counts = np.floor(exact).astype(np.int64)
         most = np.argsort(counts - exact, kind="stable")

@@ -41,7 +41,7 @@ def _stage(loader: str, rows: int, device: torch.device) -> Stage:
 
 
 class _LockedStage:
-    """Copies arrays into one page-locked buffer, from which a GPU copies without waiting."""
+    """A single page-locked buffer, from which a GPU copies without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._memory = device, host_buffer(0, torch.int32, device)
@@ -96,7 +96,7 @@ def _hand_over(found: Tensor | BaseException, ready: queue.Queue, stopping: thre
 
 
 class SequenceFeed:
-    """Calls ``source(0), source(1), ...`` ahead of their use and returns the arrays on the device.
+    """A feed that calls ``source(0), source(1), ...`` ahead of their use and returns the arrays on the device.
 
     The calls run in a thread beside the training loop. The copies run in a queue beside the computation on the device.
 

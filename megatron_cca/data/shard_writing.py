@@ -129,7 +129,9 @@ def _meta_words(
 
 
 class TokenWriter:
-    """Writes the token files of samples in the order of :meth:`add`. A context manager, whose end completes the files.
+    """A writer of the token files of samples, in the order of :meth:`add`.
+
+    A context manager, whose end completes the files.
 
     Args:
         folder: an existing folder without token files.

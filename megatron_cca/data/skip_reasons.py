@@ -13,7 +13,7 @@ _SHOWN = 4
 
 
 class SkipReasons:
-    """Counts reasons. Reasons that differ only in names and numbers are one, of which the first is shown."""
+    """A counter of reasons. Reasons that differ only in names and numbers are one, of which the first is shown."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

@@ -36,7 +36,7 @@ _MODELS = ("BPE", "WordLevel", "WordPiece")
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Encodes ordinary text to ids and decodes it. :func:`open_text_tokenizer` makes one.
+    """An encoder of ordinary text to ids, and their decoder. :func:`open_text_tokenizer` makes one.
 
     In a caption, text that looks like a special token is plain text. No caption has control or visual ids.
 

@@ -35,7 +35,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to draw.
+    """The settings of sampling.
 
     Attributes:
         height, width: of the grid of visual tokens.
@@ -82,7 +82,7 @@ class SamplingSettings:
 
     @property
     def forwards_per_token(self) -> int:
-        """How many forward passes one token costs."""
+        """The number of forward passes that one token costs."""
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 

@@ -20,7 +20,7 @@ from megatron_cca.models.rotary_2d import Rotation, rotation_of
 
 
 class Decoder:
-    """Feeds tokens to a model and returns the logits of the next visual token. :func:`decoding` makes one.
+    """A model that is fed tokens and returns the logits of the next visual token. :func:`decoding` makes one.
 
     Args:
         chunks: this rank's, of :func:`megatron_cca.models.gpt.build_gpt`. Any TP x PP x VPP, with or without wrappers.

@@ -41,7 +41,7 @@ class GeneratedImages:
 
 
 class ImageGenerator:
-    """Generates images for prompts with a model.
+    """A model with its tokenizers, which generates images for prompts.
 
     Args:
         chunks: this rank's model chunks, frozen or in training.
@@ -67,7 +67,6 @@ class ImageGenerator:
 
         Args:
             prompts: with seeds.
-            settings: how to draw.
             settings: how to draw.
             negative: the second stream's caption where there is one. Empty for the unconditional one.
             on_progress: called with the number of images that were just finished, on the rank that finished them.

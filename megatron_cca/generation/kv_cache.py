@@ -103,7 +103,7 @@ class KVCache:
 
 
 class CachedAttention(torch.nn.Module):
-    """Takes the place of a layer's core attention while sequences are decoded. ``cache`` is set before each pass."""
+    """A replacement of a layer's core attention while sequences are decoded. ``cache`` is set before each pass."""
 
     def __init__(self, layer: int, softmax_scale: float | None) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ _ON_SHEET = 16
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What to draw and where to put it.
+    """The prompts to draw, the settings and the output.
 
     Attributes:
         checkpoint: as the user named it, for the record.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class LineFile:
-    """Appends lines to a file, each in one write. A missing file is made anew.
+    """A file of lines. Each line is appended in one write, and a missing file is made anew.
 
     Args:
         path: of the file. Its folder exists.

@@ -29,7 +29,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class NotPlainError(ValueError):
-    """The file is whole, but holds something else than plain data. The message says what."""
+    """A whole file that holds something else than plain data. The message says what."""
 
 
 # Not pickle's version in C: there a few bytes can claim a table of any size, and the meaning of a name can be changed.
@@ -162,7 +162,7 @@ def _refuse_swollen_storages(file: BinaryIO) -> None:
 
 
 class Readable(Protocol):
-    """What an unpickler reads from."""
+    """The interface of what an unpickler reads from."""
 
     def read(self, size: int) -> bytes:
         """Return at most so many bytes."""
@@ -188,7 +188,7 @@ class _Rest:
 
 
 class _Inert(dict):
-    """Takes the place of whatever a pickle asks for. Nothing is called, and its arguments are dropped."""
+    """A stand-in for whatever a pickle asks for. Nothing is called, and its arguments are dropped."""
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class _Inert(dict):
 
 
 class _StorageClaims(_PlainUnpickler):
-    """Reads a pickle for the storages that it names. ``claims`` has their bytes by key."""
+    """A reader of a pickle's storages. ``claims`` has their bytes by key."""
 
     def __init__(self, content: Readable) -> None:
         super().__init__(content, lambda module, name: True)

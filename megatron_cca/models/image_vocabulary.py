@@ -28,7 +28,7 @@ class Vocabulary:
 
     @property
     def output_size(self) -> int:
-        """How many of the ids, from 0 on, the LM head predicts.
+        """The number of ids, from 0 on, that the LM head predicts.
 
         The head's rows after them are masked, as padding is.
         """

@@ -78,7 +78,10 @@ def open_captions(path: Path, options: SourceOptions) -> Source:
 
 
 class CaptionLines:
-    """``captions.jsonl``: {"file_name": ..., "caption": ..., "condition": ...}, or "frames": [...] for a clip."""
+    """The lines of ``captions.jsonl``: {"file_name": ..., "caption": ..., "condition": ...}.
+
+    A clip has "frames": [...].
+    """
 
     def __init__(self, root: Root, options: SourceOptions) -> None:
         self._root, self._options = root, options

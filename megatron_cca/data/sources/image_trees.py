@@ -37,7 +37,7 @@ def text_beside(root: Root | Path, image: str) -> str | None:
 
 
 class UnreadFiles:
-    """Counts files that a reader finds and does not read, by kind, with an example of each kind."""
+    """A counter of files that a reader finds and does not read, by kind, with an example of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()

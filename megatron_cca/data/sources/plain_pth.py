@@ -19,7 +19,7 @@ _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._r
 
 
 class _Type:
-    """Takes the place of ``numpy.dtype``, for integers only."""
+    """A stand-in for ``numpy.dtype``, for integers only."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if code not in _INTEGERS:
@@ -35,7 +35,7 @@ class _Type:
 
 
 class _Array:
-    """Takes the place of ``numpy.ndarray``. :attr:`values` is the array once its state is known."""
+    """A stand-in for ``numpy.ndarray``. :attr:`values` is the array once its state is known."""
 
     values: np.ndarray | None = None
 

@@ -36,7 +36,7 @@ class Record:
 
 
 class Unreadable(Exception):
-    """One record cannot be read. The rest of the source can.
+    """An error in one record, which cannot be read. The rest of the source can.
 
     Attributes:
         name: the record's name.

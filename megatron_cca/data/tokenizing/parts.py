@@ -144,7 +144,7 @@ class PartsFolder:
 
 
 class PartWriter:
-    """Writes one part aside and gives it its name when it is whole. A context manager.
+    """A writer that writes one part aside and names it when it is whole. A context manager.
 
     When the block is interrupted (:class:`KeyboardInterrupt`), the records so far become a shorter part. Any other
     error leaves nothing.

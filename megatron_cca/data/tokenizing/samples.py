@@ -56,7 +56,7 @@ class Prepared:
 
 
 class SampleMaker:
-    """Makes samples of a source's records. :meth:`prepare` and :meth:`encode` may run in different threads.
+    """A maker of samples from a source's records. :meth:`prepare` and :meth:`encode` may run in different threads.
 
     Args:
         source: the records.

@@ -35,7 +35,7 @@ class TokenizingJob:
 
     @property
     def skip_limit(self) -> int:
-        """How many records may be skipped."""
+        """The number of records that may be skipped."""
         return int(self.settings.max_skipped * len(self.source))
 
 

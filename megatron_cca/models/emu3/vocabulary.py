@@ -50,7 +50,7 @@ class Emu3Vocabulary(ImageVocabulary):
 
     @property
     def caption_size(self) -> int:
-        """Captions are text."""
+        """The number of ids of text, since captions are text."""
         return self.text_size
 
     @property

@@ -51,7 +51,7 @@ class VqSizes:
 
 
 class VqNetwork(nn.Module):
-    """Encodes pixels to vectors and decodes codes to pixels, see :class:`VqSizes`."""
+    """The network that encodes pixels to vectors and decodes codes to pixels, see :class:`VqSizes`."""
 
     def __init__(self, sizes: VqSizes) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Codebook(nn.Module):
 
 
 class Encoder(nn.Module):
-    """``[N, 3, H, W]`` -> ``[N, Z, H / f, W / f]``."""
+    """The encoder, from ``[N, 3, H, W]`` to ``[N, Z, H / f, W / f]``."""
 
     def __init__(self, sizes: VqSizes) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``[N, Z, h, w]`` -> ``[N, 3, h f, w f]``."""
+    """The decoder, from ``[N, Z, h, w]`` to ``[N, 3, h f, w f]``."""
 
     def __init__(self, sizes: VqSizes) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """``[N, C, H, W]`` -> ``[N, C', H, W]``."""
+    """A residual block, from ``[N, C, H, W]`` to ``[N, C', H, W]``."""
 
     def __init__(self, before: int, channels: int) -> None:
         super().__init__()
