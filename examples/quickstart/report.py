@@ -67,7 +67,7 @@ def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[fl
         for model_name, scales in MODELS:
             painter = open_painter(str(output / model_name))
             for scale in scales:
-                pictures = painter.paint(prompts, SamplingSettings(*GRID, scale), on_progress=bar.update)
+                pictures = painter.paint(prompts, SamplingSettings(*GRID, guidance_scale=scale), on_progress=bar.update)
                 name = model_name if scale == 0 else f"{model_name}+cfg{scale:g}"
                 drawn[name] = (scale, pictures.images[..., 0])
     dist.destroy_process_group()

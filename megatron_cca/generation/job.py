@@ -20,6 +20,7 @@ from megatron_cca import __version__, platform
 from megatron_cca.errors import UserError
 from megatron_cca.generation import files
 from megatron_cca.generation.best_of import SCORER, Scorer, best, candidates, cut_prompts
+from megatron_cca.generation.options import GenerateOptions
 from megatron_cca.generation.painting import Painter
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.generation.sampler import ImageRequest, SamplingSettings
@@ -35,28 +36,14 @@ class Job:
     """What to draw and where to put it.
 
     Attributes:
-        checkpoint: as the user named it, for the record.
+        options: as the user gave them.
         prompts: with seeds.
         settings: how to draw.
-        output: the folder to write.
-        suffix: put behind every caption.
-        negative: the second stream's caption.
-        best_of: candidates for each prompt.
-        scorer: as the user named it, for the record.
-        overwrite: whether a former job's output may be replaced.
-        npz: whether to write ``samples.npz``.
     """
 
-    checkpoint: str
+    options: GenerateOptions
     prompts: Sequence[Prompt]
     settings: SamplingSettings
-    output: Path
-    suffix: str = ""
-    negative: str = ""
-    best_of: int = 1
-    scorer: str | None = None
-    overwrite: bool = False
-    npz: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,8 +69,8 @@ def check_job_output(job: Job) -> None:
     Raises:
         UserError: names what it holds.
     """
-    with claimed(job.output):
-        check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+    with claimed(job.options.output):
+        check_output(job.options.output, files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
 
 
 def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.ndarray | None]:
@@ -92,12 +79,11 @@ def job_requests(job: Job, painter: Painter) -> tuple[list[ImageRequest], np.nda
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
-    if job.suffix and painter.architecture.vocabulary.num_classes is not None:
+    suffix = job.options.what.prompt_suffix
+    if suffix and painter.architecture.vocabulary.num_classes is not None:
         raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
-    prompts = [
-        replace(prompt, text=None if prompt.text is None else prompt.text + job.suffix) for prompt in job.prompts
-    ]
-    return painter.requests(prompts, job.settings), painter.second_prompt(job.settings, job.negative)
+    prompts = [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in job.prompts]
+    return painter.requests(prompts, job.settings), painter.second_prompt(job.settings, job.options.how.negative_prompt)
 
 
 def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
@@ -107,12 +93,12 @@ def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
         UserError: a caption or grid that does not fit the model; an output that holds something else; a full disk.
     """
     requests, second = job_requests(job, painter)
-    partial = job.output / _PARTIAL
+    partial = job.options.output / _PARTIAL
     leads = dist.get_rank() == 0
     with ExitStack() as stack:
         if leads:
-            stack.enter_context(claimed(job.output))
-            check_output(job.output, files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+            stack.enter_context(claimed(job.options.output))
+            check_output(job.options.output, files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
             stack.enter_context(staging(partial, 0))
             (partial / files.IMAGES).mkdir()
             cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
@@ -129,13 +115,13 @@ def run(job: Job, painter: Painter, scorer: Scorer | None = None) -> Speed:
             _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
         dist.barrier()
     kept = len(job.prompts)
-    tokens = kept * job.best_of * job.settings.height * job.settings.width
+    tokens = kept * job.options.how.best_of * job.settings.height * job.settings.width
     return Speed(tokens / seconds, kept / seconds)
 
 
 def _bar(job: Job) -> tqdm:
-    total = len(job.prompts) * job.best_of * job.settings.height * job.settings.width
-    return tqdm(total=total, unit="token", unit_scale=True, desc=job.output.name, disable=None)
+    total = len(job.prompts) * job.options.how.best_of * job.settings.height * job.settings.width
+    return tqdm(total=total, unit="token", unit_scale=True, desc=job.options.output.name, disable=None)
 
 
 def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
@@ -146,15 +132,15 @@ def _draw_share(job, painter: Painter, scorer, requests, second, partial: Path, 
             bar.update(min(count * replicas, bar.total - bar.n))  # the others draw as fast
 
     share = _Share([], [], [])
-    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.best_of)):
+    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.options.how.best_of)):
         codes = painter.codes(
-            candidates([requests[place] for place in places], job.best_of), job.settings, second, on_tokens
+            candidates([requests[place] for place in places], job.options.how.best_of), job.settings, second, on_tokens
         )
         if not _writes():
             continue
         images = painter.decoded(codes)
         if scorer is not None:
-            choice = best(scorer, images, [job.prompts[place].title for place in places], job.best_of)
+            choice = best(scorer, images, [job.prompts[place].title for place in places], job.options.how.best_of)
             codes, images = codes[choice.indices], images[choice.indices]
             share.scores.extend(choice.scores.tolist())
         files.write_images(partial, places, images)
@@ -204,13 +190,13 @@ def _finish(
     np.save(partial / files.CODES, codes)
     files.write_prompts(partial, rows)
     labels = [prompt.label for prompt in job.prompts]
-    if job.npz:
+    if job.options.where.npz:
         files.write_npz(partial, count, None if None in labels else labels)
     shown = on_sheet(count)
     images = [files.read_image(partial, place) for place in shown]
     contact_sheet(partial / files.SHEET, images, [job.prompts[place].title for place in shown])
     (partial / files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
-    _place(partial, job.output)
+    _place(partial, job.options.output)
 
 
 def on_sheet(count: int) -> list[int]:
@@ -220,13 +206,13 @@ def on_sheet(count: int) -> list[int]:
 
 def _record(job: Job) -> dict:
     return {
-        "checkpoint": job.checkpoint,
+        "checkpoint": job.options.checkpoint,
         "sampling": asdict(job.settings),
         "forwards_per_token": job.settings.forwards_per_token,
-        "prompt_suffix": job.suffix,
-        "negative_prompt": job.negative,
-        "best_of": job.best_of,
-        "scorer": job.scorer,
+        "prompt_suffix": job.options.what.prompt_suffix,
+        "negative_prompt": job.options.how.negative_prompt,
+        "best_of": job.options.how.best_of,
+        "scorer": job.options.how.scorer,
         "images": len(job.prompts),
         "ranks": dist.get_world_size(),
         "device": platform.device_name(),

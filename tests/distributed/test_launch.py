@@ -95,8 +95,8 @@ def test_the_default_pretrains_its_base_once(digit_shards, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     program = tmp_path / "program.py"
     program.write_text(
-        "from pathlib import Path\nfrom megatron_cca.training import main as training\n"
-        "def main(argv):\n    training.main(Path('cca.yaml'), Path('base.yaml'), argv)\n"
+        "from pathlib import Path\nfrom megatron_cca.programs import train\n"
+        "def main(argv):\n    train.main(argv, Path('cca.yaml'), Path('base.yaml'))\n"
     )
     first = run_tool(program, "--device", "cpu", cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]

@@ -30,6 +30,8 @@ LEVELS = {
     "lab/planner": 10,
     "lab/studies": 10,
     "lab/scaling": 11,
+    "programs": 12,
+    "__main__": 13,
 }
 
 

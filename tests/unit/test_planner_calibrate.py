@@ -11,11 +11,11 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import calibrate, measuring
 from megatron_cca.lab.planner.calibrate import fit
-from megatron_cca.lab.planner.calibrate_program import CalibrateSettings, run_calibrate
+from megatron_cca.lab.planner.calibrate_program import run_calibrate
 from megatron_cca.lab.planner.calibration import DEFAULT, read_calibration
 from megatron_cca.lab.planner.flops import Product
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
-from megatron_cca.lab.planner.program import PlanSettings
+from megatron_cca.lab.planner.options import CalibrateSettings, PlanSettings
 from megatron_cca.lab.planner.program import _wishes as wishes_of
 from megatron_cca.lab.planner.short_runs import Observation, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
@@ -71,7 +71,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     run = folder / "run.yaml"
     run.write_text("training: {micro_batch_size: 4, global_batch_size: 64}")
-    settings = CalibrateSettings(run, [], None, "4x4", 8, 1, "cpu", folder / "new" / "calibration.json", False)
+    output = folder / "new" / "calibration.json"
+    settings = CalibrateSettings(config=run, image_grid="4x4", caption_tokens=8, steps=1, device="cpu", output=output)
     # Whether the numbers are good is not asked here.
     with mock.patch.multiple(measuring, _ENOUGH_SECONDS=0.0, _ENOUGH_REPEATS=2):
         run_calibrate(settings)

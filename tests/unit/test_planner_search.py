@@ -14,8 +14,9 @@ from megatron_cca.lab.planner import trials
 from megatron_cca.lab.planner.candidates import Layout, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import MemoryEstimate
+from megatron_cca.lab.planner.options import PlanSettings
 from megatron_cca.lab.planner.others import obvious_others
-from megatron_cca.lab.planner.program import PlanSettings, run_search
+from megatron_cca.lab.planner.program import run_search
 from megatron_cca.lab.planner.report import as_json, reserved, write_report
 from megatron_cca.lab.planner.search import search
 from megatron_cca.lab.planner.sizes import sizes_of

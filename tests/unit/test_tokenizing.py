@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data import token_files, tokenizing
+from megatron_cca.data import token_files
 from megatron_cca.data.image_tokenizers import PatchImageTokenizer, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shards import TokenShards, write_shards
 from megatron_cca.data.text import open_text_tokenizer
 from megatron_cca.data.token_files import TOKEN_FILES, Sample
-from megatron_cca.data.tokenizing import TokenizeSettings, parts
+from megatron_cca.data.tokenizing import job, parts
+from megatron_cca.data.tokenizing.settings import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.io import outputs
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
@@ -49,7 +50,7 @@ def settings(scans, digit_shards, tmp_path):
 
 
 def tokenize(settings, rank=0, world_size=1):
-    return tokenizing.tokenize(settings, rank, world_size, CPU)
+    return job.tokenize(settings, rank, world_size, CPU)
 
 
 def token_bytes(folder):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cca import __version__, platform
 from megatron_cca.config.load import load_config
-from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_file, file_system_errors, write_text
 from megatron_cca.lab.planner.calibration import calibration_json
+from megatron_cca.lab.planner.options import CalibrateSettings
 from megatron_cca.lab.planner.program import image_shape
 from megatron_cca.lab.planner.workload import image_workload
 from megatron_cca.version import installed_versions
@@ -21,33 +19,6 @@ if TYPE_CHECKING:
 
 # That times depend on.
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
-
-
-@dataclass(frozen=True)
-class CalibrateSettings:
-    """The options, as the command line has them.
-
-    Attributes:
-        config: the YAML file.
-        overrides: of its keys.
-        gpu: what the device is; None is what it says itself.
-        image_grid: ``HxW`` in visual tokens.
-        caption_tokens: of each caption.
-        steps: of each short run.
-        device: auto, cpu or cuda.
-        output: the file to write.
-        overwrite: whether it may be replaced.
-    """
-
-    config: Path
-    overrides: list[str]
-    gpu: str | None
-    image_grid: str | None
-    caption_tokens: int
-    steps: int
-    device: platform.DeviceChoice
-    output: Path
-    overwrite: bool
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:
@@ -60,13 +31,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     images = image_shape(config, settings.image_grid, settings.caption_tokens)
     # For its refusals: measuring the processor alone can take a minute.
     image_workload(config, images)
-    if settings.steps < 1:
-        raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
     check_file(settings.output, overwrite=settings.overwrite)
-    try:
-        platform.install(settings.device)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
+    platform.install_option(settings.device)
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.lab.planner.calibrate import calibrate
 

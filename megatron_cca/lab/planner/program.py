@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cca.config import Config
@@ -13,6 +12,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.calibration import DEFAULT, Calibration, read_calibration
 from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES
 from megatron_cca.lab.planner.hardware import CPU, Cluster, Gpu, gpu_named
+from megatron_cca.lab.planner.options import PlanSettings
 from megatron_cca.lab.planner.others import obvious_others
 from megatron_cca.lab.planner.report import reserved, write_report
 from megatron_cca.lab.planner.search import search
@@ -26,39 +26,6 @@ from megatron_cca.training.checks import PRETRAINED, REFERENCE, check_weights
 _USUAL_GRID = "90x90"
 
 
-@dataclass(frozen=True)
-class PlanSettings:
-    """The options of a search, as the command line has them.
-
-    Attributes:
-        config: the YAML file.
-        overrides: of its keys, ``section.key=value``.
-        gpu: its name.
-        gpus: how many.
-        gpus_per_node: of them; None is what is usual.
-        image_grid: ``HxW`` in visual tokens; None is the model's own, or 90x90.
-        caption_tokens: of the longest caption.
-        vary: names of ``candidates.VARIABLES`` with commas between; None is the default.
-        calibration: its file; None is the default.
-        top: how many layouts to show.
-        output: the folder to write; None only prints.
-        overwrite: whether a former plan there may be replaced.
-    """
-
-    config: Path
-    overrides: list[str]
-    gpu: str
-    gpus: int
-    gpus_per_node: int | None
-    image_grid: str | None
-    caption_tokens: int
-    vary: str | None
-    calibration: Path | None
-    top: int
-    output: Path | None
-    overwrite: bool
-
-
 def run_search(settings: PlanSettings) -> None:
     """Search, print the table, and write the folder if there is to be one.
 
@@ -67,7 +34,6 @@ def run_search(settings: PlanSettings) -> None:
     """
     config = load_config(settings.config, settings.overrides)
     wishes = _wishes(settings, config)
-    _check_positive("--top", settings.top)
     check_known_weights(config)
     with reserved(settings.output, overwrite=settings.overwrite) if settings.output else nullcontext():
         plan = search(config, wishes, settings.top)
@@ -81,7 +47,7 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
     """The data that ``--image-grid`` and ``--caption-tokens`` describe; the model's own grid where it has one.
 
     Raises:
-        UserError: not of the form ``HxW``, or less than nothing.
+        UserError: not of the form ``HxW``.
     """
     if grid is None:
         own = own_grid(resolve_architecture(config.model))
@@ -89,8 +55,6 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:
         raise UserError(f"--image-grid: {grid!r} is not of the form HxW, such as 90x90")
-    if caption_tokens < 0:
-        raise UserError(f"--caption-tokens: must be 0 or more, found {caption_tokens}")
     return ImageShape(int(found[1]), int(found[2]), caption_tokens)
 
 
@@ -107,9 +71,7 @@ def check_known_weights(config: Config) -> None:
 
 def _wishes(settings: PlanSettings, config: Config) -> Wishes:
     gpu, calibration = _device(settings)
-    _check_positive("--gpus", settings.gpus)
     per_node = gpu.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
-    _check_positive("--nodes-of", per_node)
     shape = image_shape(config, settings.image_grid, settings.caption_tokens)
     return Wishes(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
 
@@ -130,8 +92,3 @@ def _variables(text: str | None) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"--vary: {unknown[0]!r} is unknown; known: {', '.join(VARIABLES)}")
     return names
-
-
-def _check_positive(option: str, number: int) -> None:
-    if number < 1:
-        raise UserError(f"{option}: must be 1 or more, found {number}")
