@@ -10,6 +10,7 @@ import sys
 import pytest
 from PIL import Image
 
+from megatron_cca.__main__ import programs
 from tests.distributed.launch import ROOT, SCRIPT, run_tool, typed
 from tests.selection import Computed, mostly_full
 
@@ -23,8 +24,9 @@ LACKING = {
     "digits": "data.path: digits needs scikit-learn; pip install 'megatron-cca[eval]'",
     "inspect": "matplotlib is not installed; pip install -e '.[data,eval,hf]'",
 }
+HELP = {f"{name} --help": name for name in programs()}
 INSTALLED = ("help", "plan", "example", "no example")
-QUICK = ("train", "resume", "loader", "images", *INSTALLED)
+QUICK = ("train", "resume", "loader", "images", *INSTALLED, *HELP)
 
 
 def training(data, output, steps, **changes):
@@ -71,12 +73,13 @@ def core(site, digit_shards, tmp_path_factory):
         (folder / "images" / f"{name}.txt").write_text("the digit one")
     program = site / "megatron_cca" / "__main__.py"
     tokenizers = ["--image-tokenizer", digit_shards, "--text-tokenizer", digit_shards, "--model", "emu3-tiny"]
-    programs = {
+    calls = {
         "train": training(digit_shards, "run", 2),
         "resume": training(digit_shards, "run", 3),
         "loader": training(digit_shards, "other", 2, data__loader="dali"),
         "images": [TOKENIZE, "run", "--source", "images", "--output", "shards", *tokenizers],
         "help": [program, "--help"],
+        **{key: [program, name, "--help"] for key, name in HELP.items()},
         "plan": [
             program,
             "plan",
@@ -98,8 +101,8 @@ def core(site, digit_shards, tmp_path_factory):
     }
 
     def run(wanted):
-        names = QUICK if wanted in QUICK else [name for name in programs if name not in QUICK]
-        words = json.dumps([list(map(str, programs[name])) for name in names])
+        names = QUICK if wanted in QUICK else [name for name in calls if name not in QUICK]
+        words = json.dumps([list(map(str, calls[name])) for name in names])
         path = os.pathsep.join([str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         done = typed(sys.executable, "-m", "tests.references.core_install", words, cwd=folder, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
@@ -113,10 +116,11 @@ def core(site, digit_shards, tmp_path_factory):
 
 def test_programs_of_an_installation_find_each_other_and_the_examples(core):
     answers, folder = core
-    for name in INSTALLED[:3]:
+    for name in (*INSTALLED[:3], *HELP):
         assert answers[name][0] == 0, answers[name][2]
-    programs = re.findall(r"^  ([a-z-]+) +\S", answers["help"][1], re.MULTILINE)
-    assert len(programs) == 9 and {"train", "tokenize", "cache-reference"} < {*programs}
+    for key, name in HELP.items():
+        assert answers[key][1].startswith(f"usage: megatron-cca {name} ")
+    assert re.findall(r"^  ([a-z-]+) +\S", answers["help"][1], re.MULTILINE) == [*HELP.values()]
     assert answers["plan"][1].startswith("8 x h100-80gb, 8 a node. ")
     assert len(losses(folder / "named")) == 2
     status, output, errors = answers["no example"]
