@@ -152,6 +152,14 @@ def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
+def test_torchrun_starts_the_program_by_its_name(digit_shards, tmp_path):
+    words = ["--config", "emu3_tiny_cca", *arguments(digit_shards)]
+    done = torchrun(2, "-m", "megatron_cca", "train", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 process(es)" in done.stdout
+
+
 def test_help_names_every_option(tmp_path):
     done = run_tool(SCRIPT, "--help", cwd=tmp_path)
     assert done.returncode == 0
