@@ -35,6 +35,8 @@ RUN touch README.md \
         /opt/venv/lib/python3.12/site-packages/triton/backends/nvidia/lib \
         /opt/venv/lib/python3.12/site-packages/triton/backends/amd/lib
 COPY README.md ./
+# megatron_cca/examples is a link to them.
+COPY examples examples
 COPY megatron_cca megatron_cca
 RUN python -m pip install --no-cache-dir --no-deps .
 

@@ -38,8 +38,9 @@ format: $(INSTALLED) ## mend what lint would refuse
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write the configuration reference, build the site: site/index.html
+docs: $(INSTALLED) ## write the references of keys and programs, build the site: site/index.html
 	@$(BIN)/python docs/hooks/configuration.py docs/configuration.md
+	@$(BIN)/python docs/hooks/programs.py docs/programs.md
 	@$(BIN)/mkdocs build --strict
 
 clean: ## forget all runs

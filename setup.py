@@ -54,6 +54,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_cca", "megatron_cca.*"]),
+    # megatron_cca/examples is a link to examples/: what --config finds by name.
+    package_data={"megatron_cca": ["examples/*.yaml"]},
+    entry_points={"console_scripts": ["megatron-cca = megatron_cca.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

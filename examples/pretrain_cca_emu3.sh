@@ -18,19 +18,17 @@ exec "$python" "$agent" --standalone --nproc_per_node "$NPROC_PER_NODE" "$script
 ":"""
 
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 PYTHON = "the name that ends bash's here-document, on the last line"
 
 
 def main(argv=None):
     """Train as the command line says; None means this process's."""
     try:
-        from megatron_cca.training.main import main as train
+        from megatron_cca.programs.train import main as train
     except ModuleNotFoundError as error:
         sys.exit(f"pretrain_cca_emu3.sh: {error.name} is not installed in {sys.executable}; run `make install` first")
-    train(HERE / "emu3_tiny_cca.yaml", HERE / "emu3_tiny_base.yaml", argv)
+    train(argv)
 
 
 # Guarded, since Megatron's checkpoint writer spawns a helper process that imports this file again.

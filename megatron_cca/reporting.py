@@ -88,7 +88,7 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
     SIGTERM, SIGHUP and SIGQUIT end the program as Ctrl-C does. Under nohup SIGHUP does not. A closed pipe ends it, too.
 
     Args:
-        packages: top-level modules that may be missing.
+        packages: top-level modules that may be missing, with ``-`` for ``_``, as pip has their names.
         extras: the package's extras that install them, such as "data,hf".
     """
     handle(_ENDING, signal.default_int_handler)
@@ -96,7 +96,7 @@ def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[Non
         try:
             yield
         except ModuleNotFoundError as error:
-            if error.name not in packages:
+            if (error.name or "").replace("_", "-") not in packages:
                 raise
             raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
         except OSError as error:

@@ -14,8 +14,9 @@ import reference_bias
 
 from megatron_cca import platform
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.lab.reference_bias import BiasSettings, PairBias
+from megatron_cca.lab.reference_bias import PairBias
 from megatron_cca.lab.reference_bias import measure as measure_bias
+from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, tiny_vocabulary
 
 # Samples to train on with few tokens, with many, and to measure with.

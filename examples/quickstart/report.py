@@ -67,7 +67,8 @@ def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[fl
         for model_name, scales in MODELS:
             generator = open_image_generator(str(output / model_name))
             for scale in scales:
-                pictures = generator.generate(prompts, SamplingSettings(*GRID, scale), on_progress=bar.update)
+                settings = SamplingSettings(*GRID, guidance_scale=scale)
+                pictures = generator.generate(prompts, settings, on_progress=bar.update)
                 name = model_name if scale == 0 else f"{model_name}+cfg{scale:g}"
                 drawn[name] = (scale, pictures.images[..., 0])
     dist.destroy_process_group()

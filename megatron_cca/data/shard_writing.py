@@ -111,7 +111,7 @@ def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts,
         contents = {
             "num_samples": len(grids),
             "vocabulary": vocabulary.fingerprint(),
-            "meta_words": _meta_words(vocabulary, grids, encode_text, clip_template),
+            "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
             **facts,
         }
         write_manifest(partial, contents)
@@ -121,7 +121,7 @@ def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts,
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _meta_words(
+def _meta_ids(
     vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
 ) -> dict[str, list[int]]:
     texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}

@@ -22,6 +22,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.generation.categorical import NO_CODE, draw_codes
 from megatron_cca.generation.decoder import Decoder, decoding
 from megatron_cca.generation.guidance import contrastive_logits, guided_logits
+from megatron_cca.generation.options import DrawingOptions
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
@@ -34,17 +35,11 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(DrawingOptions):
     """The settings of sampling.
 
     Attributes:
         height, width: of the grid of visual tokens.
-        guidance_scale: s >= 0 in (1 + s) cond - s uncond. 0 is guidance-free, with one forward pass per token.
-        contrastive_top_k: k of contrastive decoding, CD-K. 0 switches it off. It takes two passes, as guidance does.
-        contrastive_alpha: a token must have at least this share of the k-th likeliest token's probability, in (0, 1].
-        temperature: divides the logits. 0 takes the likeliest token.
-        top_k: draw from the k likeliest codes. 0 means all.
-        top_p: draw from the likeliest codes that together reach this probability, in (0, 1]. 1 means all.
         batch_size: images drawn at a time.
 
     Raises:
@@ -53,12 +48,6 @@ class SamplingSettings:
 
     height: int
     width: int
-    guidance_scale: float = 0.0
-    contrastive_top_k: int = 0
-    contrastive_alpha: float = 0.1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     batch_size: int = 500
 
     def __post_init__(self) -> None:

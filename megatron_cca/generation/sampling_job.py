@@ -22,6 +22,7 @@ from megatron_cca.generation import sample_files
 from megatron_cca.generation.best_of import SCORER, Scorer, best_candidates, candidates, cut_prompts
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings
 from megatron_cca.generation.image_generator import ImageGenerator
+from megatron_cca.generation.options import GenerateOptions
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.outputs import check_output, claimed, staging
@@ -35,28 +36,14 @@ class SamplingJob:
     """The prompts to draw, the settings and the output.
 
     Attributes:
-        checkpoint: as the user named it, for the record.
+        options: as the user gave them.
         prompts: with seeds.
         settings: how to draw.
-        output: the folder to write.
-        suffix: appended to every caption.
-        negative: the second stream's caption.
-        best_of: candidates for each prompt.
-        scorer: as the user named it, for the record.
-        overwrite: whether a former job's output may be replaced.
-        npz: whether to write ``samples.npz``.
     """
 
-    checkpoint: str
+    options: GenerateOptions
     prompts: Sequence[Prompt]
     settings: SamplingSettings
-    output: Path
-    suffix: str = ""
-    negative: str = ""
-    best_of: int = 1
-    scorer: str | None = None
-    overwrite: bool = False
-    npz: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,8 +69,8 @@ def check_sampling_output(job: SamplingJob) -> None:
     Raises:
         UserError: names what it holds.
     """
-    with claimed(job.output):
-        check_output(job.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+    with claimed(job.options.output):
+        check_output(job.options.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
 
 
 def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
@@ -92,12 +79,13 @@ def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
-    if job.suffix and generator.architecture.vocabulary.num_classes is not None:
+    suffix = job.options.what.prompt_suffix
+    if suffix and generator.architecture.vocabulary.num_classes is not None:
         raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
-    prompts = [
-        replace(prompt, text=None if prompt.text is None else prompt.text + job.suffix) for prompt in job.prompts
-    ]
-    return generator.requests(prompts, job.settings), generator.second_prompt(job.settings, job.negative)
+    prompts = [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in job.prompts]
+    return generator.requests(prompts, job.settings), generator.second_prompt(
+        job.settings, job.options.how.negative_prompt
+    )
 
 
 def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | None = None) -> Speed:
@@ -107,12 +95,12 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
         UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
     """
     requests, second = sampling_requests(job, generator)
-    partial = job.output / _PARTIAL
+    partial = job.options.output / _PARTIAL
     leads = dist.get_rank() == 0
     with ExitStack() as stack:
         if leads:
-            stack.enter_context(claimed(job.output))
-            check_output(job.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.overwrite)
+            stack.enter_context(claimed(job.options.output))
+            check_output(job.options.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
             stack.enter_context(staging(partial, 0))
             (partial / sample_files.IMAGES).mkdir()
             cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
@@ -129,13 +117,13 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
             _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
         dist.barrier()
     kept = len(job.prompts)
-    tokens = kept * job.best_of * job.settings.height * job.settings.width
+    tokens = kept * job.options.how.best_of * job.settings.height * job.settings.width
     return Speed(tokens / seconds, kept / seconds)
 
 
 def _bar(job: SamplingJob) -> tqdm:
-    total = len(job.prompts) * job.best_of * job.settings.height * job.settings.width
-    return tqdm(total=total, unit="token", unit_scale=True, desc=job.output.name, disable=None)
+    total = len(job.prompts) * job.options.how.best_of * job.settings.height * job.settings.width
+    return tqdm(total=total, unit="token", unit_scale=True, desc=job.options.output.name, disable=None)
 
 
 def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
@@ -146,15 +134,17 @@ def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partia
             bar.update(min(count * replicas, bar.total - bar.n))  # other replicas are taken to be as fast
 
     share = _Share([], [], [])
-    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.best_of)):
+    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.options.how.best_of)):
         codes = generator.codes(
-            candidates([requests[place] for place in places], job.best_of), job.settings, second, on_tokens
+            candidates([requests[place] for place in places], job.options.how.best_of), job.settings, second, on_tokens
         )
         if not _writes():
             continue
         images = generator.decode(codes)
         if scorer is not None:
-            choice = best_candidates(scorer, images, [job.prompts[place].title for place in places], job.best_of)
+            choice = best_candidates(
+                scorer, images, [job.prompts[place].title for place in places], job.options.how.best_of
+            )
             codes, images = codes[choice.indices], images[choice.indices]
             share.scores.extend(choice.scores.tolist())
         sample_files.write_images(partial, places, images)
@@ -204,13 +194,13 @@ def _finish(
     np.save(partial / sample_files.CODES, codes)
     sample_files.write_prompts(partial, rows)
     labels = [prompt.label for prompt in job.prompts]
-    if job.npz:
+    if job.options.where.npz:
         sample_files.write_npz(partial, count, None if None in labels else labels)
     shown = sheet_indices(count)
     images = [sample_files.read_image(partial, place) for place in shown]
     contact_sheet(partial / sample_files.SHEET, images, [job.prompts[place].title for place in shown])
     (partial / sample_files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
-    _place(partial, job.output)
+    _place(partial, job.options.output)
 
 
 def sheet_indices(count: int) -> list[int]:
@@ -223,13 +213,13 @@ def sheet_indices(count: int) -> list[int]:
 
 def _record(job: SamplingJob) -> dict:
     return {
-        "checkpoint": job.checkpoint,
+        "checkpoint": job.options.checkpoint,
         "sampling": asdict(job.settings),
         "forwards_per_token": job.settings.forwards_per_token,
-        "prompt_suffix": job.suffix,
-        "negative_prompt": job.negative,
-        "best_of": job.best_of,
-        "scorer": job.scorer,
+        "prompt_suffix": job.options.what.prompt_suffix,
+        "negative_prompt": job.options.how.negative_prompt,
+        "best_of": job.options.how.best_of,
+        "scorer": job.options.how.scorer,
         "images": len(job.prompts),
         "ranks": dist.get_world_size(),
         "device": platform.device_name(),

@@ -27,6 +27,7 @@ from megatron_cca.data.microbatches import Microbatch
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.token_data import TokenData
 from megatron_cca.errors import UserError
+from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import image_token_logps
 from megatron_cca.models.layer_specs import check_fp8_device
@@ -46,27 +47,6 @@ DEFAULT_LENGTHS = tuple(2**power for power in range(8, 14))
 IN_FP8 = " with FP8 weights"
 
 CHECKPOINT, DATA = "--checkpoint", "--data"
-
-
-@dataclass(frozen=True)
-class BiasSettings:
-    """What to measure.
-
-    Attributes:
-        checkpoint: a run folder or an iter_ folder.
-        data: a folder of token shards, or the word digits.
-        rows: how many; half of them positives, the others their negatives.
-        lengths: image tokens; None is ``DEFAULT_LENGTHS`` as far as the rows have them, and their whole length.
-        precisions: of ``PRECISIONS``; None is all that can be computed here.
-        seed: draws the rows.
-    """
-
-    checkpoint: str
-    data: str
-    rows: int = 32
-    lengths: Sequence[int] | None = None
-    precisions: Sequence[str] | None = None
-    seed: int = 1234
 
 
 @dataclass(frozen=True)

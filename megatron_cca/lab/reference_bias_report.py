@@ -11,7 +11,8 @@ import torch
 
 from megatron_cca import platform
 from megatron_cca.io.outputs import write_json
-from megatron_cca.lab.reference_bias import IN_FP8, BiasSettings, PairBias, Variant
+from megatron_cca.lab.reference_bias import IN_FP8, PairBias, Variant
+from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.lab.tables import markdown_table
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_cca.errors import UserError
+from megatron_cca.io.options import DeviceChoice
 from megatron_cca.io.surroundings import leave_without_current_folder
 from megatron_cca.platform import nvml
 
 # If the current folder does not exist, MKL ends the process with a misleading message about a library.
 leave_without_current_folder()
 import torch  # noqa: E402
-
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ def install(choice: DeviceChoice = "auto") -> Platform:
     adam.serve_megatron()
     _installed = platform
     return platform
+
+
+def install_option(choice: DeviceChoice) -> None:
+    """Call :func:`install` with what ``--device`` says; raises :class:`UserError` for what cannot be."""
+    try:
+        install(choice)
+    except ValueError as error:
+        raise UserError(f"--device: {error}") from None
 
 
 def _limit_hardware_queues() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron_cca.checkpoint import distributed, layout, saver
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config.load import load_config
+from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.initialization import sharded_tensors
@@ -233,11 +234,11 @@ def reference_bias(settings):
 
     models, bias.prefix_logps = [], spy
     asked = {name: settings[name] for name in ("checkpoint", "data", "rows", "lengths", "precisions", "seed")}
-    pairs = bias.measure(bias.BiasSettings(**asked))
+    pairs = bias.measure(BiasSettings(**asked))
     # Layers that give another answer every time.
     answers = itertools.count()
     bias.prefix_logps = lambda *arguments: original(*arguments) + 0.25 * next(answers)
-    shaky = bias.measure(bias.BiasSettings(**{**asked, "precisions": ["fp32"]}))
+    shaky = bias.measure(BiasSettings(**{**asked, "precisions": ["fp32"]}))
     bias.prefix_logps = original
     found = {f"{pair.policy} / {pair.reference}": {} for pair in pairs}
     for pair in pairs:

@@ -95,8 +95,8 @@ def test_the_default_pretrains_its_base_once(digit_shards, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     program = tmp_path / "program.py"
     program.write_text(
-        "from pathlib import Path\nfrom megatron_cca.training import main as training\n"
-        "def main(argv):\n    training.main(Path('cca.yaml'), Path('base.yaml'), argv)\n"
+        "from pathlib import Path\nfrom megatron_cca.programs import train\n"
+        "def main(argv):\n    train.main(argv, Path('cca.yaml'), Path('base.yaml'))\n"
     )
     first = run_tool(program, "--device", "cpu", cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
@@ -150,6 +150,14 @@ def test_torchrun_repeats_the_refusal_as_its_last_word(digit_shards, tmp_path):
     assert done.returncode != 0
     assert f"megatron_cca: error: {line}" in done.stderr.splitlines()[0] + "".join(done.stderr.splitlines()[-4:])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.full
+def test_torchrun_starts_the_program_by_its_name(digit_shards, tmp_path):
+    words = ["--config", "emu3_tiny_cca", *arguments(digit_shards)]
+    done = torchrun(2, "-m", "megatron_cca", "train", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 process(es)" in done.stdout
 
 
 def test_help_names_every_option(tmp_path):

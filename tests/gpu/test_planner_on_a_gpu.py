@@ -64,7 +64,8 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
 
 def test_a_calibration_finds_plausible_shares_of_the_peaks(tmp_path):
     from megatron_cca.lab.planner.hardware import read_calibration
-    from megatron_cca.lab.planner.program import CalibrateSettings, run_calibrate
+    from megatron_cca.lab.planner.options import CalibrateSettings
+    from megatron_cca.lab.planner.program import run_calibrate
 
     file = tmp_path / "calibration.json"
     settings = CalibrateSettings(

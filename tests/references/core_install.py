@@ -137,4 +137,5 @@ if __name__ == "__main__":
     import megatron_cca.training.loop  # noqa: F401
 
     answers = [run(program, arguments) for program, *arguments in json.loads(sys.argv[1])]
-    print(json.dumps({"forgotten": names, "answers": answers}))
+    package = str(Path(platform.__file__).parents[1])
+    print(json.dumps({"forgotten": names, "package": package, "answers": answers}))

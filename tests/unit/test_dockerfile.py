@@ -71,6 +71,16 @@ def test_what_is_copied_is_there_and_reaches_the_builder():
     assert [name for path in paths for name in (path, *tracked(path)) if is_ignored(name)] == []
 
 
+def test_who_installs_the_package_has_the_examples_that_it_takes_along():
+    there, installs = set(), 0
+    for name, arguments in INSTRUCTIONS:
+        there = set() if name == "FROM" else there | ({arguments.split()[0]} if name == "COPY" else set())
+        if name == "RUN" and arguments.endswith("--no-deps ."):
+            installs += 1
+            assert {"megatron_cca", "examples"} <= there
+    assert installs == 1
+
+
 @pytest.mark.parametrize(
     "path",
     [".git/config", ".venv/bin/python", "runs/x/config.yaml", "tests/conftest.py", "megatron_cca/__pycache__/a.pyc"],

@@ -106,6 +106,10 @@ def test_the_configuration_reference_is_current():
     assert (DOCS / "configuration.md").read_text() == hook("configuration").page(), "run `make docs`, and commit it"
 
 
+def test_the_page_of_programs_is_current():
+    assert (DOCS / "programs.md").read_text() == hook("programs").page(), "run `make docs`, and commit it"
+
+
 def test_the_configuration_reference_has_every_key():
     text = (DOCS / "configuration.md").read_text()
     sections = {f"## {name}": section() for name, section in SECTIONS.items()}

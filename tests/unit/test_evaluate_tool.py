@@ -1,6 +1,5 @@
 """tools/evaluate.py from its options to its files."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -19,19 +18,13 @@ from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, fide
 from megatron_cca.lab.evaluation.images import ImageSet
 from megatron_cca.lab.evaluation.planning import EvaluationSettings, check, plan
 from megatron_cca.lab.evaluation.report import as_json, reserved, table, write_report
+from megatron_cca.programs import evaluate as program
+from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
 from tests.references import tiny_clip
 
 TOOL = ROOT / "tools" / "evaluate.py"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +200,7 @@ def test_prompts_that_clip_cuts_and_files_that_are_not_read_are_in_the_report(dr
     assert (report["clip_prompts_cut"], report["clip_tokens"], len(report["notices"])) == (cut, 20, 1)
 
 
-def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path, tool):
+def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path):
     evaluation = evaluate(settings_of(drawn, metrics=("fid",)), CPU)
     with reserved(tmp_path, overwrite=False):
         write_report(tmp_path, evaluation)
@@ -246,16 +239,16 @@ def test_a_report_keeps_out_of_the_folders_that_it_reads(drawn):
     assert "are in each other's way; give another folder" in done.stderr
 
 
-def parsed(tool, *arguments):
-    return tool._settings(tool._parser().parse_args([*map(str, arguments), "--output", "out"]))
+def parsed_settings(*arguments):
+    return program.settings_of(parsed(program.OPTIONS, [*map(str, arguments), "--output", "out"]))
 
 
-def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp_path):
+def test_sets_are_named_and_defaults_follow_the_reference(monkeypatch, tmp_path):
     (tmp_path / "a=b").mkdir()
     monkeypatch.chdir(tmp_path)
     paths = ["a=b", "x=runs/cca", "runs/s=1/images", "samples.npz", "base+cfg0.5=samples.npz"]
     samples = [part for path in paths for part in ("--samples", path)]
-    found = parsed(tool, *samples, "--reference", "digits-held-out")
+    found = parsed_settings(*samples, "--reference", "digits-held-out")
     assert found.samples == {
         "a=b": "a=b",
         "x": "runs/cca",
@@ -264,9 +257,9 @@ def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp
         "base+cfg0.5": "samples.npz",
     }
     assert (found.extractor, found.metrics) == ("digits", None)
-    found = parsed(tool, *samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
+    found = parsed_settings(*samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
     assert (found.extractor, found.metrics) == ("inception", ("fid", "kid"))
-    assert parsed(tool, *samples, "--reference", "real", "--metrics").metrics == ()
+    assert parsed_settings(*samples, "--reference", "real", "--metrics").metrics == ()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +271,7 @@ def test_sets_are_named_and_defaults_follow_the_reference(tool, monkeypatch, tmp
         (["--samples", "a", "--kid-subset-size", "1"], "--kid-subset-size: must be 2 or more, found 1"),
     ],
 )
-def test_options_that_cannot_be_are_refused(tool, arguments, message):
+def test_options_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(UserError) as error:
-        parsed(tool, *arguments, "--reference", "digits")
+        parsed_settings(*arguments, "--reference", "digits")
     assert str(error.value) == message

@@ -38,6 +38,8 @@ LEVELS = {
     "lab/planner": 13,
     "lab/studies": 13,
     "lab/scaling": 14,
+    "programs": 15,
+    "__main__": 16,
 }
 
 

@@ -1,6 +1,5 @@
 """What a checkpoint that no run wrote is believed to be: its weights' sizes and width, and nothing about data."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -19,7 +18,8 @@ from megatron_cca.lab.studies import checks as study_checks
 from megatron_cca.lab.studies.settings import SamplingConfig
 from megatron_cca.lab.studies.study import Method, Study
 from megatron_cca.models import resolve_architecture
-from tests.distributed.launch import ROOT
+from megatron_cca.programs import generate as program
+from megatron_cca.programs.parsing import parsed
 from tests.references import llamagen, thin
 from tests.references.resealed import reseal
 
@@ -76,13 +76,10 @@ def test_the_released_emu3_draws_the_released_grid(source, emu3, imported_emu3):
 @pytest.fixture(scope="module")
 def generate():
     """tools/generate.py, as far as it needs no job."""
-    spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def job(checkpoint, *arguments):
-        parsed = module._parser().parse_args(["--checkpoint", str(checkpoint), "--output", "drawn", *arguments])
-        return module._job(parsed, inspect_for_sampling(str(checkpoint), ALONE))
+        given = parsed(program.OPTIONS, ["--checkpoint", str(checkpoint), "--output", "drawn", *arguments])
+        return program.job_of(given, inspect_for_sampling(str(checkpoint), ALONE))
 
     return job
 

@@ -19,6 +19,7 @@ from megatron_cca.lab.evaluation.plugins import load_function
 from megatron_cca.lab.evaluation.scorers import check_scorer
 from megatron_cca.lab.scaling.settings import SweepSettings, read_sweep
 from megatron_cca.lab.studies.settings import StudySettings, read_study
+from megatron_cca.programs import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*/run.py"), *ROOT.glob("examples/*.sh")])
@@ -225,13 +226,13 @@ def parser_of(program, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     with pytest.raises(Seen) as seen:
         module.main(["-"])
-    return module, seen.value.args[0]
+    return seen.value.args[0]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.parent.name + "/" + program.name)
 def test_every_option_that_holds_a_path_follows_the_rule(program, home, monkeypatch):
     paths = 0
-    for option in options(parser_of(program, monkeypatch)[1]):
+    for option in options(parser_of(program, monkeypatch)):
         convert = option.type or str
         try:
             found = str(convert("~/x"))
@@ -250,10 +251,9 @@ def test_there_are_as_many_programs_as_ever():
     assert len(PROGRAMS) == 11
 
 
-def test_texts_that_are_a_path_in_part_follow_the_rule(home, monkeypatch):
-    evaluate, _ = parser_of(ROOT / "tools" / "evaluate.py", monkeypatch)
-    assert evaluate._named(["a=~/x", "~/y.npz", "./~z"]) == {"a": f"{home}/x", "y": f"{home}/y.npz", "~z": "./~z"}
-    assert "--samples: '$A': $A is not replaced" in refused(evaluate._named, ["a=$A"])
+def test_texts_that_are_a_path_in_part_follow_the_rule(home):
+    assert evaluate.named_sets(["a=~/x", "~/y.npz", "./~z"]) == {"a": f"{home}/x", "y": f"{home}/y.npz", "~z": "./~z"}
+    assert "--samples: '$A': $A is not replaced" in refused(evaluate.named_sets, ["a=$A"])
     (home / "f.py").write_text("def good(images):\n    return 1\n")
     assert load_function("~/f.py:good", "--extractor")(None) == 1
     assert "--extractor: '$A/f.py': $A is not replaced" in refused(load_function, "$A/f.py:good", "--extractor")

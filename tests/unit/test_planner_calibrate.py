@@ -14,8 +14,9 @@ from megatron_cca.lab.planner.calibrate import fit
 from megatron_cca.lab.planner.flops import Product
 from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster, read_calibration
 from megatron_cca.lab.planner.measuring import Observation, short_configs
-from megatron_cca.lab.planner.program import CalibrateSettings, PlanSettings, run_calibrate
+from megatron_cca.lab.planner.options import CalibrateSettings, PlanSettings
 from megatron_cca.lab.planner.program import _wishes as wishes_of
+from megatron_cca.lab.planner.program import run_calibrate
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from tests.unit.test_planner_throughput import EMU3
@@ -69,7 +70,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     run = folder / "run.yaml"
     run.write_text("training: {micro_batch_size: 4, global_batch_size: 64}")
-    settings = CalibrateSettings(run, [], None, "4x4", 8, 1, "cpu", folder / "new" / "calibration.json", False)
+    output = folder / "new" / "calibration.json"
+    settings = CalibrateSettings(config=run, image_grid="4x4", caption_tokens=8, steps=1, device="cpu", output=output)
     # Whether the numbers are good is not asked here.
     with mock.patch.multiple(measuring, _ENOUGH_SECONDS=0.0, _ENOUGH_REPEATS=2):
         run_calibrate(settings)

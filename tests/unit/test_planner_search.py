@@ -14,7 +14,8 @@ from megatron_cca.lab.planner import candidates
 from megatron_cca.lab.planner.candidates import Layout, Wishes, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import MemoryEstimate
-from megatron_cca.lab.planner.program import PlanSettings, run_search
+from megatron_cca.lab.planner.options import PlanSettings
+from megatron_cca.lab.planner.program import run_search
 from megatron_cca.lab.planner.report import Report, as_json, reserved, text, write_report, yaml_of
 from megatron_cca.lab.planner.search import obvious_others, search
 from megatron_cca.lab.planner.sizes import sizes_of

@@ -12,6 +12,7 @@ from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.errors import UserError
 from megatron_cca.lab import reference_bias as bias
 from megatron_cca.lab import reference_bias_report as report
+from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
 from tests.distributed.launch import ROOT, run_tool, run_workers
@@ -34,7 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(data, tmp_path_factory):
-    return bias.BiasSettings(
+    return BiasSettings(
         checkpoint=str(tmp_path_factory.mktemp("model") / "random"),
         data=str(data),
         rows=8,

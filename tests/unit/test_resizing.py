@@ -20,8 +20,9 @@ from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.resizing import AuthorsResizing
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.tokenizing import TokenizeSettings, tokenize
 from megatron_cca.data.tokenizing.parts import PartsFolder
+from megatron_cca.data.tokenizing.run_job import tokenize
+from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.models.llamagen.vocabulary import class_vocabulary

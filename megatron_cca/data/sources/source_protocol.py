@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
+
+from megatron_cca.io.options import Folder, Option, options
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,21 @@ class Source(Protocol):
         """Return a short hash that changes with the list of records and with their captions."""
 
 
-@dataclass(frozen=True)
+@options
 class SourceOptions:
-    """What a user may set about a source. None means the layout's default.
+    """What a user may say about a source; None is the layout's default."""
 
-    Attributes:
-        caption_field: the key of a JSON object, or the column, that holds the caption.
-        image_field: the column that holds the image.
-        split: which split of a data set that has several.
-        caption_of_list: which caption of a list is used: "first" or "random".
-        allow_outside: folders outside the source in which files may be read if a link or a list in it names them.
-    """
-
-    caption_field: str | None = None
-    image_field: str | None = None
-    split: str | None = None
-    caption_of_list: str | None = None
-    allow_outside: tuple[Path, ...] | None = None
+    caption_field: Annotated[str, Option(metavar="NAME")] | None = None
+    """JSON key or column of the caption; JourneyDB's is prompt"""
+    image_field: Annotated[str, Option(metavar="NAME")] | None = None
+    """column of the image, in datasets"""
+    split: Annotated[str, Option(metavar="NAME")] | None = None
+    """part of a data set that has several (default train)"""
+    caption_of_list: Annotated[str, Option(choices=("first", "random"))] | None = None
+    """of an image with a list of captions take the first, or one by chance, the same in every run"""
+    allow_outside: tuple[Folder, ...] | None = None
+    """a folder outside --source where images may lie that links or lists of --source name; may be repeated (default:
+    what leads out of --source is not read)"""
 
 
 def checked_index(index: int, size: int) -> int:

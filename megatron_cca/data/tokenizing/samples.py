@@ -83,10 +83,10 @@ class SampleMaker:
     ) -> None:
         self._source, self._vocabulary, self._settings, self._grid = source, vocabulary, settings, grid
         self._images, self._text = image_tokenizer, text_tokenizer
-        self._pool = ThreadPoolExecutor(settings.threads)
+        self._pool = ThreadPoolExecutor(settings.num_threads)
         self._resizing = None
         if image_tokenizer is not None:
-            self._resizing = RESIZINGS[settings.resize](device, settings.threads, settings.limits)
+            self._resizing = RESIZINGS[settings.resize](device, settings.num_threads, settings.limits)
 
     def check_some(self, share: float) -> None:
         """Check some records from all over the source, and refuse a source in which none can be used.

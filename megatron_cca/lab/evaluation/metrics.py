@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from megatron_cca.errors import UserError
+from megatron_cca.io.options import Option, options
 
 METRICS: tuple[str, ...] = ("fid", "inception_score", "kid", "precision", "recall", "sfid")
 TITLES = {
@@ -32,28 +33,26 @@ PART_OF: dict[str, Part] = {
 MOMENT_METRICS = ("fid", "sfid")
 
 
-@dataclass(frozen=True)
+@options
 class FidelitySettings:
     """How samples are held against a reference.
-
-    Attributes:
-        metrics: of ``METRICS``.
-        kid_subsets, kid_subset_size: KID is the mean over so many random subsets of so many images of each set.
-        neighborhood: k of the k-th nearest neighbour in precision and recall.
-        inception_score_splits: parts whose scores are averaged. One by default: with few samples, splits of a tenth
-            bias the score; with 50,000 the field takes 10.
-        batch_size: images that the extractor sees together.
 
     Raises:
         UserError: an unknown metric, a number that is too small.
     """
 
-    metrics: tuple[str, ...] = ("fid", "inception_score")
+    metrics: Annotated[tuple[str, ...], Option(hidden=True)] = ("fid", "inception_score")
+    """of ``METRICS``"""
     kid_subsets: int = 100
+    """KID is the mean over so many random subsets"""
     kid_subset_size: int = 1000
+    """images in each; both sets must have as many"""
     neighborhood: int = 3
+    """k of the k-th nearest neighbour in precision and recall"""
     inception_score_splits: int = 1
+    """papers take 10 with 50,000 images; with few images that biases the score"""
     batch_size: int = 64
+    """images that the extractor sees together"""
 
     def __post_init__(self) -> None:
         for metric in self.metrics:

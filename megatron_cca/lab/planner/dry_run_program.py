@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 from megatron_cca import __version__, platform
 from megatron_cca.config import Config
@@ -14,39 +13,10 @@ from megatron_cca.io.outputs import check_file, file_system_errors, write_json
 from megatron_cca.lab.planner.candidates import check_candidate
 from megatron_cca.lab.planner.hardware import Gpu, gpu_named
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate, predict_memory
+from megatron_cca.lab.planner.options import DryRunSettings
 from megatron_cca.lab.planner.program import check_known_weights, image_shape
 from megatron_cca.lab.planner.workload import Workload, image_workload
 from megatron_cca.lab.tables import padded_table
-
-# From there on Megatron's groups alone take minutes.
-MAX_GPUS = 16_384
-
-
-@dataclass(frozen=True)
-class DryRunSettings:
-    """The options, as the command line has them.
-
-    Attributes:
-        config: the YAML file.
-        overrides: of its keys.
-        gpus: processes of the job.
-        gpu: their kind; None counts as a CPU's run would.
-        rank: which to be; None is the one that the memory model takes for the fullest.
-        image_grid: ``HxW`` in visual tokens.
-        caption_tokens: of each caption.
-        output: a JSON file to write, or None.
-        overwrite: whether it may be replaced.
-    """
-
-    config: Path
-    overrides: list[str]
-    gpus: int
-    gpu: str | None
-    rank: int | None
-    image_grid: str | None
-    caption_tokens: int
-    output: Path | None
-    overwrite: bool
 
 
 def run_dry(settings: DryRunSettings) -> None:
@@ -85,8 +55,6 @@ def run_dry(settings: DryRunSettings) -> None:
 
 
 def _checked(config: Config, settings: DryRunSettings, gpu: Gpu | None) -> Workload:
-    if not 1 <= settings.gpus <= MAX_GPUS:
-        raise UserError(f"--gpus: must be 1 to {MAX_GPUS:,}, found {settings.gpus}")
     if settings.rank is not None and not 0 <= settings.rank < settings.gpus:
         raise UserError(f"--rank: must be 0 to {settings.gpus - 1}, found {settings.rank}")
     if settings.output is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from megatron_cca.lab.planner.hardware import (
     gpu_named,
     read_calibration,
 )
+from megatron_cca.lab.planner.options import CalibrateSettings, PlanSettings
 from megatron_cca.lab.planner.report import Report, reserved, text, write_report
 from megatron_cca.lab.planner.search import obvious_others, search
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
@@ -40,39 +40,6 @@ if TYPE_CHECKING:
 _USUAL_GRID = "90x90"
 
 
-@dataclass(frozen=True)
-class PlanSettings:
-    """The options of a search, as the command line has them.
-
-    Attributes:
-        config: the YAML file.
-        overrides: of its keys, ``section.key=value``.
-        gpu: its name.
-        gpus: how many.
-        gpus_per_node: of them; None is what is usual.
-        image_grid: ``HxW`` in visual tokens; None is the model's own, or 90x90.
-        caption_tokens: of the longest caption.
-        vary: names of ``candidates.VARIABLES`` with commas between; None is the default.
-        calibration: its file; None is the default.
-        top: how many layouts to show.
-        output: the folder to write; None only prints.
-        overwrite: whether a former plan there may be replaced.
-    """
-
-    config: Path
-    overrides: list[str]
-    gpu: str
-    gpus: int
-    gpus_per_node: int | None
-    image_grid: str | None
-    caption_tokens: int
-    vary: str | None
-    calibration: Path | None
-    top: int
-    output: Path | None
-    overwrite: bool
-
-
 def run_search(settings: PlanSettings) -> None:
     """Search, print the table, and write the folder if there is to be one.
 
@@ -81,7 +48,6 @@ def run_search(settings: PlanSettings) -> None:
     """
     config = load_config(settings.config, settings.overrides)
     wishes = _wishes(settings, config)
-    _check_positive("--top", settings.top)
     check_known_weights(config)
     with reserved(settings.output, overwrite=settings.overwrite) if settings.output else nullcontext():
         plan = search(config, wishes, settings.top)
@@ -95,7 +61,7 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
     """The data that ``--image-grid`` and ``--caption-tokens`` describe; the model's own grid where it has one.
 
     Raises:
-        UserError: not of the form ``HxW``, or less than nothing.
+        UserError: not of the form ``HxW``.
     """
     if grid is None:
         own = only_grid(resolve_architecture(config.model))
@@ -103,8 +69,6 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
     found = re.fullmatch(r"([1-9]\d{0,5})[x*]([1-9]\d{0,5})", grid)
     if found is None:
         raise UserError(f"--image-grid: {grid!r} is not of the form HxW, such as 90x90")
-    if caption_tokens < 0:
-        raise UserError(f"--caption-tokens: must be 0 or more, found {caption_tokens}")
     return ImageShape(int(found[1]), int(found[2]), caption_tokens)
 
 
@@ -121,9 +85,7 @@ def check_known_weights(config: Config) -> None:
 
 def _wishes(settings: PlanSettings, config: Config) -> Wishes:
     gpu, calibration = _device(settings)
-    _check_positive("--gpus", settings.gpus)
     per_node = gpu.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
-    _check_positive("--nodes-of", per_node)
     shape = image_shape(config, settings.image_grid, settings.caption_tokens)
     return Wishes(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
 
@@ -146,40 +108,8 @@ def _variables(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _check_positive(option: str, number: int) -> None:
-    if number < 1:
-        raise UserError(f"{option}: must be 1 or more, found {number}")
-
-
 # That times depend on.
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
-
-
-@dataclass(frozen=True)
-class CalibrateSettings:
-    """The options, as the command line has them.
-
-    Attributes:
-        config: the YAML file.
-        overrides: of its keys.
-        gpu: what the device is; None is what it says itself.
-        image_grid: ``HxW`` in visual tokens.
-        caption_tokens: of each caption.
-        steps: of each short run.
-        device: auto, cpu or cuda.
-        output: the file to write.
-        overwrite: whether it may be replaced.
-    """
-
-    config: Path
-    overrides: list[str]
-    gpu: str | None
-    image_grid: str | None
-    caption_tokens: int
-    steps: int
-    device: platform.DeviceChoice
-    output: Path
-    overwrite: bool
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:
@@ -192,13 +122,8 @@ def run_calibrate(settings: CalibrateSettings) -> None:
     images = image_shape(config, settings.image_grid, settings.caption_tokens)
     # For its refusals: measuring the processor alone can take a minute.
     image_workload(config, images)
-    if settings.steps < 1:
-        raise UserError(f"--steps: must be 1 or more, found {settings.steps}")
     check_file(settings.output, overwrite=settings.overwrite)
-    try:
-        platform.install(settings.device)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
+    platform.install_option(settings.device)
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.lab.planner.calibrate import calibrate
 

@@ -36,15 +36,8 @@ def run_study(path: Path, output: Path, workers: int, device: platform.DeviceCho
     if workers > 1 and world_size > 1:
         raise UserError(f"--workers: {workers} is for one process, this job has {world_size}; leave it out")
     study = open_study(path)
-    _install(device)
+    platform.install_option(device)
     _run(study, output, workers, world_size)
-
-
-def _install(device: platform.DeviceChoice) -> None:
-    try:
-        platform.install(device)
-    except ValueError as error:
-        raise UserError(f"--device: {error}") from None
 
 
 def _run(study: Study, output: Path, workers: int, world_size: int) -> None:

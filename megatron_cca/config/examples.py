@@ -1,0 +1,42 @@
+"""The example configurations, which ``--config`` finds by name wherever the package is installed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Annotated
+
+from megatron_cca.io.options import Option
+from megatron_cca.io.typed_paths import path_option
+
+# In a checkout a link to examples/; setup.py installs the files themselves.
+_FOLDER = Path(__file__).resolve().parents[1] / "examples"
+
+
+def example(name: str) -> Path:
+    """Return the file of an example, such as ``emu3_tiny_cca``."""
+    return _FOLDER / f"{name}.yaml"
+
+
+def example_names() -> list[str]:
+    """Return the names that :func:`example` knows, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def config_option(text: str) -> Path:
+    """Return the file that ``--config`` means: one of that path, else the example of that name.
+
+    Raises:
+        argparse.ArgumentTypeError: a name of neither, with the names that there are; a path that can be none.
+    """
+    path = path_option(text)
+    if path.is_file() or path.name != text or path.suffix:
+        return path
+    if text not in example_names():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a file nor an example; the examples are {', '.join(example_names())}"
+        )
+    return example(text)
+
+
+ConfigFile = Annotated[Path, Option(metavar="FILE|NAME", convert=config_option)]

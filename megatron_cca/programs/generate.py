@@ -1,0 +1,158 @@
+"""Draw images from a checkpoint: guidance-free, with classifier-free guidance, or by contrastive decoding."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_cca.errors import UserError, said_of
+from megatron_cca.generation.options import GenerateOptions, WhatToDraw, WhereToDraw
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.programs.parsing import parse
+from megatron_cca.reporting import reported_tool_errors
+
+if TYPE_CHECKING:
+    from megatron_cca.config import Config
+    from megatron_cca.generation.model_loading import InspectedCheckpoint
+    from megatron_cca.generation.prompts import Prompt
+    from megatron_cca.generation.sampling_job import SamplingJob
+
+OPTIONS = GenerateOptions
+_EXAMPLES = """examples:
+  python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
+  python tools/generate.py --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
+      --guidance-scale 0.5 --output runs/guided
+  python tools/generate.py --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
+      --output runs/two_classes
+  torchrun --nproc_per_node 8 tools/generate.py --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
+      --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
+The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
+"""
+_PACKAGES = ("matplotlib", "PIL", "safetensors", "sklearn", "tiktoken", "transformers")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, refuse what cannot be drawn, draw."""
+    options = parse(OPTIONS, argv, __doc__, _EXAMPLES)
+    os.environ.setdefault("WORLD_SIZE", "1")
+    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+        check_writable(options.output)
+        # Imported late: --help need not wait for it.
+        from megatron_cca import platform
+
+        platform.install_option(options.where.device)
+        _generate(options)
+
+
+def _layout(where: WhereToDraw) -> tuple[int, int]:
+    world, pipeline = int(os.environ["WORLD_SIZE"]), where.pipeline_model_parallel_size
+    tensor = where.tensor_model_parallel_size or max(1, world // pipeline)
+    if world % (tensor * pipeline):
+        part = "pipeline" if where.tensor_model_parallel_size is None else "tensor"
+        raise UserError(
+            f"--{part}-model-parallel-size: tensor size {tensor} x pipeline size {pipeline} does not divide the "
+            f"{world} processes of this job; start a multiple of {tensor * pipeline} (torchrun --nproc_per_node)"
+        )
+    return tensor, pipeline
+
+
+def _generate(options: GenerateOptions) -> None:
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    import torch.distributed as dist
+
+    from megatron_cca import platform
+    from megatron_cca.config.load import load_config
+    from megatron_cca.generation.image_generator import open_image_generator
+    from megatron_cca.generation.model_loading import inspect_for_sampling
+    from megatron_cca.generation.sampling_job import check_sampling_output, run_sampling, sampling_requests
+    from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
+    from megatron_cca.parallel.process_groups import initialize_distributed
+
+    where, scorer_spec = options.where, options.how.scorer
+    layout = zip(("tensor", "pipeline"), _layout(where), strict=True)
+    config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
+    job = job_of(options, inspect_for_sampling(options.checkpoint, config.parallel))
+    if scorer_spec is not None:
+        check_scorer(scorer_spec)
+    if os.environ.get("RANK", "0") == "0":
+        check_sampling_output(job)
+    initialize_distributed(config)
+    named = {name: getattr(where, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
+    generator = open_image_generator(options.checkpoint, **named, before_loading=partial(sampling_requests, job))
+    scorer = open_scorer(scorer_spec, platform.device()) if scorer_spec is not None else None
+    speed = run_sampling(job, generator, scorer)
+    if dist.get_rank() == 0:
+        passes = job.settings.forwards_per_token
+        print(
+            f"wrote {options.output}: {len(job.prompts)} images, {passes} forward pass{'es' * (passes > 1)} a token, "
+            f"{speed.tokens_per_second:.0f} tokens/s, {speed.images_per_second:.3g} images/s"
+        )
+    dist.destroy_process_group()
+
+
+def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> SamplingJob:
+    """Return the job that the options mean with this checkpoint.
+
+    Raises:
+        UserError: a grid, class, caption or number that cannot be.
+    """
+    from megatron_cca.generation.checkpoint_tokenizers import default_grid
+    from megatron_cca.generation.decode_loop import SamplingSettings
+    from megatron_cca.generation.sampling_job import SamplingJob
+
+    with said_of("--grid"):
+        height, width = options.what.grid or default_grid(checkpoint.config)
+    prompts = _prompts(options.what, checkpoint)
+    drawing = vars(options.how.drawing)
+    settings = SamplingSettings(height, width, options.where.batch_size, **drawing)
+    return SamplingJob(options, prompts, settings)
+
+
+def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
+    from megatron_cca.generation.conditions import check_conditions
+    from megatron_cca.generation.prompts import Prompt, class_prompts, read_prompts, repeated, seeded
+
+    vocabulary = checkpoint.architecture.vocabulary
+
+    if what.prompts is not None:
+        with said_of("--prompts"):
+            prompts = read_prompts(what.prompts)
+            _say_hashes(prompts)
+            check_conditions(vocabulary, prompts)
+    elif what.classes:
+        captions = _class_captions(what.class_captions, checkpoint.config, vocabulary.num_classes)
+        with said_of("--classes"):
+            prompts = class_prompts(captions, what.classes)
+    elif vocabulary.num_classes is not None:
+        raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
+    else:
+        prompts = [Prompt(caption) for caption in what.caption]
+    return seeded(repeated(prompts, what.images_per_prompt), what.seed)
+
+
+def _say_hashes(prompts: list[Prompt]) -> None:
+    """A prompt may begin with "#", and so may what somebody meant as a comment."""
+    hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
+    if hashes and os.environ.get("RANK", "0") == "0":
+        print(
+            f'--prompts: {hashes} of {len(prompts)} prompts begin with "#" and are drawn as all others', file=sys.stderr
+        )
+
+
+def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
+    """Return the caption of each label. None for a class without a name."""
+    from megatron_cca.data import DIGITS
+    from megatron_cca.generation.prompts import digit_classes, read_class_captions
+
+    if file is not None:
+        with said_of("--class-captions"):
+            return read_class_captions(file, num_classes)
+    if saved.data.path == DIGITS:
+        return [prompt.text for prompt in digit_classes()]
+    if num_classes is not None:
+        return [None] * num_classes
+    raise UserError("--classes: this model's classes are not known; say them in --class-captions FILE")

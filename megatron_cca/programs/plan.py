@@ -1,0 +1,39 @@
+"""Plan a run before it costs anything: which layout fits, how fast it will be, and why the others are not it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.lab.planner.options import CalibrateSettings, DryRunSettings, PlanSettings
+from megatron_cca.programs.parsing import parse
+from megatron_cca.reporting import reported_tool_errors
+
+OPTIONS = {"search": PlanSettings, "dry-run": DryRunSettings, "calibrate": CalibrateSettings}
+_EPILOG = """examples (search is meant where no command is named):
+  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 64 --gpu h100-80gb
+  python tools/plan.py dry-run --config runs/plan/plan.yaml --gpus 1024 --gpu h100-80gb
+  python tools/plan.py calibrate --config examples/emu3_8b_cca.yaml --output calibration.json
+  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 512 --gpu h200 --image-grid 90x90 \\
+      --vary micro_batch,recompute,reference,precision --output runs/plan
+
+No GPU is needed, and neither checkpoints nor data. tools/plan.py COMMAND --help says what a command takes.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and do what it says."""
+    settings = parse(OPTIONS, argv, __doc__, _EPILOG, default="search")
+    with reported_tool_errors(("matplotlib",), "eval"):
+        if settings.output is not None:
+            check_writable(settings.output)
+        _run(settings)
+
+
+def _run(settings: PlanSettings | DryRunSettings | CalibrateSettings) -> None:
+    # Imported late: --help need not wait for it.
+    from megatron_cca.lab.planner.dry_run_program import run_dry
+    from megatron_cca.lab.planner.program import run_calibrate, run_search
+
+    run = {PlanSettings: run_search, DryRunSettings: run_dry, CalibrateSettings: run_calibrate}[type(settings)]
+    run(settings)

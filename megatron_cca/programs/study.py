@@ -1,0 +1,47 @@
+"""Run a study: methods compared at equal budget over several seeds, from one YAML file to a table and its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_cca.io.options import Count, DeviceChoice, File, Folder, options
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.programs.parsing import parse
+from megatron_cca.reporting import reported_tool_errors
+
+_EPILOG = """example:
+  python tools/study.py --study examples/studies/figure4.yaml --workers 2
+
+The same command goes on where it was interrupted. Studies with the same --output share their runs. Under torchrun all
+processes do each run together, laid out as the file's parallel keys say. examples/studies/README.md says what a study's
+file holds.
+"""
+
+
+@options
+class StudyOptions:
+    """Which study, and who works on it."""
+
+    study: File
+    """the YAML file of the study"""
+    output: Folder = Path("runs/studies")
+    """folder of all runs and results (default runs/studies)"""
+    workers: Count = 1
+    """processes that do runs side by side"""
+    device: DeviceChoice = "auto"
+    """auto takes a GPU where there is one"""
+
+
+OPTIONS = StudyOptions
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, do what is missing, write the results."""
+    given = parse(OPTIONS, argv, __doc__, _EPILOG)
+    with reported_tool_errors(("sklearn", "matplotlib", "torch-fidelity"), "eval"):
+        check_writable(given.output)
+        # Imported late: --help need not wait for it.
+        from megatron_cca.lab.studies.program import run_study
+
+        run_study(given.study, given.output, given.workers, given.device)

@@ -1,0 +1,88 @@
+"""Turn captioned images into token shards for training, and look at shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_cca.config import ModelConfig
+from megatron_cca.data.tokenizing.tokenize_settings import InspectSettings, TokenizeSettings
+from megatron_cca.errors import UserError, one_line
+from megatron_cca.io.outputs import check_writable
+from megatron_cca.programs.parsing import parse
+from megatron_cca.reporting import reported_tool_errors
+
+OPTIONS = {"run": TokenizeSettings, "inspect": InspectSettings}
+_EXAMPLES = """examples:
+  torchrun --nproc_per_node 8 tools/tokenize_images.py run --source journeydb --output shards/train \\
+      --image-tokenizer Emu3-VisionTokenizer --text-tokenizer Emu3-Gen
+  python tools/tokenize_images.py run --source my_images --output shards/mine --model emu3-tiny --area 64 \\
+      --image-tokenizer runs/data/digits --text-tokenizer runs/data/digits
+  python tools/tokenize_images.py run --source extracted --output shards/imagenet384 --model llamagen-l
+  python tools/tokenize_images.py inspect shards/train
+"""
+_PACKAGES = ("datasets", "matplotlib", "PIL", "safetensors", "tiktoken", "transformers")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, then tokenise or inspect."""
+    settings = parse(OPTIONS, argv, __doc__, _EXAMPLES)
+    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+        _inspect(settings) if isinstance(settings, InspectSettings) else _tokenize(settings)
+
+
+def _tokenize(settings: TokenizeSettings) -> None:
+    check_writable(settings.output)
+    # Imported late: --help need not wait for it. Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca import platform
+
+    platform.install_option(settings.device)
+    from megatron_cca.data.tokenizing.run_job import tokenize
+
+    settings = replace(settings, sizes=_sizes(settings.model))
+    place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    result = tokenize(settings, *place, platform.device())
+    if result is not None:
+        skipped = f", {result.skipped} skipped (see skipped.jsonl there)" if result.skipped else ""
+        if result.skipped:
+            print(f"skipped {one_line(result.reasons)}")
+        print(f"wrote {settings.output}: {result.samples} samples{skipped}, {result.images_per_second:.1f} images/s")
+
+
+def _sizes(model: str) -> ModelConfig | None:
+    """Return the ``model`` section of a checkpoint; None for a preset's name."""
+    from megatron_cca.checkpoint import layout
+    from megatron_cca.checkpoint.summary import saved_config
+    from megatron_cca.models import FAMILIES
+
+    folder = Path(model)
+    if any(model in family.presets for family in FAMILIES.values()) or not folder.is_dir():
+        return None
+    return saved_config(layout.resolve(folder, "--model"), "--model").model
+
+
+def _inspect(settings: InspectSettings) -> None:
+    from megatron_cca import platform
+
+    platform.install_option(settings.device)
+    from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
+    from megatron_cca.io.figures import contact_sheet
+
+    picture = _picture(settings)
+    shards = open_for_inspection(settings.shards)
+    print(report(shards), flush=True)
+    device = platform.device()
+    contact_sheet(picture, *decoded_samples(shards, settings.samples, settings.seed, settings.image_tokenizer, device))
+    print(f"wrote {picture}")
+
+
+def _picture(settings: InspectSettings) -> Path:
+    """Return where the contact sheet goes; never in the place of a shard's own file."""
+    folder = settings.shards.resolve()
+    picture = settings.picture or folder.with_name(f"{folder.name}.png")
+    if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():
+        raise UserError(f"--picture: {picture} must be a .png in a folder that exists")
+    check_writable(picture, "--picture")
+    return picture
