@@ -1,1 +1,1 @@
-"""What runs around a training job: evaluation, studies, planner, scaling. Nothing outside of it imports it."""
+"""What runs around a training job: evaluation, studies, planner, scaling. Only the programs import it."""

@@ -135,7 +135,7 @@ def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
 
 
 def _say_hashes(prompts: list[Prompt]) -> None:
-    """A prompt may begin with "#", and so may what somebody meant as a comment."""
+    """Say how many prompts begin with "#", since somebody may have meant a comment."""
     hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
     if hashes and os.environ.get("RANK", "0") == "0":
         print(

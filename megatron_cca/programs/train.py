@@ -73,7 +73,7 @@ def main(
 
 
 def _missing_base(config: Config, default: Config, base_config: Path) -> Config | None:
-    """The run that pretrains the default configuration's base, if it is wanted and not there yet."""
+    """Return the run that pretrains the base of the default configuration. None if it is not wanted or is there."""
     from megatron_cca.checkpoint import layout
 
     wanted = config.training.pretrained_checkpoint
