@@ -12,8 +12,8 @@ from megatron_cca import platform
 from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.outputs import check_apart, check_writable
 from megatron_cca.io.typed_paths import name_option, path_option, typed_path
+from megatron_cca.lab.evaluation.known_metrics import METRICS, FidelitySettings
 from megatron_cca.lab.evaluation.listings import WORDS
-from megatron_cca.lab.evaluation.metrics import METRICS, FidelitySettings
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from megatron_cca.io.figures import BLUE, COLOURS, GREY, INK, LEGEND, RED, TITLE, YELLOW, save, style_axes
-from megatron_cca.lab.scaling.records import Row
+from megatron_cca.lab.scaling.points import Row
 from megatron_cca.lab.scaling.report import Group, Series, groups_of, units
 from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
 
