@@ -6,8 +6,10 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -17,6 +19,30 @@ INK, GREY = "#1b1b1b", "#6b6b6b"
 # The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, SKY, ORANGE, GREEN = "#0072b2", "#56b4e9", "#e69f00", "#009e73"
 RED, PINK, YELLOW = "#d55e00", "#cc79a7", "#f0e442"
+# In this order where things only have to differ.
+COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#7a5195")
+LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False}
+LABEL = {"fontsize": 8.5, "color": INK}
+TITLE = {"fontsize": 9.5, "color": INK}
+
+
+def style_axes(axes: Axes, *, across: str = "", up: str = "", grid: Literal["both", "x", "y"] = "both") -> None:
+    """Give axes the look of all diagrams: small grey ticks, a faint grid behind what is drawn, no box.
+
+    Args:
+        axes: with everything drawn.
+        across, up: the axes' labels; empty leaves them as they are.
+        grid: across which axis there are lines.
+    """
+    if across:
+        axes.set_xlabel(across, **LABEL)
+    if up:
+        axes.set_ylabel(up, **LABEL)
+    axes.tick_params(labelsize=7.5, colors=GREY)
+    axes.grid(axis=grid, alpha=0.25)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def contact_sheet(path: Path, images: Sequence[np.ndarray], captions: Sequence[str]) -> None:

@@ -107,10 +107,11 @@ def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
     # Measuring needs no matplotlib.
     from matplotlib.figure import Figure
 
-    from megatron_cca.io.figures import save
+    from megatron_cca.io.figures import COLOURS, LEGEND, TITLE, save, style_axes
 
     figure = Figure(figsize=(9, 4.6), dpi=150)
     axis = figure.subplots()
+    axis.set_prop_cycle(color=COLOURS)
     for group in groups:
         errors = [pair.spread.root_mean_square for pair in group]
         line = "--" if group[0].reference.fp8_param else "-"
@@ -118,24 +119,21 @@ def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
         axis.plot([pair.tokens for pair in group], errors, line, marker="o", markersize=3.5, linewidth=1.5, label=label)
     if groups:
         _guides(axis, groups)
-        axis.legend(title="policy / reference", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        axis.legend(title="policy / reference", loc="center left", bbox_to_anchor=(1, 0.5), **LEGEND)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     tokens = [pair.tokens for pair in groups[0]] if groups else []
     axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
     axis.minorticks_off()
-    axis.set_title("log-ratio of models with the same weights", fontsize=10)
-    axis.set_xlabel("image tokens", fontsize=8)
-    axis.set_ylabel("root mean square, nats per image", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.set_title("log-ratio of models with the same weights", **TITLE)
+    style_axes(axis, across="image tokens", up="root mean square, nats per image")
     save(figure, path)
 
 
 def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
     """What errors that are independent, and errors that all have one sign, would grow like."""
+    from megatron_cca.io.figures import GREY
+
     first, last = groups[0][0].tokens, groups[0][-1].tokens
     if first == last:
         return
@@ -143,5 +141,5 @@ def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
     start = math.exp(sum(logs) / len(logs))
     for power, name in ((0.5, "√n"), (1.0, "n")):
         end = start * (last / first) ** power
-        axis.plot([first, last], [start, end], color="#6b6b6b", linewidth=0.7, zorder=0)
-        axis.annotate(name, (last, end), xytext=(3, 0), textcoords="offset points", fontsize=8, color="#6b6b6b")
+        axis.plot([first, last], [start, end], color=GREY, linewidth=0.7, zorder=0)
+        axis.annotate(name, (last, end), xytext=(3, 0), textcoords="offset points", fontsize=8, color=GREY)

@@ -13,7 +13,7 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.io.options import DeviceChoice, File, Folder, Option, PathOrWord, options
 from megatron_cca.io.outputs import check_apart, check_writable
 from megatron_cca.io.typed_paths import typed_path
-from megatron_cca.lab.evaluation.metrics import METRICS, FidelitySettings
+from megatron_cca.lab.evaluation.known_metrics import METRICS, FidelitySettings
 from megatron_cca.programs.parsing import parse, spelled_as_options
 from megatron_cca.reporting import reported_tool_errors
 

@@ -15,7 +15,7 @@ from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.evaluate import evaluate
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, fidelity
-from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.image_sets import ImageSet
 from megatron_cca.lab.evaluation.planning import EvaluationSettings, check, plan
 from megatron_cca.lab.evaluation.report import as_json, reserved, table, write_report
 from megatron_cca.programs import evaluate as program

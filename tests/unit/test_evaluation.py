@@ -9,7 +9,7 @@ from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.digit_judges import DigitJudges, standard_judges
-from megatron_cca.lab.evaluation.images import read_images
+from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
 
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import laid_out
-from megatron_cca.lab.scaling import launching, planned, program, records, report
+from megatron_cca.lab.scaling import launching, planned, points, program, report
 from megatron_cca.lab.scaling.planned import ideal_bubble
 from megatron_cca.lab.scaling.plots import plot
-from megatron_cca.lab.scaling.records import Row, read_record, record_path, rows_of, write_failed, write_finished
+from megatron_cca.lab.scaling.points import Row, read_record, record_path, rows_of, write_failed, write_finished
 from megatron_cca.lab.scaling.sweep import open_sweep, task_named
 from megatron_cca.lab.scaling.waiting import Span, exposed_parts, merged, shortest, spans_of, union, waiting
 from megatron_cca.objectives import OBJECTIVES
@@ -230,7 +230,7 @@ def test_records_are_kept_by_key_and_failures_once(tmp_path):
     write_finished(out, two, finished())
     assert read_record(out, one)["reason"] == "out of memory"
     assert [row.is_finished for row in rows_of(out, [one, two])] == [False, True]
-    records.forget_failed(out, [one, two])
+    points.forget_failed(out, [one, two])
     assert [row.task for row in rows_of(out, [one, two])] == [two]
     record_path(out, two).write_text('{"status": "finished"}')
     with pytest.raises(UserError, match="is damaged"):
@@ -325,7 +325,7 @@ def test_collecting_takes_what_jobs_have_left(tmp_path, capsys):
     write_finished(tmp_path / "out", sweep.measured[1], finished())
     settings = program.RunSettings(tmp_path / "sweep.yaml", tmp_path / "out", Path("run.py"), "cpu", False, True)
     program.run_sweep(settings)
-    lines = (tmp_path / "out" / records.RESULTS).read_text().splitlines()
+    lines = (tmp_path / "out" / points.RESULTS).read_text().splitlines()
     assert [json.loads(line)["point"] for line in lines] == ["weak-64-dp"]
     assert "1 of 2 points have not been run" in capsys.readouterr().out
     program.list_points(tmp_path / "sweep.yaml", tmp_path / "out", "cpu")

@@ -30,7 +30,7 @@ from megatron_cca.data.token_files import open_table
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.images import read_archive
+from megatron_cca.lab.evaluation.image_sets import read_archive
 from megatron_cca.lab.evaluation.listings import list_folder
 
 ROOT = Path(__file__).parents[2]

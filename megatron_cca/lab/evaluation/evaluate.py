@@ -13,7 +13,7 @@ from megatron_cca.errors import said_of
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
-from megatron_cca.lab.evaluation.images import ImageSet, read_images
+from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.planning import (
     REFERENCE,
     SAMPLES,

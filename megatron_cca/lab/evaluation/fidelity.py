@@ -28,7 +28,14 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
-from megatron_cca.lab.evaluation.metrics import METRICS, MOMENT_METRICS, PART_OF, Counts, FidelitySettings, obstacle
+from megatron_cca.lab.evaluation.known_metrics import (
+    METRICS,
+    MOMENT_METRICS,
+    PART_OF,
+    Counts,
+    FidelitySettings,
+    obstacle,
+)
 
 __all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]
 

@@ -13,9 +13,9 @@ from megatron_cca.errors import UserError, said_of
 from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, check_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, check_clip
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
-from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.image_sets import ImageSet
+from megatron_cca.lab.evaluation.known_metrics import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
 from megatron_cca.lab.evaluation.listings import DIGITS, WORDS, check_path
-from megatron_cca.lab.evaluation.metrics import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
 
 SAMPLES, REFERENCE = "--samples", "--reference"
 _DIGIT_SIZE = (8, 8)
@@ -26,7 +26,7 @@ class EvaluationSettings:
     """What is held against what.
 
     Attributes:
-        samples: name -> path of each set, as :func:`megatron_cca.lab.evaluation.images.read_images` takes them.
+        samples: name -> path of each set, as :func:`megatron_cca.lab.evaluation.image_sets.read_images` takes them.
         reference: path of the real images.
         extractor: see :func:`megatron_cca.lab.evaluation.extractors.open_extractor`.
         inception_weights: its file.

@@ -12,9 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_cca.io.figures import GREY, INK, save
-
-_POSITIVE, _NEGATIVE, _ACCENT = "#1f6fb2", "#c8553d", "#2a9d6f"
+from megatron_cca.io.figures import BLUE, COLOURS, GREEN, GREY, INK, LEGEND, RED, TITLE, save, style_axes
 
 
 @dataclass(frozen=True)
@@ -64,33 +62,28 @@ def training_curves(path: Path, metrics: Sequence[dict[str, float]]) -> None:
     """Log-ratios, margin and loss of a CCA run over its steps."""
     figure = Figure(figsize=(10, 3.1), dpi=160)
     ratios, margin, loss = figure.subplots(1, 3)
-    _curve(ratios, metrics, "positive_log_ratio", "matched pairs", _POSITIVE)
-    _curve(ratios, metrics, "negative_log_ratio", "mismatched pairs", _NEGATIVE)
+    _curve(ratios, metrics, "positive_log_ratio", "matched pairs", BLUE)
+    _curve(ratios, metrics, "negative_log_ratio", "mismatched pairs", RED)
     ratios.axhline(0, color=GREY, linewidth=0.6)
-    _label(ratios, "log-ratio policy / reference", "nats per image")
-    ratios.legend(frameon=False, fontsize=8)
-    _curve(margin, metrics, "margin", "margin", _ACCENT)
-    _label(margin, "margin: matched - mismatched", "nats per image")
+    _finish(ratios, "log-ratio policy / reference", "nats per image")
+    ratios.legend(**LEGEND)
+    _curve(margin, metrics, "margin", "margin", GREEN)
+    _finish(margin, "margin: matched - mismatched", "nats per image")
     _curve(loss, metrics, "loss", "loss", INK)
-    _label(loss, "loss", "nats")
+    _finish(loss, "loss", "nats")
     figure.tight_layout()
     save(figure, path)
+
+
+def _finish(axis: Axes, title: str, unit: str) -> None:
+    axis.set_title(title, **TITLE)
+    style_axes(axis, across="step", up=unit)
 
 
 def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: str, colour: str) -> None:
     # A gap where a step has no such number.
     values = [math.nan if row.get(name) is None else row[name] for row in metrics]
     axis.plot([row["step"] for row in metrics], values, color=colour, label=label, linewidth=1.6)
-
-
-def _label(axis: Axes, title: str, unit: str) -> None:
-    axis.set_title(title, fontsize=10, color=INK)
-    axis.set_xlabel("step", fontsize=8, color=GREY)
-    axis.set_ylabel(unit, fontsize=8, color=GREY)
-    axis.tick_params(labelsize=8, colors=GREY)
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
 
 
 # More classes than this are drawn as a sorted curve: bars would be thinner than a line.
@@ -110,7 +103,8 @@ def fid_is_plane(path: Path, points: Mapping[str, tuple[float, float]]) -> None:
     for colour, (name, (fid, score)) in zip(_colours(len(points)), points.items(), strict=True):
         axes.scatter([fid], [score], s=52, color=colour, edgecolors="white", linewidths=0.8, label=name, zorder=3)
     axes.margins(0.12)
-    _style(axes, "Inception Score against FID", "FID (lower is better)", "Inception Score (higher is better)")
+    axes.set_title("Inception Score against FID", **TITLE)
+    style_axes(axes, across="FID (lower is better)", up="Inception Score (higher is better)")
     _legend(axes)
     figure.tight_layout()
     save(figure, path)
@@ -132,7 +126,8 @@ def class_accuracy_bars(path: Path, accuracies: Mapping[str, Mapping[int, float]
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     label = "classes, from the best to the worst" if many else "class"
-    _style(axes, "class accuracy", label, "recognised")
+    axes.set_title("class accuracy", **TITLE)
+    style_axes(axes, across=label, up="recognised")
     if len(accuracies) > 1:
         _legend(axes)
     figure.tight_layout()
@@ -178,27 +173,13 @@ def image_grid(path: Path, title: str, images: np.ndarray, captions: Sequence[st
 
 
 def _legend(axes: Axes) -> None:
-    legend = axes.legend(
-        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, labelcolor=INK
-    )
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **LEGEND)
     for text in legend.get_texts():
         # A name may hold dollar signs; they are not mathematics here.
         text.set_parse_math(False)
 
 
 def _colours(count: int) -> list:
-    """Distinct colours; the first three are those of the other plots."""
-    base = ["#1f6fb2", "#c8553d", "#2a9d6f"]
+    """Return distinct colours."""
     more = colormaps["tab20"].colors
-    return [base[index] if index < len(base) else more[(2 * index) % 20] for index in range(count)]
-
-
-def _style(axes: Axes, title: str, across: str, up: str) -> None:
-    axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xlabel(across, fontsize=8, color=GREY)
-    axes.set_ylabel(up, fontsize=8, color=GREY)
-    axes.tick_params(labelsize=8, colors=GREY)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    return [COLOURS[index] if index < len(COLOURS) else more[(2 * index) % 20] for index in range(count)]

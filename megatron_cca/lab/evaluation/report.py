@@ -14,7 +14,7 @@ from megatron_cca import __version__
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.outputs import check_output, claimed, replacing
 from megatron_cca.lab.evaluation.evaluate import Evaluation, SetResult
-from megatron_cca.lab.evaluation.images import ImageSet
+from megatron_cca.lab.evaluation.image_sets import ImageSet
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.lab.tables import markdown_table
 from megatron_cca.version import installed_versions

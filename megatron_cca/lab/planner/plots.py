@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, YELLOW, save
+from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, LEGEND, ORANGE, PINK, RED, SKY, YELLOW, save, style_axes
 from megatron_cca.lab.planner.candidates import Candidate
 from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.lab.planner.report import layout_name, memory_groups, recompute_name, reference_name
@@ -33,7 +33,6 @@ _TIME = {
     "overhead": GREY,
     "stragglers and the like": INK,
 }
-_LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False, "ncols": 4, "loc": "lower center"}
 
 
 def plot(path: Path, plan: Plan) -> None:
@@ -94,10 +93,5 @@ def _bars(axes: Axes, rows: list[dict[str, float]], colours: dict[str, str]) -> 
 
 
 def _style(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label, fontsize=8.5, color=INK)
-    axes.tick_params(labelsize=7.5, colors=GREY)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(bbox_to_anchor=(0.5, 1.0), **_LEGEND)
+    style_axes(axes, across=label, grid="x")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, **LEGEND)

@@ -18,7 +18,7 @@ import psutil
 from megatron_cca import platform
 from megatron_cca.errors import UserError
 from megatron_cca.io.typed_paths import retyped
-from megatron_cca.lab.scaling.records import LOGS, write_failed
+from megatron_cca.lab.scaling.points import LOGS, write_failed
 from megatron_cca.lab.scaling.settings import OPTION
 from megatron_cca.lab.scaling.sweep import Task
 from megatron_cca.signals import launcher_environment

@@ -51,7 +51,7 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
         config: laid out.
 
     Returns:
-        Plain data, the same on every rank; what :mod:`megatron_cca.lab.scaling.records` keeps.
+        Plain data, the same on every rank; what :mod:`megatron_cca.lab.scaling.points` keeps.
 
     Raises:
         UserError: what training refuses on this device, a step without an update.

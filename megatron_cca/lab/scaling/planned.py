@@ -24,7 +24,7 @@ from megatron_cca.lab.planner.hardware import (
 from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.planner.search import search
-from megatron_cca.lab.scaling.records import Record, read_record, write_failed, write_finished
+from megatron_cca.lab.scaling.points import Record, read_record, write_failed, write_finished
 from megatron_cca.lab.scaling.settings import LayoutSettings
 from megatron_cca.lab.scaling.sweep import MEASURED, Task
 from megatron_cca.training.checks import data_parallel_size

@@ -9,15 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, YELLOW, save
-from megatron_cca.lab.scaling.records import Row
+from megatron_cca.io.figures import BLUE, COLOURS, GREY, INK, LEGEND, RED, TITLE, YELLOW, save, style_axes
+from megatron_cca.lab.scaling.points import Row
 from megatron_cca.lab.scaling.report import Group, Series, groups_of, units
 from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
 
-_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE)
 _MARKERS = {"weak": "o", "strong": "s"}
 _SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
-_LEGEND = {"fontsize": 7.5, "labelcolor": INK, "frameon": False}
 _WIDTH, _HEIGHT = 13.5, 4.3
 # Left and right of all points, as a factor; how far neighbours at the same size stand apart, as a share of the axis.
 _MARGIN, _SHIFT = 1.4, 0.008
@@ -44,21 +42,19 @@ def _draw_speed(axes: Axes, group: Group) -> None:
     names = list(dict.fromkeys(getattr(one, by) for one in group.series))
     shift = (sizes[-1] / sizes[0] * _MARGIN**2) ** _SHIFT
     for index, one in enumerate(group.series):
-        colour = _COLOURS[names.index(getattr(one, by)) % len(_COLOURS)]
+        colour = COLOURS[names.index(getattr(one, by)) % len(COLOURS)]
         _draw_series(axes, one, colour, shift ** (index - (len(group.series) - 1) / 2))
     _draw_ideal(axes, group)
     # Room for the legend's lines.
     axes.set_ylim(0, (1.1 + 0.045 * (len(group.series) + 1)) * axes.get_ylim()[1])
-    axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", fontsize=9.5, color=INK, loc="left")
-    axes.set_ylabel(f"tokens/s/{group.unit}", fontsize=8.5, color=INK)
+    axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", loc="left", **TITLE)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(sizes[0] / _MARGIN, sizes[-1] * _MARGIN)
-    axes.set_xlabel(_x_label(group), fontsize=8.5, color=INK)
-    axes.legend(loc="upper center", ncols=2, **_LEGEND)
-    _style(axes)
+    axes.legend(loc="upper center", ncols=2, **LEGEND)
+    style_axes(axes, across=_x_label(group), up=f"tokens/s/{group.unit}", grid="y")
 
 
 def _x_label(group: Group) -> str:
@@ -110,9 +106,10 @@ def _draw_shares(axes: Axes, group: Group) -> None:
     axes.set_xlim(-0.6, max(len(bars), _FEWEST_BARS) - 0.4)
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if value <= 1 else ""))
-    axes.set_title(f"where a step's time goes, {' and '.join(group.kinds)}", fontsize=9.5, color=INK, loc="left")
-    axes.legend(loc="upper center", ncols=3, **_LEGEND)
-    _style(axes, size)
+    axes.set_title(f"where a step's time goes, {' and '.join(group.kinds)}", loc="left", **TITLE)
+    axes.legend(loc="upper center", ncols=3, **LEGEND)
+    style_axes(axes, grid="y")
+    axes.tick_params(axis="x", labelsize=size)
 
 
 def _short(row: Row) -> str:
@@ -122,12 +119,3 @@ def _short(row: Row) -> str:
 def _shares(row: Row) -> tuple[float, float, float]:
     communication, bubble = row.record["communication"], row.record["bubble"]
     return max(0.0, 1 - communication - bubble), communication, bubble
-
-
-def _style(axes: Axes, size: float = 7.5) -> None:
-    axes.tick_params(labelsize=7.5, colors=GREY)
-    axes.tick_params(axis="x", labelsize=size)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

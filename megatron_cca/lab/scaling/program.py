@@ -15,7 +15,7 @@ from megatron_cca import platform
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import claimed, file_system_errors, write_text
 from megatron_cca.lab.scaling.launching import leave_with_the_sweep, run_point
-from megatron_cca.lab.scaling.records import (
+from megatron_cca.lab.scaling.points import (
     PLOT,
     RESULTS,
     TABLE,

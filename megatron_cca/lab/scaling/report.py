@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_cca.lab.planner.flops import MFU_MEANS
 from megatron_cca.lab.planner.hardware import name_of_device
-from megatron_cca.lab.scaling.records import Row
+from megatron_cca.lab.scaling.points import Row
 from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
 from megatron_cca.lab.tables import padded_table
 

@@ -16,8 +16,8 @@ from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.lab.evaluation.classifiers import check_classifier
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
+from megatron_cca.lab.evaluation.known_metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.listings import WORDS, check_path, list_folder
-from megatron_cca.lab.evaluation.metrics import Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.plugins import is_function_spec, load_function
 from megatron_cca.lab.studies.settings import Keys, PlotSettings, SamplingConfig, StudySettings
 from megatron_cca.lab.studies.study import BASE, Method, Study, run_units, units_per_sample

@@ -16,18 +16,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from megatron_cca.io.figures import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, save
+from megatron_cca.io.figures import COLOURS, GREY, INK, LABEL, LEGEND, TITLE, save, style_axes
 from megatron_cca.lab.studies.checks import file_name, plotted_methods, swept_keys
 from megatron_cca.lab.studies.report import METRICS, axis_name, key_name, value_name
 from megatron_cca.lab.studies.results import Result, Results
 from megatron_cca.lab.studies.settings import PlotSettings
 from megatron_cca.lab.studies.study import BASE, Method
 
-_COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, "#7a5195")
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
 # Where the largest FID is this many times the smallest, it is drawn on a log scale.
 _LOG_RATIO = 6.0
-_LEGEND = {"fontsize": 8, "labelcolor": INK, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
+# Over curves, which must not run through its words.
+_LEGEND = {**LEGEND, "frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
 _TICKS = [factor * 10.0**power for power in range(-1, 5) for factor in (1, 1.5, 2, 3, 5, 7)]
 
 
@@ -101,8 +101,8 @@ def _name(method: Method) -> str:
 
 
 def _next(curves: Sequence[_Curve]) -> str:
-    taken = sum(curve.colour in _COLOURS for curve in curves)
-    return _COLOURS[taken % len(_COLOURS)]
+    taken = sum(curve.colour in COLOURS for curve in curves)
+    return COLOURS[taken % len(COLOURS)]
 
 
 def _frontier(results: Results, methods: Sequence[Method], settings: PlotSettings) -> Figure:
@@ -116,7 +116,7 @@ def _frontier(results: Results, methods: Sequence[Method], settings: PlotSetting
         axes.errorbar(scores, fids, xerr=score_stds, yerr=fid_stds, elinewidth=0.7, zorder=3 + height, **style)
         if curve.key is not None:
             _values(axes, curve, scores, fids)
-    _style(axes, "Inception Score (higher is better)", "FID (lower is better)")
+    style_axes(axes, across="Inception Score (higher is better)", up="FID (lower is better)")
     _fid_axis(axes, [value for curve in curves for value in curve.column("fid")[0]])
     axes.margins(0.08)
     handles, labels = axes.get_legend_handles_labels()
@@ -143,7 +143,7 @@ def _against(results: Results, methods: Sequence[Method], settings: PlotSettings
             style = {"color": curve.colour, "marker": "o", "markersize": 4.5, "linewidth": 1.6, "capsize": 2}
             axes.errorbar(places, means, yerr=stds, elinewidth=0.8, label=curve.label, **style)
         _control_line(axes, results, metric)
-        _style(axes, axis_name(settings.x), f"{METRICS[metric][0]} ({better} is better)")
+        style_axes(axes, across=axis_name(settings.x), up=f"{METRICS[metric][0]} ({better} is better)")
         places = [result.row.values[settings.x] for curve in curves for result in curve.points]
         if min(places) > 0 and max(places) / min(places) > 20:
             axes.set_xscale("log")
@@ -178,7 +178,7 @@ def _passes(result: Result) -> str:
 
 
 def _panel(axes: Axes, shown: Sequence[Result], metric: str) -> None:
-    colours = itertools.cycle(_COLOURS)
+    colours = itertools.cycle(COLOURS)
     for place, one in enumerate(shown):
         colour, marker = _SINGLE.get(one.row.method.name) or (next(colours), "o")
         mean, spread = one.statistics[metric].mean, one.statistics[metric].std or 0.0
@@ -186,8 +186,7 @@ def _panel(axes: Axes, shown: Sequence[Result], metric: str) -> None:
         dots = [metrics[metric] for metrics in one.seeds.values()]
         axes.plot(dots, [place + 0.24] * len(dots), "o", color=colour, alpha=0.55, markersize=3)
     better = "lower" if metric == "fid" else "higher"
-    _style(axes, f"{METRICS[metric][0]} ({better} is better)", "")
-    axes.grid(axis="y", alpha=0)
+    style_axes(axes, across=f"{METRICS[metric][0]} ({better} is better)", grid="x")
     axes.margins(x=0.08)
     means = [one.statistics[metric].mean for one in shown]
     if metric == "fid" and max(means) > _LOG_RATIO * min(means):
@@ -203,15 +202,6 @@ def _fid_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(FixedLocator(_TICKS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _style(axes: Axes, across: str, up: str) -> None:
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.set_ylabel(up, fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=GREY)
-    axes.grid(alpha=0.22)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 _BORDER = "#d62728"
@@ -239,10 +229,10 @@ def heatmap(path: Path, title: str, results: Results, method: Method, x: str, y:
     _outline(axes, {place for place, result in cells.items() if result.is_lost})
     axes.set_xticks(range(len(across)), [value_name(value) for value in across])
     axes.set_yticks(range(len(up)), [value_name(value) for value in up])
-    axes.set_xlabel(axis_name(x), fontsize=9, color=INK)
-    axes.set_ylabel(axis_name(y), fontsize=9, color=INK)
+    axes.set_xlabel(axis_name(x), **LABEL)
+    axes.set_ylabel(axis_name(y), **LABEL)
     axes.tick_params(labelsize=8.5, colors=INK, length=0)
-    axes.set_title(title, fontsize=10.5, color=INK, pad=10)
+    axes.set_title(title, pad=10, **TITLE)
     figure.text(0.5, 0.005, _caption(results), fontsize=7, color=GREY, ha="center", va="bottom")
     figure.tight_layout(rect=(0, 0.075, 1, 1))
     save(figure, path)

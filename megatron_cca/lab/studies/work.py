@@ -25,7 +25,7 @@ from megatron_cca.io.outputs import whole_file
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
-from megatron_cca.lab.evaluation.images import read_images
+from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.studies.tasks import (
     FAILED,
     FINISHED,
