@@ -1,0 +1,91 @@
+"""What a training job imports: little enough to be read, nothing of the laboratory, nothing that is switched off."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_cca
+from megatron_cca.models import FAMILIES
+from tests.distributed.launch import ROOT, SCRIPT, typed
+from tests.distributed.test_layout_parity import CCA
+
+PACKAGE = Path(megatron_cca.__file__).parent
+MOST_LINES = 12_000
+# Switched off in the tiny run: what it must not import, and the key that would.
+SWITCHED_OFF = {
+    "training/pictures.py": "logging.sample_interval",
+    "generation/sampler.py": "logging.sample_interval",
+    "training/caching.py": "reference.strategy=cached",
+    "models/lora.py": "lora.dim",
+    "models/streaming.py": "reference.strategy=offload",
+    "models/fp8_weights.py": "reference.fp8_param",
+    "models/rotary_2d.py": "a family with position_embedding rope_2d",
+    "models/formats.py": "a conversion",
+    "training/engine.py": "parallel.tp_comm_overlap or kernels.cuda_graph_impl",
+    "data/digits.py": "data.path=digits",
+    "data/shard_writing.py": "data.path=digits",
+    "megatron_compat/relied_on.py": "a test",
+}
+
+REPORT = """
+import json, runpy, sys
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+print("imported:", json.dumps([file for file in files if file]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(digit_shards, checkpoint, tmp_path_factory):
+    """The package's files that a run of the tiny model imports which loads its base, takes a step and saves."""
+    values = {
+        "data.path": digit_shards,
+        "training.output_dir": "run",
+        "training.pretrained_checkpoint": checkpoint,
+        "training.train_iters": 1,
+        "training.micro_batch_size": 4,
+        "training.global_batch_size": 8,
+    }
+    sizes = [override for override in CCA if override.startswith("model.")]
+    overrides = [*sizes, *(f"{key}={value}" for key, value in values.items())]
+    sets = [word for override in overrides for word in ("--set", override)]
+    arguments = ("--config", ROOT / "examples" / "emu3_tiny_cca.yaml", *sets)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    folder = tmp_path_factory.mktemp("core")
+    done = typed(sys.executable, "-c", REPORT, SCRIPT, *arguments, cwd=folder, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "checkpoints" / "iter_0000001").is_dir()
+    files = json.loads(done.stdout.rpartition("imported:")[2])
+    return {file.relative_to(PACKAGE): file for file in map(Path, files) if file.is_relative_to(PACKAGE)}
+
+
+def test_what_a_training_job_imports_can_be_read(imported):
+    lines = {str(name): len(file.read_text().splitlines()) for name, file in imported.items()}
+    longest = ", ".join(f"{name} {lines[name]}" for name in sorted(lines, key=lines.get, reverse=True)[:10])
+    assert sum(lines.values()) <= MOST_LINES, f"{sum(lines.values())} lines in {len(lines)} files, such as {longest}"
+    assert len(lines) > 80
+
+
+def test_it_imports_nothing_of_the_laboratory(imported):
+    assert not [name for name in imported if name.parts[0] == "lab"]
+
+
+@pytest.mark.parametrize("name", SWITCHED_OFF)
+def test_it_imports_nothing_that_is_switched_off(name, imported):
+    assert (PACKAGE / name).is_file()
+    assert Path(name) not in imported, f"only {SWITCHED_OFF[name]} needs it; import it where that is asked for"
+
+
+def test_it_imports_one_family(imported):
+    assert {name.parts[1] for name in imported if name.parts[0] == "models"} & {*FAMILIES} == {"emu3"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_presets_are_called_after_their_family(family):
+    """Else a preset's family could not be told without importing all of them."""
+    presets = FAMILIES[family].presets
+    assert all(name.startswith(f"{family}-") for name in presets)
+    assert f"{family}-tiny" in presets
