@@ -57,7 +57,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def said_of(where: object) -> Iterator[None]:
+def error_context(where: object) -> Iterator[None]:
     """Prefix every :class:`UserError` from inside the block with the option, file or folder that it is about."""
     try:
         yield

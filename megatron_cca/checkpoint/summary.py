@@ -11,7 +11,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config, ModelConfig, TrainingConfig
 from megatron_cca.config.former import of_today
 from megatron_cca.config.load import config_from_dict, config_to_dict
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.version import code_version
 
@@ -57,7 +57,7 @@ def saved_config(folder: Path, key: str) -> Config:
     saved = summary.get("config")
     if not isinstance(saved, dict):
         raise UserError(f"{key}: {folder / layout.SUMMARY} is damaged: it has no config; choose another checkpoint")
-    with said_of(f"{key}: {folder / layout.SUMMARY}"):
+    with error_context(f"{key}: {folder / layout.SUMMARY}"):
         config = explicit(config_from_dict(of_today(saved)))
     return config_of_weights(config.model, config.training.precision) if _no_run_wrote(summary) else config
 

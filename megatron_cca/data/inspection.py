@@ -16,7 +16,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.skip_reasons import read_skip_reasons
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.data.token_files import code_lengths
-from megatron_cca.errors import UserError, one_line, said_of
+from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -31,7 +31,7 @@ def open_for_inspection(folder: Path) -> TokenShards:
     Raises:
         UserError: as :class:`TokenShards` does, or a vocabulary that no model here has.
     """
-    with said_of(_PREFIX):
+    with error_context(_PREFIX):
         manifest = read_manifest(folder)
         shards = TokenShards(folder, _vocabulary(folder, manifest), _PREFIX)
         check_files(folder, manifest, thoroughly=True)
@@ -157,7 +157,7 @@ def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.dev
         folder = shards.folder
     if folder is None and not recorded:
         raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")
-    with said_of(_IMAGE_TOKENIZER):
+    with error_context(_IMAGE_TOKENIZER):
         tokenizer = open_image_tokenizer(folder or Path(recorded["folder"]), device)
         if recorded and tokenizer.fingerprint() != recorded["fingerprint"]:
             raise UserError(

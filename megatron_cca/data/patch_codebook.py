@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.numpy_files import mapped_array
 
 FILE_NAME = "codebook.npy"
@@ -39,7 +39,7 @@ class PatchCodebook:
         Raises:
             UserError: a damaged file, or one that holds something else; names the file.
         """
-        with said_of(folder / FILE_NAME):
+        with error_context(folder / FILE_NAME):
             try:
                 found = mapped_array(folder / FILE_NAME)
             except UserError as error:

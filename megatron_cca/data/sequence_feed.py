@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data import dali
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.platform.transfers import SideQueue, host_buffer, used_here
 
 DALI, TORCH = "dali", "torch"
@@ -35,7 +35,7 @@ def loader_in_force(wanted: str | None) -> str:
 
 def _stage(loader: str, rows: int, device: torch.device) -> Stage:
     if loader == DALI:
-        with said_of("data.loader"):
+        with error_context("data.loader"):
             return dali.sequence_stage(rows, device)
     return torch.from_numpy if device.type == "cpu" else _LockedStage(device)
 

@@ -22,7 +22,7 @@ from megatron_cca.data.manifest import (
     read_manifest,
 )
 from megatron_cca.data.token_files import VARIANTS, checksum, open_table
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.megatron_compat.indexed_dataset import open_indexed
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -51,7 +51,7 @@ class TokenShards:
         self.vocabulary = vocabulary
         self._key = key
         self._sizes = {"codes": vocabulary.codebook_size, "captions": vocabulary.caption_size}
-        with said_of(key):
+        with error_context(key):
             self.manifest = read_manifest(self.folder)
             self._check_vocabulary()
             self._check_meta_ids()

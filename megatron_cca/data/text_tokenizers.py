@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 
 FILE_NAME = "tokenizer.json"
 TIKTOKEN_NAME = "emu3.tiktoken"
@@ -106,7 +106,7 @@ def open_text_tokenizer(folder: str | Path) -> TextTokenizer:
     folder = Path(folder)
     for name, read in ((FILE_NAME, _read_json_file), (TIKTOKEN_NAME, _read_tiktoken_file)):
         path = folder / name
-        with said_of(path):
+        with error_context(path):
             try:
                 if path.is_file():
                     return read(path.name, path.read_bytes())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.numpy_files import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import index_header
 
@@ -57,7 +57,7 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
         UserError: a file that is damaged or does not fit; names the file.
     """
     path = folder / TABLE
-    with said_of(path):
+    with error_context(path):
         table = mapped_array(path)
     if table.dtype != SAMPLE or table.shape != (num_samples,):
         raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
@@ -72,7 +72,7 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
 
 
 def _read_variants(path: Path, num_samples: int) -> np.ndarray:
-    with said_of(path):
+    with error_context(path):
         variants = mapped_array(path)
     if variants.dtype != np.int32 or variants.shape != (num_samples,) or (variants < 1).any():
         raise UserError(f"{path} does not say how many variants each of {num_samples} samples has; {_AGAIN}")

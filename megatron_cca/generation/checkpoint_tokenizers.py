@@ -18,7 +18,7 @@ from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.patch_codebook import FILE_NAME as CODEBOOK_FILE
 from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
 from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid
 from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
@@ -58,9 +58,9 @@ def open_tokenizers(
     Raises:
         UserError: none found, a damaged one, or one that does not fit the vocabulary; names option or folder.
     """
-    with said_of(options[0]):
+    with error_context(options[0]):
         text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
-    with said_of(options[1]):
+    with error_context(options[1]):
         given = None if images is None else open_image_tokenizer(images, device)
         tokenizer = given or _own_image_tokenizer(checkpoint, config, device)
         if tokenizer.codebook_size != vocabulary.codebook_size:

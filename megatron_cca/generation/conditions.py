@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_cca.data.text_tokenizers import TextTokenizer
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -48,7 +48,7 @@ def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt:
     check_condition(vocabulary, prompt)
     if vocabulary.num_classes is not None:
         return np.array([prompt.label], dtype=np.int64)
-    with said_of(f"prompt {prompt.text[:40]!r}"):
+    with error_context(f"prompt {prompt.text[:40]!r}"):
         return np.array(text.encode(prompt.text), dtype=np.int64)
 
 

@@ -13,7 +13,7 @@ from megatron_cca.checkpoint.huggingface.loading import load_weights
 from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout
 from megatron_cca.models.gpt import build_gpt
@@ -84,7 +84,7 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
             f"{OPTION}: {folder} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known; "
             "nothing can be drawn with it"
         )
-    with said_of(f"{OPTION}: {folder} cannot be sampled so"):
+    with error_context(f"{OPTION}: {folder} cannot be sampled so"):
         check_layout(architecture, config.model, parallel or _layout_of_the_job())
     return InspectedCheckpoint(source, config, architecture, folder)
 

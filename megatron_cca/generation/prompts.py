@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import KIND_BYTES, kind_of
 
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
@@ -138,7 +138,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         UserError: an unreadable or empty file, or a wrong line. The message names file and line.
     """
-    with said_of(path):
+    with error_context(path):
         text, is_json = _text_of(path), path.suffix.lower() in (".jsonl", ".json")
         _refuse_other_forms(path, text, is_json=is_json)
         read = _json_prompt if is_json else _text_prompt
@@ -205,7 +205,7 @@ def _text_prompt(line: str, number: int) -> Prompt:
 
 
 def _json_prompt(line: str, number: int) -> Prompt:
-    with said_of(f"line {number}"):
+    with error_context(f"line {number}"):
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):

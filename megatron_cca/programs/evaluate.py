@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.options import DeviceChoice, File, Folder, Option, PathOrWord, options
 from megatron_cca.io.outputs import check_apart, check_writable
 from megatron_cca.io.typed_paths import typed_path
@@ -89,7 +89,7 @@ def named_sets(samples: Sequence[str]) -> dict[str, str]:
     for text in samples:
         name, separator, path = text.partition("=")
         is_path = not separator or "/" in name or Path(text).exists()
-        with said_of("--samples"):
+        with error_context("--samples"):
             path = typed_path(text) if is_path else path and typed_path(path)
         name = Path(path).resolve().name.removesuffix(".npz") if is_path else name
         if not name or not path:

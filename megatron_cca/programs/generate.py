@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.options import GenerateOptions, WhatToDraw, WhereToDraw
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
@@ -104,7 +104,7 @@ def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> Samplin
     from megatron_cca.generation.decode_loop import SamplingSettings
     from megatron_cca.generation.sampling_job import SamplingJob
 
-    with said_of("--grid"):
+    with error_context("--grid"):
         height, width = options.what.grid or default_grid(checkpoint.config)
     prompts = _prompts(options.what, checkpoint)
     drawing = vars(options.how.drawing)
@@ -119,13 +119,13 @@ def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
     vocabulary = checkpoint.architecture.vocabulary
 
     if what.prompts is not None:
-        with said_of("--prompts"):
+        with error_context("--prompts"):
             prompts = read_prompts(what.prompts)
             _say_hashes(prompts)
             check_conditions(vocabulary, prompts)
     elif what.classes:
         captions = _class_captions(what.class_captions, checkpoint.config, vocabulary.num_classes)
-        with said_of("--classes"):
+        with error_context("--classes"):
             prompts = class_prompts(captions, what.classes)
     elif vocabulary.num_classes is not None:
         raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
@@ -149,7 +149,7 @@ def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -
     from megatron_cca.generation.prompts import digit_classes, read_class_captions
 
     if file is not None:
-        with said_of("--class-captions"):
+        with error_context("--class-captions"):
             return read_class_captions(file, num_classes)
     if saved.data.path == DIGITS:
         return [prompt.text for prompt in digit_classes()]

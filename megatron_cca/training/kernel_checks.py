@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.attention import has_engine_attention, keeps_scores, unfused_because
@@ -207,7 +207,7 @@ def check_devices(config: Config) -> None:
         loader_in_force(config.data.loader)
     for key, one in settings_by_key(config).items():
         if one.precision == "fp8":
-            with said_of(key):
+            with error_context(key):
                 check_fp8_device(one.fp8_recipe)
             check_fp8_sizes(config, one, key)
     _check_fork(config)

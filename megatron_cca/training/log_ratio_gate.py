@@ -11,7 +11,6 @@ import torch
 
 from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
-from megatron_cca.data.reference_cache import ReferenceCache
 from megatron_cca.effects import Affects, values_of_reference
 from megatron_cca.errors import UserError
 from megatron_cca.models.kernels import forward_kernels
@@ -54,6 +53,8 @@ def same_path(config: Config) -> bool:
         return False
     if config.reference.strategy != "cached":
         return True
+    from megatron_cca.data.reference_cache import ReferenceCache
+
     return ReferenceCache(Path(config.reference.cache)).path == numeric_path(config)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cca import platform
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.checkpoint_tokenizers import default_grid, open_tokenizers
 from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import GeneratedImages, ImageGenerator
@@ -83,7 +83,7 @@ def open_pictures(run: Run) -> SamplePictures | None:
         raise UserError(
             "logging.sample_interval: pictures need matplotlib; pip install 'megatron-cca[eval]', or set it to 0"
         )
-    with said_of("logging.sample_grid"):
+    with error_context("logging.sample_grid"):
         height, width = config.logging.sample_grid or default_grid(config)
     tokenizers = open_tokenizers(
         run.start or Path(config.training.output_dir),
@@ -96,7 +96,7 @@ def open_pictures(run: Run) -> SamplePictures | None:
     )
     generator = ImageGenerator(run.policy_chunks, run.architecture, tokenizers)
     settings = SamplingSettings(height, width, batch_size=_BATCH)
-    with said_of("logging.sample_prompts"):
+    with error_context("logging.sample_prompts"):
         folder = Path(config.training.output_dir) / FOLDER
         return SamplePictures(generator, _prompts(run), settings, folder, run.progress.beat, run.gather_parameters)
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_cca import reporting
 from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
-from megatron_cca.errors import SurroundingsError, UserError, said_of
+from megatron_cca.errors import SurroundingsError, UserError, error_context
 from megatron_cca.io import surroundings
 from megatron_cca.io.outputs import check_writable, claimed, file_system_errors
 from megatron_cca.io.surroundings import check_cache, check_surroundings, refusal, surroundings_fault
@@ -166,7 +166,7 @@ def test_a_fault_of_the_surroundings_is_not_laid_on_the_data(tmp_path, monkeypat
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pq" / "train.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(CLOSED / "cache"))
-    with pytest.raises(SurroundingsError) as error, said_of("--source"):
+    with pytest.raises(SurroundingsError) as error, error_context("--source"):
         open_source(tmp_path / "pq", "auto", SourceOptions())
     assert str(error.value).startswith("HF_DATASETS_CACHE: /sys/cache cannot be written")
 

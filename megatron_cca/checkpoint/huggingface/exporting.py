@@ -27,7 +27,7 @@ from megatron_cca.checkpoint.huggingface.target import (
 )
 from megatron_cca.checkpoint.huggingface.weights_file import export_weights_file
 from megatron_cca.checkpoint.pieces import ByteProgress, row_ranges
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
@@ -124,7 +124,7 @@ def _pieces(source: MegatronCheckpoint, name: str) -> Iterator[Tensor]:
 
 
 def _companions(along: Template, naming: Naming, format: HuggingFaceFormat, config: Json) -> list[OutgoingTensor]:
-    with said_of(f"{along.option}: {along.config_file}"):
+    with error_context(f"{along.option}: {along.config_file}"):
         wanted = format.companion_shapes(config) or {}
     missing = sorted(wanted.keys() - along.names.keys())
     if missing:

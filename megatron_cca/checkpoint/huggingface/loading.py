@@ -25,7 +25,7 @@ from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.errors import said_of
+from megatron_cca.errors import error_context
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.models.weight_map import MappedTensor
@@ -66,7 +66,7 @@ def _fill(shard: ShardedTensor, source: HuggingFaceCheckpoint, tensor: MappedTen
 @torch.no_grad()
 def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
     """Return float32 logits ``[B, S, V]`` of transformers' decoder on the CPU, for int64 ``tokens`` ``[B, S]``."""
-    with said_of(f"{source.option}: {source.folder}"):
+    with error_context(f"{source.option}: {source.folder}"):
         model = source.format.transformers_model(source.config)
 
     def fill(prefix: str, module: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
-from megatron_cca.errors import UserError, said_of, shortened
+from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import UTF_16, is_file_name, kind_hint
 from megatron_cca.models.weight_sets import WeightSet, unwrapped
 
@@ -73,7 +73,7 @@ class SafetensorsFolder:
         # A folder may have both. This is transformers' order.
         has_index = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
         found = self._scan_index(folder) if has_index else self._scan_single(folder)
-        with said_of(f"{option}: {folder}"):
+        with error_context(f"{option}: {folder}"):
             self.tensors = {name: found[stored] for name, stored in unwrapped(found).items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, PRECISIONS, Reading, one_dtype
 from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
 from megatron_cca.config import ModelConfig
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
@@ -51,7 +51,7 @@ class HuggingFaceCheckpoint:
         self.form = self.format.form(self.config)
         self.model, self.architecture = self._sizes()
         self.files = SafetensorsFolder(folder, option)
-        with said_of(f"{option}: {folder}"):
+        with error_context(f"{option}: {folder}"):
             self.files.tensors = self._own_tensors(reading.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
         self._check_form()
@@ -60,7 +60,7 @@ class HuggingFaceCheckpoint:
             bare: name for name in self.files.tensors if (bare := self.naming.companion(name)) is not None
         }
         self._check_companions()
-        with said_of(f"{option}: {folder}"):
+        with error_context(f"{option}: {folder}"):
             self.dtype = self._one_dtype(reading)
 
     @property
@@ -92,7 +92,7 @@ class HuggingFaceCheckpoint:
         return {name: info for name, info in found.items() if name not in computed}
 
     def _sizes(self) -> tuple[ModelConfig, Architecture]:
-        with said_of(f"{self.option}: {self.folder / CONFIG}"):
+        with error_context(f"{self.option}: {self.folder / CONFIG}"):
             model = self.format.read_model_config(self.config)
             return model, resolve_architecture(model)
 
@@ -113,7 +113,7 @@ class HuggingFaceCheckpoint:
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
-        with said_of(f"{self.option}: {self.folder / CONFIG}"):
+        with error_context(f"{self.option}: {self.folder / CONFIG}"):
             wanted = self.format.companion_shapes(self.config)
         if wanted is None:
             return

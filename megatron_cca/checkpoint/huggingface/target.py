@@ -17,7 +17,7 @@ from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
 from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of
@@ -88,7 +88,7 @@ class MegatronCheckpoint:
             if self.stored.dtype(tensor.key) != self.stored.dtype(first):
                 raise UserError(f"{self.option}: tensor {tensor.key} in {self.folder} has another dtype than {first}")
         dtype = self.stored.dtype(first)
-        with said_of(f"{self.option}: {self.folder}"):
+        with error_context(f"{self.option}: {self.folder}"):
             check_dtype(dtype)
         return dtype
 
@@ -197,7 +197,7 @@ def _template(
     option: str, folder: Path, config: Json, tensors: SafetensorsFolder | None, names: Mapping[str, str]
 ) -> Template:
     format = recognise(config, folder, option)
-    with said_of(f"{option}: {folder / CONFIG}"):
+    with error_context(f"{option}: {folder / CONFIG}"):
         format.read_model_config(config)
     files = tuple(path for path in companion_files(folder) if path.name != CONFIG)
     return Template(option, config, folder / CONFIG, files, tensors, names)

@@ -14,7 +14,7 @@ from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.pieces import ByteProgress
 from megatron_cca.config.load import config_from_dict
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.outputs import OPTION, check_file, check_space, file_system_errors, whole_file
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.formats import Naming, WeightsFileFormat
@@ -43,7 +43,7 @@ class WeightsFile:
 
     def __init__(self, path: Path, option: str, reading: Reading = AS_IT_IS) -> None:
         self.folder, self.option, self.companions = path, option, {}
-        with said_of(f"{option}: {path}"):
+        with error_context(f"{option}: {path}"):
             # Check types and ranges of the given sizes as keys of a configuration.
             config_from_dict({"model": dict(reading.sizes)})
             self.format, found = _recognised(path, reading.section)

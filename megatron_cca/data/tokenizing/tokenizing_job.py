@@ -13,7 +13,7 @@ from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.text_tokenizers import TextTokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing.parts import PartsFolder
 from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.outputs import OPTION, check_apart
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid
@@ -59,19 +59,19 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     architecture = _architecture(settings)
     vocabulary = architecture.vocabulary
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)
-    with said_of("--text-tokenizer"):
+    with error_context("--text-tokenizer"):
         text = _open_text(settings, vocabulary)
     grid = _grid(settings, architecture)
     images = None
     if settings.image_tokenizer is not None:
-        with said_of("--image-tokenizer"):
+        with error_context("--image-tokenizer"):
             images = open_image_tokenizer(settings.image_tokenizer, device)
             if images.codebook_size != vocabulary.codebook_size:
                 raise UserError(
                     f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
                     f"of {vocabulary.codebook_size}"
                 )
-    with said_of("--source"):
+    with error_context("--source"):
         source = open_source(settings.source, settings.layout, settings.source_options)
     parts = PartsFolder(settings.output, len(source), settings.block)
     return TokenizingJob(settings, source, vocabulary, images, text, grid, parts)
@@ -90,7 +90,7 @@ def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, 
 
 
 def _architecture(settings: TokenizeSettings) -> Architecture:
-    with said_of("--model"):
+    with error_context("--model"):
         architecture = resolve_architecture(settings.sizes or ModelConfig(name=settings.model))
         if not isinstance(architecture.vocabulary, ImageVocabulary):
             raise UserError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_cca.errors import said_of
+from megatron_cca.errors import error_context
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
@@ -94,7 +94,7 @@ def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
 
 
 def _read(option: str, path: str) -> ImageSet:
-    with said_of(option):
+    with error_context(option):
         found = read_images(path)
     for notice in found.notices:
         print(f"{option} {path}: {notice}", file=sys.stderr)
@@ -138,7 +138,7 @@ def _fidelities(
         total = len(images.images) + (0 if found else len(real))
         with _bar(f"features of {name}", total) as bar:
             numbers = replace(settings.numbers, metrics=plans[name].metrics)
-            with said_of(f"{SAMPLES} {name}"):
+            with error_context(f"{SAMPLES} {name}"):
                 found[name] = fidelity(images.images, real, extractor, numbers, bar.update)
     return found
 

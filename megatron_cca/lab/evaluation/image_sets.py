@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.data.sources.foreign_text import printable
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import ZIP, kind_of_file
 from megatron_cca.io.numpy_files import archived_arrays, archived_names
 from megatron_cca.io.typed_paths import typed_path
@@ -37,7 +37,7 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
     Raises:
         UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
     """
-    with said_of(path):
+    with error_context(path):
         if (kind := kind_of_file(path)) not in (None, ZIP):
             raise UserError(f"cannot be read as .npz: it is {kind}; write it with numpy.savez")
         known = {IMAGES, LABELS, *(name for names in _MOMENTS.values() for name in names)}

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_cca.data.sources.confined_files import real_folder
 from megatron_cca.data.sources.foreign_text import printable, split_of
 from megatron_cca.data.sources.image_trees import LINKED, UnreadFiles, walk_files
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import file_below, kind_of_file
 from megatron_cca.io.typed_paths import typed_path
 
@@ -120,7 +120,7 @@ def _listed(folder: Path) -> Listing:
         raise UserError(f"{folder / PROMPTS}: is {kind}; it must hold one JSON object a line, in UTF-8")
     for number, line in enumerate((folder / PROMPTS).read_bytes().split(b"\n"), 1):
         if line.strip():
-            with said_of(f"{folder / PROMPTS}: line {number}"):
+            with error_context(f"{folder / PROMPTS}: line {number}"):
                 record = _record(line)
                 files.append(file_below(folder, record["file"]))
             labels.append(record.get("label"))

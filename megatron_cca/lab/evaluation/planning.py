@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, check_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, check_clip
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
@@ -61,9 +61,9 @@ def check(settings: EvaluationSettings) -> None:
         UserError: names the option.
     """
     for option, path in ((SAMPLES, one) for one in settings.samples.values()):
-        with said_of(option):
+        with error_context(option):
             check_path(path)
-    with said_of(REFERENCE):
+    with error_context(REFERENCE):
         check_path(settings.reference)
     if settings.metrics is None or settings.metrics:
         check_extractor(settings.extractor, settings.inception_weights)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.typed_paths import typed_path
 
 
@@ -37,7 +37,7 @@ def load_function(spec: str, option: str) -> Callable:
     if not is_function_spec(spec):
         raise UserError(f"{option}: {spec!r} is not of the form FILE.py:FUNCTION")
     name, _, function = spec.rpartition(":")
-    with said_of(option):
+    with error_context(option):
         file = Path(typed_path(name))
     if not file.is_file():
         raise UserError(f"{option}: the file {file} does not exist")

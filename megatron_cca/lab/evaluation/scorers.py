@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.best_of import SCORER, Scorer
 from megatron_cca.io.typed_paths import typed_path
 from megatron_cca.lab.evaluation.clip import CLIP, ClipScorer, check_clip
@@ -48,7 +48,7 @@ def open_scorer(spec: str, device: str | torch.device) -> Scorer:
 
 
 def _clip_folder(spec: str) -> Path:
-    with said_of(SCORER):
+    with error_context(SCORER):
         return Path(typed_path(spec.removeprefix(_CLIP_PREFIX)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cca.config import Precision
-from megatron_cca.errors import UserError, said_of, shortened
+from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import json_object
 
 _MIB = 2**20
@@ -183,7 +183,7 @@ def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
         found = json_object(path)
     except UserError as error:
         raise UserError(f"--calibration: {error}") from None
-    with said_of(f"--calibration {path}"):
+    with error_context(f"--calibration {path}"):
         calibration = Calibration(**_checked(found.get("calibration"), Calibration, _MAY_BE_ZERO))
         device = _checked(found.get("device"), Gpu, ())
         device["flops"] = _checked_flops(device["flops"])

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_cca.config.load import read_yaml
 from megatron_cca.config.schema import PathText
-from megatron_cca.errors import said_of
+from megatron_cca.errors import error_context
 from megatron_cca.lab.studies.settings import Keys, Name, from_plain
 from megatron_cca.sections import NonNegativeInt, PositiveInt, strict
 
@@ -116,5 +116,5 @@ def read_sweep(path: Path) -> SweepSettings:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
     """
     tree = read_yaml(path, OPTION, "keys name, config, mode, world_sizes, ...", SweepSettings)
-    with said_of(path):
+    with error_context(path):
         return from_plain(SweepSettings, tree, sections=_SECTIONS)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling.settings import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
 from megatron_cca.lab.studies.tasks import digest
@@ -104,7 +104,7 @@ def open_sweep(path: Path, device: platform.DeviceChoice, *, is_elsewhere: bool)
             room for, no layout that divides any world size.
     """
     settings = read_sweep(path)
-    with said_of(path):
+    with error_context(path):
         config = _config(path, settings.config, settings.set, "config")
         planned = [] if settings.planned is None else _planned(path, settings, config)
         sizes = _world_sizes(settings, device, is_elsewhere=is_elsewhere)
@@ -194,7 +194,7 @@ def _config(path: Path, name: str, keys: Keys, key: str) -> Config:
         if not (dot and option) or section not in tree:
             raise UserError(f"set: {dotted} is not of the form section.key, such as training.micro_batch_size")
         tree[section][option] = value
-    with said_of("set"):
+    with error_context("set"):
         return config_from_dict(tree, typed=True)
 
 

@@ -11,7 +11,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data import DIGITS
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.conditions import check_conditions
 from megatron_cca.generation.prompts import read_prompts
 from megatron_cca.lab.evaluation.classifiers import check_classifier
@@ -41,13 +41,13 @@ def check_study(study: Study, world_size: int) -> None:
     Raises:
         UserError: one line that names file and key.
     """
-    with said_of(study.path):
+    with error_context(study.path):
         _check_seeds(study.settings)
         _check_control(study)
         _check_trials(study)
         _check_judging(study.settings)
     _check_runs(study, world_size)
-    with said_of(study.path):
+    with error_context(study.path):
         _check_conditions(study)
         _check_grids(study)
         _check_equal_compute(study)
@@ -101,12 +101,12 @@ def _check_judging(settings: StudySettings) -> None:
         raise UserError(f"tune_by: {settings.tune_by} is not among metrics; add it")
     if settings.classifier is None and settings.tune_by == "accuracy":
         raise UserError("tune_by: accuracy needs a classifier")
-    with said_of("reference"):
+    with error_context("reference"):
         check_path(settings.reference)
-    with said_of("extractor"):
+    with error_context("extractor"):
         check_extractor(settings.extractor, settings.inception_weights and Path(settings.inception_weights))
     if settings.classifier is not None:
-        with said_of("classifier"):
+        with error_context("classifier"):
             check_classifier(settings.classifier)
     for key in ("extractor", "classifier"):
         spec = getattr(settings, key)
@@ -134,14 +134,14 @@ def _reference_size(reference: str) -> int:
     folder = Path(reference)
     if reference in WORDS or not folder.is_dir():
         return sys.maxsize
-    with said_of("reference"):
+    with error_context("reference"):
         return len(list_folder(folder).files)
 
 
 def _check_prompts(settings: StudySettings) -> None:
     if settings.prompts == DIGITS:
         return
-    with said_of("prompts"):
+    with error_context("prompts"):
         prompts = read_prompts(Path(settings.prompts))
     if settings.classifier is not None and any(prompt.label is None for prompt in prompts):
         raise UserError("classifier: needs a label with every prompt; add them, or set classifier to null")
@@ -150,7 +150,7 @@ def _check_prompts(settings: StudySettings) -> None:
 def _check_runs(study: Study, world_size: int) -> None:
     first = None
     for where, config in _configs(study):
-        with said_of(where):
+        with error_context(where):
             # The base does not exist yet, and it is the same model.
             check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
             check_data(config)
@@ -185,7 +185,7 @@ def _check_conditions(study: Study) -> None:
         if vocabulary != tiny_architecture(model).vocabulary:
             raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")
         return
-    with said_of("prompts"):
+    with error_context("prompts"):
         check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
 
 
@@ -275,7 +275,7 @@ def check_plots(study: Study) -> None:
     if not plots:
         raise UserError(f"plots: is empty; give at least one, such as {{kind: {'frontier'}}}")
     for index, plot in enumerate(plots):
-        with said_of(f"plots.{index}"):
+        with error_context(f"plots.{index}"):
             _check_plot(study, plot)
     names = [file_name(plot) for plot in plots]
     for index, name in enumerate(names):

@@ -14,7 +14,7 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import NULL, as_json, read_yaml
 from megatron_cca.config.schema import TYPED, PathText
 from megatron_cca.config.texts import KeysOf
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.sections import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 
 OPTION = "--study"
@@ -146,7 +146,7 @@ def read_study(path: Path) -> StudySettings:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
     """
     tree = read_yaml(path, OPTION, f"keys {', '.join(_known(StudySettings)[:6])}, ...", StudySettings)
-    with said_of(path):
+    with error_context(path):
         return from_plain(StudySettings, tree)
 
 

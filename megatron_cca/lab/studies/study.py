@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.lab.studies.settings import (
     SAMPLING,
     Keys,
@@ -68,7 +68,7 @@ class Method:
         """
         key = tuple((name, repr(value)) for name, value in values.items())
         if key not in self._points:
-            with said_of(self.where):
+            with error_context(self.where):
                 self._points[key] = Point(*with_keys(self.config, self.sampling, values))
         return self._points[key]
 
@@ -135,7 +135,7 @@ def _method(path: Path, settings: StudySettings, name: str, method: MethodSettin
 
 
 def _config(path: Path, name: str, where: str) -> Config:
-    with said_of(f"{where}.config"):
+    with error_context(f"{where}.config"):
         config = load_config(path.parent / name)
     if config.reference.strategy == "cached":
         raise UserError(f"{where}.config: reference.strategy cached is of one base, a study has several; take another")
@@ -146,7 +146,7 @@ def _changed(
     config: Config | None, sampling: SamplingConfig, changes: Sequence[tuple[str, Keys]]
 ) -> tuple[Config | None, SamplingConfig]:
     for where, keys in changes:
-        with said_of(where):
+        with error_context(where):
             config, sampling = with_keys(config, sampling, keys)
     return config, sampling
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.emu3.vq_config import CONFIG, VqForm, normalisation, read_json, recognise, sizes_in
 from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
 from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
@@ -144,16 +144,16 @@ def open_emu3_vq(
         UserError: a missing or damaged file, or a configuration or tensor that is not this model's; names it.
     """
     folder = Path(folder)
-    with said_of(folder / CONFIG):
+    with error_context(folder / CONFIG):
         form, section = recognise(read_json(folder / CONFIG))
     files = folder if weights is None else Path(weights)
-    with said_of(files):
+    with error_context(files):
         stored = stored_tensors(files, form if weights is None else VqForm(("",)))
-    with said_of(folder / CONFIG):
+    with error_context(folder / CONFIG):
         sizes = sizes_in(section, form, len(stored))
         model = _build(sizes)
     mean, std = normalisation(folder)
-    with said_of(files):
+    with error_context(files):
         state = read_tensors(model, stored)
     found = fingerprint([sizes, [mean, std]], state)
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 
 CONFIG = "config.json"
 
@@ -173,7 +173,7 @@ def normalisation(folder: Path) -> tuple[list[float], list[float]]:
     for name, section_key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         path = folder / name
         if path.is_file():
-            with said_of(path):
+            with error_context(path):
                 found = read_json(path)
                 if section_key is None or section_key in found:
                     return _mean_and_std(found if section_key is None else found[section_key])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cca.errors import UserError, said_of
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.emu3.vq_config import CONFIG, VqForm, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +53,7 @@ def _files(folder: Path) -> dict[str, Path]:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         hint = f" ({pickles[0]} is a pickle, which is not read; save it as safetensors)" if pickles else ""
         raise UserError(f"has neither {_SINGLE} nor {_INDEX}{hint}")
-    with said_of(_INDEX):
+    with error_context(_INDEX):
         places = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise UserError("must hold a weight_map from tensors to files")

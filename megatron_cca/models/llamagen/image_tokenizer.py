@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cca.errors import said_of
+from megatron_cca.errors import error_context
 from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
 from megatron_cca.models.llamagen.vq_network import VqNetwork, VqSizes, network_on_meta
 from megatron_cca.models.llamagen.vq_weights import read_vq
@@ -118,7 +118,7 @@ def open_llamagen_vq(path: str | Path, device: str | torch.device = "cpu") -> Ll
         UserError: a damaged file, one of another model, or a tensor that is missing, unknown or of a wrong shape.
     """
     path = Path(path)
-    with said_of(path):
+    with error_context(path):
         sizes, state = read_vq(path)
     network = network_on_meta(sizes)
     network.load_state_dict(state, assign=True)
