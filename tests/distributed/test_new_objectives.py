@@ -297,4 +297,5 @@ def test_a_study_refuses_a_key_that_the_method_has_not_and_a_control_that_contra
 def test_the_configuration_reference_has_it():
     page = hook("configuration").page()
     assert "### ipo\n\nTwo objectives that only this file knows" in page
-    assert "| `tau` | number > 0 | `0.1` | Draws the difference of the two log-ratios to 1 / (2 tau). |" in page
+    about = "Draws the difference of the two log-ratios to 1 / (2 tau)."
+    assert f"| `tau` | number > 0 | `0.1` | numbers | refused | {about} |" in page

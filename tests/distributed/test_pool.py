@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -41,6 +42,28 @@ def test_ranks_that_no_job_wants_leave(pool, tmp_path, monkeypatch):
     for ranks, left in ((2, 2), (1, 2), (1, 2), (1, 1), (2, 2)):
         work(pool, tmp_path, "sum_of_ranks", ranks)
         assert len(pool.pids()) == left
+
+
+def ended(pool, rank, number):
+    """Send a signal to a rank that waits, and wait for its end."""
+    process = pool._ranks[rank].process
+    os.kill(process.pid, number)
+    process.join(30)
+
+
+def test_ranks_that_left_between_two_jobs_are_replaced(pool, tmp_path):
+    work(pool, tmp_path, "sum_of_ranks")
+    first = pool.pids()
+    ended(pool, 1, signal.SIGINT)
+    assert work(pool, tmp_path, "sum_of_ranks")[0] == "1"
+    assert not set(first) & set(pool.pids())
+
+
+def test_one_that_is_killed_between_two_jobs_is_told(pool, tmp_path):
+    work(pool, tmp_path, "sum_of_ranks")
+    ended(pool, 1, signal.SIGKILL)
+    with pytest.raises(AssertionError, match="between two jobs, with exit code -9"):
+        work(pool, tmp_path, "sum_of_ranks")
 
 
 def test_one_that_raises_is_named_and_takes_no_neighbour_along(pool, tmp_path):
