@@ -1,7 +1,6 @@
 """DALI's resizing and the authors', on real photographs: pixels, and the share of codes that differ.
 
 .venv/bin/pip install scikit-image    # for its photographs
-
 .venv/bin/python benchmarks/resizing.py
 
 The weights of the released tokenizers are not available. resizing.md has the results. It says what replaces the

@@ -29,8 +29,8 @@ def open_classifier(name: str) -> Classifier:
     """Open a classifier that maps images uint8 ``[N, H, W, 3]`` to classes int64 ``[N]``.
 
     Args:
-        name: ``digits``, the demo's SVM, trained here on the real training scans; or ``FILE.py:FUNCTION``, such a
-            function.
+        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, or ``FILE.py:FUNCTION``
+            for a user's function.
 
     Raises:
         UserError: another name, or a function that cannot be loaded.

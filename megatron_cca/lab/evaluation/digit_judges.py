@@ -28,7 +28,10 @@ _BATCH = 64
 
 
 class DigitCNN(nn.Module):
-    """uint8 ``[N, 1 or 3, 8, 8]`` -> features ``[N, 64]``, class logits ``[N, 10]``, spatial features ``[N, 256]``."""
+    """A CNN for uint8 images ``[N, 1 or 3, 8, 8]``.
+
+    Its outputs are features ``[N, 64]``, class logits ``[N, 10]`` and spatial features ``[N, 256]``.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -58,8 +58,9 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
     Nothing is downloaded.
 
     Args:
-        name: ``digits``, the demo's classifier, trained here on the real training scans; ``inception``, the network of
-            the field's FID; or ``FILE.py:FUNCTION``, a function without arguments that returns a torch module.
+        name: ``digits`` for the demo's classifier, which is trained here on the real training scans; ``inception`` for
+            the network of the published FIDs; or ``FILE.py:FUNCTION`` for a function without arguments that returns a
+            torch module.
         weights: the file of the Inception weights.
 
     Raises:
@@ -159,7 +160,7 @@ def extract(
     """Return the named parts of an extractor's output, float32 ``[N, D]`` on the CPU.
 
     Args:
-        who: whose images they are, for messages.
+        who: the name of the images, for messages.
         images: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``.
         extractor: see :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
         names: the names of parts; without names the extractor does not run.

@@ -53,8 +53,8 @@ class Reference:
     Args:
         images: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``.
         extractor: see :func:`fidelity`.
-        moments: mean ``[D]`` and covariance ``[D, D]`` of parts, from more images than these; FID ("features") and sFID
-            ("spatial") take them where they are given, as OpenAI's evaluator does.
+        moments: mean ``[D]`` and covariance ``[D, D]`` of parts, over more images than these. FID ("features") and sFID
+            ("spatial") use them if they are given, as OpenAI's evaluator does.
 
     Raises:
         UserError: images of another type or shape.
@@ -113,7 +113,8 @@ def fidelity(
         samples: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, grey levels or RGB from 0 to 255.
         reference: the same for real images, or a :class:`Reference` of the same extractor.
         extractor: maps uint8 ``[N, 3, H, W]`` to features ``[N, D]``, class logits ``[N, C]`` and, for sFID, spatial
-            features ``[N, S]``: a tuple in this order or a dict with these keys. Runs where its parameters are.
+            features ``[N, S]``. Its output is a tuple in this order or a dict with these keys. It runs on the device of
+            its parameters.
         settings: the metrics and their parameters.
         on_progress: called with the number of images that have just passed through the extractor.
 
@@ -188,12 +189,12 @@ def _compare(ours: Tensor, theirs: Tensor, settings: FidelitySettings) -> dict[s
 class InceptionV3(nn.Module):
     """torch-fidelity's copy of the Inception network of TensorFlow's FID, with weights from a file.
 
-    uint8 ``[N, 3, H, W]`` of any size -> ``features`` ``[N, 2048]``, ``logits`` ``[N, 1008]`` (without bias, as the
-    Inception Score's authors have them) and ``spatial`` ``[N, 2023]``: what sFID is computed on, the first 7 channels
-    of ``mixed_6/conv`` in TensorFlow's graph, in its order ``[17, 17, 7]``.
+    It maps uint8 ``[N, 3, H, W]`` of any size to ``features`` ``[N, 2048]``, ``logits`` ``[N, 1008]`` and ``spatial``
+    ``[N, 2023]``. The logits have no bias, as in the code of the Inception Score's authors. sFID uses the spatial
+    features. They are the first 7 channels of ``mixed_6/conv`` in TensorFlow's graph, in its order ``[17, 17, 7]``.
 
     Args:
-        weights: a state dict that :func:`megatron_cca.lab.evaluation.extractors.open_extractor` has found to be one.
+        weights: a file that :func:`megatron_cca.lab.evaluation.extractors.open_extractor` has checked.
     """
 
     def __init__(self, weights: Path) -> None:

@@ -32,8 +32,8 @@ class EvaluationSettings:
         inception_weights: the file of Inception's weights.
         metrics: members of ``METRICS``; None means all that the images and the extractor allow.
         numbers: subsets, neighbourhood, splits and batch size; its metrics are not used.
-        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means what
-            :func:`classifier_of` says.
+        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means the choice of
+            :func:`classifier_of`.
         clip: folder of a CLIP; None means no CLIP score.
     """
 

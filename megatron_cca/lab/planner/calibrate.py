@@ -43,7 +43,7 @@ class Measured:
         gpu: the device, as predictions need it.
         calibration: the fitted calibration.
         has_fp8: whether FP8 products were measured; otherwise the defaults stand.
-        observations: the short runs.
+        observations: measurements of the short runs.
         errors: for each run, the error of its prediction from the other runs, as a share of the measured time.
     """
 

@@ -78,7 +78,7 @@ def check_candidate(config: Config, num_gpus: int) -> None:
     These belong to another machine.
 
     Raises:
-        UserError: training's own line.
+        UserError: the message is that of training.
     """
     check_new_run(without_files(config), num_gpus)
     check_fp8(config)
@@ -88,7 +88,7 @@ def check_fp8(config: Config) -> None:
     """Refuse sizes that FP8 products cannot take.
 
     Raises:
-        UserError: training's own line.
+        UserError: the message is that of training.
     """
     for key, one in settings_by_key(config).items():
         check_fp8_sizes(config, one, key)
@@ -223,7 +223,7 @@ class Wishes:
     """The input of a search.
 
     Attributes:
-        cluster: the GPUs.
+        cluster: the cluster.
         images: the shape of the images.
         vary: members of ``candidates.VARIABLES`` that may change beside the layout.
         calibration: calibration of the GPU.
@@ -272,7 +272,7 @@ def candidate_of(config: Config, wishes: Wishes) -> Candidate:
     """Return the configuration with its cost.
 
     Raises:
-        UserError: training's or the GPU's refusal.
+        UserError: training or the GPU's data sheet refuses the configuration.
     """
     cluster = wishes.cluster
     check_candidate(config, cluster.num_gpus)
@@ -290,7 +290,7 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
     Some of them may not fit.
 
     Raises:
-        UserError: rows too long for the model, on any layout.
+        UserError: the rows are too long for the model on all layouts.
     """
     problem, is_possible = None, False
     for layout in layouts(config, wishes.cluster, vary_micro_batch="micro_batch" in wishes.vary):

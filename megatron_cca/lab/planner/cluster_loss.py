@@ -101,8 +101,8 @@ def fit(series: Sequence[Series]) -> tuple[float, float]:
     """Fit the loss of a doubling and its spread to the series.
 
     Returns:
-        The mean of the series' own losses, a logarithm, and one standard deviation of them around it; each series
-        weighs as many times as it doubles.
+        The mean loss of the series, as a logarithm, and one standard deviation of the losses. The weight of a series
+        is its number of doublings.
     """
     weights = sum(one.doublings for one in series)
     loss = sum(one.doublings * one.loss for one in series) / weights

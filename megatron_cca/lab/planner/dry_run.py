@@ -35,7 +35,7 @@ class DryRun:
         peak: the most bytes of all tensors alive at the same time in the step.
         peaks: the peak of each phase of the step.
         activations: ``peak`` less the four parts above, which live during the whole step.
-        traffic: the step's collectives.
+        traffic: collectives of the step.
     """
 
     parameters: int
@@ -51,15 +51,15 @@ class DryRun:
 def dry_run(config: Config, world_size: int, rank: int, workload: Workload, *, like_gpu: bool) -> DryRun:
     """Build the real model of a rank on fake process groups and take one training step.
 
-    Of a step with many microbatches it runs a few, and then as many more as the pipeline has stages. From there on each
-    microbatch adds the same bytes.
+    Instead of a step with many microbatches it takes two short ones: one with a few microbatches, and one with as many
+    more as the pipeline has stages. From there on each microbatch adds the same bytes.
 
     Args:
         config: configuration of the run; must have passed ``training.checks.check_new_run``. Its checkpoints are not
             read. FP8 products count as bf16, because Transformer Engine needs a GPU.
         world_size: number of processes of the job.
         rank: the rank to build.
-        workload: the rows of every microbatch.
+        workload: the rows of each microbatch.
         like_gpu: whether to count as on a GPU; otherwise as on a CPU.
     """
     config = _runnable(config, like_gpu)

@@ -70,7 +70,7 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
 
     Args:
         architecture: the sizes.
-        seq_length: S.
+        seq_length: S, the positions of a row.
         causal: whether to count half of S x S, as a causal kernel computes; otherwise all of it, as many counters do.
     """
     return 4.0 * seq_length**2 * architecture.hidden_size * (0.5 if causal else 1.0)
@@ -130,8 +130,8 @@ def average_peak(flops: dict[Precision, float], peak_of: Callable[[Precision], f
     The device computes the precisions one after the other, each at its own peak.
 
     Args:
-        flops: from :func:`flops_by_precision`.
-        peak_of: a precision's peak in FLOP/s.
+        flops: FLOPs by precision from :func:`flops_by_precision`.
+        peak_of: returns the peak FLOP/s of a precision.
     """
     return sum(flops.values()) / sum(one / peak_of(precision) for precision, one in flops.items())
 

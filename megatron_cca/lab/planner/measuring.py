@@ -167,14 +167,14 @@ def observe(
     """Train ``steps`` steps and measure them, after one step that does not count.
 
     Args:
-        config: from :func:`short_configs`.
+        config: a configuration from :func:`short_configs`.
         images: the shape of all samples.
         steps: number of measured steps.
         folder: folder for the shards and the run's output; must not exist.
         initialize: draws the weights.
 
     Raises:
-        UserError: what training refuses on this device.
+        UserError: training refuses the run on this device.
     """
     workload = image_workload(config, images)
     write_random_shards(config, images, folder)

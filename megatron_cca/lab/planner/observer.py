@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
     """A counter of the storages that operations create inside the context, as long as they live.
 
     Attributes:
-        now: bytes alive.
+        now: bytes alive now.
         peak: the most bytes alive since the last :meth:`reset_peak`.
     """
 

@@ -80,7 +80,7 @@ def check_known_weights(config: Config) -> None:
     Weights on other machines are not checked.
 
     Raises:
-        UserError: training's own line.
+        UserError: the weights belong to another model; the message is that of training.
     """
     for key, path in ((PRETRAINED, config.training.pretrained_checkpoint), (REFERENCE, config.reference.checkpoint)):
         if path is not None and Path(path).exists():

@@ -56,7 +56,8 @@ def search(config: Config, wishes: Wishes, top: int) -> Plan:
         top: number of layouts to return.
 
     Raises:
-        UserError: a number of GPUs or a model that no layout suits, a precision that the GPU lacks, too little memory.
+        UserError: a number of GPUs or a model for which no layout exists, a precision that the GPU lacks, or too little
+            memory.
     """
     config = explicit(config)
     _check_precisions(config, wishes)

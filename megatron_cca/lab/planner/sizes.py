@@ -36,7 +36,7 @@ class Sizes:
         microbatches: microbatches of a rank in a step.
         tokens: tokens of a microbatch on one context-parallel rank.
         image_tokens: the tokens among them that pass through the head.
-        seq_length: S.
+        seq_length: S, the positions of a row.
         layer_weights: elements of one layer's projections on one rank.
         head_weights: elements of the head's rows on one rank.
         words: ids whose logits are computed, on the tensor-parallel rank that has most.
@@ -238,7 +238,7 @@ def optimizer_numbers(config: Config, pipeline_rank: int, sharing_ranks: int, ra
     These are all trained elements, or the rank's share with a distributed optimizer.
 
     Args:
-        config, pipeline_rank, sharing_ranks: as of :func:`gradient_numbers`.
+        config, pipeline_rank, sharing_ranks: as in :func:`gradient_numbers`.
         rank: the rank among ``sharing_ranks``.
     """
     chunks = _chunks_of_buckets(config, pipeline_rank, sharing_ranks)

@@ -136,7 +136,7 @@ def predict_step(
         head_in_tiles: whether the head is this project's; other programs keep its logits for backward.
 
     Raises:
-        UserError: a precision that the GPU does not have.
+        UserError: the GPU does not support a precision of the run.
     """
     return _Step(config, cluster, workload, calibration, head_in_tiles).predict()
 

@@ -176,7 +176,7 @@ def spans_of(events: Sequence[dict[str, Any]], stage_of: StageOf) -> list[Span]:
 
     Args:
         events: events of a Chrome trace, with times in microseconds.
-        stage_of: the pipeline stage of a rank of the job.
+        stage_of: returns the pipeline stage of a rank of the job.
     """
     work = [event for event in events if event.get("cat") in _WORK and "dur" in event]
     ours = [event for event in work if _COMMUNICATION_KERNELS.search(event["name"])]
@@ -233,7 +233,7 @@ class CollectiveTimer:
     Only one timer may be active in a process.
 
     Args:
-        stage_of: the pipeline stage of a rank of the job.
+        stage_of: returns the pipeline stage of a rank of the job.
     """
 
     def __init__(self, stage_of: StageOf) -> None:

@@ -91,7 +91,7 @@ def run_in_pool(board: Board, workers: int) -> None:
     Each process takes a ready task, on one device with one thread, until none is left.
 
     Raises:
-        UserError: whatever a task refuses; the tasks that are done stay done.
+        UserError: anything that a task refuses; finished tasks keep their results.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -123,7 +123,7 @@ def run_together(board: Board) -> None:
     """Do all tasks one after another, each with all ranks of the job.
 
     Raises:
-        UserError: whatever a task refuses; the tasks that are done stay done.
+        UserError: anything that a task refuses; finished tasks keep their results.
     """
     initialize_distributed(board.planner.layout)
     is_first = dist.get_rank() == 0

@@ -106,7 +106,7 @@ def outcome_of(task: Task) -> Outcome | None:
     failed, its samples failed too.
 
     Raises:
-        UserError: a damaged result file; names it.
+        UserError: the result file is damaged; names it.
     """
     if task.after is not None:
         before = outcome_of(task.after)
