@@ -1,8 +1,8 @@
-"""Import and export of a random Emu3 at its true size (8.5 billion parameters, bf16, 17 GB) beside ``cp -r``.
+"""Import and export of a random Emu3 at its true size (8.5 billion parameters, bf16, 17 GB), and ``cp -r``.
 
 .venv/bin/python benchmarks/convert.py --folder /tmp/convert
 
-Needs 53 GB of disk there, and leaves them to look at. Results are kept in convert.md.
+It needs 53 GB of disk in the folder, and leaves the files there. convert.md has the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ COPY = "copy"
 
 
 def main() -> None:
-    """Measure every part, or, inside a measuring process, one."""
+    """Measure all parts.
+
+    A measuring process measures one of them.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="an empty or new folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32, help="fewer than Emu3's 32 for a trial")
@@ -47,7 +50,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the table."""
+    """Measure all parts and print the table."""
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder / "hf", arguments.layers)
@@ -75,7 +78,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def prepare(folder: Path, layers: int) -> None:
-    """Write a random Emu3 in its original form, sharded as on the Hub."""
+    """Write a random Emu3 in its original format, in as many files as on the Hub."""
     architecture = resolve_architecture(ModelConfig(name="emu3-8b", num_layers=layers))
     family = FAMILIES["emu3"].huggingface
     folder.mkdir()
@@ -95,7 +98,7 @@ def prepare(folder: Path, layers: int) -> None:
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
     for start, stop in row_ranges(shape, torch.bfloat16):
         rows = torch.empty((stop - start, *shape[1:]), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        # Norms near one, as in a trained model.
+        # Norms are near one, as in a trained model.
         yield rows if len(shape) > 1 else rows + 1
 
 

@@ -1,8 +1,8 @@
-"""Token batches: the loader, by DALI and by torch, beside a torch DataLoader on the same shards and Emu3's .pth files.
+"""Speed of token batches: the loader by DALI and by torch, a torch DataLoader on the same shards, Emu3's .pth files.
 
 .venv/bin/python benchmarks/data.py
 
-Results are kept in data.md.
+data.md has the results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _PTH_FILES = 2000
 
 
 def main() -> None:
-    """Measure every way, or, inside a measuring process, one."""
+    """Measure all ways.
+
+    A measuring process measures one of them.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_data"), help="holds the data; kept")
     parser.add_argument("--samples", type=int, default=20_000)
@@ -46,7 +49,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print the tables."""
+    """Measure all ways and print the tables."""
     folder = str(arguments.folder)
     in_fresh_process(__file__, {"part": "prepare", "folder": folder, "samples": arguments.samples})
     common = {"folder": folder, "size": arguments.global_batch_size}
@@ -82,7 +85,10 @@ def _name(part: str, options: dict) -> str:
 
 
 def prepare(folder: str, samples: int) -> dict:
-    """Random shards and the same samples as Emu3's ``prepare_data.py`` writes them, once."""
+    """Write random shards, and samples in the format of Emu3's ``prepare_data.py``.
+
+    Existing files stay.
+    """
     _install()
     from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY
@@ -112,7 +118,7 @@ def _install() -> None:
 
 
 def _batches(folder: str, size: int):
-    """Pairs, as a CCA run trains on."""
+    """Return the builder of pairs, as in a CCA run."""
     from megatron_cca.data.microbatches import BatchBuilder
     from megatron_cca.data.pairing import Pairing
     from megatron_cca.data.sample_order import training_order
@@ -136,13 +142,13 @@ def _tokens_per_second(batches: Iterator[torch.Tensor], seconds: float, padding:
     next(batches)
     tokens, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        # Of every sixteenth position, so that counting costs next to nothing.
+        # Count every sixteenth position. The count then costs almost nothing.
         tokens += 16 * int((next(batches)[:, ::16] != padding).sum())
     return {"tokens": tokens, "seconds": time.perf_counter() - began}
 
 
 def loader(folder: str, size: int, seconds: float, loader: str) -> dict:
-    """Ours, through DALI or torch alone."""
+    """Measure our loader, by DALI or by torch alone."""
     _install()
     with _loader(folder, size, loader) as batches:
         return _tokens_per_second(_counted(batches.get), seconds, padding=151_643)
@@ -157,7 +163,10 @@ def _counted(get: Callable) -> Iterator[torch.Tensor]:
 
 
 class _Rows(Dataset):
-    """What one would write for a DataLoader: a row at a time from the same memory-mapped shards."""
+    """The usual dataset for a DataLoader.
+
+    It returns one row at a time from the same memory-mapped shards.
+    """
 
     def __init__(self, batches) -> None:
         self._batches = batches
@@ -172,7 +181,7 @@ class _Rows(Dataset):
 
 
 class _PairSampler:
-    """The same rows in the same order."""
+    """A sampler of the same rows in the same order."""
 
     def __init__(self, pairing) -> None:
         self._pairing = pairing
@@ -195,7 +204,7 @@ def _padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def data_loader(folder: str, size: int, seconds: float, workers: int) -> dict:
-    """A torch DataLoader on the same shards."""
+    """Measure a torch DataLoader on the same shards."""
     _install()
     batches = _batches(folder, size)
     loading = DataLoader(
@@ -205,7 +214,10 @@ def data_loader(folder: str, size: int, seconds: float, workers: int) -> dict:
 
 
 class _PthFiles(Dataset):
-    """What ``emu3/train/datasets.py`` does for a sample: load, spell out every visual token, tokenise, pad."""
+    """The samples of ``emu3/train/datasets.py``.
+
+    It loads a sample, writes each visual token as text, tokenises and pads.
+    """
 
     def __init__(self, folder: Path) -> None:
         import tiktoken
@@ -238,7 +250,10 @@ class _PthFiles(Dataset):
 
 
 def pth_files(folder: str, size: int, seconds: float, workers: int) -> dict:
-    """Emu3's own way; one row a sample, since it knows no pairs."""
+    """Measure Emu3's own way.
+
+    A sample is one row, because Emu3 has no pairs.
+    """
     _install()
     loading = DataLoader(_PthFiles(Path(folder) / "feature"), batch_size=size, shuffle=True, num_workers=workers)
 
@@ -250,7 +265,7 @@ def pth_files(folder: str, size: int, seconds: float, workers: int) -> dict:
 
 
 def far(folder: str, size: int) -> dict:
-    """From nothing but imports to the first batch of a late step."""
+    """Measure the time from the end of the imports to the first batch of a late step."""
     _install()
     import megatron_cca.data.loader  # noqa: F401 - not what is measured
 
@@ -261,7 +276,10 @@ def far(folder: str, size: int) -> dict:
 
 
 def memory(folder: str, size: int, samples: int) -> dict:
-    """The process's own memory, without the file cache that mapped files are, along the way."""
+    """Measure the process's own memory while it reads samples.
+
+    Mapped files are in the file cache and do not count.
+    """
     _install()
     steps, marks = samples // size, []
     with _loader(folder, size) as batches:

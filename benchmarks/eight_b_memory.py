@@ -1,4 +1,4 @@
-"""What the 8B model and its frozen reference hold on one GPU, computed from its shapes; no activations."""
+"""Memory of the 8B model and its frozen reference on one GPU, computed from its shapes, without activations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, num_parameters
 
 WEIGHT = {"fp32": 4, "bf16": 2}
-# Beside the weight: fp32 gradient, fp32 master weight where the weight is none, Adam's two fp32 moments.
+# Besides the weight: the fp32 gradient, the fp32 master weight if the weight is not fp32, and Adam's two fp32 moments.
 TRAINED = {"fp32": 4 + 8, "bf16": 4 + 4 + 8}
 LORA_DIM = 16
 
 
 def computed_table() -> str:
-    """GiB by strategy and precision, and as a ratio to the same policy without a reference."""
+    """Return a table of GiB by strategy and precision.
+
+    Ratios are to the same policy without a reference.
+    """
     header = ["reference", *(f"{name}{part}" for name in WEIGHT for part in (", GiB", ", ratio"))]
     rows = []
     for policy, references in (("", _FULL), ("LoRA, ", _LORA)):
@@ -44,7 +47,7 @@ def _lora_weights() -> int:
 
 
 def _projections(sizes: Architecture) -> list[tuple[int, int]]:
-    """Rows and columns of a layer's four."""
+    """Return rows and columns of a layer's four projections."""
     width, ffn = sizes.hidden_size, sizes.ffn_hidden_size
     qkv = width // sizes.num_attention_heads * (sizes.num_attention_heads + 2 * sizes.num_query_groups)
     return [(qkv, width), (width, width), (2 * ffn, width), (width, ffn)]
@@ -64,7 +67,10 @@ def _resident_in_fp8(precision: str) -> int:
 
 
 def _offloaded(precision: str) -> int:
-    """The most that is there at a time: the last layer and the LM head, or the embedding and the first layer."""
+    """Return the most bytes that are on the device at the same time.
+
+    These are the last layer and the LM head, or the embedding and the first layer.
+    """
     sizes = _architecture()
     layer = sum(rows * columns for rows, columns in _projections(sizes))
     return (layer + sizes.vocabulary.size * sizes.hidden_size) * WEIGHT[precision]

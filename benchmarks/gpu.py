@@ -1,11 +1,11 @@
-"""Everything that is to be measured on a GPU, in calls of some minutes, each result a line of JSON at once.
+"""All measurements that need a GPU, in calls of some minutes; each result is at once a line of JSON.
 
 .venv/bin/python benchmarks/gpu.py --minutes 9 --output runs/gpu.jsonl
 
-Parts, in this order: head (log-probabilities at Emu3's vocabulary), tests (pytest tests/gpu), step (a CCA step of four
-true-width layers of Emu3-8B, bf16 and FP8, by reference), llamagen (LlamaGen-3B), lora (Emu3-8B with LoRA and a shared
-reference), bias (of references in FP8), plan (the planner beside all that). A call continues where the one before
-ended. Without a GPU the same runs with tiny sizes, as a rehearsal. Results are kept in gpu.md.
+The parts are, in this order: head (log-probabilities at Emu3's vocabulary), tests (pytest tests/gpu), step (a CCA step
+of four true-width layers of Emu3-8B, bf16 and FP8, by reference), llamagen (LlamaGen-3B), lora (Emu3-8B with LoRA and a
+shared reference), bias (of references in FP8), and plan (the planner against these results). A call continues where the
+one before ended. Without a GPU the same parts run with tiny sizes, as a rehearsal. gpu.md has the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# The parts import their neighbours here and the package beside them, wherever this was started.
+# The parts import the other benchmarks and the package from here, from any working directory.
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from gpu_parts import lines  # noqa: E402
@@ -31,12 +31,15 @@ from gpu_parts.tables import tables  # noqa: E402
 
 
 def main() -> None:
-    """Measure for so many minutes, or print what was measured."""
+    """Measure for so many minutes.
+
+    With ``--tables``, print earlier results.
+    """
     arguments = _arguments()
     if arguments.tables:
         print(tables(lines.read(arguments.tables)))
         return
-    # So that what it has started ends with it.
+    # The processes that it has started end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("benchmarks/gpu.py: ended by SIGTERM"))
     deadline = time.time() + 60 * arguments.minutes
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,10 @@ def _arguments() -> argparse.Namespace:
 
 
 def _about() -> dict:
-    """Card and versions; asked of another process, so that this one holds nothing of the device."""
+    """Return the card and the versions.
+
+    Another process reads them, because this one must hold nothing on the device.
+    """
     command = [sys.executable, str(HERE / "gpu_parts" / "worker.py"), "--about"]
     done = subprocess.run(  # noqa: S603 - our own program
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": module_path()}

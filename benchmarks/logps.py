@@ -1,8 +1,8 @@
-"""Time and memory of log-probabilities at Emu3's vocabulary, forward and backward, beside the ways one would else take.
+"""Time and memory of log-probabilities at Emu3's vocabulary, forward and backward, of this project and of others.
 
 .venv/bin/python benchmarks/logps.py --tokens 1024 8192 --hidden-size 1024
 
-Results are kept in logps.md. Other programs call :func:`measure`.
+logps.md has the results. Other programs call :func:`measure`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.lab.tables import markdown_table
 
-# Rows of a head are padded to a multiple of this, as Megatron pads them for one rank.
+# The rows of a head are padded to a multiple of this, as in Megatron on one rank.
 PADDING = 128
-# Of a pass without recomputation: the logits, and the gradients of hidden states and weight.
+# The products of a pass without recomputation: the logits, and the gradients of the hidden states and of the weight.
 PRODUCTS = 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a peer is given.
+    """The inputs of a peer.
 
     Attributes:
-        tokens: T, all of them masked in.
+        tokens: T; the mask selects all of them.
         hidden_size: H.
         vocabulary: V.
-        dtype: of hidden states and weight; a torch name.
+        dtype: dtype of the hidden states and of the weight; a torch name.
         device: ``"cpu"`` or ``"cuda"``.
-        chunk_size: tokens in a tile, for ours; None is its default on the device.
+        chunk_size: tokens in a tile of ours; None means the default of the device.
     """
 
     tokens: int
@@ -53,12 +53,15 @@ class Shape:
 
     @property
     def useful_flops(self) -> float:
-        """Operations of three matrix products, whatever a peer computes twice."""
+        """FLOPs of three matrix products, even if a peer recomputes some."""
         return 2.0 * PRODUCTS * self.tokens * self.hidden_size * self.vocabulary
 
 
 def main() -> None:
-    """Measure every peer at every length, or, inside a measuring process, one."""
+    """Measure each peer at each length.
+
+    A measuring process measures one of them.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--hidden-size", type=int, default=1024, help="Emu3's is 4096; needs much memory on a CPU")
@@ -80,12 +83,15 @@ def main() -> None:
 
 
 def default_peers(device: str) -> list[str]:
-    """The names of the peers that run on a device, installed or not."""
+    """Return the names of the peers that run on a device.
+
+    They need not be installed.
+    """
     return [name for name, peer in PEERS.items() if device in peer.devices]
 
 
 def compare(shapes: Sequence[Shape], peers: Sequence[str], repetitions: int) -> None:
-    """Print the table, row by row, each from a fresh process."""
+    """Measure each case in a fresh process, and print its row of the table."""
     first = shapes[0]
     print(
         f"{machine(first.device)}; vocabulary {first.vocabulary}, hidden size {first.hidden_size}, {first.dtype}, "
@@ -97,7 +103,7 @@ def compare(shapes: Sequence[Shape], peers: Sequence[str], repetitions: int) -> 
         case = {"shape": asdict(shape), "peer": peer, "repetitions": repetitions}
         found = in_fresh_process(__file__, case)
         results.append(found if "peer" in found else _without_figures(shape, peer, "out of memory"))
-        # At once: an hour of measuring must not be lost with its last case.
+        # Print it at once. The last case must not lose an hour of results.
         tqdm.write(table(results).splitlines()[-1], file=sys.stdout)
 
 
@@ -106,14 +112,14 @@ def measure(
 ) -> list[dict]:
     """Measure peers in this process, one after the other.
 
-    A peer that is not installed, runs out of memory or fails is a result, too; the next one is measured then. On a CPU
-    memory that an earlier peer gave back may count as a later one's: measure one peer in a process there.
+    A peer that is not installed, that runs out of memory or that fails has a result, too. The next one follows. On a
+    CPU, memory that an earlier peer freed may count as a later one's. Measure one peer in each process there.
 
     Args:
-        shape: what they are given; the same numbers for every peer.
-        peers: names in ``PEERS``; None takes those that run on the device.
-        repetitions: forward and backward passes that are timed, after a small one that is not.
-        seconds: no pass begins after so long; a peer without a timed pass says so.
+        shape: the inputs, the same for each peer.
+        peers: names in ``PEERS``; None means those that run on the device.
+        repetitions: number of timed forward and backward passes, after a small one that is not timed.
+        seconds: time after which no pass begins; a peer without a timed pass has a note.
 
     Returns:
         For each peer a dict of plain data: the fields of ``shape``, ``peer``, and either ``note`` (why there are no
@@ -128,7 +134,10 @@ def measure(
 
 
 def table(results: Iterable[dict]) -> str:
-    """A Markdown table of what :func:`measure` returned; ratios are to the dense peer at the same shape."""
+    """Return the results of :func:`measure` as a Markdown table.
+
+    Ratios are to the dense peer at the same shape.
+    """
     results = list(results)
     dense = {_shape_key(row): row for row in results if row["peer"] == DENSE and "note" not in row}
     return markdown_table(_HEADER, [_cells(row, dense.get(_shape_key(row))) for row in results])
@@ -163,7 +172,7 @@ def _cells(row: dict, dense: dict | None) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Format a number with three significant digits, without an exponent."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
 
@@ -176,7 +185,7 @@ def _without_figures(shape: Shape, peer: str, note: str) -> dict:
 
 
 def _measure_peer(shape: Shape, peer: str, repetitions: int, deadline: float) -> dict:
-    """One peer's figures, or why there are none."""
+    """Measure one peer; return its figures, or why there are none."""
     try:
         figures = _figures(shape, peer, repetitions, deadline)
     except ImportError as error:
@@ -194,7 +203,7 @@ def _figures(shape: Shape, peer: str, repetitions: int, deadline: float) -> dict
     if time.monotonic() >= deadline:
         return None
     function, version = PEERS[peer].load(), PEERS[peer].version()
-    # A small pass first: thread pools, kernels, the libraries' own workspaces.
+    # Run a small pass first. It starts thread pools, kernels and the workspaces of libraries.
     _pass(function, shape, _inputs(peer, Shape(**{**asdict(shape), "tokens": min(256, shape.tokens)})))
     inputs = _inputs(peer, shape)
     before = platform.memory_bytes()
@@ -227,12 +236,12 @@ def _figures(shape: Shape, peer: str, repetitions: int, deadline: float) -> dict
 
 
 def _inputs(peer: str, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states ``[T, 1, H]``, weight, targets and mask, with gradient tensors that a pass adds to."""
+    """Return hidden states ``[T, 1, H]``, weight, targets and mask, with gradient tensors that a pass adds to."""
     generator = torch.Generator(shape.device).manual_seed(0)
     kind = {"dtype": getattr(torch, shape.dtype), "device": shape.device, "generator": generator}
     hidden = torch.randn(shape.tokens, 1, shape.hidden_size, **kind).requires_grad_()
     targets = torch.randint(0, shape.vocabulary, (1, shape.tokens), device=shape.device, generator=generator)
-    # The other ways have no use for padding rows: cutting them off would cost a copy.
+    # The other peers cannot use padding rows. A slice without them would cost a copy.
     rows = math.ceil(shape.vocabulary / PADDING) * PADDING if peer in PADDED_PEERS else shape.vocabulary
     weight = torch.randn(rows, shape.hidden_size, **kind).mul_(2 * shape.hidden_size**-0.5).requires_grad_()
     mask = torch.ones(1, shape.tokens, dtype=torch.bool, device=shape.device)
@@ -241,7 +250,7 @@ def _inputs(peer: str, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight.main_grad = torch.empty(weight.shape, dtype=torch.float32, device=shape.device)
     else:
         weight.grad = torch.empty_like(weight)
-    # Written to before memory is counted, so that their pages are there.
+    # Write to them before the memory count. Their pages exist then.
     _clear_gradients(hidden, weight)
     return hidden, weight, targets, mask
 
@@ -251,7 +260,7 @@ def _clear_gradients(hidden: Tensor, weight: Tensor) -> None:
         hidden.grad.fill_(1).zero_()
         if hasattr(weight, "main_grad"):
             weight.main_grad.fill_(1).zero_()
-            # As Megatron's hook does after each backward.
+            # Megatron's hook does so after each backward.
             weight.grad = None
         else:
             weight.grad.fill_(1).zero_()
@@ -259,13 +268,13 @@ def _clear_gradients(hidden: Tensor, weight: Tensor) -> None:
 
 def _gradient_norms(hidden: Tensor, weight: Tensor) -> dict[str, float]:
     gradient = getattr(weight, "main_grad", weight.grad)
-    # In slices: a float64 copy of the whole would be the largest tensor of all.
+    # Add up slices. A float64 copy of the whole gradient would be the largest tensor of all.
     squares = sum(part.double().square().sum().item() for part in gradient.split(4096))
     return {"hidden_norm": hidden.grad.double().norm().item(), "weight_norm": squares**0.5}
 
 
 def _pass(function: Callable[..., Tensor], shape: Shape, inputs: tuple) -> tuple[float, float, float]:
-    """Seconds of forward and backward, and the sum of all log-probabilities."""
+    """Run forward and backward; return the seconds of each, and the sum of all log-probabilities."""
     platform.synchronize()
     started = time.perf_counter()
     total = function(shape, *inputs).sum()

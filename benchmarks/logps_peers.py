@@ -1,7 +1,7 @@
-"""The ways to log-probabilities that logps.py compares; each takes a shape and hidden, weight, targets, mask.
+"""The peers that logps.py compares; each takes a shape and hidden, weight, targets, mask.
 
-A peer returns log-probabilities summed over all tokens or over rows: some know one weight for all tokens, so that
-nothing finer can be compared. Loading a peer raises ImportError where its package is missing.
+A peer returns log-probabilities summed over all tokens or over rows. Some peers have only one weight for all tokens. A
+finer comparison is therefore not possible. The load of a peer raises ImportError if its package is missing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BOTH = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to log-probabilities.
+    """A way to compute log-probabilities.
 
     Attributes:
-        load: returns the function; raises ImportError where the package is missing.
-        package: the distribution that it comes from.
-        devices: where it runs.
+        load: returns the function; raises ImportError if the package is missing.
+        package: the distribution of the package.
+        devices: the devices that it runs on.
     """
 
     load: Callable[[], Function]
@@ -38,7 +38,7 @@ class Peer:
         try:
             return f"{self.package} {metadata.version(self.package)}"
         except metadata.PackageNotFoundError:
-            # Found on the path without having been installed, as this package is where there is no network.
+            # The package is on the path but not installed. Without a network this package is used so, too.
             return self.package
 
 
@@ -53,7 +53,10 @@ def _ours() -> Function:
 
 
 def _dense() -> Function:
-    """The authors' way, with no tensor kept longer than autograd needs it."""
+    """Return the authors' way.
+
+    No tensor lives longer than autograd needs it.
+    """
 
     def function(_shape, hidden, weight, targets, mask):
         logits = (hidden.transpose(0, 1) @ weight.t()).float()
@@ -87,7 +90,10 @@ def _join_alone() -> None:
 
 
 def _torch_chunked() -> Function:
-    """Chunks of tokens; computes the gradients in its forward pass, for one weight of all tokens."""
+    """Return torch's way, in chunks of tokens.
+
+    It computes the gradients in its forward pass, for one weight of all tokens.
+    """
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -112,7 +118,10 @@ def _cut_cross_entropy() -> Function:
 
 
 def _liger() -> Function:
-    """Chunks of tokens; computes the gradients in its forward pass, for one weight of all tokens."""
+    """Return Liger's way, in chunks of tokens.
+
+    It computes the gradients in its forward pass, for one weight of all tokens.
+    """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -120,7 +129,7 @@ def _liger() -> Function:
 
 
 DENSE = "dense"
-# The head's gradient goes into a main_grad, as under Megatron's data parallelism.
+# The head's gradient is added to main_grad, as with Megatron's data parallelism.
 MAIN_GRAD = "ours, main_grad"
 PADDED_PEERS = ("ours", MAIN_GRAD)
 GPU = ("cuda",)

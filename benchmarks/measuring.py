@@ -1,4 +1,4 @@
-"""What the benchmarks share: a fresh process for every measurement, the machine's name."""
+"""Functions that the benchmarks share: a fresh process for each measurement, and the machine's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 def in_fresh_process(program: str, settings: dict) -> dict:
     """Run ``program --measure SETTINGS`` and return the JSON object on its last line of output.
 
-    Where the kernel ends it for lack of memory, the answer is ``{"out_of_memory": True}``; any other failure ends the
+    If the kernel ends it for lack of memory, the result is ``{"out_of_memory": True}``. Any other failure ends the
     benchmark with the program's own message.
     """
     command = [sys.executable, program, "--measure", json.dumps(settings)]
@@ -26,7 +26,7 @@ def in_fresh_process(program: str, settings: dict) -> dict:
 
 
 def machine(device: str) -> str:
-    """The machine in words, for the head of a table."""
+    """Describe the machine in words, for the head of a table."""
     import torch
 
     if device == "cuda":

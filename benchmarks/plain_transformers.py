@@ -1,7 +1,8 @@
-"""A CCA step as one writes it without this project: transformers, PyTorch, four dense log-softmaxes.
+"""A CCA step without this project: transformers, PyTorch, four dense log-softmaxes.
 
-The baseline of step.py. It follows the authors' fine-tuning script (thu-ml/CCA): policy and reference see positives and
-negatives in one batch, each half gets its own ``log_softmax`` and ``gather``. Nothing of Megatron-Core is imported.
+It is the baseline of step.py. It follows the authors' fine-tuning script (thu-ml/CCA). Policy and reference compute
+positives and negatives in one batch. Each half has its own ``log_softmax`` and ``gather``. Nothing of Megatron-Core is
+imported.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_cca.platform import resident_bytes
 
 
 def train(model: str, batches: str, settings: dict) -> dict:
-    """Losses and seconds of each step, and the peak of memory in bytes.
+    """Train on the stored batches; return each step's loss and seconds, and the peak of memory in bytes.
 
     Args:
         model: folder of an ``Emu3ForCausalLM`` in one safetensors file.

@@ -1,6 +1,8 @@
-"""Run the quickstart with several seeds and print means and spreads; results are kept in quickstart.md.
+"""Run the quickstart with several seeds and print means and spreads.
 
 .venv/bin/python benchmarks/quickstart.py --seeds 1 2 3
+
+quickstart.md has the results.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ COLUMNS = (("accuracy", "accuracy", ".3f"), ("inception_score", "IS", ".2f"), ("
 
 
 def main() -> None:
-    """Print one Markdown table over all seeds, and one line a seed on who wins."""
+    """Print one Markdown table over all seeds, and for each seed a line with the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_quickstart"))

@@ -1,10 +1,10 @@
-"""What the frozen reference costs, by strategy and precision: peak memory and time of a step beside plain fine-tuning.
+"""The cost of the frozen reference by strategy and precision: peak memory and time of a step, against fine-tuning.
 
 .venv/bin/python benchmarks/reference.py
 
-On a GPU the layers are those of the 8B model, as many as --layers says; on a CPU they are an eighth as wide. Both are
-measured at two numbers of layers and the line through them is followed to the 8B model's 32: such columns say so.
-Results are kept in reference.md (memory) and, from a GPU, in gpu.md.
+On a GPU the layers are those of the 8B model, as many as --layers says. On a CPU they are an eighth as wide. Both are
+measured with two numbers of layers. The line through the two results gives the value for the 8B model's 32 layers.
+Columns with such values say so. reference.md has the results of memory, and gpu.md those from a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Measure every variant, each in its own process, or, inside such a process, one."""
+    """Measure all variants, each in its own process.
+
+    Such a process measures one of them.
+    """
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs=2, default=(2, 4), metavar=("FEW", "MORE"))
@@ -76,7 +79,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, folder: str) -> None:
-    """Print a table for each precision and recomputation."""
+    """Measure all cases and print a table for each precision and recomputation."""
     cases = [(precision, recompute) for precision in arguments.precisions for recompute in arguments.recompute]
     bar = tqdm(total=len(cases) * len(arguments.layers) * (len(VARIANTS) + 1), desc="measuring", unit="part")
     print(f"{machine(arguments.device)}; {2 * arguments.samples} rows of {arguments.grid}^2 image tokens a microbatch")
@@ -90,7 +93,7 @@ def report(arguments: argparse.Namespace, folder: str) -> None:
             for name, overrides in VARIANTS.items():
                 whole = [*common, *overrides]
                 if PLAIN in overrides:
-                    # The same rows: those of a pair each as a sample of its own.
+                    # The same rows: each row of a pair is a sample of its own.
                     whole += [f"training.{key}={2 * size}" for key, size in _batch(arguments).items()]
                 if CACHED in overrides:
                     whole.append(f"reference.cache={_folder(common)}/cache")
@@ -115,7 +118,7 @@ def _folder(overrides: list[str]) -> str:
 def _common(arguments: argparse.Namespace, folder: str, layers: int, precision: str, recompute: str) -> list[str]:
     wide = arguments.device == "cuda"
     keys = {
-        # The small one's vocabulary: the true one would dwarf narrow layers.
+        # Take the small model's vocabulary. The true one would be much larger than narrow layers.
         "model.name": "emu3-8b" if wide else "emu3-tiny",
         **{f"model.{name}": size for name, size in (WIDE if wide else NARROW).items()},
         "model.num_layers": layers,
@@ -200,7 +203,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     grid = json.loads((Path(config.training.output_dir) / "grid.json").read_text())
     random = np.random.default_rng(0)
     samples = [
-        # Captions of one length, so that all rows are equally long.
+        # Captions have the same length. All rows are then equally long.
         Sample(random.integers(vocabulary.codebook_size, size=(grid, grid)), random.integers(256, size=20))
         for _ in range(4 * config.training.global_batch_size)
     ]
@@ -210,7 +213,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
 
 
 def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Peak and steady bytes, seconds a step, tokens and model FLOPs by precision of one variant."""
+    """Measure one variant: bytes, seconds of a step, tokens, and FLOPs by precision."""
     platform.install(device)
     from megatron_cca.config.load import load_config
     from megatron_cca.models import resolve_architecture
@@ -266,7 +269,10 @@ def _peak(counter: LiveBytes | None) -> int:
 
 @contextmanager
 def _without_host_memory() -> Iterator[LiveBytes]:
-    """Count live tensors; on a CPU everything is host memory, and what a GPU would keep there does not count."""
+    """Count live tensors without those that a GPU would keep in host memory.
+
+    On a CPU all tensors are in host memory.
+    """
     from megatron_cca.platform.operations import DeviceOperations, operating_by
 
     class Counted(DeviceOperations):

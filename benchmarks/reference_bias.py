@@ -1,10 +1,10 @@
-"""The log-ratio of two models with the same weights and different precision, on real images of up to 8,192 tokens.
+"""Log-ratio of two models with the same weights in different precisions, on real images of up to 8,192 tokens.
 
 .venv/bin/python benchmarks/reference_bias.py
 
-Trains a small Emu3-shaped model on crops of scikit-learn's two photographs, measures it with
-tools/measure_reference_bias.py, and then finds out which weights the error of FP8 comes from. Results are kept in
-reference_bias.md.
+It trains a small model of Emu3's shape on crops of scikit-learn's two photographs. It measures the model with
+tools/measure_reference_bias.py. Then it finds the weights that cause the error of FP8. reference_bias.md has the
+results.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS = {"china.jpg": "a temple in China", "flower.jpg": "a flower"}
 PATCH = 2
 SHORT, LONG = (32, 32), (128, 64)  # grids of tokens
-# The model learns from the photographs' columns left of this, and is measured on those right of it.
+# The model trains on the photographs' columns left of this. The measurement uses those to the right.
 BORDER = 440
 
-# Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
+# Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 MODEL = {
     "name": "emu3-tiny",
     "num_layers": 6,
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measure_whole(folder: Path, rows: int, output: Path | None) -> str:
-    """What the tool says of the trained model."""
+    """Run the tool on the trained model and return its output."""
     program = [ROOT / "tools" / "measure_reference_bias.py", "--checkpoint", folder / "model"]
     options = ["--data", folder / "unseen", "--rows", rows, "--device", "cpu"]
     if output is not None:
@@ -81,7 +81,10 @@ def measure_whole(folder: Path, rows: int, output: Path | None) -> str:
 
 
 def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
-    """Tokenise crops of the photographs, once."""
+    """Tokenise crops of the photographs.
+
+    Existing shards stay.
+    """
     platform.install(device)
     from megatron_cca.data.patch_codebook import PatchCodebook
     from megatron_cca.data.shard_writing import Sample, write_shards
@@ -112,7 +115,7 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
 
 
 def _photographs() -> dict[str, np.ndarray]:
-    """Grey uint8 ``[427, 640]`` by caption."""
+    """Return grey photographs uint8 ``[427, 640]`` by caption."""
     from sklearn.datasets import load_sample_images
 
     found = load_sample_images()
@@ -124,7 +127,10 @@ def _photographs() -> dict[str, np.ndarray]:
 def _crops(
     images: dict[str, np.ndarray], grid: tuple[int, int], number: int, seed: int
 ) -> Iterator[tuple[np.ndarray, str]]:
-    """Crops at random places, half of them mirrored, each with its caption; the images take turns."""
+    """Yield crops at random places, half of them mirrored, each with its caption.
+
+    The images alternate.
+    """
     random = np.random.default_rng(seed)
     height, width = (PATCH * side for side in grid)
     captions = list(images)
@@ -138,7 +144,10 @@ def _crops(
 
 
 def train(folder: Path, short_steps: int, long_steps: int, device: str = "cpu") -> None:
-    """Next-token likelihood by the project's own program: first short crops, then a few long ones."""
+    """Train on next-token likelihood with the project's own program.
+
+    It takes short crops first, then a few long ones.
+    """
     short = {"data.path": folder / "short", "global_batch_size": 4, "micro_batch_size": 4, "train_iters": short_steps}
     _train(folder / "model_short", {**short, "lr": 1e-3, "warmup": 20}, device)
     long = {"data.path": folder / "long", "global_batch_size": 1, "micro_batch_size": 1, "train_iters": long_steps}
@@ -171,7 +180,10 @@ def _train(output: Path, settings: dict, device: str) -> None:
 
 
 def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str:
-    """Which weights the error comes from, and what FP8 products would add; log-ratios to the exact model."""
+    """Measure which weights cause the error, and the error that FP8 products would add.
+
+    The log-ratios are to the exact model.
+    """
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config import Config
     from megatron_cca.lab.reference_bias import prefix_logps, training_rows
@@ -235,7 +247,7 @@ def _rms(ratios) -> float:
 
 
 def _cut(row, tokens: int):
-    """A row that ends with its image token number ``tokens``."""
+    """Return the row, cut after ``tokens`` image tokens."""
     end = int(row.mask[0].nonzero()[tokens - 1]) + 1
     return replace(row, tokens=row.tokens[:, :end], targets=row.targets[:, :end], mask=row.mask[:, :end])
 
@@ -277,7 +289,10 @@ def _per_tensor(tensor: torch.Tensor, is_weight: bool) -> torch.Tensor:
 
 
 def _per_block(tensor: torch.Tensor, is_weight: bool) -> torch.Tensor:
-    """128 x 128 of a weight, 128 channels of a token, as Transformer Engine's Float8BlockScaling."""
+    """Round to E4M3 with one scale for each block, as Transformer Engine's Float8BlockScaling does.
+
+    A block is 128 x 128 of a weight, or 128 channels of a token.
+    """
     rows = 128 if is_weight else 1
     blocks = tensor.reshape(tensor.size(0) // rows, rows, -1, 128) if is_weight else tensor.unflatten(-1, (-1, 128))
     peak = blocks.abs().amax(dim=(1, 3) if is_weight else -1, keepdim=True)
@@ -294,7 +309,10 @@ ARITHMETIC = {"one a tensor (tensorwise)": _per_tensor, "one a block of 128 (blo
 
 @contextmanager
 def _fp8_products(model: torch.nn.Module, rounded) -> Iterator[None]:
-    """Both factors of every projection rounded to E4M3, the product in fp32, its result in bf16."""
+    """Simulate FP8 products in all projections inside the context.
+
+    Both factors are rounded to E4M3. The product is in fp32, its result in bf16.
+    """
     modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
 
     def forward(module: torch.nn.Module, tokens: torch.Tensor):

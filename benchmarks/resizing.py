@@ -1,9 +1,10 @@
-"""DALI's one pass beside the authors' resizing, on real photographs: pixels, and the share of codes that differ.
+"""DALI's resizing and the authors', on real photographs: pixels, and the share of codes that differ.
 
 .venv/bin/pip install scikit-image    # for its photographs
 .venv/bin/python benchmarks/resizing.py
 
-The released tokenizers' weights are not at hand; resizing.md, where results are kept, says what stands in for them.
+The weights of the released tokenizers are not available. resizing.md has the results. It says what replaces the
+weights.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ SETTINGS = (
 )
 IN_COLOUR = ("coffee.png", "retina.jpg", "astronaut.png", "rocket.jpg", "chelsea.png", "motorcycle_left.png")
 PARTS = ("pixels", "networks")
-# Of an image at Emu3's area, the side of what its network encodes: the whole takes minutes of a core.
+# The side of the part of an image that Emu3's network encodes. The whole image at Emu3's area takes minutes on a core.
 EMU3_WINDOW = 256
-# Rows whose distances to a codebook are held together.
+# The number of rows whose distances to a codebook are in memory at the same time.
 ROWS = 1024
 
 Way = dict[str, Tensor]
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure the parts and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
     parser.add_argument(
@@ -77,14 +78,14 @@ def main() -> None:
 
 
 def print_table(title: str, columns: list[str], rows: Iterator[list[str]]) -> None:
-    """Print each row as soon as it is known."""
+    """Print a table, each row as soon as it is known."""
     print(f"\n{title}\n\n{markdown_table(columns, [])}", flush=True)
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
 def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: int) -> Way:
-    """Each photograph as tokenize_images.py brings it to size: uint8 ``[H, W, 3]``."""
+    """Resize each photograph as tokenize_images.py does, to uint8 ``[H, W, 3]``."""
     resizing = RESIZINGS[way](CPU, 2, ImageLimits())
     found = {}
     for name, data in photographs.items():
@@ -98,7 +99,7 @@ def prepared(photographs: dict[str, bytes], way: str, side: int | None, factor: 
 
 
 def pixel_row(dali: Way, authors: Way) -> list[str]:
-    """Say how far the pixels of two ways are apart, in decibels and levels."""
+    """Return how far the pixels of two ways differ, in decibels and levels."""
     differences = [dali[name].int() - authors[name].int() for name in dali]
     decibels = sorted(10 * np.log10(255**2 / max(float(each.double().square().mean()), 1e-9)) for each in differences)
     changed = np.mean([float((each != 0).any(-1).double().mean()) for each in differences])
@@ -107,18 +108,21 @@ def pixel_row(dali: Way, authors: Way) -> list[str]:
 
 
 def spread(numbers: list[float], form: str) -> str:
-    """Least, median and most."""
+    """Format the least, the median and the most."""
     return ", ".join(form.format(each) for each in (min(numbers), float(np.median(numbers)), max(numbers)))
 
 
 def nearest(points: Tensor, codebook: Tensor) -> Tensor:
-    """int64 ``[M]``: the place of the nearest vector."""
+    """Return the index of the nearest vector for each point, int64 ``[M]``."""
     squares = codebook.square().sum(1)
     return torch.cat([(squares - 2 * part @ codebook.T).argmin(1) for part in points.split(ROWS)])
 
 
 def network_rows(pixels: dict[str, dict[str, Way]], llamagen: int, emu3: int) -> Iterator[list[str]]:
-    """Codes of each network's latents, by a codebook that is drawn from a Gaussian of their mean and covariance."""
+    """Yield the rows of each network: the codes of its latents that differ.
+
+    The codebook is drawn from a Gaussian with the mean and the covariance of the latents.
+    """
     for name, side, _, size in SETTINGS:
         latents_of, number = (emu3_latents, emu3) if side is None else (llamagen_latents, llamagen)
         photos = IN_COLOUR[:number]
@@ -134,7 +138,7 @@ def network_rows(pixels: dict[str, dict[str, Way]], llamagen: int, emu3: int) ->
 
 
 def gaussian(points: Tensor, number: int) -> Tensor:
-    """float64 ``[number, D]`` with the mean and covariance of points ``[M, D]``."""
+    """Draw float64 ``[number, D]`` with the mean and the covariance of points ``[M, D]``."""
     factor = torch.linalg.cholesky(torch.cov(points.T) + 1e-12 * torch.eye(points.shape[1]))
     noise = torch.randn(number, points.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return points.mean(0) + noise @ factor.T
@@ -159,13 +163,13 @@ def llamagen_latents(images: Way, bar: tqdm) -> Way:
 
 @torch.no_grad()
 def emu3_latents(images: Way, bar: tqdm) -> Way:
-    """Return what Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``, of each image's middle."""
+    """Return what Emu3's tokenizer compares with its codebook, float32 ``[h * w, 4]``, for each image's centre."""
     from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
     from megatron_cca.models.emu3.image_tokenizer import Emu3ImageTokenizer
 
     torch.manual_seed(0)
-    # The released sizes are transformers' defaults; the codebook is not used here.
+    # The released sizes are transformers' defaults. The codebook is not used here.
     model, seen = Emu3VQVAE(Emu3VQVAEConfig(codebook_size=8)), []
     model.quantize.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     tokenizer, found = Emu3ImageTokenizer(model, [0.5] * 3, [0.5] * 3, "random"), {}
@@ -177,7 +181,7 @@ def emu3_latents(images: Way, bar: tqdm) -> Way:
 
 
 def shares(dali: Way, authors: Way) -> list[str]:
-    """Count the codes that differ, of all and by photograph."""
+    """Return the share of codes that differ, over all and by photograph."""
     each = [float((dali[name] != authors[name]).double().mean()) for name in dali]
     differing = sum(int((dali[name] != authors[name]).sum()) for name in dali)
     total = sum(len(codes) for codes in dali.values())

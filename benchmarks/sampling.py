@@ -1,8 +1,8 @@
-"""Drawing images: guidance-free beside guidance, this project beside transformers, and what a token costs.
+"""Time to draw images: with and without guidance, this project and transformers, and the cost of one token.
 
 .venv/bin/python benchmarks/sampling.py
 
-One process, the same weights and prompts for all, rounds taken in turns; results are kept in sampling.md.
+One process measures all ways with the same weights and prompts, in alternating rounds. sampling.md has the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.lab.tables import markdown_table
 
-# Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
+# Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 FFN_RATIO, HEAD = 3.5, 64
 TOP_K = 2048  # Emu3's own
 CAPTION_TOKENS = 24
@@ -90,7 +90,7 @@ def _measure(arguments: argparse.Namespace, folder: str) -> None:
 
 
 def _speeds(arguments: argparse.Namespace, folder: str, model) -> str:
-    """Tokens per second, the median of rounds taken in turns."""
+    """Measure the ways and return a table of tokens per second, medians of alternating rounds."""
     ways = _ways(arguments, folder, model)
     tokens = arguments.batch_size * arguments.grid**2
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -128,7 +128,7 @@ def _ways(arguments: argparse.Namespace, folder: str, model) -> dict[str, Callab
         return sample_codes(model.chunks, vocabulary, requests, settings, empty)
 
     plain = Emu3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(arguments.device)
-    # Otherwise a row that happens to draw it would end early.
+    # Otherwise a row that draws this token would end early.
     plain.generation_config.eos_token_id = None
     ids = torch.from_numpy(np.stack(prompts)).to(arguments.device)
     visual = list(range(vocabulary.visual_start, vocabulary.size))
@@ -157,7 +157,10 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _costs(arguments: argparse.Namespace, model) -> str:
-    """Milliseconds of a token after so many others: all, its attention alone, and Megatron's own static context."""
+    """Measure the milliseconds of one token after so many others, and return a table.
+
+    It has the whole time, that of the attention, and the whole time with Megatron's static context.
+    """
     rows = []
     for length in tqdm(arguments.lengths, unit="length"):
         whole, attention, static = (cost(arguments, model, length) for cost in (_token, _attention, _static_token))
@@ -174,7 +177,7 @@ def _token(arguments: argparse.Namespace, model, length: int) -> float:
     with decoding(model.chunks, model.architecture.vocabulary) as decoder:
         cache = decoder.new_cache(length + 8)
         decoder.feed(cache, tokens.expand(-1, 8))
-        # As if so many had been fed: what the cache holds does not change the time.
+        # Pretend that so many tokens were fed. The contents of the cache do not change the time.
         cache.lengths += length - 8
         cache.longest = length
         return statistics.median(_timed(lambda: decoder.feed(cache, tokens)) for _ in range(5))
@@ -205,7 +208,7 @@ def _static_token(arguments: argparse.Namespace, model, length: int) -> float:
 
     def feed(tokens: torch.Tensor) -> None:
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        # Of the head only the last position's hidden state passes on; its cost is the same in both ways.
+        # The head computes only the last position. Its cost is the same in both ways.
         chunk(tokens, positions, None, inference_context=context, output_processor=_visual_head(model))
 
     with torch.no_grad():

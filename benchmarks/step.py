@@ -1,8 +1,8 @@
-"""A whole CCA step of a small Emu3 with the true vocabulary: this project beside plain transformers and PyTorch.
+"""A whole CCA step of a small Emu3 with the true vocabulary: this project, and plain transformers with PyTorch.
 
 .venv/bin/python benchmarks/step.py
 
-Both start from the same weights, see the same tokens and take the same optimizer steps; results are kept in step.md.
+Both start from the same weights, read the same tokens and take the same optimizer steps. step.md has the results.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.lab.tables import markdown_table
 
-# Emu3's proportions: four query heads to a key head, and a feed-forward layer 3.5 times as wide as the model.
+# Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 HEADS = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 2}
 FFN_RATIO = 3.5
 
 
 def main() -> None:
-    """Measure both ways, or, inside a measuring process, one."""
+    """Measure both ways.
+
+    A measuring process measures one of them.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", type=int, default=24, help="image tokens on a side (the paper: 24)")
     parser.add_argument("--samples", type=int, default=2, help="images in a step; each is two rows")
@@ -47,7 +50,7 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, folder: str) -> None:
-    """Print the table."""
+    """Measure both ways and print the table."""
     if find_spec("transformers") is None:
         sys.exit("benchmarks/step.py: transformers is not installed; pip install -e '.[hf]'")
     overrides = _overrides(arguments, folder)
@@ -100,7 +103,7 @@ def _overrides(arguments: argparse.Namespace, folder: str) -> list[str]:
 
 
 def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Write random shards, the tokens of every step, and the starting weights in transformers' form."""
+    """Write random shards, the tokens of each step, and the initial weights in transformers' format."""
     platform.install(device)
     from safetensors.torch import save_file
 
@@ -142,7 +145,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
 
 
 def measure_transformers(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Losses, seconds and peak memory of the plain way."""
+    """Measure losses, seconds and peak memory of the plain way."""
     import plain_transformers
 
     from megatron_cca.config.load import load_config
@@ -163,7 +166,7 @@ def measure_transformers(overrides: list[str], folder: str, device: str, steps: 
 
 
 def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> dict:
-    """Losses, seconds and peak memory of this project, in one process."""
+    """Measure losses, seconds and peak memory of this project in one process."""
     platform.install(device)
     from megatron_cca.config.load import load_config
     from megatron_cca.parallel.process_groups import initialize_distributed

@@ -1,4 +1,4 @@
-"""Measure what FP8 and bf16 references do to log-ratios on this device, of a small model that is trained here."""
+"""The effect of FP8 and bf16 references on log-ratios on this device, for a small model that is trained here."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from megatron_cca.lab.reference_bias import measure as measure_bias
 from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, tiny_vocabulary
 
-# Samples to train on with few tokens, with many, and to measure with.
+# Numbers of samples: for training with few tokens, for training with many, and for the measurement.
 _NUMBERS = {"short": 512, "long": 64, "unseen": 32}
 PHOTOGRAPHS, TEXTURES = "scikit-learn's photographs", "drawn textures"
 
 
 def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Train, then compare every precision that can be computed here; root mean squares by length."""
+    """Train, then compare all precisions that this device can compute.
+
+    Return root mean squares by length.
+    """
     grids = tuple(values["short"]), tuple(values["long"])
     takes_photographs = grids == (reference_bias.SHORT, reference_bias.LONG) and find_spec("sklearn") is not None
     device = platform.device().type
@@ -53,7 +56,10 @@ def _plain(pair: PairBias) -> dict[str, Any]:
 
 
 def _write_textures(folder: Path, short: tuple[int, int], long: tuple[int, int]) -> None:
-    """Codes of smooth random fields: neighbours are alike, as in images, so that there is something to learn."""
+    """Write shards with the codes of smooth random fields.
+
+    Neighbours are alike, as in images. The model can therefore learn something.
+    """
     for seed, (name, number) in enumerate(_NUMBERS.items()):
         grid, random = short if name == "short" else long, np.random.default_rng(seed)
         write_shards(folder / name, _textures(random, grid, number), tiny_vocabulary(), _ids)

@@ -1,4 +1,7 @@
-"""Send what a part's process tells the one that started it: JSON lines through a pipe, apart from libraries' prints."""
+"""Messages of a part's process to the process that started it.
+
+They are JSON lines through a pipe. The output of libraries does not mix with them.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Names the file with the task.
+# The variable with the path of the task's file.
 VARIABLE = "GPU_PARTS_TASK"
 
 
 class Channel:
-    """The writing end.
+    """The writing end of the pipe.
 
     Args:
-        descriptor: of the pipe, inherited.
+        descriptor: the inherited file descriptor of the pipe.
     """
 
     def __init__(self, descriptor: int) -> None:
-        # What this process starts must not keep the pipe open.
+        # The processes that this one starts must not keep the pipe open.
         os.set_inheritable(descriptor, False)
         self._file = os.fdopen(descriptor, "w", buffering=1)
 
     def started(self, setting: str, limit: float) -> None:
-        """A setting begins; after ``limit`` seconds the process is to be ended."""
+        """Send that a setting begins; after ``limit`` seconds the process must be ended."""
         self._send(started=setting, limit=limit)
 
     def result(self, setting: str, status: str, **more: Any) -> None:
-        """A setting has ended."""
+        """Send that a setting has ended."""
         self._send(result={"setting": setting, "status": status, **more})
 
     def not_started(self, setting: str, reason: str) -> None:
-        """There is too little time for a setting."""
+        """Send that there is too little time for a setting."""
         self._send(not_started=setting, reason=reason)
 
     def _send(self, **message: Any) -> None:
@@ -40,5 +43,8 @@ class Channel:
 
 
 def task() -> dict[str, Any]:
-    """Read what this process is to do: ``part``, ``settings``, ``deadline``, ``descriptor`` of the pipe, and more."""
+    """Read the task of this process.
+
+    It has ``part``, ``settings``, ``deadline``, ``descriptor`` of the pipe, and more.
+    """
     return json.loads(Path(os.environ[VARIABLE]).read_text())

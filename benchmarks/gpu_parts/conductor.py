@@ -1,4 +1,4 @@
-"""Runs the parts one after the other, each in processes of its own and within its share of the time."""
+"""The order of the parts: one after the other, each in processes of its own and within its share of the time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from gpu_parts.settings import TESTS, WEIGHTS, Setting, settings_of
 
 # A test does not start with less time left.
 TEST_SECONDS = 10.0
-# What a process needs before its first setting: imports, and the device's context.
+# The time that a process needs before its first setting: imports, and the device's context.
 START_SECONDS = 15.0
-# pytest has come to its end: a later call does not start it again.
+# pytest has run all tests. A later call does not start it again.
 ALL_TESTS = "(all)"
 
 
 def shares(weights: dict[str, float], seconds: float) -> dict[str, float]:
-    """Seconds for each part if all start now, by weight; what one leaves over goes to those behind it.
+    """Return the seconds of each part by weight, if all start now.
+
+    The parts that follow share the time that one leaves over.
 
     Args:
-        weights: of the parts that have something left to do.
-        seconds: for all of them.
+        weights: weights of the parts that have something left to do.
+        seconds: time for all of them.
     """
     whole = sum(weights.values())
     return {part: seconds * weight / whole for part, weight in weights.items()}
@@ -39,11 +41,11 @@ class Conductor:
 
     Attributes:
         output: the file of results.
-        about: card and versions, for every line.
-        deadline: of the call, by ``time.time()``.
-        overrides: of configuration keys, by part.
-        again: measure what has a result, too.
-        command: the command of a part's process, where another than the usual is wanted.
+        about: the card and the versions, which each line has.
+        deadline: end of the call, by ``time.time()``.
+        overrides: overrides of configuration keys, by part.
+        again: whether to measure settings that have a result, too.
+        command: returns the command of a part's process; None means the usual one.
         say: prints a line.
     """
 
@@ -58,24 +60,24 @@ class Conductor:
     def __post_init__(self) -> None:
         lines.end_whole_lines(self.output)
         self._before = self._lines()
-        # Of this call, by part: what has a line, and what there was no time for.
+        # In this call, by part: the settings with a line, and those without time to start.
         self._finished: dict[str, set[str]] = {part: set() for part in WEIGHTS}
         self._not_started: dict[str, str] = {}
 
     @property
     def rehearses(self) -> bool:
-        """Tell whether there is no GPU."""
+        """Whether there is no GPU."""
         return not self.about["cuda_visible"]
 
     @property
     def left_out(self) -> list[str]:
-        """Return what there was no time for, each with the reason."""
+        """The parts and settings without time to start, each with the reason."""
         return [f"{name}: {reason}" for name, reason in self._not_started.items()]
 
     def run(self, parts: Sequence[str]) -> None:
-        """Run the parts in order, then again those that had too small a share, as long as that leads to results.
+        """Run the parts in order, then again those whose share was too small, as long as there are new results.
 
-        Each begins with a clean device, however the one before ended.
+        Each part begins with a clean device, however the one before ended.
         """
         ordered = [part for part in WEIGHTS if part in parts]
         for part in ordered:
@@ -93,25 +95,25 @@ class Conductor:
                 if part in later:
                     now = time.time()
                     share = shares(later, self.deadline - now)[part]
-                    # A rehearsal is to be whole: how long a CPU takes for it says nothing about a GPU.
+                    # A rehearsal must be complete. The time of a CPU says nothing about a GPU.
                     self._run_part(part, self.deadline if self.rehearses else now + share)
 
     def pending(self, part: str) -> list[Setting]:
-        """Settings of a part without a result."""
+        """Return the settings of a part without a result."""
         done = self.done(part)
         return [one for one in settings_of(part, self.rehearses, self._lines()) if one.name not in done]
 
     def done(self, part: str) -> set[str]:
-        """Names of what has a result and is not to be measured again."""
+        """Return the names of settings that must not run again, because they have a result."""
         if self.again:
             return self._finished[part]
         alike = {"part": part, "overrides": self.overrides.get(part, []), **self._common()}
         mine = [line for line in self._before if lines.key(line) == lines.key({**alike, "setting": line["setting"]})]
-        # Where only the time was up, a later call may have more of it.
+        # A later call may have more time for settings that ran out of it.
         return self._finished[part] | {line["setting"] for line in mine if line["status"] != lines.OUT_OF_TIME}
 
     def has_work(self, part: str) -> bool:
-        """Tell whether a part has something left to do."""
+        """Check whether a part has something left to do."""
         return ALL_TESTS not in self.done(part) if part == TESTS else bool(self.pending(part))
 
     def record(self, part: str, result: dict[str, Any]) -> None:
@@ -131,14 +133,14 @@ class Conductor:
         self._finished[part].add(line["setting"])
         lines.append(self.output, line)
         if line["status"] in (lines.PASSED, lines.SKIPPED):
-            # Hundreds of them; the table counts them.
+            # There are hundreds of them. The table counts them.
             return
         told = result.get("reason") or lines.short(line)
         note = "rehearsal: " if self.rehearses else ""
         self.say(f"  {note}{line['setting']}: {line['status']}{'; ' * bool(told)}{told}")
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Note that something does not start."""
+        """Note that something does not start, and why."""
         self._not_started[name] = reason
 
     def _run_part(self, part: str, deadline: float) -> None:
@@ -154,7 +156,7 @@ class Conductor:
                 return
 
     def _baseline(self, line: Line) -> Line | None:
-        """The last measured line that this one is to be compared with."""
+        """Return the last measured line of the setting's baseline."""
         found = {one.name: one for one in settings_of(line["part"], self.rehearses, [])}.get(line["setting"])
         if found is None or line["status"] != lines.MEASURED:
             return None

@@ -1,4 +1,6 @@
-"""Estimate what the settings of gpu.py take on a GPU, from their sizes alone; nothing is measured.
+"""Estimate the time of gpu.py's settings on a GPU from their sizes alone.
+
+Nothing is measured.
 
 python benchmarks/gpu_parts/estimates.py h200
 """
@@ -24,10 +26,12 @@ from megatron_cca.lab.tables import markdown_table
 GIB = 2**30
 # The head and its peers reach this share of the data sheet's bf16 rate: a round number below a plain product's 0.7.
 HEAD_SHARE = 0.5
-# As often the dense way reads or writes as many bytes as fp32 logits have: products' results in 16 bits (1), their copy
-# in fp32 (1.5), log-softmax (3), the gradient of what is picked (1), of log-softmax (3), that in 16 bits (1.5).
+# The dense way reads or writes the bytes of the fp32 logits so many times: results of products in 16 bits (1), their
+# copy in fp32 (1.5), log-softmax (3), the gradient of the gather (1), that of log-softmax (3), and this one in 16 bits
+# (1.5).
 DENSE_PASSES = 11
-# Of a process: imports, and the device's context. Of a training setting: shards, weights, Transformer Engine's start.
+# The start of a process: imports, and the device's context. The start of a training setting: shards, weights,
+# Transformer Engine.
 START_SECONDS, BUILD_SECONDS = 15.0, 6.0
 WARM_UP_STEPS, HEAD_PASSES = 2, 11
 
@@ -37,11 +41,11 @@ class Expected:
     """A setting's expected figures.
 
     Attributes:
-        part, name: of the setting.
-        tflop: useful operations of a step or pass, in 10^12.
-        milliseconds: of a step or pass.
-        gib: the peak, without CUDA's context and fragmentation; None where nothing predicts it.
-        seconds: of the whole setting.
+        part, name: the part and the name of the setting.
+        tflop: useful TFLOP of a step or pass.
+        milliseconds: time of a step or pass.
+        gib: the peak, without the CUDA context and fragmentation; None if nothing predicts it.
+        seconds: time of the whole setting.
     """
 
     part: str
@@ -53,7 +57,7 @@ class Expected:
 
 
 def expected(gpu: Gpu) -> Iterator[Expected]:
-    """Every setting whose time follows from its sizes."""
+    """Yield the figures of each setting whose time follows from its sizes."""
     for part in (HEAD, STEP, LLAMAGEN, LORA):
         for setting in settings_of(part, False, []):
             yield _head(setting, gpu) if part == HEAD else _training(part, setting, gpu)
@@ -65,7 +69,7 @@ def _head(setting: Setting, gpu: Gpu) -> Expected:
     products = 1 if setting.name == GEMM else 3
     flops = 2.0 * products * values["tokens"] * values["hidden_size"] * values["vocabulary"]
     peer = values.get("peer")
-    # Tiles that are not kept are computed again in backward.
+    # Backward recomputes tiles that were not kept.
     computed = flops * (4 / 3 if peer in (OURS, *PEERS) and peer != "megatron" else 1)
     seconds = computed / (HEAD_SHARE * gpu.flops["bf16"])
     logits = 4 * values["tokens"] * values["vocabulary"]
@@ -98,7 +102,7 @@ def _training(part: str, setting: Setting, gpu: Gpu) -> Expected:
 
 
 def estimates(name: str) -> str:
-    """Markdown: a table of every setting, and the seconds of each part."""
+    """Return a table of all settings in Markdown, and the seconds of each part."""
     gpu = gpu_named(name)
     found = list(expected(gpu))
     rows = [

@@ -1,9 +1,9 @@
-"""Why a setting has no figures, where no other exception says it."""
+"""The reasons why a setting has no figures, besides other exceptions."""
 
 
 class MissingPackage(Exception):
-    """Something to compare with is not installed; the message says what."""
+    """A peer that is not installed; the message names it."""
 
 
 class DeviceMemory(Exception):
-    """There was too little memory; raised where a library has caught the error already."""
+    """Too little memory, where a library has caught the error already."""

@@ -1,4 +1,4 @@
-"""Compare what the project must reach on a GPU with what was measured."""
+"""The comparison of the project's goals on a GPU with the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ BF16_MFU, FP8_SPEEDUP, HEAD_SHARE, DENSE_SHARE = 0.45, 1.25, 0.5, 1.0
 
 
 def goals(found: Sequence[Line]) -> str:
-    """A table of goals whose figures are there, in Markdown; empty without any."""
+    """Return a table of the goals that have figures, in Markdown.
+
+    Without figures it is empty.
+    """
     rows = [
         [what, f"{'at least' if more else 'below'} {goal:.2f}", f"{value:.3f}", "yes" if _is_met(*rest) else "**no**"]
         for what, *rest in _figures(found)
@@ -26,7 +29,7 @@ def _is_met(goal: float, value: float, more: bool) -> bool:
 
 
 def _figures(found: Sequence[Line]) -> Iterator[tuple[str, float, float, bool]]:
-    """What, goal, figure, and whether more is better."""
+    """Yield the name, the goal, the figure, and whether more is better."""
     one = {(line["part"], line["setting"]): line for line in found if line["status"] == MEASURED}
 
     def step(name: str) -> Line | None:
@@ -52,9 +55,9 @@ _PAIRS = (("bf16", BF16, BF16_FEW), ("fp8", FP8, FP8_FEW))
 
 
 def layers_alone(more: Line | None, few: Line | None) -> tuple[float, float] | None:
-    """Milliseconds and useful TFLOP by which a step with more layers exceeds one with few; None without both.
+    """Return the milliseconds and useful TFLOP by which a step with more layers exceeds one with few.
 
-    Where timing noise makes the difference nothing or less, there is none either.
+    It is None without both. It is also None if noise makes the difference zero or negative.
     """
     if more is None or few is None:
         return None

@@ -1,4 +1,4 @@
-"""The log-probability head by itself, and the rate of the card's own matrix products that it is held to."""
+"""The log-probability head alone, and the rate of the card's own matrix products, which it is compared with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPETITIONS = 10
 
 
 def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Figures of one peer at one shape, or of plain products."""
+    """Measure one peer at one shape, or plain products."""
     if "side" in values:
         return _products(values)
     device = platform.device().type
@@ -36,7 +36,10 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def _products(values: dict[str, Any]) -> dict[str, Any]:
-    """TFLOP/s of a large square product, and of the head's own shape, in the head's precision and in FP8."""
+    """Measure the TFLOP/s of a large square product and of a product with the head's shape.
+
+    Both are in the head's precision and in FP8.
+    """
     dtype, side, tokens = getattr(torch, values["dtype"]), values["side"], values["tokens"]
     words = -(-values["vocabulary"] // logps.PADDING) * logps.PADDING
     head = [Product(GEMM, values["hidden_size"], words, splits_outputs=True)]
@@ -50,7 +53,10 @@ def _products(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fp8_products(side: int, tokens: int, head: Sequence[Product]) -> dict[str, float] | str:
-    """TFLOP/s with one scale a tensor, results in bf16; or why there are none."""
+    """Measure the TFLOP/s in FP8 with one scale for each tensor and results in bf16.
+
+    If that fails, return the reason.
+    """
     square = [Product(GEMM, side, side, splits_outputs=True)]
     try:
         return {

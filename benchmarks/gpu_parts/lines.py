@@ -1,4 +1,4 @@
-"""The file of results: a JSON object a line, each there to stay as soon as it is known."""
+"""The file of results: one JSON object on each line, written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REHEARSAL = "a rehearsal on a CPU with tiny sizes; it says nothing about a GPU"
 
 
 def append(path: Path, line: Line) -> None:
-    """Write a line and wait until the disk has it."""
+    """Write a line and wait until it is on the disk."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -25,12 +25,13 @@ def append(path: Path, line: Line) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
-    """The lines of several files, in order; of lines about the same thing the last one, in the place of the first.
+    """Read the lines of several files, in order.
 
-    The end of a line that a crash cut off is passed over.
+    Of lines with the same key the last one counts, in the place of the first. A last line that a crash cut off is
+    ignored.
 
     Raises:
-        SystemExit: a file that is not there, or a line that this program did not write.
+        SystemExit: a missing file, or a line that this program did not write.
     """
     found: dict[tuple, Line] = {}
     for path in paths:
@@ -47,7 +48,7 @@ def read(paths: Iterable[Path]) -> list[Line]:
 
 
 def end_whole_lines(path: Path) -> None:
-    """Cut off what a crash left of an unfinished last line."""
+    """Remove an unfinished last line, which a crash may have left."""
     if path.is_file():
         whole = path.read_bytes()
         end = whole.rfind(b"\n") + 1
@@ -56,24 +57,33 @@ def end_whole_lines(path: Path) -> None:
 
 
 def key(line: Line) -> tuple:
-    """What a line is about: two lines with the same key measure the same thing."""
+    """Return the key of a line.
+
+    Two lines with the same key measure the same thing.
+    """
     return (line["part"], line["setting"], line["about"]["card"], tuple(line["overrides"]), "rehearsal" in line)
 
 
 def milliseconds(line: Line) -> dict[str, float]:
-    """``median``, ``least`` and ``most`` of a measured line; empty where it times nothing."""
+    """Return ``median``, ``least`` and ``most`` of a measured line.
+
+    The result is empty for a line without times.
+    """
     figures = line.get("figures", {})
     return figures.get("ms") or figures.get("total_ms") or {}
 
 
 def peak_bytes(line: Line) -> int | None:
-    """Of a step, all memory; of a head, what it takes beyond its inputs."""
+    """Return the peak of memory in bytes.
+
+    For a step it is all memory. For the head it is the memory beyond its inputs.
+    """
     figures = line.get("figures", {})
     return figures.get("peak_bytes", figures.get("extra_bytes"))
 
 
 def beside(line: Line, baseline: Line) -> dict[str, Any]:
-    """Time and memory as shares of a baseline's."""
+    """Return time and memory as shares of a baseline's."""
     found: dict[str, Any] = {"baseline": baseline["setting"]}
     ours, theirs = milliseconds(line), milliseconds(baseline)
     if ours and theirs:
@@ -85,7 +95,7 @@ def beside(line: Line, baseline: Line) -> dict[str, Any]:
 
 
 def short(line: Line) -> str:
-    """The figures in a few words."""
+    """Return the figures in a few words."""
     figures, spread = line.get("figures", {}), milliseconds(line)
     found = [f"{spread['median']:.4g} ms"] if spread else []
     found += [f"{figures['tflops']:.3g} TFLOP/s"] if "tflops" in figures else []

@@ -1,4 +1,4 @@
-"""The planner against what was measured: as it comes, and calibrated on this device."""
+"""The planner against measurements: with its defaults, and calibrated on this device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NUMBERS = (
     *("matmul_efficiency", "fp8_matmul_efficiency", "attention_efficiency", "memory_efficiency"),
     *("microbatch_overhead_seconds", "step_overhead_seconds", "relative_error"),
 )
-# Of this process, where it has calibrated.
+# The calibration of this process; None before it.
 _calibration: str | None = None
 
 
 def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Calibrate, or predict a step that was measured."""
+    """Calibrate, or predict a measured step."""
     return _predicted(values) if "line" in values else _calibrated(values)
 
 
@@ -31,7 +31,7 @@ def _calibrated(values: dict[str, Any]) -> dict[str, Any]:
     global _calibration
     config, images = configured(values)
     if not platform.current().is_cuda:
-        # A processor's bf16 products take seconds each, and nobody plans with a rehearsal.
+        # A processor's bf16 products take seconds each. A rehearsal needs no exact calibration.
         measuring._ENOUGH_REPEATS = 2
     found = calibrate(config, images, None, values["repeats"], initialize=draw_on_the_device)
     _calibration = calibration_json(found.calibration, found.gpu, steps=values["repeats"])
@@ -40,7 +40,7 @@ def _calibrated(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _predicted(values: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds and bytes, predicted and measured, of one line."""
+    """Predict the milliseconds and bytes of one line; return them with the measured ones."""
     line, text = values["line"], _calibration or values["calibration"]
     config, images = configured(line["settings"])
     workload, gpu = image_workload(config, images), known_gpu()

@@ -1,4 +1,7 @@
-"""A process of a part: started, listened to, and ended when its time is up or it hangs."""
+"""The process of a part: its start, its messages, and its end.
+
+It ends when its time is up or when it hangs.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,20 @@ if TYPE_CHECKING:
     from gpu_parts.conductor import Conductor
 
 ROOT = Path(__file__).resolve().parents[2]
-# After so many seconds a test is taken to hang.
+# After so many seconds a test counts as hanging.
 TEST_LIMIT = 90.0
 
 
 class PartProcess:
-    """One process, which works through settings and says through a pipe what it is at and what it found.
+    """One process that measures settings.
+
+    It reports each start and each result through a pipe.
 
     Args:
         conductor: takes the results.
-        part: which.
-        pending: its settings without a result; none for the tests.
-        deadline: of the part, by ``time.time()``.
+        part: the name of the part.
+        pending: its settings without a result; empty for the tests.
+        deadline: end of the part's time, by ``time.time()``.
     """
 
     def __init__(self, conductor: Conductor, part: str, pending: list[Setting], deadline: float) -> None:
@@ -47,10 +52,10 @@ class PartProcess:
         self._results = self._not_started = 0
 
     def run(self) -> bool:
-        """Start it and listen until it ends.
+        """Start the process and listen until it ends.
 
         Returns:
-            Whether another process is to go on with what is left of the part.
+            Whether another process must continue with the rest of the part.
         """
         with tempfile.TemporaryDirectory() as folder, self._log.open("ab") as log:
             reading, writing = os.pipe()
@@ -73,7 +78,7 @@ class PartProcess:
                 closed = self._listen(reading)
             finally:
                 os.close(reading)
-                # The pipe is closed a moment before the process ends.
+                # The pipe closes shortly before the process ends.
                 _end(child, patience=20.0 if closed else 0.0)
             return self._ended(child.returncode, closed, log_start)
 
@@ -101,7 +106,7 @@ class PartProcess:
         }
 
     def _listen(self, reading: int) -> bool:
-        """Take messages; returns whether the process closed the pipe before it was late."""
+        """Take messages; return whether the process closed the pipe in time."""
         rest = b""
         while True:
             ready, _, _ = select.select([reading], [], [], max(0.0, self._kill_at - time.time()))
@@ -127,7 +132,7 @@ class PartProcess:
             self._not_started += 1
 
     def _ended(self, status: int, closed: bool, log_start: int) -> bool:
-        """Write what became of the setting that it was at."""
+        """Write the result of the setting that was running; return whether another process must continue."""
         is_late = time.time() >= self._deadline
         if self._running is None:
             if closed:
@@ -146,7 +151,7 @@ class PartProcess:
     def _ended_by_itself(self, status: int, log_start: int) -> bool:
         if status == AGAIN:
             return True
-        # pytest's 0 and 1: all tests were run; 2: stopped between tests; 5: there was none to run.
+        # Exit statuses of pytest: 0 and 1 after all tests; 2 when stopped between tests; 5 without tests.
         if status == 0 or (self._part == TESTS and status in (1, 2, 5) and (self._results or self._not_started)):
             return False
         self._record("(start)", lines.FAILED, f"{_in_words(status)}: {self._last_words(log_start)}")
@@ -172,7 +177,10 @@ def _environment(task: Path) -> dict[str, str]:
 
 
 def _end(child: subprocess.Popen, patience: float) -> None:
-    """End a process and all that it has started, whose memory on the device the next one needs."""
+    """End a process and all processes that it has started.
+
+    The next process needs their memory on the device.
+    """
     try:
         child.wait(timeout=patience)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,7 @@
-"""A plug-in of pytest's: every test is a result as soon as it has ended, and none is run that has one."""
+"""A pytest plug-in: each test has a result as soon as it ends.
+
+Tests that have a result already do not run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from gpu_parts.lines import FAILED, MEASURED, PASSED, SKIPPED
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take this process's task."""
+    """Read the task of this process."""
     todo = task()
     config.pluginmanager.register(_Lines(todo, Channel(todo["descriptor"])))
 
@@ -23,21 +26,21 @@ class _Lines:
         self._stopped = False
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out what has a result."""
+        """Deselect the tests that have a result."""
         done = set(self._todo["done"])
         left_out = [item for item in items if item.nodeid in done]
         items[:] = [item for item in items if item.nodeid not in done]
         config.hook.pytest_deselected(items=left_out)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported is a failure, too."""
+        """Send a failure for a file that cannot be imported."""
         if report.failed:
             text = str(report.longrepr).strip().splitlines()
             self._channel.result(report.nodeid, FAILED, reason=text[-1] if text else "cannot be collected")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        """Start no test that there is no time for."""
+        """Stop before a test for which there is too little time."""
         left = self._todo["deadline"] - time.time()
         if left < self._todo["least"]:
             self._stopped = True
@@ -48,7 +51,7 @@ class _Lines:
         self._channel.started(item.nodeid, self._todo["limit"])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Tell the result when the test has been torn down."""
+        """Send the result after the test's teardown."""
         self._reports.append(report)
         if report.when != "teardown":
             return
@@ -59,7 +62,7 @@ class _Lines:
         self._channel.result(report.nodeid, status, seconds=seconds, **({"reason": reason} if reason else {}))
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Say that there is no test left."""
+        """Send that no test is left."""
         if not self._stopped and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, 5):
             self._channel.result("(all)", MEASURED)
 

@@ -1,4 +1,4 @@
-"""What is measured, in which order, and how much time each needs; imports neither torch nor Megatron."""
+"""The settings to measure, their order, and the time that each needs. Nothing here imports torch or Megatron."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from gpu_parts.lines import MEASURED, Line
 
 HEAD, TESTS, STEP, LLAMAGEN, LORA, BIAS, PLAN = "head", "tests", "step", "llamagen", "lora", "bias", "plan"
-# In the order in which they run, with their shares of the time: about the seconds that each wants on an H100.
+# The parts in the order in which they run, with their shares of the time: about the seconds that each needs on an H100.
 WEIGHTS = {HEAD: 90, TESTS: 150, STEP: 150, LLAMAGEN: 50, LORA: 60, BIAS: 110, PLAN: 70}
 TRAINING = (STEP, LLAMAGEN, LORA)
 
@@ -18,7 +18,7 @@ PEERS = ("ours", "megatron", "torch, chunked", "cut-cross-entropy", "Liger")
 EMU3_TOKENS, EMU3_VOCABULARY, EMU3_WIDTH = 8192, 184_622, 4096
 CALIBRATION = "calibration"
 
-# Four layers beside two: the difference is what layers alone take, whatever the head does.
+# Runs with four and with two layers. The difference is the time of the layers alone, without the head.
 BF16, FP8 = "bf16, resident", "fp8, resident"
 MORE_LAYERS, FEW_LAYERS = 4, 2
 BF16_FEW, FP8_FEW = (f"{name}, {FEW_LAYERS} layers" for name in (BF16, FP8))
@@ -32,14 +32,14 @@ _SIZES = ("micro", "global")
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to measure.
+    """One measurement.
 
     Attributes:
         name: unique within its part.
-        values: what the part's measuring function is told; plain data.
-        seconds: needed on a GPU; it does not start with less left.
-        limit: after so many seconds it is taken to hang.
-        baseline: the setting of the same part that its time and memory are divided by.
+        values: the arguments of the part's measuring function; plain data.
+        seconds: the time that it needs on a GPU; it does not start with less.
+        limit: after so many seconds it counts as hanging.
+        baseline: the setting of the same part whose time and memory the ratios refer to.
     """
 
     name: str
@@ -50,12 +50,14 @@ class Setting:
 
 
 def settings_of(part: str, rehearses: bool, lines: Sequence[Line]) -> list[Setting]:
-    """Everything that a part measures, what matters most first; empty for the tests, which pytest collects.
+    """Return all settings of a part, the most important first.
+
+    The list is empty for the tests, which pytest collects.
 
     Args:
         part: a key of ``WEIGHTS``.
         rehearses: whether the sizes are tiny.
-        lines: what was measured before; the planner is compared with it.
+        lines: earlier results, which the planner is compared with.
     """
     makers = {HEAD: _head, STEP: _step, LLAMAGEN: _llamagen, LORA: _lora, BIAS: _bias}
     if part == PLAN:
@@ -64,12 +66,12 @@ def settings_of(part: str, rehearses: bool, lines: Sequence[Line]) -> list[Setti
 
 
 def head_name(peer: str, tokens: int, chunk: int | None = None) -> str:
-    """What a setting of the head is called."""
+    """Return the name of a setting of the head."""
     return f"{peer}, {tokens:,} tokens" + (f", chunks of {chunk:,}" if chunk else "")
 
 
 def head_tokens(rehearses: bool) -> tuple[int, int]:
-    """Tokens of one image's row, and of two."""
+    """Return the number of tokens of one image's row, and of two."""
     return (64, 128) if rehearses else (EMU3_TOKENS, 2 * EMU3_TOKENS)
 
 
@@ -117,7 +119,7 @@ def _step(rehearses: bool) -> list[Setting]:
         for more in keys:
             merged |= more
         if merged["objective.name"] == "next_token":
-            # The same rows: each of a pair as a sample of its own.
+            # The same rows: each row of a pair is a sample of its own.
             merged |= {f"training.{size}_batch_size": 2 * common["training.micro_batch_size"] for size in _SIZES}
         return _training(name, merged, grid, rehearses=rehearses, seconds=12, baseline=BF16)
 
@@ -142,7 +144,7 @@ def _step(rehearses: bool) -> list[Setting]:
 
 
 def _emu3(rehearses: bool) -> tuple[dict[str, Any], int]:
-    """Keys of a run on Emu3's true width and vocabulary, and its grid; or of the tiny one."""
+    """Return keys of a run with Emu3's true width and vocabulary, and its grid; or those of the tiny model."""
     common = {
         "model.name": "emu3-tiny" if rehearses else "emu3-8b",
         "objective.name": "cca",

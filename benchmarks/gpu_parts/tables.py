@@ -1,4 +1,4 @@
-"""The tables of ``gpu.md``, from the lines of one call or several."""
+"""The tables of ``gpu.md`` from the results of one or several calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TITLES = {
 
 
 def tables(found: Sequence[Line]) -> str:
-    """All tables in Markdown, for each machine by itself."""
+    """Return all tables in Markdown, separately for each machine."""
     if not found:
         return "no results"
     ordered = sorted(found, key=_machine)
@@ -55,7 +55,10 @@ def _of_one_machine(found: list[Line]) -> str:
 
 
 def measured(found: Sequence[Line], part: str) -> dict[str, Line]:
-    """Measured lines of a part by setting; with overrides of keys, those belong to the name."""
+    """Return the measured lines of a part by setting.
+
+    Overrides of keys belong to the name.
+    """
     return {_name(line): line for line in found if line["part"] == part and line["status"] == MEASURED}
 
 

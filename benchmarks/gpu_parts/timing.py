@@ -1,4 +1,4 @@
-"""Milliseconds of repetitions, as every line gives them."""
+"""Milliseconds of repetitions, in the form that each line has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, least and most, in milliseconds."""
+    """Return the median, the least and the most in milliseconds."""
     return {
         "median": 1e3 * statistics.median(seconds),
         "least": 1e3 * min(seconds),

@@ -1,4 +1,4 @@
-"""Whole CCA steps of the project's own run on random tokens: time, memory, MFU, and what the planner says of them."""
+"""Whole CCA steps of the project's own run on random tokens: time, memory, MFU, and the planner's prediction."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _LARGE_SIDE = 8192
 
 
 def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Figures of a training step.
+    """Measure a training step.
 
     Args:
-        values: ``overrides`` of the configuration, ``grid`` of the images, ``repeats`` that are timed.
-        seconds: after so long no repetition begins, once there are a few.
+        values: ``overrides`` of the configuration, ``grid`` of the images, and the number of timed ``repeats``.
+        seconds: after so many seconds no further repetition begins, once there are a few.
     """
     began = time.monotonic()
     config, images = configured(values)
@@ -64,7 +64,7 @@ def measure(values: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def configured(values: dict[str, Any]) -> tuple[Config, ImageShape]:
-    """The run that a setting describes, and its images."""
+    """Return the configuration of a setting's run, and its images."""
     grid = values["grid"]
     config = measurable(load_config(None, values["overrides"]))
     vocabulary = resolve_architecture(config.model).vocabulary
@@ -98,15 +98,19 @@ def _step(run: Run):
 
 
 def _counted() -> AbstractContextManager[LiveBytes | None]:
-    """On a CPU live tensors are counted, as the resident set holds far more than a tiny model's."""
+    """Return a counter of live tensors on a CPU, and none on a GPU.
+
+    The resident set of a process is much larger than a tiny model.
+    """
     return nullcontext() if platform.current().is_cuda else LiveBytes()
 
 
 @torch.no_grad()
 def draw_on_the_device(model: torch.nn.Module, *, seed: int, std: float, **_sizes: int | None) -> None:
-    """Draw random weights on the device: drawing billions of them on a processor takes longer than the measurement.
+    """Draw random weights on the device.
 
-    They follow from names and seed; a policy and its reference begin alike.
+    A processor would take longer than the measurement to draw billions of them. The weights depend only on names and
+    seed. A policy and its reference start with the same ones.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -118,7 +122,7 @@ def draw_on_the_device(model: torch.nn.Module, *, seed: int, std: float, **_size
 
 
 def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str, Any]:
-    """Tokens and operations a second, and the project's MFU (``planner.flops.MFU_MEANS``)."""
+    """Return tokens and FLOPs per second, and the project's MFU (``planner.flops.MFU_MEANS``)."""
     architecture, batch = resolve_architecture(config.model), config.training.global_batch_size
     tokens = rows_per_sample(config) * workload.seq_length * batch
     by_precision = flops_by_precision(config, architecture, workload)
@@ -139,7 +143,10 @@ def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str,
 
 
 def _peak(flops: dict[str, float]) -> tuple[float | None, str]:
-    """FLOP/s that the device could reach with these, by precision, and where they are from; of a CPU there are none."""
+    """Return the peak FLOP/s of the device for these FLOPs by precision, and the source of the peak.
+
+    A CPU has none.
+    """
     gpu = known_gpu()
     if gpu is not None:
         return average_peak(flops, gpu.peak_flops), "data sheet"
@@ -153,7 +160,7 @@ def _peak(flops: dict[str, float]) -> tuple[float | None, str]:
 
 
 def known_gpu() -> Gpu | None:
-    """The device at hand, where its data sheet is known."""
+    """Return this device; None if its data sheet is not known."""
     name = name_of_device(platform.device_name()) if platform.current().is_cuda else None
     return None if name is None else gpu_named(name)
 
@@ -161,7 +168,10 @@ def known_gpu() -> Gpu | None:
 def predictions(
     config: Config, workload: Workload, gpu: Gpu | None = None, calibration: Calibration = DEFAULT
 ) -> dict[str, float | None]:
-    """The planner's: bytes as an allocator counts them, and milliseconds where the device is known."""
+    """Return the planner's bytes and milliseconds.
+
+    The bytes are those that an allocator counts. The milliseconds are None for an unknown device.
+    """
     memory = predict_memory(config, 1, workload, on_gpu=platform.current().is_cuda)
     gpu = gpu or known_gpu()
     step = None
@@ -169,6 +179,6 @@ def predictions(
         try:
             step = predict_step(config, Cluster(gpu, 1, 1), workload, calibration)
         except UserError:
-            # A precision that the device does not have was refused before.
+            # An earlier check refused a precision that the device does not have.
             step = None
     return {"peak_bytes": memory.total - memory.overhead, "ms": None if step is None else 1e3 * step.total}

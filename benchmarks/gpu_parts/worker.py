@@ -1,4 +1,4 @@
-"""A part's own process: one setting after the other, each a result whatever happens to it."""
+"""The process of a part: it measures one setting after the other, and each setting has a result in any case."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from gpu_parts.channel import Channel, task
 from gpu_parts.failures import DeviceMemory, MissingPackage
 from gpu_parts.lines import FAILED, MEASURED, MISSING, OUT_OF_MEMORY, OUT_OF_TIME, REFUSED
 
-# Each module has measure(values, seconds), which returns figures and may raise.
+# Each module has measure(values, seconds). It returns figures and may raise.
 _MODULES = {
     settings.HEAD: "head",
     **dict.fromkeys(settings.TRAINING, "training"),
     settings.BIAS: "bias",
     settings.PLAN: "planner",
 }
-# The status of a process that wants a fresh one for its part's other settings.
+# The exit status that asks for a fresh process for the part's other settings.
 AGAIN = 75
-# What a setting may leave on the device: libraries keep workspaces, and a fresh process costs many seconds.
+# The bytes that a setting may leave on the device. Libraries keep workspaces, and a fresh process costs many seconds.
 _LEFT_BYTES = 512 << 20
 
 
 def main() -> None:
-    """Work through the task."""
+    """Measure all settings of the task."""
     todo = task()
     channel = Channel(todo["descriptor"])
     from megatron_cca import platform
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def attempt(measure: Callable[[dict, float], dict], values: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The status, and figures or the reason for their absence."""
+    """Measure a setting; return the status, and figures or the reason why there are none."""
     import torch
 
     from megatron_cca.errors import UserError, one_line
@@ -78,7 +78,7 @@ def attempt(measure: Callable[[dict, float], dict], values: dict[str, Any], seco
 
 
 def _is_clean(status: str) -> bool:
-    """Whether the next setting finds the device as the first one did."""
+    """Check whether the device is as the first setting found it."""
     from megatron_cca import platform
 
     if status in (FAILED, OUT_OF_MEMORY):

@@ -1,1 +1,1 @@
-"""What runs around a training job: evaluation, studies, planner, scaling. Only the programs import it."""
+"""Code around a training job: evaluation, studies, planner, scaling. Only the programs import it."""

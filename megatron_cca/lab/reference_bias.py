@@ -1,7 +1,8 @@
-"""Policy and reference with the same weights and different precision: by how much their log-probabilities differ.
+"""Difference of the log-probabilities of a policy and a reference with the same weights in different precisions.
 
-The error of each token adds up over an image, and the objective takes the sum, times beta, for what the policy learnt.
-:mod:`megatron_cca.training.log_ratio_gate` stops a run where that is too much; this says so before there is a run.
+The errors of all tokens of an image add up. The objective takes their sum, times beta, for something that the policy
+learnt. :mod:`megatron_cca.training.log_ratio_gate` stops a run if the sum is too large. This module measures it before
+a run.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from megatron_cca.training.kernel_checks import check_fp8_sizes
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread, log_ratio_spread
 from megatron_cca.training.setup import build_chunks, frozen_chunks
 
-# What each wants the length of a row to be a multiple of; see check_fp8_sizes.
+# Each precision with the multiple that it needs for the length of a row; see check_fp8_sizes.
 PRECISIONS = {"fp32": 1, "bf16": 1, "fp8-tensorwise": 16, "fp8-blockwise": 128}
 
 DEFAULT_LENGTHS = tuple(2**power for power in range(8, 14))
@@ -51,11 +52,11 @@ CHECKPOINT, DATA = "--checkpoint", "--data"
 
 @dataclass(frozen=True)
 class Variant:
-    """How a model computes.
+    """The precision of a model's computation.
 
     Attributes:
         precision: one of ``PRECISIONS``.
-        fp8_param: whether the weights are kept in FP8, as ``reference.fp8_param`` has it.
+        fp8_param: whether the weights are kept in FP8, as with ``reference.fp8_param``.
     """
 
     precision: str
@@ -65,7 +66,7 @@ class Variant:
         return self.precision.replace("-", " ") + (IN_FP8 if self.fp8_param else "")
 
     def keys(self) -> dict[str, str]:
-        """The precision as sections ``training`` and ``reference`` spell it."""
+        """Return the keys of the precision in the sections ``training`` and ``reference``."""
         precision, _, recipe = self.precision.partition("-")
         return {"precision": precision, **({"fp8_recipe": recipe} if recipe else {})}
 
@@ -81,23 +82,26 @@ class PairBias:
 
     @property
     def safe_beta(self) -> float:
-        """The largest beta that a training run accepts without ``reference.allow_bias``; infinite where all is 0."""
+        """The largest beta that a training run accepts without ``reference.allow_bias``.
+
+        It is infinite if all log-ratios are 0.
+        """
         error = self.spread.root_mean_square
         return DEFAULT_ALLOWED / error if error else math.inf
 
 
 def measure(settings: BiasSettings) -> list[PairBias]:
-    """Run every model over the same rows, one model after the other, and compare them; in one process.
+    """Run all models over the same rows, one after the other in one process, and compare them.
 
-    Each precision is run as the policy and as the reference, built as a training run builds them. Precisions that were
-    not asked for by name and cannot be computed here are left out, which is said on standard error.
+    Each precision runs as the policy and as the reference. Both are built as in a training run. A precision that this
+    machine cannot compute is left out, with a line on standard error, unless its name was asked for.
 
     Returns:
-        A value for each policy, reference and length, in this order.
+        One value for each policy, reference and length, in this order.
 
     Raises:
-        UserError: no such checkpoint, data of another vocabulary, lengths that the rows do not have, a precision that
-            cannot be computed here.
+        UserError: no such checkpoint, data of another vocabulary, lengths that the rows do not have, or a requested
+            precision that cannot be computed here.
     """
     config = _config(settings)
     data = _open(config, settings.data)
@@ -115,7 +119,7 @@ def measure(settings: BiasSettings) -> list[PairBias]:
         for variant, build in runs:
             bar.set_description(f"{build.__name__[1:]} {variant}")
             found.append(prefix_logps(build(config, variant), rows, lengths, head, bar))
-            # Should modules hold each other in cycles: the next model wants the room.
+            # Modules may hold each other in cycles. The next model needs their memory.
             gc.collect()
     ours, theirs = found[: len(policies)], found[len(policies) :]
     return _pairs(dict(zip(policies, ours, strict=True)), dict(zip(references, theirs, strict=True)), lengths)
@@ -126,7 +130,7 @@ def _config(settings: BiasSettings) -> Config:
         raise UserError(f"--rows: {settings.rows}, must be even and 2 or more: every positive has a negative beside it")
     folder = layout.resolve(settings.checkpoint, CHECKPOINT)
     model, config = saved_config(folder, CHECKPOINT).model, Config()
-    # What a checkpoint from a GPU says about layers need not hold here.
+    # The layers of a checkpoint from a GPU may not exist here.
     layers = "local" if model.transformer_impl == "local" else "auto"
     return replace(
         config,
@@ -176,14 +180,16 @@ def _check_precision(config: Config, name: str) -> None:
 
 
 def training_rows(config: Config, data: RunData) -> list[Microbatch]:
-    """The rows of a run's first step, each alone and without what follows its last image token; on the CPU.
+    """Return the rows of a run's first step, one row in each microbatch, on the CPU.
+
+    Each row ends at its last image token, padded to ``data.pad_to_multiple_of``.
 
     Args:
-        config: of the run; one step has as many images as there are to be positives.
-        data: of the run.
+        config: configuration of the run; the global batch size is the number of positives.
+        data: data of the run.
 
     Returns:
-        Positives and negatives by turns; tensors ``[1, S]`` with S a multiple of ``data.pad_to_multiple_of``.
+        Positives and negatives in alternation; tensors ``[1, S]`` with S a multiple of ``data.pad_to_multiple_of``.
     """
     batches = training_batches(config, data, with_pairs=True)
     multiple = config.data.pad_to_multiple_of
@@ -231,14 +237,16 @@ def prefix_logps(
     head: dict[str, Any],
     bar: tqdm | None = None,
 ) -> Tensor:
-    """log p of the first image tokens of each row, float64 ``[rows, lengths]``, nats, on the CPU.
+    """Return the log-probability of the first image tokens of each row, in nats.
+
+    The result is float64 ``[rows, lengths]`` on the CPU.
 
     Args:
-        chunks: a model in one piece, from ``build_gpt``.
-        rows: from :func:`training_rows`; one at a time passes through the model.
-        lengths: how many image tokens; at most as many as every row has.
-        head: from ``head_options``.
-        bar: advanced by each row.
+        chunks: a model without pipeline stages, from ``build_gpt``.
+        rows: rows from :func:`training_rows`; one at a time passes through the model.
+        lengths: numbers of image tokens; at most as many as every row has.
+        head: options of the head from ``head_options``.
+        bar: a progress bar, which each row advances.
     """
     (model,), device, last = chunks, platform.device(), torch.tensor(lengths) - 1
     found = []

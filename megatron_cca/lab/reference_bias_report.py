@@ -1,4 +1,4 @@
-"""What :mod:`megatron_cca.lab.reference_bias` measured, as a table, sentences, JSON and a picture."""
+"""The results of :mod:`megatron_cca.lab.reference_bias` as a table, sentences, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.lab.tables import markdown_table
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread
 
-# The CCA paper (arXiv 2410.09347) has beta 0.02 for images of 576 tokens.
+# The CCA paper (arXiv 2410.09347) uses beta 0.02 for images of 576 tokens.
 _PAPER_BETA_TIMES_TOKENS = 0.02 * 576
 
 
 def table(pairs: Sequence[PairBias]) -> str:
-    """All numbers as a Markdown table; a pair that is 0 everywhere is one line."""
+    """Return all numbers as a Markdown table.
+
+    A pair that is 0 at all lengths has one line.
+    """
     header = ("policy", "reference", "tokens", "mean", "sd", "rms", "worst", "safe beta")
     lines = []
     for group in _by_pair(pairs):
@@ -45,7 +48,10 @@ def _by_pair(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
 
 
 def _beta(value: float) -> str:
-    """Two digits, rounded down: the number is a limit."""
+    """Format beta with two digits, rounded down.
+
+    It is an upper limit.
+    """
     if math.isinf(value):
         return "any"
     scale = 10.0 ** (1 - math.floor(math.log10(value)))
@@ -53,11 +59,11 @@ def _beta(value: float) -> str:
 
 
 def conclusions(pairs: Sequence[PairBias], beta: float | None) -> list[str]:
-    """A sentence for each policy and reference, about the longest images measured.
+    """Return a sentence for each policy and reference, about the longest measured images.
 
     Args:
-        pairs: from :func:`measure`.
-        beta: the objective's; None takes the paper's, scaled with 1 / tokens.
+        pairs: the result of :func:`measure`.
+        beta: beta of the objective; None takes the paper's beta, scaled with 1 / tokens.
     """
     return [_conclusion(group[-1], beta, all(not pair.spread.worst for pair in group)) for group in _by_pair(pairs)]
 
@@ -77,7 +83,10 @@ def _conclusion(pair: PairBias, beta: float | None, is_zero: bool) -> str:
 
 
 def write(path: Path, settings: BiasSettings, pairs: Sequence[PairBias]) -> None:
-    """All numbers as JSON, and a picture of them beside it, with the same name and ``.png``."""
+    """Write all numbers as JSON, and a plot of them.
+
+    The plot lies beside the JSON file. It has the same name with ``.png``.
+    """
     found = [
         {
             "policy": str(pair.policy),
@@ -95,7 +104,10 @@ def write(path: Path, settings: BiasSettings, pairs: Sequence[PairBias]) -> None
 
 
 def _lines(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
-    """Largest first, without zeros, which a logarithmic axis cannot have, and without the same two the other way."""
+    """Return the pairs to draw, the largest first.
+
+    Zeros are left out, because a logarithmic axis has none. Of two pairs with exchanged variants, one is left out.
+    """
     found: dict[frozenset[Variant], list[PairBias]] = {}
     for group in _by_pair(pairs):
         if all(pair.spread.worst for pair in group):
@@ -104,7 +116,7 @@ def _lines(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
 
 
 def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
-    # Measuring needs no matplotlib.
+    # Imported late: the measurement needs no matplotlib.
     from matplotlib.figure import Figure
 
     from megatron_cca.io.figures import COLOURS, LEGEND, TITLE, save, style_axes
@@ -131,7 +143,7 @@ def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
 
 
 def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
-    """What errors that are independent, and errors that all have one sign, would grow like."""
+    """Draw the growth of independent errors, and of errors that all have the same sign."""
     from megatron_cca.io.figures import GREY
 
     first, last = groups[0][0].tokens, groups[0][-1].tokens

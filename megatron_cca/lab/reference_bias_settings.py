@@ -1,4 +1,4 @@
-"""What a measurement of the reference's bias is told; nothing here imports torch."""
+"""The options of a measurement of the reference's bias. Nothing here imports torch."""
 
 from __future__ import annotations
 

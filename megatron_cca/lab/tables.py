@@ -1,4 +1,4 @@
-"""Every table that the laboratory and the benchmarks print or write: Markdown, laid out by tabulate."""
+"""Markdown tables of the laboratory and the benchmarks, laid out by tabulate."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ Cells = Sequence[str]
 
 
 def markdown_table(header: Cells, rows: Sequence[Cells], *, first_number: int | None = None) -> str:
-    """Return a Markdown table whose cells have no padding: for files, where a change of one cell is one line's.
+    """Return a Markdown table whose cells have no padding.
+
+    It is for files. A change of one cell then changes one line.
 
     Args:
         header: names of the columns.
-        rows: as long each; a ``|`` is escaped.
-        first_number: the column from which on cells are numbers, which stand to the right; None where none do.
+        rows: rows of the same length; a ``|`` is escaped.
+        first_number: the first column of numbers, which align to the right; None if there are no numbers.
     """
     form = TableFormat(None, _rule(first_number), None, None, _ROW, _ROW, 0, None)
     return tabulate(list(map(_escaped, rows)), _escaped(header), form, stralign=None, disable_numparse=True)
 
 
 def padded_table(header: Cells, rows: Sequence[Cells]) -> str:
-    """Return a Markdown table whose columns also line up on a terminal; arguments as of :func:`markdown_table`."""
+    """Return a Markdown table whose columns also line up on a terminal.
+
+    Its arguments are those of :func:`markdown_table`.
+    """
     form = TableFormat(None, Line("| ", "-", " | ", " |"), None, None, None, _ROW, 0, None)
-    # As a row: tabulate makes columns wider than their headers.
+    # The header is a row, because tabulate makes columns wider than their headers.
     lines = [_escaped(header), SEPARATING_LINE, *map(_escaped, rows)]
     return tabulate(lines, tablefmt=form, stralign="left", disable_numparse=True)
 

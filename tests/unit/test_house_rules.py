@@ -17,6 +17,7 @@ EDITED = [
     "errors.py",
     "generation",
     "io",
+    "lab",
     "megatron_compat",
     "models",
     "parallel",

@@ -1,1 +1,1 @@
-"""How good samples are: class accuracy, Inception Score, FID, and the pictures."""
+"""Evaluation of samples: class accuracy, Inception Score, FID, and plots."""

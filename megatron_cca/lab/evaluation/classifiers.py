@@ -1,4 +1,4 @@
-"""Whether samples show the classes that were asked for."""
+"""Class accuracy: the share of samples that show the requested class."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ Classifier = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """The share of images that a classifier takes for their label: ``overall``, and ``per_class`` label."""
+    """The share of images whose label a classifier finds.
+
+    ``overall`` is over all images, ``per_class`` over those of each label.
+    """
 
     overall: float
     per_class: dict[int, float]
 
 
 def open_classifier(name: str) -> Classifier:
-    """A classifier of uint8 ``[N, H, W, 3]`` that answers int64 ``[N]``.
+    """Open a classifier that maps images uint8 ``[N, H, W, 3]`` to classes int64 ``[N]``.
 
     Args:
-        name: ``digits``, the demo's SVM, trained here on the real training scans; or ``FILE.py:FUNCTION``, such a
-            function.
+        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, or ``FILE.py:FUNCTION``
+            for a user's function.
 
     Raises:
         UserError: another name, or a function that cannot be loaded.
@@ -37,10 +40,12 @@ def open_classifier(name: str) -> Classifier:
 
 
 def check_classifier(name: str) -> None:
-    """Refuse a name that is none; nothing is loaded.
+    """Refuse a name that is no classifier.
+
+    Nothing is loaded.
 
     Raises:
-        UserError: names what there is.
+        UserError: names the possible classifiers.
     """
     if name != "digits" and not is_function_spec(name):
         raise UserError(f"{CLASSIFIER}: {name!r} is neither digits nor FILE.py:FUNCTION")
@@ -54,15 +59,15 @@ def _digits(images: np.ndarray) -> np.ndarray:
 
 
 def class_accuracy(images: np.ndarray, labels: np.ndarray, classifier: Classifier) -> ClassAccuracy:
-    """How often the classifier's answer is the label.
+    """Return how often the classifier's answer equals the label.
 
     Args:
         images: uint8 ``[N, H, W, 3]``, at least one.
         labels: int64 ``[N]``.
-        classifier: from :func:`open_classifier`.
+        classifier: a classifier from :func:`open_classifier`.
 
     Raises:
-        UserError: a classifier that answers anything but ``N`` whole numbers.
+        UserError: the classifier does not return ``N`` integers.
     """
     guesses = np.asarray(classifier(images))
     if guesses.shape != labels.shape or not np.issubdtype(guesses.dtype, np.integer):

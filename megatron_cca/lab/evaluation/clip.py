@@ -1,4 +1,4 @@
-"""Whether samples show what their prompts say, as CLIP sees it."""
+"""CLIP score: how well samples match their prompts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ CLIP = "--clip"
 
 @dataclass(frozen=True)
 class Cut:
-    """How many of ``count`` prompts have more tokens than the model reads, which are ``tokens``."""
+    """The number of prompts, of ``count``, that the model reads only in part.
+
+    The model reads ``tokens`` tokens.
+    """
 
     prompts: int
     count: int
     tokens: int
 
     def line(self) -> str | None:
-        """For people; None where nothing is cut."""
+        """Return a line for the user; None if no prompt is cut."""
         if not self.prompts:
             return None
         return (
@@ -33,25 +36,27 @@ class Cut:
 
 
 class ClipScorer:
-    """CLIP score by a CLIP of transformers in a local folder; nothing is downloaded.
+    """CLIP score by a CLIP of transformers in a local folder.
+
+    Nothing is downloaded.
 
     Args:
-        folder: with ``config.json``, the weights as safetensors, and the files of CLIPProcessor, such as a copy of
-            openai/clip-vit-large-patch14.
-        device: where the model runs.
-        batch_size: images and prompts that go through it together.
+        folder: a folder with ``config.json``, the weights as safetensors, and the files of CLIPProcessor, such as a
+            copy of openai/clip-vit-large-patch14.
+        device: the device of the model.
+        batch_size: number of images and prompts in one batch.
 
     Raises:
-        UserError: no such folder, or one that holds no CLIP.
+        UserError: no such folder, or a folder without a CLIP.
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu", batch_size: int = 64) -> None:
         check_clip(folder)
-        # Imported late: transformers takes seconds.
+        # Imported late: the import of transformers takes seconds.
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            # Neither weights in a pickle nor code that the folder brings.
+            # Load no pickled weights, and run no code from the folder.
             model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers promises no closed set for damaged folders
@@ -63,15 +68,15 @@ class ClipScorer:
     def scores(
         self, images: np.ndarray, prompts: Sequence[str], on_progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
-        """100 * max(cosine, 0) of each image and its prompt, float32 ``[N]``.
+        """Return 100 * max(cosine, 0) of each image and its prompt, float32 ``[N]``.
 
-        This is what the field's tables call CLIP score. CLIPScore's paper (arXiv 2104.08718) has 2.5 in place of 100
-        and puts "A photo depicts" before the text, which is not done here. Prompts are cut to the model's length;
-        :meth:`cut` counts those.
+        Tables in papers call this CLIP score. The CLIPScore paper (arXiv 2104.08718) has 2.5 in place of 100. It also
+        puts "A photo depicts" before the text. This is not done here. Prompts are cut to the model's length.
+        :meth:`cut` counts those that are cut.
 
         Args:
             images: uint8 ``[N, H, W, 3]``.
-            prompts: as many.
+            prompts: as many prompts.
             on_progress: called with the number of images just scored.
         """
         assert len(images) == len(prompts)
@@ -86,7 +91,7 @@ class ClipScorer:
     __call__ = scores
 
     def cut(self, prompts: Sequence[str]) -> Cut:
-        """How many of some prompts are cut before they are scored."""
+        """Count the prompts that are cut before they are scored."""
         long = 0
         for start in range(0, len(prompts), self.batch_size):
             batch = list(prompts[start : start + self.batch_size])
@@ -96,7 +101,7 @@ class ClipScorer:
 
     @property
     def _length(self) -> int:
-        """Tokens that the model reads, begin and end included."""
+        """Number of tokens that the model reads, begin and end included."""
         return self.model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
@@ -105,14 +110,16 @@ class ClipScorer:
         inputs = self.processor(
             images=list(images), text=prompts, return_tensors="pt", input_data_format="channels_last", **options
         )
-        # Both come normalised.
+        # Both embeddings are normalised.
         outputs = self.model(**inputs.to(self.model.device))
         cosines = (outputs.image_embeds.float() * outputs.text_embeds.float()).sum(1)
         return (100 * cosines.clamp(min=0)).cpu().numpy()
 
 
 def check_clip(folder: str | Path) -> None:
-    """Refuse a folder that is none or has no configuration; nothing is loaded.
+    """Refuse a path that is no folder of a CLIP.
+
+    Nothing is loaded.
 
     Raises:
         UserError: names the folder and what would be right.

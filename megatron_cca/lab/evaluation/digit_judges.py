@@ -1,4 +1,7 @@
-"""Independent judges of handwritten digits, trained on real scans only: an SVM for accuracy, a CNN for IS and FID."""
+"""Independent judges of handwritten digits: an SVM for accuracy, a CNN for IS and FID.
+
+They are trained on real scans only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from megatron_cca.errors import UserError
 
 FEATURES = 64
 SIZE = (8, 8)
-# Of the last convolution's 64: as with Inception, few channels tell where things are, and their FID wants few images.
+# The number of channels, of the last convolution's 64, in the spatial features. As with Inception, few channels are
+# enough to show positions. Their FID then needs fewer images.
 _SPATIAL_CHANNELS = 4
 _CONVOLUTIONS = 4
 _EPOCHS = 30
@@ -24,7 +28,10 @@ _BATCH = 64
 
 
 class DigitCNN(nn.Module):
-    """uint8 ``[N, 1 or 3, 8, 8]`` -> features ``[N, 64]``, class logits ``[N, 10]``, spatial features ``[N, 256]``."""
+    """A CNN for uint8 images ``[N, 1 or 3, 8, 8]``.
+
+    Its outputs are features ``[N, 64]``, class logits ``[N, 10]`` and spatial features ``[N, 256]``.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +48,7 @@ class DigitCNN(nn.Module):
         self.head = nn.Linear(FEATURES, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Grey levels 0 to 255; of three equal channels the first is read.
+        """Compute the features of grey levels 0 to 255; of three equal channels only the first is read.
 
         Raises:
             UserError: images of another size.
@@ -54,14 +61,17 @@ class DigitCNN(nn.Module):
 
 @dataclass(frozen=True)
 class DigitJudges:
-    """Both judges; images are uint8 ``[N, 8, 8]`` everywhere."""
+    """Both judges; all images are uint8 ``[N, 8, 8]``."""
 
     svm: SVC
     cnn: DigitCNN
 
     @classmethod
     def train(cls, images: np.ndarray, labels: np.ndarray, seed: int = 0) -> DigitJudges:
-        """Train on real scans; deterministic in ``seed``, and the caller's random state is left alone."""
+        """Train the judges on real scans.
+
+        The result depends only on the scans and on ``seed``. The caller's random state does not change.
+        """
         svm = SVC(gamma=0.001, C=10.0).fit(_pixels(images), labels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -69,23 +79,26 @@ class DigitJudges:
         return cls(svm, cnn.eval().requires_grad_(False))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """The SVM's digits, int64 ``[N]``."""
+        """Return the SVM's digits, int64 ``[N]``."""
         return self.svm.predict(_pixels(images)).astype(np.int64)
 
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Share of images that the SVM takes for the digit that was asked for."""
+        """Return the share of images in which the SVM sees the requested digit."""
         return float(self.svm.score(_pixels(images), labels))
 
 
 @cache
 def standard_judges() -> DigitJudges:
-    """The judges of the 1,437 training scans with seed 0; trained once a process."""
+    """Return the judges of the 1,437 training scans with seed 0.
+
+    Each process trains them once.
+    """
     train, _ = load_scans()
     return DigitJudges.train(train.images, train.labels)
 
 
 def check_size(size: tuple[int, ...]) -> None:
-    """Refuse images of another height and width than the scans'.
+    """Refuse images whose height and width differ from the scans'.
 
     Raises:
         UserError: names the size found.
@@ -95,7 +108,7 @@ def check_size(size: tuple[int, ...]) -> None:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """The SVM's inputs: grey levels 0 to 16, as scikit-learn ships them."""
+    """Return the SVM's inputs: grey levels 0 to 16, as in scikit-learn."""
     return images.reshape(len(images), -1) * (16 / 255)
 
 

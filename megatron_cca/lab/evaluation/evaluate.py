@@ -1,4 +1,4 @@
-"""From sets of images to their numbers: what tools/evaluate.py does between its options and its files."""
+"""The numbers of sets of images: the work of tools/evaluate.py between its options and its files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from megatron_cca.lab.evaluation.planning import (
 
 @dataclass(frozen=True)
 class SetResult:
-    """A set's numbers.
+    """The numbers of a set.
 
     Attributes:
-        metrics: as :func:`megatron_cca.lab.evaluation.fidelity.fidelity` names them.
-        left_out: metric -> why it is not among them.
-        accuracy: where there are labels and a classifier.
-        clip_scores: float32 ``[N]``, where there are prompts and a CLIP.
-        clip_cut: how many of the prompts it read in part.
+        metrics: metrics by name, from :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
+        left_out: metric -> why it was not computed.
+        accuracy: class accuracy, if there are labels and a classifier.
+        clip_scores: float32 ``[N]``, if there are prompts and a CLIP.
+        clip_cut: the number of prompts that the CLIP reads only in part.
     """
 
     name: str
@@ -49,7 +49,10 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All results, and what they were found with; ``extractor_origin`` says where its weights come from."""
+    """All results with their settings.
+
+    ``extractor_origin`` names the source of the extractor's weights.
+    """
 
     settings: EvaluationSettings
     reference: ImageSet
@@ -58,24 +61,26 @@ class Evaluation:
 
 
 def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
-    """Read the images, see what can be computed, then compute it; progress bars on standard error.
+    """Read the images, decide what can be computed, and compute it.
+
+    Progress bars go to standard error.
 
     Raises:
-        UserError: images that cannot be read; too few for a metric that was asked for by name; no labels for a
-            classifier or prompts for CLIP; nothing at all that could be computed.
+        UserError: images that cannot be read; too few images for a metric that was asked for by name; no labels for a
+            classifier or no prompts for CLIP; nothing that can be computed.
     """
     sets = {name: _read(SAMPLES, path) for name, path in settings.samples.items()}
     reference = _read(REFERENCE, settings.reference)
     check_annotations(settings, sets)
     extractor = None
     if settings.metrics != () and settings.extractor not in WIDTHS:
-        # What the user's own network gives shows only when it runs.
+        # The outputs of a user's network show only when it runs.
         extractor = _open(settings, device)
     known = WIDTHS.get(settings.extractor, {}) if extractor is None else widths(extractor, reference.images)
     plans = plan(settings, sets, reference, known)
     if extractor is None and any(one.metrics for one in plans.values()):
         extractor = _open(settings, device)
-    # Both before the long part: what is wrong with them is better known now.
+    # Open both before the long computation. Errors in them appear early.
     name_of_classifier = classifier_of(settings, sets)
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
@@ -129,7 +134,7 @@ def _fidelities(
 ) -> dict[str, dict[str, float]]:
     if extractor is None:
         return {name: {} for name in sets}
-    # Imported late: torch-fidelity takes seconds.
+    # Imported late: the import of torch-fidelity takes seconds.
     from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
 
     real = Reference(reference.images, extractor, usable_moments(settings, reference))

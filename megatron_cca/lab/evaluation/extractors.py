@@ -1,4 +1,4 @@
-"""The networks whose features FID and its kin compare, and how images go through them, batch by batch."""
+"""The networks whose features FID and similar metrics compare, and the extraction of these features in batches."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-# The published file's name ends in the beginning of its SHA-256.
+# The name of the published file ends with the first digits of its SHA-256.
 PUBLISHED_SHA256 = "6726825d"
-# Known without building the networks, so that what cannot be computed is said before.
+# The widths are known before the networks are built. Impossible metrics are refused early.
 WIDTHS = {
     "digits": {"features": 64, "logits": 10, "spatial": 256},
     "inception": {"features": 2048, "logits": 1008, "spatial": 2023},
@@ -30,11 +30,11 @@ WIDTHS = {
 
 
 class Extractor(nn.Module):
-    """A network as :func:`megatron_cca.lab.evaluation.fidelity.fidelity` takes it.
+    """A network for :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
 
     Attributes:
-        name: as the user gave it.
-        origin: where its weights come from, for the record.
+        name: the name that the user gave.
+        origin: the source of its weights, for the record.
     """
 
     def __init__(self, network: nn.Module, name: str, origin: dict[str, str]) -> None:
@@ -42,7 +42,10 @@ class Extractor(nn.Module):
         self.network, self.name, self.origin = network.eval().requires_grad_(False), name, origin
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """uint8 ``[N, 3, H, W]`` -> features ``[N, D]``, class logits ``[N, C]`` and perhaps spatial ``[N, S]``."""
+        """Map images to features ``[N, D]``, class logits ``[N, C]`` and perhaps spatial features ``[N, S]``.
+
+        The images are uint8 ``[N, 3, H, W]``.
+        """
         if not is_function_spec(self.name):
             return self.network(images)
         with failures_said(self.name, EXTRACTOR):
@@ -50,12 +53,15 @@ class Extractor(nn.Module):
 
 
 def open_extractor(name: str, weights: Path | None = None) -> Extractor:
-    """Build an extractor on the CPU; nothing is downloaded.
+    """Build an extractor on the CPU.
+
+    Nothing is downloaded.
 
     Args:
-        name: ``digits``, the demo's classifier, trained here on the real training scans; ``inception``, the network of
-            the field's FID; or ``FILE.py:FUNCTION``, a function without arguments that returns a torch module.
-        weights: the Inception weights' file.
+        name: ``digits`` for the demo's classifier, which is trained here on the real training scans; ``inception`` for
+            the network of the published FIDs; or ``FILE.py:FUNCTION`` for a function without arguments that returns a
+            torch module.
+        weights: the file of the Inception weights.
 
     Raises:
         UserError: see :func:`check_extractor`; a function that fails or returns something else; damaged weights.
@@ -74,10 +80,12 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
 
 
 def check_extractor(name: str, weights: Path | None) -> None:
-    """Refuse a name that is none, and Inception without its file; nothing is loaded.
+    """Refuse a name that is no extractor, and Inception without its file.
+
+    Nothing is loaded.
 
     Raises:
-        UserError: says where the file is to be had and how it is named.
+        UserError: says where to get the file and which option names it.
     """
     if name not in WIDTHS and not is_function_spec(name):
         raise UserError(f"{EXTRACTOR}: {name!r} is none of digits, inception and FILE.py:FUNCTION")
@@ -99,7 +107,7 @@ def _inception(weights: Path) -> Extractor:
     from megatron_cca.lab.evaluation.fidelity import InceptionV3
 
     try:
-        # torch-fidelity unpickles whatever a file holds; after this it is known to hold tensors and nothing else.
+        # torch-fidelity unpickles any contents of a file. This call proves that the file has only tensors.
         with weights.open("rb") as file:
             load_tensors(file)
         network = InceptionV3(weights)
@@ -124,7 +132,10 @@ OnProgress = Callable[[int], object]
 
 
 def widths(extractor: nn.Module, images: np.ndarray) -> dict[str, int]:
-    """The parts that an extractor gives and how many numbers an image each has, found on the first of the images."""
+    """Return the width of each part of an extractor's output.
+
+    The first of the images passes through it.
+    """
     return {name: part.shape[1] for name, part in _run(extractor, _batch(images[:1], _device(extractor))).items()}
 
 
@@ -146,18 +157,18 @@ def extract(
     batch_size: int,
     on_progress: OnProgress | None,
 ) -> dict[str, Tensor]:
-    """The named parts of an extractor's answers, float32 ``[N, D]`` on the CPU.
+    """Return the named parts of an extractor's output, float32 ``[N, D]`` on the CPU.
 
     Args:
-        who: whose images they are, for messages.
+        who: the name of the images, for messages.
         images: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``.
         extractor: see :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
-        names: parts that it gives; none means that it is not run.
-        batch_size: images it sees together.
+        names: the names of parts; without names the extractor does not run.
+        batch_size: number of images in one batch.
         on_progress: called with the number of images just done.
 
     Raises:
-        UserError: it gives something else, or what is not a number.
+        UserError: the extractor has another output, or values that are not finite.
     """
     device, kept = _device(extractor), {name: [] for name in names}
     for start in range(0, len(images), batch_size) if names else ():
@@ -179,7 +190,7 @@ def _device(extractor: nn.Module) -> torch.device:
 
 
 def _batch(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 ``[N, 3, H, W]``."""
+    """Return the images as uint8 ``[N, 3, H, W]``."""
     pixels = torch.tensor(images).to(device)
     return pixels[:, None].expand(-1, 3, -1, -1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 

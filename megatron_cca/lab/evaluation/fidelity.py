@@ -1,7 +1,7 @@
-"""FID, sFID, Inception Score, KID, precision and recall by torch-fidelity, all on one extractor's answers.
+"""FID, sFID, Inception Score, KID, precision and recall by torch-fidelity, all on the features of one extractor.
 
-Images go through the extractor once for all metrics. torch-fidelity's own choice of networks, which differs from metric
-to metric, its downloads and its file cache play no part.
+Images pass through the extractor once for all metrics. torch-fidelity would choose a network for each metric, download
+it, and cache features in files. None of this is used.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ __all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"
 
 _DEFAULTS = FidelitySettings()
 _SFID_CHANNELS = 7
-# Rows of the distance matrix that precision and recall hold at a time.
+# The number of rows of the distance matrix that precision and recall hold at the same time.
 _DISTANCE_ROWS = 1000
 
 
 class Reference:
-    """Real images with the memory of what an extractor made of them, so that many sample sets are held against them.
+    """Real images with the extractor's features.
+
+    The features are kept, so that many sample sets use them.
 
     Args:
         images: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``.
         extractor: see :func:`fidelity`.
-        moments: mean ``[D]`` and covariance ``[D, D]`` of parts, from more images than these; FID ("features") and sFID
-            ("spatial") take them where they are given, as OpenAI's evaluator does.
+        moments: mean ``[D]`` and covariance ``[D, D]`` of parts, over more images than these. FID ("features") and sFID
+            ("spatial") use them if they are given, as OpenAI's evaluator does.
 
     Raises:
         UserError: images of another type or shape.
@@ -76,14 +78,20 @@ class Reference:
         return len(self.images)
 
     def parts(self, names: Iterable[str], batch_size: int = 64, on_progress: OnProgress | None = None) -> dict:
-        """The named parts, float32 ``[N, D]``; the extractor sees the images only where some are not known yet."""
+        """Return the named parts, float32 ``[N, D]``.
+
+        The extractor runs only if some of them are not known yet.
+        """
         names = set(names)
         if not names <= self._parts.keys():
             self._parts |= extract("reference", self.images, self.extractor, names, batch_size, on_progress)
         return self._parts
 
     def moments(self, part: str) -> dict[str, np.ndarray]:
-        """``mu`` float64 ``[D]`` and ``sigma`` float64 ``[D, D]`` of a part, given or of the extracted images."""
+        """Return ``mu`` float64 ``[D]`` and ``sigma`` float64 ``[D, D]`` of a part.
+
+        They are the given ones, or those of the extracted images.
+        """
         if part not in self._moments:
             self._moments[part] = fid_features_to_statistics(self._parts[part].double())
         return self._moments[part]
@@ -96,25 +104,26 @@ def fidelity(
     settings: FidelitySettings = _DEFAULTS,
     on_progress: OnProgress | None = None,
 ) -> dict[str, float]:
-    """How good samples are, beside real images and in themselves.
+    """Measure the quality of samples, alone and against real images.
 
     FID is arXiv 1706.08500, Inception Score 1606.03498, KID 1801.01401 (unbiased, cubic kernel), precision and recall
-    1904.06991, sFID 2103.03841; as torch-fidelity computes them, in float64 from the features on.
+    1904.06991, and sFID 2103.03841. torch-fidelity computes them. The features are converted to float64 first.
 
     Args:
         samples: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, grey levels or RGB from 0 to 255.
-        reference: the same of real images, or a :class:`Reference` of the same extractor.
+        reference: the same for real images, or a :class:`Reference` of the same extractor.
         extractor: maps uint8 ``[N, 3, H, W]`` to features ``[N, D]``, class logits ``[N, C]`` and, for sFID, spatial
-            features ``[N, S]``: a tuple in this order or a dict with these keys. Runs where its parameters are.
-        settings: which metrics, and their numbers.
-        on_progress: called with the number of images that have just gone through the extractor.
+            features ``[N, S]``. Its output is a tuple in this order or a dict with these keys. It runs on the device of
+            its parameters.
+        settings: the metrics and their parameters.
+        on_progress: called with the number of images that have just passed through the extractor.
 
     Returns:
         Each metric under its name; ``kid_std``, and ``inception_score_std`` where there are several splits.
 
     Raises:
-        UserError: images of another type or shape, too few of them for a metric, an extractor that gives something
-            else or what is not a number.
+        UserError: images of another type or shape, too few images for a metric, or an extractor with another output or
+            with values that are not finite.
     """
     check_images("samples", samples)
     if not isinstance(reference, Reference):
@@ -180,12 +189,12 @@ def _compare(ours: Tensor, theirs: Tensor, settings: FidelitySettings) -> dict[s
 class InceptionV3(nn.Module):
     """torch-fidelity's copy of the Inception network of TensorFlow's FID, with weights from a file.
 
-    uint8 ``[N, 3, H, W]`` of any size -> ``features`` ``[N, 2048]``, ``logits`` ``[N, 1008]`` (without bias, as the
-    Inception Score's authors have them) and ``spatial`` ``[N, 2023]``: what sFID is computed on, the first 7 channels
-    of ``mixed_6/conv`` in TensorFlow's graph, in its order ``[17, 17, 7]``.
+    It maps uint8 ``[N, 3, H, W]`` of any size to ``features`` ``[N, 2048]``, ``logits`` ``[N, 1008]`` and ``spatial``
+    ``[N, 2023]``. The logits have no bias, as in the code of the Inception Score's authors. sFID uses the spatial
+    features. They are the first 7 channels of ``mixed_6/conv`` in TensorFlow's graph, in its order ``[17, 17, 7]``.
 
     Args:
-        weights: a state dict that :func:`megatron_cca.lab.evaluation.extractors.open_extractor` has found to be one.
+        weights: a file that :func:`megatron_cca.lab.evaluation.extractors.open_extractor` has checked.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -201,7 +210,7 @@ class InceptionV3(nn.Module):
         self._kept = output
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """RGB from 0 to 255."""
+        """Compute features, logits and spatial features of RGB images with values from 0 to 255."""
         features, logits = self.network(images)
         spatial = self._kept[:, :_SFID_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         self._kept = None

@@ -1,6 +1,6 @@
-"""Sets of images as evaluation takes them: from a folder, an .npz, tools/generate.py's output, or the digits.
+"""Sets of images for evaluation: a folder, an .npz, tools/generate.py's output, or the digits.
 
-An .npz is read as OpenAI's evaluator and the CCA paper's authors exchange them.
+The format of an .npz is that of OpenAI's evaluator and of the CCA paper's authors.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments, tuple[str, ...]]:
-    """Images uint8 ``[N, H, W, 3]``, labels int64 ``[N]`` or None, no prompts, the moments, and what is not read.
+    """Read images, labels, moments and notices from an .npz.
 
-    OpenAI's reference batches hold 10,000 images beside ``mu`` and ``sigma`` of the whole training set's Inception
-    features (``mu_s`` and ``sigma_s`` of the spatial ones); their FID is to the latter.
+    The images are uint8 ``[N, H, W, 3]``. The labels are int64 ``[N]`` or None. The prompts are always None. The
+    notices name arrays that were not read.
+
+    OpenAI's reference batches have 10,000 images. They also have ``mu`` and ``sigma`` of the Inception features of the
+    whole training set, and ``mu_s`` and ``sigma_s`` of the spatial ones. OpenAI's FID uses these moments.
 
     Raises:
         UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
@@ -88,15 +91,15 @@ _OPAQUE = 255
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and what is known of them.
+    """Images with their labels, prompts, moments and notices.
 
     Attributes:
         images: uint8 ``[N, H, W, 3]``, RGB.
-        labels: int64 ``[N]`` or None, the classes asked for.
+        labels: int64 ``[N]`` or None, the requested classes.
         prompts: ``N`` texts or None.
         moments: mean and covariance of Inception's ``features`` and ``spatial`` features over more images than these,
-            as OpenAI's reference batches hold them; empty elsewhere.
-        notices: what lies there and is not among the images, or not all of it; one line each.
+            as in OpenAI's reference batches; otherwise empty.
+        notices: one line for each kind of file or array that was not read, or only in part.
     """
 
     images: np.ndarray
@@ -107,16 +110,17 @@ class ImageSet:
 
 
 def read_images(path: str | Path) -> ImageSet:
-    """Read a set of images; many show a progress bar.
+    """Read a set of images.
+
+    Many images show a progress bar.
 
     Args:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
-            ``prompts.jsonl``, as tools/generate.py writes it, in its order; an ``.npz`` with ``arr_0`` uint8
-            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and
-            ``digits-held-out``.
+            ``prompts.jsonl`` from tools/generate.py, in its order; an ``.npz`` with ``arr_0`` uint8 ``[N, H, W, 3]``
+            and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and ``digits-held-out``.
 
     Raises:
-        UserError: names what is missing, empty, unreadable, or of another size than the others.
+        UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
         from megatron_cca.data.digits import load_scans
@@ -136,7 +140,7 @@ def read_images(path: str | Path) -> ImageSet:
 
 
 def _read_files(listing: Listing) -> tuple[np.ndarray, int]:
-    """The images, and how many of them are transparent in places."""
+    """Return the images, and the number of images with transparent pixels."""
     transparent, (first, _) = 0, _decode(listing.files[0])
     images = np.empty((len(listing.files), *first.shape), dtype=np.uint8)
     with (
@@ -162,7 +166,10 @@ def _size(pixels: np.ndarray) -> str:
 
 
 def _decode(file: Path) -> tuple[np.ndarray, bool]:
-    """uint8 ``[H, W, 3]``, upright, without alpha; and whether that is anywhere less than full."""
+    """Decode an image to uint8 ``[H, W, 3]``, upright and without alpha.
+
+    Also return whether it has transparent pixels.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError:

@@ -1,4 +1,7 @@
-"""Which metrics there are, how they are set, and how many images each wants; knows neither torch nor torch-fidelity."""
+"""The metrics, their settings, and the number of images that each needs.
+
+Nothing here imports torch or torch-fidelity.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ TITLES = {
     "sfid": "sFID",
 }
 Part = Literal["features", "logits", "spatial"]
-# What of an extractor's answer each metric is computed on.
+# The part of an extractor's output that each metric uses.
 PART_OF: dict[str, Part] = {
     "fid": "features",
     "inception_score": "logits",
@@ -29,7 +32,7 @@ PART_OF: dict[str, Part] = {
 }
 
 
-# Those that need nothing of the reference but a mean and a covariance.
+# Metrics that need only a mean and a covariance of the reference.
 MOMENT_METRICS = ("fid", "sfid")
 
 
@@ -72,7 +75,10 @@ class FidelitySettings:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images there are; ``moments`` are the parts of which the reference brings mean and covariance along."""
+    """The numbers of images.
+
+    ``moments`` names the parts whose mean and covariance the reference's file has.
+    """
 
     samples: int
     reference: int
@@ -80,19 +86,24 @@ class Counts:
 
 
 class Obstacle(NamedTuple):
-    """Why a metric cannot be computed: ``side`` is samples, reference or extractor; ``reason`` is for people."""
+    """The reason why a metric cannot be computed.
+
+    ``side`` is samples, reference or extractor. ``reason`` is a text for messages.
+    """
 
     side: str
     reason: str
 
 
 def obstacle(metric: str, counts: Counts, widths: dict[str, int], settings: FidelitySettings) -> Obstacle | None:
-    """What stands in a metric's way, and how many images it wants; None if it can be computed.
+    """Return why a metric cannot be computed, with the number of images that it needs.
+
+    It is None if the metric can be computed.
 
     Args:
-        metric: of ``METRICS``.
-        counts: images at hand.
-        widths: of the parts that the extractor gives, such as ``{"features": 2048, "logits": 1008}``.
+        metric: a member of ``METRICS``.
+        counts: the numbers of images.
+        widths: widths of the parts that the extractor gives, such as ``{"features": 2048, "logits": 1008}``.
         settings: subset size, neighbourhood and splits.
     """
     part = PART_OF[metric]
@@ -111,7 +122,8 @@ def obstacle(metric: str, counts: Counts, widths: dict[str, int], settings: Fide
 
 def _wanted(metric: str, width: int, settings: FidelitySettings) -> tuple[int, str]:
     if metric in MOMENT_METRICS:
-        # Fewer leave the covariance singular, and the distance says more about their number than about the images.
+        # With fewer images the covariance is singular. The distance then depends on their number more than on the
+        # images.
         return width + 1, f"on {width} features"
     if metric == "kid":
         return settings.kid_subset_size, f"with kid_subset_size {settings.kid_subset_size}"

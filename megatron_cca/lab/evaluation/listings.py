@@ -1,4 +1,4 @@
-"""What may be named as a set of images, which files a folder holds, in which order, and what is written beside them."""
+"""The names of sets of images, the files of a folder, their order, and the annotations beside them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from megatron_cca.io.typed_paths import typed_path
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-# In place of a path: scikit-learn's scans, those for training and the others.
+# Words in place of a path: scikit-learn's scans for training, and the others.
 DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder; ``labels`` int64 ``[N]`` and ``prompts``, where every image has one.
+    """The files of a folder.
 
-    ``notices`` say, a line each, what lies there and is not among the files.
+    ``labels`` int64 ``[N]`` and ``prompts`` exist if each image has one. ``notices`` has one line for each kind of file
+    that is not listed.
     """
 
     folder: Path
@@ -37,10 +38,12 @@ class Listing:
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse what cannot be a set of images; nothing is read.
+    """Refuse a path that cannot be a set of images.
+
+    Nothing is read.
 
     Raises:
-        UserError: names it and what it might be.
+        UserError: names the path and the possible kinds.
     """
     if str(path) in WORDS:
         return
@@ -52,11 +55,13 @@ def check_path(path: str | Path) -> None:
 
 
 def list_folder(folder: Path) -> Listing:
-    """The images of a folder: as its ``prompts.jsonl`` lists them, else all there and one level below, by name.
+    """List the images of a folder.
+
+    Its ``prompts.jsonl`` gives their order. Without one, it lists the folder and one level below, by name.
 
     Raises:
-        UserError: no images; a line of ``prompts.jsonl`` that is damaged or names a missing file; labels or prompts for
-            some of the images only.
+        UserError: no images; a damaged line of ``prompts.jsonl`` or one that names a missing file; labels or prompts
+            for only some of the images.
     """
     if (folder / PROMPTS).is_file():
         return _listed(folder)
@@ -74,11 +79,14 @@ def list_folder(folder: Path) -> Listing:
 
 
 def _passed_over(folder: Path) -> tuple[str, ...]:
-    """What of a folder is no image of the set; folders that are links are not looked into."""
+    """Return notices about files of a folder that are not in the set.
+
+    It does not enter folders that are links.
+    """
     found, deeper, unread = [], [], UnreadFiles()
     for name in walk_files(real_folder(folder), unread, strict=False):
         if name.endswith("/"):
-            # One level below, links are read as folders are.
+            # One level below, links count as folders.
             if name.count("/") > 1:
                 unread.add(name, LINKED)
         elif Path(name).suffix.lower() not in SUFFIXES:
@@ -99,7 +107,7 @@ def _passed_over(folder: Path) -> tuple[str, ...]:
 
 
 def _not_listed(files: list[Path]) -> tuple[str, ...]:
-    """What lies beside the files of a list, and which of them it names again."""
+    """Return notices about files that a list does not name, and about files that it names twice."""
     named = {os.path.realpath(file) for file in files}
     there = {
         os.path.realpath(file)

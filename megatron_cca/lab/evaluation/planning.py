@@ -1,4 +1,4 @@
-"""What is to be evaluated, whether it can be, and which metrics the images and the extractor allow."""
+"""The plan of an evaluation: its inputs, its checks, and the metrics that the images and the extractor allow."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _DIGIT_SIZE = (8, 8)
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is held against what.
+    """The inputs of an evaluation.
 
     Attributes:
-        samples: name -> path of each set, as :func:`megatron_cca.lab.evaluation.image_sets.read_images` takes them.
+        samples: name -> path of each set for :func:`megatron_cca.lab.evaluation.image_sets.read_images`.
         reference: path of the real images.
         extractor: see :func:`megatron_cca.lab.evaluation.extractors.open_extractor`.
-        inception_weights: its file.
-        metrics: of ``METRICS``; None means all that the images and the extractor allow.
-        numbers: subsets, neighbourhood, splits and batch size; its own metrics play no part.
-        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means what
-            :func:`classifier_of` says.
-        clip: folder of a CLIP; None leaves the CLIP score out.
+        inception_weights: the file of Inception's weights.
+        metrics: members of ``METRICS``; None means all that the images and the extractor allow.
+        numbers: subsets, neighbourhood, splits and batch size; its metrics are not used.
+        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means the choice of
+            :func:`classifier_of`.
+        clip: folder of a CLIP; None means no CLIP score.
     """
 
     samples: dict[str, str]
@@ -48,14 +48,14 @@ class EvaluationSettings:
 
 
 class Plan(NamedTuple):
-    """The metrics of a set that are computed, and of the others why they are not."""
+    """The metrics of a set that will be computed, and why others will not."""
 
     metrics: tuple[str, ...]
     left_out: dict[str, str]
 
 
 def check(settings: EvaluationSettings) -> None:
-    """Refuse what can be refused without reading an image or loading a network.
+    """Refuse invalid settings before an image is read or a network is loaded.
 
     Raises:
         UserError: names the option.
@@ -76,10 +76,10 @@ def check(settings: EvaluationSettings) -> None:
 
 
 def check_annotations(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> None:
-    """Refuse a classifier where no set has labels, and CLIP where none has prompts.
+    """Refuse a classifier if no set has labels, and CLIP if no set has prompts.
 
     Raises:
-        UserError: says where they would come from.
+        UserError: says where labels or prompts come from.
     """
     if settings.classifier is not None and all(images.labels is None for images in sets.values()):
         raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
@@ -90,7 +90,10 @@ def check_annotations(settings: EvaluationSettings, sets: dict[str, ImageSet]) -
 
 
 def classifier_of(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> str | None:
-    """The classifier that is asked for, else the digits' own where they are the reference and samples have labels."""
+    """Return the requested classifier, or the digits' own.
+
+    The latter applies if the reference is the digits and the samples have labels.
+    """
     labelled = [images for images in sets.values() if images.labels is not None]
     if settings.classifier is not None or settings.reference not in WORDS:
         return settings.classifier
@@ -101,16 +104,18 @@ def classifier_of(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> st
 def plan(
     settings: EvaluationSettings, sets: dict[str, ImageSet], reference: ImageSet, widths: dict[str, int]
 ) -> dict[str, Plan]:
-    """Per set the metrics that can be computed; what is left out is said on standard error.
+    """Return the computable metrics of each set.
+
+    It names the others on standard error.
 
     Args:
-        settings: what was asked for.
+        settings: the inputs of the evaluation.
         sets, reference: the images.
-        widths: of the parts that the extractor gives.
+        widths: widths of the parts that the extractor gives.
 
     Raises:
-        UserError: a metric that was asked for by name and cannot be computed; nothing at all that can be; images that
-            the digits' network does not take.
+        UserError: a metric that was asked for by name and cannot be computed; nothing that can be computed; images that
+            the digits' network does not accept.
     """
     if settings.metrics == ():
         return {name: Plan((), {}) for name in sets}
@@ -145,7 +150,10 @@ def _plan(settings: EvaluationSettings, name: str, counts: Counts, widths: dict[
 
 
 def usable_moments(settings: EvaluationSettings, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and covariance that the reference brings along: they are always Inception's."""
+    """Return mean and covariance from the reference's file for this extractor.
+
+    They are always Inception's.
+    """
     return dict(reference.moments or {}) if settings.extractor == "inception" else {}
 
 

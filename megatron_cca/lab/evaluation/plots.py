@@ -1,4 +1,4 @@
-"""The diagrams of an evaluation and of the demo, as PNG."""
+"""The plots of an evaluation and of the demo, as PNG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class SampleColumn:
 
 
 def sample_sheet(path: Path, columns: Sequence[SampleColumn], row_labels: Sequence[str]) -> None:
-    """Models side by side, one row per class; dark ink on white."""
+    """Draw the samples of models beside each other, one row for each class.
+
+    Digits are dark on white.
+    """
     rows, across = columns[0].images.shape[:2]
     cell, gap, title = 0.4, 0.35, 0.62  # inches
     figure = Figure(figsize=(len(columns) * (across * cell + gap) + gap, rows * cell + title), dpi=160)
@@ -59,7 +62,7 @@ def _mosaic(images: np.ndarray) -> np.ndarray:
 
 
 def training_curves(path: Path, metrics: Sequence[dict[str, float]]) -> None:
-    """Log-ratios, margin and loss of a CCA run over its steps."""
+    """Draw log-ratios, margin and loss of a CCA run over its steps."""
     figure = Figure(figsize=(10, 3.1), dpi=160)
     ratios, margin, loss = figure.subplots(1, 3)
     _curve(ratios, metrics, "positive_log_ratio", "matched pairs", BLUE)
@@ -81,18 +84,20 @@ def _finish(axis: Axes, title: str, unit: str) -> None:
 
 
 def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: str, colour: str) -> None:
-    # A gap where a step has no such number.
+    # A step without the number leaves a gap.
     values = [math.nan if row.get(name) is None else row[name] for row in metrics]
     axis.plot([row["step"] for row in metrics], values, color=colour, label=label, linewidth=1.6)
 
 
-# More classes than this are drawn as a sorted curve: bars would be thinner than a line.
+# With more classes, a sorted curve replaces the bars. They would be thinner than a line.
 _MAX_BARS = 30
 _ACROSS = 8
 
 
 def fid_is_plane(path: Path, points: Mapping[str, tuple[float, float]]) -> None:
-    """Sets of samples in the plane of FID and Inception Score; better is to the upper left.
+    """Draw sets of samples in the plane of FID and Inception Score.
+
+    Better sets are at the upper left.
 
     Args:
         path: the PNG.
@@ -111,7 +116,9 @@ def fid_is_plane(path: Path, points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def class_accuracy_bars(path: Path, accuracies: Mapping[str, Mapping[int, float]]) -> None:
-    """How often each class is recognised; for many classes, the sorted curve.
+    """Draw the accuracy of each class.
+
+    For many classes, it is a sorted curve.
 
     Args:
         path: the PNG.
@@ -148,13 +155,13 @@ def _curves(axes: Axes, accuracies: Mapping[str, Mapping[int, float]], classes: 
 
 
 def image_grid(path: Path, title: str, images: np.ndarray, captions: Sequence[str]) -> None:
-    """Images in rows of eight below a title, each over its short caption.
+    """Draw images in rows of eight below a title, each with a short caption below it.
 
     Args:
         path: the PNG.
         title: one line.
         images: uint8 ``[N, H, W, 3]``, at least one.
-        captions: as many; all may be empty.
+        captions: as many captions; all may be empty.
     """
     across = min(_ACROSS, len(images))
     rows = -(-len(images) // across)
@@ -175,7 +182,7 @@ def image_grid(path: Path, title: str, images: np.ndarray, captions: Sequence[st
 def _legend(axes: Axes) -> None:
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **LEGEND)
     for text in legend.get_texts():
-        # A name may hold dollar signs; they are not mathematics here.
+        # A name may contain dollar signs. They do not start a formula here.
         text.set_parse_math(False)
 
 

@@ -1,4 +1,4 @@
-"""The user's own functions, named as ``FILE.py:FUNCTION``."""
+"""Functions of the user, with names of the form ``FILE.py:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from megatron_cca.io.typed_paths import typed_path
 
 
 def is_function_spec(spec: str) -> bool:
-    """Whether a name is of the form ``FILE.py:FUNCTION``."""
+    """Check whether a name has the form ``FILE.py:FUNCTION``."""
     file, separator, _ = spec.rpartition(":")
     return bool(separator) and file.endswith(".py")
 
 
 def load_function(spec: str, option: str) -> Callable:
-    """Run a Python file and hand out one of its functions.
+    """Run a Python file and return one of its functions.
 
     Args:
-        spec: ``FILE.py:FUNCTION``. The file is run once a process, as an import would.
-        option: where the user named it, for messages.
+        spec: ``FILE.py:FUNCTION``. Each process runs the file once, as an import does.
+        option: the option that names it, for messages.
 
     Returns:
-        The function; whatever it raises becomes a :class:`UserError`.
+        The function. Any exception of it becomes a :class:`UserError`.
 
     Raises:
-        UserError: not of this form, no such file, a file that fails when it is run, no such function in it.
+        UserError: another form, no such file, a file that fails when it runs, or no such function in it.
     """
     if not is_function_spec(spec):
         raise UserError(f"{option}: {spec!r} is not of the form FILE.py:FUNCTION")
@@ -51,7 +51,7 @@ def load_function(spec: str, option: str) -> Callable:
 
 @contextmanager
 def failures_said(spec: str, option: str) -> Iterator[None]:
-    """Turn what the user's own code raises inside into one line, with its place in the user's file.
+    """Turn an exception of the user's code into one line, with its line number in the user's file.
 
     Raises:
         UserError: begins with ``option`` and ``spec``.
@@ -79,7 +79,7 @@ def _guarded(function: Callable, spec: str, option: str) -> Callable:
 
 def _run(file: Path, option: str) -> object:
     path = file.resolve()
-    # Below its own name in sys.modules, where dataclasses and pickle look for it, and in nobody's way.
+    # In sys.modules it has its own name. Dataclasses and pickle look for it there. It does not hide another module.
     name = f"_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -1,4 +1,4 @@
-"""What tools/evaluate.py leaves behind: metrics.json, table.md and pictures."""
+"""The output of tools/evaluate.py: metrics.json, table.md and plots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from megatron_cca.version import installed_versions
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
 _PARTIAL = ".partial"
-# Images on a sheet.
+# The number of images on a sheet.
 _WITH_PROMPTS, _WITHOUT = 16, 48
 _PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
-# Key, heading with the direction that is better, and whether more is better.
+# Key, heading with the direction of improvement, and whether more is better.
 _COLUMNS = (
     ("fid", "FID ↓", False),
     ("sfid", "sFID ↓", False),
@@ -40,10 +40,12 @@ _COLUMNS = (
 
 @contextmanager
 def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Keep the folder for a report, from before the work to the end of writing.
+    """Reserve the folder for a report while the context is open.
+
+    It opens before the work and closes after the last file.
 
     Raises:
-        UserError: it holds something that is not to be replaced, or another process writes there.
+        UserError: the folder holds something that must not be replaced, or another process writes there.
     """
     with claimed(output):
         check_output(output, _former(output), {_PARTIAL}, overwrite=overwrite)
@@ -56,13 +58,15 @@ def _former(output: Path) -> set[str]:
 
 
 def write_report(output: Path, evaluation: Evaluation) -> list[str]:
-    """Write all files into a :func:`reserved` folder, or none; a former report's go.
+    """Write all files into a :func:`reserved` folder, or none.
+
+    They replace those of a former report.
 
     Returns:
-        The files' names. ``metrics.json`` arrives last: where it is, all is there.
+        The files' names. ``metrics.json`` arrives last: if it exists, all files exist.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system reports an error.
     """
     with replacing(output, _former(output), _PARTIAL, METRICS_FILE) as partial:
         (partial / TABLE_FILE).write_text(table(evaluation) + "\n")
@@ -73,7 +77,7 @@ def write_report(output: Path, evaluation: Evaluation) -> list[str]:
 
 
 def as_json(evaluation: Evaluation) -> dict:
-    """Settings, versions, counts and numbers at full precision."""
+    """Return settings, versions, counts and numbers at full precision as plain data."""
     settings = evaluation.settings
     numbers = {name: value for name, value in asdict(settings.numbers).items() if name != "metrics"}
     return {
@@ -109,7 +113,10 @@ def _set_as_json(path: str, one: SetResult) -> dict:
 
 
 def _notices(images: ImageSet) -> dict:
-    """What lies beside the images and was not read; nothing where that is all."""
+    """Return the notices about files that were not read.
+
+    Without notices it is empty.
+    """
     return {"notices": list(images.notices)} if images.notices else {}
 
 
@@ -118,7 +125,7 @@ def _extent(images: np.ndarray) -> dict:
 
 
 def values(one: SetResult) -> dict[str, float]:
-    """All numbers of a set under their names, class accuracy and mean CLIP score included."""
+    """Return all numbers of a set by name, with class accuracy and the mean CLIP score."""
     found = dict(one.metrics)
     if one.accuracy is not None:
         found["class_accuracy"] = one.accuracy.overall
@@ -128,7 +135,10 @@ def values(one: SetResult) -> dict[str, float]:
 
 
 def table(evaluation: Evaluation) -> str:
-    """A Markdown table, a row a set; of several sets the best of each column is bold."""
+    """Return a Markdown table with one row for each set.
+
+    With several sets, the best value of each column is bold.
+    """
     rows = [values(one) for one in evaluation.sets]
     columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
     header = ["samples", "images", *(heading for _, heading, _ in columns)]
@@ -149,7 +159,7 @@ def _cell(key: str, row: dict[str, float], rows: list[dict[str, float]], rising:
         return "–"
     column = [one[key] for one in rows if key in one]
     best = len(column) > 1 and row[key] == (max if rising else min)(column)
-    # Adding 0 after rounding: identical sets have FID 0 and not -0.
+    # The addition of 0 after rounding turns -0 into 0. Identical sets may have FID -0.
     shown = f"{row[key]:.4g}" if key == "kid" else f"{round(row[key], _digits(key)) + 0:.{_digits(key)}f}"
     return f"**{shown}**" if best else shown
 
@@ -173,7 +183,10 @@ def _draw(folder: Path, evaluation: Evaluation) -> None:
 
 
 def _draw_samples(path: Path, one: SetResult) -> None:
-    """Some of the images, evenly from all: by class where there are labels, else over their prompts."""
+    """Draw some of the images, evenly spaced.
+
+    They are in order of their class if there are labels, and else with their prompts.
+    """
     images, labels, prompts = one.images.images, one.images.labels, one.images.prompts
     by_prompt = prompts is not None and labels is None
     order = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")

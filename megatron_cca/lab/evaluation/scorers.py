@@ -17,7 +17,10 @@ _CLIP_PREFIX = "clip:"
 
 
 def check_scorer(spec: str) -> None:
-    """Refuse a scorer that cannot be opened, without opening it; raises as :func:`open_scorer` does."""
+    """Refuse a scorer that cannot be opened, without opening it.
+
+    It raises the same errors as :func:`open_scorer`.
+    """
     if spec.startswith(_CLIP_PREFIX):
         try:
             check_clip(_clip_folder(spec))
@@ -30,15 +33,15 @@ def check_scorer(spec: str) -> None:
 
 
 def open_scorer(spec: str, device: str | torch.device) -> Scorer:
-    """The scorer that a user named.
+    """Open the scorer that a user named.
 
     Args:
-        spec: ``clip:FOLDER`` for the CLIP score by a CLIP in a local folder, or ``FILE.py:FUNCTION`` for a function of
-            one's own with images uint8 ``[N, H, W, 3]`` and a list of N prompts, which returns N numbers.
-        device: where CLIP runs.
+        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, or ``FILE.py:FUNCTION`` for a user's
+            function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts. It returns N numbers.
+        device: the device of CLIP.
 
     Raises:
-        UserError: anything else, no such file, folder or function.
+        UserError: another form, or no such file, folder or function.
     """
     check_scorer(spec)
     if spec.startswith(_CLIP_PREFIX):

@@ -1,1 +1,1 @@
-"""What a layout costs before anyone pays for it: memory, step time, the search over layouts, a dry run of any rank."""
+"""The cost of a layout before a run: memory, step time, the search over layouts, and a dry run of any rank."""

@@ -1,4 +1,4 @@
-"""A calibration from measurements: what the device reaches by itself, then what whole steps take."""
+"""Calibration from measurements: first single operations on the device, then whole steps."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.shapes import rows_per_sample
 
-# Of every side of an FP8 product (cuBLASLt).
+# Each side of an FP8 product is a multiple of it (cuBLASLt).
 FP8_MULTIPLE = 16
-# Tokens that single products and attention are measured with, at most.
+# The most tokens in the measurements of single products and of attention.
 _MOST_TOKENS = 16384
-# No cache holds so much.
+# Larger than any cache.
 _LARGE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A calibration and what it was fitted to.
+    """A calibration and its measurements.
 
     Attributes:
-        gpu: as predictions need it.
-        calibration: the fit.
-        has_fp8: whether FP8 products were measured, not taken from the defaults.
-        observations: the short runs.
-        errors: of each, predicted from the others, as a share of what was measured.
+        gpu: the device, as predictions need it.
+        calibration: the fitted calibration.
+        has_fp8: whether FP8 products were measured; otherwise the defaults stand.
+        observations: measurements of the short runs.
+        errors: for each run, the error of its prediction from the other runs, as a share of the measured time.
     """
 
     gpu: Gpu
@@ -62,17 +62,19 @@ def calibrate(
     *,
     initialize: Initialize = initialize_by_name,
 ) -> Measured:
-    """Measure the device at hand with a run's shapes. The platform must be installed.
+    """Measure this device with a run's shapes.
+
+    The platform must be installed.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         images: the shape of all samples.
-        gpu: what the device is, by name; None asks it.
-        steps: of each short run.
+        gpu: the device's name; None asks the driver.
+        steps: steps of each short run.
         initialize: draws the short runs' weights.
 
     Raises:
-        UserError: a GPU that nobody named and that is not known, what training refuses here.
+        UserError: an unknown GPU without ``gpu``, or anything that training refuses on this device.
     """
     configs = short_configs(config)
     check_devices(configs[0])
@@ -102,7 +104,10 @@ def _device(name: str | None, config: Config, images: ImageShape) -> Gpu:
 
 
 def _cpu(config: Config, images: ImageShape) -> Gpu:
-    """The processor as if it were a GPU: its peaks are what a large product and a copy of activations reach."""
+    """Return the processor in the form of a GPU.
+
+    A large product and a copy of activations give its peaks.
+    """
     precision = config.training.precision
     flops = {one: measuring.peak_flops(_dtype(one)) for one in {"fp32", "bf16", precision} - {"fp8"}}
     memory = measuring.memory_bandwidth(_activation_bytes(config, images))
@@ -110,7 +115,10 @@ def _cpu(config: Config, images: ImageShape) -> Gpu:
 
 
 def _activation_bytes(config: Config, images: ImageShape) -> int:
-    """Of the widest tensor that element-wise work reads: a processor may have it in its caches."""
+    """Return the bytes of the widest tensor that element-wise operations read.
+
+    A processor may hold it in its caches.
+    """
     tokens = config.training.micro_batch_size * rows_per_sample(config) * image_workload(config, images).seq_length
     return min(4 * tokens * resolve_architecture(config.model).ffn_hidden_size, _LARGE_BYTES)
 
@@ -120,7 +128,10 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibration, bool]:
-    """Efficiencies of products, attention and memory at the run's shapes, nothing else going on; whether FP8's, too."""
+    """Return the efficiencies of single operations at the run's shapes, and whether FP8 was measured.
+
+    The operations are products, attention and memory copies. Nothing else runs at the same time.
+    """
     architecture, workload = resolve_architecture(config.model), image_workload(config, images)
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
     rows = config.training.micro_batch_size * rows_per_sample(config)
@@ -136,11 +147,11 @@ def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibratio
     found = replace(
         DEFAULT,
         matmul_efficiency=matmul,
-        # Where FP8 products cannot be measured they are as far from their peak as by default, beside bf16's.
+        # Where FP8 products cannot be measured, they keep the default ratio to those in bf16.
         fp8_matmul_efficiency=fp8 or DEFAULT.fp8_matmul_efficiency / DEFAULT.matmul_efficiency * matmul,
         attention_efficiency=attention_flops / attention / gpu.flops[precision],
         memory_efficiency=measuring.memory_bandwidth(_activation_bytes(config, images)) / gpu.memory_bandwidth,
-        # Part of what whole steps show.
+        # Whole steps include these times.
         layer_launch_seconds=0.0,
         microbatch_overhead_seconds=0.0,
         step_overhead_seconds=0.0,
@@ -149,7 +160,10 @@ def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibratio
 
 
 def measured_fp8(shapes: Sequence[Product], tokens: int, gpu: Gpu) -> float | None:
-    """Share of the FP8 peak that a layer's products reach; None where a GPU has none, or the widths do not suit it."""
+    """Return the share of the FP8 peak that a layer's products reach.
+
+    It is None if the GPU has no FP8, or if the widths are no multiples of ``FP8_MULTIPLE``.
+    """
     tokens -= tokens % FP8_MULTIPLE
     fits = tokens > 0 and all(one.inputs % FP8_MULTIPLE == one.outputs % FP8_MULTIPLE == 0 for one in shapes)
     if "fp8" not in gpu.flops or not fits:
@@ -158,7 +172,10 @@ def measured_fp8(shapes: Sequence[Product], tokens: int, gpu: Gpu) -> float | No
 
 
 def _ideal_seconds(shapes: Sequence[Product], tokens: int, gpu: Gpu, precision: str) -> float:
-    """What the products would take at a perfect efficiency, short sides and all."""
+    """Return the seconds of the products at an efficiency of 1.
+
+    The loss from short sides still counts.
+    """
     unit = replace(DEFAULT, matmul_efficiency=1.0, fp8_matmul_efficiency=1.0)
     return sum(
         2 * tokens * one.weights / gpu.flops[precision] / unit.matmul(precision, min(tokens, one.inputs, one.outputs))
@@ -167,15 +184,16 @@ def _ideal_seconds(shapes: Sequence[Product], tokens: int, gpu: Gpu, precision: 
 
 
 def fit(observations: Sequence[Observation], gpu: Gpu, base: Calibration) -> tuple[Calibration, list[float]]:
-    """The calibration whose predictions of the observations are off least, as shares; and how far each is off.
+    """Fit a calibration to the observations; return it with the error of each prediction.
 
-    Three numbers are fitted: by how much all computing is slower than its parts by themselves, and the overheads of a
-    microbatch and of a step. The errors are those of predictions from the other observations.
+    It minimises the relative errors. It fits three numbers: the slowdown of all computation against single operations,
+    and the overheads of a microbatch and of a step. The error of an observation is that of its prediction from the
+    other observations.
 
     Args:
-        observations: at least four.
-        gpu: they were made on.
-        base: of the parts by themselves, without overheads.
+        observations: at least four observations.
+        gpu: the device of the observations.
+        base: the calibration from single operations, without overheads.
     """
     rows = np.array([list(_terms(one, gpu, base)) for one in observations])
     measured = np.array([one.seconds for one in observations])
@@ -200,7 +218,7 @@ def fit(observations: Sequence[Observation], gpu: Gpu, base: Calibration) -> tup
 
 
 def _terms(one: Observation, gpu: Gpu, base: Calibration) -> Iterator[float]:
-    """Seconds by the parts alone; microbatches in all passes; steps."""
+    """Yield the seconds without overheads, the number of microbatches in all passes, and the number of steps."""
     step = predict_step(one.config, Cluster(gpu, 1, 1), one.workload, base)
     training = one.config.training
     yield step.total
@@ -209,7 +227,10 @@ def _terms(one: Observation, gpu: Gpu, base: Calibration) -> Iterator[float]:
 
 
 def _least_squares(rows: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Of relative errors, with nothing negative: the best of all choices of what is 0; computing never is."""
+    """Return the coefficients with the least relative errors, none of them negative.
+
+    It tries each choice of coefficients that are 0. The coefficient of computation never is.
+    """
     scaled, best, least = rows / measured[:, None], np.array([1.0, 0.0, 0.0]), math.inf
     for columns in ([0], [0, 1], [0, 2], [0, 1, 2]):
         some, *_ = np.linalg.lstsq(scaled[:, columns], np.ones(len(measured)), rcond=None)

@@ -1,4 +1,4 @@
-"""Every way to lay out a run, as real configurations, and what each takes: its memory, its time, whether it fits."""
+"""All ways to lay out a run, as real configurations, each with its memory, its time, and whether it fits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_cca.training.checks import check_new_run
 from megatron_cca.training.kernel_checks import check_fp8_sizes
 from megatron_cca.training.reference_settings import same_weights, settings_by_key
 
-# What a search may change beside the layout. ``precision`` and ``cached`` only if asked: the first changes what is
-# computed, the second needs a pass over the data beforehand.
+# What a search may change beside the layout. The last two need a request: ``precision`` changes what is computed, and
+# ``cached`` needs a pass over the data beforehand.
 VARIABLES = ("micro_batch", "recompute", "optimizer", "reference", "precision", "cached")
 DEFAULT_VARIABLES = ("micro_batch", "recompute", "optimizer", "reference")
 
-# Where a cache would lie that does not exist yet.
+# The place of a cache that does not exist yet.
 CACHE_PLACE = "caches/reference"
 
 _MAX_CONTEXT = 8
@@ -39,11 +39,11 @@ _RECOMPUTE: tuple[dict, ...] = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes, and samples of a microbatch.
+    """Parallel sizes, and the samples of a microbatch.
 
     Attributes:
-        tensor, pipeline, virtual, context: the sizes; virtual 1 is no interleaving.
-        micro_batch: samples.
+        tensor, pipeline, virtual, context: the parallel sizes; virtual 1 means no interleaving.
+        micro_batch: samples of a microbatch.
     """
 
     tensor: int = 1
@@ -54,7 +54,10 @@ class Layout:
 
 
 def laid_out(config: Config, layout: Layout) -> Config:
-    """The configuration on a layout, with the switches that follow from it: sequence parallelism beside TP."""
+    """Return the configuration on a layout.
+
+    It also sets the switches that follow from the layout, such as sequence parallelism with TP.
+    """
     parallel = replace(
         config.parallel,
         tensor_model_parallel_size=layout.tensor,
@@ -70,10 +73,12 @@ def laid_out(config: Config, layout: Layout) -> Config:
 
 
 def check_candidate(config: Config, num_gpus: int) -> None:
-    """Refuse what training would refuse, but for files and host memory, which are another machine's.
+    """Refuse what training would refuse, except for files and host memory.
+
+    These belong to another machine.
 
     Raises:
-        UserError: training's own line.
+        UserError: the message is that of training.
     """
     check_new_run(without_files(config), num_gpus)
     check_fp8(config)
@@ -83,14 +88,17 @@ def check_fp8(config: Config) -> None:
     """Refuse sizes that FP8 products cannot take.
 
     Raises:
-        UserError: training's own line.
+        UserError: the message is that of training.
     """
     for key, one in settings_by_key(config).items():
         check_fp8_sizes(config, one, key)
 
 
 def without_files(config: Config) -> Config:
-    """The same run, as far as its sizes go, from random weights and without files."""
+    """Return the same run with random weights and without files.
+
+    Its sizes stay the same.
+    """
     reference = replace(config.reference, checkpoint=None)
     if reference.strategy == "offload":
         reference = replace(reference, strategy="resident")
@@ -103,7 +111,10 @@ def without_files(config: Config) -> Config:
 
 
 def layouts(config: Config, cluster: Cluster, *, vary_micro_batch: bool) -> Iterator[Layout]:
-    """All layouts that training accepts on the cluster, tensor parallelism within a node only."""
+    """Yield all layouts that training accepts on the cluster.
+
+    Tensor parallelism stays within a node.
+    """
     architecture, config = resolve_architecture(config.model), without_files(config)
     micro_batches = _divisors(config.training.global_batch_size, _MAX_MICRO_BATCH)
     if not vary_micro_batch:
@@ -130,13 +141,16 @@ def _is_accepted(config: Config, layout: Layout, num_gpus: int) -> bool:
 
 
 def options(config: Config, layout: Layout, cluster: Cluster, vary: Sequence[str]) -> Iterator[Config]:
-    """All settings of memory and speed on a layout; what is not to be varied stays as it is."""
+    """Yield all settings of memory and speed on a layout.
+
+    What ``vary`` does not name stays the same.
+    """
     laid = laid_out(config, layout)
     optimizer = _optimizer(laid, cluster.num_gpus // (layout.tensor * layout.pipeline), vary)
     for precision in _precisions(laid, cluster, vary):
         settings = replace(laid.training, precision=precision)
         if precision == "fp8" != config.training.precision:
-            # Rows that FP8 products can take on every rank.
+            # FP8 products need rows of this multiple on every rank.
             multiple = math.lcm(laid.data.pad_to_multiple_of, 128 * layout.tensor * layout.context)
             laid = replace(laid, data=replace(laid.data, pad_to_multiple_of=multiple))
         references = list(_references(replace(laid, training=settings), vary))
@@ -153,8 +167,11 @@ def _precisions(config: Config, cluster: Cluster, vary: Sequence[str]) -> list[s
 
 
 def _optimizer(config: Config, shards: int, vary: Sequence[str]) -> OptimizerConfig:
-    """Its state split over the ranks with the same weights, and overlapped: never slower, and never more memory."""
-    # LoRA's adapters are too few for it to matter.
+    """Return the optimizer's options with a distributed state and with overlap.
+
+    They are never slower and never need more memory.
+    """
+    # With LoRA's few adapters this makes no difference.
     if "optimizer" not in vary or config.lora.dim is not None:
         return config.optimizer
     overlaps = shards > 1
@@ -195,21 +212,21 @@ def _powers_of_two(largest: int) -> Iterator[int]:
         size *= 2
 
 
-# Of a GPU's memory a plan may fill so much: the rest is for fragments and for what no formula knows.
+# The share of a GPU's memory that a plan may fill. The rest is for fragmentation and for what no formula covers.
 MEMORY_SHARE = 0.92
-# A smaller saving of memory is none.
+# A saving of memory counts from this ratio on.
 _WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What to plan for.
+    """The input of a search.
 
     Attributes:
-        cluster: the GPUs.
-        images: the data.
-        vary: of ``candidates.VARIABLES``, what may be changed beside the layout.
-        calibration: of the GPU.
+        cluster: the cluster.
+        images: the shape of the images.
+        vary: members of ``candidates.VARIABLES`` that may change beside the layout.
+        calibration: calibration of the GPU.
     """
 
     cluster: Cluster
@@ -225,13 +242,13 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration that training accepts, and what it would cost.
+    """A configuration that training accepts, and its cost.
 
     Attributes:
-        config: as it would be run.
-        workload: its rows.
-        step: its time.
-        num_gpus: all.
+        config: the configuration of the run.
+        workload: the rows of a microbatch.
+        step: the predicted time of a step.
+        num_gpus: number of all GPUs.
     """
 
     config: Config
@@ -241,21 +258,21 @@ class Candidate:
 
     @cached_property
     def memory(self) -> MemoryEstimate:
-        """Of the rank that holds most."""
+        """Memory of the rank that holds most."""
         return predict_memory(self.config, self.num_gpus, self.workload)
 
 
 def misfit(candidate: Candidate, wishes: Wishes) -> str | None:
-    """Why it does not fit into memory, in words; None if it does."""
+    """Return why the candidate does not fit into memory; None if it does."""
     needed, limit = candidate.memory.total, wishes.memory_limit
     return None if needed <= limit else f"does not fit: {needed / GIB:.1f} GiB, {limit / GIB:.1f} may be filled"
 
 
 def candidate_of(config: Config, wishes: Wishes) -> Candidate:
-    """The costs of a configuration.
+    """Return the configuration with its cost.
 
     Raises:
-        UserError: training's or the GPU's refusal.
+        UserError: training or the GPU's data sheet refuses the configuration.
     """
     cluster = wishes.cluster
     check_candidate(config, cluster.num_gpus)
@@ -268,10 +285,12 @@ def _timed(config: Config, wishes: Wishes, workload: Workload) -> Candidate:
 
 
 def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
-    """All of them, in no order; whether they fit is not asked.
+    """Yield all candidates, in no order.
+
+    Some of them may not fit.
 
     Raises:
-        UserError: rows too long for the model, on any layout.
+        UserError: the rows are too long for the model on all layouts.
     """
     problem, is_possible = None, False
     for layout in layouts(config, wishes.cluster, vary_micro_batch="micro_batch" in wishes.vary):
@@ -290,9 +309,9 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
 
 
 def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
-    """The first ``top`` that training accepts, that fit into memory, and that have a point.
+    """Return the first ``top`` candidates that training accepts, that fit into memory, and that are useful.
 
-    One that is slower than another of the same layout, for recomputing, and saves no memory has none.
+    A candidate with recomputation is not useful if a faster one has the same layout and needs hardly more memory.
     """
     best: list[Candidate] = []
     for candidate in found:
@@ -305,7 +324,10 @@ def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candid
 
 
 def _makes_pointless(other: Candidate, candidate: Candidate) -> bool:
-    """Whether a faster candidate is the same but for recomputation, and needs hardly more memory."""
+    """Check whether a faster candidate makes another one useless.
+
+    They differ in recomputation only, and the faster one needs hardly more memory.
+    """
     differ = ("recompute_granularity", "recompute_modules", "recompute_method", "recompute_num_layers")
     training = replace(candidate.config.training, **{name: getattr(other.config.training, name) for name in differ})
     same = replace(candidate.config, training=training) == other.config

@@ -1,8 +1,8 @@
-"""What a cluster costs beyond bandwidths and latencies: stragglers, congestion, links that are not at their best.
+"""The loss of a cluster beyond bandwidths and latencies: stragglers, congestion, slow links.
 
-Published runs of one model on a growing number of GPUs say how much of a GPU's speed is kept. What the planner does not
-explain of that is fitted as one number, the share lost at each doubling of the nodes; how much the runs differ in it
-is its spread.
+Published runs of one model on a growing number of GPUs show the share of a GPU's speed that remains. The planner
+explains a part of the loss. The rest is fitted as one number: the share lost at each doubling of the nodes. Its spread
+is the difference between the runs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from megatron_cca.lab.planner.hardware import Cluster
 
 @dataclass(frozen=True)
 class Series:
-    """One program and model on a growing number of GPUs.
+    """Published speeds of one program and model on a growing number of GPUs.
 
     Attributes:
-        name: program, model, GPU, and whether the batch grows (weak) or stays (strong).
-        source: where it was published.
-        gpus: numbers of GPUs.
-        published: speed of a GPU in any unit: tokens/s, MFU.
-        modelled: the planner's, without this loss, in any unit; ``tests/unit/test_cluster_loss.py`` computes it anew.
+        name: program, model, GPU, and whether the batch grows (weak) or stays the same (strong).
+        source: the publication.
+        gpus: numbers of GPUs of the runs.
+        published: speed of one GPU in any unit, such as tokens/s or MFU.
+        modelled: speed that the planner predicts without this loss, in any unit; ``tests/unit/test_cluster_loss.py``
+            computes it again.
     """
 
     name: str
@@ -35,12 +36,12 @@ class Series:
 
     @property
     def doublings(self) -> float:
-        """From the fewest GPUs to the most."""
+        """Number of doublings from the fewest GPUs to the most."""
         return math.log2(self.gpus[-1] / self.gpus[0])
 
     @property
     def loss(self) -> float:
-        """What each doubling costs, by least squares; the logarithm of a share."""
+        """Loss of each doubling by least squares, as the logarithm of a share."""
         x = [math.log2(count) for count in self.gpus]
         y = [math.log(model / found) for model, found in zip(self.modelled, self.published, strict=True)]
         return linear_regression(x, y).slope
@@ -52,7 +53,7 @@ _TORCHTITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 _FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
 _README = "NVIDIA/Megatron-LM, README.md"
 _LLAMA = "Llama 3, arXiv 2407.21783, table 4"
-# Of the program's modelled speed where a GPU's work and its layout stay.
+# The modelled speed of a program whose work and layout on a GPU stay the same.
 _SAME2, _SAME3, _SAME4 = (1.0,) * 2, (1.0,) * 3, (1.0,) * 4
 
 SERIES = (
@@ -97,11 +98,11 @@ SERIES = (
 
 
 def fit(series: Sequence[Series]) -> tuple[float, float]:
-    """The loss of a doubling, and its spread over the series.
+    """Fit the loss of a doubling and its spread to the series.
 
     Returns:
-        The mean of the series' own losses, a logarithm, and one standard deviation of them around it; each series
-        weighs as many times as it doubles.
+        The mean loss of the series, as a logarithm, and one standard deviation of the losses. The weight of a series
+        is its number of doublings.
     """
     weights = sum(one.doublings for one in series)
     loss = sum(one.doublings * one.loss for one in series) / weights
@@ -113,15 +114,15 @@ LOSS, SPREAD = fit(SERIES)
 
 
 def doublings_beyond_a_node(cluster: Cluster) -> float:
-    """Of its nodes; 0 for one."""
+    """Return the number of doublings from one node to all nodes; 0 for one node."""
     return max(0.0, math.log2(cluster.num_gpus / cluster.gpus_per_node))
 
 
 def lost_share(cluster: Cluster) -> float:
-    """By how much a step takes longer than its parts, as a share of them."""
+    """Return by how much a step takes longer than its parts, as a share of them."""
     return math.expm1(LOSS * doublings_beyond_a_node(cluster))
 
 
 def lost_spread(cluster: Cluster) -> float:
-    """One standard deviation of the step's time for what clusters differ in, as a share of it."""
+    """Return one standard deviation of the step time between clusters, as a share of it."""
     return SPREAD * doublings_beyond_a_node(cluster)

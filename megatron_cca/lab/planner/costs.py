@@ -1,6 +1,6 @@
-"""Seconds that a rank computes, and seconds that it waits for others' bytes.
+"""Seconds that a rank computes, and seconds that it waits for communication.
 
-Which links a group uses follows from where it lies: Megatron's order is TP, CP, DP, PP.
+The position of a group's ranks decides which links it uses. Megatron's order is TP, CP, DP, PP.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from megatron_cca.parallel.tile_sizes import GPU, block_width, chunk_size_of
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks ``stride`` apart.
+    """A process group whose global ranks lie ``stride`` apart.
 
     Attributes:
-        size: how many.
-        stride: from one to the next, in global ranks.
-        cluster: they are on.
-        calibration: of its links.
+        size: number of ranks.
+        stride: distance between two neighbours in global ranks.
+        cluster: the cluster of the ranks.
+        calibration: efficiency of the links.
     """
 
     size: int
@@ -34,18 +34,19 @@ class Group:
 
     @property
     def ranks_per_node(self) -> int:
-        """How many of them share a node."""
+        """Number of the group's ranks that share a node."""
         return max(1, min(self.size, self.cluster.gpus_per_node // self.stride))
 
     @property
     def is_within_a_node(self) -> bool:
-        """Whether NVLink connects them all."""
+        """Whether NVLink connects all ranks of the group."""
         return self.size == 1 or self.size * self.stride <= self.cluster.gpus_per_node
 
     def collective(self, whole_bytes: float) -> float:
-        """Seconds of an all-gather or reduce-scatter of ``whole_bytes`` (an all-reduce is both).
+        """Return the seconds of an all-gather or reduce-scatter of ``whole_bytes`` bytes.
 
-        Across nodes each rank within a node has a network card of its own, and rings use all of them.
+        An all-reduce costs twice as much. Between nodes, each rank of a node has its own network card, and the rings
+        use all of them.
         """
         if self.size == 1:
             return 0.0
@@ -56,7 +57,10 @@ class Group:
         return whole_bytes * (self.size - 1) / self.size / bandwidth + latency
 
     def send(self, message_bytes: float) -> float:
-        """Seconds of a message to the next rank of the group, over the slowest link between two neighbours."""
+        """Return the seconds of a message to the next rank of the group.
+
+        The slowest link between two neighbours decides.
+        """
         if self.size == 1:
             return 0.0
         bandwidth = self._nvlink() if self.is_within_a_node else self._network()
@@ -71,16 +75,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Compute:
-    """How fast one pass of a model goes on one GPU.
+    """The compute time of one pass of a model on one GPU.
 
     Attributes:
-        sizes: of the rank.
-        gpu: that computes.
-        calibration: of it.
-        config: of the run.
-        settings: precision and recomputation of the pass; the policy's or the reference's.
+        sizes: sizes of the rank.
+        gpu: the GPU that computes.
+        calibration: calibration of the GPU.
+        config: configuration of the run.
+        settings: precision and recomputation of the pass, of the policy or of the reference.
         trains_weights: whether the weights have gradients.
-        head_in_tiles: whether the head's logits are computed again in backward, tile by tile, and never kept.
+        head_in_tiles: whether backward computes the head's logits again, tile by tile, and forward does not keep them.
     """
 
     sizes: Sizes
@@ -93,15 +97,15 @@ class Compute:
 
     @property
     def number_bytes(self) -> int:
-        """Bytes of an activation."""
+        """Bytes of one element of an activation."""
         return 4 if self.settings.precision == "fp32" else 2
 
     def layer_forward(self) -> float:
-        """Seconds of a layer's forward for a microbatch."""
+        """Return the seconds of a layer's forward for a microbatch."""
         return self._products() + self._attention() + self._elementwise()
 
     def layer_backward(self) -> float:
-        """Seconds of a layer's backward for a microbatch, without recomputation."""
+        """Return the seconds of a layer's backward for a microbatch, without recomputation."""
         gradients = 2 if self.trains_weights else 1
         return (
             gradients * self._products()
@@ -111,7 +115,7 @@ class Compute:
         )
 
     def recomputation(self) -> float:
-        """Seconds by which all layers' backwards are longer for recomputing, for a microbatch."""
+        """Return the seconds that recomputation adds to the backward of all layers, for a microbatch."""
         settings, sizes = self.settings, self.sizes
         if settings.recompute_granularity == "full":
             recomputed = sizes.layers
@@ -128,23 +132,26 @@ class Compute:
         return sizes.layers * seconds
 
     def head_forward(self) -> float:
-        """Seconds of the log-probabilities of a microbatch's image tokens."""
+        """Return the seconds to compute the log-probabilities of a microbatch's image tokens."""
         # A tile of logits is written by its product and read once.
         return self._head_product() + self._bytes(8 * self.sizes.image_tokens * self.sizes.words)
 
     def head_backward(self) -> float:
-        """Seconds of their backward."""
+        """Return the seconds of the backward of these log-probabilities."""
         sizes, gradients = self.sizes, 1 + self.trains_weights
-        # Logits read; their gradient written, and read by each product.
+        # The logits are read. Their gradient is written, and each product reads it.
         seconds = gradients * self._head_product()
         seconds += self._bytes((6 + 2 * gradients) * sizes.image_tokens * sizes.words)
         return seconds + (self._tiling() if self.head_in_tiles else 0.0)
 
     def _tiling(self) -> float:
-        """What backward takes longer for keeping no logits: one product more, and sums over tiles in fp32."""
+        """Return the seconds that backward needs because the logits were not kept.
+
+        It computes one more product, and adds tiles to sums in fp32.
+        """
         sizes, hidden = self.sizes, self.sizes.architecture.hidden_size
         seconds = self._head_product() + self._bytes(4 * sizes.image_tokens * sizes.words)
-        # A product is added to a sum, which is read and written.
+        # Each product is added to a sum. The sum is read and written.
         blocks = math.ceil(sizes.words / block_width(math.ceil(sizes.words), GPU))
         seconds += self._bytes(8 * sizes.image_tokens * hidden * blocks)
         if self.trains_weights:
@@ -156,11 +163,14 @@ class Compute:
         return chunk_size_of(self.settings.logps_chunk_size, on_gpu=True)
 
     def attention_seconds(self, *, backward: bool) -> float:
-        """Seconds of a layer's attention for a microbatch, one way."""
+        """Return the seconds of a layer's attention for a microbatch, forward or backward."""
         return self._attention() * (ATTENTION_BACKWARD if backward else 1.0)
 
     def unpacking(self) -> float:
-        """Seconds of turning a layer's FP8 weights into bf16, once a microbatch (``reference.fp8_param``)."""
+        """Return the seconds to convert a layer's FP8 weights to bf16 (``reference.fp8_param``).
+
+        This happens once for each microbatch.
+        """
         return self._bytes(3 * self.sizes.layer_weights)
 
     def _products(self, *names: str) -> float:
@@ -177,13 +187,13 @@ class Compute:
 
     def _attention(self) -> float:
         sizes = self.sizes
-        # Around a ring of context-parallel ranks the output is put together from as many parts, in fp32.
+        # Each context-parallel rank of the ring contributes a part of the output. The parts are combined in fp32.
         joined = 12 * sizes.context if sizes.context > 1 else 0
         joining = self._bytes(joined * sizes.tokens * sizes.architecture.hidden_size / sizes.tensor)
         scores = layer_scores(self.config.model, sizes, self.settings.precision)
         row = attention_forward(sizes.architecture, sizes.seq_length, causal=not scores)
         flops = sizes.rows * row / sizes.context / sizes.tensor
-        # Unfused: scores are written and read, their probabilities, too.
+        # Without a fused kernel, the scores and their probabilities are written and read.
         joining += self._bytes(4 * scores)
         return flops / (self._half_peak() * self.calibration.attention_efficiency) + joining
 
@@ -195,7 +205,7 @@ class Compute:
         return 2 * sizes.image_tokens * hidden * sizes.words / rate
 
     def _half_peak(self) -> float:
-        """Of what FP8 leaves in bf16."""
+        """Return the peak FLOP/s of the products that FP8 leaves in bf16."""
         return self.gpu.peak_flops("fp32" if self.settings.precision == "fp32" else "bf16")
 
     def _elementwise(self) -> float:
@@ -204,17 +214,20 @@ class Compute:
         queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
         # Two norms (read, write) and two residual sums (two reads, a write).
         moved = 10 * hidden / (tensor if self.config.parallel.sequence_parallel else 1)
-        # Rotary positions: read and written once by a fused kernel, about four times otherwise.
+        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times.
         moved += (2 if self._fuses_rotary() else 8) * queries_and_keys / tensor
-        # SwiGLU: gate and value read, their product written.
+        # SwiGLU: the gate and the value are read. Their product is written.
         moved += 3 * ffn / tensor
         if self.settings.precision == "fp8":
-            # Each product's input is read, and written in FP8 twice, once transposed.
+            # The input of each product is read. It is written in FP8 twice, once transposed.
             moved += 2 * (3 * hidden + ffn) / tensor
         return self._moved(sizes.tokens * moved)
 
     def _accumulation(self) -> float:
-        """Each microbatch's weight gradients, added to Megatron's buffer: the sum is read and written too."""
+        """Return the seconds to add a microbatch's weight gradients to Megatron's buffer.
+
+        The sum is read and written.
+        """
         fused = self.config.kernels.gradient_accumulation_fusion is True
         moved = 8 if fused else 8 + 2 * self.number_bytes
         return self._bytes(moved * self.sizes.layer_weights)

@@ -1,4 +1,4 @@
-"""One step of any rank of a job of any size, on one CPU, without memory: what it holds, and what it sends."""
+"""One step of any rank of a job of any size, on one CPU and without memory: the bytes that it holds and sends."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from megatron_cca.training.watchdog import Progress
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank holds and sends in a step, counted.
+    """The counted bytes that one rank holds and sends in a step.
 
     Attributes:
         parameters: bytes of the policy's parameters on this rank.
-        reference: bytes of the reference's on the device.
+        reference: bytes of the reference on the device.
         gradients: bytes of Megatron's gradient buffers.
         optimizer: bytes of master weights and Adam's moments.
-        peak: the most bytes alive at once in the step, of all tensors.
-        peaks: the same by phase of the step.
-        activations: ``peak`` less those four, which are held all the time.
-        traffic: the step's collectives.
+        peak: the most bytes of all tensors alive at the same time in the step.
+        peaks: the peak of each phase of the step.
+        activations: ``peak`` less the four parts above, which live during the whole step.
+        traffic: collectives of the step.
     """
 
     parameters: int
@@ -51,16 +51,16 @@ class DryRun:
 def dry_run(config: Config, world_size: int, rank: int, workload: Workload, *, like_gpu: bool) -> DryRun:
     """Build the real model of a rank on fake process groups and take one training step.
 
-    Of a step with many microbatches a few are run, and then one pipeline's worth more: from there on each adds the same
-    to what is sent and held.
+    Instead of a step with many microbatches it takes two short ones: one with a few microbatches, and one with as many
+    more as the pipeline has stages. From there on each microbatch adds the same bytes.
 
     Args:
-        config: of the run; must have passed ``training.checks.check_new_run``. Its checkpoints are not read. FP8
-            products are counted as bf16: Transformer Engine is not there without a GPU.
-        world_size: the processes of the job.
-        rank: which of them to be.
-        workload: the rows of every microbatch.
-        like_gpu: whether to count as a GPU would, or as a CPU.
+        config: configuration of the run; must have passed ``training.checks.check_new_run``. Its checkpoints are not
+            read. FP8 products count as bf16, because Transformer Engine needs a GPU.
+        world_size: number of processes of the job.
+        rank: the rank to build.
+        workload: the rows of each microbatch.
+        like_gpu: whether to count as on a GPU; otherwise as on a CPU.
     """
     config = _runnable(config, like_gpu)
     unit = config.training.micro_batch_size * data_parallel_size(config, world_size)
@@ -74,21 +74,23 @@ def dry_run(config: Config, world_size: int, rank: int, workload: Workload, *, l
 def counted_step(
     config: Config, workload: Workload, observer: Observer, microbatches: int, *, run_all: bool = False
 ) -> DryRun:
-    """Build this rank's run inside an observer and look at a step; of real ranks as of a fake one. Collective.
+    """Build this rank's run inside an observer and count a step. Collective.
+
+    It works for real ranks and for a fake one.
 
     Args:
-        config, workload: as of :func:`dry_run`.
-        observer: entered.
-        microbatches: of this rank in the step.
-        run_all: whether to run them all, however many.
+        config, workload: as in :func:`dry_run`.
+        observer: an observer whose context is open.
+        microbatches: number of this rank's microbatches in the step.
+        run_all: whether to run all microbatches, even if there are many.
     """
     observer.traffic.name_groups(_groups())
     rows = _Rows(config, workload)
     architecture, initialize = resolve_architecture(config.model), initialize_by_name if observer.has_numbers else None
     run = build_run(config, architecture, rows, rows, None, _Phases(observer), initialize=initialize)
-    # Adam's moments come with the first update; the step to be looked at has them from the start.
+    # The first update creates Adam's moments. The counted step must have them from its start.
     run.optimizer.step()
-    # All stages are full of microbatches, and of their chunks, by then.
+    # After so many microbatches all stages have their full number of microbatches and chunks in flight.
     stages = config.parallel.pipeline_model_parallel_size
     few = stages * (2 if config.parallel.virtual_pipeline_model_parallel_size else 1)
     if run_all or microbatches <= few + stages:
@@ -117,7 +119,7 @@ def _one_step(run: Run, observer: Observer, rows: _Rows, microbatches: int) -> D
 
 
 def _continued(few: DryRun, more: DryRun, times: float) -> DryRun:
-    """The step that has ``times`` more of what ``more`` has and ``few`` has not."""
+    """Return the step that has ``times`` more of the difference between ``more`` and ``few``."""
 
     def on(first: int, second: int) -> int:
         return round(second + times * (second - first))
@@ -138,7 +140,7 @@ def _continued(few: DryRun, more: DryRun, times: float) -> DryRun:
 
 
 def _runnable(config: Config, like_gpu: bool) -> Config:
-    """The run from random weights, without what only Transformer Engine or a GPU can do."""
+    """Return the run with random weights, without what needs Transformer Engine or a GPU."""
     training, reference, kernels = config.training, replace(config.reference, checkpoint=None), config.kernels
     bf16 = "bf16" if training.precision == "fp8" else training.precision
     if reference.precision == "fp8":
@@ -172,7 +174,7 @@ def _reference_bytes(run: Run) -> int:
 
 
 def _optimizer_bytes(run: Run) -> int:
-    """Of all tensors of the optimizer that are not the model's own."""
+    """Return the bytes of the optimizer's tensors that do not belong to the model."""
     own = {parameter.untyped_storage()._cdata for chunk in run.policy for parameter in chunk.parameters()}
     optimizers = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
     tensors = {}
@@ -212,7 +214,10 @@ class _Phases(Progress):
 
 
 class _Rows:
-    """Stands for the data: rows of no particular tokens, the first of which are the image's."""
+    """A substitute for the data.
+
+    All tokens of a row are 0. Its first tokens count as image tokens.
+    """
 
     reads = True
 
@@ -222,7 +227,10 @@ class _Rows:
         self.rows_per_microbatch = rows_per_microbatch(config)
 
     def attempt(self, step: int) -> tuple[StepBatch, None]:
-        """A step of so many microbatches, which nothing can keep from being read."""
+        """Return a step of ``microbatches`` microbatches, and None for the error.
+
+        This read cannot fail.
+        """
         length = self._workload.seq_length
         rows = [self._microbatch() for _ in range(self.microbatches)]
         return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length), None

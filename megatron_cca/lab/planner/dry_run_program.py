@@ -1,4 +1,4 @@
-"""What ``tools/plan.py dry-run`` does."""
+"""The command ``dry-run`` of ``tools/plan.py``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from megatron_cca.lab.tables import padded_table
 
 
 def run_dry(settings: DryRunSettings) -> None:
-    """Count, print, write the file if there is to be one.
+    """Count a step, print the result, and write the file if the settings name one.
 
     Raises:
-        UserError: what training would refuse on that cluster, in its own words; a rank that does not fit its GPU.
+        UserError: a run that training would refuse on that cluster, with training's message; a rank that does not fit
+            its GPU.
     """
     gpu = gpu_named(settings.gpu) if settings.gpu is not None else None
     config = load_config(settings.config, settings.overrides)
@@ -69,7 +70,10 @@ def _checked(config: Config, settings: DryRunSettings, gpu: Gpu | None) -> Workl
 
 
 def _stage_of(config: Config, gpus: int, rank: int) -> int:
-    """Megatron's ranks of one pipeline stage are neighbours."""
+    """Return the pipeline stage of a rank.
+
+    In Megatron's order, ranks of one stage are neighbours.
+    """
     return rank // (gpus // config.parallel.pipeline_model_parallel_size)
 
 
@@ -86,7 +90,10 @@ def _fullest_rank(config: Config, gpus: int, workload: Workload, gpu: Gpu | None
 
 
 def _unseen(predicted: MemoryEstimate) -> int:
-    """What no tensor shows: the context, libraries, NCCL's buffers, fragments."""
+    """Return the bytes that no tensor shows.
+
+    These are the CUDA context, libraries, NCCL's buffers and fragmentation.
+    """
     return predicted.overhead + predicted.communication
 
 
@@ -105,7 +112,7 @@ def _lines(config: Config, settings: DryRunSettings, workload: Workload, rank: i
         f"{workload.seq_length:,} tokens, {workload.image_tokens:,} of them the image's. Counted in one step of the "
         "real model:\n"
     )
-    # All that comes and goes is one number in the count.
+    # The count has one number for all memory that is not held during the whole step.
     moving = predicted.activations + predicted.head + (predicted.communication if settings.gpu is None else 0)
     rows = [
         ("parameters", found.parameters, predicted.weights),

@@ -1,9 +1,10 @@
-"""One rank of a job of any size in one process: fake process groups, tensors that have shapes but no memory.
+"""One rank of a job of any size in one process: fake process groups, and tensors with shapes but no memory.
 
-Everything is Megatron's and this project's own code. What needs numbers to go on (is it finite? how many image tokens?)
-gets the answers of a healthy step. What only real tensors or a GPU can do has a substitute with the same shapes and
-lifetimes. This project's own operations are replaced through ``platform/operations.py``. Torch 2.15 has no such place:
-:func:`patches` names each function of its that is replaced, and why. ``megatron_compat`` replaces Megatron-Core's.
+All code is Megatron's and this project's own. Some operations need values (is a number finite? how many image tokens
+are there?). They get the values of a healthy step. Some operations need real tensors or a GPU. They have a substitute
+with the same shapes and lifetimes. This project's own operations are replaced through ``platform/operations.py``. Torch
+2.15 has no such place. :func:`patches` names each function of torch that is replaced, and why. ``megatron_compat``
+replaces functions of Megatron-Core.
 """
 
 from __future__ import annotations
@@ -25,47 +26,62 @@ from megatron_cca.platform.operations import DeviceOperations, operating_by
 
 
 class LikeCpu(DeviceOperations):
-    """The tensors that a CPU makes.
+    """The tensors that a CPU creates.
 
     Args:
-        counted: does not count what is in host memory.
+        counted: the counter, which must not count host memory.
     """
 
     def __init__(self, counted: LiveBytes) -> None:
         self._counted = counted
 
     def host_copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy that is not counted."""
+        """Return a copy that does not count."""
         return self._counted.discount(tensor.clone())
 
     def causal_mask(self, queries: int, keys: int) -> Tensor | None:
-        """Return what torch makes of its mask subclass where no kernel takes it; fake tensors cannot be of both."""
+        """Return the mask as a plain tensor, as torch builds it where no kernel takes its mask subclass.
+
+        A fake tensor cannot be a mask subclass, too.
+        """
         return torch.ones(queries, keys, dtype=torch.bool).tril(diagonal=keys - queries)
 
 
 class LikeGpu(LikeCpu):
-    """The tensors that a GPU makes; their numbers are nobody's."""
+    """The tensors that a GPU creates; nothing reads their values."""
 
     def is_on_gpu(self, _tensor: Tensor) -> bool:
-        """Return True: tiles and precision are a GPU's."""
+        """Return True, to get the tiles and the precision of a GPU."""
         return True
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Make nothing: a GPU adds a half-precision product to a sum in place."""
+        """Create no tensor for a half-precision product.
+
+        A GPU adds it to the sum in place.
+        """
         if left.dtype == total.dtype:
             super().add_product(total, left, right)
 
     def rms_norm(self, x: Tensor, weight: Tensor, _eps: float) -> Tensor:
-        """Keep what a fused kernel keeps: a CPU has none and keeps fp32 copies of all that it normalises."""
+        """Keep the tensors that a fused kernel keeps.
+
+        A CPU has no fused kernel. It keeps fp32 copies of all inputs.
+        """
         return _FusedNorm.apply(x, weight)
 
     def causal_mask(self, _queries: int, _keys: int) -> Tensor | None:
-        """Return None: a kernel needs no mask in memory; shapes and what backward keeps are the same without."""
+        """Return None, because a GPU's kernel needs no mask in memory.
+
+        Shapes do not change without it, nor do the tensors that backward keeps.
+        """
         return None
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The tensors of a fused RMSNorm, without its numbers: it keeps its input and a number for each row."""
+    """The tensors of a fused RMSNorm without its values.
+
+    It keeps its input and a number for each row.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -79,16 +95,16 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def patches(*, like_gpu: bool) -> list[AbstractContextManager]:
-    """Return contexts, to be entered around fake tensors, that replace functions of torch and Megatron-Core.
+    """Return contexts that replace functions of torch and Megatron-Core around fake tensors.
 
     Args:
-        like_gpu: whether kernels that a CPU has not are to be counted as they are on a GPU.
+        like_gpu: whether to count kernels that a CPU lacks as on a GPU.
     """
     found = [
-        # They send pickled objects, which takes real bytes. Every rank says what this one says.
+        # They send pickled objects, which need real bytes. Each rank is taken to send what this rank sends.
         patch.object(dist, "all_gather_object", _all_gather_object),
         patch.object(dist, "broadcast_object_list", _nothing),
-        # The weights are made in their type; torch cannot swap fake parameters in place.
+        # The weights are created in their dtype. Torch cannot swap fake parameters in place.
         patch.object(torch.nn.Module, "bfloat16", lambda module: module),
         replaced_norm(),
     ]
@@ -106,23 +122,23 @@ def _all_gather_object(everyone: list, own, group=None) -> None:
 
 
 def _gathered_one_by_one(outputs: list, inputs: list, group: torch.ScriptObject, *_unused):
-    """Fake tensors know only the plain all_gather."""
+    """Replace a coalesced all_gather by plain ones, because fake tensors know no other."""
     pairs = zip(outputs, inputs, strict=True)
     return [torch.ops.c10d._allgather_base_(output, own, group)[1] for output, own in pairs][-1]
 
 
 def _scattered_one_by_one(outputs: list, inputs: list, group: torch.ScriptObject, reduction, *_unused):
-    """Likewise of reduce_scatter."""
+    """Replace a coalesced reduce_scatter by plain ones."""
     pairs = zip(outputs, inputs, strict=True)
     return [torch.ops.c10d._reduce_scatter_base_(output, own, group, reduction)[1] for output, own in pairs][-1]
 
 
 def _reduced_together(tensors: list, group: torch.ScriptObject, reduction, *_unused):
-    """Likewise of all_reduce."""
+    """Replace a coalesced all_reduce by a plain one."""
     return torch.ops.c10d.allreduce_(tensors, group, reduction, None)[1]
 
 
-# Collectives that fake tensors do not know, by ones that they do.
+# Substitutes for the collectives that fake tensors do not support.
 COLLECTIVES = {
     torch.ops.c10d.allgather_into_tensor_coalesced_.default: _gathered_one_by_one,
     torch.ops.c10d.reduce_scatter_tensor_coalesced_.default: _scattered_one_by_one,
@@ -130,17 +146,19 @@ COLLECTIVES = {
 }
 
 
-# Marks the answer of torch.any: in a healthy step there is none.
+# Marks the result of torch.any. In a healthy step it is False.
 _FOUND = "_answers_whether_there_is_any"
 
 
 @contextmanager
 def fake_job(rank: int, world_size: int) -> Iterator[None]:
-    """This process as one rank of a job whose other ranks do not exist; afterwards there is no job.
+    """Run this process as one rank of a job whose other ranks do not exist.
+
+    The job ends with the context.
 
     Args:
         rank: 0 to ``world_size - 1``.
-        world_size: the ranks of the job; each takes a little time for its groups.
+        world_size: number of ranks of the job; each needs a little time for its groups.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
@@ -153,11 +171,13 @@ def fake_job(rank: int, world_size: int) -> Iterator[None]:
 
 @contextmanager
 def fake_tensors(image_share: float, *, like_gpu: bool) -> Iterator[Observer]:
-    """Inside, tensors have no memory; the observer counts what they would hold and what is sent.
+    """Give tensors no memory inside the context.
+
+    The yielded observer counts the bytes that they would hold, and the bytes that are sent.
 
     Args:
-        image_share: image tokens of all positions of a row.
-        like_gpu: whether to count what a GPU makes, or what a CPU makes.
+        image_share: image tokens as a share of all positions of a row.
+        like_gpu: whether to count what a GPU creates; otherwise what a CPU creates.
     """
     observer = _HealthyStep(image_share)
     with ExitStack() as stack:
@@ -170,7 +190,7 @@ def fake_tensors(image_share: float, *, like_gpu: bool) -> Iterator[Observer]:
 
 
 class _HealthyStep(Observer):
-    """Also answers what needs numbers, as in a step where nothing is wrong."""
+    """An observer that also returns the values of a healthy step."""
 
     has_numbers = False
 
@@ -179,7 +199,7 @@ class _HealthyStep(Observer):
         self._image_share = image_share
 
     def perform(self, function, args: tuple, kwargs: dict):
-        """Answer, or run the operation."""
+        """Return the value of a healthy step, or run the operation."""
         if function is torch.ops.aten._local_scalar_dense.default:
             return _healthy_number(args[0])
         if function is torch.ops.aten.equal.default:
@@ -194,7 +214,7 @@ class _HealthyStep(Observer):
 
 
 def _healthy_number(tensor: torch.Tensor) -> bool | int | float:
-    """What a tensor of one number says in a step where nothing is wrong."""
+    """Return the value of a tensor with one element in a healthy step."""
     if tensor.dtype == torch.bool:
         return not getattr(tensor, _FOUND, False)
     return 1.0 if tensor.is_floating_point() else 0

@@ -1,4 +1,4 @@
-"""Floating-point operations of a run, counted from its sizes: a multiplication and an addition are two."""
+"""Floating-point operations of a run, computed from its sizes. A multiplication and an addition count as two."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from megatron_cca.models.architecture import Architecture
 from megatron_cca.training.reference_settings import reference_settings, uses_reference_pass
 from megatron_cca.training.shapes import head_support, rows_per_sample
 
-# What is printed beside every MFU.
+# Printed beside every MFU.
 MFU_MEANS = (
     "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
     "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
     "FP8 the layers' products; attention and LM head are bf16)."
 )
 
-# A flash kernel keeps no scores: backward computes them again and then four products, where forward has two.
+# A flash kernel does not keep the scores. Backward computes them again and then four products. Forward has two
+# products.
 ATTENTION_BACKWARD = 2.5
 
 
@@ -28,10 +29,10 @@ class Product:
     """A projection of a layer: ``[tokens, inputs] @ [inputs, outputs]``.
 
     Attributes:
-        name: Megatron's.
-        inputs: summed over.
-        outputs: columns.
-        splits_outputs: whether tensor parallelism divides the outputs, or else the inputs.
+        name: Megatron's name of the projection.
+        inputs: input features, over which the product sums.
+        outputs: output features.
+        splits_outputs: whether tensor parallelism divides the outputs; otherwise it divides the inputs.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Product:
 
     @property
     def weights(self) -> int:
-        """Numbers in its weight."""
+        """Number of elements in the weight."""
         return self.inputs * self.outputs
 
 
 @cache
 def products(architecture: Architecture) -> tuple[Product, ...]:
-    """The four projections of a layer."""
+    """Return the four projections of a layer."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = architecture.kv_channels
     qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
@@ -60,36 +61,39 @@ def products(architecture: Architecture) -> tuple[Product, ...]:
 
 
 def products_forward(architecture: Architecture) -> float:
-    """Of a layer's four projections, for one token."""
+    """Return the forward FLOPs of a layer's four projections for one token."""
     return sum(2.0 * product.weights for product in products(architecture))
 
 
 def attention_forward(architecture: Architecture, seq_length: int, *, causal: bool = True) -> float:
-    """Of a layer's scores and their product with the values, for one row.
+    """Return the FLOPs of a layer's attention scores and of their product with the values, for one row.
 
     Args:
         architecture: the sizes.
-        seq_length: S.
-        causal: count what a causal kernel computes, half of S x S; or all of it, as many counters do.
+        seq_length: S, the positions of a row.
+        causal: whether to count half of S x S, as a causal kernel computes; otherwise all of it, as many counters do.
     """
     return 4.0 * seq_length**2 * architecture.hidden_size * (0.5 if causal else 1.0)
 
 
 def head_forward(architecture: Architecture, image_tokens: int, words: int | None = None) -> float:
-    """Of the LM head, for one row: only image tokens pass through it, and only true words are computed.
+    """Return the forward FLOPs of the LM head for one row.
+
+    Only image tokens pass through the head. Rows that pad the vocabulary are not computed.
 
     Args:
         architecture: the sizes.
-        image_tokens: of the row.
-        words: that log-probabilities are normalised over; None is all that are predicted.
+        image_tokens: number of image tokens in the row.
+        words: number of ids that log-probabilities are normalised over; None means all that the head predicts.
     """
     return 2.0 * image_tokens * architecture.hidden_size * (words or architecture.vocabulary.output_size)
 
 
 def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:
-    """What a sample needs: the policy's forward and backward and the reference's forward, nothing computed twice.
+    """Return the FLOPs of one sample: forward and backward of the policy, and forward of the reference.
 
-    With LoRA the frozen weights have no gradient; the adapters' own products, a hundredth, are left out.
+    Recomputation does not count. With LoRA the frozen weights have no gradient. The adapters' own products are about
+    one percent and do not count.
     """
     return sum(flops_by_precision(config, architecture, workload, causal=causal).values())
 
@@ -97,7 +101,10 @@ def model_flops(config: Config, architecture: Architecture, workload: Workload, 
 def flops_by_precision(
     config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True
 ) -> dict[Precision, float]:
-    """:func:`model_flops` by what each product is computed in: with FP8 the layers' products alone are."""
+    """Return :func:`model_flops` by the precision in which a product is computed.
+
+    With FP8 only the layers' products are in FP8.
+    """
     layers = architecture.num_layers * workload.seq_length * products_forward(architecture)
     head = head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary)))
     attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
@@ -118,21 +125,25 @@ def flops_by_precision(
 
 
 def average_peak(flops: dict[Precision, float], peak_of: Callable[[Precision], float]) -> float:
-    """FLOP/s at which a device would do all of ``flops`` with each precision's at its own peak, one after the other.
+    """Return the average peak in FLOP/s over the precisions of ``flops``.
+
+    The device computes the precisions one after the other, each at its own peak.
 
     Args:
-        flops: from :func:`flops_by_precision`.
-        peak_of: a precision's peak in FLOP/s.
+        flops: FLOPs by precision from :func:`flops_by_precision`.
+        peak_of: returns the peak FLOP/s of a precision.
     """
     return sum(flops.values()) / sum(one / peak_of(precision) for precision, one in flops.items())
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation, the one definition of the project; :data:`MFU_MEANS` says it in words.
+    """Return the model FLOPs utilisation as a share of ``peak``.
+
+    This is the project's only definition. :data:`MFU_MEANS` describes it.
 
     Args:
-        flops: of a GPU in ``seconds``, from :func:`model_flops`.
-        seconds: measured or predicted.
-        peak: the GPU's, from :func:`average_peak`.
+        flops: FLOPs of one GPU in ``seconds``, from :func:`model_flops`.
+        seconds: measured or predicted time.
+        peak: peak FLOP/s of the GPU, from :func:`average_peak`.
     """
     return flops / seconds / peak

@@ -1,4 +1,4 @@
-"""GPUs by name, with their makers' figures, a cluster of them, and how near a machine comes to its data sheet."""
+"""GPUs with their makers' figures, clusters of them, and the share of those figures that a machine reaches."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator and what connects it; rates are peaks, per second and, of links, per direction.
+    """One accelerator and its links; rates are peaks per second, and for links per direction.
 
     Attributes:
-        name: as users write it.
-        memory_bytes: what the driver says it has.
-        flops: dense FLOP/s by precision; of a precision that it cannot compute in there is none. fp32 is without TF32.
-        memory_bandwidth: bytes/s of its own memory.
+        name: name for the command line.
+        memory_bytes: memory that the driver reports.
+        flops: dense FLOP/s by precision; a precision that the GPU cannot compute in is absent. fp32 is without TF32.
+        memory_bandwidth: bytes/s of the GPU's own memory.
         nvlink_bandwidth: bytes/s to the other GPUs of its node.
-        network_bandwidth: bytes/s to other nodes: its share of the node's network cards.
+        network_bandwidth: bytes/s to other nodes, as its share of the node's network cards.
         host_bandwidth: bytes/s to host memory.
-        gpus_per_node: how many there usually are.
+        gpus_per_node: usual number of GPUs in a node.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Gpu:
     gpus_per_node: int = 8
 
     def peak_flops(self, precision: Precision, key: str = "training.precision") -> float:
-        """Dense FLOP/s of matrix products.
+        """Return the dense FLOP/s of matrix products.
 
         Raises:
-            UserError: a precision that this GPU has no units for; names ``key``.
+            UserError: the GPU does not support the precision; names ``key``.
         """
         if precision not in self.flops:
             raise UserError(f"{key}: {self.name} computes no {precision}; use {' or '.join(self.flops)}")
         return self.flops[precision]
 
 
-# Memory is what nvidia-smi lists as total. Products are dense: data sheets give them with sparsity, twice as much. They
-# give links with both directions together, twice as much as here. Network: eight cards a node, 400 Gb/s each in DGX
-# H100, H200 and B200, 200 Gb/s in DGX A100.
+# Memory is the total that nvidia-smi reports. Products are dense. Data sheets give them with sparsity, twice as much.
+# Data sheets give links with both directions together, also twice as much. Network: eight cards a node, 400 Gb/s each
+# in DGX H100, H200 and B200, 200 Gb/s in DGX A100.
 _GPUS = (
     # NVIDIA A100 Tensor Core GPU data sheet (SXM): 312 TFLOP/s BF16, 19.5 FP32, 600 GB/s NVLink, PCIe 4.
     Gpu("a100-40gb", 40_960 * _MIB, {"fp32": 19.5e12, "bf16": 312e12}, 1.555e12, 300e9, 25e9, 32e9),
@@ -73,23 +73,23 @@ _GPUS = (
     # 36 PFLOP/s BF16 with sparsity, 600 TFLOP/s FP32.
     Gpu("b200", 183_359 * _MIB, {"fp32": 75e12, "bf16": 2250e12, "fp8": 4500e12}, 8e12, 900e9, 50e9, 64e9),
 )
-# The name under which a processor is measured.
+# The name for the measurement of a processor.
 CPU = "cpu"
 GPUS = {gpu.name: gpu for gpu in _GPUS}
-# As the drivers call them.
+# Parts of the drivers' device names, and our names.
 _DEVICE_NAMES = {"H200": "h200", "H100 80GB": "h100-80gb", "B200": "b200", "A100-SXM4-80GB": "a100-80gb"}
 
 
 def name_of_device(called: str) -> str | None:
-    """Our name of what a driver calls a device; None for what is not known here."""
+    """Return our name of the device that a driver names; None for an unknown device."""
     return next((ours for theirs, ours in _DEVICE_NAMES.items() if theirs in called), None)
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU that ``--gpu`` names.
+    """Return the GPU that ``--gpu`` names.
 
     Raises:
-        UserError: an unknown one; lists those that are known.
+        UserError: an unknown GPU; lists the known ones.
     """
     if name == CPU:
         raise UserError("--gpu: cpu needs --calibration with what tools/plan.py calibrate measured on it")
@@ -103,9 +103,9 @@ class Cluster:
     """GPUs of one kind in nodes that are all alike.
 
     Attributes:
-        gpu: the kind.
-        num_gpus: all of them; a job has a process on each.
-        gpus_per_node: those that NVLink connects.
+        gpu: the kind of GPU.
+        num_gpus: number of all GPUs; a job has a process on each.
+        gpus_per_node: number of GPUs that NVLink connects.
     """
 
     gpu: Gpu
@@ -115,31 +115,31 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Shares of peak rates that are reached, and times that do not depend on sizes.
+    """Shares of peak rates that a machine reaches, and times that do not depend on sizes.
 
-    The defaults are round numbers chosen so that predictions of ten published runs on H100, B200 and A100 are off by
-    chance only: no bias, and ``relative_error`` no smaller than what they scatter.
-    ``tests/unit/test_planner_anchors.py`` has the runs and their sources, and holds this. ``tools/plan.py calibrate``
-    measures one's own machine.
+    The defaults are round numbers. They were chosen on ten published runs on H100, B200 and A100. On these, the
+    predictions have no bias, and ``relative_error`` covers their scatter. ``tests/unit/test_planner_anchors.py`` has
+    the runs and their sources, and checks this. ``tools/plan.py calibrate`` measures another machine.
 
     Attributes:
-        matmul_efficiency: of the peak in bf16 and fp32, by products all of whose sides are large.
-        fp8_matmul_efficiency: likewise in FP8.
+        matmul_efficiency: share of the bf16 or fp32 peak that products with long sides reach.
+        fp8_matmul_efficiency: the same in FP8.
         matmul_half_size: the shortest side at which products reach half of that.
-        attention_efficiency: of the bf16 (or fp32) peak, by causal attention.
-        memory_efficiency: of memory bandwidth, by element-wise work and the optimizer.
-        nvlink_efficiency: of NVLink's bandwidth, by collectives within a node.
-        network_efficiency: of the network's, by collectives across nodes.
-        host_efficiency: of the bandwidth to host memory.
+        attention_efficiency: share of the bf16 (or fp32) peak that causal attention reaches.
+        memory_efficiency: share of memory bandwidth that element-wise operations and the optimizer reach.
+        nvlink_efficiency: share of NVLink's bandwidth that collectives within a node reach.
+        network_efficiency: share of the network's bandwidth that collectives across nodes reach.
+        host_efficiency: share of the bandwidth to host memory that copies reach.
         tensor_parallel_overlap: share of tensor-parallel communication that ``parallel.tp_comm_overlap`` hides.
         data_parallel_overlap: share of a data-parallel collective that can hide behind compute.
-        collective_latency_seconds: of each doubling of a collective's ranks.
-        layer_launch_seconds: the least that a layer's forward takes, for want of work to launch.
-        microbatch_overhead_seconds: of a microbatch in each pass.
-        step_overhead_seconds: of a step.
-        host_adam_bytes_per_second: at which a rank's host updates what ``optimizer_cpu_offload`` keeps there.
-        relative_error: one standard deviation of measured by predicted step times.
-        gpu: what it was measured on; None for the defaults.
+        collective_latency_seconds: latency of each doubling of a collective's ranks.
+        layer_launch_seconds: the least time of a layer's forward, set by kernel launches.
+        microbatch_overhead_seconds: overhead of a microbatch in each pass.
+        step_overhead_seconds: overhead of a step.
+        host_adam_bytes_per_second: rate at which a rank's host updates the state that ``optimizer_cpu_offload`` keeps
+            there.
+        relative_error: one standard deviation of the measured step times divided by the predicted ones.
+        gpu: name of the measured device; None for the defaults.
     """
 
     matmul_efficiency: float = 0.70
@@ -161,7 +161,7 @@ class Calibration:
     gpu: str | None = None
 
     def matmul(self, precision: str, shortest_side: float) -> float:
-        """Share of the peak that a product reaches whose shortest side is so long."""
+        """Return the share of the peak that a product reaches, from the length of its shortest side."""
         best = self.fp8_matmul_efficiency if precision == "fp8" else self.matmul_efficiency
         return best / (1 + self.matmul_half_size / shortest_side)
 
@@ -170,14 +170,14 @@ DEFAULT = Calibration()
 
 
 def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
-    """What ``tools/plan.py calibrate`` wrote: the numbers, and the device that they are of.
+    """Read the file of ``tools/plan.py calibrate``: the calibration, and the device that it belongs to.
 
     Args:
-        path: its JSON file.
+        path: the JSON file.
         gpu: the GPU to plan for.
 
     Raises:
-        UserError: unreadable, not such a file, or measured on another GPU; names the file.
+        UserError: the file is unreadable, has another format, or was measured on another GPU; names the file.
     """
     try:
         found = json_object(path)
@@ -196,7 +196,10 @@ _MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
 
 
 def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str, Any]:
-    """Plain data as keyword arguments: all keys there, numbers finite and not negative."""
+    """Return plain data as keyword arguments.
+
+    All keys must be present. Numbers must be finite and not negative.
+    """
     names = {field.name: field.type for field in fields(kind)}
     if not isinstance(values, dict) or set(values) != set(names):
         raise UserError("not what tools/plan.py calibrate writes; measure again")
@@ -219,6 +222,6 @@ def _is_number(value: Any) -> bool:
 
 
 def calibration_json(calibration: Calibration, device: Gpu, **about: object) -> str:
-    """The file's text: the numbers, the device, and what the measurement was done with."""
+    """Return the text of the file: the calibration, the device, and the conditions of the measurement."""
     whole = {**about, "device": asdict(device), "calibration": asdict(calibration)}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

@@ -1,6 +1,6 @@
-"""What the device at hand reaches: products, attention and memory by themselves, and real steps of short runs.
+"""Measurements on this device: products, attention and memory alone, and real steps of short runs.
 
-A short run is a training run of a model with fewer layers, on random tokens.
+A short run trains a model with fewer layers on random tokens.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from megatron_cca.training.batches import open_data
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step
 
-# Seconds that a measurement takes, and repetitions, at least.
+# The least duration of a measurement in seconds, and its least number of repetitions.
 _ENOUGH_SECONDS = 0.2
 _ENOUGH_REPEATS = 20
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """The fastest of many repetitions, after one that does not count: what else the machine does only adds."""
+    """Return the seconds of the fastest of many repetitions, after one that does not count.
+
+    Other work on the machine can only add time.
+    """
     work()
     platform.synchronize()
     found: list[float] = []
@@ -48,13 +51,16 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def peak_flops(dtype: torch.dtype, side: int = 1024) -> float:
-    """FLOP/s of a large product; what a device without a data sheet is measured by."""
+    """Return the FLOP/s of a large product.
+
+    It replaces the data sheet of a device that has none.
+    """
     left, right = (torch.randn(side, side, device=platform.device()).to(dtype) for _ in range(2))
     return 2 * side**3 / seconds_of(lambda: left @ right)
 
 
 def products_seconds(products: Sequence[Product], tokens: int, dtype: torch.dtype) -> float:
-    """Of a layer's projections for so many tokens, one after another."""
+    """Return the seconds of a layer's projections for ``tokens`` tokens, one after another."""
     total = 0.0
     for product in products:
         inputs = torch.randn(tokens, product.inputs, device=platform.device()).to(dtype)
@@ -64,11 +70,13 @@ def products_seconds(products: Sequence[Product], tokens: int, dtype: torch.dtyp
 
 
 def fp8_products_seconds(products: Sequence[Product], tokens: int) -> float:
-    """:func:`products_seconds` in FP8 E4M3 with one scale a tensor, bf16 out; making FP8 of the factors not included.
+    """Return :func:`products_seconds` in FP8 E4M3.
+
+    Each tensor has one scale. The output is bf16. The conversion of the factors to FP8 does not count.
 
     Args:
-        products: all of whose sides are multiples of 16.
-        tokens: a multiple of 16.
+        products: projections whose sides are all multiples of 16.
+        tokens: number of tokens, a multiple of 16.
     """
     device, scale = platform.device(), torch.ones((), device=platform.device())
     total = 0.0
@@ -84,36 +92,39 @@ def fp8_products_seconds(products: Sequence[Product], tokens: int) -> float:
 
 
 def attention_seconds(rows: int, heads: int, seq_length: int, channels: int, dtype: torch.dtype) -> float:
-    """Of causal attention, forward."""
+    """Return the seconds of the forward of causal attention."""
     shape = (rows, heads, seq_length, channels)
     query, key, value = (torch.randn(shape, device=platform.device()).to(dtype) for _ in range(3))
     return seconds_of(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
 
 
 def memory_bandwidth(num_bytes: int) -> float:
-    """Bytes/s of a copy, what is read and what is written together."""
+    """Return the bytes/s of a copy.
+
+    Bytes read and bytes written both count.
+    """
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=platform.device())
     target = torch.empty_like(source)
     return 2 * num_bytes / seconds_of(lambda: target.copy_(source))
 
 
 def host_memory_bytes() -> int:
-    """Of the machine."""
+    """Return the bytes of the machine's host memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# A bound that no run reaches: random weights are not what the gate is for.
+# A bound that no run reaches. The gate does not concern random weights.
 _NO_GATE = 1e9
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A short run.
+    """The measurement of a short run.
 
     Attributes:
-        config: of it.
-        workload: its rows.
-        seconds: of its fastest step: what else the machine does only adds.
+        config: configuration of the short run.
+        workload: the rows of a microbatch.
+        seconds: time of the fastest step; other work on the machine can only add time.
         spread: by how much the median step was slower, as a share.
     """
 
@@ -124,7 +135,7 @@ class Observation:
 
 
 def short_configs(config: Config) -> list[Config]:
-    """Runs on one device that differ in layers, microbatches and recomputation."""
+    """Return runs on one device that differ in layers, microbatches and recomputation."""
     whole = resolve_architecture(config.model).num_layers
     few, more = max(1, min(2, whole // 2)), min(4, whole)
     micro = config.training.micro_batch_size
@@ -153,17 +164,17 @@ def observe(
     *,
     initialize: Initialize = initialize_by_name,
 ) -> Observation:
-    """Train so many steps, after one that is not timed.
+    """Train ``steps`` steps and measure them, after one step that does not count.
 
     Args:
-        config: from :func:`short_configs`.
+        config: a configuration from :func:`short_configs`.
         images: the shape of all samples.
-        steps: that are timed.
-        folder: for shards and what a run writes; must not exist.
+        steps: number of measured steps.
+        folder: folder for the shards and the run's output; must not exist.
         initialize: draws the weights.
 
     Raises:
-        UserError: what training refuses on this device.
+        UserError: training refuses the run on this device.
     """
     workload = image_workload(config, images)
     write_random_shards(config, images, folder)
@@ -176,7 +187,10 @@ def observe(
 
 
 def without_extras(config: Config) -> Config:
-    """The same steps and nothing beside them: no weights to read, no checkpoints, no validation, no gate."""
+    """Return a configuration with the same steps and nothing else.
+
+    It reads no weights and has no checkpoints, no validation and no gate.
+    """
     config = without_files(config)
     return replace(
         config,
@@ -187,19 +201,25 @@ def without_extras(config: Config) -> Config:
 
 
 def measurable(config: Config) -> Config:
-    """:func:`without_extras`, with the reference's random weights where the run keeps its own."""
+    """Return :func:`without_extras`, with the run's own reference strategy.
+
+    The reference has random weights.
+    """
     bare = without_extras(config)
     return replace(bare, reference=replace(bare.reference, strategy=config.reference.strategy))
 
 
 def write_random_shards(config: Config, images: ImageShape, folder: Path) -> None:
-    """Leave ``<folder>/shards``: random tokens, two global batches of them, always the same."""
+    """Write ``<folder>/shards``: two global batches of random tokens, always the same ones."""
     vocabulary = resolve_architecture(config.model).vocabulary
     write_shards(folder / "shards", _samples(config, images), vocabulary, lambda text: [ord(c) % 256 for c in text])
 
 
 def on_random_shards(config: Config, folder: Path, steps: int) -> Config:
-    """The run on what :func:`write_random_shards` left, of so many steps; its own folder is ``<folder>/run``."""
+    """Return the run on the shards of :func:`write_random_shards`, with ``steps`` steps.
+
+    Its output folder is ``<folder>/run``.
+    """
     return replace(
         config,
         data=replace(config.data, path=str(folder / "shards"), condition_dropout=0.0, length_bucketing=1),
@@ -208,7 +228,10 @@ def on_random_shards(config: Config, folder: Path, steps: int) -> Config:
 
 
 def timed_step(run: Run) -> tuple[float, StepReport]:
-    """Take a step; seconds until the device has done it, and its report. Collective over all ranks."""
+    """Take a step; return its seconds and its report. Collective over all ranks.
+
+    The time ends when the device has finished.
+    """
     start = time.perf_counter()
     report = train_step(run)
     platform.synchronize()
@@ -228,5 +251,5 @@ def _samples(config: Config, images: ImageShape) -> list[Sample]:
 
 
 def started(config: Config, *, initialize: Initialize = initialize_by_name) -> Run:
-    """Set up the run, ready for its first step; to be used in a ``with``. Collective over all ranks."""
+    """Set up the run for its first step, for use in a ``with``. Collective over all ranks."""
     return set_up(config, open_data(config), initialize=initialize)

@@ -1,4 +1,4 @@
-"""Bytes that a rank of a run holds, computed from sizes alone."""
+"""Bytes that a rank of a run holds, computed from its sizes alone."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from megatron_cca.training.reference_settings import has_own_weights, reference_
 GIB = 2**30
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
-# What no tensor shows, on a GPU: the CUDA context with its libraries; NCCL's buffers for each group that has other
-# ranks; and what the allocator cannot hand out again, as a share of what comes and goes. Assumed, not measured.
+# On a GPU, no tensor shows this memory: the CUDA context with its libraries; NCCL's buffers of each group with more
+# than one rank; and what the allocator cannot reuse, as a share of the activations and the head. Assumed, not measured.
 CUDA_CONTEXT = 3 * 2**28
 NCCL_GROUP = 2**28
 FRAGMENTATION = 0.05
 
-# Transformer Engine keeps each weight in FP8 twice, once for the transposed product.
+# Transformer Engine keeps each FP8 weight twice: as it is, and for the transposed product.
 _FP8_COPIES = 2
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank at the moment when it holds most; the parts add up to ``total``.
+    """Bytes on one rank at its peak; the parts add up to ``total``.
 
     Attributes:
-        weights: the policy's parameters, as they are computed with.
-        reference: the frozen model, as its strategy keeps it on the device.
+        weights: the policy's parameters, in the precision of the computation.
+        reference: the part of the frozen model that its strategy keeps on the device.
         gradients: Megatron's gradient buffer.
-        optimizer: master weights and Adam's moments of this rank's share.
-        activations: kept for backward by all microbatches in flight, and one layer's working memory.
+        optimizer: this rank's share of the master weights and of Adam's moments.
+        activations: what all microbatches in flight keep for backward, and the working memory of one layer.
         head: hidden states, statistics and tiles of the log-probabilities.
-        communication: buffers of collectives and of sends between stages.
-        overhead: the CUDA context, libraries and what the allocator cannot use; 0 on a CPU.
+        communication: buffers of collectives and of messages between stages.
+        overhead: the CUDA context, libraries, and memory that the allocator cannot use; 0 on a CPU.
     """
 
     weights: int
@@ -58,7 +58,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -71,15 +71,17 @@ def predict_memory(
     pipeline_rank: int | None = None,
     sharing_rank: int = 0,
 ) -> MemoryEstimate:
-    """What a rank of the run holds at its peak.
+    """Return the bytes that a rank of the run holds at its peak.
 
     Args:
-        config: of the run; must have passed ``training.checks.check_new_run``.
-        world_size: its processes.
+        config: configuration of the run; must have passed ``training.checks.check_new_run``.
+        world_size: number of processes of the run.
         workload: the rows of a microbatch.
-        on_gpu: whether to count what only a GPU's run has (fused kernels, wide tiles, the CUDA context), or a CPU's.
-        pipeline_rank: which; None is the one that holds most.
-        sharing_rank: which of the data- and context-parallel ranks; the first holds most of the optimizer's state.
+        on_gpu: whether to count the memory of a GPU (fused kernels, wide tiles, the CUDA context); otherwise that of a
+            CPU.
+        pipeline_rank: the pipeline rank; None means the one that holds most.
+        sharing_rank: the rank among the data- and context-parallel ranks; the first holds most of the optimizer's
+            state.
     """
     sizes = sizes_of(config, world_size, workload)
     stages = range(sizes.pipeline) if pipeline_rank is None else [pipeline_rank]
@@ -89,7 +91,7 @@ def predict_memory(
 
 @dataclass(frozen=True)
 class _Rank:
-    """One rank, and what it holds in the two passes of a step."""
+    """One rank, and the memory that it holds in the two passes of a step."""
 
     config: Config
     sizes: Sizes
@@ -151,7 +153,7 @@ class _Rank:
         return numbers * (moments + master) * on_device
 
     def _reference(self) -> float:
-        """What the reference holds all the time."""
+        """Return the bytes that the reference holds during the whole step."""
         if not self.config.objective.needs_reference or not has_own_weights(self.config):
             return 0
         if self.config.reference.strategy == "offload":
@@ -208,22 +210,25 @@ class _Rank:
         return parts | {"activations": forward + passing, "head": 0}
 
     def _passing_weights(self, size: int) -> float:
-        """Of the reference, what is on the device only while it is used."""
+        """Return the bytes of the reference's weights that are on the device only during their use."""
         parameters = reference_parameters(self.config, self.pipeline_rank)
         if self.config.reference.strategy == "offload":
             layer = self.sizes.layer_weights
             ends = [one.numel for one in parameters if one.name in ("word_embeddings", "output_layer")]
             return size * (layer + max([layer, *ends]))
         if self.config.reference.fp8_param:
-            # Unfolded through fp32.
+            # The conversion from FP8 goes through fp32.
             return (size + 2 * FP32) * max((one.numel for one in parameters if _is_kept_in_fp8(one)), default=0)
         return 0
 
     def _tokens(self) -> float:
-        """Ids and masks of all microbatches of a step."""
+        """Return the bytes of the ids and masks of all microbatches of a step."""
         return (activations.INT64 + 1) * self.sizes.microbatches * self.sizes.rows * self.workload.seq_length
 
 
 def _is_kept_in_fp8(parameter: Parameter) -> bool:
-    """With ``reference.fp8_param``: models/fp8_weights.py leaves norms and LM head as they are."""
+    """Check whether ``reference.fp8_param`` keeps the parameter in FP8.
+
+    ``models/fp8_weights.py`` leaves the norms and the LM head unchanged.
+    """
     return parameter.columns is not None and parameter.name != "output_layer"

@@ -1,7 +1,8 @@
-"""What a step holds and sends, counted exactly: bytes of live tensors by phase, and every collective.
+"""An exact count of what a step holds and sends: bytes of live tensors by phase, and all collectives.
 
-On a CPU it is what a GPU's allocator would say. A process's resident set also holds libraries, freed pages and
-threads, gigabytes of them; a ratio of small models' peaks would drown in it. Needs no Megatron-Core and no platform.
+On a CPU the count replaces what a GPU's allocator reports. The resident set of a process would not do. It also holds
+libraries, freed pages and threads. These are gigabytes, much more than the peaks of small models. The module needs
+neither Megatron-Core nor a platform.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations made inside of the context, for as long as they live.
+    """A counter of the storages that operations create inside the context, as long as they live.
 
     Attributes:
-        now: bytes alive.
-        peak: the most since the last :meth:`reset_peak`.
+        now: bytes alive now.
+        peak: the most bytes alive since the last :meth:`reset_peak`.
     """
 
     def __init__(self) -> None:
@@ -30,18 +31,18 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def reset_peak(self) -> None:
-        """Let the peak count from now on."""
+        """Reset the peak to the bytes alive now."""
         self.peak = self.now
 
     def discount(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Take a tensor for one in host memory, which does not count."""
+        """Take a tensor out of the count, as one in host memory, and return it."""
         storage = tensor.untyped_storage()
         if self._known.pop(storage._cdata, None) is not None:
             self.now -= storage.nbytes()
         return tensor
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operation, then look at what it returned."""
+        """Run the operation, then count the tensors that it returned."""
         result = self.perform(function, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -49,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def perform(self, function, args: tuple, kwargs: dict):
-        """Run an operation; for those who have another answer to some."""
+        """Run an operation; subclasses may return another result."""
         return function(*args, **kwargs)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-# c10d's operators, by the name that users of torch.distributed know.
+# Names of c10d's operators in torch.distributed.
 _NAMES = {
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
@@ -87,15 +88,16 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind on one group within a step.
+    """The collectives of one kind on one group in one phase of a step.
 
     Attributes:
         group: Megatron's name of the group, such as ``tensor``.
-        operation: such as ``all_reduce``, ``send``.
-        phase: the part of the step that asked for it.
-        group_size: its ranks.
-        calls: how many.
-        num_bytes: of the larger side, the whole tensor of an all_gather or reduce_scatter, summed over the calls.
+        operation: the kind of the collective, such as ``all_reduce`` or ``send``.
+        phase: the phase of the step that called it.
+        group_size: number of ranks in the group.
+        calls: number of calls.
+        num_bytes: bytes of the larger side, summed over the calls; for an all_gather or reduce_scatter this is the
+            whole tensor.
     """
 
     group: str
@@ -107,7 +109,7 @@ class Traffic:
 
 
 class TrafficCounter:
-    """Adds up collectives as operators of c10d go by."""
+    """A counter of the collectives among c10d's operators."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str, str, int]] = Counter()
@@ -115,12 +117,12 @@ class TrafficCounter:
         self._groups: dict[str, str] = {}
 
     def name_groups(self, groups: dict[str, dist.ProcessGroup]) -> None:
-        """Say what groups are called; the first name given to a group stays."""
+        """Set the names of groups; a group keeps the first name that it gets."""
         for name, group in groups.items():
             self._groups.setdefault(group.group_name, name)
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Reset the counts."""
         self._calls.clear()
         self._bytes.clear()
 
@@ -137,7 +139,7 @@ class TrafficCounter:
         self._bytes[key] += max((_bytes(arg) for arg in args), default=0)
 
     def traffic(self) -> list[Traffic]:
-        """What was seen; the most bytes first."""
+        """Return the counted collectives, the most bytes first."""
         found = [Traffic(*key, calls, self._bytes[key]) for key, calls in self._calls.items()]
         return sorted(found, key=lambda one: (-one.num_bytes, one.group, one.operation))
 
@@ -157,13 +159,13 @@ def _bytes(arg) -> int:
 
 
 class Observer(LiveBytes):
-    """Counts what is made and sent inside; of real tensors as of fake ones.
+    """A counter of the tensors and collectives of a step, for real tensors and for fake ones.
 
     Attributes:
-        phase: what the step is doing; the caller says.
+        phase: the current phase of the step, which the caller sets.
         peaks: the most bytes alive in each phase.
         traffic: the collectives so far.
-        has_numbers: whether the tensors hold any, not only shapes.
+        has_numbers: whether the tensors have values, not only shapes.
     """
 
     has_numbers = True
@@ -175,13 +177,13 @@ class Observer(LiveBytes):
         self.traffic = TrafficCounter()
 
     def start_over(self) -> None:
-        """Count peaks and collectives from now on."""
+        """Reset the peaks and the collectives."""
         self.peaks.clear()
         self.traffic.clear()
         self.reset_peak()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operation and count what it made and sent."""
+        """Run the operation and count what it created and sent."""
         self.traffic.see(function, args, self.phase)
         result = super().__torch_dispatch__(function, types, args, kwargs)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)

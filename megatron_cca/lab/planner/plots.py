@@ -1,4 +1,4 @@
-"""A plan's picture: memory and seconds of its layouts, by what they go to."""
+"""The plot of a plan: memory and seconds of its layouts by cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``tools/plan.py`` does for ``search`` and ``calibrate``; ``dry-run`` is in ``dry_run_program.py``."""
+"""The commands ``search`` and ``calibrate`` of ``tools/plan.py``; ``dry_run_program.py`` has ``dry-run``."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _USUAL_GRID = "90x90"
 
 
 def run_search(settings: PlanSettings) -> None:
-    """Search, print the table, and write the folder if there is to be one.
+    """Search, print the table, and write the folder if the settings name one.
 
     Raises:
-        UserError: an option that cannot be, weights of another model, a cluster that does not suit the model.
+        UserError: an invalid option, weights of another model, or a cluster that does not suit the model.
     """
     config = load_config(settings.config, settings.overrides)
     wishes = _wishes(settings, config)
@@ -58,10 +58,12 @@ def run_search(settings: PlanSettings) -> None:
 
 
 def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageShape:
-    """The data that ``--image-grid`` and ``--caption-tokens`` describe; the model's own grid where it has one.
+    """Return the image shape that ``--image-grid`` and ``--caption-tokens`` describe.
+
+    Without a grid, it is the model's own grid if it has one.
 
     Raises:
-        UserError: not of the form ``HxW``.
+        UserError: the grid is not of the form ``HxW``.
     """
     if grid is None:
         own = only_grid(resolve_architecture(config.model))
@@ -73,10 +75,12 @@ def image_shape(config: Config, grid: str | None, caption_tokens: int) -> ImageS
 
 
 def check_known_weights(config: Config) -> None:
-    """Refuse to plan for weights that are here and another model's; those that lie elsewhere are taken on trust.
+    """Refuse weights on this machine that belong to another model.
+
+    Weights on other machines are not checked.
 
     Raises:
-        UserError: training's own line.
+        UserError: the weights belong to another model; the message is that of training.
     """
     for key, path in ((PRETRAINED, config.training.pretrained_checkpoint), (REFERENCE, config.reference.checkpoint)):
         if path is not None and Path(path).exists():
@@ -94,7 +98,7 @@ def _device(settings: PlanSettings) -> tuple[Gpu, Calibration]:
     if settings.calibration is None:
         return gpu_named(settings.gpu), DEFAULT
     calibration, measured = read_calibration(settings.calibration, settings.gpu)
-    # A processor has no data sheet here: it is what was measured.
+    # The project has no data sheet of a processor. Its measurement replaces one.
     return (measured if settings.gpu == CPU else gpu_named(settings.gpu)), calibration
 
 
@@ -108,19 +112,19 @@ def _variables(text: str | None) -> tuple[str, ...]:
     return names
 
 
-# That times depend on.
+# Packages whose versions change the times.
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:
-    """Measure, write the file, and print what was found.
+    """Measure the device, write the file, and print the result.
 
     Raises:
-        UserError: an option that cannot be, what training refuses on this device, a file that is in the way.
+        UserError: an invalid option, a run that training refuses on this device, or an existing file.
     """
     config = load_config(settings.config, settings.overrides)
     images = image_shape(config, settings.image_grid, settings.caption_tokens)
-    # For its refusals: measuring the processor alone can take a minute.
+    # Called for its refusals. The measurement of the processor alone can take a minute.
     image_workload(config, images)
     check_file(settings.output, overwrite=settings.overwrite)
     platform.install_option(settings.device)

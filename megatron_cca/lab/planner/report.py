@@ -1,4 +1,4 @@
-"""What a search says and leaves behind: the printed text, a table, a JSON file, the best run as YAML, a picture."""
+"""The output of a search: the printed text, a table, a JSON file, the best run as YAML, and a plot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HEADER = (
 
 
 def layout_name(config: Config, num_gpus: int) -> str:
-    """Such as ``TP 2 x PP 4 (VPP 2) x DP 8``; sizes of 1 are left out."""
+    """Return the layout's name, such as ``TP 2 x PP 4 (VPP 2) x DP 8``, without sizes of 1."""
     parallel = config.parallel
     tensor, pipeline, context = (
         parallel.tensor_model_parallel_size,
@@ -59,7 +59,7 @@ def layout_name(config: Config, num_gpus: int) -> str:
 
 
 def recompute_name(config: Config) -> str:
-    """What is computed again in backward."""
+    """Return the name of what backward recomputes."""
     training = config.training
     if training.recompute_granularity == "selective":
         return " + ".join(training.recompute_modules)
@@ -69,14 +69,14 @@ def recompute_name(config: Config) -> str:
 
 
 def reference_name(config: Config) -> str:
-    """Where the frozen model is."""
+    """Return the name of the reference's strategy."""
     if not config.objective.needs_reference:
         return "none"
     return config.reference.strategy + (", FP8 weights" if config.reference.fp8_param else "")
 
 
 def row(candidate: Candidate) -> list[str]:
-    """A candidate under :data:`HEADER`."""
+    """Return a candidate's cells under :data:`HEADER`."""
     config, step = candidate.config, candidate.step
     return [
         layout_name(config, candidate.num_gpus),
@@ -96,7 +96,10 @@ def row(candidate: Candidate) -> list[str]:
 
 
 def memory_groups(memory: MemoryEstimate) -> dict[str, int]:
-    """Bytes by what people ask for; ``rest`` is head, communication and overhead."""
+    """Return the bytes of a rank by the groups that users ask for.
+
+    ``rest`` is the head, communication and overhead.
+    """
     return {
         "weights": memory.weights,
         "reference": memory.reference,
@@ -111,14 +114,17 @@ _WIDTH = 118
 
 
 def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
-    """The text; :func:`load_config` reads the same configuration from it.
+    """Return the configuration as YAML text.
+
+    :func:`load_config` reads the same configuration from it.
 
     Args:
         config: the run.
-        before: what it was planned from; keys that differ are marked.
-        head: lines above it, without the comment sign.
+        before: the configuration that the search started from; keys that differ get a mark.
+        head: lines above the configuration, without the comment sign.
     """
-    # A file that does not name its objective has the default one; the other defaults are this objective's own.
+    # A file that does not name its objective has the default objective. The other defaults belong to this run's
+    # objective.
     usual = replace(Config(), objective=type(config.objective)())
     defaults, given = config_to_dict(usual), config_to_dict(before)
     defaults["objective"]["name"] = Config().objective.name
@@ -136,7 +142,7 @@ def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
 
 
 def _entry(key: str, value: Any) -> str:
-    """On one line, whatever it is."""
+    """Return the key and its value as one line of YAML."""
     in_a_list = yaml.safe_dump([value], default_flow_style=True, width=10**9, allow_unicode=False)
     return f"{key}: {in_a_list.strip()[1:-1]}"
 
@@ -154,12 +160,12 @@ YAML_FILE = "plan.yaml"
 
 @dataclass(frozen=True)
 class Report:
-    """A plan and what is said about it.
+    """A plan and its explanations.
 
     Attributes:
-        plan: the search's result.
-        before: the configuration that it started from.
-        others: why the obvious layouts are not the best.
+        plan: the result of the search.
+        before: the configuration that the search started from.
+        others: the obvious layouts, and why they are not the best.
     """
 
     plan: Plan
@@ -168,12 +174,12 @@ class Report:
 
     @property
     def best(self) -> Candidate:
-        """The fastest that fits."""
+        """The fastest candidate that fits."""
         return self.plan.best[0]
 
 
 def text(report: Report) -> str:
-    """What is printed: the best layouts, then what else there is to know."""
+    """Return the printed text: the best layouts, then remarks."""
     plan, wishes = report.plan, report.plan.wishes
     cluster, best = wishes.cluster, report.best
     rows = "a row" if rows_per_sample(best.config) == 1 else "two rows"
@@ -234,7 +240,7 @@ def _per_node(report: Report) -> int:
 
 
 def yaml_of(report: Report) -> str:
-    """The best run's configuration."""
+    """Return the best run's configuration as YAML text."""
     best, cluster = report.best, report.plan.wishes.cluster
     per_node = _per_node(report)
     nodes = cluster.num_gpus // per_node
@@ -256,10 +262,12 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Keep the folder for a plan, from before the work to the end of writing.
+    """Reserve the folder for a plan while the context is open.
+
+    It opens before the search and closes after the last file.
 
     Raises:
-        UserError: it holds something that is not to be replaced, or another process writes there.
+        UserError: the folder holds something that must not be replaced, or another process writes there.
     """
     with claimed(output):
         check_output(output, _FILES, {_PARTIAL}, overwrite=overwrite)
@@ -267,15 +275,17 @@ def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
 
 
 def write_report(output: Path, report: Report) -> list[str]:
-    """Write all files into a :func:`reserved` folder, or none; a former plan's go.
+    """Write all files into a :func:`reserved` folder, or none.
+
+    They replace those of a former plan.
 
     Returns:
-        The files' names. ``plan.json`` arrives last: where it is, all is there.
+        The files' names. ``plan.json`` arrives last: if it exists, all files exist.
 
     Raises:
-        UserError: the file system refuses.
+        UserError: the file system reports an error.
     """
-    # Imported late: matplotlib takes a second, which a plan without a folder need not wait for.
+    # Imported late: the import of matplotlib takes a second. A plan without a folder does not need it.
     from megatron_cca.lab.planner.plots import plot
 
     with replacing(output, _FILES, _PARTIAL, JSON_FILE) as partial:
@@ -288,7 +298,7 @@ def write_report(output: Path, report: Report) -> list[str]:
 
 
 def as_json(report: Report) -> dict:
-    """Every number of the plan."""
+    """Return all numbers of the plan as plain data."""
     plan, wishes = report.plan, report.plan.wishes
     architecture = asdict(resolve_architecture(report.best.config.model))
     architecture["vocabulary"] = {"size": architecture["vocabulary"]["size"]}

@@ -1,6 +1,6 @@
-"""The layouts that fit, fastest first, and what is said of the others.
+"""The search for the fastest layouts that fit, and the reasons against other layouts.
 
-That is: why a cluster cannot run a model and what could, and why the obvious layouts are not the best one.
+If no layout fits, it says why and what would fit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from megatron_cca.training.reference_settings import reference_settings
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        wishes: that it started from.
+        wishes: the input of the search.
         best: candidates that fit, fastest first.
-        cached: the fastest that fits if the reference's log-probabilities were computed beforehand; None where that is
-            no choice.
-        considered: how many candidates there were.
+        cached: the fastest that fits if the reference's log-probabilities are cached beforehand; None where a cache is
+            no option.
+        considered: number of candidates.
     """
 
     wishes: Wishes
@@ -48,15 +48,16 @@ class Plan:
 
 
 def search(config: Config, wishes: Wishes, top: int) -> Plan:
-    """Try every candidate.
+    """Search all candidates for the fastest ones that fit.
 
     Args:
-        config: everything but the layout and what may vary; must be acceptable on some layout.
-        wishes: cluster, data, what may vary.
-        top: how many to return.
+        config: the run; the layout and whatever ``wishes.vary`` names may change; some layout must be acceptable.
+        wishes: the cluster, the data, and what may vary.
+        top: number of layouts to return.
 
     Raises:
-        UserError: a number of GPUs or a model that no layout suits, a precision that the GPU lacks, too little memory.
+        UserError: a number of GPUs or a model for which no layout exists, a precision that the GPU lacks, or too little
+            memory.
     """
     config = explicit(config)
     _check_precisions(config, wishes)
@@ -81,7 +82,10 @@ def _check_precisions(config: Config, wishes: Wishes) -> None:
 
 
 def _rank(candidate: Candidate) -> tuple:
-    """Fastest first; of equally fast ones those with less to go wrong."""
+    """Return a candidate's sort key.
+
+    The fastest comes first. Of equally fast ones, the one with the smaller parallel sizes comes first.
+    """
     parallel = candidate.config.parallel
     sizes = (
         parallel.tensor_model_parallel_size,
@@ -93,7 +97,10 @@ def _rank(candidate: Candidate) -> tuple:
 
 
 def _offers_cache(config: Config, wishes: Wishes) -> bool:
-    """Whether to say what a cache of the reference's log-probabilities would gain, without planning with one."""
+    """Check whether to report the gain of a cache of the reference's log-probabilities.
+
+    The plan itself does not use one then.
+    """
     uses_pairs = config.objective.needs_reference
     return uses_pairs and "reference" in wishes.vary and "cached" not in wishes.vary and not _has_cache(config)
 
@@ -106,10 +113,10 @@ _MOST_NODES = 64
 
 
 def check_cluster(config: Config, wishes: Wishes) -> None:
-    """Refuse a number of GPUs that no layout suits.
+    """Refuse a number of GPUs for which no layout exists.
 
     Raises:
-        UserError: names the number, and the nearest that are possible.
+        UserError: names the number and the nearest possible ones.
     """
     cluster = wishes.cluster
     node, gpus = cluster.gpus_per_node, cluster.num_gpus
@@ -136,7 +143,7 @@ def _has_layout(config: Config, wishes: Wishes, gpus: int) -> bool:
 
 
 def _nearest(config: Config, wishes: Wishes) -> list[int]:
-    """The largest possible number below, and the smallest above."""
+    """Return the largest possible number of GPUs below, and the smallest above."""
     gpus, node = wishes.cluster.num_gpus, wishes.cluster.gpus_per_node
     step = node if gpus > node else 1
     below = next((n for n in range(gpus - step, 0, -step) if _has_layout(config, wishes, n)), None)
@@ -145,7 +152,7 @@ def _nearest(config: Config, wishes: Wishes) -> list[int]:
 
 
 def _nearest_batch(config: Config, wishes: Wishes) -> int | None:
-    """The next larger global batch that the GPUs can share."""
+    """Return the next larger global batch size for which the GPUs have a layout."""
     gpus, batch = wishes.cluster.num_gpus, config.training.global_batch_size
     for size in range(batch + 1, batch + gpus + 1):
         if _has_layout(replace(config, training=replace(config.training, global_batch_size=size)), wishes, gpus):
@@ -154,7 +161,7 @@ def _nearest_batch(config: Config, wishes: Wishes) -> int | None:
 
 
 def refuse_too_small(config: Config, wishes: Wishes, found: Sequence[Candidate]) -> NoReturn:
-    """Say how much memory is missing at least, and what would do.
+    """Refuse a cluster with too little memory; say how much is missing at least, and what would fit.
 
     Raises:
         UserError: always.
@@ -192,7 +199,7 @@ def _other_gpus(config: Config, wishes: Wishes) -> str | None:
         (gpu for gpu in GPUS.values() if gpu.memory_bytes > cluster.gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes
     )
     for gpu in larger:
-        # Its own data sheet: a calibration is of one GPU.
+        # Take its data sheet. A calibration is valid for one GPU.
         elsewhere = Wishes(Cluster(gpu, cluster.num_gpus, cluster.gpus_per_node), wishes.images, wishes.vary)
         if config.training.precision in gpu.flops and _fits(config, elsewhere):
             return f"{cluster.num_gpus} x {gpu.name}"
@@ -209,10 +216,10 @@ def _fits(config: Config, wishes: Wishes) -> bool:
 
 @dataclass(frozen=True)
 class Other:
-    """A layout that somebody would think of.
+    """An obvious layout that is not the best.
 
     Attributes:
-        name: in words.
+        name: its description.
         verdict: what is wrong with it.
     """
 
@@ -221,11 +228,11 @@ class Other:
 
 
 def obvious_others(best: Candidate, wishes: Wishes) -> list[Other]:
-    """The usual layouts, and the best one with a single thing changed.
+    """Return the usual layouts, and the best layout with one change each, with their verdicts.
 
     Args:
-        best: the plan's first.
-        wishes: that it was searched with.
+        best: the first candidate of the plan.
+        wishes: the input of the search.
     """
     return [
         Other(name, _verdict(config, best, wishes))
@@ -244,7 +251,7 @@ def _usual(config: Config, wishes: Wishes) -> Iterator[tuple[str, Config]]:
 
 
 def _neighbours(config: Config) -> Iterator[tuple[str, Config]]:
-    """The best one, but for one thing."""
+    """Yield the best configuration with one change each."""
     training, optimizer, reference = config.training, config.optimizer, config.reference
     yield "the best, no recomputation", replace(config, training=replace(training, recompute_granularity=None))
     full = replace(training, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

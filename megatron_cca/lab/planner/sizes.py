@@ -1,7 +1,7 @@
-"""What a rank has of a run: layers, rows, tokens, microbatches; its parameters, its gradients, its optimizer's part.
+"""The sizes of a run on one rank: layers, rows, tokens, microbatches, parameters, gradients, optimizer state.
 
-Parameters come by name and size, in the order in which Megatron's GPTModel holds them; gradients lie in buckets, of
-which a distributed optimizer keeps each rank's part.
+Parameters have a name and a size. Their order is that of Megatron's GPTModel. Gradients lie in buckets. A distributed
+optimizer keeps each rank's part of each bucket.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from megatron_cca.training.shapes import head_support, rows_per_sample
 
 @dataclass(frozen=True)
 class Sizes:
-    """A rank of the last pipeline stage, which has most to do: its layers and the LM head.
+    """The sizes of a rank of the last pipeline stage.
+
+    This stage has most to do: its layers and the LM head.
 
     Attributes:
-        architecture: of the model.
+        architecture: the architecture of the model.
         tensor, pipeline, context, data: the parallel sizes.
         chunks: model chunks on a rank.
-        layers: on a rank.
-        rows: in a microbatch.
-        microbatches: of a rank in a step.
-        tokens: of a microbatch on one context-parallel rank.
-        image_tokens: of those, the ones that pass through the head.
-        seq_length: S.
-        layer_weights: numbers in one layer's projections on one rank.
-        head_weights: numbers in the head's rows on one rank.
-        words: words of the head that are computed, on the tensor-parallel rank that has most.
+        layers: layers on a rank.
+        rows: rows in a microbatch.
+        microbatches: microbatches of a rank in a step.
+        tokens: tokens of a microbatch on one context-parallel rank.
+        image_tokens: the tokens among them that pass through the head.
+        seq_length: S, the positions of a row.
+        layer_weights: elements of one layer's projections on one rank.
+        head_weights: elements of the head's rows on one rank.
+        words: ids whose logits are computed, on the tensor-parallel rank that has most.
     """
 
     architecture: Architecture
@@ -58,19 +60,28 @@ class Sizes:
 
     @property
     def trained_weights(self) -> float:
-        """Numbers on the rank that are trained where all are: layers, head, and on a single stage the embedding."""
+        """Number of trained elements on the rank if all weights are trained.
+
+        These are the layers, the head, and the embedding if there is a single stage.
+        """
         embeddings = 2 if self.pipeline == 1 else 1
         return self.layers * self.layer_weights + embeddings * self.head_weights
 
 
 @lru_cache
 def architecture_of(model: ModelConfig) -> Architecture:
-    """:func:`resolve_architecture`, remembered: a search asks for it at every candidate."""
+    """Return the result of :func:`resolve_architecture` from a cache.
+
+    A search asks for it at every candidate.
+    """
     return resolve_architecture(model)
 
 
 def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
-    """Of a configuration that ``training.checks.check_new_run`` accepts on ``world_size`` processes."""
+    """Return the sizes of a run on ``world_size`` processes.
+
+    ``training.checks.check_new_run`` must accept the configuration.
+    """
     architecture, parallel, training = architecture_of(config.model), config.parallel, config.training
     tensor, pipeline, context = (
         parallel.tensor_model_parallel_size,
@@ -102,19 +113,19 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
 def _words(config: Config, architecture: Architecture, rows: int) -> float:
     tensor, support = config.parallel.tensor_model_parallel_size, head_support(config, architecture.vocabulary)
     if len(support) == architecture.vocabulary.output_size:
-        # The last rank has a little less, for the padding.
+        # The padding leaves the last rank a little less.
         return len(support) / tensor
     return max(len(own_part(support, rank * rows, rows)) for rank in range(tensor))
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of a rank.
+    """A parameter tensor on one rank.
 
     Attributes:
-        name: within its layer, or of the whole model.
-        numel: its numbers on this rank.
-        columns: of these in a row; None for a norm, which is no matrix.
+        name: its name within the layer, or within the whole model.
+        numel: number of elements on this rank.
+        columns: elements of one row; None for a norm, which is no matrix.
         is_trained: whether it has a gradient.
     """
 
@@ -125,13 +136,16 @@ class Parameter:
 
 
 def rank_parameters(config: Config, pipeline_rank: int) -> list[list[Parameter]]:
-    """Of every model chunk of a pipeline rank."""
+    """Return the parameters of each model chunk of a pipeline rank."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     return [list(_chunk(config, pipeline_rank, chunk, chunks)) for chunk in range(chunks)]
 
 
 def reference_parameters(config: Config, pipeline_rank: int) -> list[Parameter]:
-    """Of a frozen copy, which has no adapters."""
+    """Return the parameters of the frozen copy on a pipeline rank.
+
+    The frozen copy has no adapters.
+    """
     chunks = rank_parameters(config, pipeline_rank)
     return [parameter for chunk in chunks for parameter in chunk if not parameter.name.startswith(_ADAPTER)]
 
@@ -176,27 +190,29 @@ def _adapter(config: Config, product: Product) -> Iterator[Parameter]:
 
 
 def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
-    """Its inputs and outputs, one of them divided by tensor parallelism."""
+    """Return the product's inputs and outputs on one rank; tensor parallelism divides one of them."""
     tensor = config.parallel.tensor_model_parallel_size
     if product.splits_outputs:
         return product.inputs, product.outputs // tensor
     return product.inputs // tensor, product.outputs
 
 
-# Megatron's, in numbers: parameters begin at multiples of the first, buckets end at multiples of the second and of
-# the ranks that share them (megatron/core/optimizer/param_layout.py); the third is for wide NCCL transfers.
+# Megatron's constants, in elements. Parameters begin at multiples of the first. Buckets end at multiples of the second
+# and of the number of ranks that share them (megatron/core/optimizer/param_layout.py). The third is for wide NCCL
+# transfers.
 _ALIGNMENT, _BUCKET_MULTIPLE, _BUS_MULTIPLE = 64, 128, 2**16
-# Numbers in a bucket, at least, and for every rank (megatron/core/distributed/distributed_data_parallel.py).
+# The least number of elements in a bucket, and the number for each rank
+# (megatron/core/distributed/distributed_data_parallel.py).
 _BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A part of a gradient buffer that is reduced at once.
+    """A part of a gradient buffer that one collective reduces.
 
     Attributes:
-        start, end: in numbers within the buffer, padding included.
-        pieces: where its parameters lie.
+        start, end: positions in elements within the buffer, padding included.
+        pieces: start and end of each of its parameters.
     """
 
     start: int
@@ -205,23 +221,25 @@ class Bucket:
 
 
 def gradient_numbers(config: Config, pipeline_rank: int, sharing_ranks: int) -> int:
-    """Numbers in the gradient buffers of a rank, with their padding.
+    """Return the number of elements in a rank's gradient buffers, padding included.
 
     Args:
-        config: of the run.
-        pipeline_rank: which stage.
-        sharing_ranks: data-parallel times context-parallel ranks.
+        config: configuration of the run.
+        pipeline_rank: the pipeline stage.
+        sharing_ranks: data-parallel size times context-parallel size.
     """
     chunks = _chunks_of_buckets(config, pipeline_rank, sharing_ranks)
     return sum(buckets[-1].end for buckets in chunks if buckets)
 
 
 def optimizer_numbers(config: Config, pipeline_rank: int, sharing_ranks: int, rank: int) -> int:
-    """Numbers whose state the optimizer of a rank keeps: all that are trained, or a distributed optimizer's share.
+    """Return the number of elements whose state the optimizer of a rank keeps.
+
+    These are all trained elements, or the rank's share with a distributed optimizer.
 
     Args:
-        config, pipeline_rank, sharing_ranks: as of :func:`gradient_numbers`.
-        rank: of ``sharing_ranks``.
+        config, pipeline_rank, sharing_ranks: as in :func:`gradient_numbers`.
+        rank: the rank among ``sharing_ranks``.
     """
     chunks = _chunks_of_buckets(config, pipeline_rank, sharing_ranks)
     shards = sharing_ranks // config.optimizer.num_distributed_optimizer_instances
@@ -245,7 +263,10 @@ def _chunks_of_buckets(config: Config, pipeline_rank: int, sharing_ranks: int) -
 
 
 def _bucket_size(config: Config, sharing_ranks: int, pipeline_rank: int, chunk: int) -> int | None:
-    """Megatron splits only what would be reduced on the critical path: the first chunk of the first stage."""
+    """Return the bucket size in elements; None means one bucket for all.
+
+    Megatron splits only the first chunk of the first stage. Its reduction would lie on the critical path.
+    """
     optimizer = config.optimizer
     if not optimizer.overlap_grad_reduce or pipeline_rank > 0 or chunk > 0:
         return None
@@ -254,7 +275,10 @@ def _bucket_size(config: Config, sharing_ranks: int, pipeline_rank: int, chunk: 
 
 
 def _buckets(config: Config, parameters: list[Parameter], sharing_ranks: int, bucket_size: int | None) -> list[Bucket]:
-    """From the last parameter to the first, as backward reaches them."""
+    """Return the buckets of a model chunk.
+
+    They go from the last parameter to the first, in the order of backward.
+    """
     is_sharded = config.optimizer.use_distributed_optimizer
     multiple = math.lcm(
         sharing_ranks // config.optimizer.num_distributed_optimizer_instances,

@@ -1,4 +1,4 @@
-"""Seconds of a training step, by what they are spent on, computed from sizes alone."""
+"""Seconds of a training step by cause, computed from its sizes alone."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from megatron_cca.training.shapes import rows_per_sample
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on the rank that is busiest, by cause; the parts add up to ``total``.
+    """Seconds of a step on the busiest rank by cause; the parts add up to ``total``.
 
     Attributes:
-        compute: the policy's layers, forward and backward.
-        recompute: layers computed again in backward.
-        head: the policy's log-probabilities, forward and backward.
-        reference: the frozen model's layers and log-probabilities, and waiting for its weights.
-        bubble: waiting for other pipeline stages while the pipeline fills and drains.
-        tensor_parallel: communication within layers that nothing hides.
-        context_parallel: communication of keys and values that nothing hides.
-        pipeline: messages between stages that nothing hides.
-        data_parallel: gradients and parameters, as far as nothing hides them.
-        optimizer: the update.
-        overhead: what does not depend on sizes, and waiting for work to be launched.
-        cluster: stragglers, congestion and the like, from published runs; see ``cluster_loss.py``.
-        samples: of the global batch.
-        tokens_per_gpu: positions that the policy computes in a step, divided by the GPUs.
-        model_flops_per_gpu: of a step; the policy's forward and backward and the reference's forward, nothing twice.
-        peak_flops: of the GPU, averaged over the precisions of the step's products; see ``flops.average_peak``.
-        relative_error: one standard deviation of what the parts but ``cluster`` may be off.
-        cluster_spread: one of what clusters differ in, as a share of the step.
+        compute: forward and backward of the policy's layers.
+        recompute: recomputation of layers in backward.
+        head: forward and backward of the policy's log-probabilities.
+        reference: the reference's layers and log-probabilities, and the wait for its weights.
+        bubble: the wait for other pipeline stages while the pipeline fills and drains.
+        tensor_parallel: exposed communication within layers.
+        context_parallel: exposed communication of keys and values.
+        pipeline: exposed messages between stages.
+        data_parallel: exposed communication of gradients and parameters.
+        optimizer: the optimizer's update.
+        overhead: time that does not depend on sizes, and the wait for kernel launches.
+        cluster: stragglers, congestion and similar losses, from published runs; see ``cluster_loss.py``.
+        samples: samples of the global batch.
+        tokens_per_gpu: positions that the policy computes in a step, divided by the number of GPUs.
+        model_flops_per_gpu: FLOPs of a step on one GPU, as ``flops.model_flops`` counts them.
+        peak_flops: peak FLOP/s of the GPU, averaged over the precisions of the step; see ``flops.average_peak``.
+        relative_error: one standard deviation of the error of all parts but ``cluster``, as a share.
+        cluster_spread: one standard deviation of the differences between clusters, as a share of the step.
     """
 
     compute: float
@@ -73,37 +73,37 @@ class StepTime:
 
     @property
     def error(self) -> float:
-        """Two standard deviations, of the model's error and the clusters' spread together, as a share of ``total``."""
+        """Two standard deviations as a share of ``total``: the model's error and the clusters' spread combined."""
         return 2 * math.hypot(self.relative_error, self.cluster_spread)
 
     @property
     def low(self) -> float:
-        """Two standard deviations less."""
+        """Seconds of the step, less two standard deviations."""
         return self.total * max(0.0, 1 - self.error)
 
     @property
     def high(self) -> float:
-        """Two standard deviations more."""
+        """Seconds of the step, plus two standard deviations."""
         return self.total * (1 + self.error)
 
     @property
     def samples_per_second(self) -> float:
-        """Of the whole job."""
+        """Samples per second of the whole job."""
         return self.samples / self.total
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """Positions of the policy's rows, padding included."""
+        """Positions of the policy's rows per second and GPU, padding included."""
         return self.tokens_per_gpu / self.total
 
     @property
     def model_flops_per_second(self) -> float:
-        """Of one GPU."""
+        """FLOP/s of one GPU."""
         return self.model_flops_per_gpu / self.total
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation, as ``flops.MFU_MEANS`` says."""
+        """Model FLOPs utilisation, as ``flops.MFU_MEANS`` defines it."""
         return mfu(self.model_flops_per_gpu, self.total, self.peak_flops)
 
     @property
@@ -126,33 +126,33 @@ def predict_step(
     *,
     head_in_tiles: bool = True,
 ) -> StepTime:
-    """How long a step takes.
+    """Predict the time of a step.
 
     Args:
-        config: of the run; must have passed ``training.checks.check_new_run``.
-        cluster: a process on each of its GPUs.
+        config: configuration of the run; must have passed ``training.checks.check_new_run``.
+        cluster: the cluster, with a process on each GPU.
         workload: the rows of a microbatch.
-        calibration: of the GPU.
+        calibration: calibration of the GPU.
         head_in_tiles: whether the head is this project's; other programs keep its logits for backward.
 
     Raises:
-        UserError: a precision that the GPU does not have.
+        UserError: the GPU does not support a precision of the run.
     """
     return _Step(config, cluster, workload, calibration, head_in_tiles).predict()
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Seconds of one microbatch of a pass on the last stage.
+    """Seconds of one pass of one microbatch on the last stage.
 
     Attributes:
-        layers: the rank's layers.
-        recompute: their recomputation.
-        head: log-probabilities; only the last stage has them.
-        tensor_parallel, context_parallel: exposed.
-        head_tensor_parallel: exposed, of the head.
-        send: exposed, of messages to the next stage and back.
-        overhead: launching.
+        layers: computation of the rank's layers.
+        recompute: recomputation of these layers.
+        head: computation of the log-probabilities, which only the last stage does.
+        tensor_parallel, context_parallel: exposed communication.
+        head_tensor_parallel: exposed communication of the head.
+        send: exposed messages to the next stage and back.
+        overhead: kernel launches.
     """
 
     layers: float
@@ -180,7 +180,7 @@ class _Step:
         self.policy = Compute(sizes, cluster.gpu, calibration, config, config.training, trains_weights, head_in_tiles)
         self.tp = self._group(sizes.tensor, 1)
         self.cp = self._group(sizes.context, sizes.tensor)
-        # Gradients are summed over the ranks that share a sequence, too.
+        # The ranks that share a sequence sum their gradients, too.
         self.dp = self._group(sizes.context * sizes.data, sizes.tensor)
         self.pp = self._group(sizes.pipeline, sizes.tensor * sizes.context * sizes.data)
 
@@ -225,7 +225,7 @@ class _Step:
         compute, sizes = self.policy, self.sizes
         forward, backward, recompute = compute.layer_forward(), compute.layer_backward(), compute.recomputation()
         again = self.config.training.recompute_granularity == "full"
-        # Forward and backward move as much; what is recomputed moves it once more.
+        # Forward and backward move the same number of bytes. Recomputation moves them once more.
         tensor_parallel = self._tensor_parallel((2 + again * recompute / (sizes.layers * forward)) * sizes.layers)
         hidden = sizes.image_tokens * sizes.architecture.hidden_size
         head_gradient = 2 * self.tp.collective(_FP32 * hidden)
@@ -262,7 +262,11 @@ class _Step:
         )
 
     def _streamed(self, compute: Compute, layers: float, head: float) -> tuple[float, float]:
-        """A layer's weights arrive while the one before computes, the head's while the last one does."""
+        """Return the seconds of the layers and of the head while their weights arrive from the host.
+
+        The weights of a layer arrive during the computation of the layer before. Those of the head arrive during the
+        last layer.
+        """
         sizes = self.sizes
         number = 1 if self.config.reference.fp8_param else compute.number_bytes
         arriving = self._from_host(number * sizes.layer_weights)
@@ -273,9 +277,10 @@ class _Step:
         return moved / (self.cluster.gpu.host_bandwidth * self.calibration.host_efficiency)
 
     def _tensor_parallel(self, layer_passes: float) -> float:
-        """Each way through a layer has two all-reduces, or with sequence parallelism as many bytes in four parts.
+        """Return the exposed seconds of tensor-parallel communication for so many passes through a layer.
 
-        What sequence parallelism gathers once more in backward, Megatron hides behind a product.
+        A pass through a layer has two all-reduces. With sequence parallelism, four collectives move the same bytes.
+        Backward gathers some of them once more. Megatron hides this behind a product.
         """
         moved = self.policy.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size
         exposed = 1.0
@@ -289,20 +294,23 @@ class _Step:
         return self.tp.collective(compute.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size)
 
     def _keys_and_values(self, compute: Compute, *, backward: bool) -> float:
-        """Of one layer and one way: gathered by torch's attention, passed around a ring by Transformer Engine's."""
+        """Return the exposed seconds of a layer's keys and values, in forward or in backward.
+
+        The attention of torch gathers them. Transformer Engine's passes them around a ring.
+        """
         architecture = self.sizes.architecture
         width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
         part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
         impl, precision = self.config.model.transformer_impl, compute.settings.precision
         if not has_engine_attention(impl, architecture.kv_channels, precision):
-            # Backward has them still, and scatters their gradients.
+            # Backward still has the keys and values. It scatters their gradients.
             return self.cp.collective(part * self.sizes.context)
-        # In backward they go round again, and their gradients with them; behind attention both ways.
+        # In backward they go around the ring again, with their gradients. Attention hides the ring in both passes.
         ring = (1 + backward) * (self.sizes.context - 1) * self.cp.send(part)
         return max(0.0, ring - compute.attention_seconds(backward=backward))
 
     def _sends(self, directions: int) -> float:
-        """Exposed seconds of a microbatch's messages between stages."""
+        """Return the exposed seconds of a microbatch's messages between stages."""
         sizes, parallel = self.sizes, self.config.parallel
         overlaps = parallel.overlap_p2p_comm
         if sizes.pipeline == 1 or (sizes.chunks > 1 if overlaps is None else overlaps):
@@ -318,7 +326,10 @@ class _Step:
         return max(0.0, launching - seconds) + self.calibration.microbatch_overhead_seconds
 
     def _data_parallel(self, policy: _Pass) -> float:
-        """Gradients after the last microbatch, parameters before the next step's first."""
+        """Return the exposed seconds of data-parallel communication.
+
+        Gradients follow the last microbatch. Parameters come before the first microbatch of the next step.
+        """
         options = self.config.optimizer
         if self.config.lora.dim is not None:
             return 0.0
@@ -328,7 +339,7 @@ class _Step:
         backward = 2 / 3 * policy.layers + policy.recompute + policy.head
         if not options.use_distributed_optimizer:
             return self._hidden(2 * self.dp.collective(gradient_bytes), backward, options.overlap_grad_reduce)
-        # Replicas of the sharded state sum their shards among themselves.
+        # The replicas of the sharded state sum their shards with each other.
         shards = self._group(self._shards(), self.sizes.tensor)
         replicas = self._group(options.num_distributed_optimizer_instances, shards.stride * shards.size)
         gradients = shards.collective(gradient_bytes) + 2 * replicas.collective(gradient_bytes / shards.size)
@@ -338,7 +349,7 @@ class _Step:
         )
 
     def _shards(self) -> int:
-        """Ranks over which the optimizer's state is split."""
+        """Return the number of ranks that share the optimizer's state."""
         options = self.config.optimizer
         if not options.use_distributed_optimizer:
             return 1
@@ -350,13 +361,13 @@ class _Step:
         return seconds - min(self.calibration.data_parallel_overlap * seconds, behind)
 
     def _optimizer(self) -> float:
-        """Bytes of Adam over this rank's share, and of clearing the gradients."""
+        """Return the seconds of Adam's update of this rank's share, and of clearing the gradients."""
         options, weights = self.config.optimizer, self.sizes.trained_weights
         if self.config.lora.dim is not None:
             return 0.0
         share = weights / self._shards()
-        # The gradient is read for its norm and for the update; weight and moments are read and written; the copy to
-        # compute with is written.
+        # The gradient is read twice: for its norm and for the update. The weight and the moments are read and written.
+        # The copy for the computation is written.
         update = 2 * _FP32 + 6 * _FP32 + (0 if self.config.training.precision == "fp32" else 2)
         on_host = options.optimizer_offload_fraction if options.optimizer_cpu_offload else 0.0
         seconds = self._memory(_FP32 * weights + (1 - on_host) * update * share)

@@ -1,4 +1,4 @@
-"""What a step works on: the shape of its rows."""
+"""The workload of a step: the shape of its rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_cca.models.architecture import grid_misfit, longest_row, sequence_
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of every microbatch, all alike.
+    """The rows of a microbatch, which are all alike.
 
     Attributes:
         seq_length: S, the positions of a row, padding included.
-        image_tokens: of those, the positions whose targets are image tokens; only they pass through the LM head.
+        image_tokens: the positions whose targets are image tokens; only they pass through the LM head.
     """
 
     seq_length: int
@@ -25,11 +25,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class ImageShape:
-    """The images to train on.
+    """The shape of the training images and of their captions.
 
     Attributes:
         height, width: the grid of visual tokens.
-        caption_tokens: of the longest caption.
+        caption_tokens: tokens of the longest caption.
     """
 
     height: int
@@ -38,21 +38,23 @@ class ImageShape:
 
 
 def image_workload(config: Config, shape: ImageShape) -> Workload:
-    """The rows that a run has on such images, padded as its layout and ``data.pad_to_multiple_of`` ask.
+    """Return the rows that a run has on such images.
+
+    The layout and ``data.pad_to_multiple_of`` decide the padding.
 
     Raises:
-        UserError: more positions than the model has, or another grid than its positions are for.
+        UserError: more positions than the model has, or a grid that does not suit the model's positions.
     """
     architecture = resolve_architecture(config.model)
     misfit = grid_misfit(architecture, 1, shape.height, shape.width)
     if misfit is not None:
         raise UserError(f"--image-grid: {misfit}")
     vocabulary = architecture.vocabulary
-    # One token for every character: digits are never merged.
+    # Count one token for each character. The tokenizer never merges digits.
     words = len(vocabulary.meta_text(1, shape.height, shape.width))
     ids = vocabulary.sequence_length(shape.caption_tokens, words, shape.height, shape.width)
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
-    # A token is not an input of its own prediction, hence one less.
+    # The last token is no input. Hence one less.
     seq_length = -(-(ids - 1) // multiple) * multiple
     limit = longest_row(architecture, multiple)
     if seq_length > limit:

@@ -1,1 +1,1 @@
-"""Weak and strong scaling: short real runs on what is at hand, plans for what is not, one table and one picture."""
+"""Weak and strong scaling: short real runs on this machine, plans for larger ones, one table and one plot."""

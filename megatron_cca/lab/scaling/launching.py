@@ -1,4 +1,4 @@
-"""A point as a torchrun job of its own on this machine: started, watched, and ended with everything it started."""
+"""A point as a torchrun job of its own on this machine: its start, its timeout, and the end of all its processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_cca.lab.scaling.settings import OPTION
 from megatron_cca.lab.scaling.sweep import Task
 from megatron_cca.signals import launcher_environment
 
-# The sweep's process; a point does not outlive it.
+# Holds the process id of the sweep. A point ends with its sweep.
 PARENT = "MEGATRON_CCA_SWEEP_PROCESS"
 _TOLD = re.compile(r"megatron_cca: error: (.*)|.*?(\w*OutOfMemoryError: .*)")
 
@@ -31,22 +31,24 @@ _TOLD = re.compile(r"megatron_cca: error: (.*)|.*?(\w*OutOfMemoryError: .*)")
 def run_point(
     task: Task, sweep: Path, output: Path, script: Path, device: platform.DeviceChoice, timeout: float
 ) -> None:
-    """Start the job and wait until it has ended; whatever happens, the task has a record then.
+    """Start the job and wait until it ends.
+
+    The task has a record afterwards in any case.
 
     Args:
-        task: one of the sweep's.
-        sweep: its file.
+        task: a task of the sweep.
+        sweep: the sweep's file.
         output: the sweep's folder.
-        script: the program whose command ``point`` measures.
+        script: the program whose command ``point`` measures the point.
         device: auto, cpu or cuda.
-        timeout: seconds.
+        timeout: the longest duration of the job in seconds.
     """
     log = output / LOGS / f"{task.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={task.num_gpus}"]
     command += [str(script), "point", OPTION, retyped(sweep), "--output", retyped(output)]
     command += ["--point", task.title, "--device", device]
-    # What a job that is killed leaves behind goes with the folder.
+    # The folder takes all temporary files of a killed job with it.
     with TemporaryDirectory(prefix="megatron_cca_sweep_") as scratch, log.open("wb") as file:
         job = subprocess.Popen(  # noqa: S603 - our own program, no shell
             command, stdout=file, stderr=subprocess.STDOUT, env=_environment(scratch), start_new_session=True
@@ -63,17 +65,22 @@ def run_point(
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """Threads as torchrun would set them, without its warning."""
+    """Return the environment of the job.
+
+    It sets the number of threads as torchrun would, without torchrun's warning.
+    """
     own = {"TMPDIR": scratch, PARENT: str(os.getpid())}
     return {"OMP_NUM_THREADS": "1", **os.environ, **launcher_environment(), **own}
 
 
 def _end(job: subprocess.Popen, polite_seconds: float = 15) -> None:
-    """End a job's processes, if there still are any: torchrun starts its ranks in sessions of their own.
+    """End a job's processes if any are left.
+
+    torchrun starts its ranks in sessions of their own.
 
     Args:
-        job: torchrun.
-        polite_seconds: between SIGTERM and SIGKILL.
+        job: the process of torchrun.
+        polite_seconds: seconds between SIGTERM and SIGKILL.
     """
     if job.poll() is not None:
         return
@@ -86,14 +93,17 @@ def _end(job: subprocess.Popen, polite_seconds: float = 15) -> None:
 
 
 def _reason(log: Path) -> str | None:
-    """What the job's own last words say."""
+    """Return the job's own error message from its log; None if there is none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     told = [found for line in lines if (found := _TOLD.match(line))]
     return next((found[1] or found[2] for found in told), None)
 
 
 def leave_with_the_sweep() -> None:
-    """Let this process end soon after the sweep that started it; does nothing in a job of another launcher's."""
+    """Watch the sweep that started this process, and end this process soon after it.
+
+    In a job of another launcher it does nothing.
+    """
     parent = os.environ.get(PARENT)
     if parent is None:
         return

@@ -1,4 +1,4 @@
-"""One point of a sweep, measured: real training steps on random tokens. Collective over all ranks of the job."""
+"""The measurement of one point of a sweep: real steps on random tokens. Collective over all ranks of the job."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from megatron_cca.training.shapes import rows_per_sample
 
 
 def measure(task: Task, config: Config) -> dict[str, Any]:
-    """Run the point on this job.
+    """Measure the point on this job.
 
     Args:
         task: the point.
-        config: laid out.
+        config: the configuration on its layout.
 
     Returns:
-        Plain data, the same on every rank; what :mod:`megatron_cca.lab.scaling.points` keeps.
+        Plain data for :mod:`megatron_cca.lab.scaling.points`, the same on every rank.
 
     Raises:
-        UserError: what training refuses on this device, a step without an update.
+        UserError: a run that training refuses on this device, or a step without an update.
     """
-    # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
+    # A thread reads ahead. With the default of 5 ms, this thread would wait as long for the interpreter each time.
     sys.setswitchinterval(1e-4)
     config = measurable(config)
     check_devices(config)
@@ -77,7 +77,10 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
 
 
 def _peak_flops(task: Task, config: Config) -> dict[Precision, float]:
-    """FLOP/s of a device: by its data sheet; a processor's are what a product of one rank reaches, the others idle."""
+    """Return the peak FLOP/s of the device by precision.
+
+    A GPU's come from its data sheet. A processor's are those of a product on one rank, while the other ranks are idle.
+    """
     name = gpu_of(task)
     if name != CPU:
         return gpu_named(name).flops
@@ -93,7 +96,7 @@ def _processor_peaks(config: Config) -> dict[Precision, float]:
 
 @contextmanager
 def _folder_of_this_node() -> Iterator[tuple[Path, bool]]:
-    """A new folder that the ranks of this machine share, and whether this rank is the one to fill it."""
+    """Yield a new folder that the ranks of this machine share, and whether this rank must fill it."""
     mine = platform.host_name()
     hosts = _all(mine)
     writes = hosts.index(mine) == dist.get_rank()
@@ -107,14 +110,17 @@ def _folder_of_this_node() -> Iterator[tuple[Path, bool]]:
 
 
 def _all(value: Any) -> list[Any]:
-    """Of every rank."""
+    """Return the value of each rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
 def _timed(run: Run, warmup: int, steps: int) -> list[float]:
-    """Seconds of each step, on the rank where it took longest; the fastest rank waits for the next."""
+    """Return the seconds of each step on the slowest rank.
+
+    The other ranks wait for it in the next step.
+    """
     seconds = [_step(run) for _ in range(warmup + steps)][warmup:]
     return [max(ranks) for ranks in zip(*_all(seconds), strict=True)]
 

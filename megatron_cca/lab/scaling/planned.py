@@ -1,4 +1,4 @@
-"""Points that nobody ran: the run that a task means, laid out as its file or the planner says, and what it costs."""
+"""Points that are planned, not run: a task's run, with the layout of its file or of the planner, and its cost."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ from megatron_cca.training.checks import data_parallel_size
 
 
 def gpu_of(task: Task) -> str:
-    """The name of the device that a task is about; a measured one's is the device at hand.
+    """Return the name of a task's device.
+
+    A measured task runs on this machine's device.
 
     Raises:
-        UserError: the GPU at hand is not known and nobody has named one.
+        UserError: this machine's GPU is unknown, and the sweep does not name one.
     """
     if task.kind == MEASURED and not platform.current().is_cuda:
         return CPU
@@ -48,10 +50,10 @@ def gpu_of(task: Task) -> str:
 
 
 def planned_candidate(task: Task) -> Candidate:
-    """The run with its predicted costs.
+    """Return the task's run with its predicted cost.
 
     Raises:
-        UserError: an unknown GPU, a run that training would refuse or that does not fit; one line.
+        UserError: an unknown GPU, or a run that training would refuse or that does not fit; one line.
     """
     wishes = _wishes(task)
     if task.layout is None:
@@ -64,7 +66,7 @@ def planned_candidate(task: Task) -> Candidate:
 
 
 def layout_of(settings: LayoutSettings, task: Task) -> Layout:
-    """The planner's form of a layout in a sweep's file."""
+    """Return the planner's form of a layout in a sweep's file."""
     return Layout(
         tensor=settings.tensor_model_parallel_size,
         pipeline=settings.pipeline_model_parallel_size,
@@ -91,7 +93,10 @@ def _device(task: Task) -> tuple[Gpu, Calibration]:
 
 
 def ideal_bubble(config: Config, num_gpus: int) -> float:
-    """(pp - 1) / (m vpp + pp - 1): of a pipeline whose stages all take equally long."""
+    """Return the bubble of a pipeline whose stages all take the same time: (pp - 1) / (m vpp + pp - 1).
+
+    It is a share of the step.
+    """
     parallel, training = config.parallel, config.training
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     microbatches = training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, num_gpus))
@@ -99,7 +104,7 @@ def ideal_bubble(config: Config, num_gpus: int) -> float:
 
 
 def plan_all(output: Path, tasks: Sequence[Task]) -> None:
-    """Leave a record of every task that has none."""
+    """Write a record for each task that has none."""
     missing = [task for task in tasks if read_record(output, task) is None]
     for task in tqdm(missing, desc="planning", unit="point", disable=None, dynamic_ncols=True):
         try:
@@ -109,10 +114,10 @@ def plan_all(output: Path, tasks: Sequence[Task]) -> None:
 
 
 def plan(task: Task) -> Record:
-    """What the planner says of a task.
+    """Return the planner's record of a task.
 
     Raises:
-        UserError: what :func:`planned_candidate` refuses.
+        UserError: :func:`planned_candidate` refuses the task.
     """
     candidate = planned_candidate(task)
     step, training = candidate.step, candidate.config.training

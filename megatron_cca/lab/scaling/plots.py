@@ -1,4 +1,4 @@
-"""A sweep's picture: what a GPU does of a growing number, and what the rest of its time goes to."""
+"""The plot of a sweep: the speed of a GPU against the number of GPUs, and the shares of a step's time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from megatron_cca.lab.scaling.sweep import MEASURED, Sweep
 _MARKERS = {"weak": "o", "strong": "s"}
 _SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
 _WIDTH, _HEIGHT = 13.5, 4.3
-# Left and right of all points, as a factor; how far neighbours at the same size stand apart, as a share of the axis.
+# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
 _MARGIN, _SHIFT = 1.4, 0.008
-# So many have room: a few bars are not drawn wider.
+# The least number of bars that fill the axis. Fewer bars do not become wider.
 _FEWEST_BARS = 6
 
 
 def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:
-    """Draw a row of panels for each group of series that may be compared: filled is measured, hollow is planned."""
+    """Draw one row of panels for each group of comparable series.
+
+    Filled markers are measured. Hollow ones are planned.
+    """
     groups = groups_of(measured, planned)
     figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), dpi=110)
     rows = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(1, 1.15))
@@ -37,7 +40,7 @@ def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Ro
 
 def _draw_speed(axes: Axes, group: Group) -> None:
     sizes = sorted({size for one in group.series for size in one.sizes})
-    # Of a single layout the modes differ in colour, of several the layouts.
+    # With a single layout, colours distinguish modes. With several, they distinguish layouts.
     by = "name" if len({one.name for one in group.series}) > 1 else "mode"
     names = list(dict.fromkeys(getattr(one, by) for one in group.series))
     shift = (sizes[-1] / sizes[0] * _MARGIN**2) ** _SHIFT
@@ -45,7 +48,7 @@ def _draw_speed(axes: Axes, group: Group) -> None:
         colour = COLOURS[names.index(getattr(one, by)) % len(COLOURS)]
         _draw_series(axes, one, colour, shift ** (index - (len(group.series) - 1) / 2))
     _draw_ideal(axes, group)
-    # Room for the legend's lines.
+    # Leave room for the legend.
     axes.set_ylim(0, (1.1 + 0.045 * (len(group.series) + 1)) * axes.get_ylim()[1])
     axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", loc="left", **TITLE)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -84,7 +87,10 @@ def _draw_series(axes: Axes, series: Series, colour: str, shift: float) -> None:
 
 
 def _draw_ideal(axes: Axes, group: Group) -> None:
-    """The smallest measured point's speed, kept: of each mode and kind the line that nothing loses."""
+    """Draw the ideal line of each mode and kind.
+
+    It keeps the speed of the smallest point.
+    """
     firsts = {(one.kind, one.mode): one.speeds[0] for one in reversed(group.series)}
     for index, speed in enumerate(firsts.values()):
         label = "ideal: as fast as the smallest" if index == 0 else None

@@ -1,4 +1,4 @@
-"""What is kept of every point: one JSON file each, named after all that determines it, and ``results.jsonl`` of all."""
+"""The records of a sweep: one JSON file for each point, named after its task's key, and ``results.jsonl`` with all."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A task and how it ended."""
+    """A task and its record."""
 
     task: Task
     record: Record
 
     @property
     def is_finished(self) -> bool:
-        """Whether there are numbers."""
+        """Whether the record has numbers."""
         return self.record["status"] == FINISHED
 
 
 def record_path(output: Path, task: Task) -> Path:
-    """Where a task's record is."""
+    """Return the path of a task's record."""
     return output / FOLDER / f"{task.key}.json"
 
 
 def read_record(output: Path, task: Task) -> Record | None:
-    """How a task ended; None while it has not.
+    """Read a task's record; return None before the task has ended.
 
     Raises:
-        UserError: a damaged file; names it.
+        UserError: the file is damaged; names it.
     """
     path = record_path(output, task)
     if not path.is_file():
@@ -58,12 +58,18 @@ def read_record(output: Path, task: Task) -> Record | None:
 
 
 def write_finished(output: Path, task: Task, found: Record) -> None:
-    """Keep what a point has shown; the file is whole or not there."""
+    """Write the result of a point.
+
+    The file is complete or does not exist.
+    """
     _write(output, task, {"status": FINISHED, **found})
 
 
 def write_failed(output: Path, task: Task, reason: str) -> None:
-    """Keep why a point has no numbers, unless something has been said of it already."""
+    """Write why a point has no numbers.
+
+    An existing record stays.
+    """
     if not record_path(output, task).exists():
         _write(
             output, task, {"status": FAILED, "reason": shortened(one_line(" ".join(reason.split())), _REASON_LENGTH)}
@@ -75,7 +81,7 @@ def _write(output: Path, task: Task, record: Record) -> None:
 
 
 def forget_failed(output: Path, tasks: Sequence[Task]) -> None:
-    """Delete the records of points that failed, so that they run again."""
+    """Delete the records of failed points, so that these run again."""
     for task in tasks:
         record = read_record(output, task)
         if record is not None and record["status"] == FAILED:
@@ -83,13 +89,16 @@ def forget_failed(output: Path, tasks: Sequence[Task]) -> None:
 
 
 def rows_of(output: Path, tasks: Sequence[Task]) -> list[Row]:
-    """The tasks that have ended, in order."""
+    """Return the tasks that have ended, in order."""
     found = [(task, read_record(output, task)) for task in tasks]
     return [Row(task, record) for task, record in found if record is not None]
 
 
 def write_results(output: Path, rows: Sequence[Row]) -> None:
-    """Write ``results.jsonl``, one object a point; whole or as it was before."""
+    """Write ``results.jsonl``, one object for each point.
+
+    The file is complete or unchanged.
+    """
     lines = [
         json.dumps({"point": row.task.title, "mode": row.task.mode, "series": row.task.series, **row.record})
         for row in rows

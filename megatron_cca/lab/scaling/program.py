@@ -1,4 +1,4 @@
-"""What ``examples/scaling/run.py`` does, command by command."""
+"""The commands of ``examples/scaling/run.py``."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from megatron_cca.lab.scaling.sweep import Sweep, Task, open_sweep, task_named
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The options of a sweep, as the command line has them.
+    """The options of a sweep on the command line.
 
     Attributes:
         sweep: the YAML file.
         output: the folder for all results.
-        script: the program itself, to start points with.
+        script: the program, which also starts points.
         device: auto, cpu or cuda.
-        retry_failed: whether points that failed before are run again.
-        collect: whether to take what points have left and to start none.
+        retry_failed: whether failed points run again.
+        collect: whether to collect existing records and start no points.
     """
 
     sweep: Path
@@ -53,10 +53,10 @@ class RunSettings:
 
 
 def run_sweep(settings: RunSettings) -> None:
-    """Measure and plan what is missing, then write the table and the picture.
+    """Measure and plan the missing points, then write the table and the plot.
 
     Raises:
-        UserError: a sweep that cannot be run here, before anything runs; records that are of different devices.
+        UserError: a sweep that cannot run here (before any point runs), or records of different devices.
     """
     sweep = open_sweep(settings.sweep, settings.device, is_elsewhere=settings.collect)
     with claimed(settings.output), file_system_errors(settings.output):
@@ -65,7 +65,7 @@ def run_sweep(settings: RunSettings) -> None:
         if not settings.collect:
             _check_this_device(sweep, settings)
             _measure_all(sweep, settings)
-        # Imported late: searching loads torch, which a mistyped file need not wait for.
+        # Imported late: a search loads torch. A mistyped file name must fail faster.
         from megatron_cca.lab.scaling.planned import plan_all
 
         plan_all(settings.output, sweep.planned)
@@ -88,7 +88,7 @@ def _measure_all(sweep: Sweep, settings: RunSettings) -> None:
     done = [task for task in tasks if read_record(output, task) is not None]
     with tqdm(total=len(tasks), initial=len(done), desc=sweep.settings.name, unit="point", disable=None) as bar:
         for task in tasks:
-            # Points of both modes may be the same run.
+            # A point of each mode may be the same run.
             if task in done:
                 continue
             bar.set_postfix_str(task.title)
@@ -114,7 +114,7 @@ def _speed(record: Record) -> str:
 
 
 def _write(sweep: Sweep, output: Path) -> None:
-    # Imported late: matplotlib takes a second, which a mistyped file need not wait for.
+    # Imported late: the import of matplotlib takes a second. A mistyped file name must fail faster.
     from megatron_cca.lab.scaling.plots import plot
     from megatron_cca.lab.scaling.report import table, with_one_peak
 
@@ -139,7 +139,7 @@ def _check_one_device(output: Path, rows: Sequence[Row]) -> None:
 
 
 def list_points(path: Path, output: Path, device: platform.DeviceChoice) -> None:
-    """Print the measured points, each with what has become of it.
+    """Print the measured points with their status.
 
     Raises:
         UserError: see :func:`open_sweep`.
@@ -150,10 +150,13 @@ def list_points(path: Path, output: Path, device: platform.DeviceChoice) -> None
 
 
 def point(path: Path, output: Path, title: str | None, device: platform.DeviceChoice) -> None:
-    """Measure one point inside a job that torchrun, Slurm or Kubernetes has started; rank 0 leaves its record.
+    """Measure one point inside a job that torchrun, Slurm or Kubernetes has started.
+
+    Rank 0 writes its record.
 
     Raises:
-        UserError: no such point, a job of another size, what training refuses; the last also stands in the record.
+        UserError: no such point, a job of another size, or a run that training refuses; the record has the last one,
+            too.
     """
     leave_with_the_sweep()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -167,7 +170,7 @@ def point(path: Path, output: Path, title: str | None, device: platform.DeviceCh
     try:
         found = _measured(task)
     except Exception as error:
-        # The rank that fails first says why; what the others then notice is not kept.
+        # The record keeps the reason of the rank that fails first. Later errors of other ranks follow from it.
         write_failed(output, task, f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}")
         raise
     if os.environ.get("RANK", "0") == "0":

@@ -1,4 +1,4 @@
-"""What a sweep's picture and table show: points in series, series that may share axes in groups; and ``table.md``."""
+"""The contents of a sweep's plot and table: points in series, series with common axes in groups, and ``table.md``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Series:
     Attributes:
         kind: measured or planned.
         mode: weak or strong.
-        name: of the layout.
-        rows: finished ones.
+        name: name of the layout.
+        rows: finished points.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Series:
 
     @property
     def label(self) -> str:
-        """For legends."""
+        """Label for legends."""
         return f"{self.kind}, {self.mode}, {self.name}"
 
     @property
@@ -41,12 +41,12 @@ class Series:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens/s of a GPU."""
+        """Tokens/s of one GPU."""
         return [row.record["tokens_per_second_per_gpu"] for row in self.rows]
 
     @property
     def errors(self) -> tuple[list[float], list[float]]:
-        """How far the ends of the bars are below and above :attr:`speeds`."""
+        """Distances in tokens/s from :attr:`speeds` to the lower and to the upper ends of the error bars."""
         records = [row.record for row in self.rows]
         below = [max(0.0, one["tokens_per_second_per_gpu"] - one["low"]) for one in records]
         above = [max(0.0, one["high"] - one["tokens_per_second_per_gpu"]) for one in records]
@@ -55,12 +55,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Group:
-    """Series that may stand on the same axes: of one model and data on one device.
+    """Series that may share axes.
+
+    They have the same model, data and device.
 
     Attributes:
-        title: says what they are of.
-        device: theirs.
-        series: measured ones first.
+        title: names the model, the data and the device.
+        device: the device of the series.
+        series: the series, measured ones first.
     """
 
     title: str
@@ -69,27 +71,30 @@ class Group:
 
     @property
     def unit(self) -> str:
-        """What there is a growing number of: GPUs, or processes on a CPU."""
+        """Unit of the horizontal axis: GPUs, or processes on a CPU."""
         return unit_of(self.device)
 
     @property
     def kinds(self) -> list[str]:
-        """Which of measured and planned there are."""
+        """Kinds of the series: measured, planned, or both."""
         return list(dict.fromkeys(one.kind for one in self.series))
 
 
 def unit_of(device: str) -> str:
-    """What a point has several of."""
+    """Return the name of a point's processes: GPU, or process on a CPU."""
     return "process" if device.startswith("CPU") else "GPU"
 
 
 def units(unit: str) -> str:
-    """Several of them."""
+    """Return the plural of a unit."""
     return {"process": "processes", "GPU": "GPUs"}[unit]
 
 
 def groups_of(measured: Sequence[Row], planned: Sequence[Row]) -> list[Group]:
-    """The finished points, in groups: planned ones join measured ones only where model, data and GPU are the same."""
+    """Return the finished points in groups.
+
+    A planned point joins measured ones only if the model, the data and the GPU are the same.
+    """
     found: dict[tuple, list[Row]] = {}
     for row in (*measured, *planned):
         if row.is_finished:
@@ -116,11 +121,13 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Tokens/s of a GPU as a share of the smallest world size's in the same mode: on the same layout if it was there.
+    """Return the tokens/s of a GPU as a share of those at the smallest world size in the same mode.
+
+    It compares with the same layout if that world size has it.
 
     Args:
-        row: a finished one.
-        rows: all finished ones.
+        row: a finished point.
+        rows: all finished points.
     """
     alike = [one for one in rows if (one.task.kind, one.task.mode) == (row.task.kind, row.task.mode)]
     fewest = min(one.record["num_gpus"] for one in alike)
@@ -131,7 +138,10 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
 
 
 def with_one_peak(rows: Sequence[Row]) -> list[Row]:
-    """The same points, MFU of one peak: what the others' processes do can only make a measured peak too low."""
+    """Return the same points with the MFU against the largest measured peak.
+
+    Other processes on the machine can only make a measured peak too low.
+    """
     peak = max((row.record["peak_flops"] for row in rows if row.is_finished), default=0.0)
     return [
         replace(
@@ -160,7 +170,10 @@ _HEADER = (
 
 
 def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
-    """The whole file: measured points with their machine, planned ones with their model's error, what failed."""
+    """Return the text of ``table.md``.
+
+    It has the measured points with their machine, the planned ones with the model's error, and the failed ones.
+    """
     parts = [f"# Scaling: {sweep.settings.name}\n"]
     if measured:
         parts.append(f"## Measured\n\n{_measured_on(measured)}\n\n{_table(measured)}")

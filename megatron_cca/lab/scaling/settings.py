@@ -1,4 +1,4 @@
-"""A sweep's YAML file: dataclasses, strict as a run's configuration; nothing here imports torch or Megatron."""
+"""Dataclasses of a sweep's YAML file, as strict as a run's configuration. Nothing here imports torch or Megatron."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class SweepSettings:
 
     @property
     def modes(self) -> list[Mode]:
-        """The modes, one by one."""
+        """The modes as a list."""
         return ["weak", "strong"] if self.mode == "both" else [self.mode]
 
 
@@ -110,7 +110,9 @@ _SECTIONS = {"layouts": LayoutSettings, "planned": PlannedSettings}
 
 
 def read_sweep(path: Path) -> SweepSettings:
-    """Read a sweep's file; only its own keys are looked at.
+    """Read a sweep's file.
+
+    It checks only the file's own keys.
 
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.

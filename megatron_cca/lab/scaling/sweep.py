@@ -1,4 +1,4 @@
-"""A sweep with its configurations read: the points that are to be measured and those that are to be planned."""
+"""A sweep with its configurations: the points to measure and the points to plan."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ MEASURED, PLANNED = "measured", "planned"
 
 @dataclass(frozen=True)
 class Task:
-    """What there is to know of one world size on one layout in one mode.
+    """One world size on one layout in one mode.
 
     Attributes:
         kind: :data:`MEASURED` or :data:`PLANNED`.
         mode: weak or strong.
-        num_gpus: processes.
-        config: with the task's global batch, before it is laid out.
-        layout: None lets the planner choose.
-        images: the data's shape.
-        how: whatever else determines the result, as plain data.
+        num_gpus: number of processes.
+        config: the configuration with the task's global batch size, before its layout.
+        layout: the layout; None lets the planner choose.
+        images: the shape of the images.
+        how: all other inputs of the result, as plain data.
     """
 
     kind: str
@@ -45,7 +45,10 @@ class Task:
 
     @property
     def series(self) -> str:
-        """Its layout without data parallelism, such as ``PP 2``; points of a series are joined by a line."""
+        """Its layout without data parallelism, such as ``PP 2``.
+
+        A line joins the points of a series.
+        """
         if self.layout is None:
             return "planner's layout"
         sizes = {
@@ -58,12 +61,15 @@ class Task:
 
     @property
     def title(self) -> str:
-        """For people, and to name it on a command line."""
+        """Its name in messages and on a command line."""
         return f"{self.mode}-{self.num_gpus}-{self.series.replace(' ', '').replace(chr(39), '').lower()}"
 
     @cached_property
     def key(self) -> str:
-        """Of everything that determines the result; the mode is not in it, a batch is a batch."""
+        """Key of all inputs of the result.
+
+        The mode is not among them. The same global batch size in both modes is the same point.
+        """
         contents = {
             "kind": self.kind,
             "num_gpus": self.num_gpus,
@@ -77,11 +83,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file means.
+    """A sweep's file and its tasks.
 
     Attributes:
         path: the file.
-        settings: as they stand in it.
+        settings: the settings in the file.
         measured, planned: the tasks.
     """
 
@@ -92,16 +98,16 @@ class Sweep:
 
 
 def open_sweep(path: Path, device: platform.DeviceChoice, *, is_elsewhere: bool) -> Sweep:
-    """Read a sweep and make its tasks.
+    """Read a sweep and create its tasks.
 
     Args:
-        path: its file.
+        path: the sweep's file.
         device: auto, cpu or cuda.
-        is_elsewhere: whether its points run on machines other than this one, as many as their launcher gives.
+        is_elsewhere: whether the points run on other machines, whose launcher sets the number of processes.
 
     Raises:
         UserError: see :func:`read_sweep`; a configuration that cannot be read, more processes than this machine has
-            room for, no layout that divides any world size.
+            room for, or layouts that divide no world size.
     """
     settings = read_sweep(path)
     with error_context(path):
@@ -163,7 +169,7 @@ def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Task]:
         "gpu": section.gpu,
         "gpus_per_node": section.gpus_per_node,
         "calibration": _calibration(path, section.calibration, "planned.calibration"),
-        # Another model of time and memory makes another plan, and a plan costs seconds.
+        # The planner's formulas may change with the code. A new plan takes only seconds.
         "code": code_version(),
     }
     return [
@@ -199,7 +205,10 @@ def _config(path: Path, name: str, keys: Keys, key: str) -> Config:
 
 
 def _calibration(path: Path, name: str | None, key: str) -> str | None:
-    """Its place and contents, so that another measurement is another key."""
+    """Return the calibration's path and contents.
+
+    Another measurement therefore gives another key.
+    """
     if name is None:
         return None
     file = path.parent / name
@@ -226,10 +235,10 @@ def _with_batch(config: Config, mode: Mode, size: int, per_gpu: int, whole: int)
 
 
 def task_named(sweep: Sweep, title: str | None, world_size: int) -> Task:
-    """The measured task of this name; without one, the only one of this world size.
+    """Return the measured task of this name; without a name, the only one of this world size.
 
     Raises:
-        UserError: no such task, or several.
+        UserError: no such task, or several ones.
     """
     found = [task for task in sweep.measured if title in (None, task.title)]
     if title is None:

@@ -1,7 +1,7 @@
-"""How long ranks wait for each other in a step, and for what: collectives, or a pipeline's other stages.
+"""The time that ranks wait in a step: for communication, or for other pipeline stages.
 
-On a GPU it is what NCCL's kernels take in a trace of torch.profiler and no other kernel hides; on a CPU the time that
-this thread stands in gloo's collectives and messages, all of it exposed.
+On a GPU, the waiting time is the time of NCCL's kernels in a trace of torch.profiler, as far as no other kernel runs
+meanwhile. On a CPU, it is the time of this thread in gloo's collectives and messages. All of that is exposed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_cca.errors import UserError
 
 Interval = tuple[float, float]
-# The pipeline stage of a rank of the job.
+# Maps a rank of the job to its pipeline stage.
 StageOf = Callable[[int], int]
 
 
@@ -34,10 +34,10 @@ class Span:
     """A piece of communication on one rank.
 
     Attributes:
-        kind: what it does and how many bytes; those alike take alike long when nobody is late.
+        kind: the operation and its bytes; spans of one kind take the same time when no rank is late.
         crosses_stages: whether ranks of different pipeline stages take part.
-        duration: seconds from beginning to end.
-        exposed: seconds of these in which the rank computed nothing.
+        duration: seconds from start to end.
+        exposed: the part of these seconds in which the rank computed nothing.
     """
 
     kind: str
@@ -48,12 +48,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Shares of a rank's time.
+    """The shares of a rank's time that it waited.
 
     Attributes:
-        communication: exposed communication, with waiting for ranks of the same stage, and the transfers between
-            stages.
-        bubble: waiting for other stages, beyond what the transfer itself takes.
+        communication: exposed communication: waits for ranks of the same stage, and transfers between stages.
+        bubble: waits for other stages, beyond the transfer itself.
     """
 
     communication: float
@@ -61,12 +60,15 @@ class Waiting:
 
 
 def shortest(spans: Iterable[Span]) -> dict[str, float]:
-    """Seconds of the fastest of each kind, which is the transfer itself: whoever comes last waits for nobody."""
+    """Return the seconds of the fastest span of each kind.
+
+    This is the time of the transfer itself: the last rank to arrive waits for no other.
+    """
     return merged({span.kind: span.duration} for span in spans)
 
 
 def merged(every: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The fastest of each kind over all ranks."""
+    """Return the seconds of the fastest of each kind over all ranks."""
     found: dict[str, float] = {}
     for one in every:
         for kind, seconds in one.items():
@@ -75,12 +77,12 @@ def merged(every: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def waiting(spans: Sequence[Span], transfers: dict[str, float], seconds: float) -> Waiting:
-    """What share of the time a rank waited, and for what.
+    """Return the shares of the time that a rank waited, by cause.
 
     Args:
-        spans: of one rank.
-        transfers: :func:`merged` over all ranks.
-        seconds: of the whole time in which the spans lie.
+        spans: the spans of one rank.
+        transfers: the result of :func:`merged` over all ranks.
+        seconds: the whole duration in which the spans lie.
     """
     bubble = sum(max(0.0, one.exposed - transfers[one.kind]) for one in spans if one.crosses_stages)
     exposed = sum(one.exposed for one in spans)
@@ -88,7 +90,10 @@ def waiting(spans: Sequence[Span], transfers: dict[str, float], seconds: float) 
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same points of time, as intervals that do not touch, in order."""
+    """Return the union of intervals, as intervals that do not touch.
+
+    They are in order of time.
+    """
     found: list[Interval] = []
     for start, end in sorted(intervals):
         if found and start <= found[-1][1]:
@@ -99,7 +104,10 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def overlap(one: Interval, others: Sequence[Interval], first: int = 0) -> float:
-    """How much of an interval lies in a :func:`union`; those before index ``first`` are known to end before it."""
+    """Return how much of an interval lies in a :func:`union`.
+
+    The caller knows that those before index ``first`` end before the interval.
+    """
     total = 0.0
     for start, end in others[first:]:
         if start >= one[1]:
@@ -109,12 +117,15 @@ def overlap(one: Interval, others: Sequence[Interval], first: int = 0) -> float:
 
 
 def exposed_parts(intervals: Sequence[Interval], busy: Sequence[Interval]) -> list[float]:
-    """Of each interval the seconds outside a :func:`union`, and outside the intervals that began before it."""
+    """Return the exposed seconds of each interval.
+
+    These lie outside of ``busy``, a :func:`union`, and outside of the intervals that began earlier.
+    """
     order = sorted(range(len(intervals)), key=lambda index: intervals[index])
     answer, first, reached = [0.0] * len(intervals), 0, float("-inf")
     for index in order:
         start, end = intervals[index]
-        # What two streams communicate at the same time is waited for once.
+        # Where two streams communicate at the same time, the wait counts once.
         start = max(start, reached)
         if end <= start:
             continue
@@ -133,7 +144,7 @@ _SECONDS = 1e-6
 
 
 class KernelTrace:
-    """Holds the spans once the block of :func:`traced_kernels` has ended."""
+    """The spans of :func:`traced_kernels`, available after its block."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -141,10 +152,12 @@ class KernelTrace:
 
 @contextmanager
 def traced_kernels(stage_of: StageOf) -> Iterator[KernelTrace]:
-    """Trace the device's kernels inside the block; its work must be over at the block's end.
+    """Trace the device's kernels inside the block.
+
+    The device must finish its work before the block ends.
 
     Raises:
-        UserError: there is no trace of any kernel.
+        UserError: the trace has no kernels.
     """
     trace = KernelTrace()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -159,11 +172,11 @@ def traced_kernels(stage_of: StageOf) -> Iterator[KernelTrace]:
 
 
 def spans_of(events: Sequence[dict[str, Any]], stage_of: StageOf) -> list[Span]:
-    """The communication in a trace.
+    """Return the communication spans of a trace.
 
     Args:
-        events: of a Chrome trace, times in microseconds.
-        stage_of: the pipeline stage of a rank of the job.
+        events: events of a Chrome trace, with times in microseconds.
+        stage_of: returns the pipeline stage of a rank of the job.
     """
     work = [event for event in events if event.get("cat") in _WORK and "dur" in event]
     ours = [event for event in work if _COMMUNICATION_KERNELS.search(event["name"])]
@@ -186,18 +199,22 @@ def _kind(event: dict[str, Any]) -> str:
 
 
 def _crosses_stages(event: dict[str, Any], stage_of: StageOf) -> bool:
-    """From what PyTorch notes of a kernel's ranks; where it noted nothing, messages are those between stages."""
+    """Check whether the ranks of a kernel belong to several stages.
+
+    PyTorch notes the ranks of most kernels. Without a note, messages count as messages between stages.
+    """
     details = event.get("args", {})
     ranks = str(details.get("Process Group Ranks", ""))
     if "..." in ranks:
-        # A long list is cut short, but not these: a stage's ranks are neighbours, so that first and last tell.
+        # PyTorch shortens a long list of ranks, but not these values. The ranks of a stage are neighbours. The first
+        # and the last rank are therefore enough.
         start, stride, size = (details.get(name) for name in ("Global rank start", "Global rank stride", "Group size"))
         ranks = "" if None in (start, stride, size) else f"{start} {start + stride * (size - 1)}"
     found = {stage_of(int(rank)) for rank in re.findall(r"\d+", ranks)}
     return len(found) > 1 if found else bool(_MESSAGE.search(event["name"]))
 
 
-# ProcessGroup's methods that communicate; every function of torch.distributed ends in one of them.
+# The methods of ProcessGroup that communicate. Each function of torch.distributed calls one of them.
 _COMMUNICATION_METHODS = re.compile(r"_?(all|reduce|broadcast|gather|scatter|send|recv|barrier|monitored_barrier)")
 _METHODS = [name for name in vars(dist.ProcessGroup) if _COMMUNICATION_METHODS.match(name)]
 
@@ -211,28 +228,33 @@ class _Call:
 
 
 class CollectiveTimer:
-    """What the thread that made it has waited, call by call. Nothing else may time the same process meanwhile.
+    """A timer of the communication calls of the thread that created it.
+
+    Only one timer may be active in a process.
 
     Args:
-        stage_of: the pipeline stage of a rank of the job.
+        stage_of: returns the pipeline stage of a rank of the job.
     """
 
     def __init__(self, stage_of: StageOf) -> None:
         self._stage_of = stage_of
         self._thread = threading.get_ident()
         self._calls: list[_Call] = []
-        # By the work's identity; the call holds it, so that no other gets the same.
+        # The keys are the ids of the works. The call holds its work. No other object can get the same id.
         self._pending: dict[int, _Call] = {}
         self._is_inside = False
 
     @property
     def spans(self) -> list[Span]:
-        """What was timed."""
+        """The timed calls."""
         return [Span(one.kind, one.crosses_stages, one.seconds, one.seconds) for one in self._calls]
 
     def call(self, name: str, method: Callable, group: dist.ProcessGroup, arguments: tuple, options: dict) -> Any:
-        """Make a call and time it; what it starts is timed on when it is waited for."""
-        # A job of one has nobody to wait for. Other threads do not keep this one.
+        """Make a call and time it.
+
+        If the call starts work, :meth:`wait` adds the time of the wait for it.
+        """
+        # A group of one rank waits for no other. Other threads do not block this one.
         if group.size() == 1 or self._is_inside or threading.get_ident() != self._thread:
             return method(group, *arguments, **options)
         stages = {self._stage_of(rank) for rank in dist.get_process_group_ranks(group)}
@@ -250,7 +272,7 @@ class CollectiveTimer:
         return work
 
     def wait(self, method: Callable, work: Work, arguments: tuple, options: dict) -> Any:
-        """Wait for what a call has started."""
+        """Wait for the work that a call has started, and time the wait."""
         one = self._pending.get(id(work))
         if one is None or self._is_inside or threading.get_ident() != self._thread:
             return method(work, *arguments, **options)
@@ -269,10 +291,11 @@ def _num_bytes(value: Any) -> int:
 
 @contextmanager
 def timed_collectives(stage_of: StageOf) -> Iterator[CollectiveTimer]:
-    """Time everything that this thread communicates inside the block."""
+    """Time all communication of this thread inside the block."""
     timer = CollectiveTimer(stage_of)
-    # The methods of torch 2.15's class, not torch.distributed's functions, to which Megatron-Core keeps references.
-    # What stands in the class and not what it gives when asked: only the former becomes a method again.
+    # Replaces the methods of torch 2.15's class. Megatron-Core keeps references to torch.distributed's functions. Saves
+    # the entries of the class's dictionary. Attribute access would return other objects, and these would not become
+    # methods again.
     before = {name: vars(dist.ProcessGroup)[name] for name in _METHODS}
     wait, waits = Work.wait, vars(Work)["wait"]
     for name in before:

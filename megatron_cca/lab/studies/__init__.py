@@ -1,1 +1,1 @@
-"""Studies: methods compared at equal budget, over several seeds, from one YAML file to a table and its plots."""
+"""Studies: a comparison of methods at equal budget, over several seeds, from one YAML file to a table and plots."""

@@ -1,4 +1,4 @@
-"""Everything about a study that can be refused before anything of it runs."""
+"""The checks of a study before any of its tasks runs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from megatron_cca.objectives import OBJECTIVES
 from megatron_cca.training.checks import check_data, check_new_run
 
 CONTROL = "control"
-# How much the training of one method may cost more than another's.
+# The training of one method may cost more than another's by this share.
 TOLERANCE = 0.05
 
 
 def check_study(study: Study, world_size: int) -> None:
-    """Refuse a study that compares what cannot be compared, or that cannot run.
+    """Refuse a study with an unfair comparison, or one that cannot run.
 
     Args:
-        study: from :func:`open_study`.
-        world_size: processes that work on a task together.
+        study: a study from :func:`open_study`.
+        world_size: number of processes that do a task together.
 
     Raises:
         UserError: one line that names file and key.
@@ -55,7 +55,7 @@ def check_study(study: Study, world_size: int) -> None:
 
 
 def variants(method: Method) -> Iterator[Keys]:
-    """All settings that a method may be run at."""
+    """Yield all settings at which a method may run."""
     for trial in method.trials:
         yield trial
         for swept in method.sweep:
@@ -117,7 +117,10 @@ def _check_judging(settings: StudySettings) -> None:
 
 
 def _check_samples(settings: StudySettings) -> None:
-    """Too few images of either side; what a user's own extractor gives shows only when it runs."""
+    """Refuse too few samples or too few reference images.
+
+    The needs of a user's own extractor show only when it runs.
+    """
     widths = WIDTHS.get(settings.extractor, {})
     numbers = FidelitySettings(inception_score_splits=settings.inception_score_splits)
     real = _reference_size(settings.reference)
@@ -130,7 +133,10 @@ def _check_samples(settings: StudySettings) -> None:
 
 
 def _reference_size(reference: str) -> int:
-    """Images of a folder; of an archive, which is long to read and may bring the moments of more, no limit."""
+    """Return the number of images in a reference folder.
+
+    For an archive it is a very large number: reading it takes long, and it may have the moments of more images.
+    """
     folder = Path(reference)
     if reference in WORDS or not folder.is_dir():
         return sys.maxsize
@@ -151,7 +157,7 @@ def _check_runs(study: Study, world_size: int) -> None:
     first = None
     for where, config in _configs(study):
         with error_context(where):
-            # The base does not exist yet, and it is the same model.
+            # The base does not exist yet. It has the same model.
             check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
             check_data(config)
             if first is not None and config.parallel != first.parallel:
@@ -181,7 +187,7 @@ def _check_conditions(study: Study) -> None:
     model = _base_model(study)
     vocabulary = resolve_architecture(model).vocabulary
     if study.settings.prompts == DIGITS:
-        # Other models know nothing of the digits, and no caption or class of theirs means one.
+        # No caption or class of other models means a digit.
         if vocabulary != tiny_architecture(model).vocabulary:
             raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")
         return
@@ -193,7 +199,7 @@ def _check_grids(study: Study) -> None:
     model, digits = _base_model(study), SamplingConfig()
     architecture = resolve_architecture(model)
     positions = architecture.max_position_embeddings
-    # Of a model with one grid every other is a misfit.
+    # A model with one grid refuses all others below.
     takes_any = only_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
     for method in study.methods.values():
         for sampling in (method.point(values).sampling for values in variants(method)):
@@ -216,7 +222,7 @@ def _check_grids(study: Study) -> None:
 def _check_model(study: Study, model: ModelConfig) -> None:
     ours, theirs = (asdict(resolve_architecture(one)) for one in (model, _base_model(study)))
     for name in ours:
-        # Rotary positions have no weights: a run may use more of them than its base did.
+        # Rotary positions have no weights. A run may use more positions than its base.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:
             raise UserError(
                 f"model: {name} is {ours[name]}, the base's {theirs[name]}; every method starts from the base"
@@ -248,12 +254,15 @@ def _cost(config: Config) -> str:
 
 
 def file_name(plot: PlotSettings) -> str:
-    """Of the PNG."""
+    """Return the name of a plot's PNG."""
     return f"{plot.file or plot.kind}.png"
 
 
 def plotted_methods(study: Study, plot: PlotSettings) -> list[Method]:
-    """The methods of a plot, those that it names or all that have what its kind wants; the base only where it fits."""
+    """Return the methods of a plot.
+
+    It names them, or it takes all methods that have the keys of its kind.
+    """
     if plot.methods is not None:
         return [study.methods[name] for name in plot.methods]
     methods = list(study.methods.values())
@@ -261,12 +270,12 @@ def plotted_methods(study: Study, plot: PlotSettings) -> list[Method]:
 
 
 def swept_keys(method: Method) -> list[str]:
-    """The keys of a method's sweep, in the file's order."""
+    """Return the keys of a method's sweep, in the order of the file."""
     return list(method.sweep[0]) if method.sweep else []
 
 
 def check_plots(study: Study) -> None:
-    """Refuse a plot of what there will not be.
+    """Refuse a plot of something that the study will not have.
 
     Raises:
         UserError: names the plot and the key.

@@ -1,4 +1,7 @@
-"""What determines a result, as a short hash; the layout of the ranks is not in it, it changes nothing but rounding."""
+"""Short hashes of all inputs of a result.
+
+The layout of the ranks is not among them. It changes only rounding.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from megatron_cca.models import explicit
 
 
 def training_contents(config: Config, base: str | None) -> dict[str, Any]:
-    """What determines a training run.
+    """Return all inputs of a training run as plain data.
 
     Args:
-        config: of the run, seed included.
-        base: the key of what it starts from; None for random weights.
+        config: configuration of the run, seed included.
+        base: the key of the base; None for random weights.
 
     Raises:
-        UserError: no token shards where the configuration says they are.
+        UserError: the configuration names a folder without token shards.
     """
     tree = config_to_dict(explicit(config))
-    # So that studies which a former version began go on.
+    # A former version's studies must continue with the same keys.
     tree["objective"] = FORMER_OBJECTIVE_KEYS | tree["objective"]
     for key, effect in effects(config).items():
         section, _, name = key.partition(".")
@@ -39,24 +42,27 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
 
 
 def _data_key(name: str) -> str:
-    # The digits' shards are made when they are first needed, always the same.
+    # The shards of the digits are created at first use. They are always the same.
     return name if name == DIGITS else fingerprint(read_manifest(Path(name)))
 
 
 def checkpoint_key(checkpoint: str, option: str) -> str:
-    """Of a checkpoint that the study did not make: its place and its summary.
+    """Return the key of a checkpoint from outside the study.
+
+    It covers the checkpoint's folder and its summary.
 
     Raises:
-        UserError: no whole checkpoint there.
+        UserError: the folder has no complete checkpoint.
     """
     folder = layout.resolve(checkpoint, option)
     return digest({"folder": str(folder.resolve()), "summary": layout.read_summary(folder, option)})
 
 
 def mark(name: str | Path) -> list[Any]:
-    """A name, and what tells whether the file or folder behind it was changed: its size and time, if there is one.
+    """Return a name with the size and the time of its file or folder, which show a change.
 
-    Of FILE.py:FUNCTION it is the file. A folder's own time changes with the names in it.
+    Of FILE.py:FUNCTION it is the file. The time of a folder changes with the names in it. Without a file or folder it
+    is the name alone.
     """
     file, _, function = str(name).rpartition(":")
     path = Path(file if function and file.endswith(".py") else name)

@@ -1,6 +1,6 @@
-"""From a study and what is known so far to its tasks: trials first, then what is reported at the chosen settings.
+"""The tasks of a study, from the results so far: trials first, then the runs at the chosen settings.
 
-Settings are chosen on the tuning seed alone; no result of a reported seed is looked at before the table is written.
+The tuning seed alone chooses the settings. Nothing reads a result of a reported seed before the table.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Outcomes = Callable[[Task], Outcome | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results: a method at settings, with its samples on each seed.
+    """One row of the results: a method with its settings, and its samples on each seed.
 
     Attributes:
         values: the tuned and the swept keys.
-        is_chosen: whether these are what tuning chose; otherwise it is a value of the sweep.
+        is_chosen: whether tuning chose these settings; otherwise they belong to the sweep.
     """
 
     method: Method
@@ -36,15 +36,15 @@ class Row:
 
     @property
     def point(self) -> Point:
-        """What the settings mean."""
+        """The run of the settings."""
         return self.method.point(self.values)
 
 
 class Planner:
-    """Makes a study's tasks.
+    """The source of a study's tasks.
 
     Args:
-        study: what :func:`check_study` has let pass.
+        study: a study that :func:`check_study` accepted.
         output: the folder that studies share.
     """
 
@@ -64,12 +64,12 @@ class Planner:
         given = settings.base.checkpoint
         self._given_key = None if given is None else checkpoint_key(given, "base.checkpoint")
         self.layout = study.base or _layout_of(study)
-        # A plan is made whenever a task has ended; keys take a while.
+        # Each task that ends makes a new plan. The keys take some time to compute.
         self._trials: dict[str, list[tuple[Keys, Sampling]]] = {}
         self._rows: dict[tuple[str, str], list[Row]] = {}
 
     def trials(self, method: Method) -> list[tuple[Keys, Sampling]]:
-        """The settings that are tried for a method, and the samples that they are judged by."""
+        """Return the settings to try for a method, each with the samples that judge them."""
         if method.name not in self._trials:
             settings = self.study.settings
             count = settings.tuning_samples or settings.samples
@@ -79,7 +79,7 @@ class Planner:
         return self._trials[method.name]
 
     def rows(self, method: Method, chosen: Keys) -> list[Row]:
-        """What is reported of a method: the chosen settings, then the sweep around them."""
+        """Return the reported rows of a method: the chosen settings, then the sweep around them."""
         key = method.name, repr(chosen)
         if key not in self._rows:
             rows = [(chosen, True), *(({**chosen, **swept}, False) for swept in method.sweep)]
@@ -91,7 +91,7 @@ class Planner:
         return [self.sampling(method, values, seed, settings.samples) for seed in settings.seeds]
 
     def sampling(self, method: Method, values: Keys, seed: int, count: int) -> Sampling:
-        """Samples of a method at settings, on one seed."""
+        """Return the task that samples a method with settings on one seed."""
         point = method.point(values)
         run = self.training(method, values, point.config, seed)
         key = self._given_key if run is None else run.folder.name
@@ -117,7 +117,10 @@ class Planner:
         )
 
     def training(self, method: Method, values: Keys, config: Config | None, seed: int) -> Training | None:
-        """The run that makes a model; None where that is the given checkpoint."""
+        """Return the training run of a model.
+
+        It is None for the given checkpoint.
+        """
         before = self._base(seed)
         if config is None:
             return before
@@ -144,12 +147,12 @@ class Planner:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study's tasks as far as they are known.
+    """The known tasks of a study.
 
     Attributes:
-        trials: of every tuned method.
-        chosen: of every method whose trials are done: the best settings, or None where none of them finished.
-        rows: of every method with chosen settings.
+        trials: the trials of each tuned method.
+        chosen: for each method with finished trials, the best settings, or None if all trials failed.
+        rows: the rows of each method with chosen settings.
     """
 
     trials: dict[str, list[tuple[Keys, Sampling]]]
@@ -158,7 +161,7 @@ class Plan:
 
     @property
     def tasks(self) -> list[Task]:
-        """All tasks once each, each behind the one that it needs."""
+        """All tasks, each one once and after the task that it needs."""
         samplings = [sampling for trials in self.trials.values() for _, sampling in trials]
         samplings += [sampling for row in self.rows for sampling in row.samplings]
         found: dict[Path, Task] = {}
@@ -169,11 +172,11 @@ class Plan:
 
 
 def make_plan(planner: Planner, outcomes: Outcomes) -> Plan:
-    """What there is to do, given how tasks have ended.
+    """Return the plan that follows from the outcomes of tasks.
 
     Args:
-        planner: of the study.
-        outcomes: a task's result, None while there is none; it is asked about trials only.
+        planner: the planner of the study.
+        outcomes: returns a task's result, or None if there is none; called for trials only.
     """
     study = planner.study
     trials = {method.name: planner.trials(method) for method in study.tuned}
@@ -192,10 +195,12 @@ def make_plan(planner: Planner, outcomes: Outcomes) -> Plan:
 
 
 def best(results: list[tuple[Keys, Outcome]], metric: str) -> Keys | None:
-    """The settings with the lowest FID, or the highest of another metric; the first of equals.
+    """Return the settings with the lowest FID, or with the highest value of another metric.
+
+    Of equal ones it is the first.
 
     Returns:
-        None where no trial finished.
+        The settings; None if no trial finished.
     """
     finished = [(values, outcome[metric]) for values, outcome in results if outcome["status"] == FINISHED]
     if not finished:
@@ -205,7 +210,7 @@ def best(results: list[tuple[Keys, Outcome]], metric: str) -> Keys | None:
 
 
 def expected_tasks(planner: Planner) -> int:
-    """About how many tasks the study has, before it is known which settings will be chosen."""
+    """Estimate the number of tasks of the study before the settings are chosen."""
     first = {method.name: method.trials[0] for method in planner.study.methods.values()}
     rows = [row for name, values in first.items() for row in planner.rows(planner.study.methods[name], values)]
     return len(Plan({method.name: planner.trials(method) for method in planner.study.tuned}, {}, rows).tasks)

@@ -1,4 +1,4 @@
-"""A study's plots, as PNG: the FID-IS plane, metrics against a key, a map over two keys, all methods side by side."""
+"""The plots of a study as PNG: the FID-IS plane, metrics against a key, a heatmap over two keys, all methods."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ from megatron_cca.lab.studies.settings import PlotSettings
 from megatron_cca.lab.studies.study import BASE, Method
 
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
-# Where the largest FID is this many times the smallest, it is drawn on a log scale.
+# From this ratio of the largest FID to the smallest on, the scale is logarithmic.
 _LOG_RATIO = 6.0
-# Over curves, which must not run through its words.
+# The legend lies over curves. Its background keeps the text readable.
 _LEGEND = {**LEGEND, "frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
 _TICKS = [factor * 10.0**power for power in range(-1, 5) for factor in (1, 1.5, 2, 3, 5, 7)]
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """Results along one key, in the sweep's order; a single point has no key."""
+    """Results along one key, in the order of the sweep.
+
+    A single point has no key.
+    """
 
     label: str
     key: str | None
@@ -42,13 +45,16 @@ class _Curve:
     marker: str = "o"
 
     def column(self, metric: str) -> tuple[list[float], list[float]]:
-        """Means and standard deviations."""
+        """Return the means and the standard deviations of a metric."""
         found = [result.statistics[metric] for result in self.points]
         return [one.mean for one in found], [one.std or 0.0 for one in found]
 
 
 def plot(folder: Path, results: Results, settings: PlotSettings) -> None:
-    """Draw one of a study's plots into ``folder``; points without a finished seed are left out."""
+    """Draw one of a study's plots into ``folder``.
+
+    Points without a finished seed are left out.
+    """
     study = results.study
     title = settings.title or study.settings.title or study.settings.name
     methods = plotted_methods(study, settings)
@@ -76,7 +82,10 @@ def _nothing(title: str) -> Figure:
 
 
 def _curves(results: Results, methods: Sequence[Method], along: str | None) -> list[_Curve]:
-    """One for each combination of a method's other swept keys; ``along`` None is each method's last key."""
+    """Return one curve for each combination of a method's other swept keys.
+
+    If ``along`` is None, a curve follows the method's last key.
+    """
     curves: list[_Curve] = []
     for method in methods:
         keys = swept_keys(method)
@@ -209,14 +218,14 @@ Cells = Mapping[tuple[int, int], Result]
 
 
 def heatmap(path: Path, title: str, results: Results, method: Method, x: str, y: str) -> None:
-    """A method's FID over the values of two keys, one cell a combination.
+    """Draw a method's FID over the values of two keys, one cell for each combination.
 
     Args:
         path: the PNG.
         title: one line.
-        results: of the study.
-        method: that sweeps both keys.
-        x, y: the keys, across and up.
+        results: the results of the study.
+        method: a method that sweeps both keys.
+        x, y: the keys of the horizontal and the vertical axis.
     """
     swept = [result for result in results.of(method.name) if not result.row.is_chosen]
     across, up = (sorted({result.row.values[key] for result in swept}) for key in (x, y))
@@ -261,7 +270,7 @@ def _colour(figure: Figure, axes: Axes, cells: Cells, shape: tuple[int, int]) ->
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
     bar.set_label("FID, log scale", fontsize=8, color=GREY)
     bar.ax.tick_params(labelsize=7.5, colors=GREY)
-    # At 1, 2 and 5 of each power of ten, as more would run into one another.
+    # Ticks at 1, 2 and 5 of each power of ten. More labels would overlap.
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}") if known.size else NullFormatter())
@@ -287,7 +296,7 @@ def _write(axes: Axes, place: tuple[int, int], result: Result, results: Results)
 
 
 def _outline(axes: Axes, lost: set[tuple[int, int]]) -> None:
-    """A line around every group of cells, none between two of a group."""
+    """Draw a line around each group of cells, and none between two cells of a group."""
     for row, column in lost:
         for beside, ends in (
             ((row, column - 1), ((column - 0.5, column - 0.5), (row - 0.5, row + 0.5))),

@@ -1,4 +1,4 @@
-"""A study from its file to its folder of results: what ``tools/study.py`` does."""
+"""A study from its file to its folder of results: the command of ``tools/study.py``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ TABLE, RESULTS = "table.md", "results.json"
 
 
 def run_study(path: Path, output: Path, workers: int, device: platform.DeviceChoice) -> None:
-    """Do what is missing of a study and write its table, numbers and plots to ``output/<name>``.
+    """Do the missing tasks of a study; write its table, numbers and plots to ``output/<name>``.
 
-    Under torchrun (a WORLD_SIZE of more than 1) all ranks do each task together.
+    Under torchrun (WORLD_SIZE above 1) all ranks do each task together.
 
     Args:
         path: the study's file.
-        output: the folder that studies share; runs that it holds already are not done again.
-        workers: processes that do tasks side by side, each a whole task; 1 under torchrun.
-        device: for them.
+        output: the folder that studies share; tasks with a result in it are not done again.
+        workers: number of processes, each of which does whole tasks; 1 under torchrun.
+        device: the device of the processes.
 
     Raises:
-        UserError: a study that cannot be run or compares unlike things, before anything runs; what a task refuses.
+        UserError: a study that cannot run or that compares unequal runs (before any task), or anything that a task
+            refuses.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if workers > 1 and world_size > 1:
@@ -57,7 +58,7 @@ def _run(study: Study, output: Path, workers: int, world_size: int) -> None:
 
 
 def _write(study: Study, board: Board) -> None:
-    # Imported late: matplotlib takes a second, which a mistyped file need not wait for.
+    # Imported late: the import of matplotlib takes a second. A mistyped file name must fail faster.
     from megatron_cca.lab.studies.plots import plot
     from megatron_cca.lab.studies.report import table
     from megatron_cca.lab.studies.results import as_json, collect

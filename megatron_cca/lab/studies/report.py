@@ -1,4 +1,4 @@
-"""A study's table.md: what was chosen, the sweeps, every trial, what all cost; and how keys and metrics are called."""
+"""The table.md of a study: chosen settings, sweeps, all trials, costs; and the names of keys and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AXES = {
     "sampling.temperature": "temperature",
     "optimizer.lr": "learning rate",
 }
-# name -> (heading, decimals); in the order of the tables.
+# name -> (heading, decimals), in the order of the tables.
 METRICS = {
     "accuracy": ("accuracy", 3),
     "inception_score": ("IS", 2),
@@ -36,27 +36,27 @@ METRICS = {
 
 
 def key_name(key: str) -> str:
-    """Short: ``objective.beta`` is β, ``optimizer.lr`` is lr."""
+    """Return the short name of a key: ``objective.beta`` is β, ``optimizer.lr`` is lr."""
     return _KEYS.get(key, key.rpartition(".")[2])
 
 
 def axis_name(key: str) -> str:
-    """Of a diagram's axis."""
+    """Return the label of a key's axis."""
     return _AXES.get(key, key.rpartition(".")[2])
 
 
 def value_name(value: Any) -> str:
-    """Numbers as short as they go."""
+    """Format a value, numbers as short as possible."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings_name(values: Mapping[str, Any]) -> str:
-    """Such as "β 0.15, lr 0.002"."""
+    """Format settings, such as "β 0.15, lr 0.002"."""
     return ", ".join(f"{key_name(key)} {value_name(value)}" for key, value in values.items())
 
 
 def table(results: Results) -> str:
-    """The whole file, Markdown."""
+    """Return the text of ``table.md``."""
     settings = results.study.settings
     parts = [f"# {settings.title or settings.name}", _about(results.study)]
     parts.append(f"## Chosen on seed {settings.tuning_seed}, reported on seeds {_listed(settings.seeds)}")
@@ -114,7 +114,10 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
 
 
 def _unit(results: Results) -> int:
-    """Passes of a run that contrasts something, which counts as 1; of any training where none does."""
+    """Return the passes that count as 1 in the table.
+
+    They are those of the first training with a contrast, or else of the first training.
+    """
     trained = [result for result in results.rows if result.units]
     contrasting = [result for result in trained if result.row.point.config.objective.contrasts is not None]
     return (contrasting or trained)[0].units if trained else 1
@@ -133,7 +136,7 @@ def _lost(result: Result) -> str:
 
 
 def _losses(results: Results) -> str:
-    """Why seeds are missing from the means."""
+    """Return the reasons why seeds are missing from the means."""
     lines = [
         f"- {result.row.method.label} ({settings_name(result.row.values)}), seed {seed}: {reason}"
         for result in results.rows

@@ -1,4 +1,4 @@
-"""What a study found: means and spreads over seeds, what failed, and what collapsed."""
+"""The results of a study: means and spreads over seeds, failures, and collapses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _DIAGNOSTIC = "positive_log_ratio"
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and standard deviation (n - 1) over the seeds that finished; a single one has no spread."""
+    """Mean and standard deviation (n - 1) over the seeds that finished.
+
+    A single seed has no standard deviation.
+    """
 
     mean: float
     std: float | None
@@ -28,12 +31,12 @@ class Result:
     """A row of the results with its numbers.
 
     Attributes:
-        row: what was run.
-        seeds: metrics of each seed that finished; ``positive_log_ratio`` is the mean of a run's last ten steps.
-        statistics: the same over those seeds.
-        failed: seed -> reason, of those that did not finish.
-        collapsed: the seeds whose FID is more than ``collapse`` times their base's.
-        units: passes of its training.
+        row: the row of the plan.
+        seeds: metrics of each seed that finished; ``positive_log_ratio`` is the mean over a run's last ten steps.
+        statistics: mean and standard deviation of each metric over those seeds.
+        failed: seed -> reason, for the seeds that did not finish.
+        collapsed: seeds whose FID is more than ``collapse`` times their base's.
+        units: cost of its training in passes.
     """
 
     row: Row
@@ -45,18 +48,21 @@ class Result:
 
     @property
     def lost(self) -> int:
-        """Seeds that collapsed or failed."""
+        """Number of seeds that collapsed or failed."""
         return len(self.collapsed) + len(self.failed)
 
     @property
     def is_lost(self) -> bool:
-        """Whether most of its seeds collapsed or failed."""
+        """Whether most seeds collapsed or failed."""
         return 2 * self.lost > len(self.row.samplings)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was tried on the tuning seed: its metrics, or why it failed."""
+    """Settings that were tried on the tuning seed.
+
+    It has their metrics, or the reason of their failure.
+    """
 
     values: Keys
     metrics: dict[str, float]
@@ -66,7 +72,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Results:
-    """All that a study found; ``trials`` by method."""
+    """All results of a study; ``trials`` by method."""
 
     study: Study
     rows: list[Result]
@@ -74,21 +80,24 @@ class Results:
 
     @property
     def base(self) -> Result:
-        """The base, guidance-free."""
+        """The base without guidance."""
         return self.rows[0]
 
     def of(self, method: str) -> list[Result]:
-        """A method's rows: what was chosen, then its sweep; none if all of its trials failed."""
+        """Return a method's rows: the chosen settings, then its sweep.
+
+        There are none if all of its trials failed.
+        """
         return [result for result in self.rows if result.row.method.name == method]
 
 
 def collect(study: Study, plan: Plan, outcomes: Outcomes) -> Results:
-    """The results of a finished study.
+    """Collect the results of a finished study.
 
     Args:
         study: the study.
-        plan: with all settings chosen.
-        outcomes: of every task.
+        plan: the plan with all settings chosen.
+        outcomes: the outcome of each task.
     """
     base = next(row for row in plan.rows if row.method.name == BASE)
     base_fid = {one.seed: _metrics(outcomes, one).get("fid") for one in base.samplings}
@@ -124,7 +133,10 @@ def _result(study: Study, row: Row, outcomes: Outcomes, base_fid: Mapping[int, f
 
 
 def over_seeds(metrics: Sequence[Mapping[str, float]]) -> dict[str, Statistic]:
-    """Mean and standard deviation of each metric over the seeds; of none, nothing."""
+    """Return mean and standard deviation of each metric over the seeds.
+
+    Without seeds the result is empty.
+    """
     if not metrics:
         return {}
     columns = {name: [one[name] for one in metrics] for name in metrics[0]}
@@ -138,7 +150,7 @@ def _trial(outcomes: Outcomes, values: Keys, sampling: Sampling, chosen: Keys | 
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Plain data: everything that the table and the plots are made of."""
+    """Return all inputs of the table and the plots as plain data."""
     settings = results.study.settings
     return {
         "study": settings.name,

@@ -1,4 +1,4 @@
-"""Doing all tasks of a study: by workers of one process each, or by all ranks of the job together."""
+"""The execution of a study's tasks: by workers of one process each, or by all ranks of the job together."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 
 
 class Board:
-    """What is done of a study and what can be done next."""
+    """The outcomes of a study's tasks, and the tasks that can start next."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self._known: dict[Path, Outcome] = {}
 
     def outcome(self, task: Task) -> Outcome | None:
-        """How a task ended, None while it has not."""
+        """Return a task's outcome; None before the task has ended."""
         if task.folder not in self._known:
             outcome = outcome_of(task)
             if outcome is None:
@@ -36,11 +36,14 @@ class Board:
 
     @property
     def plan(self) -> Plan:
-        """All tasks that are known by now."""
+        """The plan with all tasks that are known by now."""
         return make_plan(self.planner, self.outcome)
 
     def ready(self, running: Collection[Path] = ()) -> list[Task]:
-        """Tasks that can be started, in the plan's order; ``running`` are the folders of those that have been."""
+        """Return the tasks that can start, in the order of the plan.
+
+        ``running`` has the folders of the tasks that run already.
+        """
         return [
             task
             for task in self.plan.tasks
@@ -51,7 +54,7 @@ class Board:
 
 
 class Progress:
-    """A bar over tasks on a terminal; elsewhere a line for each that has ended."""
+    """A bar over tasks on a terminal; otherwise one line for each task that has ended."""
 
     def __init__(self, board: Board, *, is_shown: bool = True) -> None:
         self.board, self.is_shown = board, is_shown
@@ -70,7 +73,7 @@ class Progress:
         return sum(self.board.outcome(task) is not None for task in tasks), len(tasks)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
-        """Count a task."""
+        """Count a task that has ended."""
         self.bar.n, known = self._count()
         self.bar.total = max(self.expected, known)
         self.bar.set_postfix_str(task.title, refresh=False)
@@ -83,10 +86,12 @@ class Progress:
 
 
 def run_in_pool(board: Board, workers: int) -> None:
-    """Let so many processes take ready tasks, each on one device with one thread, until there is none.
+    """Do all tasks with ``workers`` processes.
+
+    Each process takes a ready task, on one device with one thread, until none is left.
 
     Raises:
-        UserError: whatever a task refuses; the tasks that are done stay done.
+        UserError: anything that a task refuses; finished tasks keep their results.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -115,10 +120,10 @@ def run_in_pool(board: Board, workers: int) -> None:
 
 
 def run_together(board: Board) -> None:
-    """Let all ranks of the job do every task together, one after another, until there is none.
+    """Do all tasks one after another, each with all ranks of the job.
 
     Raises:
-        UserError: whatever a task refuses; the tasks that are done stay done.
+        UserError: anything that a task refuses; finished tasks keep their results.
     """
     initialize_distributed(board.planner.layout)
     is_first = dist.get_rank() == 0
@@ -134,7 +139,7 @@ def run_together(board: Board) -> None:
 
 
 def _agreed(ready: list[Task]) -> Task | None:
-    """The task that rank 0 takes next, on every rank."""
+    """Return on each rank the task that rank 0 takes next."""
     choice = [ready[0] if ready else None]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(choice, src=0, device=platform.device())

@@ -1,4 +1,4 @@
-"""A study's YAML file: dataclasses, strict as a run's configuration; nothing here imports torch or Megatron."""
+"""Dataclasses of a study's YAML file, as strict as a run's configuration. Nothing here imports torch or Megatron."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SamplingConfig:
 
     @property
     def forwards_per_token(self) -> int:
-        """Forward passes that one token costs."""
+        """Number of forward passes for one token."""
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 
@@ -140,7 +140,9 @@ _SECTIONS = {"base": BaseSettings, "methods": MethodSettings, "plots": PlotSetti
 
 
 def read_study(path: Path) -> StudySettings:
-    """Read a study's file; only its own keys are looked at.
+    """Read a study's file.
+
+    It checks only the file's own keys.
 
     Raises:
         UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
@@ -155,28 +157,33 @@ def from_plain(kind: type, tree: object, prefix: str = "", sections: Mapping[str
 
     Args:
         kind: the dataclass.
-        tree: plain data, as a person typed it.
-        prefix: what stands before a key in messages.
-        sections: the dataclasses of its keys, whose own keys a message may suggest.
+        tree: plain data from the user's file.
+        prefix: text before a key in messages.
+        sections: the dataclasses of its keys; a message may suggest their keys.
 
     Raises:
         UserError: names the first bad key.
     """
     try:
-        # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
+        # Strict mode accepts only instances for nested dataclasses. Its JSON form accepts plain objects, as YAML gives
+        # them.
         return TypeAdapter(kind).validate_json(as_json(tree), context=TYPED)
     except ValidationError as error:
         raise UserError(f"{prefix}{_one_line(_farthest(error), kind, sections)}") from None
 
 
 def _farthest(error: ValidationError) -> dict[str, Any]:
-    """The first error; of a union each branch that was tried has its say, and the one that got farthest was meant."""
+    """Return the error to report.
+
+    For a union, each branch has its own error. The branch with the longest path is most likely the one that the user
+    meant.
+    """
     errors = error.errors()
     return max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
 
 
 def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -> str:
-    # Not "[key]", and not the branches of unions, which the user does not know.
+    # Leave out "[key]" and the branches of unions. Users do not know them.
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     key = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

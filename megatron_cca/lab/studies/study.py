@@ -1,4 +1,4 @@
-"""A study with its files read: the settings that each method is tried and reported at, their runs, what they cost."""
+"""A study with its files: the settings of each method, the runs of these settings, and the cost of the runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_cca.lab.studies.settings import (
 from megatron_cca.objectives.base import inherited
 
 BASE, OBJECTIVE = "base", "objective.name"
-# What differs from run to run, and is the study's own business.
+# These keys differ from run to run. The study sets them.
 _OWN_KEYS = (
     "training.output_dir",
     "training.seed",
@@ -35,7 +35,10 @@ _OWN_KEYS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A run but for its seed: ``config`` of the training, None for the base itself, and how it is drawn with."""
+    """A run without its seed.
+
+    ``config`` is the configuration of the training, or None for the base. ``sampling`` is how its images are drawn.
+    """
 
     config: Config | None
     sampling: SamplingConfig
@@ -46,9 +49,9 @@ class Method:
     """A method of a study.
 
     Attributes:
-        name, label: for files and for people.
-        trials: settings that are tried on the tuning seed.
-        sweep: settings that are reported beside the chosen ones; empty without one.
+        name, label: its name in files, and in tables and plots.
+        trials: settings to try on the tuning seed.
+        sweep: settings to report beside the chosen ones; may be empty.
     """
 
     name: str
@@ -61,10 +64,10 @@ class Method:
     _points: dict[tuple, Point] = field(default_factory=dict, compare=False, repr=False)
 
     def point(self, values: Mapping[str, Any]) -> Point:
-        """The run that settings mean.
+        """Return the run of settings.
 
         Raises:
-            UserError: a key that the method has no use for, or a value that it cannot have; names file and key.
+            UserError: a key that does not apply to the method, or an invalid value; names file and key.
         """
         key = tuple((name, repr(value)) for name, value in values.items())
         if key not in self._points:
@@ -75,13 +78,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file means.
+    """A study's file and its contents.
 
     Attributes:
         path: the file.
-        settings: as they stand in it.
-        base: how the base is pretrained; None where there is a checkpoint.
-        methods: by name; the first is the base itself, guidance-free, which every file gets.
+        settings: the settings in the file.
+        base: configuration of the base's pretraining; None if there is a checkpoint.
+        methods: the methods by name; the first is the base without guidance, which each study has.
     """
 
     path: Path
@@ -91,7 +94,10 @@ class Study:
 
     @property
     def tuned(self) -> list[Method]:
-        """All methods but the base, which has nothing to be tuned."""
+        """All methods but the base.
+
+        The base has nothing to tune.
+        """
         return [method for name, method in self.methods.items() if name != BASE]
 
 
@@ -99,7 +105,7 @@ def open_study(path: Path) -> Study:
     """Read a study's file and the configurations that it names.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a value that cannot be; one line that names file and key.
+        UserError: an unreadable file, an unknown key or an invalid value; one line that names file and key.
     """
     settings = read_study(path)
     base = _base(path, settings)
@@ -154,12 +160,12 @@ def _changed(
 def with_keys(
     config: Config | None, sampling: SamplingConfig, keys: Mapping[str, Any]
 ) -> tuple[Config | None, SamplingConfig]:
-    """Both with keys such as ``objective.beta`` and ``sampling.guidance_scale`` changed.
+    """Return both with changed keys, such as ``objective.beta`` and ``sampling.guidance_scale``.
 
-    Another ``objective.name`` leaves behind the keys that this objective does not have.
+    Another ``objective.name`` removes the keys that the new objective does not have.
 
     Raises:
-        UserError: an unknown key, a value that cannot be, a key of training where nothing is trained.
+        UserError: an unknown key, an invalid value, or a key of training where nothing is trained.
     """
     trees = {"sampling": asdict(sampling)}
     if config is not None:
@@ -189,7 +195,10 @@ def _set(trees: dict[str, dict], key: str, value: Any) -> None:
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> list[Keys]:
-    """All combinations, the last key changing fastest; of no keys it is one, the empty one."""
+    """Return all combinations of the values.
+
+    The last key changes fastest. Without keys there is one combination, the empty one.
+    """
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
@@ -197,16 +206,17 @@ _FORWARD, _FORWARD_BACKWARD = 1, 3
 
 
 def units_per_sample(config: Config) -> int:
-    """Return 3 for plain likelihood, 8 for every objective that compares pairs with a reference.
+    """Return the passes that training needs for one sample.
 
-    Each row passes through the policy, forward and backward, and through the reference, forward.
+    They are 3 for plain likelihood. They are 8 for an objective that compares pairs with a reference. Each row passes
+    through the policy, forward and backward, and through the reference, forward. A backward counts as two passes.
     """
     objective = config.objective
     return objective.rows_per_sample * (_FORWARD_BACKWARD + _FORWARD * objective.needs_reference)
 
 
 def run_units(config: Config | None) -> int:
-    """Of a whole run; 0 where nothing is trained."""
+    """Return the passes of a whole run; 0 if nothing is trained."""
     if config is None:
         return 0
     return config.training.train_iters * config.training.global_batch_size * units_per_sample(config)

@@ -1,6 +1,7 @@
-"""What a study consists of: training runs, and sets of samples that are drawn and judged; each has a folder.
+"""The tasks of a study: training runs, and samples to draw and judge. Each task has a folder.
 
-Also the processes that do them side by side. Nothing here imports Megatron-Core before the platform is installed.
+The module also starts the processes that do tasks in parallel. Nothing here imports Megatron-Core before the platform
+is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_cca.lab.studies.settings import SamplingConfig
 
 
 def digest(contents: Mapping[str, Any]) -> str:
-    """Of plain data and this package's version, 12 hexadecimal digits."""
+    """Return a hash of plain data and this package's version, 12 hexadecimal digits."""
     text = json.dumps({"version": __version__, **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -44,10 +45,10 @@ class Training:
     """A training run.
 
     Attributes:
-        title: for people.
+        title: its name in messages.
         folder: its ``training.output_dir``.
-        config: ready to be run.
-        after: the run that makes its base; None where that is there already.
+        config: the complete configuration.
+        after: the run that trains its base; None if the base exists already.
     """
 
     title: str = field(compare=False)
@@ -58,7 +59,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Judging:
-    """What samples are asked for and held against; see :class:`StudySettings`."""
+    """The prompts, the reference and the judges of samples; see :class:`StudySettings`."""
 
     prompts: str
     reference: str
@@ -71,16 +72,16 @@ class Judging:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A set of samples of one model.
+    """Samples of one model.
 
     Attributes:
-        title: for people.
-        folder: for its judgement and images.
-        checkpoint: of the model.
-        after: the run that makes it; None where it is there already.
-        layout: a configuration of the layout to draw on.
-        count: how many.
-        seed: of prompts and random streams.
+        title: its name in messages.
+        folder: folder of the result and the images.
+        checkpoint: checkpoint of the model.
+        after: the run that trains the model; None if its checkpoint exists already.
+        layout: a configuration with the parallel layout for drawing.
+        count: number of samples.
+        seed: seed of the prompts and of the random streams.
     """
 
     title: str = field(compare=False)
@@ -99,12 +100,13 @@ Task = Training | Sampling
 
 
 def outcome_of(task: Task) -> Outcome | None:
-    """How a task ended: its result file's contents, with ``status`` and, of a failed one, ``reason``; None before that.
+    """Return a task's outcome; None before the task has ended.
 
-    Samples of a model whose training failed have failed with it.
+    It is the contents of the result file: ``status`` and, for a failed task, ``reason``. If the training of a model
+    failed, its samples failed too.
 
     Raises:
-        UserError: a damaged result file; names it.
+        UserError: the result file is damaged; names it.
     """
     if task.after is not None:
         before = outcome_of(task.after)
@@ -120,12 +122,15 @@ def outcome_of(task: Task) -> Outcome | None:
 
 
 def write_outcome(task: Task, outcome: Mapping[str, Any]) -> None:
-    """Leave a task's result in its folder; it is whole or not there."""
+    """Write a task's result to its folder.
+
+    The file is complete or does not exist.
+    """
     write_json(task.folder / RESULT, outcome)
 
 
 def start(device: platform.DeviceChoice, started: Synchronized) -> None:
-    """Prepare a worker: its own device of several, and no life without the program that started it."""
+    """Prepare a worker: give it its own device, and end it with the program that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     with started.get_lock():
@@ -137,14 +142,14 @@ def start(device: platform.DeviceChoice, started: Synchronized) -> None:
 def _leave_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    # Megatron-Core's saving leaves one that would stay behind.
+    # Megatron-Core's asynchronous saving starts a process that would stay behind.
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(1)
 
 
 def do(task: Task) -> Outcome:
-    """See :func:`megatron_cca.lab.studies.work.perform`."""
+    """Do a task with :func:`megatron_cca.lab.studies.work.perform`."""
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.lab.studies.work import perform
 

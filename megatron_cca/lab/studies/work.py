@@ -1,4 +1,7 @@
-"""Doing a task: training, or drawing and judging. Collective over all ranks of the job; rank 0 writes."""
+"""The work of a task: training, or drawing and judging.
+
+Collective over all ranks of the job. Rank 0 writes the files.
+"""
 
 from __future__ import annotations
 
@@ -50,15 +53,17 @@ IMAGES = "images.npz"
 
 
 def perform(task: Task) -> Outcome:
-    """Do a task and leave its result; what is printed meanwhile goes to a log in its folder.
+    """Do a task and write its result.
+
+    The output of the task goes to a log in its folder.
 
     Returns:
-        What the result file holds. A training that ends in NaN or infinity has ``status`` failed and a ``reason``.
+        The contents of the result file. A training that ends in NaN or infinity has ``status`` failed and a ``reason``.
 
     Raises:
-        UserError: whatever training, drawing and judging refuse; then there is no result.
+        UserError: anything that training, drawing or judging refuses; then there is no result.
     """
-    # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
+    # A thread reads ahead. With the default of 5 ms, this thread would wait as long for the interpreter each time.
     sys.setswitchinterval(1e-4)
     started = time.perf_counter()
     initialize_distributed(task.config if isinstance(task, Training) else task.layout)
@@ -89,7 +94,7 @@ def _trained(task: Training) -> Outcome:
     try:
         train(task.config, open_data(task.config))
     except Diverged as error:
-        # On all ranks at once, so that they are still together.
+        # All ranks raise it at the same step. They stay in step with each other.
         return _failed(f"diverged: {error.how}")
     if dist.get_rank() != 0:
         return {}
@@ -102,7 +107,10 @@ def _trained(task: Training) -> Outcome:
 
 
 def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Over the rows that have a number: what is undefined in a step is left out of its row."""
+    """Return the mean of each metric over the rows that have it.
+
+    A row lacks a metric that is undefined in its step.
+    """
     found = {key: [row[key] for row in rows if row.get(key) is not None] for key in _LOGGED}
     return {f"last_{key}": fmean(values) for key, values in found.items() if values}
 
@@ -127,12 +135,12 @@ def _prompts(name: str, count: int, seed: int) -> list[Prompt]:
     if name == DIGITS:
         return digit_prompts(count, seed)
     listed = read_prompts(Path(name))
-    # Seeds of its own would make all of a study's seeds the same.
+    # With seeds of their own, the prompts would make all seeds of a study equal.
     return seeded([replace(listed[index % len(listed)], seed=None) for index in range(count)], seed)
 
 
 def draw(task: Sampling, prompts: Sequence[Prompt]) -> np.ndarray:
-    """What a model draws, uint8 ``[N, H, W, 3]``. Collective over all ranks."""
+    """Draw images from a model, uint8 ``[N, H, W, 3]``. Collective over all ranks."""
     generator = open_image_generator(task.checkpoint)
     settings = SamplingSettings(**asdict(task.sampling))
     with tqdm(total=len(prompts), unit="image", desc="drawing", mininterval=10, disable=dist.get_rank() != 0) as bar:
@@ -149,12 +157,12 @@ def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:
 
 
 def judge(judging: Judging, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """``accuracy``, where there is a classifier, and the metrics that are asked for.
+    """Return the requested metrics, and ``accuracy`` if there is a classifier.
 
     Args:
-        judging: by whom, against what.
+        judging: the classifier, the extractor, the reference and the metrics.
         images: uint8 ``[N, H, W, 3]``.
-        prompts: as many, with labels where there is a classifier.
+        prompts: as many prompts, with labels if there is a classifier.
     """
     found = {}
     if judging.classifier is not None:
