@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
 EDITED = [
     "programs",
     "checkpoint",
+    "config",
     "data",
     "display.py",
+    "effects.py",
     "errors.py",
     "generation",
     "io",
