@@ -21,6 +21,7 @@ EDITED = [
     "io",
     "megatron_compat",
     "models",
+    "objectives",
     "parallel",
     "platform",
     "reporting.py",
