@@ -79,7 +79,7 @@ def _inspect(settings: InspectSettings) -> None:
 
 
 def _picture(settings: InspectSettings) -> Path:
-    """Return where the contact sheet goes; never in the place of a shard's own file."""
+    """Return the path of the contact sheet, which is never a file of the shards."""
     folder = settings.shards.resolve()
     picture = settings.picture or folder.with_name(f"{folder.name}.png")
     if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
 
 # What has been edited: packages, families and modules. Whoever edits another one adds it.
 EDITED = [
+    "__main__.py",
     "programs",
     "checkpoint",
     "config",
