@@ -39,7 +39,7 @@ class ReadingOptions:
 
     _: KW_ONLY
     hf: Folder
-    """Hugging Face folder with safetensors, either form; or the .pt or .safetensors of a family's own"""
+    """Hugging Face folder with safetensors, in either form, or a family's own .pt or .safetensors"""
     overrides: Annotated[tuple[str, ...], Option(metavar="model.KEY=VALUE", name="--set")] = ()
     """a size that a .pt does not contain, such as model.num_attention_heads=8; released models need none"""
     section: Annotated[str, Option(metavar="NAME")] | None = None
@@ -59,8 +59,7 @@ class ImportOptions(ReadingOptions):
     overwrite: bool = False
     """replace a former import in --output"""
     max_position_embeddings: Count | None = None
-    """longest row of the model in a .pt, which does not contain it: 257 for 256 px, 577 for 384 px (default: the
-    preset's)"""
+    """of the model in a .pt, which does not contain it: 257 for 256 px, 577 for 384 px (default: the preset's)"""
     tensor_model_parallel_size: int = 1
     """refuse a model that cannot be split so; the output itself loads at any layout"""
     pipeline_model_parallel_size: int = 1
@@ -77,7 +76,7 @@ class ExportOptions:
     checkpoint: Folder
     """a run folder, an import's output, or an iter_ folder"""
     output: Folder
-    """an empty or new folder; or the .pt to write, for a family that has such files"""
+    """an empty or new folder, or the .pt to write, for a family that has such files"""
     format: Literal["transformers", "original"] | None = None
     """transformers: text model and image tokenizer in one folder; original: the decoder alone, as in Emu3's own
     repositories (default: the template's, else the form that it was imported from, else original)"""

@@ -52,7 +52,7 @@ def _tokenize(settings: TokenizeSettings) -> None:
 
 
 def _sizes(model: str) -> ModelConfig | None:
-    """Return the ``model`` section of a checkpoint; None for a preset's name."""
+    """Return the ``model`` section of a checkpoint, or None for the name of a preset."""
     from megatron_cca.checkpoint import layout
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import FAMILIES
