@@ -27,6 +27,7 @@ EDITED = [
     "platform",
     "reporting.py",
     "signals.py",
+    "training",
     "version.py",
 ]
 NO_VERBS = frozenset(
