@@ -16,7 +16,7 @@ _NAME = "megatron-cca"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Start the program that the first argument names, with the others; import no other one."""
+    """Start the program that the first argument names, with the other arguments. Import no other program."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         advice = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(files)}"
         with reported_errors():
             raise UserError(f"{argv[0]}: is no program; {advice}")
-    # What the program's own help calls it.
+    # The program's help shows this name.
     sys.argv = [f"{_NAME} {argv[0]}", *argv[1:]]
     importlib.import_module(f"megatron_cca.programs.{files[argv[0]].stem}").main(argv[1:])
 
@@ -41,7 +41,7 @@ def programs() -> dict[str, Path]:
 def _help() -> str:
     lines = [f"usage: {_NAME} PROGRAM ...", ""]
     for name, file in programs().items():
-        # Read, not imported: most of a program's imports are not wanted for its one line.
+        # Parse the file: an import would load much more than its first line.
         about = ast.get_docstring(ast.parse(file.read_text())) or ""
         lines.append(f"  {name:24}{about.splitlines()[0]}")
     return "\n".join([*lines, "", f"{_NAME} PROGRAM --help says what a program takes."])

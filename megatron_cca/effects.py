@@ -1,9 +1,9 @@
-"""What a key of the configuration affects: each key declares it in ``config/schema.py``, whoever must know asks here.
+"""What a key of the configuration affects. Each key declares it in ``config/schema.py``.
 
     micro_batch_size: PositiveInt = key(32, LAST_BITS, reference=True, study=False)
 
-Resumes, studies, reference caches, the gate on step 0 and ``docs/configuration.md`` do. It stands beside the
-configuration and imports nothing of it, so that a section can have its class anywhere. No torch, no Megatron.
+Resumes, studies, reference caches, the gate on step 0 and ``docs/configuration.md`` read it here. This module imports
+nothing of the configuration, so that the class of a section can stand anywhere. It imports no torch and no Megatron.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Affects(Enum):
 
     Attributes:
         NUMBERS: losses and weights.
-        LAST_BITS: their rounding alone: the same numbers are summed in another order.
-        SPEED: memory and time alone.
-        OUTPUT: what is written and said, and when a run is ended; not the numbers.
+        LAST_BITS: only their rounding. The same numbers are summed in another order.
+        SPEED: only memory and time.
+        OUTPUT: what is written and printed, and when a run ends. The numbers stay the same.
     """
 
     NUMBERS = "numbers"
@@ -36,9 +36,9 @@ class OnResume(Enum):
     """What happens to a new value of a key when a run continues.
 
     Attributes:
-        TAKES_EFFECT: it counts from the next step on.
-        SAME_NUMBERS: likewise, and the losses stay what they would have been.
-        REFUSED: the key says which run this is; the run is not continued, and the key is named.
+        TAKES_EFFECT: the new value counts from the next step on.
+        SAME_NUMBERS: the new value counts from the next step on, and the losses stay what they would have been.
+        REFUSED: the run does not continue, since the key identifies the run. The message names the key.
     """
 
     TAKES_EFFECT = "takes effect"
@@ -56,15 +56,15 @@ _USUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What is declared of a key.
+    """The declaration of a key.
 
     Attributes:
-        affects: what changes with its value.
+        affects: what changes with the value of the key.
         resume: what happens to a new value when a run continues.
-        reference: whether the log-probabilities of a frozen reference depend on it. Of ``NUMBERS`` it then belongs to
-            the identity of a reference cache, of ``LAST_BITS`` to the numeric path that the gate on step 0 compares. A
-            text is the name under which the identity holds what the key leads to, in place of its value.
-        study: whether a study takes a run with another value for another run.
+        reference: whether the log-probabilities of a frozen reference depend on the key. A key of ``NUMBERS`` then
+            belongs to the identity of a reference cache. A key of ``LAST_BITS`` then belongs to the numeric path that
+            the gate on step 0 compares. A string names the entry of the identity that replaces the key's value.
+        study: whether a study treats runs with different values as different runs.
     """
 
     affects: Affects
@@ -84,10 +84,10 @@ def key(default: Any, affects: Affects, resume: OnResume | None = None, **more: 
     """Return the dataclass field of a key.
 
     Args:
-        default: its value where nothing is said; every configuration gets its own copy of a list.
-        affects, resume, more: see :class:`Effect`. ``resume`` left out is what is usual for what the key affects: a new
-            value is refused where it affects the numbers, takes effect where it affects the output, and leaves the
-            numbers as they are elsewhere.
+        default: the value of the key if a configuration leaves it out. Each configuration gets its own copy of a list.
+        affects, resume, more: see :class:`Effect`. The default of ``resume`` follows from ``affects``. A new value is
+            refused if it affects the numbers. It takes effect if it affects the output. Otherwise it leaves the
+            numbers as they are.
     """
     metadata = {_EFFECT: _effect(affects, resume, **more)}
     if isinstance(default, list):
@@ -99,9 +99,9 @@ def section(kind: Callable[[], Any], affects: Affects | None = None, **more: Any
     """Return the dataclass field of a section.
 
     Args:
-        kind: makes the section with its defaults.
-        affects, more: of each of its keys that declares nothing itself, as in :func:`key`; without it every key must
-            declare its own.
+        kind: returns the section with its defaults.
+        affects, more: the declaration of each key of the section that has none of its own, as in :func:`key`. Without
+            it every key must declare its own.
     """
     metadata = {} if affects is None else {_EFFECT: _effect(affects, **more)}
     return dataclasses.field(default_factory=kind, metadata=metadata)
@@ -111,10 +111,10 @@ def effects(config: Any) -> dict[str, Effect]:
     """Return what each key of a configuration affects, by ``section.key``.
 
     Args:
-        config: a ``Config``; the classes of its sections are looked at, not its values.
+        config: a ``Config``. Only the classes of its sections count, not its values.
 
     Raises:
-        TypeError: a key that declares nothing, by its name.
+        TypeError: a key declares nothing. The message names it.
     """
     return {
         f"{part.name}.{one.name}": _declared(f"{part.name}.{one.name}", one, part)
@@ -139,12 +139,12 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def values_of_reference(config: Any, affects: Affects, filled: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that a reference's log-probabilities, or their last bits, depend on, by ``section.key``.
+    """Return, by ``section.key``, the values on which a reference's log-probabilities or their last bits depend.
 
     Args:
         config: a ``Config``.
         affects: ``NUMBERS`` or ``LAST_BITS``.
-        filled: values to take in place of the configuration's own, such as what a null stands for.
+        filled: values that replace the configuration's own, such as what a null stands for.
     """
     found = values(config) | filled
     return {

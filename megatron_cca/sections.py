@@ -1,4 +1,4 @@
-"""What the sections of a configuration are made of: strict dataclasses, and the ranges of their numbers."""
+"""The parts of a configuration's sections: strict dataclasses, and types of numbers within a range."""
 
 from __future__ import annotations
 

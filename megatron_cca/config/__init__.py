@@ -1,4 +1,4 @@
-"""A run's configuration: its keys (``schema``), from YAML and command lines (``load``), and texts as typed (``texts``).
+"""The configuration of a run: its keys (``schema``), and how YAML and command lines are read (``load``, ``texts``).
 
 Nothing here imports torch or Megatron, so that a mistyped key is refused in a fraction of a second.
 """
@@ -36,5 +36,5 @@ __all__ = [
     "ValidationConfig",
 ]
 
-# A key that does not say what it affects is found here, before any program does anything.
+# Raise at import if a key does not declare what it affects.
 effects(Config())

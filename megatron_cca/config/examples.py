@@ -9,7 +9,7 @@ from typing import Annotated
 from megatron_cca.io.options import Option
 from megatron_cca.io.typed_paths import path_option
 
-# In a checkout a link to examples/; setup.py installs the files themselves.
+# A link to examples/ in a checkout. setup.py installs the files themselves.
 _FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -24,10 +24,10 @@ def example_names() -> list[str]:
 
 
 def config_option(text: str) -> Path:
-    """Return the file that ``--config`` means: one of that path, else the example of that name.
+    """Return the file that ``--config`` names: the file at this path, else the example of this name.
 
     Raises:
-        argparse.ArgumentTypeError: a name of neither, with the names that there are; a path that can be none.
+        argparse.ArgumentTypeError: there is neither, or the text cannot be a path. The message lists the examples.
     """
     path = path_option(text)
     if path.is_file() or path.name != text or path.suffix:

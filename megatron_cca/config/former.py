@@ -1,7 +1,7 @@
-"""Read what earlier versions wrote down of their configuration, in checkpoints and reference caches, with today's keys.
+"""Translate configurations that earlier versions wrote, in checkpoints and reference caches, to today's keys.
 
-A key that a version did not have gets its default: that is what the version did, unless ``WITHOUT`` says otherwise. A
-key that is no more stands in ``RENAMED`` or ``DROPPED``. No torch, no Megatron.
+A key that a version did not have gets its default. The version did just that, unless ``WITHOUT`` says otherwise. Keys
+that no longer exist stand in ``RENAMED`` or ``DROPPED``. This module imports no torch and no Megatron.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from typing import Any
 from megatron_cca.config.schema import Config
 from megatron_cca.effects import values
 
-# section.key: what versions that do not name it did, where that is not its default today.
+# section.key: what versions without this key did, where that is not its default today.
 WITHOUT = {
-    # Runs that name no data were of the digits.
+    # Runs without this key trained on the digits.
     "data.path": "digits",
     # Training waited for each save.
     "training.async_save": False,
-    # Tiles had one size on all devices.
+    # The size was the same on all devices.
     "training.logps_chunk_size": 1024,
 }
 # Former section.key: today's name.
 RENAMED: dict[str, str] = {}
-# Former section.key that has no successor: what who still types it should do.
+# Former section.key without a successor: what a user who still types it should do.
 DROPPED: dict[str, str] = {}
 
 
 def values_without() -> dict[str, Any]:
-    """Return, by ``section.key``, what versions that do not name the key did."""
+    """Return, by ``section.key``, what versions without the key did."""
     return values(Config()) | WITHOUT
 
 
 def of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration that an earlier version wrote down, in today's keys.
+    """Return the configuration that an earlier version wrote, in today's keys.
 
     Args:
-        saved: section -> key -> value, as it was written. What no version wrote is left as it is, to be refused.
+        saved: section -> key -> value, as written. A key that no version wrote stays, and is refused later.
     """
     found: dict[str, Any] = {}
     for section, keys in saved.items():
@@ -53,7 +53,7 @@ def of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key that the tree does not have yet."""
+    """Set a key, unless the tree has it already."""
     section, _, name = key.partition(".")
     keys = tree.setdefault(section, {})
     if isinstance(keys, dict):

@@ -1,4 +1,4 @@
-"""From strict YAML and command-line overrides to a configuration, and back to plain data.
+"""Read a configuration from strict YAML and command-line overrides, and turn it back into plain data.
 
 Nothing here imports torch or Megatron, so that a mistyped key is refused in a fraction of a second.
 """
@@ -29,12 +29,12 @@ SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Co
 FORMER_OBJECTIVE_KEYS = {"beta": 0.02, "negative_weight": 1.0}
 
 
-# Of a file with all aliases written out; a configuration has a few hundred.
+# The most YAML nodes of a file, with all aliases expanded. A configuration has a few hundred.
 _MAX_NODES = 10_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-5`` as a number (YAML 1.2) and refuses a key given twice, and aliases that swell."""
+    """A safe YAML loader. ``1e-5`` is a number, as in YAML 1.2. Keys given twice and aliases that grow are refused."""
 
     def __init__(self, stream: str, kind: Any) -> None:
         super().__init__(stream)
@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
             children = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
-        # What is not composed to its end has no size yet.
+        # An alias of a node that contains it finds no size yet.
         if self._sizes.get(id(node), _MAX_NODES + 1) > _MAX_NODES:
             raise yaml.composer.ComposerError(None, None, "it holds too much, or an alias of itself", mark)
         return node
@@ -75,13 +75,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file and apply ``section.key=value`` overrides in order.
 
     Args:
-        path: the file; None starts from the defaults.
-        overrides: strings such as ``training.train_iters=10``; the value is YAML, of a key that holds text it is taken
-            as typed. Paths follow the rule of ``typed_paths.py``. Another ``objective.name`` leaves behind the keys of
-            the file that this objective does not have.
+        path: the file. None means the defaults.
+        overrides: strings such as ``training.train_iters=10``. The value is YAML. For a key that holds text, it is
+            taken as typed. Paths follow the rule of ``typed_paths.py``. If ``objective.name`` is overridden, keys of
+            the file that the new objective does not have are dropped.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a wrong type or a value out of range, in one line.
+        UserError: an unreadable file, an unknown key, a wrong type or a value out of range. The message is one line.
     """
     tree = {}
     if path is not None:
@@ -102,17 +102,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def config_from_dict(tree: Mapping[str, Any], *, typed: bool = False) -> Config:
-    """Validate nested plain data into a :class:`Config`; raises :class:`UserError` naming the first bad key.
+    """Return the :class:`Config` of nested plain data. A :class:`UserError` names the first bad key.
 
     Args:
         tree: section -> key -> value.
-        typed: whether a person typed it. Paths then follow the rule of ``typed_paths.py``; what a run wrote down is
-            left as it is, but for keys that former versions wrote and that its objective does not have.
+        typed: whether a person typed it. Paths then follow the rule of ``typed_paths.py``. Otherwise a run wrote it,
+            and only keys that former versions wrote and that its objective does not have are dropped.
     """
     if not typed:
         tree = _of_today(tree)
     try:
-        # Strict mode takes only instances for nested dataclasses; its JSON form takes plain objects, as YAML gives.
+        # Strict mode accepts plain data for a nested dataclass only as JSON.
         return TypeAdapter(Config).validate_json(as_json(tree), context=TYPED if typed else None)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
@@ -128,22 +128,22 @@ def _of_today(tree: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain data, the inverse of :func:`config_from_dict`."""
+    """Return the configuration as nested plain data, the inverse of :func:`config_from_dict`."""
     return dataclasses.asdict(config)
 
 
 def read_yaml(path: Path, option: str, expected: str, kind: type) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; an empty file's is empty.
+    """Return the mapping that a YAML file holds. An empty file gives an empty mapping.
 
     Args:
         path: the file.
-        option: where the user named it, for messages.
+        option: the option that names the file, for messages.
         expected: what the file should hold, for messages.
-        kind: the dataclass that it is meant for. What stands unquoted at a key that holds text is text: ``007`` and
-            ``1e5`` are no numbers there, ``yes`` is no truth value; null stays null.
+        kind: the dataclass that the file is for. If a key holds text, its unquoted value is text: ``007`` and ``1e5``
+            are not numbers there, and ``yes`` is not a boolean. null stays null.
 
     Raises:
-        UserError: unreadable, not YAML, a key given twice, or no mapping; in one line.
+        UserError: the file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -162,16 +162,16 @@ def _parsed(text: str, problem: str, kind: Any) -> Any:
         return yaml.load(text, Loader=functools.partial(_Loader, kind=kind))  # noqa: S506 - _Loader is a SafeLoader
     except RecursionError:
         raise UserError(f"{problem}: nested too deeply") from None
-    # PyYAML turns tagged text into numbers and dates by whatever raises what it likes.
+    # PyYAML's conversions of tagged text, such as dates, may raise any exception.
     except Exception as error:
         raise UserError(f"{problem}: {' '.join(str(error).split())}") from None
 
 
 def as_json(tree: Any) -> str:
-    """Plain data as JSON; what YAML reads as a date becomes a string again.
+    """Return plain data as JSON. A date that YAML has read becomes a string again.
 
     Raises:
-        UserError: a key that is no text, a number of thousands of digits, too deep a nesting.
+        UserError: a key is not text, a number has thousands of digits, or the nesting is too deep.
     """
     try:
         return json.dumps(tree, default=str)
@@ -182,7 +182,7 @@ def as_json(tree: Any) -> str:
 
 
 def _parsed_override(override: str) -> tuple[str, str, Any]:
-    """Split ``section.key=value``; the value is parsed."""
+    """Split ``section.key=value`` and parse the value."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
@@ -194,7 +194,7 @@ def _parsed_override(override: str) -> tuple[str, str, Any]:
 
 def _one_line(error: ValidationError) -> str:
     errors = error.errors()
-    # Of a union such as `str | Blend` each branch that was tried has its say; the one that got farthest was meant.
+    # A union such as `str | Blend` reports one error for each branch. The user meant the branch that got farthest.
     of_first_key = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
     first = max(of_first_key, key=lambda one: (one["type"] == "value_error", len(one["loc"])))
     location = [str(part) for part in first["loc"]]
@@ -211,7 +211,7 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: {first['msg']}; {known}"
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: expected keys below this section, found {first['input']!r}"
-    # A union also adds the branch it tried to the location; the user knows only section, key, and what stands below.
+    # A union adds the branch that it tried to the location. The user knows only section, key, and what is below.
     return f"{'.'.join(location[:2] + location[3:])}: {_lower_first(first['msg'])}, found {first['input']!r}"
 
 

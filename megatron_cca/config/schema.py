@@ -1,6 +1,6 @@
-"""The run's configuration, as dataclasses; ``load.py`` reads them.
+"""The configuration of a run, as dataclasses. ``load.py`` reads it.
 
-Every key is Megatron-Core's own name where Megatron has one, and says what it affects. Nothing here imports torch or
+Every key has Megatron-Core's name where Megatron has one, and declares what it affects. Nothing here imports torch or
 Megatron, so that a mistyped key is refused in a fraction of a second.
 """
 
@@ -35,7 +35,7 @@ from megatron_cca.sections import (
 NUMBERS, LAST_BITS, SPEED, OUTPUT = Affects
 TAKES_EFFECT, SAME_NUMBERS, REFUSED = OnResume
 
-# The context of a validation whose input a person typed, not a program.
+# The pydantic context of a validation whose input a person typed.
 TYPED = "typed"
 
 
@@ -60,10 +60,10 @@ LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 @strict
 class ModelConfig:
-    """Section ``model``: a named preset of a family; any size left at null is the preset's."""
+    """Section ``model``: a named preset of a family. Sizes that are null are the preset's."""
 
     name: str = key("emu3-tiny", NUMBERS, reference="model.position_embedding")
-    """The preset, which says the family, too: ``emu3-8b``, ``llamagen-l``, or one of the others listed at the end."""
+    """The preset, which also sets the family: ``emu3-8b``, ``llamagen-l``, or one of the others listed at the end."""
     num_layers: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Layers of the whole model."""
     hidden_size: PositiveInt | None = key(None, NUMBERS, reference=True)
@@ -81,53 +81,53 @@ class ModelConfig:
     rotary_base: PositiveFloat | None = key(None, NUMBERS, reference=True)
     """Base of the rotary frequencies."""
     vocab_size: PositiveInt | None = key(None, NUMBERS, reference=True)
-    """Not the preset's: the token ids then have no known meaning, and the model can only be converted."""
+    """A size other than the preset's gives the token ids no known meaning: the model can only be converted."""
     codebook_size: PositiveInt | None = key(None, NUMBERS, reference="model.vocab_size")
-    """Codes of the image tokenizer, for a model of classes; ``vocab_size`` follows from it."""
+    """Codes of the image tokenizer, for a model with classes as conditions; ``vocab_size`` follows from it."""
     num_classes: PositiveInt | None = key(None, NUMBERS, reference="model.vocab_size")
-    """Classes, for a model that takes those; the null class is not counted. ``vocab_size`` follows from it."""
+    """Classes, for a model with classes as conditions, without the null class; ``vocab_size`` follows from it."""
     make_vocab_size_divisible_by: PositiveInt = key(128, NUMBERS)
     """The vocabulary is padded to a multiple of this times ``tensor_model_parallel_size``."""
     padded_vocab_size: PositiveInt | None = key(None, NUMBERS)
-    """The padded vocabulary, if it is to be the same for every layout."""
+    """Size of the padded vocabulary, if it must be the same for every layout."""
     hidden_dropout: Probability = key(0.0, NUMBERS)
-    """Of the embeddings and of what each half of a layer adds. Where policy and reference are compared it makes the
-    log-ratio noisy and needs ``reference.allow_bias`` and a reference that is ``resident`` or ``offload``."""
+    """Dropout of the embeddings and of what each half of a layer adds. If policy and reference are compared, it makes
+    the log-ratio noisy. It then needs ``reference.allow_bias`` and a ``resident`` or ``offload`` reference."""
     attention_dropout: Probability = key(0.0, NUMBERS)
-    """Of attention's weights; likewise."""
+    """Dropout of the attention weights, with the same effect and needs as ``hidden_dropout``."""
     init_method_std: PositiveFloat = key(0.02, NUMBERS, reference="weights")
     """Standard deviation of weights that come from no checkpoint."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = key("auto", LAST_BITS, REFUSED, reference=True)
     """``auto`` takes Transformer Engine on a GPU where it is installed, Megatron's local layers elsewhere. Transformer
-    Engine has no fused attention for fp32, nor for heads whose channels are no multiple of 8 or more than 128: there
+    Engine has no fused attention for fp32, nor for heads whose channels are no multiple of 8 or more than 128. There
     ``auto`` takes torch's attention between Transformer Engine's layers, ``transformer_engine`` its unfused one."""
 
 
 @strict
 class ParallelConfig:
-    """Section ``parallel``: the data-parallel size is what the world size leaves."""
+    """Section ``parallel``. The data-parallel size is the world size divided by the other parallel sizes."""
 
     tensor_model_parallel_size: PositiveInt = key(1, LAST_BITS, reference=True, study=False)
     """Ranks that share every matrix."""
     pipeline_model_parallel_size: PositiveInt = key(1, LAST_BITS, study=False)
-    """Stages that the layers are dealt out to."""
+    """Stages that the layers are divided into."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = key(None, LAST_BITS, study=False)
     """Model chunks on each pipeline rank (the interleaved schedule); null or 1 means one."""
     context_parallel_size: PositiveInt = key(1, LAST_BITS, reference=True, study=False)
     """Ranks that share each sequence, in Megatron's zigzag order."""
     sequence_parallel: bool = key(False, LAST_BITS, reference=True, study=False)
-    """Share norms and residuals over the tensor-parallel ranks, too."""
+    """Divide norms and residuals among the tensor-parallel ranks, too."""
     tp_comm_overlap: bool = key(False, LAST_BITS, reference=True, study=False)
-    """Overlap the layers' products with tensor-parallel communication, through Transformer Engine's user buffers. Those
-    have one size, so that all rows must have one length: a ``data.pad_to_multiple_of`` of which only one multiple fits
-    into ``model.max_position_embeddings``."""
+    """Overlap the layers' products with tensor-parallel communication, through Transformer Engine's user buffers. The
+    buffers have one size, so that all rows must have one length: only one multiple of ``data.pad_to_multiple_of`` may
+    fit into ``model.max_position_embeddings``."""
     overlap_p2p_comm: bool | None = key(None, SPEED, study=False)
-    """Overlap the sends and receives between pipeline stages with computing; null is on under interleaving, the only
-    schedule that has it."""
+    """Overlap the sends and receives between pipeline stages with computing. Only the interleaved schedule has this
+    overlap; null turns it on there."""
     microbatch_group_size_per_vp_stage: PositiveInt | None = key(None, SPEED, study=False)
-    """Microbatches that a model chunk takes in a row under interleaving; null is ``pipeline_model_parallel_size``."""
+    """Consecutive microbatches of a model chunk when interleaved; null is ``pipeline_model_parallel_size``."""
     deallocate_pipeline_outputs: bool = key(False, SPEED, study=False)
-    """Free what a pipeline stage has sent on: backward needs its graph, not its numbers."""
+    """Free the output of a pipeline stage once it is sent: backward needs its graph, not its numbers."""
 
 
 @strict
@@ -141,7 +141,7 @@ class LoraConfig:
     target_modules: list[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]] = dataclasses.field(
         default_factory=lambda: list(LORA_TARGETS)
     )
-    """Megatron's names of the projections that get one, in every layer."""
+    """Megatron's names of the projections that get an adapter, in every layer."""
 
 
 @strict
@@ -149,24 +149,24 @@ class ReferenceConfig:
     """Section ``reference``: the frozen copy that the objective compares with."""
 
     strategy: Literal["resident", "offload", "cached", "shared"] = key("resident", LAST_BITS)
-    """``resident`` keeps it beside the policy. ``offload`` keeps it in host memory and streams a layer at a time
-    through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py`` computed. ``shared`` takes
-    the policy with its LoRA adapters off."""
+    """``resident`` keeps the reference on the device beside the policy. ``offload`` keeps it in host memory and streams
+    one layer at a time through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py``
+    computed. ``shared`` takes the policy with its LoRA adapters off."""
     checkpoint: PathText | None = key(None, NUMBERS, reference="weights")
-    """Its weights; null means ``training.pretrained_checkpoint``."""
+    """The weights of the reference; null means ``training.pretrained_checkpoint``."""
     cache: PathText | None = key(None, LAST_BITS)
     """For ``cached``: the folder that ``tools/cache_reference.py`` wrote."""
     precision: Precision | None = key(None, NUMBERS, reference=True)
-    """Null means the policy's, ``training.precision``."""
+    """Precision of the reference; null means the policy's, ``training.precision``."""
     fp8_recipe: Literal["tensorwise", "blockwise"] | None = key(None, NUMBERS, reference=True)
-    """Null means the policy's; ``tensorwise`` where that is ``delayed``, which a frozen model cannot learn."""
+    """Null means the policy's, or ``tensorwise`` if that is ``delayed``: a frozen model cannot learn scales."""
     fp8_param: bool = key(False, NUMBERS, reference=True)
-    """Keep its weights in FP8, one scale a row, and compute in ``precision`` with what they round to: half the memory
-    of bf16. The LM head and the norms stay as they are."""
+    """Keep the weights of the reference in FP8, with one scale per row, and compute in ``precision`` with the rounded
+    weights. They take half the memory of bf16. The LM head and the norms stay as they are."""
     allow_bias: NonNegativeFloat | None = key(None, OUTPUT, SAME_NUMBERS)
-    """Largest root mean square of beta x log-ratio (or of what else scales the objective's reward) while policy and
-    reference have the same weights. Null means exactly 0 where both take the same path and 0.05 where their precisions
-    differ; with dropout it must be given."""
+    """Largest root mean square of beta x log-ratio while policy and reference have the same weights (or of another
+    reward scale x log-ratio, if the objective has another scale). Null means exactly 0 if both take the same numeric
+    path, and 0.05 if their precisions differ. With dropout it must be given."""
 
 
 @strict
@@ -174,20 +174,20 @@ class DataConfig:
     """Section ``data``."""
 
     path: PathText | Blend | None = key(None, NUMBERS, reference="data")
-    """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: shares of what a run
-    sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use. Every run must say it; null means
-    unknown, as in a checkpoint that was imported."""
+    """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: their shares of the
+    samples that a run sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use. Every run must
+    set this key; null means unknown, as in an imported checkpoint."""
     condition_dropout: Probability = key(0.1, NUMBERS, reference=True)
     """Share of rows whose caption is emptied (the authors' ``uncond_ratio``)."""
     length_bucketing: PositiveInt = key(1, NUMBERS, reference=True)
-    """Of so many steps the samples are sorted by length together, so that less is padded; 1 leaves them as drawn."""
+    """Number of steps whose samples are sorted by length together, to reduce padding; 1 leaves them as drawn."""
     pad_to_multiple_of: PositiveInt = key(1, LAST_BITS, reference=True)
     """Rows are padded to a multiple of this, so that few lengths occur."""
     prefetch: PositiveInt = key(2, SPEED, study=False)
     """Steps that are read ahead."""
     loader: Literal["dali", "torch"] | None = key(None, SPEED, study=False)
-    """Who takes batches to the device: NVIDIA DALI, or torch alone through page-locked memory; the same bytes. Null is
-    DALI where it is installed, torch elsewhere; a run says which on its first line."""
+    """What copies batches to the device: NVIDIA DALI, or torch alone through page-locked memory. Both give the same
+    bytes. Null is DALI where it is installed, torch elsewhere; a run names its loader on its first line."""
 
 
 @strict
@@ -199,11 +199,11 @@ class ValidationConfig:
     fraction: Probability = key(0.0, NUMBERS, reference=True)
     """Share of every folder in ``data.path`` that is held out."""
     path: PathText | Blend | None = key(None, NUMBERS, TAKES_EFFECT, reference="validation data")
-    """Shards of their own to validate on instead, spelled as ``data.path``."""
+    """Separate shards to validate on instead, given as in ``data.path``."""
     iters: PositiveInt | None = key(None, NUMBERS, TAKES_EFFECT)
-    """Global batches of a validation; null is as many as one pass over the samples fills, at least one."""
+    """Global batches of a validation; null is as many as one pass over the samples fills, but at least one."""
     seed: NonNegativeInt = key(0, NUMBERS, reference=True)
-    """Draws what is held out; the same samples for every run that has the same."""
+    """Seed that draws the held-out samples. Runs with the same seed hold out the same samples."""
 
 
 @strict
@@ -213,26 +213,26 @@ class OptimizerConfig:
     lr: PositiveFloat = key(1e-5, NUMBERS, TAKES_EFFECT)
     """Largest learning rate."""
     min_lr: NonNegativeFloat = key(0.0, NUMBERS, TAKES_EFFECT)
-    """Smallest, where the decay ends."""
+    """Smallest learning rate, where the decay ends."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = key("constant", NUMBERS, TAKES_EFFECT)
-    """From ``lr`` to ``min_lr``, over all steps."""
+    """Decay from ``lr`` to ``min_lr``, over all steps."""
     lr_warmup_iters: NonNegativeInt = key(0, NUMBERS, TAKES_EFFECT)
     """Steps in which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = key(0.0, NUMBERS, TAKES_EFFECT)
-    """Decoupled; not of norms."""
+    """Decoupled weight decay. Norms have none."""
     adam_beta1: Probability = key(0.9, NUMBERS, TAKES_EFFECT)
     """Decay of the first moment."""
     adam_beta2: Probability = key(0.95, NUMBERS, TAKES_EFFECT)
-    """Decay of the second."""
+    """Decay of the second moment."""
     adam_eps: PositiveFloat = key(1e-8, NUMBERS, TAKES_EFFECT)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip_grad: NonNegativeFloat = key(1.0, NUMBERS, TAKES_EFFECT)
     """Largest global gradient norm; 0 switches clipping off."""
     use_distributed_optimizer: bool = key(True, LAST_BITS, REFUSED)
-    """Share master weights and moments over the data-parallel ranks. With and without it the state has other names."""
+    """Shard master weights and moments over the data-parallel ranks. The state has other names with it than without."""
     num_distributed_optimizer_instances: PositiveInt = key(1, LAST_BITS)
-    """Replicas of the sharded state: it is split over the data-parallel size divided by this, and its communication
-    stays within that many ranks."""
+    """Replicas of the sharded state. Each is split over the data-parallel size divided by this number, and its
+    communication stays within these ranks."""
     overlap_grad_reduce: bool = key(False, SPEED)
     """Reduce gradients, bucket by bucket, while backward still computes."""
     overlap_param_gather: bool = key(False, SPEED)
@@ -240,9 +240,9 @@ class OptimizerConfig:
     ddp_bucket_size: PositiveInt | None = key(None, LAST_BITS)
     """Parameters in a bucket; null is Megatron's max(40,000,000, 1,000,000 x data-parallel size)."""
     average_in_collective: bool = key(False, LAST_BITS)
-    """Let the collective average gradients, instead of dividing them before it sums."""
+    """Let the collective average gradients, instead of dividing them before a sum."""
     pad_buckets_for_high_nccl_busbw: bool = key(False, LAST_BITS)
-    """Pad buckets to a multiple of 2^16 parameters a rank, the sizes that NCCL is fast with on many ranks."""
+    """Pad buckets to a multiple of 2^16 parameters per rank. NCCL is fast with these sizes on many ranks."""
     grad_reduce_in_fp32: bool = key(True, NUMBERS, TAKES_EFFECT)
     """Keep and reduce gradients in fp32; false does both in the precision of the weights."""
     optimizer_cpu_offload: bool = key(False, LAST_BITS)
@@ -250,17 +250,17 @@ class OptimizerConfig:
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = key(1.0, LAST_BITS)
     """Share of the state that ``optimizer_cpu_offload`` moves."""
     overlap_cpu_optimizer_d2h_h2d: bool = key(False, SPEED)
-    """Overlap that update with the copies to and from the host."""
+    """Overlap the update of ``optimizer_cpu_offload`` with the copies to and from the host."""
     use_precision_aware_optimizer: bool = key(False, NUMBERS, TAKES_EFFECT)
     """Let Transformer Engine's FusedAdam keep its state in the types below; they must be fp32 otherwise."""
     main_grads_dtype: Literal["fp32", "bf16"] = key("fp32", NUMBERS, TAKES_EFFECT)
-    """Of the gradients as the optimizer takes them; bf16 needs ``grad_reduce_in_fp32`` false."""
+    """Type of the gradients that the optimizer takes; bf16 needs ``grad_reduce_in_fp32`` false."""
     main_params_dtype: Literal["fp32", "fp16"] = key("fp32", NUMBERS, TAKES_EFFECT)
-    """Of the master weights."""
+    """Type of the master weights."""
     exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = key("fp32", NUMBERS, TAKES_EFFECT)
-    """Of Adam's first moment."""
+    """Type of Adam's first moment."""
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = key("fp32", NUMBERS, TAKES_EFFECT)
-    """Of the second."""
+    """Type of Adam's second moment."""
 
 
 @strict
@@ -268,18 +268,18 @@ class KernelsConfig:
     """Section ``kernels``: fused kernels and CUDA graphs."""
 
     gradient_accumulation_fusion: bool | None = key(None, LAST_BITS)
-    """Add weight gradients to Megatron's buffer within the product that makes them; null is off."""
+    """Add weight gradients to Megatron's gradient buffer within the product that computes them; null is off."""
     bias_activation_fusion: bool | None = key(None, LAST_BITS, reference=True)
-    """Compile SwiGLU into one kernel (``torch.compile``); null is on on a GPU."""
+    """Compile SwiGLU into one kernel (``torch.compile``); null turns it on on a GPU."""
     bias_dropout_fusion: bool | None = key(None, LAST_BITS, reference=True)
-    """Compile dropout and the residual sum into one kernel; null is on on a GPU."""
+    """Compile dropout and the residual sum into one kernel; null turns it on on a GPU."""
     apply_rope_fusion: bool | None = key(None, LAST_BITS, reference=True)
     """Transformer Engine's kernel for rotary positions; null is off."""
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = key("none", SPEED)
-    """Who captures the policy's layers in CUDA graphs: Megatron (``local``) or Transformer Engine. All rows must have
+    """What captures the policy's layers in CUDA graphs: Megatron (``local``) or Transformer Engine. All rows must have
     one length; see ``parallel.tp_comm_overlap``. The reference is not captured."""
     cuda_graph_modules: list[Literal["attn", "mlp"]] = key([], SPEED)
-    """For ``transformer_engine``: parts of a layer to capture; none named means whole layers."""
+    """For ``transformer_engine``: the parts of a layer to capture; an empty list means whole layers."""
     cuda_graph_warmup_steps: NonNegativeInt = key(3, SPEED)
     """Before a capture: training steps with ``transformer_engine``, passes through each layer with ``local``."""
 
@@ -295,23 +295,23 @@ class TrainingConfig:
     global_batch_size: PositiveInt = key(256, NUMBERS, reference=True)
     """Image-condition samples of a step, over all ranks."""
     seed: NonNegativeInt = key(1234, NUMBERS, reference=True)
-    """Of the order of samples, negatives, dropped captions and random weights."""
+    """Seed of the order of samples, of negatives, of dropped captions and of random weights."""
     precision: Precision = key("fp32", NUMBERS, reference="reference.precision")
-    """``fp8`` is bf16 with the layers' products in FP8, by Transformer Engine."""
+    """``fp8`` is bf16 with the layers' matrix products in FP8, by Transformer Engine."""
     fp8_format: Literal["hybrid", "e4m3"] = key("hybrid", NUMBERS)
     """``hybrid`` is E4M3 forward and E5M2 backward."""
     fp8_recipe: Fp8Recipe = key("tensorwise", NUMBERS, reference="reference.fp8_recipe")
-    """Where scales come from: the tensor at hand (``tensorwise``, ``blockwise``) or those before it (``delayed``)."""
+    """Where scales come from: the current tensor (``tensorwise``, ``blockwise``) or earlier ones (``delayed``)."""
     fp8_amax_history_len: PositiveInt = key(16, NUMBERS)
-    """Steps that ``delayed`` looks back on."""
+    """Length of the amax history of ``delayed``, in steps."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = key("max", NUMBERS)
-    """Which of those steps' largest numbers ``delayed`` takes."""
+    """Which value of the amax history ``delayed`` takes."""
     logps_chunk_size: PositiveInt | None = key(None, LAST_BITS, reference=True)
     """Tokens that pass through the LM head at a time, in policy and reference; null is 4096 on a GPU, 1024 on a CPU."""
     recompute_granularity: Literal["full", "selective"] | None = key(None, SPEED)
     """``full`` recomputes whole layers in backward, ``selective`` ``recompute_modules``; null keeps all activations."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = key(["core_attn"], SPEED)
-    """For ``selective``; Megatron's others are for kinds of layers that no family here has."""
+    """What ``selective`` recomputes. Megatron's other modules are for layers that no family here has."""
     recompute_method: Literal["uniform", "block"] = key("uniform", SPEED)
     """For ``full``: groups of ``recompute_num_layers`` layers, or that many single layers on each model chunk."""
     recompute_num_layers: PositiveInt = key(1, SPEED)
@@ -324,14 +324,14 @@ class TrainingConfig:
     save_interval: NonNegativeInt = key(0, OUTPUT, study=False)
     """Steps between checkpoints; 0 saves at the end only."""
     async_save: bool | None = key(None, OUTPUT)
-    """Let a forked process write a checkpoint while training goes on; costs its size in host memory meanwhile. null is
-    true on a CPU and false on a GPU, since CUDA does not support a fork after its start."""
+    """Let a forked process write a checkpoint while training goes on. This takes the checkpoint's size in host memory
+    until the write ends. null is true on a CPU and false on a GPU: CUDA does not support a fork after its start."""
     keep_last: PositiveInt | None = key(None, OUTPUT)
-    """So many of the newest checkpoints are kept; null keeps all."""
+    """Number of the newest checkpoints to keep; null keeps all."""
     keep_every: PositiveInt | None = key(None, OUTPUT)
-    """Steps whose multiples are kept besides, for ``keep_last``."""
+    """With ``keep_last``: also keep the checkpoints of steps that are multiples of this."""
     distributed_timeout_minutes: PositiveInt = key(10, OUTPUT, study=False)
-    """After so long a communication that does not end is an error."""
+    """A communication that takes longer than this is an error."""
 
 
 @strict
@@ -339,19 +339,19 @@ class FaultsConfig:
     """Section ``faults``: what a run does when something goes wrong; see docs/reliability.md."""
 
     hang_timeout_seconds: NonNegativeFloat = 300.0
-    """A rank that makes no progress for so long is named, its stack printed, and the job ended. Each microbatch is
-    progress; saving may take six times as long. 0 is never."""
+    """If a rank makes no progress for this long, the job names it, prints its stack and ends. Each microbatch is
+    progress. Saving may take six times as long. 0 switches this off."""
     non_finite: Literal["stop", "skip"] = key("stop", NUMBERS, TAKES_EFFECT)
     """On NaN or infinity in loss or gradients: end the run before the update, or leave this update out."""
     max_skipped_steps: PositiveInt = 3
-    """With ``skip``: more than so many in a row end the run."""
+    """With ``skip``: more skipped steps in a row than this end the run."""
     loss_spike: PositiveFloat | None = 10.0
-    """Alarm where the loss is so many times its usual spread above the median of the last 50 steps; null is never."""
+    """Alarm if the loss is above the median of the last 50 steps by this many times its usual spread; null is never."""
     positive_log_ratio_floor: FiniteFloat | None = -1.0
-    """Alarm where the mean positive log-ratio of ten steps is below this, in nats an image token; null is never. On the
-    digits, healthy runs stay above -0.85, runs that lose the images fall below -1.4."""
+    """Alarm if the mean positive log-ratio of ten steps is below this, in nats per image token; null is never. On the
+    digits, healthy runs stay above -0.85. Runs that lose the images fall below -1.4."""
     on_alarm: Literal["warn", "stop"] = "warn"
-    """Whether an alarm also ends the run, saved."""
+    """``stop``: an alarm also saves and ends the run."""
 
 
 @strict
@@ -363,16 +363,16 @@ class LoggingConfig:
     progress_bar: bool = True
     """Show a bar, where standard error is a terminal."""
     sample_interval: NonNegativeInt = 0
-    """Steps between pictures that the policy draws, guidance-free, of the same prompts and random numbers; they go to
-    TensorBoard and to ``samples/`` in the run's folder. 0 is never."""
+    """Steps between pictures that the policy draws, guidance-free, from the same prompts and random numbers each time.
+    They go to TensorBoard and to ``samples/`` in the run's folder. 0 is never."""
     sample_prompts: PathText | None = None
-    """A caption a line, or .jsonl; null means the ten digits, where they are the data."""
+    """A file with one caption a line, or .jsonl; null means the ten digits, where they are the data."""
     sample_grid: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     """Height and width in visual tokens; null means those of the training data, if all are of one size."""
     text_tokenizer: PathText | None = None
-    """Its folder; null means the one that came with ``training.pretrained_checkpoint`` or the data."""
+    """Folder of the text tokenizer; null means that of ``training.pretrained_checkpoint`` or of the data."""
     image_tokenizer: PathText | None = None
-    """Likewise, to turn codes into pictures."""
+    """Folder of the image tokenizer, which turns codes into pictures; null as for ``text_tokenizer``."""
 
 
 @strict

@@ -1,6 +1,6 @@
-"""Which keys hold text; what is typed there stays what was typed, and is no number, date or truth value.
+"""Keep the value of a key that holds text as typed, so that it becomes no number, date or boolean.
 
-The types of the dataclasses say it. Nothing here imports torch or Megatron.
+The types of the dataclasses say which keys hold text. Nothing here imports torch or Megatron.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ import yaml
 from megatron_cca.errors import UserError
 
 _TEXT = "tag:yaml.org,2002:str"
-# What YAML takes unquoted text for, null excepted.
+# The types that YAML may give to unquoted text, except null.
 _TAKEN_FOR = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "merge", "timestamp", "value")}
 _NONE = ("", "null")
 
 
 @dataclasses.dataclass(frozen=True)
 class KeysOf:
-    """Marks a dict whose keys are ``section.key`` of a configuration, and whose values are one or a list of such."""
+    """The mark of a dict from ``section.key`` of a configuration to a value of that key, or to a list of values."""
 
     kind: type
 
 
 def key_kind(kind: type, dotted: str) -> Any:
-    """The type of ``section.key`` in a dataclass of dataclasses; None where there is no such key."""
+    """Return the type of ``section.key`` in a dataclass of dataclasses. Return None if there is no such key."""
     section, _, name = dotted.partition(".")
     section_kind = next(_members(_hints(kind).get(section)), None)
     return _hints(section_kind).get(name) if dataclasses.is_dataclass(section_kind) else None
 
 
 def override_value(text: str, kind: Any, parse: Callable[[], Any]) -> Any:
-    """The value that the text behind ``section.key=`` stands for.
+    """Return the value that the text after ``section.key=`` stands for.
 
     Args:
-        text: of a key that holds text it is the value as it stands, whatever characters are in it. "null" and nothing
-            at all are none where the key may be none; ``{...}`` is YAML where the key may be a mapping.
+        text: for a key that holds text, the value with all its characters. But "null" and the empty text are None if
+            the key may be None, and ``{...}`` is YAML if the key may be a mapping.
         kind: the key's type.
         parse: reads the text as YAML, for all other keys.
 
     Raises:
-        UserError: text that is no UTF-8, which no YAML file can hold; what ``parse`` raises.
+        UserError: the text is not UTF-8, as a YAML file must be, or ``parse`` refuses it.
     """
     members = list(_members(kind))
     is_mapping = text.strip().startswith("{") and text.strip().endswith("}")
@@ -61,15 +61,15 @@ def override_value(text: str, kind: Any, parse: Callable[[], Any]) -> Any:
 
 
 def texts_as_typed(node: yaml.Node | None, kind: Any) -> yaml.Node | None:
-    """A YAML tree in which unquoted scalars are text wherever a type wants text; null stays null.
+    """Return a YAML tree in which unquoted scalars are text wherever a type wants text. null stays null.
 
     Args:
-        node: what the file holds; it is changed.
-        kind: a dataclass or a type of one of its fields; None where nothing is known.
+        node: the tree of the file. It is changed in place.
+        kind: a dataclass, or the type of one of its fields. None means that the type is unknown.
     """
     members = list(_members(kind))
     if isinstance(node, yaml.ScalarNode) and str in members and node.style is None and node.tag in _TAKEN_FOR:
-        # Another one, since an alias may stand at a key that holds a number.
+        # A new node, since an alias of the old one may be the value of a key that holds a number.
         return yaml.ScalarNode(_TEXT, node.value, node.start_mark, node.end_mark)
     for member in members:
         if isinstance(node, yaml.MappingNode):
@@ -91,7 +91,7 @@ def _pair_as_typed(key: yaml.Node, value: yaml.Node, kind: Any) -> tuple[yaml.No
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields; of a section whose class one of its keys chooses, those of all classes."""
+    """Return the types of a dataclass's fields. If a key chooses the class of a section, include all its classes."""
     found: dict[str, Any] = {}
     for one in (*kind.__subclasses__(), kind):
         found |= _own_hints(one)
@@ -104,7 +104,7 @@ def _own_hints(kind: type) -> dict[str, Any]:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """The types that a union is of, one for any other; without what is annotated, but for :class:`KeysOf`."""
+    """Yield the members of a union, or the type itself. Annotations are dropped, except for :class:`KeysOf`."""
     if get_origin(kind) is Annotated:
         marks = [mark for mark in kind.__metadata__ if isinstance(mark, KeysOf)]
         yield from marks or _members(kind.__origin__)

@@ -1,11 +1,11 @@
 """Training objectives: log-probabilities in, a scalar loss and scalar metrics out. No Megatron here.
 
 ``OBJECTIVES[name](**keys)`` is callable on :class:`PairLogps` (objectives that contrast matched with mismatched pairs)
-or on :class:`SequenceLogps` (plain likelihood), as its ``contrasts`` says. A new objective is one file in this folder:
-all that stand here are found.
+or on :class:`SequenceLogps` (plain likelihood), as its ``contrasts`` says. A new objective is one file in this folder.
+The loop below finds all files.
 
-Objectives are sections of a configuration: torch is imported when a loss is computed and not before, so that a mistyped
-key is refused in a fraction of a second.
+Objectives are sections of a configuration. They import torch only when they compute a loss, so that a mistyped key is
+refused in a fraction of a second.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""What every objective is: a section of keys, a loss on log-probabilities, and what the rest of a run must know of it.
+"""The base of all objectives: a section of keys, a loss on log-probabilities, and facts that the rest of a run needs.
 
 A new objective is a subclass of :class:`Objective` under the decorator :func:`objective`, which names it. It adds its
-keys, each with a default and a docstring, sets what it declares, and has a :meth:`Objective.loss`.
+keys, each with a default and a docstring. It sets its declarations, and it has a :meth:`Objective.loss`.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ if TYPE_CHECKING:
 
 @strict
 class Objective:
-    """Section ``objective``: what is trained for. Each objective has keys of its own beside these two, and a key of
-    another one is refused. Where ``--set objective.name`` chooses another one than the file does, the keys of the file
-    that it does not have are left behind.
+    """Section ``objective``: the training objective. Each objective has its own keys beside these two. A key of another
+    objective is refused. If ``--set objective.name`` replaces the objective of the file, the keys of the file that the
+    new one does not have are dropped.
     """
 
     _: KW_ONLY
     name: str
-    """Which one."""
+    """Name of the objective."""
     normalization: Literal["vocabulary", "image"] = key("vocabulary", Affects.NUMBERS, reference=True)
-    """What log p(x | c) is normalised over at each visual token: all words that the head predicts, as the authors do,
-    or the visual words alone, as drawing does. The latter computes less of the head."""
+    """The ids that log p(x | c) is normalised over at each visual token: all that the head predicts, as in the authors'
+    code, or only those of visual tokens, as in sampling. The latter computes less of the head."""
 
     contrasts: ClassVar[Literal["conditions"] | None] = None
-    """What the two rows of a sample differ in; policy and reference pass over both, and :meth:`loss` takes
-    :class:`PairLogps`. None is one row a sample and no reference; it takes :class:`SequenceLogps`."""
+    """What the two rows of a sample differ in. Policy and reference compute both rows, and :meth:`loss` takes
+    :class:`PairLogps`. None means one row per sample and no reference: :meth:`loss` takes :class:`SequenceLogps`."""
     is_plain_likelihood: ClassVar[bool] = False
-    """Whether it only raises the likelihood of the data, so that a study can have it for its control."""
+    """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None
-    """The key that log-ratios are multiplied with before they enter the loss, such as ``beta``: the gate of step 0
-    judges their product. None where the gradient does not depend on the reference."""
+    """The key that multiplies log-ratios in the loss, such as ``beta``. The gate on step 0 checks the product. None if
+    the gradient does not depend on the reference."""
     against_collapse: ClassVar[str] = ""
-    """What to do, beside a lower learning rate, where the policy forgets the images: ``raise objective.beta
-    ({beta:g})``, keys in braces. It ends where "or lower optimizer.lr" can follow."""
+    """Advice if the policy forgets the images, such as ``raise objective.beta ({beta:g})``, with keys in braces. The
+    message goes on with "or lower optimizer.lr"."""
     without_contrast: ClassVar[str] = "only raises the likelihood of the images"
-    """What it does, in words that follow its name, in rows whose two conditions are one."""
+    """What the objective does in rows whose two conditions are the same. In messages it follows the name."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares the policy with a frozen model."""
+        """Whether the objective compares the policy with a frozen model."""
         return self.contrasts is not None
 
     @property
     def rows_per_sample(self) -> int:
-        """Two for a sample that is contrasted with itself, one otherwise."""
+        """The number of rows of a sample: 2 if the objective contrasts, 1 otherwise."""
         return 1 if self.contrasts is None else 2
 
     @property
     def collapse_advice(self) -> str:
-        """Return :attr:`against_collapse` with the values of the keys."""
+        """The advice of :attr:`against_collapse` with the values of the keys."""
         return self.against_collapse.format(**asdict(self))
 
     def loss(self, rows: PairLogps | SequenceLogps) -> Tensor:
@@ -79,11 +79,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class ObjectiveResult:
-    """What an objective makes of rows.
+    """The result of an objective.
 
     Attributes:
         loss: a differentiable scalar.
-        rows: what it was called with.
+        rows: the log-probabilities that the objective was called with.
     """
 
     loss: Tensor
@@ -91,19 +91,19 @@ class ObjectiveResult:
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Detached scalars. Computed when asked for, since that may wait for the device."""
+        """Detached scalars. They are computed on access, since that may wait for the device."""
         return self.rows.metrics(self.loss)
 
 
 DEFAULT = "cca"
-# By the name that ``objective.name`` has; filled by :func:`register`.
+# Objectives by the values of ``objective.name``. :func:`register` fills it.
 OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
-    """Make a subclass of :class:`Objective` the one of this name: a strict dataclass; a bad value is a UserError.
+    """Return a decorator that makes a subclass of :class:`Objective` a strict dataclass of this name.
 
-    Its own keys may be given by their places, in the order of the class; the common ones may not.
+    A bad value raises :class:`UserError`. The subclass's own keys may be positional arguments, the common ones not.
     """
 
     def make(cls: type[Objective]) -> type[Objective]:
@@ -130,26 +130,26 @@ def _with_user_errors(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def is_objective(value: Any) -> bool:
-    """Whether a value is a class that :func:`objective` made."""
+    """Return whether a value is a class that :func:`objective` made."""
     return isinstance(value, type) and issubclass(value, Objective) and "name" in vars(value)
 
 
 def register(cls: type[Objective]) -> None:
     """Let ``objective.name`` choose an objective that :func:`objective` made."""
     usual = cls()
-    # Now, rather than when a run first asks.
+    # Check at import, not when a run first needs it.
     assert usual.reward_scale is None or usual.reward_scale in asdict(usual), f"{cls.name} has no {usual.reward_scale}"
     assert isinstance(usual.collapse_advice, str)
     OBJECTIVES[cls.name] = cls
 
 
 def known_names() -> list[str]:
-    """Return what ``objective.name`` may be; objectives without a reference come first."""
+    """Return the possible values of ``objective.name``. Objectives without a reference come first."""
     return sorted(OBJECTIVES, key=lambda name: OBJECTIVES[name].contrasts is not None)
 
 
 def keys_of(name: Any) -> list[str] | None:
-    """Return the keys that the objective of this name has, its name aside; None where there is no such objective."""
+    """Return the keys of the objective of this name, except ``name``. Return None if there is no such objective."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         return None
     common = [field.name for field in fields(Objective)]
@@ -158,13 +158,13 @@ def keys_of(name: Any) -> list[str] | None:
 
 
 def inherited(section: Mapping[str, Any], name: Any) -> dict[str, Any]:
-    """Return what is left of a section ``objective`` when another objective is chosen: the keys that it has, too."""
+    """Return the keys of a section ``objective`` that another objective has, too. An unknown name keeps all keys."""
     known = keys_of(name)
     return dict(section) if known is None else {key: value for key, value in section.items() if key in known}
 
 
 def objective_of(section: Any, info: ValidationInfo) -> Objective:
-    """Validate a section ``objective`` into the class that its ``name`` chooses; a validator of pydantic.
+    """Validate a section ``objective`` as the class that its ``name`` chooses. This is a pydantic validator.
 
     Raises:
         ValidationError: an unknown name, a key that this objective does not have, a value out of range.
@@ -181,7 +181,7 @@ def objective_of(section: Any, info: ValidationInfo) -> Objective:
         if given not in ("name", *known):
             reason = PydanticCustomError("no_such_key", f"{name} has no such key", {"known": known})
             raise _refusal(InitErrorDetails(type=reason, loc=(given,), input=section[given]))
-    # Strict mode takes a dataclass for a dataclass only; its JSON form takes a plain object.
+    # Strict mode accepts plain data for a dataclass only as JSON.
     return TypeAdapter(OBJECTIVES[name]).validate_json(json.dumps(section), context=info.context)
 
 

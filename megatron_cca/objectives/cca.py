@@ -22,7 +22,7 @@ class CCA(Objective):
     """
 
     beta: PositiveFloat = 0.02
-    """1 / guidance scale. The paper's 0.02 is for 576 image tokens; scale it with 1 / their number."""
+    """1 / guidance scale. The paper's 0.02 is for 576 image tokens. Scale it with 1 / the number of image tokens."""
     negative_weight: PositiveFloat = 1.0
     """The paper's lambda: larger means more fidelity and less diversity."""
 

@@ -1,4 +1,4 @@
-"""What objectives take: summed log-probabilities of rows, with the metrics that come of them."""
+"""The inputs of objectives: summed log-probabilities of rows, and their metrics."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class PairLogps:
         policy_negative: log p_theta(x | c'), a condition that does not belong to the sample.
         reference_positive: log p_phi(x | c) of the frozen reference.
         reference_negative: log p_phi(x | c').
-        negative_is_positive: bool ``[B]``; rows whose "negative" is to count as a positive, because the condition was
-            dropped or because no different condition could be found.
+        negative_is_positive: bool ``[B]``. True for rows whose "negative" counts as a positive, because the condition
+            was dropped or no different condition was found.
     """
 
     policy_positive: Tensor
@@ -29,13 +29,13 @@ class PairLogps:
     negative_is_positive: Tensor
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """log(p_theta / p_phi) of positives and negatives, float ``[B]`` each."""
+        """Return log(p_theta / p_phi) of positives and negatives, float ``[B]`` each."""
         return self.policy_positive - self.reference_positive, self.policy_negative - self.reference_negative
 
     def negative_signs_and_weights(self, negative_weight: float) -> tuple[Tensor, Tensor]:
-        """The authors' row rules: sign and weight of each row's negative term, float ``[B]`` each.
+        """Return sign and weight of each row's negative term by the authors' rules, float ``[B]`` each.
 
-        -1 and ``negative_weight`` for a true negative; +1 and 1 where the "negative" counts as a positive, which keeps
+        A true negative has -1 and ``negative_weight``. A "negative" that counts as a positive has +1 and 1, which keeps
         the unconditional model intact.
         """
         import torch  # here, since reading keys needs no torch
@@ -44,12 +44,12 @@ class PairLogps:
         return torch.where(flagged, 1.0, -1.0).to(dtype), torch.where(flagged, 1.0, negative_weight).to(dtype)
 
     def metrics(self, loss: Tensor) -> dict[str, Tensor]:
-        """What every objective on pairs reports, scalars, in nats.
+        """Return the metrics of every objective on pairs, scalars, in nats.
 
-        ``positive_log_ratio`` is the mean over all rows; ``negative_log_ratio``, ``margin`` (mean positive minus
-        negative log-ratio) and ``accuracy`` (share with positive > negative) are over the rows with a true negative;
-        ``positive_as_negative`` is the share of the other rows. Where no row has a true negative, these three are
-        undefined and left out.
+        ``positive_log_ratio`` is the mean over all rows. ``negative_log_ratio``, ``margin`` (mean positive minus
+        negative log-ratio) and ``accuracy`` (share with positive > negative) are over the rows with a true negative.
+        ``positive_as_negative`` is the share of the other rows. If no row has a true negative, the three metrics over
+        these rows are undefined and left out.
         """
         import torch  # here, since reading keys needs no torch
 
@@ -71,17 +71,17 @@ class SequenceLogps:
     Attributes:
         policy: log p_theta(x | c), float ``[B]``, nats.
         mean_num_tokens: image tokens per sample, averaged over the *global* batch, so that the loss does not depend on
-            how the batch is cut into microbatches.
+            the number of microbatches.
     """
 
     policy: Tensor
     mean_num_tokens: float
 
     def metrics(self, loss: Tensor) -> dict[str, Tensor]:
-        """The loss is the only one."""
+        """Return the loss, the only metric."""
         return {"loss": loss.detach()}
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask`` holds, which it does somewhere. Both ``[B]``; returns a scalar."""
+    """Return the mean of ``values`` where ``mask`` holds, a scalar. Both are ``[B]``. The mask must hold somewhere."""
     return values.masked_fill(~mask, 0).sum() / mask.to(values.dtype).sum()

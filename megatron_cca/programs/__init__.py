@@ -1,1 +1,1 @@
-"""The programs, a module each: its options, what it refuses, what it calls; ``python -m megatron_cca`` lists them."""
+"""The programs, one module each, with its options. ``python -m megatron_cca`` lists them."""

@@ -29,12 +29,12 @@ where it was.
 
 @options
 class CacheOptions:
-    """Whose reference it is, and which steps."""
+    """The run whose reference is computed, and the steps."""
 
     config: ConfigFile
     """the YAML file of the training run, or the name of an example"""
     output: Folder
-    """a new folder, or a cache to be completed"""
+    """a new folder, or a cache to complete"""
     overrides: Overrides = ()
     """override a key of the configuration, such as the layout to compute on; may be repeated"""
     steps: Annotated[str, Option(metavar="FIRST:LAST")] | None = None
@@ -68,7 +68,7 @@ def _with_own_reference(config: Config) -> Config:
 
     if not config.objective.needs_reference:
         raise UserError(f"objective.name: {config.objective.name} has no reference; nothing to compute")
-    # Asked before the strategy counts as another one here: what dropout drew once must not be kept.
+    # Check before the strategy is replaced below: a cache must not keep one draw of dropout.
     check_dropout(replace(config, reference=replace(config.reference, strategy="cached")))
     strategy = "offload" if config.reference.strategy == "offload" else "resident"
     return replace(config, reference=replace(config.reference, strategy=strategy, cache=None))

@@ -35,18 +35,18 @@ _LAYOUT = (
 
 @options
 class ReadingOptions:
-    """Foreign weights, and what they do not say of themselves."""
+    """Weights in another format, and facts that their files do not contain."""
 
     _: KW_ONLY
     hf: Folder
-    """Hugging Face folder with safetensors, either form; or the .pt or .safetensors of a family's own"""
+    """Hugging Face folder with safetensors, in either form, or a family's own .pt or .safetensors"""
     overrides: Annotated[tuple[str, ...], Option(metavar="model.KEY=VALUE", name="--set")] = ()
-    """what a .pt does not say of its model, such as model.num_attention_heads=8; released sizes need none"""
+    """a size that a .pt does not contain, such as model.num_attention_heads=8; released models need none"""
     section: Annotated[str, Option(metavar="NAME")] | None = None
     """which set of weights to take, such as ema, where a file or folder holds several that differ"""
     dtype: Literal["fp32"] | None = None
-    """widen weights in float16 or bfloat16, or in several widths, to float32, which loses nothing (default: keep the
-    bits; weights in float16 or of several widths are refused)"""
+    """widen weights in float16, bfloat16 or several types to float32, which loses nothing (default: keep the bits;
+    weights in float16 or of several types are refused)"""
 
 
 @options
@@ -59,13 +59,13 @@ class ImportOptions(ReadingOptions):
     overwrite: bool = False
     """replace a former import in --output"""
     max_position_embeddings: Count | None = None
-    """of the model in a .pt, which does not say it: 257 for 256 px, 577 for 384 px (default: the preset's)"""
+    """of the model in a .pt, which does not contain it: 257 for 256 px, 577 for 384 px (default: the preset's)"""
     tensor_model_parallel_size: int = 1
     """refuse a model that cannot be split so; the output itself loads at any layout"""
     pipeline_model_parallel_size: int = 1
-    """likewise"""
+    """likewise, for pipeline stages"""
     virtual_pipeline_model_parallel_size: int = 1
-    """likewise"""
+    """likewise, for model chunks of a stage"""
 
 
 @options
@@ -76,7 +76,7 @@ class ExportOptions:
     checkpoint: Folder
     """a run folder, an import's output, or an iter_ folder"""
     output: Folder
-    """an empty or new folder; or the .pt to write, for a family that has such files"""
+    """an empty or new folder, or the .pt to write, for a family that has such files"""
     format: Literal["transformers", "original"] | None = None
     """transformers: text model and image tokenizer in one folder; original: the decoder alone, as in Emu3's own
     repositories (default: the template's, else the form that it was imported from, else original)"""
@@ -89,8 +89,8 @@ class ExportOptions:
 
 @options
 class VerifyOptions(ReadingOptions):
-    """Compare every tensor bit for bit. Then, of a Hugging Face folder, Megatron's logits with transformers' in fp32, a
-    layer at a time; exit status 3 if they differ; under torchrun Megatron's side is tensor-parallel.
+    """Compare every tensor bit for bit. For a Hugging Face folder, also compare Megatron's logits with transformers' in
+    fp32, a layer at a time. The exit status is 3 if they differ. Under torchrun Megatron's side is tensor-parallel.
     """
 
     _: KW_ONLY
@@ -101,9 +101,9 @@ class VerifyOptions(ReadingOptions):
     length: Count = 64
     """tokens in each"""
     seed: Seed = 0
-    """of the tokens"""
+    """seed of the tokens"""
     device: DeviceChoice = "auto"
-    """of Megatron's side"""
+    """device of Megatron's side"""
 
     def __post_init__(self) -> None:
         if self.rows * self.length > _MAX_TOKENS:
@@ -114,7 +114,7 @@ OPTIONS = {"import": ImportOptions, "export": ExportOptions, "verify": VerifyOpt
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and convert or verify; ``verify`` exits with 3 where the two sides differ."""
+    """Parse the command line, then convert or verify. ``verify`` exits with 3 if the two sides differ."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     run = {ImportOptions: _import, ExportOptions: _export, VerifyOptions: _verify}[type(given)]
     with reported_tool_errors(("safetensors", "transformers"), "hf"):

@@ -39,7 +39,7 @@ _PACKAGES = ("matplotlib", "PIL", "scipy", "sklearn", "torch-fidelity", "torchvi
 
 @options
 class EvaluateOptions:
-    """What is held against what, and where the report goes."""
+    """The sets that are compared, and where the report goes."""
 
     samples: Annotated[tuple[str, ...], Option(metavar="[NAME=]PATH")]
     """a set of images to judge; may be repeated, a row each (the name is that of the file or folder)"""
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def named_sets(samples: Sequence[str]) -> dict[str, str]:
-    """Return the path of each set by its name; raises :class:`UserError` for two of one name."""
+    """Return the path of each set by its name. Two sets of one name are a :class:`UserError`."""
     found: dict[str, str] = {}
     for text in samples:
         name, separator, path = text.partition("=")
@@ -101,10 +101,10 @@ def named_sets(samples: Sequence[str]) -> dict[str, str]:
 
 
 def settings_of(given: EvaluateOptions) -> EvaluationSettings:
-    """Return what the options mean.
+    """Return the settings of the evaluation that the options ask for.
 
     Raises:
-        UserError: sets without a name of their own, an unknown metric.
+        UserError: two sets have one name, or a metric is unknown.
     """
     from megatron_cca.lab.evaluation.listings import WORDS
     from megatron_cca.lab.evaluation.planning import EvaluationSettings
@@ -144,7 +144,7 @@ def _run(given: EvaluateOptions, settings: EvaluationSettings) -> None:
     from megatron_cca import platform
 
     platform.install_option(given.device)
-    # Imported late: the scans' module imports Megatron-Core, before which the platform must be installed.
+    # Imported late: this imports Megatron-Core, before which the platform must be installed.
     from megatron_cca.lab.evaluation.evaluate import evaluate
     from megatron_cca.lab.evaluation.report import table, write_report
 

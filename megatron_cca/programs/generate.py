@@ -95,10 +95,10 @@ def _generate(options: GenerateOptions) -> None:
 
 
 def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> SamplingJob:
-    """Return the job that the options mean with this checkpoint.
+    """Return the job that the options ask for with this checkpoint.
 
     Raises:
-        UserError: a grid, class, caption or number that cannot be.
+        UserError: a grid, class, caption or number that is impossible.
     """
     from megatron_cca.generation.checkpoint_tokenizers import default_grid
     from megatron_cca.generation.decode_loop import SamplingSettings
@@ -135,7 +135,7 @@ def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
 
 
 def _say_hashes(prompts: list[Prompt]) -> None:
-    """Say how many prompts begin with "#", since somebody may have meant a comment."""
+    """Print how many prompts begin with "#", since the user may have meant comments."""
     hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
     if hashes and os.environ.get("RANK", "0") == "0":
         print(

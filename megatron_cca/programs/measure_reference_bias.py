@@ -25,11 +25,11 @@ product larger than 0.05 (root mean square over the rows).
 
 @options
 class BiasOptions:
-    """What to measure, and what to do with the numbers."""
+    """The measurement, and what to do with the numbers."""
 
     settings: BiasSettings
     beta: Annotated[float, Field(gt=0)] | None = None
-    """say of every pair whether this is safe (default: the paper's)"""
+    """report for every pair whether this beta is safe (default: the paper's)"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
     output: Annotated[File, Option(metavar="FILE.json")] | None = None
@@ -60,7 +60,7 @@ def _check_output(given: BiasOptions) -> None:
     if not output.parent.is_dir():
         raise UserError(f"--output: the folder {output.parent} does not exist")
     check_writable(output)
-    # Wanted at the end only; its lack is better known now.
+    # Needed only at the end. If it is missing, fail now.
     import matplotlib  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Make the parser of a program out of its options classes, and an instance of one out of a command line."""
+"""Build the parser of a program from its options classes, and an instance of one from a command line."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from megatron_cca.reporting import reported_errors
 
 
 def whole_number(text: str) -> int:
-    """Return the number that an option's text is; raises ``argparse.ArgumentTypeError``."""
+    """Return the whole number that a text holds. Raise ``argparse.ArgumentTypeError`` for other texts."""
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
         raise argparse.ArgumentTypeError(f"must be a whole number, found {text!r}")
     return int(text)
 
 
 def number(text: str) -> float:
-    """Return the number that an option's text is; raises ``argparse.ArgumentTypeError``."""
+    """Return the number that a text holds. Raise ``argparse.ArgumentTypeError`` for other texts."""
     try:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
 
 
-# By type: what stands for a value in help texts, and what makes it of a text.
+# By type: the placeholder of a value in help texts, and the conversion from text.
 _TYPES: dict[Any, tuple[str, Callable[[str], object]]] = {
     int: ("N", whole_number),
     float: ("X", number),
@@ -48,14 +48,14 @@ def parse(
     epilog: str = "",
     default: str | None = None,
 ) -> Any:
-    """Return an instance of a program's options class; end the process in one line with status 2 for bad options.
+    """Return an instance of a program's options class. Bad options end the process with one line and status 2.
 
     Args:
-        kinds: the class; or by command the class of its options, whose docstring is the command's help.
-        argv: the arguments; None means the process's.
+        kinds: the options class, or the options class of each command. Its docstring is the command's help.
+        argv: the arguments. None means those of the process.
         description: what the program does.
-        epilog: examples, under the list of options.
-        default: the command that is meant where the first argument is an option.
+        epilog: examples, printed after the list of options.
+        default: the command to take if the first argument is an option.
     """
     try:
         return parsed(kinds, argv, description, epilog, default)
@@ -71,7 +71,7 @@ def parsed(
     epilog: str = "",
     default: str | None = None,
 ) -> Any:
-    """Return what :func:`parse` does, but raise :class:`UserError` for bad options."""
+    """Do what :func:`parse` does, but raise :class:`UserError` for bad options."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(description=description, epilog=epilog, formatter_class=_Formatter)
     if isinstance(kinds, type):
@@ -97,13 +97,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Wraps a text line by line."""
+    """The formatter of help texts, which wraps a text line by line."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return [part for line in text.splitlines() for part in _wrapped(line, width)]
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        # What a line of the source holds was laid out by hand.
+        # Lines that fit into a line of the source were laid out by hand.
         lines = (_wrapped(line, width) if len(line) > 120 else [line] for line in text.splitlines())
         return "\n".join(indent + part for parts in lines for part in parts)
 
@@ -125,7 +125,7 @@ def _add_options(parser: Any, kind: type) -> None:
 
 
 def _add(parser: Any, one: Described, *, is_required: bool) -> None:
-    # What is not given is left out, so that the default stands in the dataclass alone.
+    # An option that is not given is left out, so that its default stands only in the dataclass.
     settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": one.help.replace("%", "%%")}
     is_positional = not one.name.startswith("-")
     if not is_positional:
@@ -168,7 +168,7 @@ def _filled(kind: type, found: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def spelled_as_options(kind: type) -> Iterator[None]:
-    """Name the option in a :class:`UserError` of a class that is not for programs alone, which names the field."""
+    """Name the option, instead of the class's field, in a :class:`UserError` that the block raises."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Plan a run before it costs anything: which layout fits, how fast it will be, and why the others are not it."""
+"""Plan a run before it costs anything: which layout fits, how fast it will be, and why the others lose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ No GPU is needed, and neither checkpoints nor data. tools/plan.py COMMAND --help
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and do what it says."""
+    """Parse the command line and run its command."""
     settings = parse(OPTIONS, argv, __doc__, _EPILOG, default="search")
     with reported_tool_errors(("matplotlib",), "eval"):
         if settings.output is not None:

@@ -21,14 +21,14 @@ file holds.
 
 @options
 class StudyOptions:
-    """Which study, and who works on it."""
+    """The study, and the processes that work on it."""
 
     study: File
     """the YAML file of the study"""
     output: Folder = Path("runs/studies")
     """folder of all runs and results (default runs/studies)"""
     workers: Count = 1
-    """processes that do runs side by side"""
+    """number of processes that do runs at the same time"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
 
@@ -37,7 +37,7 @@ OPTIONS = StudyOptions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, do what is missing, write the results."""
+    """Parse the command line, do the missing runs, write the results."""
     given = parse(OPTIONS, argv, __doc__, _EPILOG)
     with reported_tool_errors(("sklearn", "matplotlib", "torch-fidelity"), "eval"):
         check_writable(given.output)

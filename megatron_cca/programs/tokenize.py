@@ -52,7 +52,7 @@ def _tokenize(settings: TokenizeSettings) -> None:
 
 
 def _sizes(model: str) -> ModelConfig | None:
-    """Return the ``model`` section of a checkpoint; None for a preset's name."""
+    """Return the ``model`` section of a checkpoint, or None for the name of a preset."""
     from megatron_cca.checkpoint import layout
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import FAMILIES
@@ -79,7 +79,7 @@ def _inspect(settings: InspectSettings) -> None:
 
 
 def _picture(settings: InspectSettings) -> Path:
-    """Return where the contact sheet goes; never in the place of a shard's own file."""
+    """Return the path of the contact sheet, which is never a file of the shards."""
     folder = settings.shards.resolve()
     picture = settings.picture or folder.with_name(f"{folder.name}.png")
     if picture.suffix.lower() != ".png" or not picture.parent.is_dir() or picture.is_dir():

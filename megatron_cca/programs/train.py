@@ -26,7 +26,7 @@ _EXAMPLES = """examples:
 
 @options
 class TrainOptions:
-    """What a training job is told; everything else is in its configuration."""
+    """The options of a training job. Everything else is in its configuration."""
 
     config: ConfigFile | None = None
     """YAML file, or the name of an example (default: emu3_tiny_cca, the tiny model on scikit-learn's digits)"""
@@ -50,9 +50,9 @@ def main(
     """Parse the command line, refuse what cannot run, train.
 
     Args:
-        argv: command-line arguments; None means the process's.
-        default_config: the YAML file taken without ``--config``.
-        base_config: how to pretrain the default's base model where it is not there yet.
+        argv: command-line arguments. None means those of the process.
+        default_config: the YAML file to take without ``--config``.
+        base_config: the YAML file that pretrains the default's base model, if that does not exist yet.
     """
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -73,7 +73,7 @@ def main(
 
 
 def _missing_base(config: Config, default: Config, base_config: Path) -> Config | None:
-    """Return the run that pretrains the base of the default configuration. None if it is not wanted or is there."""
+    """Return the run that pretrains the default configuration's base. Return None if it is not needed or exists."""
     from megatron_cca.checkpoint import layout
 
     wanted = config.training.pretrained_checkpoint
@@ -98,7 +98,7 @@ def _check_all(runs: Sequence[Config]) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     check_run(runs[0], world_size)
     if len(runs) > 1:
-        # Its base does not exist yet; everything else about it can be refused now.
+        # The base of this run does not exist yet. Everything else can be checked now.
         check_new_run(replace(runs[1], training=replace(runs[1].training, pretrained_checkpoint=None)), world_size)
         check_resume(runs[1], start_exists=False)
 
@@ -123,7 +123,7 @@ def _train_all(runs: Sequence[Config]) -> None:
     from megatron_cca.training.loop import train
     from megatron_cca.training.resuming import check_resume
 
-    # A thread reads ahead; whenever this one wants the interpreter from it, it would wait the default of 5 ms.
+    # Another thread reads ahead. By default this thread would wait 5 ms each time it takes the interpreter from it.
     sys.setswitchinterval(1e-4)
     for config in runs:
         check_devices(config)
@@ -133,7 +133,7 @@ def _train_all(runs: Sequence[Config]) -> None:
             from megatron_cca.training.caching import check_cache
 
             check_cache(config, data)
-        # Once more, for a run whose base has only just been trained.
+        # Check again, since the base of this run may have been trained just now.
         check_resume(config)
         train(config, data)
     dist.destroy_process_group()

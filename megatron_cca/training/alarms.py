@@ -10,15 +10,15 @@ from megatron_cca.config import Config
 
 _WINDOW, _LEAST = 50, 10
 _SMOOTHED = 10
-# Of a normal distribution's median absolute deviation, its standard deviation.
+# The standard deviation of a normal distribution, in units of its median absolute deviation.
 _MAD_TO_SD = 1.4826
 
 
 class Alarms:
-    """Looks at each step's metrics; the same on every rank, since the metrics are.
+    """The alarms of a run, from the metrics of each step. They are the same on every rank, since the metrics are.
 
     Args:
-        config: of the run; ``faults`` says how far is too far.
+        config: of the run. ``faults`` has the limits.
     """
 
     def __init__(self, config: Config) -> None:
@@ -28,10 +28,10 @@ class Alarms:
         self._is_low = False
 
     def after(self, metrics: Mapping[str, float], image_tokens: float) -> list[str]:
-        """What there is to say after a step, a line each, with advice.
+        """Return the alarms after a step, one line each, with advice.
 
         Args:
-            metrics: the objective's, of finite values.
+            metrics: the objective's metrics, all finite.
             image_tokens: mean number of image tokens of a row.
         """
         found = [self._spike(metrics["loss"]), self._collapse(metrics.get("positive_log_ratio"), image_tokens)]

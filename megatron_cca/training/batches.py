@@ -1,4 +1,4 @@
-"""From a configuration to the data of a run: what it trains on, what it validates on, and who reads it."""
+"""Open the data of a run: its training batches, its validation batches, and the loader of this rank."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunData:
     """The token shards of a run, opened and checked.
 
     Attributes:
-        training: what ``data.path`` names.
-        validation: what ``validation.path`` names, or None.
+        training: the data of ``data.path``.
+        validation: the data of ``validation.path``, or None.
     """
 
     training: TokenData
@@ -38,21 +38,21 @@ class RunData:
 
 @dataclass(frozen=True)
 class Validation:
-    """Batches that are not trained on, always the same ones: steps 0 to ``iters - 1`` of ``batches``."""
+    """The validation batches, which are not trained on: always steps 0 to ``iters - 1`` of ``batches``."""
 
     batches: BatchBuilder
     iters: int
 
 
 def open_data(config: Config) -> RunData:
-    """Open what the run reads; tokenises the bundled digits if they are asked for.
+    """Open the token shards of a run. Tokenise the bundled digits if the run uses them.
 
     Raises:
-        UserError: see :class:`TokenShards`, and :func:`training_order` on what is held out.
+        UserError: see :class:`TokenShards`, and :func:`training_order` for the held-out samples.
     """
     path = config.validation.path
     data = RunData(_open(config, config.data.path, DATA), None if path is None else _open(config, path, VALIDATION))
-    # Refused now, before any process group is made.
+    # Check the held-out samples now, before any process group is made.
     training_order(data.training, 0, config.validation.fraction, config.validation.seed)
     return data
 
@@ -85,7 +85,7 @@ def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> N
 
 
 def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBuilder:
-    """The batches that a run trains on."""
+    """Return the batches that a run trains on."""
     held_out = config.validation.fraction, config.validation.seed
     seed = config.training.seed
     order = training_order(data.training, seed, *held_out)
@@ -93,7 +93,7 @@ def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBu
 
 
 def validation_batches(config: Config, data: RunData, with_pairs: bool) -> Validation | None:
-    """The batches that a run is judged by, or None if it is not."""
+    """Return the batches that a run validates on. Return None if it does not validate."""
     validation = config.validation
     if not validation.interval:
         return None
@@ -129,7 +129,7 @@ def _builder(
 
 
 def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
-    """This rank's reader of batches; Megatron's groups must be initialised."""
+    """Return the loader of this rank's batches. Megatron's groups must be initialised."""
     return BatchLoader(batches, _this_share(), platform.device(), config.data.prefetch, config.data.loader)
 
 

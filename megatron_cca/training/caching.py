@@ -1,4 +1,4 @@
-"""Compute a reference's log-probabilities once, for runs that read them back; and tell whose they are."""
+"""Compute a reference's log-probabilities once, for runs that read them back, and record what they depend on."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from megatron_cca.training.setup import frozen_chunks
 
 
 def check_cache(config: Config, data: RunData) -> None:
-    """Refuse a cache that is not of this run's reference, or lacks some of its steps; reads on rank 0 alone.
+    """Refuse a cache of another reference than this run's, or one that lacks some of its steps. Only rank 0 reads.
 
     Raises:
-        UserError: names what differs or is missing.
+        UserError: the message names what differs or is missing.
     """
     if not config.objective.needs_reference or config.reference.strategy != "cached":
         return
@@ -61,7 +61,7 @@ def check_cache(config: Config, data: RunData) -> None:
 
 
 def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
-    """Everything that a reference's log-probabilities depend on but their last bits; reads all its weights."""
+    """Return what a reference's log-probabilities depend on, except for their last bits. This reads all its weights."""
     own, key = config.reference.checkpoint, checks.REFERENCE
     if own is None:
         own, key = config.training.pretrained_checkpoint, checks.PRETRAINED
@@ -80,7 +80,7 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
         "data": data.training.fingerprint(),
         "validation data": data.validation.fingerprint() if data.validation is not None else None,
     }
-    # Only where there are some: former versions took another caption of the same image for a negative.
+    # Only if there are some: former versions took another caption of the same image as a negative.
     repeated = data.training.num_repeated_images()
     led_to |= {"repeated images": repeated} if repeated else {}
     return values_of_reference(config, Affects.NUMBERS, filled) | led_to
@@ -96,13 +96,13 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
     Collective over all ranks of the job. Blocks that a former attempt finished are kept.
 
     Args:
-        config: of the run that will use them; ``reference.strategy`` counts as resident unless it is offload.
+        config: of the run that will use them. A ``reference.strategy`` other than offload counts as resident.
         data: of that run.
         output: a new folder, or a cache of the same run.
-        first, last: the steps; whole blocks of them are computed.
+        first, last: the steps. Whole blocks of steps are computed.
 
     Raises:
-        UserError: an output folder that holds something else, a full disk, damaged data.
+        UserError: the output folder holds something else, the disk is full, or data is damaged.
     """
     initialize_distributed(config)
     initialize_user_buffers(config)
@@ -138,7 +138,7 @@ def _writes() -> bool:
 
 
 def _is_done(output: Path, split: Split, start: int, stop: int) -> bool:
-    """Whether a former attempt finished the block; as one rank sees it, so that all agree."""
+    """Return whether a former attempt finished the block. Rank 0 decides, so that all ranks agree."""
     block = finished_blocks(output, split).get(start // BLOCK)
     answer = [block is not None and block[1] >= stop]
     dist.broadcast_object_list(answer, src=0)
@@ -146,7 +146,7 @@ def _is_done(output: Path, split: Split, start: int, stop: int) -> bool:
 
 
 def _block(reader: BatchLoader, reference: Reference, split: Split, steps: range, bar: tqdm) -> np.ndarray | None:
-    """float32 ``[steps, B, 2]`` on the last stage."""
+    """Return float32 ``[steps, B, 2]`` on the last stage, None elsewhere."""
     found = []
     for step in steps:
         batch = reader.get(step)
@@ -158,11 +158,11 @@ def _block(reader: BatchLoader, reference: Reference, split: Split, steps: range
 
 
 def _global_rows(logps: dict[int, Tensor]) -> np.ndarray:
-    """float32 ``[B, 2]`` of the global batch from this rank's microbatches."""
+    """Return float32 ``[B, 2]`` of the global batch from the microbatches of each rank."""
     mine = torch.cat([torch.stack(logps[index].chunk(2)) for index in sorted(logps)], dim=1)
     return gathered_rows(mine).t().float().cpu().numpy()
 
 
 def _progress(steps: int, writer: ReferenceCacheWriter | None) -> tqdm:
-    # Shown by the one who writes; torchrun passes its standard error on.
+    # The rank that writes the cache shows it. torchrun forwards standard error.
     return tqdm(total=steps, desc="caching", unit="step", disable=None if writer else True, file=sys.stderr)

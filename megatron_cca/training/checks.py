@@ -1,4 +1,4 @@
-"""Everything about a run that can be refused before any process group is made."""
+"""Refuse a run that cannot work, before any process group is made."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megatron_cca.training.kernel_checks import check_attention, check_overlaps
 from megatron_cca.training.reference_settings import dropout_key, has_own_weights, reference_settings, same_weights
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
-# Keys of ``optimizer`` that Megatron takes only from its precision-aware optimizer.
+# Keys of ``optimizer`` that need Megatron's precision-aware optimizer.
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 
 def check_run(config: Config, world_size: int) -> None:
-    """Refuse an impossible run, or one that is not the run in its folder.
+    """Refuse a run that cannot work, or that is not the run in its folder.
 
     Raises:
-        UserError: an unsuitable layout, batch size, schedule or checkpoint; names the key.
+        UserError: an unsuitable layout, batch size, schedule or checkpoint. The message names the key.
     """
     check_new_run(config, world_size)
     check_data(config)
@@ -37,7 +37,7 @@ def check_run(config: Config, world_size: int) -> None:
 
 
 def check_new_run(config: Config, world_size: int) -> None:
-    """:func:`check_run` of a run whose folder will be another than the configuration's; what lies there is not read."""
+    """Check a run as :func:`check_run` does, without its data and without the run in its folder."""
     architecture = resolve_architecture(config.model)
     check_layout(architecture, config.model, config.parallel)
     data_parallel = data_parallel_size(config, world_size)
@@ -59,7 +59,7 @@ def check_new_run(config: Config, world_size: int) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Refuse a run that does not say what it trains on; planning needs no data."""
+    """Refuse a run without ``data.path``. Plans may do without."""
     if config.data.path is None:
         raise UserError(
             "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes, or the word "
@@ -68,10 +68,10 @@ def check_data(config: Config) -> None:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """What the world size leaves after tensor, pipeline and context parallelism.
+    """Return the data-parallel size: the world size divided by TP x PP x CP.
 
     Raises:
-        UserError: a world size that is not a multiple of TP x PP x CP.
+        UserError: the world size is not a multiple of TP x PP x CP.
     """
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
     if config.parallel.context_parallel_size > 1:
@@ -99,7 +99,7 @@ def _check_batch(config: Config, data_parallel: int) -> None:
 
 def _check_interleaving(config: Config, data_parallel: int) -> None:
     parallel = config.parallel
-    # With groups of its own size the schedule takes other numbers, too: see kernel_checks.
+    # With microbatch_group_size_per_vp_stage other numbers work, too: see kernel_checks.py.
     if (parallel.virtual_pipeline_model_parallel_size or 1) == 1 or parallel.microbatch_group_size_per_vp_stage:
         return
     pp, whole = parallel.pipeline_model_parallel_size, config.training.global_batch_size
@@ -199,29 +199,29 @@ def _check_pictures(config: Config) -> None:
 
 
 def check_weights(config: Config, path: str, key: str) -> None:
-    """Refuse weights that are another model's.
+    """Refuse weights of another model.
 
     Args:
         config: of the run.
-        path: the checkpoint's, as the user gave it.
-        key: where.
+        path: of the checkpoint, as the user gave it.
+        key: the key that holds the path.
 
     Raises:
-        UserError: no checkpoint there, or sizes that differ; names the first.
+        UserError: there is no checkpoint, or a size differs. The message names the first such size.
     """
     folder = layout.resolve(path, key)
     ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
     for name in ours:
-        # Rotary positions have no weights: a run may use more of them than the checkpoint's did.
+        # Rotary positions have no weights. A run may use more positions than the checkpoint's run did.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:
             raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
 
 
 def check_reference(config: Config) -> None:
-    """Refuse a reference that cannot be had.
+    """Refuse a reference that the run cannot have.
 
     Raises:
-        UserError: names the key.
+        UserError: the message names the key.
     """
     own, strategy = config.reference, config.reference.strategy
     if strategy == "shared":
@@ -238,15 +238,15 @@ def check_reference(config: Config) -> None:
 
 
 def check_dropout(config: Config) -> None:
-    """Refuse dropout where policy and reference are compared, unless it was asked for beyond doubt.
+    """Refuse dropout where policy and reference are compared, unless ``reference.allow_bias`` permits it.
 
-    The two passes draw masks of their own, as in the code of CCA's authors: the log-ratio is then noisy, and not 0
-    where the weights are the same. Whoever wants their recipe says so with ``reference.allow_bias``, and step 0 says
-    how much it is. A cache serves any layout, but masks are drawn by place, and the one draw that it holds would
-    stand for a model; a shared reference promises to compute as the policy does. Neither can have it.
+    The two passes draw different masks, as in the code of CCA's authors. The log-ratio is then noisy. It is not 0 when
+    the weights are the same, and step 0 reports its size. A cached reference cannot have dropout: the cache would hold
+    one draw of masks, and it serves all layouts while masks depend on the layout. A shared reference cannot have it,
+    since it must compute as the policy does.
 
     Raises:
-        UserError: names the key.
+        UserError: the message names the key.
     """
     key = dropout_key(config)
     if key is None:

@@ -1,4 +1,4 @@
-"""Does a run contrast anything? A row without a negative only raises the likelihood of its image."""
+"""Report a run that contrasts nothing. A row without a negative only raises the likelihood of its image."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megatron_cca.training.events import Journal
 
 NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
 SHARE = "positive_as_negative"
-# Below a tenth of the rows, fewer have a negative than a run at the paper's condition dropout of 0.1 has without one.
+# At this share of rows without a negative, as few rows have one as lack one at the paper's condition dropout of 0.1.
 NEARLY_ALL = 0.9
-# As the alarms: one batch alone says little.
+# Steps to average over, as in alarms.py: one batch alone says little.
 _SMOOTHED = 10
 _ROWS_AT_A_TIME = 1 << 16
 _LEFT_OUT = "accuracy, margin and negative log-ratio are undefined and left out"
 
 
 class ContrastWatch:
-    """Says when no row of a batch has a negative, and when nearly none has; each once in the life of this process.
+    """The watch for batches in which no row, or nearly no row, has a negative. It reports each case once per process.
 
     Args:
         config: of a run whose objective contrasts something.
-        data: what it trains on.
+        data: the training data.
     """
 
     def __init__(self, config: Config, data: TokenData) -> None:
@@ -36,7 +36,7 @@ class ContrastWatch:
         self._said: set[str] = set()
 
     def begin(self, journal: Journal) -> None:
-        """Before the first step: say if the data or the size of the batch leave nothing to contrast."""
+        """Report, before the first step, if the data or the size of the batch leave nothing to contrast."""
         reason = self._why_nothing()
         if reason is not None:
             self._said |= {NOTHING, LITTLE}
@@ -44,12 +44,12 @@ class ContrastWatch:
             journal.tell(NOTHING, line, reason=reason)
 
     def after(self, step: int, row: Mapping[str, float], journal: Journal) -> None:
-        """Look at what a step logs.
+        """Check the metrics of a step, and report if rows have no negative.
 
         Args:
             step: counts from 0.
-            row: its metrics; those of a validation are called ``validation_...``.
-            journal: where to say it.
+            row: its metrics. Those of a validation are called ``validation_...``.
+            journal: where to report.
         """
         for where, share in (("this batch", row[SHARE]), ("the validation", row.get(f"validation_{SHARE}"))):
             if share == 1.0 and self._is_new(NOTHING if where == "this batch" else where):
@@ -83,9 +83,9 @@ class ContrastWatch:
 
 
 def has_one_condition(data: TokenData) -> bool:
-    """Whether no two samples differ in their caption, or none in their condition.
+    """Return whether all samples have the same caption, or all have the same condition.
 
-    Reads the whole table only where that is so.
+    The whole table is read only if they have.
     """
     return any(_is_constant(_column(data, name)) for name in ("caption", "condition"))
 

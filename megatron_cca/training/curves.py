@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run."""
+"""The TensorBoard events of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Curves:
-    """TensorBoard's events in a folder. Where the folder is gone, it is begun anew.
+    """TensorBoard events in a folder. If somebody removes the folder, a new one is begun.
 
     Args:
-        folder: is made.
-        first_step: TensorBoard forgets what an interrupted run wrote from there on.
+        folder: is created.
+        first_step: TensorBoard drops what an interrupted run wrote from this step on.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -20,10 +20,10 @@ class Curves:
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def renewed(self, step: int) -> bool:
-        """Begin anew if the folder is gone; returns whether it was.
+        """Begin a new folder if the old one was removed. Return whether it was.
 
         Raises:
-            OSError: the folder cannot be made.
+            OSError: the folder cannot be created.
         """
         if self._folder.is_dir():
             return False
@@ -32,5 +32,5 @@ class Curves:
         return True
 
     def close(self) -> None:
-        """Write what is left; raises OSError where that is refused."""
+        """Write the remaining events. Raise OSError if they cannot be written."""
         self.writer.close()

@@ -1,7 +1,7 @@
-"""What Transformer Engine has to have ready: buffers for overlaps, and CUDA graphs of the policy's layers.
+"""Prepare Transformer Engine's user buffers for overlaps, and its CUDA graphs of the policy's layers.
 
-Through the buffers it overlaps tensor-parallel communication with products. Megatron's schedules capture graphs of
-their own; Transformer Engine captures these.
+The user buffers overlap tensor-parallel communication with matrix products. Megatron's schedules capture Megatron's
+graphs (``local``) themselves. This module captures those of Transformer Engine.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _have_been_made = False
 
 
 def initialize_user_buffers(config: Config) -> None:
-    """Make them for ``parallel.tp_comm_overlap``; once a process, since all its models have the same rows.
+    """Make the user buffers of ``parallel.tp_comm_overlap``, once per process, since all its models have the same rows.
 
-    Model parallelism must be initialised, and :func:`kernel_checks.check_devices` must have let the run through.
-    Collective over all ranks.
+    Model parallelism must be initialised. The run must have passed :func:`kernel_checks.check_devices`. Collective over
+    all ranks.
     """
     global _have_been_made
     if not config.parallel.tp_comm_overlap or _have_been_made:
@@ -38,18 +38,18 @@ def initialize_user_buffers(config: Config) -> None:
 
 
 def user_buffer_shape(config: Config) -> list[int]:
-    """``[tokens of a microbatch on a context-parallel rank, hidden size]``."""
+    """Return ``[tokens of a microbatch on a context-parallel rank, hidden size]``."""
     tokens = fixed_row_length(config) * rows_per_microbatch(config) // config.parallel.context_parallel_size
     return [tokens, resolve_architecture(config.model).hidden_size]
 
 
 class GraphCapture:
-    """Captures once, after ``kernels.cuda_graph_warmup_steps`` steps of this process.
+    """The capture of CUDA graphs. It happens once, after ``kernels.cuda_graph_warmup_steps`` steps of this process.
 
     Args:
-        config: of a run that :func:`kernel_checks.check_overlaps` has let through.
-        policy: its model chunks.
-        optimizer: theirs.
+        config: of a run that has passed :func:`kernel_checks.check_overlaps`.
+        policy: the model chunks of the policy.
+        optimizer: the optimizer of the policy.
     """
 
     def __init__(self, config: Config, policy: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
@@ -65,16 +65,16 @@ class GraphCapture:
         )
 
     def before_step(self) -> None:
-        """Called before each step's forward pass of the policy. Collective over all ranks."""
+        """Capture the graphs once the warm-up is over. Call it before each step's forward pass. Collective."""
         if self._helper.capture_finished():
             return
         if self._steps_left:
             self._steps_left -= 1
             return
-        # What gathers updated weights must not be captured; from now on Megatron calls it beside the graphs.
+        # The hooks that gather updated weights must not be captured. Megatron then calls them beside the graphs.
         for chunk in self._policy if self._gathers else ():
             chunk.disable_forward_pre_hook(param_sync=False)
-        # Transformer Engine captures in the mode in which a batch that is being read would end the capture.
+        # In Transformer Engine's capture mode, another thread that reads a batch would end the capture.
         with without_side_work():
             self._helper.create_cudagraphs()
         for chunk in self._policy if self._gathers else ():

@@ -1,4 +1,4 @@
-"""What happened to a run, for whoever comes back to it: one JSON object a line in ``events.jsonl``."""
+"""The events of a run, one JSON object a line in ``events.jsonl``, and where a rank reports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "events.jsonl"
 
 
 class EventLog:
-    """Appends to ``<output_dir>/events.jsonl``. Every rank may, a line at a time; a full disk is no reason to stop.
+    """The file ``<output_dir>/events.jsonl``. Every rank may append a line to it. A full disk does not stop the run.
 
     Args:
         output_dir: the run's folder.
@@ -32,13 +32,13 @@ class EventLog:
         Args:
             event: started, resumed, passed_over, forks, nothing_to_contrast, little_to_contrast, saved, save_failed,
                 removed, skipped_step, alarm, logs_lost, output_lost, stopped, hang, failed or finished.
-            details: plain data.
+            details: further entries, which JSON can hold.
         """
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": event,
             "rank": int(os.environ.get("RANK", "0")),
-            # torchrun's count of what it restarted by itself.
+            # The number of restarts by torchrun itself.
             "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             **details,
         }
@@ -55,41 +55,41 @@ class EventLog:
 
 @dataclass(frozen=True)
 class Journal:
-    """Where a rank reports: rank 0 to people and files, the others only what befalls them.
+    """The place where a rank reports. Rank 0 prints and writes files. Other ranks write only their own events.
 
     Attributes:
-        log: on rank 0.
-        events: on every rank.
+        log: the metrics log on rank 0, None elsewhere.
+        events: the event log, on every rank.
     """
 
     log: MetricsLog | None
     events: EventLog
 
     def say(self, line: str) -> None:
-        """On rank 0, to a person."""
+        """Print a line, on rank 0."""
         if self.log is not None:
             self.log.say(line)
 
     def log_row(self, row: dict[str, float]) -> None:
-        """On rank 0, a step's metrics."""
+        """Log the metrics of a step, on rank 0."""
         if self.log is not None:
             self.log.write(row)
 
     def note(self, event: str, **details: object) -> None:
-        """On rank 0, to ``events.jsonl``; for what all ranks know."""
+        """Write an event that all ranks know of to ``events.jsonl``, on rank 0."""
         if self.log is not None:
             self.events.write(event, **details)
 
     def tell(self, event: str, line: str, **details: object) -> None:
-        """On rank 0, to both."""
+        """Print a line and write its event, on rank 0."""
         self.say(line)
         self.note(event, **details)
 
 
 def read_events(output_dir: Path) -> list[dict]:
-    """The events of a run in order; half a last line is left out.
+    """Return the events of a run in order, without an incomplete last line.
 
     Raises:
-        UserError: a line that no run wrote; names it.
+        UserError: a line that no run wrote. The message names it.
     """
     return [event for _, event in json_lines(output_dir / FILE, event=str)]

@@ -1,4 +1,4 @@
-"""What a run does about bad numbers: leave an update out, give an alarm, or end."""
+"""React to bad numbers: leave an update out, give an alarm, or end the run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron_cca.training.step import DataLost, StepReport
 
 
 class Diverged(UserError):
-    """Loss or gradients are no longer numbers, and the run ends; raised on all ranks at the same step.
+    """The error of a run that ends because loss or gradients are not finite. All ranks raise it at the same step.
 
     Attributes:
-        how: at which step, and in what; one line.
+        how: the step, and what is not finite, in one line.
     """
 
     def __init__(self, how: str, advice: str) -> None:
@@ -25,10 +25,10 @@ class Diverged(UserError):
 
 
 def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal) -> int:
-    """How many updates in a row were left out so far. Collective over all ranks.
+    """Return how many updates in a row were left out so far. Collective over all ranks.
 
     Raises:
-        Diverged: ``faults`` would have the run end; what it was saving is finished first.
+        Diverged: ``faults`` says that the run must end. Its saves in progress are finished first.
     """
     if report.problem is None:
         return 0
@@ -47,10 +47,10 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
 
 
 def stop_without_data(run: Run, lost: DataLost, journal: Journal) -> NoReturn:
-    """Save what was trained before data went away, and end. Collective over all ranks.
+    """Save the steps that were trained before data was lost, and end the run. Collective over all ranks.
 
     Raises:
-        UserError: says what could not be read, and which step is saved.
+        UserError: always. The message says what could not be read, and which step is saved.
     """
     if run.iteration and run.saver.last_saved != run.iteration:
         save_checkpoint(run, journal)
@@ -60,10 +60,10 @@ def stop_without_data(run: Run, lost: DataLost, journal: Journal) -> NoReturn:
 
 
 def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) -> None:
-    """Say what alarms there are after a step. Collective over all ranks.
+    """Report the alarms after a step. Collective over all ranks.
 
     Raises:
-        UserError: an alarm, where ``faults.on_alarm`` is stop; the run is saved first.
+        UserError: there is an alarm, and ``faults.on_alarm`` is stop. The run is saved first.
     """
     if report.problem is not None:
         return

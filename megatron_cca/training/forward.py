@@ -1,4 +1,4 @@
-"""The one way from a batch to log-probabilities, for policy and reference alike, on Megatron's schedule."""
+"""Compute the log-probabilities of a batch on Megatron's schedule, in the same way for policy and reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LossOf = Callable[[int, Microbatch, Tensor], tuple[Tensor, dict]]
 
 
 def head_options(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What ``sequence_logps`` is told of a run besides tensors: its keyword arguments.
+    """Return the keyword arguments of ``sequence_logps`` that a run determines, all but the tensors.
 
     Args:
         config: of the run.
@@ -37,12 +37,12 @@ def head_options(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LogpsPass:
-    """Runs model chunks over a step's microbatches.
+    """A pass of model chunks over the microbatches of a step.
 
     Attributes:
         rows_per_microbatch: rows of one forward pass.
         head: from :func:`head_options`.
-        beat: called at every microbatch, for whoever watches whether this rank goes on.
+        beat: called at every microbatch, to tell the watchdog that this rank makes progress.
     """
 
     rows_per_microbatch: int
@@ -50,9 +50,9 @@ class LogpsPass:
     beat: Callable[[], None] = lambda: None
 
     def logps(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> dict[int, Tensor]:
-        """Log-probabilities of the image tokens, float32 ``[R]`` by microbatch, on the last stage; empty elsewhere.
+        """Return the log-probability of each row's image tokens, float32 ``[R]`` by microbatch, on the last stage.
 
-        Collective over the pipeline; nothing is kept for a backward pass.
+        The result is empty on other stages. No graph is kept for a backward pass. Collective over the pipeline.
         """
 
         def forward_step(microbatches: Iterator, model: torch.nn.Module):
@@ -63,9 +63,9 @@ class LogpsPass:
             return dict(self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True))
 
     def settle_scales(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> None:
-        """Run once and forget, so that delayed FP8 scaling has seen numbers before the first that counts.
+        """Run one pass and drop its results, so that delayed FP8 scaling has an amax history before the first step.
 
-        Transformer Engine looks back only on passes that could have been differentiated. Collective as :meth:`logps`.
+        Transformer Engine records amax values only in passes with gradients enabled. Collective over the pipeline.
         """
 
         def forward_step(microbatches: Iterator, model: torch.nn.Module):
@@ -76,13 +76,13 @@ class LogpsPass:
             self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True)
 
     def train(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, loss_of: LossOf) -> None:
-        """Forward and backward of every microbatch.
+        """Run forward and backward of every microbatch.
 
         Args:
-            chunks: wrapped in DDP, whose gradient buffers take the gradients.
+            chunks: wrapped in DDP, whose gradient buffers receive the gradients.
             batch: this rank's share of a step.
-            loss_of: called on the last stage with a microbatch's number, rows and log-probabilities ``[R]``; returns
-                the scalar loss, and a dict that Megatron hands on.
+            loss_of: called on the last stage with a microbatch's number, rows and log-probabilities ``[R]``. It returns
+                the scalar loss, and a dict that Megatron passes on.
         """
 
         def forward_step(microbatches: Iterator, model: torch.nn.Module):
@@ -109,7 +109,7 @@ class LogpsPass:
 
 
 def gathered_rows(mine: Tensor) -> Tensor:
-    """Columns ``[C, rows of the global batch]`` from each data-parallel rank's ``[C, own rows]``, in order."""
+    """Return ``[C, rows of the global batch]`` from each data-parallel rank's ``[C, own rows]``, in order of ranks."""
     group = parallel_state.get_data_parallel_group()
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine.contiguous(), group=group)

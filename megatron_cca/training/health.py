@@ -1,4 +1,4 @@
-"""Before each update: are the loss and the gradients numbers?"""
+"""Check before each update whether the loss and the gradients are finite."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TERMS = {
 
 
 def not_finite(policy: list[DistributedDataParallel], loss_problem: str | None) -> str | None:
-    """Why there must be no update, in one line; None if all is well. Collective over all ranks of the job.
+    """Return why there must be no update, in one line. Return None if all is finite. Collective over all ranks.
 
-    Where all is well it costs one pass over the gradients and two small all-reduces.
+    If all is finite, it costs one pass over the gradients and two small all-reduces.
 
     Args:
         policy: model chunks whose gradients have been reduced.
-        loss_problem: what :func:`terms_not_finite` said; the same on every rank of a pipeline.
+        loss_problem: the result of :func:`terms_not_finite`, the same on every rank of a pipeline.
     """
     gradients_are_finite = all(all_finite(buffer.grad_data) for chunk in policy for buffer in chunk.buffers)
     problems = [first_problem(loss_problem)] if any_rank(loss_problem is not None) else []
@@ -37,7 +37,7 @@ def not_finite(policy: list[DistributedDataParallel], loss_problem: str | None) 
 
 
 def terms_not_finite(rows: PairLogps | SequenceLogps) -> str | None:
-    """Which log-probabilities of a global batch are not numbers, in one line; None if all are."""
+    """Return which log-probabilities of a global batch are not finite, in one line. Return None if all are finite."""
     found = []
     for name, values in vars(rows).items():
         if torch.is_tensor(values) and values.is_floating_point():
@@ -57,7 +57,7 @@ def _gradients_not_finite(policy: list[DistributedDataParallel]) -> str | None:
 
 
 def _gradients(policy: list[DistributedDataParallel]) -> list[tuple[str, Tensor]]:
-    """Gradients under global names: layers are numbered through the whole model."""
+    """Return the gradients with global names, which number the layers of the whole model."""
     found = []
     for chunk in policy:
         layers = chunk.module.decoder.layers
@@ -65,7 +65,7 @@ def _gradients(policy: list[DistributedDataParallel]) -> list[tuple[str, Tensor]
             if parameter.requires_grad and getattr(parameter, "main_grad", None) is not None:
                 head, _, tail = name.partition("decoder.layers.")
                 number, _, rest = tail.partition(".")
-                # Megatron counts layers from 1; the names of its checkpoints from 0.
+                # Megatron counts layers from 1, but from 0 in the names of its checkpoints.
                 place = f"{layers[int(number)].layer_number - 1}.{rest}" if tail else ""
                 found.append((f"{head}decoder.layers.{place}" if tail else name, parameter.main_grad))
     return found

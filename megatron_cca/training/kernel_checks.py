@@ -1,6 +1,6 @@
-"""Which kernels, precisions, overlaps and CUDA graphs a run is refused for, and what its attention costs.
+"""Refuse kernels, precisions, overlaps and CUDA graphs that a run cannot have, and report what its attention costs.
 
-:func:`check_devices` wants the platform installed; everything else can be refused before any process group is made.
+:func:`check_devices` needs the installed platform. All other checks can run before any process group is made.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _GIB = 2**30
 
 
 def check_overlaps(config: Config, data_parallel: int) -> None:
-    """Refuse switches that need what the rest of the configuration does not have.
+    """Refuse overlaps, fusions and CUDA graphs that need other settings than the configuration has.
 
     Args:
         config: of the run.
         data_parallel: size of a data-parallel group, without context parallelism.
 
     Raises:
-        UserError: names the key and what would be right.
+        UserError: the message names the key and what would be right.
     """
     _check_pipeline(config, data_parallel)
     _check_optimizer(config, data_parallel * config.parallel.context_parallel_size)
@@ -141,15 +141,15 @@ def _check_for_fixed_shapes(config: Config, key: str) -> None:
 
 
 def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
-    """Refuse widths and rows that the FP8 products of a model of this run cannot take.
+    """Refuse widths and rows that the FP8 matrix products of a model of this run cannot take.
 
     Args:
         config: of the run.
-        settings: how the model computes: ``config.training``, or what ``reference_settings`` says.
-        key: where its precision is configured.
+        settings: how the model computes: ``config.training``, or the result of ``reference_settings``.
+        key: the key of its precision.
 
     Raises:
-        UserError: names the dimension and what it must be a multiple of.
+        UserError: the message names the dimension and what it must be a multiple of.
     """
     if settings.precision != "fp8":
         return
@@ -167,7 +167,7 @@ def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
 
 
 def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
-    """Rows and columns of every product on one rank."""
+    """Return the numbers of rows and columns of every matrix product on one rank."""
     head = architecture.kv_channels
     rows = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
     on = f" on each of {tensor_parallel} tensor-parallel ranks" if tensor_parallel > 1 else ""
@@ -194,10 +194,10 @@ def _check_fp8_tokens(config: Config, multiple: int, key: str) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Refuse precisions, optimizer settings and a loader that need what is not here.
+    """Refuse precisions, optimizer settings, kernels and a loader that need what this machine lacks.
 
     Raises:
-        UserError: names the key and what is missing or does not fit.
+        UserError: the message names the key and what is missing or does not fit.
     """
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.data.sequence_feed import loader_in_force
@@ -252,10 +252,10 @@ def _check_gradient_fusion(config: Config, has_engine: bool) -> None:
 
 
 def check_attention(config: Config) -> None:
-    """Refuse context parallelism where the core attention would be Transformer Engine's unfused one.
+    """Refuse context parallelism if the core attention is Transformer Engine's unfused one.
 
     Raises:
-        UserError: names the key and what would be right.
+        UserError: the message names the key and what would be right.
     """
     if config.parallel.context_parallel_size == 1:
         return
@@ -270,14 +270,14 @@ def check_attention(config: Config) -> None:
 
 
 def attention_lines(config: Config, *, has_engine: bool) -> list[str]:
-    """Say whose core attention the models of a run have and why, with the bytes of scores that it keeps.
+    """Describe the core attention of each model of a run and its reason, with the bytes of scores that it keeps.
 
     Args:
         config: of the run.
         has_engine: whether Transformer Engine is installed and has a GPU.
 
     Returns:
-        A line for each precision of the run; none where the layers are all local for want of a choice.
+        A line for each precision of the run. No lines if ``has_engine`` is false, since all layers are local then.
     """
     lines = []
     for one in settings_by_key(config).values():
@@ -305,7 +305,7 @@ def _line(config: Config, precision: str) -> str:
 
 
 def scores_bytes(config: Config, precision: str) -> float:
-    """Bytes of the scores ``[rows, heads, S, S]`` of all layers that a rank has, of one microbatch of full length."""
+    """Return the bytes of a rank's attention scores ``[rows, heads, S, S]``: all its layers, one full microbatch."""
     architecture, parallel = resolve_architecture(config.model), config.parallel
     length = fixed_row_length(config) or architecture.max_position_embeddings
     heads = architecture.num_attention_heads / parallel.tensor_model_parallel_size

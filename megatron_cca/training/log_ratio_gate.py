@@ -1,4 +1,4 @@
-"""Before the first update policy and reference are one model: whatever log-ratio is measured then is an error."""
+"""Check the log-ratio at step 0. Policy and reference are the same model then, so that any log-ratio is an error."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_cca.objectives import PairLogps
 from megatron_cca.parallel.tile_sizes import chunk_size_of
 from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
 
-# CCA's rewards (beta x log-ratio) off by this much change a row's weight in the gradient, a sigmoid, by about 2.5 %.
+# This error in CCA's reward (beta x log-ratio) changes a row's weight in the gradient, a sigmoid, by about 2.5 %.
 DEFAULT_ALLOWED = 0.05
 
 
 @dataclass(frozen=True)
 class LogRatioSpread:
-    """Policy minus reference over the rows of a global batch, positives and negatives alike, nats."""
+    """Statistics of policy minus reference over all rows of a global batch, positives and negatives, in nats."""
 
     mean: float
     std: float
@@ -33,12 +33,12 @@ class LogRatioSpread:
 
     @property
     def root_mean_square(self) -> float:
-        """What both a bias and a scatter add to, nats."""
+        """The root mean square in nats. Both a bias and a scatter raise it."""
         return math.hypot(self.mean, self.std)
 
 
 def log_ratio_spread(pairs: PairLogps) -> LogRatioSpread:
-    """Measure all rows of ``pairs``."""
+    """Measure the log-ratios of all rows of ``pairs``."""
     ratios = torch.cat(pairs.log_ratios()).double()
     return LogRatioSpread(
         ratios.mean().item(), ratios.std(unbiased=False).item(), ratios.abs().max().item(), len(ratios)
@@ -46,7 +46,7 @@ def log_ratio_spread(pairs: PairLogps) -> LogRatioSpread:
 
 
 def same_path(config: Config) -> bool:
-    """Whether the two forward passes are the same to the last bit as long as the weights are."""
+    """Return whether the two forward passes are the same to the last bit as long as the weights are."""
     if dropout_key(config) is not None or config.reference.fp8_param:
         return False
     if _arithmetic(reference_settings(config)) != _arithmetic(config.training):
@@ -59,7 +59,7 @@ def same_path(config: Config) -> bool:
 
 
 def numeric_path(config: Config) -> dict[str, Any]:
-    """Return what the last bits of a log-probability depend on besides weights, data and precision, nulls filled in."""
+    """Return, with nulls filled in, what log-probabilities' last bits depend on besides weights, data and precision."""
     on_gpu = platform.current().is_cuda
     filled = {"training.logps_chunk_size": chunk_size_of(config.training.logps_chunk_size, on_gpu=on_gpu)}
     filled |= {f"kernels.{name}": value for name, value in forward_kernels(config.kernels).items()}
@@ -68,14 +68,14 @@ def numeric_path(config: Config) -> dict[str, Any]:
 
 
 def judge(config: Config, spread: LogRatioSpread) -> str:
-    """The line to say about the log-ratio at step 0.
+    """Return the line that reports the log-ratio at step 0.
 
     Args:
-        config: of the run; its objective's ``reward_scale`` says how far a log-ratio counts.
-        spread: of step 0's rows.
+        config: of the run. Its objective's ``reward_scale`` is the key that multiplies log-ratios.
+        spread: of the rows of step 0.
 
     Raises:
-        UserError: it is larger than ``reference.allow_bias`` although the weights are the same.
+        UserError: the log-ratio is larger than ``reference.allow_bias`` although the weights are the same.
     """
     if spread.worst == 0.0:
         return f"step-0 log-ratio: exactly 0 (policy - reference, {spread.rows} rows, nats)"
@@ -131,6 +131,6 @@ def _described(settings: TrainingConfig) -> str:
 
 
 def _rounded_up(value: float) -> str:
-    """To two digits, so that the threshold which a user copies is not missed by a hair."""
+    """Round up to two digits with a margin, so that the next run passes with the threshold that a user copies."""
     scale = 10 ** (1 - math.floor(math.log10(value)))
     return f"{math.ceil(value * scale * 1.05) / scale:g}"

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""The training loop, from top to bottom."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, data: RunData) -> None:
-    """Train to ``training.train_iters``, continuing from the newest whole checkpoint in ``training.output_dir``.
+    """Train to ``training.train_iters``. Continue from the newest whole checkpoint in ``training.output_dir``.
 
     Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
 
     Raises:
-        Stopped: one of :data:`signals.STOPPING` came; the run has saved.
-        UserError: loss or gradients that are not finite, an alarm that is to end the run, or a last save that failed.
+        Stopped: a signal of :data:`signals.STOPPING` came, and the run is saved.
+        UserError: loss or gradients are not finite, an alarm ends the run, or the last save failed.
     """
     initialize_distributed(config)
     with set_up(config, data) as run:
@@ -136,7 +136,7 @@ def _loop(run: Run, journal: Journal) -> None:
 def _pictures(run: Run) -> SamplePictures | None:
     if not run.config.logging.sample_interval:
         return None
-    # What draws is large, and few runs draw.
+    # The module imports much, and few runs draw pictures.
     from megatron_cca.training.pictures import open_pictures
 
     return open_pictures(run)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar; on rank 0."""
+"""Show the metrics of a run on rank 0, in metrics.jsonl, in TensorBoard and on a progress bar."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """Writes one JSON object a step to ``<output_dir>/metrics.jsonl`` and the same to TensorBoard.
+    """The log of a run: one JSON object a step in ``<output_dir>/metrics.jsonl``, and the same in TensorBoard.
 
     Args:
         output_dir: the run's folder.
-        first_step: steps at or past it that an interrupted run logged already are dropped.
+        first_step: the log drops what an interrupted run wrote from this step on.
         train_iters: the run's length, for the progress bar.
         tensorboard: whether to write TensorBoard events.
         progress_bar: whether to show a bar (only where standard error is a terminal).
-        on_loss: called with a line when logs are lost, beside its being said.
+        on_loss: called with a line when logs are lost. The line is also printed.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MetricsLog:
 
     @contextmanager
     def tolerating_a_full_disk(self) -> Iterator[None]:
-        """What cannot be written inside is lost, and said once; the run goes on."""
+        """Let the run go on without what the block cannot write. The first loss is reported."""
         try:
             yield
         except OSError as error:
@@ -85,9 +85,9 @@ class MetricsLog:
         self._on_loss(line)
 
     def write(self, row: dict[str, float]) -> None:
-        """Log one step; ``row["step"]`` counts from 0. What is not finite is null, which any reader of JSON takes.
+        """Log one step. ``row["step"]`` counts from 0. Numbers that are not finite become null, as JSON has no NaN.
 
-        A full disk costs lines of the log, and so does somebody who removes it; neither costs the run.
+        Lines are lost if the disk is full or somebody removes the log. The run goes on.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self.tolerating_a_full_disk():
@@ -111,7 +111,7 @@ class MetricsLog:
                 self._curves.writer.add_scalar(name, value, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        """Hand a PNG to TensorBoard; it stays where it is."""
+        """Add a PNG file to TensorBoard. The file stays in its place."""
         if self._curves is not None:
             with Image.open(picture) as image:
                 pixels = np.asarray(image.convert("RGB"))
@@ -124,16 +124,16 @@ class MetricsLog:
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, in order.
+    """Return the rows of a run's metrics.jsonl, in order.
 
     Raises:
-        UserError: a line that no run wrote; names it.
+        UserError: a line that no run wrote. The message names it.
     """
     return [row for _, row in json_lines(output_dir / METRICS_FILE, step=int)]
 
 
 def _curves(folder: Path, first_step: int):
-    # A run without curves needs no TensorBoard.
+    # Only a run with curves needs TensorBoard.
     from megatron_cca.training.curves import Curves
 
     return Curves(folder, first_step)
@@ -149,6 +149,6 @@ def _short(row: dict[str, float]) -> str:
         "validation_loss": "val",
     }
     values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
-    # In place of what is undefined then.
+    # This text replaces the metrics that are undefined then.
     values += "  nothing to contrast" * (row.get("positive_as_negative") == 1.0)
     return f"{values}  {row['samples_per_second']:.0f} samples/s"

@@ -1,4 +1,4 @@
-"""Megatron's data parallelism around the policy, its optimizer, and the schedule of its learning rate."""
+"""Wrap the policy in Megatron's data parallelism, and build its optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
-    """Megatron's data parallelism around each chunk, with the hooks that its schedules call."""
+    """Wrap each chunk in Megatron's data parallelism, and set the hooks that Megatron's schedules call."""
     options, interleaved = config.optimizer, num_model_chunks(config.parallel) > 1
-    # Stages that gather at different times would hold each other up in every cycle of the interleaved schedule, which
-    # therefore starts the gathering itself.
+    # Stages that gather at different times would delay each other in every cycle of the interleaved schedule. The
+    # schedule therefore starts the gathering itself.
     aligned = options.overlap_param_gather and interleaved
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.grad_reduce_in_fp32,
@@ -32,12 +32,12 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
         bucket_size=options.ddp_bucket_size,
         average_in_collective=options.average_in_collective,
         pad_buckets_for_high_nccl_busbw=options.pad_buckets_for_high_nccl_busbw,
-        # health.py looks at the loss too, says which layers, and lets the run go on where that is wanted.
+        # health.py does this. It also checks the loss, names the layers, and lets a run leave the update out.
         check_for_nan_in_grad=False,
     )
     model_config = get_model_config(chunks[0])
     policy = [
-        # Later chunks' gradients are ready together, in the first bucket's shadow: Megatron's own choice.
+        # As in Megatron: communication of later chunks overlaps with computing anyway.
         DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
@@ -51,7 +51,7 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
 
 
 def optimizer_settings(config: Config) -> OptimizerConfig:
-    """What Megatron is told of the optimizer: AdamW with its mixed precision and sharding."""
+    """Return Megatron's configuration of the optimizer: AdamW with mixed precision and sharding."""
     options, is_fp32 = config.optimizer, config.training.precision == "fp32"
     return OptimizerConfig(
         optimizer="adam",
@@ -78,14 +78,14 @@ def optimizer_settings(config: Config) -> OptimizerConfig:
 
 
 def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Megatron's optimizer of :func:`optimizer_settings` for the policy; collective over all ranks."""
+    """Build Megatron's optimizer of :func:`optimizer_settings` for the policy. Collective over all ranks."""
     optimizer = get_megatron_optimizer(optimizer_settings(config), policy, use_gloo_process_groups=False)
     get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay that ``optimizer.lr_decay_style`` names; counts in steps."""
+    """Build the schedule, in steps: linear warm-up, then the decay that ``optimizer.lr_decay_style`` names."""
     options = config.optimizer
     return OptimizerParamScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""What the policy draws while it is trained: the same prompts with the same random numbers, every so many steps."""
+"""Draw pictures with the policy during training, each time from the same prompts and random numbers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _BATCH = 16
 
 
 class SamplePictures:
-    """Draws with a run's policy and leaves everything of the run as it was.
+    """The pictures that a run's policy draws. Drawing changes nothing of the run.
 
     Args:
-        generator: with the policy's own chunks.
-        prompts: with seeds.
-        settings: guidance-free.
-        folder: where the PNGs go.
-        beat: called at every token, for whoever watches whether this rank goes on.
+        generator: has the policy's own chunks.
+        prompts: prompts with seeds.
+        settings: guidance-free settings.
+        folder: the folder of the PNG files.
+        beat: called at every token, to tell the watchdog that this rank makes progress.
         gather: called before the policy's weights are read.
     """
 
@@ -42,20 +42,20 @@ class SamplePictures:
     ) -> None:
         self._generator, self._prompts, self._settings, self._folder = generator, prompts, settings, folder
         self._beat, self._gather = beat, gather
-        # Prompts that do not fit are refused before the first step, not at the first picture.
+        # Refuse prompts that do not fit before the first step, not at the first picture.
         generator.requests(prompts, settings)
 
     def generate(self) -> GeneratedImages:
-        """All prompts' pictures, on every rank. Collective over all ranks of the job."""
+        """Return the pictures of all prompts, on every rank. Collective over all ranks of the job."""
         self._gather()
         return self._generator.generate(self._prompts, self._settings, on_tokens=lambda tokens: self._beat())
 
     def draw(self, step: int, log: MetricsLog | None) -> None:
-        """Put them into one PNG. Collective over all ranks of the job.
+        """Draw all pictures into one PNG file. Collective over all ranks of the job.
 
         Args:
-            step: completed steps.
-            log: on rank 0, where the picture goes.
+            step: the number of completed steps.
+            log: on rank 0, the log that shows the picture.
         """
         pictures = self.generate()
         if log is None:
@@ -71,10 +71,10 @@ class SamplePictures:
 
 
 def open_pictures(run: Run) -> SamplePictures | None:
-    """What draws a run's pictures; None where ``logging.sample_interval`` is 0. Collective over all ranks.
+    """Return the :class:`SamplePictures` of a run, None if ``logging.sample_interval`` is 0. Collective over all ranks.
 
     Raises:
-        UserError: unreadable prompts or ones that do not fit, no tokenizers, images of several sizes and no grid.
+        UserError: prompts that cannot be read or do not fit, no tokenizers, or images of several sizes and no grid.
     """
     config = run.config
     if not config.logging.sample_interval:

@@ -1,4 +1,4 @@
-"""Four ways to have the frozen reference's log-probabilities at hand; one interface."""
+"""Four strategies for the log-probabilities of the frozen reference, with one interface."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Reference(Protocol):
     """The frozen model that an objective on pairs compares with."""
 
     def logps(self, batch: StepBatch, step: int, split: Split = "training") -> dict[int, Tensor]:
-        """Log-probabilities of the image tokens, float32 ``[R]`` by microbatch, on the last stage; empty elsewhere.
+        """Return the log-probability of each row's image tokens, float32 ``[R]`` by microbatch, on the last stage.
 
-        Collective over all ranks of the model.
+        The result is empty on other stages. Collective over all ranks of the model.
 
         Args:
             batch: this rank's share of a step.
-            step: its number within ``split``.
-            split: which stream of batches it is of.
+            step: the number of the step within ``split``.
+            split: the stream of batches that the step belongs to.
         """
 
 
 @dataclass(frozen=True)
 class ResidentReference:
-    """Stays on the device beside the policy."""
+    """A reference that stays on the device beside the policy."""
 
     forward: LogpsPass
     chunks: Sequence[torch.nn.Module]
@@ -51,7 +51,7 @@ class ResidentReference:
 
 @dataclass(frozen=True)
 class OffloadedReference:
-    """Lives in host memory and passes through the device a layer at a time."""
+    """A reference in host memory that passes through the device one layer at a time."""
 
     forward: LogpsPass
     streamed: StreamedChunks
@@ -65,7 +65,7 @@ class OffloadedReference:
 
 @dataclass(frozen=True)
 class SharedReference:
-    """The policy itself, without its LoRA adapters."""
+    """A reference that is the policy itself, without its LoRA adapters."""
 
     forward: LogpsPass
     policy: Sequence[torch.nn.Module]
@@ -80,7 +80,7 @@ class SharedReference:
 
 @dataclass(frozen=True)
 class CachedReference:
-    """Log-probabilities from disk; no model at all."""
+    """A reference without a model. Its log-probabilities come from disk."""
 
     cache: ReferenceCache
 
@@ -96,13 +96,13 @@ class CachedReference:
 
 
 def _set_mode(chunks: Sequence[torch.nn.Module], split: Split) -> None:
-    """Dropout, where there is any, is for training: validation has none, in the policy or here."""
+    """Turn dropout on in training and off in validation, as for the policy."""
     for chunk in chunks:
         chunk.train(split == "training")
 
 
 def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.Module]) -> Reference:
-    """A reference with frozen chunks of its own, where ``has_own_weights``."""
+    """Return a reference with its own frozen chunks, for strategies of ``has_own_weights``."""
     if config.reference.strategy == "offload":
         from megatron_cca.models.streaming import StreamedChunks
 
@@ -111,7 +111,7 @@ def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.
 
 
 def borrowed_reference(config: Config, forward: LogpsPass, policy: Sequence[torch.nn.Module]) -> Reference:
-    """A reference without weights of its own: from disk, or the policy without its adapters."""
+    """Return a reference without its own weights: log-probabilities from disk, or the policy without adapters."""
     if config.reference.strategy == "cached":
         from megatron_cca.data.reference_cache import ReferenceCache
 

@@ -1,4 +1,4 @@
-"""What a configuration says about the reference, with its nulls filled in; no torch, no Megatron."""
+"""The settings of the reference in a configuration, with nulls filled in. No torch, no Megatron."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from megatron_cca.config import Config, TrainingConfig
 
 
 def dropout_key(config: Config) -> str | None:
-    """The kind of dropout that is on, the first if both are: each pass draws its own masks. None if neither is."""
+    """Return the key of the dropout that is on, the first one if both are. Return None if neither is."""
     kinds = ("hidden_dropout", "attention_dropout")
     return next((key for key in kinds if getattr(config.model, key) > 0), None)
 
 
 def has_own_weights(config: Config) -> bool:
-    """Whether the reference is a second model in this job's memory."""
+    """Return whether the reference is a second model in this job's memory."""
     return config.reference.strategy in ("resident", "offload")
 
 
 def same_weights(config: Config) -> bool:
-    """Whether policy and reference start from the same weights."""
+    """Return whether policy and reference start from the same weights."""
     own, pretrained = config.reference.checkpoint, config.training.pretrained_checkpoint
     return own is None or (pretrained is not None and Path(own).resolve() == Path(pretrained).resolve())
 
 
 def reference_settings(config: Config) -> TrainingConfig:
-    """How the reference's forward pass is to be built: the policy's settings but for precision and recomputation."""
+    """Return how to build the reference: the policy's settings, except for precision and recomputation."""
     own, policy = config.reference, config.training
-    # Delayed scaling learns from earlier passes of training; a frozen model takes its scales from the tensor at hand.
+    # Delayed scaling learns from earlier training passes. A frozen model takes its scales from the current tensor.
     inherited = "tensorwise" if policy.fp8_recipe == "delayed" else policy.fp8_recipe
     return replace(
         policy,
@@ -39,12 +39,12 @@ def reference_settings(config: Config) -> TrainingConfig:
 
 
 def uses_reference_pass(config: Config) -> bool:
-    """Whether each step has a forward pass of the frozen model."""
+    """Return whether each step has a forward pass of the frozen model."""
     return config.objective.needs_reference and config.reference.strategy != "cached"
 
 
 def settings_by_key(config: Config) -> dict[str, TrainingConfig]:
-    """How each model of the run computes, under the key that its precision is configured with."""
+    """Return the settings of each model of the run, by the key of its precision."""
     settings = {"training.precision": config.training}
     if uses_reference_pass(config):
         settings["reference.precision"] = reference_settings(config)

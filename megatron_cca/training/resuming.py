@@ -1,4 +1,4 @@
-"""Continue a run as itself, or not at all; no torch, no Megatron."""
+"""Refuse to continue a run as another run. No torch, no Megatron."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from megatron_cca.training.reference_settings import has_own_weights
 PRETRAINED = "training.pretrained_checkpoint"
 REFERENCE = "reference.checkpoint"
 OUTPUT = "training.output_dir"
-# What a checkpoint's summary calls the fingerprints of the weights that its run began with.
+# The entry of a checkpoint's summary for the fingerprints of the weights that its run started from.
 STARTED_FROM = "started_from"
 
 
 def check_resume(config: Config, *, start_exists: bool = True) -> None:
-    """Refuse to continue a run as another one; a folder without checkpoints is none to continue.
+    """Refuse to continue a run as another one. A folder without checkpoints holds no run to continue.
 
     Args:
         config: of the run.
-        start_exists: whether the weights that it names are there already.
+        start_exists: whether the weights that the run starts from exist already.
 
     Raises:
-        UserError: a key that must not have changed, or other weights to begin with; names it.
+        UserError: a key that must not change has changed, or the run starts from other weights. Names the key.
     """
     root = Path(config.training.output_dir) / layout.FOLDER
     newest = layout.newest_complete(root)
     if newest is None:
-        # If there are damaged ones only, newest_whole says so, having tried them all.
+        # If there are only damaged checkpoints, newest_whole tries them all and reports it.
         return
     folder = layout.iteration_folder(root, newest)
     saved = saved_config(folder, OUTPUT)
@@ -55,10 +55,10 @@ def _changed(config: Config, saved: Config) -> Iterator[tuple[str, object, objec
 
 
 def started_from(config: Config) -> dict[str, str | None]:
-    """For a checkpoint's summary: a fingerprint of each checkpoint that the run begins with; None where it has none.
+    """Return, for a checkpoint's summary, a fingerprint of each checkpoint that the run starts from, or None.
 
     Raises:
-        UserError: no whole checkpoint where one is named.
+        UserError: a named checkpoint does not exist or is not whole.
     """
     named = {PRETRAINED: config.training.pretrained_checkpoint, REFERENCE: config.reference.checkpoint}
     return {key: None if path is None else _fingerprint(path, key) for key, path in named.items()}
@@ -69,10 +69,10 @@ def _fingerprint(path: str, key: str) -> str:
 
 
 def _check_started_from(config: Config, saved: Config, folder: Path) -> None:
-    """Refuse other weights to begin with: the reference would be another one from here on.
+    """Refuse a start from other weights: the reference would be another one from now on.
 
-    A folder may have moved, and a path may lead to newer weights than it did: the fingerprints count. Checkpoints of
-    earlier versions have none; their run's own paths then lead to the weights, as long as they are there.
+    A folder may have moved, and a path may lead to newer weights. Therefore fingerprints are compared. Checkpoints of
+    earlier versions have none. For them the paths of their run lead to the weights, if these still exist.
     """
     recorded = layout.read_summary(folder, OUTPUT).get(STARTED_FROM)
     if not isinstance(recorded, dict):

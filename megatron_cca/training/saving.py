@@ -1,4 +1,4 @@
-"""Saving in the middle of training: begun, waited for, and told of."""
+"""Begin saves during training, wait for them, and report them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megatron_cca.training.events import Journal
 from megatron_cca.training.resuming import STARTED_FROM
 from megatron_cca.training.setup import Run
 
-# A disk is slower than a device, and may be asked by many at once.
+# A disk is slower than a device, and many ranks may write to it at once.
 _PATIENCE = 6.0
 
 
 def warn_of_fork(run: Run, journal: Journal) -> None:
-    """Say what ``training.async_save`` risks on a GPU, where it must have been asked for."""
+    """Warn of the risk of ``training.async_save`` on a GPU, where it is on only if a user sets it."""
     if platform.current().is_cuda and run.config.training.async_save:
         line = (
             "training.async_save: true forks this process at each save, which CUDA does not support after its start; "
@@ -24,12 +24,12 @@ def warn_of_fork(run: Run, journal: Journal) -> None:
 
 
 def save_checkpoint(run: Run, journal: Journal) -> None:
-    """Begin to save the run's state at its present step. Collective over all ranks."""
+    """Begin to save the run's state at its current step. Collective over all ranks."""
     tell_of_saves(run, begin_save(run), journal)
 
 
 def begin_save(run: Run) -> list[Saved]:
-    """As :func:`save_checkpoint`; returns the saves that ended meanwhile."""
+    """Begin a save as :func:`save_checkpoint` does. Return the saves that ended meanwhile."""
     run.progress.at("saving", patience=_PATIENCE)
     run.gather_parameters()
     summary = {**summarize(run.config, run.batches.data.fingerprint()), STARTED_FROM: run.started_from}
@@ -37,13 +37,13 @@ def begin_save(run: Run) -> list[Saved]:
 
 
 def finish_saves(run: Run, journal: Journal) -> None:
-    """Wait for what is being saved. Collective over all ranks."""
+    """Wait for the saves in progress. Collective over all ranks."""
     run.progress.at("saving", patience=_PATIENCE)
     tell_of_saves(run, run.saver.finish(), journal)
 
 
 def tell_of_saves(run: Run, ended: list[Saved], journal: Journal) -> None:
-    """Say how saves ended; one that failed is said, and training goes on."""
+    """Report how saves ended. Training goes on after a save that failed."""
     for saved in ended:
         if saved.problem is not None:
             goes_on = "; training goes on" if run.iteration < run.config.training.train_iters else ""

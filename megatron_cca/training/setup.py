@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A run ready to take steps; built by :func:`set_up`."""
+    """A run that is ready to take steps. :func:`set_up` builds it."""
 
     config: Config
     architecture: Architecture
@@ -63,7 +63,7 @@ class Run:
     started_from: dict[str, str | None]
     """See :func:`resuming.started_from`."""
     passed_over: tuple[str, ...] = ()
-    """Why newer checkpoints than the one continued from were not taken; one line each."""
+    """Why the run did not continue from newer checkpoints, one line each."""
 
     @property
     def policy_chunks(self) -> list[torch.nn.Module]:
@@ -74,12 +74,12 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop reading ahead, and let the policy's memory go; the run can take no further step."""
+        """Stop reading ahead, and free the policy's memory. The run can take no further step."""
         self.loader.close()
         release(self.policy)
 
     def gather_parameters(self) -> None:
-        """Let updated weights arrive that the next forward pass would wait for; for those who read them otherwise.
+        """Gather the updated weights, as the next forward pass would. Call it before any other read of the weights.
 
         Collective over all ranks.
         """
@@ -99,17 +99,17 @@ def _checkpoints(config: Config) -> Path:
 
 
 def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize_by_name) -> Run:
-    """Build the run; continues from the newest checkpoint in its folder if there is one. Collective over all ranks.
+    """Build the run. Continue from the newest checkpoint in its folder, if there is one. Collective over all ranks.
 
     Args:
         config: of the run.
-        data: that it trains on.
+        data: of the run.
         initialize: draws the weights that no checkpoint gives.
     """
     architecture = resolve_architecture(config.model)
     batches = training_batches(config, data, config.objective.needs_reference)
     reader = loader(config, batches)
-    # While the models are built, the first batches are read.
+    # The first batches are read while the models are built.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
     validation = validation_batches(config, data, config.objective.needs_reference)
     run = build_run(config, architecture, batches, reader, validation, Progress(), initialize=initialize)
@@ -129,13 +129,13 @@ def build_run(
     *,
     initialize: Initialize | None = initialize_by_name,
 ) -> Run:
-    """The models, the optimizer and what drives them, before any checkpoint of the run's own is read. Collective.
+    """Build the models, the optimizer and the rest of a run, but read none of the run's own checkpoints. Collective.
 
     Args:
         config, architecture: of the run.
-        batches, reader, validation: where its rows come from.
-        progress: told of each forward pass.
-        initialize: draws the weights that no checkpoint gives; None leaves them uninitialised, adapters' too.
+        batches, reader, validation: the sources of its rows.
+        progress: records each forward pass.
+        initialize: draws the weights that no checkpoint gives. None leaves them, and adapters, uninitialised.
     """
     forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
     own = config.objective.needs_reference and has_own_weights(config)
@@ -143,7 +143,7 @@ def build_run(
         from megatron_cca.training.engine import initialize_user_buffers
 
         initialize_user_buffers(config)
-    # Before the policy: while it is loaded and quantised it takes more memory than it keeps.
+    # The reference comes before the policy: it takes more memory while it is loaded and quantised than afterwards.
     reference = own_reference(config, forward, frozen_chunks(config, architecture, initialize)) if own else None
     policy = _build_policy(config, architecture, initialize)
     if config.objective.needs_reference and not own:
@@ -172,7 +172,7 @@ def build_run(
 
 
 def _graphs(config: Config, policy: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> GraphCapture | None:
-    """What captures the policy's layers, where the loop has to see to it; Megatron's schedules capture their own."""
+    """Return the capture of Transformer Engine's graphs, None without them. Megatron's schedules capture their own."""
     if config.kernels.cuda_graph_impl != "transformer_engine":
         return None
     from megatron_cca.training.engine import GraphCapture
@@ -201,16 +201,16 @@ def build_chunks(
     is_frozen: bool = False,
     initialize: Initialize | None = initialize_by_name,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks with weights: from a checkpoint, or drawn from the seed.
+    """Build this rank's model chunks with weights from a checkpoint, or drawn from the seed.
 
     Args:
         config: of the run.
         architecture: of ``config.model``.
-        training: the precision and recomputation to build for; the policy's or the reference's.
+        training: the precision and recomputation to build for, the policy's or the reference's.
         checkpoint: where the weights come from, or None.
-        key: the configuration key that named it.
-        is_frozen: whether the weights will never change.
-        initialize: draws the weights without a checkpoint; None leaves them uninitialised.
+        key: the configuration key that names the checkpoint.
+        is_frozen: whether the weights never change.
+        initialize: draws the weights if there is no checkpoint. None leaves them uninitialised.
     """
     chunks = build_gpt(
         architecture, config.model, config.parallel, training, kernels=config.kernels, is_frozen=is_frozen
@@ -247,7 +247,7 @@ def _build_policy(
 def frozen_chunks(
     config: Config, architecture: Architecture, initialize: Initialize | None = initialize_by_name
 ) -> list[torch.nn.Module]:
-    """The reference's own model chunks, as ``reference`` wants them; ``initialize`` as in :func:`build_chunks`."""
+    """Build the frozen model chunks of the reference. ``initialize`` is as in :func:`build_chunks`."""
     own = config.reference.checkpoint
     key = checks.REFERENCE if own is not None else checks.PRETRAINED
     checkpoint = own or config.training.pretrained_checkpoint
@@ -279,7 +279,7 @@ def _resume(run: Run) -> None:
 
 
 def seed_step(config: Config, step: int) -> None:
-    """Make dropout a function of (seed, step, rank's place), so that a resumed run needs no saved generator state."""
+    """Seed dropout from (seed, step, rank's place), so that a resumed run needs no saved generator state."""
     place = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
     digest = hashlib.sha256(repr((config.training.seed, step, place)).encode()).digest()
     model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "little"))

@@ -25,22 +25,22 @@ from megatron_cca.training.setup import Run, seed_step
 
 
 class DataLost(Exception):
-    """Some rank could not read its batch; raised on all ranks at the same step, before it changed anything."""
+    """The error that some rank could not read its batch. All ranks raise it before the same step changes anything."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did.
+    """The results of a step.
 
     Attributes:
-        metrics: the objective's metrics over the whole global batch, before the update; the same for any layout.
-        log_ratio: policy minus reference over all rows; None without a reference.
-        grad_norm: global norm before clipping; NaN where there was no update.
+        metrics: the objective's metrics over the whole global batch, before the update. The same for any layout.
+        log_ratio: policy minus reference over all rows. None without a reference.
+        grad_norm: global norm before clipping. NaN if there was no update.
         learning_rate: of this update.
         num_tokens: non-padding tokens that the policy saw, over the global batch.
-        image_tokens: of a row, averaged over the global batch.
+        image_tokens: image tokens of a row, averaged over the global batch.
         data_wait_seconds: how long this rank waited for the batch.
-        problem: why there was no update, in one line; None if there was.
+        problem: why there was no update, in one line. None if there was one.
     """
 
     metrics: dict[str, float]
@@ -54,9 +54,9 @@ class StepReport:
 
 
 def train_step(run: Run) -> StepReport:
-    """Take the step ``run.iteration`` and advance it. Collective over all ranks.
+    """Take the step ``run.iteration`` and increase that number. Collective over all ranks.
 
-    Loss and gradients that are not finite leave weights and optimizer as they were.
+    If loss or gradients are not finite, weights and optimizer stay as they were.
 
     Raises:
         DataLost: a batch could not be read.
@@ -96,7 +96,7 @@ def train_step(run: Run) -> StepReport:
 
 
 def validate(run: Run) -> dict[str, float]:
-    """The objective's metrics over all validation batches, the same for any layout. Collective over all ranks.
+    """Return the objective's metrics over all validation batches, the same for any layout. Collective over all ranks.
 
     Raises:
         DataLost: a batch could not be read.
@@ -118,7 +118,7 @@ def validate(run: Run) -> dict[str, float]:
 
 
 def _check_read(problem: str | None) -> None:
-    """Let all ranks raise what one of them met."""
+    """Raise the problem of any rank on all ranks."""
     found = first_problem(problem)
     if found is not None:
         raise DataLost(found)
@@ -132,13 +132,13 @@ def _validation_rows(run: Run, batch: StepBatch, step: int) -> tuple[list[PairLo
 
 
 def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> list[PairLogps | SequenceLogps]:
-    """Forward and backward of every microbatch; returns the detached rows on the last stage."""
+    """Run forward and backward of every microbatch. Return the detached rows on the last stage."""
     collected: list = []
 
     def loss_of(index: int, microbatch: Microbatch, logps: Tensor) -> tuple[Tensor, dict]:
         rows = _rows(run, batch, microbatch, logps, reference.get(index))
         collected.append(_rows(run, batch, microbatch, logps.detach(), reference.get(index)))
-        # Megatron divides the loss in place by the number of microbatches; the rows are reported instead.
+        # Megatron divides the loss in place by the number of microbatches. Therefore the rows are reported.
         return run.config.objective(rows).loss, {}
 
     for chunk in run.policy:
@@ -157,7 +157,7 @@ def _rows(run: Run, batch: StepBatch, microbatch: Microbatch, policy: Tensor, re
 def _global_metrics(
     run: Run, rows: list, mean_num_tokens: float
 ) -> tuple[dict[str, float], LogRatioSpread | None, str | None]:
-    """Over all rows of the global batch, on every rank: the objective's metrics, log-ratios, and what is not finite."""
+    """Return metrics, log-ratios and what is not finite, over all rows of the global batch, on every rank."""
     answer: list = [None, None, None]
     if parallel_state.is_pipeline_last_stage():
         gathered = _gather_rows(run, rows, mean_num_tokens)

@@ -1,4 +1,4 @@
-"""Being asked to go: a signal lets a run finish its step, save, and leave in a way that launchers restart."""
+"""Stop a run on a signal: it finishes its step, saves, and exits in a way that lets launchers restart it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from types import FrameType
 
 from megatron_cca.signals import STOPPING, handle, restore
 
-# A terminal and a launcher may both pass on one Ctrl-C.
+# A terminal and a launcher may both send the signal of one Ctrl-C.
 _SAME_SECONDS = 1.0
 
 
 class StopRequest:
-    """Within its block, notes the first of :data:`signals.STOPPING` instead of dying of it.
+    """A block that records the first signal of :data:`signals.STOPPING`, so that it does not end the process.
 
-    A Ctrl-C that follows is taken at its word: it raises KeyboardInterrupt.
+    A later Ctrl-C raises KeyboardInterrupt.
 
     Attributes:
-        number: of the signal that came; 0 while none has.
+        number: of the signal that came. 0 while none has come.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,6 @@ class StopRequest:
             return
         self.number, self._came = number, now
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            # Not print, which this may have interrupted.
+            # Not print, since the signal may have interrupted one.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nmegatron_cca: the run ends this step and saves; Ctrl-C again ends it at once\n")

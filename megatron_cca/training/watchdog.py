@@ -1,4 +1,4 @@
-"""Where a rank is in its step; and find one that hangs: say which one and where, print its stack, and end the job."""
+"""Record where each rank is in its step. If a rank hangs, name it and its place, print its stack, and end the job."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ PHASES = (
 _TICKS = 10
 _LONGEST_TICK_SECONDS = 5.0
 _STACK_FRAMES = 12
-# In larger jobs one rank of each machine asks what the others posted; so many answers are no load for the store.
+# In jobs of more ranks only one rank of each machine reads what the others posted, to spare the store.
 _ALL_ASK = 64
 
 
 @dataclass(frozen=True)
 class Place:
-    """A moment of a rank's work.
+    """The place of a rank in its work.
 
     Attributes:
-        step, phase: what it works on; one of :data:`PHASES`.
+        step, phase: what it works on. The phase is one of :data:`PHASES`.
         since: ``time.monotonic()`` of the last sign of progress.
-        patience: how many times longer than usual this may take.
+        patience: how many times longer than usual the phase may take.
     """
 
     step: int
@@ -55,27 +55,27 @@ class Place:
 
 
 class Progress:
-    """Told by the training loop, read by the watchdog's thread."""
+    """The progress of this rank. The training loop records it, and the watchdog's thread reads it."""
 
     def __init__(self) -> None:
         self.place = Place(0, PHASES[0], time.monotonic(), 1.0)
         self._launcher_heartbeat = _launcher_heartbeat()
 
     def at(self, phase: str, step: int | None = None, *, patience: float = 1.0) -> None:
-        """A phase begins."""
+        """Record that a phase begins."""
         self.place = Place(self.place.step if step is None else step, phase, time.monotonic(), patience)
 
     def beat(self) -> None:
-        """The present phase goes on: another microbatch, another picture."""
+        """Record progress within the current phase: another microbatch, another picture."""
         self.at(self.place.phase, patience=self.place.patience)
 
     def step_done(self) -> None:
-        """Tell NVIDIA's fault-tolerant launcher, where it has started this rank, that a step has ended."""
+        """Tell NVIDIA's fault-tolerant launcher, if it started this rank, that a step has ended."""
         self._launcher_heartbeat()
 
 
 def _launcher_heartbeat() -> Callable[[], None]:
-    """``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``; elsewhere nothing."""
+    """Return ``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``. Elsewhere it does nothing."""
     if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
         return lambda: None
     from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
@@ -86,18 +86,18 @@ def _launcher_heartbeat() -> Callable[[], None]:
 
 
 def watched(progress: Progress, events: EventLog, timeout_seconds: float) -> AbstractContextManager:
-    """A :class:`Watchdog` around a block; none where ``timeout_seconds`` is 0."""
+    """Return a :class:`Watchdog` around a block, or a context that does nothing if ``timeout_seconds`` is 0."""
     return Watchdog(progress, events, timeout_seconds) if timeout_seconds else nullcontext()
 
 
 class Watchdog:
-    """A thread on every rank that reports where the rank is and notices when it stays there.
+    """A thread on every rank that reports where the rank is, and notices when the rank makes no progress.
 
     Args:
-        progress: what the training loop says of itself.
-        events: where a hang is written down.
-        timeout_seconds: longest time without progress; times a phase's patience.
-        others_wait_seconds: how much later than the rank at fault the others leave, so that torchrun names that one as
+        progress: what the training loop records.
+        events: the log of a hang.
+        timeout_seconds: longest time without progress. A phase's patience multiplies it.
+        others_wait_seconds: how much later than the rank at fault the others exit, so that torchrun names that rank as
             the root cause.
     """
 
@@ -108,7 +108,7 @@ class Watchdog:
         self._others_wait = others_wait_seconds
         self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        # A connection of its own: the main thread may be waiting in the other one.
+        # A separate connection, since the main thread may be waiting in its own one.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=max(1.0, self._tick)))
         self._asks = self._ranks <= _ALL_ASK or os.environ.get("LOCAL_RANK", "0") == "0"
@@ -118,7 +118,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._progress.beat()
-        # Before the first step, so that a rank which stops in it has been seen.
+        # Post before the first step, so that a rank which hangs in it has been seen.
         self._post(0, self._progress.place)
         self._thread.start()
         return self
@@ -134,14 +134,14 @@ class Watchdog:
             beats += 1
             place = self._progress.place
             limit = self._timeout * place.patience
-            # Should a hang keep the interpreter's lock, this thread stands too; this timer then needs no interpreter.
+            # If a hang keeps the interpreter's lock, this thread stops, too. This timer needs no interpreter.
             faulthandler.dump_traceback_later(limit + 2 * self._timeout, exit=True)
             self._post(beats, place)
             if time.monotonic() - place.since > limit:
                 self._hangs(place, beats)
 
     def _post(self, beats: int, place: Place) -> None:
-        # Whoever keeps the store may be the one that hangs.
+        # The process that hosts the store may be the one that hangs.
         with suppress(Exception):
             self._store.set(_key(self._rank), json.dumps([beats, place.step, place.phase]))
 
@@ -167,13 +167,13 @@ class Watchdog:
         end_with(f"{line}\nstack of rank {self._rank}, innermost last:\n{''.join(stack)}{line}", status=1)
 
     def _read_all(self) -> dict[int, list]:
-        """What each rank posted last, as far as the store answers."""
+        """Return what each rank posted last, as far as the store answers."""
         if not self._asks:
             return {}
         everyone = range(self._ranks)
         with suppress(Exception):
             return self._answers(everyone)
-        # Some rank has never posted, or whoever keeps the store is the one that hangs.
+        # Some rank has never posted, or the process that hosts the store hangs.
         with suppress(Exception):
             return self._answers([rank for rank in everyone if self._store.check([_key(rank)])])
         return {}
@@ -186,12 +186,12 @@ class Watchdog:
 def judge(
     first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int, ranks: int
 ) -> tuple[list[int], str]:
-    """Which ranks the others wait for, and why, from two looks at what each posted (beats, step, phase).
+    """Return which ranks the others wait for, and why, from two readings of what each posted (beats, step, phase).
 
     Args:
-        first, second: by rank; the second look is several beats later.
-        rank: who asks; it is alive.
-        ranks: of the job.
+        first, second: the readings, by rank. The second one is several beats later.
+        rank: the rank that asks. It is alive.
+        ranks: the number of ranks of the job.
     """
     silent = [other for other in first if other != rank and first[other] == second.get(other)]
     if rank not in second:
@@ -216,6 +216,6 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def _key(rank: int) -> str:
-    # Without torchrun's count of restarts, which differs between machines. A later attempt has another store, or on one
-    # machine a prefix of its own (platform.process_group_options).
+    # The key lacks torchrun's count of restarts, which differs between machines. A later attempt has another store. On
+    # a single machine it has its own prefix (platform.process_group_options).
     return f"watchdog/{rank}"

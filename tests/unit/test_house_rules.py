@@ -10,20 +10,25 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
 
 # What has been edited: packages, families and modules. Whoever edits another one adds it.
 EDITED = [
+    "__main__.py",
     "programs",
     "checkpoint",
+    "config",
     "data",
     "display.py",
+    "effects.py",
     "errors.py",
     "generation",
     "io",
     "lab",
     "megatron_compat",
     "models",
+    "objectives",
     "parallel",
     "platform",
     "reporting.py",
     "signals.py",
+    "training",
     "version.py",
 ]
 NO_VERBS = frozenset(
