@@ -72,7 +72,7 @@ def public_names():
     """Each function and class of the package that begins without "_", as its full dotted name."""
     for file in sorted((ROOT / "megatron_cca").rglob("*.py")):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for node in ast.parse(file.read_text()).body:
+        for node in ast.parse(file.read_text()).body if file.stem != "__main__" else ():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 yield f"{module}.{node.name}"
 
