@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_cca.config import Config
 from megatron_cca.data.token_data import TokenData
-from megatron_cca.training.events import Journal
+from megatron_cca.training.events import RunLog
 
 NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
 SHARE = "positive_as_negative"
@@ -35,27 +35,27 @@ class ContrastWatch:
         self._shares: deque[float] = deque(maxlen=_SMOOTHED)
         self._said: set[str] = set()
 
-    def begin(self, journal: Journal) -> None:
+    def begin(self, log: RunLog) -> None:
         """Report, before the first step, if the data or the size of the batch leave nothing to contrast."""
         reason = self._why_nothing()
         if reason is not None:
             self._said |= {NOTHING, LITTLE}
             line = f"{reason}: nothing to contrast; {self._consequence()}; {_LEFT_OUT}"
-            journal.tell(NOTHING, line, reason=reason)
+            log.event(NOTHING, line, reason=reason)
 
-    def after(self, step: int, row: Mapping[str, float], journal: Journal) -> None:
+    def after(self, step: int, row: Mapping[str, float], log: RunLog) -> None:
         """Check the metrics of a step, and report if rows have no negative.
 
         Args:
             step: counts from 0.
             row: its metrics. Those of a validation are called ``validation_...``.
-            journal: where to report.
+            log: where to report.
         """
         for where, share in (("this batch", row[SHARE]), ("the validation", row.get(f"validation_{SHARE}"))):
             if share == 1.0 and self._is_new(NOTHING if where == "this batch" else where):
                 line = f"nothing to contrast: no row of {where} has a negative; "
                 line += f"{self._consequence()}; {_LEFT_OUT}" if where == "this batch" else _LEFT_OUT
-                journal.tell(NOTHING, f"step {step}: {line}", step=step, reason=line)
+                log.event(NOTHING, f"step {step}: {line}", step=step, reason=line)
         self._shares.append(row[SHARE])
         share = fmean(self._shares)
         if len(self._shares) == _SMOOTHED and share >= NEARLY_ALL and self._is_new(LITTLE):
@@ -64,7 +64,7 @@ class ContrastWatch:
                 f"makes it {self._config.data.condition_dropout:.0%}): {self._consequence()} in these rows; give the "
                 "samples conditions that differ, lower data.condition_dropout, or raise the global batch"
             )
-            journal.tell(LITTLE, f"step {step}: {line}", step=step, share=round(share, 4), reason=line)
+            log.event(LITTLE, f"step {step}: {line}", step=step, share=round(share, 4), reason=line)
 
     def _is_new(self, what: str) -> bool:
         is_new = what not in self._said

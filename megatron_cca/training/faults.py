@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from megatron_cca.errors import UserError
 from megatron_cca.training.alarms import Alarms
-from megatron_cca.training.events import Journal
+from megatron_cca.training.events import RunLog
 from megatron_cca.training.saving import finish_saves, save_checkpoint
 from megatron_cca.training.setup import Run
 from megatron_cca.training.step import DataLost, StepReport
@@ -24,7 +24,7 @@ class Diverged(UserError):
         self.how = how
 
 
-def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal) -> int:
+def skipped_in_a_row(run: Run, report: StepReport, before: int, log: RunLog) -> int:
     """Return how many updates in a row were left out so far. Collective over all ranks.
 
     Raises:
@@ -35,9 +35,9 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
     faults, step = run.config.faults, run.iteration - 1
     if faults.non_finite == "skip" and before < faults.max_skipped_steps:
         line = f"step {step}: {report.problem}; this update is left out"
-        journal.tell("skipped_step", line, step=step, reason=report.problem)
+        log.event("skipped_step", line, step=step, reason=report.problem)
         return before + 1
-    finish_saves(run, journal)
+    finish_saves(run, log)
     advice = (
         f"{before} updates before it were left out already (faults.max_skipped_steps)"
         if before
@@ -46,20 +46,20 @@ def skipped_in_a_row(run: Run, report: StepReport, before: int, journal: Journal
     raise Diverged(f"step {step}: {report.problem}", advice)
 
 
-def stop_without_data(run: Run, lost: DataLost, journal: Journal) -> NoReturn:
+def stop_without_data(run: Run, lost: DataLost, log: RunLog) -> NoReturn:
     """Save the steps that were trained before data was lost, and end the run. Collective over all ranks.
 
     Raises:
         UserError: always. The message says what could not be read, and which step is saved.
     """
     if run.iteration and run.saver.last_saved != run.iteration:
-        save_checkpoint(run, journal)
-    finish_saves(run, journal)
+        save_checkpoint(run, log)
+    finish_saves(run, log)
     kept = "nothing is saved" if run.saver.last_saved is None else f"step {run.saver.last_saved} is saved"
     raise UserError(f"{lost}; {kept} in {run.config.training.output_dir}; mend it, then the same command continues")
 
 
-def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) -> None:
+def check_alarms(run: Run, alarms: Alarms, report: StepReport, log: RunLog) -> None:
     """Report the alarms after a step. Collective over all ranks.
 
     Raises:
@@ -68,8 +68,8 @@ def heed_alarms(run: Run, alarms: Alarms, report: StepReport, journal: Journal) 
     if report.problem is not None:
         return
     for line in alarms.after(report.metrics, report.image_tokens):
-        journal.tell("alarm", f"alarm at step {run.iteration - 1}: {line}", step=run.iteration - 1, reason=line)
+        log.event("alarm", f"alarm at step {run.iteration - 1}: {line}", step=run.iteration - 1, reason=line)
         if run.config.faults.on_alarm == "stop":
-            save_checkpoint(run, journal)
-            finish_saves(run, journal)
+            save_checkpoint(run, log)
+            finish_saves(run, log)
             raise UserError(f"step {run.iteration - 1}: {line} (faults.on_alarm is stop)")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,12 +28,12 @@ from megatron_cca.parallel.process_groups import initialize_distributed
 from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.batches import RunData
 from megatron_cca.training.contrast import ContrastWatch
-from megatron_cca.training.events import EventLog, Journal
-from megatron_cca.training.faults import heed_alarms, skipped_in_a_row, stop_without_data
+from megatron_cca.training.events import RunLog
+from megatron_cca.training.faults import check_alarms, skipped_in_a_row, stop_without_data
 from megatron_cca.training.kernel_checks import attention_lines
 from megatron_cca.training.log_ratio_gate import judge
 from megatron_cca.training.metrics import MetricsLog
-from megatron_cca.training.saving import finish_saves, save_checkpoint, tell_of_saves, warn_of_fork
+from megatron_cca.training.saving import finish_saves, report_finished_saves, save_checkpoint, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import DataLost, StepReport, train_step, validate
 from megatron_cca.training.stopping import StopRequest
@@ -52,85 +55,94 @@ def train(config: Config, data: RunData) -> None:
     """
     initialize_distributed(config)
     with set_up(config, data) as run:
-        if run.iteration >= config.training.train_iters:
+        if run.iteration < config.training.train_iters:
+            with _reporting(run) as log:
+                _loop(run, log)
+        elif dist.get_rank() == 0:
             reached = f"{config.training.output_dir} is already at step {run.iteration}"
-            _say(f"{reached}; raise training.train_iters to go on")
-        else:
-            _train(run)
+            print(f"{reached}; raise training.train_iters to go on", flush=True)
 
 
-def _train(run: Run) -> None:
-    events = EventLog(Path(run.config.training.output_dir))
-    try:
-        with report_losses_to(lambda stream, reason: _lose_output(events, stream, reason)):
+@contextmanager
+def _reporting(run: Run) -> Iterator[RunLog]:
+    """Open the run's logs, and record the error that ends the block."""
+    output = Path(run.config.training.output_dir)
+    with RunLog(output) as log, report_losses_to(partial(_report_lost_output, log)), ExitStack() as stack:
+        try:
             if dist.get_rank() == 0:
-                _train_and_log(run, events)
-            else:
-                _loop(run, Journal(None, events))
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, Stopped):
-            events.write("failed", step=run.iteration, error=described(error))
-        raise
+                _write_config(run.config, output)
+                log.metrics = stack.enter_context(_open_metrics(run, output, log))
+                _report_start(run, log)
+            yield log
+        except (Exception, KeyboardInterrupt) as error:
+            if not isinstance(error, Stopped):
+                log.own_event("failed", step=run.iteration, error=described(error))
+            raise
 
 
-def _lose_output(events: EventLog, stream: str, reason: str) -> None:
+def _report_lost_output(log: RunLog, stream: str, reason: str) -> None:
     line = f"{stream} cannot be written ({reason}); the run goes on, its logs are in its folder"
-    events.write("output_lost", reason=line)
+    log.own_event("output_lost", reason=line)
     print(f"megatron_cca: {line}", file=sys.stderr, flush=True)
 
 
-def _train_and_log(run: Run, events: EventLog) -> None:
-    config = run.config
-    output = Path(config.training.output_dir)
+def _write_config(config: Config, output: Path) -> None:
     try:
         write_text(output / "config.yaml", yaml.safe_dump(config_to_dict(explicit(config)), sort_keys=False))
     except OSError as error:
         raise UserError(f"training.output_dir: cannot be written: {described(error)}; choose another") from None
-    options = {
-        "tensorboard": config.logging.tensorboard,
-        "progress_bar": config.logging.progress_bar,
-        "on_loss": lambda line: events.write("logs_lost", reason=line),
-    }
-    with MetricsLog(output, run.iteration, config.training.train_iters, **options) as log:
-        journal = Journal(log, events)
-        began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
-        began |= {"loader": run.loader.loader}
-        journal.tell("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
-        for line in attention_lines(config, has_engine=engine_is_available()):
-            journal.say(line)
-        for line in run.passed_over:
-            journal.tell("passed_over", f"passed over: {line}", reason=line)
-        warn_of_fork(run, journal)
-        _loop(run, journal)
 
 
-def _loop(run: Run, journal: Journal) -> None:
+def _open_metrics(run: Run, output: Path, log: RunLog) -> MetricsLog:
+    config = run.config
+    return MetricsLog(
+        output,
+        run.iteration,
+        config.training.train_iters,
+        tensorboard=config.logging.tensorboard,
+        progress_bar=config.logging.progress_bar,
+        on_loss=lambda line: log.own_event("logs_lost", reason=line),
+    )
+
+
+def _report_start(run: Run, log: RunLog) -> None:
+    began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
+    began |= {"loader": run.loader.loader}
+    log.event("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
+    for line in attention_lines(run.config, has_engine=engine_is_available()):
+        log.info(line)
+    for line in run.passed_over:
+        log.event("passed_over", f"passed over: {line}", reason=line)
+    warn_of_fork(run, log)
+
+
+def _loop(run: Run, log: RunLog) -> None:
     training = run.config.training
     pictures, alarms, skipped = _pictures(run), Alarms(run.config), 0
-    contrast = _watch_contrast(run, journal)
-    with StopRequest() as stop, watched(run.progress, journal.events, run.config.faults.hang_timeout_seconds):
+    contrast = _watch_contrast(run, log)
+    with StopRequest() as stop, watched(run.progress, log, run.config.faults.hang_timeout_seconds):
         if pictures is not None and run.iteration == 0:
-            pictures.draw(0, journal.log)
+            pictures.draw(0, log.metrics)
         while run.iteration < training.train_iters:
             try:
-                report = _step(run, journal, contrast)
+                report = _step(run, log, contrast)
             except DataLost as lost:
-                stop_without_data(run, lost, journal)
-            skipped = skipped_in_a_row(run, report, skipped, journal)
-            heed_alarms(run, alarms, report, journal)
+                stop_without_data(run, lost, log)
+            skipped = skipped_in_a_row(run, report, skipped, log)
+            check_alarms(run, alarms, report, log)
             if pictures is not None and run.iteration % run.config.logging.sample_interval == 0:
                 run.progress.at("drawing pictures")
-                pictures.draw(run.iteration, journal.log)
+                pictures.draw(run.iteration, log.metrics)
             signal_number = largest(stop.number)
             at_end = run.iteration == training.train_iters
             if at_end or signal_number or (training.save_interval and run.iteration % training.save_interval == 0):
-                save_checkpoint(run, journal)
+                save_checkpoint(run, log)
             else:
-                tell_of_saves(run, run.saver.poll(), journal)
+                report_finished_saves(run, run.saver.poll(), log)
             if signal_number and not at_end:
-                _stop(run, signal_number, journal)
+                _stop(run, signal_number, log)
             run.progress.step_done()
-        _finish(run, journal)
+        _finish(run, log)
 
 
 def _pictures(run: Run) -> SamplePictures | None:
@@ -142,55 +154,56 @@ def _pictures(run: Run) -> SamplePictures | None:
     return open_pictures(run)
 
 
-def _watch_contrast(run: Run, journal: Journal) -> ContrastWatch | None:
-    if not run.config.objective.needs_reference or journal.log is None:
+def _watch_contrast(run: Run, log: RunLog) -> ContrastWatch | None:
+    if not run.config.objective.needs_reference or log.metrics is None:
         return None
     watch = ContrastWatch(run.config, run.batches.data)
-    watch.begin(journal)
+    watch.begin(log)
     return watch
 
 
-def _step(run: Run, journal: Journal, contrast: ContrastWatch | None) -> StepReport:
+def _step(run: Run, log: RunLog, contrast: ContrastWatch | None) -> StepReport:
     step = run.iteration
     started = time.perf_counter()
     report = train_step(run)
     platform.synchronize()
     row = _row(run, step, report, time.perf_counter() - started)
     if step == 0 and report.problem is None:
-        _check_first_step(run, report, journal)
+        _check_first_step(run, report, log)
     if run.validation is not None and run.iteration % run.config.validation.interval == 0:
         run.progress.at("validation")
         row |= {f"validation_{name}": value for name, value in validate(run).items()}
-    journal.log_row(row)
+    if log.metrics is not None:
+        log.metrics.write(row)
     if contrast is not None:
-        contrast.after(step, row, journal)
+        contrast.after(step, row, log)
     return report
 
 
-def _stop(run: Run, signal_number: int, journal: Journal) -> NoReturn:
-    finish_saves(run, journal)
+def _stop(run: Run, signal_number: int, log: RunLog) -> NoReturn:
+    finish_saves(run, log)
     name = signal.Signals(signal_number).name
     saved = run.saver.last_saved
     kept = f"step {saved} is saved" if saved is not None else "nothing is saved"
-    journal.note("stopped", step=run.iteration, signal=name, saved=saved)
+    log.event("stopped", step=run.iteration, signal=name, saved=saved)
     raise Stopped(f"{name}: {kept} in {run.config.training.output_dir}; the same command continues", signal_number)
 
 
-def _finish(run: Run, journal: Journal) -> None:
-    finish_saves(run, journal)
+def _finish(run: Run, log: RunLog) -> None:
+    finish_saves(run, log)
     if run.saver.last_saved != run.iteration:
         raise UserError(
             f"training.output_dir: step {run.iteration}, the last one, could not be saved in {run.checkpoints} (see "
             "above); make room, then the same command continues from the newest checkpoint"
         )
-    journal.note("finished", step=run.iteration)
+    log.event("finished", step=run.iteration)
 
 
-def _check_first_step(run: Run, report: StepReport, journal: Journal) -> None:
+def _check_first_step(run: Run, report: StepReport, log: RunLog) -> None:
     if report.log_ratio is None:
         return
     line = judge(run.config, report.log_ratio)
-    journal.say(line)
+    log.info(line)
 
 
 def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:
@@ -220,8 +233,3 @@ def _headline(run: Run) -> str:
     resumed = f", continuing at step {run.iteration}" if run.iteration else ""
     words = ", normalised over visual words" if config.objective.normalization == "image" else ""
     return f"{config.objective.name}{words}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
-
-
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)

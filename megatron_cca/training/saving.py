@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_cca import platform
 from megatron_cca.checkpoint.saver import Saved
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.training.events import Journal
+from megatron_cca.training.events import RunLog
 from megatron_cca.training.resuming import STARTED_FROM
 from megatron_cca.training.setup import Run
 
@@ -13,19 +13,19 @@ from megatron_cca.training.setup import Run
 _PATIENCE = 6.0
 
 
-def warn_of_fork(run: Run, journal: Journal) -> None:
+def warn_of_fork(run: Run, log: RunLog) -> None:
     """Warn of the risk of ``training.async_save`` on a GPU, where it is on only if a user sets it."""
     if platform.current().is_cuda and run.config.training.async_save:
         line = (
             "training.async_save: true forks this process at each save, which CUDA does not support after its start; "
             "if a save hangs or a process dies, set it to null, which waits for each save"
         )
-        journal.tell("forks", line)
+        log.event("forks", line)
 
 
-def save_checkpoint(run: Run, journal: Journal) -> None:
+def save_checkpoint(run: Run, log: RunLog) -> None:
     """Begin to save the run's state at its current step. Collective over all ranks."""
-    tell_of_saves(run, begin_save(run), journal)
+    report_finished_saves(run, begin_save(run), log)
 
 
 def begin_save(run: Run) -> list[Saved]:
@@ -36,21 +36,21 @@ def begin_save(run: Run) -> list[Saved]:
     return run.saver.save(run.iteration, run.policy_chunks, run.optimizer, summary)
 
 
-def finish_saves(run: Run, journal: Journal) -> None:
+def finish_saves(run: Run, log: RunLog) -> None:
     """Wait for the saves in progress. Collective over all ranks."""
     run.progress.at("saving", patience=_PATIENCE)
-    tell_of_saves(run, run.saver.finish(), journal)
+    report_finished_saves(run, run.saver.finish(), log)
 
 
-def tell_of_saves(run: Run, ended: list[Saved], journal: Journal) -> None:
+def report_finished_saves(run: Run, ended: list[Saved], log: RunLog) -> None:
     """Report how saves ended. Training goes on after a save that failed."""
     for saved in ended:
         if saved.problem is not None:
             goes_on = "; training goes on" if run.iteration < run.config.training.train_iters else ""
             line = f"step {saved.iteration} could not be saved: {saved.problem}{goes_on}"
-            journal.tell("save_failed", line, step=saved.iteration, reason=saved.problem)
+            log.event("save_failed", line, step=saved.iteration, reason=saved.problem)
             continue
         times = {"seconds": round(saved.seconds, 3), "waited_seconds": round(saved.waited_seconds, 3)}
-        journal.tell("saved", f"saved {run.checkpoints} at step {saved.iteration}", step=saved.iteration, **times)
+        log.event("saved", f"saved {run.checkpoints} at step {saved.iteration}", step=saved.iteration, **times)
         if saved.removed:
-            journal.note("removed", steps=list(saved.removed))
+            log.event("removed", steps=list(saved.removed))

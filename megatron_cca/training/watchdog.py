@@ -19,7 +19,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_cca.reporting import end_with
-from megatron_cca.training.events import EventLog
+from megatron_cca.training.events import RunLog
 
 PHASES = (
     "reading the batch",
@@ -85,9 +85,9 @@ def _launcher_heartbeat() -> Callable[[], None]:
     return client.send_heartbeat
 
 
-def watched(progress: Progress, events: EventLog, timeout_seconds: float) -> AbstractContextManager:
+def watched(progress: Progress, log: RunLog, timeout_seconds: float) -> AbstractContextManager:
     """Return a :class:`Watchdog` around a block, or a context that does nothing if ``timeout_seconds`` is 0."""
-    return Watchdog(progress, events, timeout_seconds) if timeout_seconds else nullcontext()
+    return Watchdog(progress, log, timeout_seconds) if timeout_seconds else nullcontext()
 
 
 class Watchdog:
@@ -95,16 +95,16 @@ class Watchdog:
 
     Args:
         progress: what the training loop records.
-        events: the log of a hang.
+        log: the log of a hang.
         timeout_seconds: longest time without progress. A phase's patience multiplies it.
         others_wait_seconds: how much later than the rank at fault the others exit, so that torchrun names that rank as
             the root cause.
     """
 
     def __init__(
-        self, progress: Progress, events: EventLog, timeout_seconds: float, others_wait_seconds: float = 5.0
+        self, progress: Progress, log: RunLog, timeout_seconds: float, others_wait_seconds: float = 5.0
     ) -> None:
-        self._progress, self._events, self._timeout = progress, events, timeout_seconds
+        self._progress, self._log, self._timeout = progress, log, timeout_seconds
         self._others_wait = others_wait_seconds
         self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
@@ -162,7 +162,7 @@ class Watchdog:
         if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
             time.sleep(self._others_wait)
         stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
-        self._events.write("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
+        self._log.own_event("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         end_with(f"{line}\nstack of rank {self._rank}, innermost last:\n{''.join(stack)}{line}", status=1)
 

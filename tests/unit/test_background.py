@@ -51,7 +51,7 @@ def test_a_process_is_forked_on_a_cpu_and_on_a_gpu_only_where_it_is_asked_for(wa
 def test_a_fork_on_a_gpu_is_told_of(device, wanted, lines, monkeypatch):
     monkeypatch.setattr(platform, "current", lambda: SimpleNamespace(is_cuda=device == "cuda"))
     told = []
-    journal = SimpleNamespace(tell=lambda event, line: told.append((event, line)))
-    warn_of_fork(SimpleNamespace(config=load_config(None, [f"training.async_save={wanted}"])), journal)
+    log = SimpleNamespace(event=lambda event, line: told.append((event, line)))
+    warn_of_fork(SimpleNamespace(config=load_config(None, [f"training.async_save={wanted}"])), log)
     assert len(told) == lines
     assert all(event == "forks" and line.startswith("training.async_save: true forks") for event, line in told)

@@ -15,7 +15,7 @@ from megatron_cca.lab.studies.work import _means
 from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
 from megatron_cca.objectives import OBJECTIVES
 from megatron_cca.training.contrast import LITTLE, NOTHING, ContrastWatch, has_one_condition
-from megatron_cca.training.events import EventLog, Journal, read_events
+from megatron_cca.training.events import RunLog, read_events
 from megatron_cca.training.metrics import MetricsLog, read_metrics
 from tests.references.token_shards import write
 from tests.unit.test_objectives import build, random_pairs
@@ -71,15 +71,15 @@ def told(tmp_path):
 
     def feed(shares, *overrides, conditions=(([1], None), ([2], None)), validation=None):
         config = load_config(None, [*overrides])
-        with MetricsLog(tmp_path, 0, 10, tensorboard=False, progress_bar=False) as log:
-            journal = Journal(log, EventLog(tmp_path))
+        with RunLog(tmp_path) as log, MetricsLog(tmp_path, 0, 10, tensorboard=False, progress_bar=False) as metrics:
+            log.metrics = metrics
             watch = ContrastWatch(config, data(tmp_path / "data", conditions))
-            watch.begin(journal)
+            watch.begin(log)
             for step, share in enumerate(shares):
                 row = {"positive_as_negative": share, "loss": 1.0}
                 if validation is not None:
                     row["validation_positive_as_negative"] = validation
-                watch.after(step, row, journal)
+                watch.after(step, row, log)
         return [{key: event.get(key) for key in ("event", "step", "reason")} for event in read_events(tmp_path)]
 
     return feed
