@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cca.config import Config
 from megatron_cca.config.examples import ConfigFile, example
@@ -16,6 +17,9 @@ from megatron_cca.io.options import DeviceChoice, Overrides, options
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_errors
+
+if TYPE_CHECKING:
+    from megatron_cca.training.batches import RunData
 
 _DEFAULT, _BASE = example("emu3_tiny_cca"), example("emu3_tiny_base")
 _EXAMPLES = """examples:
@@ -69,7 +73,14 @@ def main(
         if not given.auto_resume:
             _check_fresh(config)
         platform.install_option(given.device)
-        _train_all(runs)
+        # Import late: Megatron-Core must not be imported before the platform is installed.
+        import torch.distributed as dist
+
+        from megatron_cca.training.loop import train
+
+        for run, data in _with_data(runs):
+            train(run, data)
+        dist.destroy_process_group()
 
 
 def _missing_base(config: Config, default: Config, base_config: Path) -> Config | None:
@@ -114,13 +125,10 @@ def _check_fresh(config: Config) -> None:
         )
 
 
-def _train_all(runs: Sequence[Config]) -> None:
-    # Imported late: Megatron-Core must not be imported before the platform is installed.
-    import torch.distributed as dist
-
+def _with_data(runs: Sequence[Config]) -> Iterator[tuple[Config, RunData]]:
+    """Yield each run with its data. Check what could not be checked before the run in front of it ended."""
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.kernel_checks import check_devices
-    from megatron_cca.training.loop import train
     from megatron_cca.training.resuming import check_resume
 
     # Another thread reads ahead. By default this thread would wait 5 ms each time it takes the interpreter from it.
@@ -135,5 +143,4 @@ def _train_all(runs: Sequence[Config]) -> None:
             check_cache(config, data)
         # Check again, since the base of this run may have been trained just now.
         check_resume(config)
-        train(config, data)
-    dist.destroy_process_group()
+        yield config, data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ class LogpsPass:
             return output, lambda logps, non_loss_data: (index, logps)
 
         with torch.no_grad():
-            return dict(self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True))
+            run = get_forward_backward_func()
+            schedule = self._schedule(chunks, batch, forward_step)
+            return dict(run(**schedule, forward_only=True, collect_non_loss_data=True))
 
     def settle_scales(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> None:
         """Run one pass and drop its results, so that delayed FP8 scaling has an amax history before the first step.
@@ -73,7 +76,8 @@ class LogpsPass:
             return output, lambda logps, non_loss_data: None
 
         with torch.enable_grad():
-            self._schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True)
+            run = get_forward_backward_func()
+            run(**self._schedule(chunks, batch, forward_step), forward_only=True, collect_non_loss_data=True)
 
     def train(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, loss_of: LossOf) -> None:
         """Run forward and backward of every microbatch.
@@ -87,25 +91,25 @@ class LogpsPass:
 
         def forward_step(microbatches: Iterator, model: torch.nn.Module):
             index, rows, output = self._forward(microbatches, model)
-            return output, lambda logps: loss_of(index, rows, logps)
+            return output, partial(loss_of, index, rows)
 
-        self._schedule(chunks, batch, forward_step, forward_only=False)
+        get_forward_backward_func()(**self._schedule(chunks, batch, forward_step), forward_only=False)
 
     def _forward(self, microbatches: Iterator, model: torch.nn.Module) -> tuple[int, Microbatch, Tensor]:
         self.beat()
         index, rows = next(microbatches)
         return index, rows, image_logps(model, rows.tokens, rows.targets, rows.mask, **self.head)
 
-    def _schedule(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, forward_step, **options) -> list:
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(enumerate(batch.microbatches)) for _ in chunks],
-            model=list(chunks),
-            num_microbatches=len(batch.microbatches),
-            seq_length=batch.seq_length,
-            micro_batch_size=self.rows_per_microbatch,
-            **options,
-        )
+    def _schedule(self, chunks: Sequence[torch.nn.Module], batch: StepBatch, forward_step: Callable) -> dict[str, Any]:
+        """Return the arguments of Megatron's schedule that every pass has."""
+        return {
+            "forward_step_func": forward_step,
+            "data_iterator": [iter(enumerate(batch.microbatches)) for _ in chunks],
+            "model": list(chunks),
+            "num_microbatches": len(batch.microbatches),
+            "seq_length": batch.seq_length,
+            "micro_batch_size": self.rows_per_microbatch,
+        }
 
 
 def gathered_rows(mine: Tensor) -> Tensor:

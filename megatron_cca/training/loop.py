@@ -124,8 +124,11 @@ def _loop(run: Run, log: RunLog) -> None:
         if pictures is not None and run.iteration == 0:
             pictures.draw(0, log.metrics)
         while run.iteration < training.train_iters:
+            started = time.perf_counter()
             try:
-                report = _step(run, log, contrast)
+                report = train_step(run)
+                platform.synchronize()
+                _report_step(run, report, time.perf_counter() - started, log, contrast)
             except DataLost as lost:
                 stop_without_data(run, lost, log)
             skipped = skipped_in_a_row(run, report, skipped, log)
@@ -162,12 +165,10 @@ def _watch_contrast(run: Run, log: RunLog) -> ContrastWatch | None:
     return watch
 
 
-def _step(run: Run, log: RunLog, contrast: ContrastWatch | None) -> StepReport:
-    step = run.iteration
-    started = time.perf_counter()
-    report = train_step(run)
-    platform.synchronize()
-    row = _row(run, step, report, time.perf_counter() - started)
+def _report_step(run: Run, report: StepReport, seconds: float, log: RunLog, contrast: ContrastWatch | None) -> None:
+    """Validate if it is time, and log the step before ``run.iteration``. Collective over all ranks."""
+    step = run.iteration - 1
+    row = _row(run, step, report, seconds)
     if step == 0 and report.problem is None:
         _check_first_step(run, report, log)
     if run.validation is not None and run.iteration % run.config.validation.interval == 0:
@@ -177,7 +178,6 @@ def _step(run: Run, log: RunLog, contrast: ContrastWatch | None) -> StepReport:
         log.metrics.write(row)
     if contrast is not None:
         contrast.after(step, row, log)
-    return report
 
 
 def _stop(run: Run, signal_number: int, log: RunLog) -> NoReturn:

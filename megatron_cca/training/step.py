@@ -139,7 +139,7 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
         rows = _rows(run, batch, microbatch, logps, reference.get(index))
         collected.append(_rows(run, batch, microbatch, logps.detach(), reference.get(index)))
         # Megatron divides the loss in place by the number of microbatches. Therefore the rows are reported.
-        return run.config.objective(rows).loss, {}
+        return run.config.objective.loss(rows), {}
 
     for chunk in run.policy:
         chunk.zero_grad_buffer()

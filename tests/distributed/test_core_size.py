@@ -13,7 +13,7 @@ from tests.distributed.launch import ROOT, SCRIPT, typed
 from tests.distributed.test_layout_parity import CCA
 
 PACKAGE = Path(megatron_cca.__file__).parent
-MOST_LINES = 12_800
+MOST_LINES, MOST_CALLS = 12_800, 8
 # Switched off in the tiny run: what it must not import, and the key that would.
 SWITCHED_OFF = {
     "training/pictures.py": "logging.sample_interval",
@@ -31,7 +31,17 @@ SWITCHED_OFF = {
 }
 
 REPORT = """
-import json, runpy, sys
+import inspect, json, os, runpy, sys
+import megatron_cca
+from megatron_cca.objectives.cca import CCA
+package = os.path.dirname(megatron_cca.__file__) + os.sep
+
+def loss(self, rows, compute=CCA.loss):
+    names = [frame.function for frame in inspect.stack(0) if frame.filename.startswith(package)]
+    print("called by:", json.dumps(names))
+    return compute(self, rows)
+
+CCA.loss = loss
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
 print("imported:", json.dumps([file for file in files if file]))
@@ -39,8 +49,8 @@ print("imported:", json.dumps([file for file in files if file]))
 
 
 @pytest.fixture(scope="module")
-def imported(digit_shards, checkpoint, tmp_path_factory):
-    """The package's files that a run of the tiny model imports which loads its base, takes a step and saves."""
+def run(digit_shards, checkpoint, tmp_path_factory):
+    """What a run of the tiny model prints which loads its base, takes a step and saves, and then what it imported."""
     values = {
         "data.path": digit_shards,
         "training.output_dir": "run",
@@ -58,7 +68,13 @@ def imported(digit_shards, checkpoint, tmp_path_factory):
     done = typed(sys.executable, "-c", REPORT, SCRIPT, *arguments, cwd=folder, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "checkpoints" / "iter_0000001").is_dir()
-    files = json.loads(done.stdout.rpartition("imported:")[2])
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def imported(run):
+    """The package's files that the run imports."""
+    files = json.loads(run.rpartition("imported:")[2])
     return {file.relative_to(PACKAGE): file for file in map(Path, files) if file.is_relative_to(PACKAGE)}
 
 
@@ -67,6 +83,14 @@ def test_what_a_training_job_imports_can_be_read(imported):
     longest = ", ".join(f"{name} {lines[name]}" for name in sorted(lines, key=lines.get, reverse=True)[:10])
     assert sum(lines.values()) <= MOST_LINES, f"{sum(lines.values())} lines in {len(lines)} files, such as {longest}"
     assert len(lines) > 80
+
+
+def test_the_loss_is_near_the_program(run):
+    """The functions of the package between the program's start and the objective's loss, which is not among them."""
+    (line, *_) = [line for line in run.splitlines() if line.startswith("called by:")]
+    names = json.loads(line.removeprefix("called by:"))
+    assert names[-1] == "main"
+    assert len(names) <= MOST_CALLS, names
 
 
 def test_it_imports_nothing_of_the_laboratory(imported):
