@@ -136,7 +136,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         ),
         _core(
             "distributed.DistributedDataParallel._make_backward_post_hook",
-            "adds no gradient that is in main_grad already, see parallel/accumulation.py",
+            "adds no gradient that is in main_grad already, see platform/accumulation.py",
             says=("param.grad_added_to_main_grad", "zero_out_wgrad"),
         ),
         _core(
@@ -153,7 +153,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         _core("distributed.param_and_grad_buffer._ParamAndGradBuffer", "holds gradients", has=("grad_data",)),
         _engine(
             "pytorch.cpp_extensions.general_gemm",
-            "adds a product to a sum, see parallel/accumulation.py",
+            "adds a product to a sum, see platform/accumulation.py",
             takes=("out_dtype", "layout", "out", "accumulate"),
         ),
         _engine("pytorch.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),
