@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_cca.config.schema import Config
 from megatron_cca.effects import values
+from megatron_cca.objectives.base import DEFAULT, keys_of
 
 # section.key: what versions without this key did, where that is not its default today.
 WITHOUT = {
@@ -25,6 +26,8 @@ WITHOUT = {
 RENAMED: dict[str, str] = {}
 # Former section.key without a successor: what a user who still types it should do.
 DROPPED: dict[str, str] = {}
+# Earlier versions wrote these keys and their defaults for every objective.
+OBJECTIVE_KEYS = {"beta": 0.02, "negative_weight": 1.0}
 
 
 def values_without() -> dict[str, Any]:
@@ -50,6 +53,16 @@ def of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in WITHOUT.items():
         _put(found, key, value)
     return found
+
+
+def with_own_objective_keys(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration without the :data:`OBJECTIVE_KEYS` that its objective does not have."""
+    section = tree.get("objective") if isinstance(tree, Mapping) else None
+    if not isinstance(section, dict):
+        return tree
+    known = keys_of(section.get("name", DEFAULT)) or OBJECTIVE_KEYS
+    kept = {key: value for key, value in section.items() if key in known or key not in OBJECTIVE_KEYS}
+    return {**tree, "objective": kept}
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -21,13 +21,10 @@ from megatron_cca.config import former
 from megatron_cca.config.schema import TYPED, Config
 from megatron_cca.config.texts import key_kind, override_value, texts_as_typed
 from megatron_cca.errors import UserError
-from megatron_cca.objectives.base import DEFAULT, inherited, keys_of
+from megatron_cca.objectives.base import inherited
 
 NULL = "must be text, found null; an unquoted ~ is null in YAML, the home folder is ~/"
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-# Former versions wrote these keys and their defaults for every objective.
-FORMER_OBJECTIVE_KEYS = {"beta": 0.02, "negative_weight": 1.0}
-
 
 # The most YAML nodes of a file, with all aliases expanded. A configuration has a few hundred.
 _MAX_NODES = 10_000
@@ -110,21 +107,12 @@ def config_from_dict(tree: Mapping[str, Any], *, typed: bool = False) -> Config:
             and only keys that former versions wrote and that its objective does not have are dropped.
     """
     if not typed:
-        tree = _of_today(tree)
+        tree = former.with_own_objective_keys(tree)
     try:
         # Strict mode accepts plain data for a nested dataclass only as JSON.
         return TypeAdapter(Config).validate_json(as_json(tree), context=TYPED if typed else None)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-
-
-def _of_today(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    section = tree.get("objective") if isinstance(tree, Mapping) else None
-    if not isinstance(section, dict):
-        return tree
-    known = keys_of(section.get("name", DEFAULT)) or FORMER_OBJECTIVE_KEYS
-    kept = {key: value for key, value in section.items() if key in known or key not in FORMER_OBJECTIVE_KEYS}
-    return {**tree, "objective": kept}
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

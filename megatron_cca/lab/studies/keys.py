@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
-from megatron_cca.config.load import FORMER_OBJECTIVE_KEYS, config_to_dict
+from megatron_cca.config.former import OBJECTIVE_KEYS
+from megatron_cca.config.load import config_to_dict
 from megatron_cca.data import DIGITS
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.effects import effects
@@ -30,7 +31,7 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
     """
     tree = config_to_dict(explicit(config))
     # A former version's studies must continue with the same keys.
-    tree["objective"] = FORMER_OBJECTIVE_KEYS | tree["objective"]
+    tree["objective"] = OBJECTIVE_KEYS | tree["objective"]
     for key, effect in effects(config).items():
         section, _, name = key.partition(".")
         if not effect.study:
