@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_cca.checkpoint import layout, records
+from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
-from megatron_cca.parallel.across_ranks import attempted_on_rank_0, described, first_problem
+from megatron_cca.parallel.ranks import attempted_on_rank_0, described, first_problem
 
 # Policy and reference often load one checkpoint. An unchanged file is read only once.
 _known_good: set[tuple] = set()
@@ -61,7 +61,7 @@ def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
 def _check_contents(folder: Path, key: str, files: dict[str, dict], names: Collection[str]) -> None:
     identities = {name: _identity(folder / name, files[name]["xxh3"]) for name in names}
     unknown = [name for name in names if identities[name] not in _known_good]
-    for name, found in records.checksums(folder, unknown).items():
+    for name, found in layout.checksums(folder, unknown).items():
         if found != files[name]["xxh3"]:
             raise UserError(f"{key}: {folder / name} is damaged: not what was written; choose another checkpoint")
         _known_good.add(identities[name])

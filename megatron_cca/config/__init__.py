@@ -18,7 +18,7 @@ from megatron_cca.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron_cca.effects import effects
+from megatron_cca.keys import effects
 
 __all__ = [
     "Config",

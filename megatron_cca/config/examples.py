@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_cca.io.options import Option
-from megatron_cca.io.typed_paths import path_option
+from megatron_cca.io.paths import path_option
 
 # A link to examples/ in a checkout. setup.py installs the files themselves.
 _FOLDER = Path(__file__).resolve().parents[1] / "examples"

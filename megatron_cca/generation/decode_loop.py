@@ -1,4 +1,4 @@
-"""Sample images from a model, in batches of requests.
+"""Sample images from a model, in batches of requests, or the best of several candidates per prompt.
 
 Only visual tokens are drawn, from the softmax over the visual part of the vocabulary. The vocabulary's grammar gives
 all other tokens. Each image has its own seed. It therefore comes out the same in any batch and on any layout, except
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.generation.categorical import NO_CODE, draw_codes
+from megatron_cca.generation import DrawingOptions
 from megatron_cca.generation.decoder import Decoder, decoding
-from megatron_cca.generation.guidance import contrastive_logits, guided_logits
-from megatron_cca.generation.options import DrawingOptions
+from megatron_cca.generation.next_code import NO_CODE, contrastive_logits, draw_codes, guided_logits
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
@@ -219,3 +219,47 @@ def _codes(logits: Sequence[Tensor], uniforms: Tensor, settings: SamplingSetting
     else:
         scores = logits[0]
     return draw_codes(scores, uniforms, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+
+
+SCORER = "--scorer"
+
+Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+"""A function of images uint8 ``[N, H, W, 3]`` and their prompts that returns one score per image. Larger is better."""
+
+
+def cut_prompts(scorer: Scorer | None, prompts: Sequence[str]) -> Any | None:
+    """Return how many of the prompts a scorer reads in part, by its ``cut``. None for a scorer without ``cut``."""
+    cut = getattr(scorer, "cut", None)
+    return None if cut is None else cut(prompts)
+
+
+def candidates(requests: Sequence[ImageRequest], count: int) -> list[ImageRequest]:
+    """Return each request ``count`` times in a row. The first keeps its seed. The others have seeds derived from it."""
+    return [
+        request if turn == 0 else replace(request, seed=[request.seed, turn])
+        for request in requests
+        for turn in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class BestCandidates:
+    """The best candidates: int64 ``[N]`` indices into all images, and their float64 ``[N]`` scores."""
+
+    indices: np.ndarray
+    scores: np.ndarray
+
+
+def best_candidates(scorer: Scorer, images: np.ndarray, prompts: Sequence[str], count: int) -> BestCandidates:
+    """Return the best of every ``count`` consecutive images. Ties go to the first.
+
+    Args:
+        scorer: from :func:`open_scorer`.
+        images: uint8 ``[N * count, H, W, 3]``.
+        prompts: N.
+        count: candidates per prompt.
+    """
+    scores = scorer(images, [prompt for prompt in prompts for _ in range(count)]).reshape(-1, count)
+    places = scores.argmax(axis=1)
+    rows = np.arange(len(prompts))
+    return BestCandidates(rows * count + places, scores[rows, places].astype(np.float64))

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_cca.parallel import softmax_tiles
 from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, own_part, tile_sizes
-from megatron_cca.platform.accumulation import MainGradPlaceholder
-from megatron_cca.platform.operations import current_operations
+from megatron_cca.platform.operations import MainGradPlaceholder, current_operations
 
 
 def sequence_logps(

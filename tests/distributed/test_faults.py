@@ -14,7 +14,7 @@ import pytest
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.integrity import check_whole
-from megatron_cca.training.events import read_events
+from megatron_cca.training.run_log import read_events
 from tests import soak
 from tests.distributed.launch import LIMIT, SCRIPT, end_job, ended, run_alone, run_tool, start_job, torchrun
 from tests.references.small_disk import mounted

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_cca.checkpoint import integrity, layout, records
+from megatron_cca.checkpoint import integrity, layout
 from megatron_cca.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_a_summary_that_names_files_outside_is_refused(tmp_path):
     summary = json.loads((folder / layout.SUMMARY).read_text())
     del summary["checksum"]
     summary["files"]["../../secret"] = {"bytes": 1, "xxh3": ""}
-    (folder / layout.SUMMARY).write_text(records.sealed(summary))
+    (folder / layout.SUMMARY).write_text(layout.sealed(summary))
     with pytest.raises(UserError, match="is damaged"):
         layout.read_summary(folder, "key")
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_cca.data.sources import SourceOptions, open_source
-from megatron_cca.data.sources.json_lines import JsonLines
+from megatron_cca.data.sources.external_text import JsonLines
 from megatron_cca.io.external_files import hub_blobs, kind_of
 from tests.unit.test_sources import A, B, everything, hf_cache, lines, refused, rows, tar, write, write_all
 
@@ -48,7 +48,7 @@ PAIRS = [{"file_name": "a.png", "caption": "a"}, {"file_name": "b.png", "caption
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"], ids=["plain", "bom", "bom alone"])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 24])
 def test_blank_lines_are_no_records(end, blank, mark, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cca.data.sources.json_lines._CHUNK", chunk)
+    monkeypatch.setattr("megatron_cca.data.sources.external_text._CHUNK", chunk)
     blank = blank.format(end=end)
     content = f"{blank}{json.dumps(PAIRS[0])} {end}{blank}{json.dumps(PAIRS[1])}"
     for closing in ("", end, end + blank):

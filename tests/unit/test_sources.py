@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_cca.data.sources import LAYOUTS, Record, SourceOptions, Unreadable, open_source
-from megatron_cca.data.sources.foreign_text import printable, unique_names
-from megatron_cca.data.sources.plain_pth import load_plain
+from megatron_cca.data.sources.emu3 import load_plain
+from megatron_cca.data.sources.external_text import printable, unique_names
 from megatron_cca.data.sources.webdataset import _KINDS as TAR_KINDS
 from megatron_cca.data.sources.webdataset import TarRecords
 from megatron_cca.errors import UserError
@@ -194,7 +194,7 @@ def test_an_empty_list_is_refused(content, tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 50])
 def test_lines_across_chunks(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cca.data.sources.json_lines._CHUNK", chunk)
+    monkeypatch.setattr("megatron_cca.data.sources.external_text._CHUNK", chunk)
     write_all(tmp_path, {"captions.jsonl": lines(*({"file_name": "a.png", "caption": c} for c in SCRIPTS)), "a.png": A})
     assert [record.caption for record in open_source(tmp_path)] == SCRIPTS
 

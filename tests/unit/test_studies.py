@@ -11,15 +11,13 @@ import yaml
 from PIL import Image
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.records import sealed
+from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.keys import digest, mark, training_contents
-from megatron_cca.lab.studies.plan import Planner, best, make_plan
+from megatron_cca.lab.studies.plan import Planner, best, digest, make_plan, mark, training_contents
 from megatron_cca.lab.studies.plots import plot
-from megatron_cca.lab.studies.report import table
-from megatron_cca.lab.studies.results import Statistic, as_json, collect, over_seeds
+from megatron_cca.lab.studies.results import Statistic, as_json, collect, over_seeds, table
 from megatron_cca.lab.studies.running import Board, Progress
 from megatron_cca.lab.studies.study import grid, open_study, run_units
 from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome

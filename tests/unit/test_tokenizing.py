@@ -12,18 +12,16 @@ import torch
 from PIL import Image
 
 from megatron_cca.data import shard_writing
-from megatron_cca.data.image_tokenizers import PatchImageTokenizer, open_image_tokenizer
+from megatron_cca.data.image_tokenizers import PatchCodebook, PatchImageTokenizer, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
-from megatron_cca.data.patch_codebook import PatchCodebook
+from megatron_cca.data.manifest import TOKEN_FILES
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
-from megatron_cca.data.token_files import TOKEN_FILES
-from megatron_cca.data.tokenizing import parts, run_job
-from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+from megatron_cca.data.tokenizing import TokenizeSettings, job, parts
 from megatron_cca.errors import UserError
 from megatron_cca.io import outputs
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+from megatron_cca.models.emu3 import tiny_vocabulary
 from tests.references.scans import bad_images, encoded, write_scans
 
 CPU = torch.device("cpu")
@@ -51,7 +49,7 @@ def settings(scans, digit_shards, tmp_path):
 
 
 def tokenize(settings, rank=0, world_size=1):
-    return run_job.tokenize(settings, rank, world_size, CPU)
+    return job.tokenize(settings, rank, world_size, CPU)
 
 
 def token_bytes(folder):
