@@ -12,9 +12,8 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import load_scans
-from megatron_cca.generation.decode_loop import SamplingSettings
+from megatron_cca.generation.decode_loop import SamplingSettings, forwards_per_token
 from megatron_cca.generation.image_generator import open_image_generator
-from megatron_cca.generation.next_code import forwards_per_token
 from megatron_cca.generation.prompts import digit_prompts
 from megatron_cca.lab.evaluation.digit_judges import DigitJudges
 from megatron_cca.lab.evaluation.fidelity import fidelity

@@ -27,8 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cca.checkpoint.integrity import check_master_weights, check_whole_together
-from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights, check_whole_together
 from megatron_cca.checkpoint.summary import common_state, saved_config
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import mapped_array
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer, check_codes, check_pixels
+from megatron_cca.models.formats import ImageTokenizer, check_codes, check_pixels
 
 CODEBOOK_FILE = "codebook.npy"
 

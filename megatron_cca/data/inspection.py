@@ -16,7 +16,7 @@ from megatron_cca.data.sources.source_protocol import read_skip_reasons
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"

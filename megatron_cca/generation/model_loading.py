@@ -24,8 +24,8 @@ from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, TextTokenizer, open
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout, only_grid
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.gpt import build_gpt
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 OPTIONS = ("--text-tokenizer", "--image-tokenizer")

@@ -121,6 +121,16 @@ def check_apart(output: Path, source: Path, option: str) -> None:
         raise UserError(f"{OPTION}: {output} and {option} {source} are in each other's way; give another folder")
 
 
+def remove_beside_others(folder: Path) -> None:
+    """Remove a folder of which other processes may remove parts at the same time."""
+
+    def not_missing(function, path, error: BaseException) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    shutil.rmtree(folder, onexc=not_missing)
+
+
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Lock a folder against other processes inside the block. The folder is made if missing, and removed if left empty.

@@ -7,8 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_cca import platform
@@ -18,6 +16,10 @@ from megatron_cca.errors import SurroundingsError, UserError, one_line
 
 def initialize_distributed(config: Config) -> None:
     """Join the job and split it into Megatron's groups. A second call with the same layout is harmless."""
+    # Here, since checkpoints are converted without Megatron-Core.
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     parallel = config.parallel
     if not dist.is_initialized():
         timeout = timedelta(minutes=config.training.distributed_timeout_minutes)

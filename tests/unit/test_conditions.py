@@ -6,7 +6,7 @@ import torch
 
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError
-from megatron_cca.generation.next_code import guided_logits
+from megatron_cca.generation.decode_loop import guided_logits
 from megatron_cca.generation.prompts import (
     Prompt,
     caption_ids,

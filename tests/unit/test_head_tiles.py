@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cca.parallel import sequence_logps
-from megatron_cca.parallel.tile_sizes import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
+from megatron_cca.parallel.tiles import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
 from megatron_cca.platform import operations
 from megatron_cca.platform.operations import DeviceOperations, MainGradPlaceholder, operating_by
 from tests.references.dense_logps import dense_token_logps, worst_relative_error

@@ -9,11 +9,13 @@ from PIL import Image
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import laid_out
-from megatron_cca.lab.scaling import measure, program, report, sweep
+from megatron_cca.lab.scaling import measure, program, report
 from megatron_cca.lab.scaling.measure import ideal_bubble
 from megatron_cca.lab.scaling.report import plot
 from megatron_cca.lab.scaling.sweep import (
+    RESULTS,
     Row,
+    forget_failed,
     open_sweep,
     read_record,
     record_path,
@@ -238,7 +240,7 @@ def test_records_are_kept_by_key_and_failures_once(tmp_path):
     write_finished(out, two, finished())
     assert read_record(out, one)["reason"] == "out of memory"
     assert [row.is_finished for row in rows_of(out, [one, two])] == [False, True]
-    sweep.forget_failed(out, [one, two])
+    forget_failed(out, [one, two])
     assert [row.task for row in rows_of(out, [one, two])] == [two]
     record_path(out, two).write_text('{"status": "finished"}')
     with pytest.raises(UserError, match="is damaged"):
@@ -333,7 +335,7 @@ def test_collecting_takes_what_jobs_have_left(tmp_path, capsys):
     write_finished(tmp_path / "out", sweep.measured[1], finished())
     settings = program.RunSettings(tmp_path / "sweep.yaml", tmp_path / "out", Path("run.py"), "cpu", False, True)
     program.run_sweep(settings)
-    lines = (tmp_path / "out" / sweep.RESULTS).read_text().splitlines()
+    lines = (tmp_path / "out" / RESULTS).read_text().splitlines()
     assert [json.loads(line)["point"] for line in lines] == ["weak-64-dp"]
     assert "1 of 2 points have not been run" in capsys.readouterr().out
     program.list_points(tmp_path / "sweep.yaml", tmp_path / "out", "cpu")

@@ -12,7 +12,7 @@ from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.errors import SurroundingsError, UserError, error_context
 from megatron_cca.io import paths
-from megatron_cca.io.outputs import check_writable, claimed, file_system_errors
+from megatron_cca.io.outputs import check_writable, claimed, file_system_errors, remove_beside_others
 from megatron_cca.io.paths import check_cache, check_surroundings, refusal, surroundings_fault
 from megatron_cca.lab.scaling import program
 from megatron_cca.models.emu3 import PRESETS
@@ -241,3 +241,19 @@ def test_a_sweeps_process_must_be_a_number(monkeypatch):
     monkeypatch.setenv(program.PARENT, "mine")
     with pytest.raises(UserError, match=f"{program.PARENT}: must be the number of a process, found 'mine'"):
         program.leave_with_the_sweep()
+
+
+def test_a_folder_is_removed_while_another_process_removes_a_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "parts" / "rank1").mkdir(parents=True)
+    (tmp_path / "parts" / "job.json").write_text("{}")
+    remove, inner = os.rmdir, []
+
+    def removed_before(path, **more):
+        inner.append(path)
+        remove(path, **more)
+        if path == "rank1":
+            remove(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", removed_before)
+    remove_beside_others(tmp_path / "parts")
+    assert "rank1" in inner and not (tmp_path / "parts").exists()

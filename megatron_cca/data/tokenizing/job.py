@@ -24,10 +24,10 @@ from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
-from megatron_cca.io.outputs import OPTION, check_apart, claimed, file_system_errors
+from megatron_cca.io.outputs import OPTION, check_apart, claimed, file_system_errors, remove_beside_others
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 
@@ -187,7 +187,7 @@ def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch
         parts, speed = job.parts.done(), progress.per_second()
         _merge(job, parts, notices)
         reasons = read_skip_reasons(part.folder / SKIPPED for part in parts).line()
-        shutil.rmtree(job.parts.folder)
+        remove_beside_others(job.parts.folder)
         samples, skipped = sum(part.samples for part in parts), sum(part.skipped for part in parts)
         return TokenizingResult(samples, skipped, speed, reasons)
 

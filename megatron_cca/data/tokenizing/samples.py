@@ -24,7 +24,7 @@ from megatron_cca.data.sources.classes import ClassFolders
 from megatron_cca.data.text_tokenizers import TextTokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from megatron_cca.config.examples import ConfigFile
+from megatron_cca.config import ConfigFile
 from megatron_cca.io.options import Count, DeviceChoice, File, Folder, Option, Overrides, options
 
 # From there on Megatron's groups alone take minutes.

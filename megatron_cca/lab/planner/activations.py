@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_cca.config import Config, ModelConfig, Precision
 from megatron_cca.lab.planner.sizes import Sizes, architecture_of
 from megatron_cca.models.architecture import keeps_scores
-from megatron_cca.parallel.tile_sizes import block_width, chunk_size_of, tile_sizes
+from megatron_cca.parallel.tiles import block_width, chunk_size_of, tile_sizes
 
 FP32 = 4
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
 from megatron_cca.models.llamagen.vq_network import NORM_GROUPS, VqNetwork, VqSizes, network_on_meta
 from megatron_cca.models.weight_files import tensors_in
 
@@ -118,7 +118,7 @@ _PLACES_AT_ONCE = 4096
 
 
 class LlamaGenImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizer_protocol.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
+    """See :class:`megatron_cca.models.formats.ImageTokenizer`. :func:`open_llamagen_vq` opens one.
 
     Everything runs in full float32, and batches in parts of bounded size. The authors extract codes in TF32. Some of
     their codes therefore differ, where two codes have nearly the same distance.
