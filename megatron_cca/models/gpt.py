@@ -305,7 +305,7 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
         # sequence_logps returns the whole gradient of its input on every rank. Another sum would count it twice.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
     logps_of, batch = context["logps_of"], {name: value for name, value in context.items() if name != "logps_of"}
-    logps = logps_of(hidden_states, output_layer.weight, tp_group=tp_group, **batch)
+    logps = logps_of(hidden_states, output_layer.weight, bias=output_layer.bias, tp_group=tp_group, **batch)
     if config.context_parallel_size == 1:
         return logps
     # Each rank has the sum and the gradient of its own part of the sequence. Megatron's data parallelism sums parameter

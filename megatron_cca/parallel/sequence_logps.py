@@ -28,6 +28,7 @@ def sequence_logps(
     targets: Tensor,
     mask: Tensor,
     *,
+    bias: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
@@ -35,7 +36,7 @@ def sequence_logps(
 ) -> Tensor:
     """Return the sum of log p(target | prefix) over the positions in the mask: float32 ``[B]``, in nats.
 
-    Differentiable in ``hidden`` and ``weight``. If ``weight`` has a ``main_grad`` (Megatron's data parallelism), its
+    Differentiable in ``hidden``, ``weight`` and ``bias``. If ``weight`` has a ``main_grad`` (Megatron's data parallelism), its
     gradient is added there, in that dtype, as Megatron's fused layers do. ``weight.grad`` then gets a placeholder
     without numbers or memory. Otherwise the gradient is summed in fp32 and cast to the weight's dtype once.
 
@@ -46,6 +47,7 @@ def sequence_logps(
             number of rows.
         targets: int64 ``[B, S]``. ``hidden[s, b]`` predicts ``targets[b, s]``. Ignored where the mask is false.
         mask: bool ``[B, S]``. Only true positions are computed.
+        bias: ``[V_local]``, added to the logits of this rank's words. None for a head without bias.
         tp_group: the tensor-parallel group. None if this rank has the whole head.
         vocab_size: the true size of the vocabulary, without padding.
         support: consecutive ids of the words whose probabilities sum to 1. None means the whole vocabulary. Other
@@ -60,7 +62,7 @@ def sequence_logps(
     """
     options = {"tp_group": tp_group, "vocab_size": vocab_size, "support": support, "chunk_size": chunk_size}
     # The sum has thousands of terms. In fp64 its rounding does not limit the precision of the log-ratio.
-    return token_logps(hidden, weight, targets, mask, **options).double().sum(dim=1).float()
+    return token_logps(hidden, weight, targets, mask, bias=bias, **options).double().sum(dim=1).float()
 
 
 def token_logps(
@@ -69,25 +71,29 @@ def token_logps(
     targets: Tensor,
     mask: Tensor,
     *,
+    bias: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Return log p(target | prefix) of each token, see :func:`sequence_logps`: float32 ``[B, S]``, 0 off the mask."""
-    _check_shapes(hidden, weight, targets, mask, chunk_size)
+    _check_shapes(hidden, weight, bias, targets, mask, chunk_size)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
     words = targets.t().reshape(-1).index_select(0, positions)
     support = range(vocab_size) if support is None else support
     _check_support(support, vocab_size)
     _check_targets(words, positions, mask.size(0), support)
     flat_hidden = hidden.reshape(-1, hidden.size(-1))
-    logps = _SelectedLogps.apply(flat_hidden, weight, positions, words, tp_group, vocab_size, support, chunk_size)
+    settings = (tp_group, vocab_size, support, chunk_size)
+    logps = _SelectedLogps.apply(flat_hidden, weight, bias, positions, words, settings)
     flat = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, chunk_size: int | None) -> None:
+def _check_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, chunk_size: int | None
+) -> None:
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: {chunk_size}, must be 1 or more")
     if hidden.dim() != 3:
@@ -97,6 +103,8 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor,
         raise ValueError(f"weight: shape {tuple(weight.shape)}, must be [V_local, {width}] to fit hidden")
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight: {weight.dtype}, must be hidden's {hidden.dtype}")
+    if bias is not None and tuple(bias.shape) != (weight.size(0),):
+        raise ValueError(f"bias: shape {tuple(bias.shape)}, must be [V_local] = ({weight.size(0)},) to fit weight")
     for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool)):
         if tuple(tensor.shape) != (batch, length):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, must be [B, S] = ({batch}, {length}) to fit hidden")
@@ -124,8 +132,8 @@ class _SelectedLogps(torch.autograd.Function):
     """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and words ``[N]`` -> fp32 ``[N]``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, positions, words, tp_group, vocab_size, support, chunk_size):
-        head = _HeadShard(weight, words, tp_group, vocab_size, support, chunk_size)
+    def forward(ctx, hidden, weight, bias, positions, words, settings):
+        head = _HeadShard(weight, bias, words, *settings)
         selected = hidden.index_select(0, positions)
         peak = selected.new_full((words.numel(),), -torch.inf, dtype=head.sum_dtype)
         sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
@@ -138,25 +146,28 @@ class _SelectedLogps(torch.autograd.Function):
                     *(peak[rows], sum_exp[rows], target_logits[rows]),
                 )
         peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
-        ctx.save_for_backward(hidden, weight, positions, words, peak, sum_exp)
-        ctx.settings = (tp_group, vocab_size, support, chunk_size)
+        ctx.save_for_backward(hidden, weight, bias, positions, words, peak, sum_exp)
+        ctx.settings = settings
         # Keep this order: the logits can be huge and nearly equal.
         return (target_logits - peak).sub_(sum_exp.log()).float()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, weight, positions, words, peak, sum_exp = ctx.saved_tensors
-        head = _HeadShard(weight, words, *ctx.settings)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden, weight, bias, positions, words, peak, sum_exp = ctx.saved_tensors
+        head = _HeadShard(weight, bias, words, *ctx.settings)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         selected = hidden.index_select(0, positions)
         statistics = (peak, sum_exp, grad_logps.to(head.sum_dtype).contiguous())
         grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype) if wants_hidden else None
         head_gradient = _HeadGradient(weight, head.sum_dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=head.sum_dtype) if wants_bias else None
         for block in head.blocks():
             columns = head.true_columns(block)
             for rows in head.chunks():
-                head.backward_tile(block, rows, selected, columns, statistics, grad_selected, head_gradient)
+                gradient = head.backward_tile(block, rows, selected, columns, statistics, grad_selected, head_gradient)
+                if wants_bias:
+                    grad_bias[block] += gradient.sum(dim=0, dtype=head.sum_dtype)
             if wants_weight:
                 head_gradient.finish(block)
         grad_hidden = None
@@ -164,7 +175,8 @@ class _SelectedLogps(torch.autograd.Function):
             # All ranks have the same hidden states. The rows of each rank give a part of their gradient.
             grad_selected = head.all_reduce(grad_selected, dist.ReduceOp.SUM)
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
-        return grad_hidden, head_gradient.result() if wants_weight else None, *[None] * 6
+        grad_weight = head_gradient.result() if wants_weight else None
+        return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if wants_bias else None, None, None, None
 
 
 class _HeadShard:
@@ -173,13 +185,14 @@ class _HeadShard:
     def __init__(
         self,
         weight: Tensor,
+        bias: Tensor | None,
         words: Tensor,
         tp_group: dist.ProcessGroup | None,
         vocab_size: int,
         support: range,
         chunk_size: int | None,
     ) -> None:
-        self.weight, self.words, self.vocab_size = weight, words, vocab_size
+        self.weight, self.bias, self.words, self.vocab_size = weight, bias, words, vocab_size
         self.on_gpu = current_operations().is_on_gpu(weight)
         self.sizes = tile_sizes(on_gpu=self.on_gpu)
         self.chunk_size = chunk_size_of(chunk_size, on_gpu=self.on_gpu)
@@ -232,6 +245,8 @@ class _HeadShard:
                 # Reuse the memory: on a CPU, new pages cost as much time as the arithmetic.
                 self._workspace = tokens.new_empty(rows * width)
             tile = torch.mm(tokens, columns.t(), out=self._workspace[: rows * width].view(rows, width))
+        if self.bias is not None:
+            tile += self.bias[block]
         true = self.own_words.stop - block.start
         if true < width:
             tile[:, true:] = -torch.inf
@@ -246,8 +261,8 @@ class _HeadShard:
         statistics: tuple[Tensor, Tensor, Tensor],
         grad_selected: Tensor | None,
         head_gradient: _HeadGradient | None,
-    ) -> None:
-        """Add the part of one tile to the gradients that are not None.
+    ) -> Tensor:
+        """Add the part of one tile to the gradients that are not None, and return the gradient of its logits.
 
         Args:
             block: the words of the tile.
@@ -269,6 +284,7 @@ class _HeadShard:
             current_operations().add_product(grad_selected[rows], gradient, columns)
         if head_gradient is not None:
             head_gradient.add(block, gradient, tokens)
+        return gradient
 
     def reduce_statistics(self, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the three numbers of each token over the whole vocabulary. Refuse shards that do not add up to it."""

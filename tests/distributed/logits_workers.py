@@ -33,13 +33,15 @@ def vocab_parallel_logps(settings):
 
 
 def _vocab_parallel_case(
-    length, batch, width, vocabulary, padded, chunk_size, mask, dtype="float32", scale=1.0, support=None
+    length, batch, width, vocabulary, padded, chunk_size, mask, dtype="float32", scale=1.0, support=None, has_bias=False
 ):
     group, ranks, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     generator = torch.Generator().manual_seed(0)
     hidden = (scale * torch.randn(length, batch, width, generator=generator)).to(getattr(torch, dtype))
     whole = torch.randn(padded, width, generator=generator).to(hidden.dtype)
     hidden, weight = hidden.requires_grad_(), whole.chunk(ranks)[rank].clone().requires_grad_()
+    whole_bias = torch.randn(padded, generator=generator).to(hidden.dtype) if has_bias else torch.zeros(padded)
+    bias = whole_bias.chunk(ranks)[rank].clone().requires_grad_()
     border, words = padded // ranks, range(*support) if support is not None else range(vocabulary)
     targets = torch.randint(words.start, words.stop, (batch, length), generator=generator)
     # Targets on the borders of the shards, and the first and last word that counts.
@@ -50,16 +52,21 @@ def _vocab_parallel_case(
     masks["ragged"][0] = 1
     mask = masks[mask].bool()
     head = {"vocab_size": vocabulary, "support": words if support is not None else None, "chunk_size": chunk_size}
-    logps = sequence_logps(hidden, weight, targets, mask, tp_group=group, **head)
+    logps = sequence_logps(hidden, weight, targets, mask, bias=bias if has_bias else None, tp_group=group, **head)
     upstream = torch.randn(batch, generator=generator)
     logps.backward(upstream)
     weight_grads = [torch.empty_like(weight) for _ in range(ranks)]
     dist.all_gather(weight_grads, weight.grad)
+    bias_grads = [torch.empty_like(bias) for _ in range(ranks)]
+    if has_bias:
+        dist.all_gather(bias_grads, bias.grad)
     # The oracle, on every rank.
-    hidden64, weight64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, whole))
-    dense = dense_token_logps(hidden64, weight64, targets, mask, vocabulary, words).sum(1)
+    hidden64, weight64, bias64 = (tensor.detach().double().requires_grad_() for tensor in (hidden, whole, whole_bias))
+    dense = dense_token_logps(hidden64, weight64, targets, mask, vocabulary, words, bias64).sum(1)
     dense.backward(upstream.double())
+    gradients = {"bias": (torch.cat(bias_grads), bias64.grad)} if has_bias else {}
     return {
+        **{name: worst_relative_error(*pair) for name, pair in gradients.items()},
         "logps": worst_relative_error(logps, dense),
         "hidden": worst_relative_error(hidden.grad, hidden64.grad),
         "weight": worst_relative_error(torch.cat(weight_grads), weight64.grad),

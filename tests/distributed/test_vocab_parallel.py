@@ -36,6 +36,7 @@ for vocabulary, padded, support in [
         "mask": "ragged",
         "support": support,
     }
+CASES |= {f"{name}, with a bias": {**case, "has_bias": True} for name, case in CASES.items() if case["padded"] < 100}
 CASES["logits of 10,000"] = {**CASES["batch 1"], "vocabulary": 37, "scale": 1e3}
 
 

@@ -3,12 +3,14 @@
 import torch
 
 
-def dense_token_logps(hidden, weight, targets, mask, vocab_size, support=None):
+def dense_token_logps(hidden, weight, targets, mask, vocab_size, support=None, bias=None):
     """[B, S] from hidden [S, B, H] and the whole head [>= vocab_size, H], in their precision; 0 where masked out.
 
     Words outside of the support, a range of ids, have no probability; None is the whole vocabulary.
     """
     logits = hidden.transpose(0, 1) @ weight[:vocab_size].t()
+    if bias is not None:
+        logits = logits + bias[:vocab_size]
     if support is not None:
         outside = torch.ones(vocab_size, dtype=torch.bool)
         outside[support.start : support.stop] = False

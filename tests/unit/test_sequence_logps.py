@@ -69,6 +69,42 @@ def test_values_and_gradients_equal_float64(chunk_size, padded, mask):
     assert (found[1].transpose(0, 1)[~MASKS[mask]] == 0).all()
 
 
+def biased(padded=V, dtype=torch.float32):
+    return 3 * torch.randn(padded, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize("padded", [V, 4224])
+@pytest.mark.parametrize("support", [range(V), range(1000, 4100)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_bias_is_added_to_the_logits_and_gets_its_gradient(chunk_size, padded, support, mask):
+    hidden, weight, targets = inputs(padded=padded)
+    targets = targets.clamp(support[0], support[-1])
+    hidden, weight, bias = leaves(hidden, weight, biased(padded))
+    options = {"bias": bias, "vocab_size": V, "support": support, "chunk_size": chunk_size}
+    found = sequence_logps(hidden, weight, targets, MASKS[mask], **options)
+    found.backward(upstream())
+    exact = leaves(hidden, weight, bias, dtype=torch.float64)
+    expected = dense_token_logps(*exact[:2], targets, MASKS[mask], V, support, exact[2]).sum(1)
+    expected.backward(upstream().double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    for tensor, reference in zip((hidden, weight, bias), exact, strict=True):
+        assert worst_relative_error(tensor.grad, reference.grad) < 1e-5
+    assert (bias.grad[V:] == 0).all()
+    assert (bias.grad[: support.start] == 0).all() and (bias.grad[support.stop :] == 0).all()
+
+
+def test_a_bias_of_half_precision_is_added_in_fp32():
+    hidden, weight, targets = inputs(torch.bfloat16)
+    hidden, weight, bias = leaves(hidden, weight, biased(dtype=torch.bfloat16))
+    sequence_logps(hidden, weight, targets, MASKS["full"], bias=bias, vocab_size=V).backward(upstream())
+    exact = leaves(hidden, weight, bias, dtype=torch.float64)
+    dense_token_logps(*exact[:2], targets, MASKS["full"], V, None, exact[2]).sum(1).backward(upstream().double())
+    assert bias.grad.dtype == torch.bfloat16
+    assert worst_relative_error(bias.grad, exact[2].grad) < 4e-3
+    assert worst_relative_error(hidden.grad, exact[0].grad) < 4e-3
+
+
 # Within a tile of words, across three, a single word, and all of them.
 @pytest.mark.parametrize("support", [range(5, 700), range(1000, 4100), range(9, 10), range(V)])
 @pytest.mark.parametrize("mask", ["full", "ragged"])
@@ -248,6 +284,7 @@ def test_the_logits_are_never_held():
         ({"chunk_size": 0}, r"chunk_size: 0, must be 1 or more"),
         ({"hidden": torch.zeros(S, H)}, r"hidden: shape \(7, 16\), must be \[S, B, H\]"),
         ({"weight": torch.zeros(V, H + 1)}, r"weight: shape \(4133, 17\), must be \[V_local, 16\] to fit hidden"),
+        ({"bias": torch.zeros(V - 1)}, r"bias: shape \(4132,\), must be \[V_local\] = \(4133,\) to fit weight"),
         ({"weight": torch.zeros(V, H).bfloat16()}, r"weight: torch.bfloat16, must be hidden's torch.float32"),
         ({"weight": torch.zeros(V - 1, H)}, r"weight: 4132 rows on each of 1 rank\(s\) are 4132 words, must be at"),
         (
