@@ -24,9 +24,12 @@ class Architecture:
 
     Attributes:
         vocabulary: the vocabulary of all ids.
-        position_embedding: ``rope``, positions along the row, or ``rope_2d``, positions on the square grid of the
-            image.
+        position_embedding: ``rope``, positions along the row, ``rope_2d``, positions on the square grid of the image,
+            or ``learned``, a vector for each position.
         prefix_tokens: number of tokens before the codes of the image under ``rope_2d``. They have no place on the grid.
+        scales: the sides of the pyramid's grids for next-scale prediction, see ``next_scale.py``. Empty for models that
+            predict the next token.
+        feature_channels: channels of the pyramid's features, which are the inputs of next-scale prediction.
     """
 
     num_layers: int
@@ -38,8 +41,10 @@ class Architecture:
     layernorm_epsilon: float
     rotary_base: float
     vocabulary: Vocabulary
-    position_embedding: Literal["rope", "rope_2d"] = "rope"
+    position_embedding: Literal["rope", "rope_2d", "learned"] = "rope"
     prefix_tokens: int = 0
+    scales: tuple[int, ...] = ()
+    feature_channels: int = 0
 
     @property
     def kv_channels(self) -> int:

@@ -138,11 +138,7 @@ def transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         layernorm_epsilon=architecture.layernorm_epsilon,
-        normalization="RMSNorm",
         rotary_interleaved=architecture.position_embedding == "rope_2d",
-        gated_linear_unit=True,
-        activation_func=silu,
-        add_bias_linear=False,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -177,7 +173,21 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **kernel_options(kernels, is_frozen=is_frozen),
+        **_block_options(architecture),
     )
+
+
+def _block_options(architecture: Architecture) -> dict[str, Any]:
+    if architecture.scales:
+        from megatron_cca.models.next_scale import block_options
+
+        return block_options()
+    return {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+    }
 
 
 def num_model_chunks(parallel: ParallelConfig) -> int:
@@ -226,8 +236,9 @@ def _build_chunk(
         architecture.num_layers // pipeline_chunks,
         channels=architecture.kv_channels,
         precision="fp32" if config.params_dtype == torch.float32 else "bf16",
+        scales=architecture.scales,
     )
-    gpt = GPTModel(
+    gpt = _model_class(architecture)(
         config=config,
         transformer_layer_spec=layers,
         vocab_size=padded_vocab_size(architecture, model, parallel.tensor_model_parallel_size),
@@ -236,7 +247,7 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(**place),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
+        position_embedding_type="none" if architecture.position_embedding == "learned" else "rope",
         rotary_base=architecture.rotary_base,
         vp_stage=vp_stage,
     )
@@ -244,9 +255,19 @@ def _build_chunk(
         from megatron_cca.models.rotary_2d import use_grid_positions
 
         use_grid_positions(gpt, architecture)
+    if architecture.scales:
+        gpt.prepare(architecture)
     if platform.current().is_cuda and not next(gpt.parameters()).is_meta:
         gpt = gpt.to(platform.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
+
+
+def _model_class(architecture: Architecture) -> type[GPTModel]:
+    if architecture.scales:
+        from megatron_cca.models.next_scale import NextScaleModel
+
+        return NextScaleModel
+    return GPTModel
 
 
 def image_logps(

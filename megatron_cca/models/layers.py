@@ -179,7 +179,7 @@ def engine_is_available() -> bool:
 
 
 def layer_spec(
-    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision
+    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision, scales: tuple[int, ...] = ()
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the spec of the decoder's layers for ``model.transformer_impl``.
 
@@ -188,6 +188,7 @@ def layer_spec(
         num_layers: number of layers on this pipeline stage.
         channels: number of channels of an attention head.
         precision: precision of the computation.
+        scales: of next-scale prediction, see :class:`Architecture`.
 
     Raises:
         UserError: Transformer Engine is asked for, but is not installed or has no GPU.
@@ -198,7 +199,12 @@ def layer_spec(
             "model.transformer_impl: transformer_engine needs a GPU and the package transformer-engine "
             "(pip install 'megatron-cca[gpu]'); use auto or local here"
         )
-    if transformer_impl == "local" or not available:
+    is_local = transformer_impl == "local" or not available
+    if scales:
+        from megatron_cca.models.next_scale import block_spec
+
+        return block_spec(num_layers, scales, is_local=is_local)
+    if is_local:
         return _local_block(num_layers)
     spec = get_gpt_layer_with_transformer_engine_spec()
     if has_engine_attention(transformer_impl, channels, precision):
