@@ -1,6 +1,7 @@
 """Fixtures of the unit tests."""
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,16 @@ def small_disk(tmp_path):
 def sandbox(tmp_path):
     """One for all cases of a fuzz test; each writes its files anew."""
     return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def hf_cache(tmp_path, monkeypatch):
+    """datasets' cache in a temporary folder, and no network at all."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def no_network(*_):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
