@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.references.emu3_vq import save_original, small_vq
 from tests.references.fuzzing import Sandbox
 from tests.references.huggingface import save_emu3
 from tests.references.small_disk import mounted
@@ -31,6 +32,24 @@ def hub(tmp_path_factory):
 def hf(hub, tmp_path):
     """A small original-form folder that may be spoilt."""
     return Path(shutil.copytree(hub("Emu3ForCausalLM"), tmp_path / "hf"))
+
+
+@pytest.fixture(scope="session")
+def vq_model():
+    """A small image tokenizer of Emu3's, as transformers has it."""
+    return small_vq()
+
+
+@pytest.fixture(scope="session")
+def vq_folder(vq_model, tmp_path_factory):
+    """The same as its authors' repository has it."""
+    return save_original(vq_model, tmp_path_factory.mktemp("vq") / "original")
+
+
+@pytest.fixture
+def spoilt_vq(vq_folder, tmp_path):
+    """A copy of that folder that may be damaged."""
+    return Path(shutil.copytree(vq_folder, tmp_path / "vq"))
 
 
 @pytest.fixture
