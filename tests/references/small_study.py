@@ -96,7 +96,7 @@ def results_of(board):
 
 
 def graded(task):
-    """Return FID 10, 12 and 14 on the seeds 1, 2 and 3 for the base, 4 less for CCA, and tenfold with a lambda of 1000."""
+    """Return an FID of 10, 12 or 14 by the seed for the base, 4 less for CCA, tenfold with a lambda of 1000."""
     fid = 8.0 + 2 * task.seed
     run = task.after.config.objective
     if run.name == "cca":

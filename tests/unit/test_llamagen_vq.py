@@ -2,7 +2,6 @@
 
 import argparse
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
+from tests.references.bomb import Bomb
 from tests.references.image_tokenizers import pixels, refused
 from tests.references.llamagen_vq import (
     TINY,
@@ -274,16 +274,6 @@ def test_files_of_other_models_are_named(found, message, tmp_path):
     path = tmp_path / "other.pt"
     path.write_bytes(saved(found))
     assert message in refused(path)
-
-
-class Bomb:
-    """Unpickled without a list of what may be called, it makes a file."""
-
-    def __init__(self, witness):
-        self.witness = witness
-
-    def __reduce__(self):
-        return Path.touch, (self.witness,)
 
 
 def test_a_pickle_that_does_something_is_refused_before_it_does(state, tmp_path):
