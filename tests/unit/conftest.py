@@ -52,6 +52,32 @@ def spoilt_vq(vq_folder, tmp_path):
     return Path(shutil.copytree(vq_folder, tmp_path / "vq"))
 
 
+@pytest.fixture(scope="session")
+def scan_folder(tmp_path_factory):
+    """Scans with captions, which no test changes."""
+    from tests.references.scan_jobs import NUMBER
+    from tests.references.scans import write_scans
+
+    return write_scans(tmp_path_factory.mktemp("scans") / "images", NUMBER)
+
+
+@pytest.fixture
+def scan_job(scan_folder, digit_shards, tmp_path):
+    """What a job that tokenises them is asked for."""
+    from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+
+    return TokenizeSettings(
+        source=scan_folder,
+        output=tmp_path / "shards",
+        text_tokenizer=digit_shards,
+        image_tokenizer=digit_shards,
+        model="emu3-tiny",
+        area=64,
+        block=40,
+        threads=2,
+    )
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 600 KB."""
