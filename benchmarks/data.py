@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data import dali
-from megatron_cca.data.sequence_feed import DALI, TORCH
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.data.loader import DALI, TORCH
+from megatron_cca.lab import markdown_table
 
 GRID, CAPTION = (90, 90), (20, 120)  # a 720 x 720 image; tokens of a caption, from and to
 _PTH_FILES = 2000
@@ -91,7 +91,7 @@ def prepare(folder: str, samples: int) -> dict:
     """
     _install()
     from megatron_cca.data.shard_writing import Sample, write_shards
-    from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY
+    from megatron_cca.models.emu3 import EMU3_VOCABULARY
 
     random = np.random.default_rng(0)
     shards = Path(folder) / f"shards{samples}"
@@ -120,11 +120,9 @@ def _install() -> None:
 def _batches(folder: str, size: int):
     """Return the builder of pairs, as in a CCA run."""
     from megatron_cca.data.microbatches import BatchBuilder
-    from megatron_cca.data.pairing import Pairing
-    from megatron_cca.data.sample_order import training_order
-    from megatron_cca.data.shards import TokenShards
-    from megatron_cca.data.token_data import TokenData
-    from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY
+    from megatron_cca.data.pairing import Pairing, training_order
+    from megatron_cca.data.shards import TokenData, TokenShards
+    from megatron_cca.models.emu3 import EMU3_VOCABULARY
 
     shards = Path(folder) / (Path(folder) / "current").read_text()
     data = TokenData([TokenShards(shards, EMU3_VOCABULARY)])

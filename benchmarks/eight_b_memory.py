@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, num_parameters
 

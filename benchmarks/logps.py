@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 # The rows of a head are padded to a multiple of this, as in Megatron on one rank.
 PADDING = 128

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 RUN = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "run.py"
 COLUMNS = (("accuracy", "accuracy", ".3f"), ("inception_score", "IS", ".2f"), ("fid", "FID", ".2f"))

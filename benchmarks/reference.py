@@ -25,11 +25,10 @@ from measuring import in_fresh_process, machine
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.lab.planner.flops import MFU_MEANS, average_peak, flops_by_precision, mfu
+from megatron_cca.lab import markdown_table
 from megatron_cca.lab.planner.hardware import gpu_named, name_of_device
 from megatron_cca.lab.planner.observer import LiveBytes
-from megatron_cca.lab.planner.workload import Workload
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab.planner.workload import MFU_MEANS, Workload, average_peak, flops_by_precision, mfu
 
 WIDE = {"hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8}
 NARROW = {"hidden_size": 512, "ffn_hidden_size": 1792, "num_attention_heads": 4, "num_query_groups": 1}
@@ -218,7 +217,7 @@ def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from megatron_cca.config.load import load_config
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.architecture import num_parameters
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
     from megatron_cca.training.step import train_step

@@ -25,7 +25,7 @@ from measuring import machine
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,10 +86,10 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     Existing shards stay.
     """
     platform.install(device)
-    from megatron_cca.data.patch_codebook import PatchCodebook
+    from megatron_cca.data.image_tokenizers import PatchCodebook
     from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.data.text_tokenizers import FILE_NAME, train_tokenizer
-    from megatron_cca.models.emu3.vocabulary import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
+    from megatron_cca.models.emu3 import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
 
     photographs = _photographs()
     learnt = {caption: image[:, :BORDER] for caption, image in photographs.items()}
@@ -188,9 +188,9 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     from megatron_cca.config import Config
     from megatron_cca.lab.reference_bias import prefix_logps, training_rows
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
-    from megatron_cca.training.forward import head_options
+    from megatron_cca.training.reference import head_options
     from megatron_cca.training.setup import build_chunks
 
     config = Config()
@@ -253,7 +253,7 @@ def _cut(row, tokens: int):
 
 
 def _fp8_rows(weight: torch.Tensor) -> torch.Tensor:
-    from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
+    from megatron_cca.models.frozen_weights import dequantize_rows, quantize_rows
 
     return dequantize_rows(*quantize_rows(weight), weight.dtype)
 

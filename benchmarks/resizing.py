@@ -21,9 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca.data.image_headers import ImageLimits, Rejected
-from megatron_cca.data.image_size import centre
-from megatron_cca.data.resizing import RESIZINGS
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.data.resizing import RESIZINGS, centre
+from megatron_cca.lab import markdown_table
 
 CPU = torch.device("cpu")
 AREA = 720 * 720

@@ -21,7 +21,7 @@ from measuring import machine
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 # Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 FFN_RATIO, HEAD = 3.5, 64
@@ -51,7 +51,7 @@ def main() -> None:
 def _save_random_model(arguments: argparse.Namespace, folder: str) -> None:
     from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-    from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY
+    from megatron_cca.models.emu3 import EMU3_VOCABULARY
 
     width = arguments.hidden_size
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def _save_random_model(arguments: argparse.Namespace, folder: str) -> None:
 def _measure(arguments: argparse.Namespace, folder: str) -> None:
     from megatron_cca.config.load import load_config
     from megatron_cca.generation.model_loading import load_for_sampling
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     initialize_distributed(load_config())
     model = load_for_sampling(folder)

@@ -21,7 +21,7 @@ from measuring import in_fresh_process, machine
 from tqdm import tqdm
 
 from megatron_cca import platform
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 # Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 HEADS = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 2}
@@ -113,7 +113,7 @@ def prepare(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     from megatron_cca.config.load import load_config
     from megatron_cca.data.shard_writing import Sample, write_shards
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data, training_batches
     from megatron_cca.training.setup import build_chunks
 
@@ -169,7 +169,7 @@ def measure_ours(overrides: list[str], folder: str, device: str, steps: int) -> 
     """Measure losses, seconds and peak memory of this project in one process."""
     platform.install(device)
     from megatron_cca.config.load import load_config
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
     from megatron_cca.training.step import train_step

@@ -14,10 +14,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_cca.display import OutputClosed, guarded, ignore_losses
 from megatron_cca.errors import Stopped, SurroundingsError, UserError
-from megatron_cca.io.surroundings import check_surroundings, surroundings_fault
-from megatron_cca.signals import handle
+from megatron_cca.io.paths import check_surroundings, surroundings_fault
+from megatron_cca.terminal import OutputClosed, guarded, handle, ignore_losses
 
 # A name of its own, so that a process that calls a program's main() can replace it and stay alive.
 end_process = os._exit

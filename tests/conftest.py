@@ -30,7 +30,7 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory) -> Path:
     """The real digits, tokenised once per test session; drawn ones without scikit-learn, which has the real ones."""
-    from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+    from megatron_cca.models.emu3 import tiny_vocabulary
     from tests.references.drawn_digits import shards_of_digits
 
     return shards_of_digits(tiny_vocabulary(), tmp_path_factory.mktemp("data") / "digits")

@@ -17,11 +17,11 @@ if __name__ == "__main__":
 
 from gpu_parts.settings import DENSE, GEMM, HEAD, LLAMAGEN, LORA, OURS, PEERS, STEP, Setting, settings_of
 from megatron_cca import platform
-from megatron_cca.lab.planner.flops import model_flops
+from megatron_cca.lab import markdown_table
 from megatron_cca.lab.planner.hardware import DEFAULT, Cluster, Gpu, gpu_named
 from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab.planner.workload import model_flops
 
 GIB = 2**30
 # The head and its peers reach this share of the data sheet's bf16 rate: a round number below a plain product's 0.7.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from gpu_parts.lines import MEASURED, Line, milliseconds
 from gpu_parts.settings import BF16, BF16_FEW, DENSE, FP8, FP8_FEW, GEMM, HEAD, STEP, head_name, head_tokens
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
 
 BF16_MFU, FP8_SPEEDUP, HEAD_SHARE, DENSE_SHARE = 0.45, 1.25, 0.5, 1.0
 

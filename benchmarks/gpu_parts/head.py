@@ -12,8 +12,8 @@ from logps import Shape
 from gpu_parts.failures import DeviceMemory, MissingPackage
 from gpu_parts.settings import GEMM
 from megatron_cca import platform
-from megatron_cca.lab.planner.flops import Product
 from megatron_cca.lab.planner.measuring import fp8_products_seconds, peak_flops, products_seconds
+from megatron_cca.lab.planner.workload import Product
 
 REPETITIONS = 10
 

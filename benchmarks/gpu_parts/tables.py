@@ -9,8 +9,8 @@ from gpu_parts import lines
 from gpu_parts.goals import goals
 from gpu_parts.lines import MEASURED, Line, milliseconds, peak_bytes
 from gpu_parts.settings import BIAS, CALIBRATION, GEMM, HEAD, PLAN, TESTS, TRAINING
-from megatron_cca.lab.planner.flops import MFU_MEANS
-from megatron_cca.lab.tables import markdown_table
+from megatron_cca.lab import markdown_table
+from megatron_cca.lab.planner.workload import MFU_MEANS
 
 _TITLES = {
     "step": "CCA step, Emu3-8B's layers and vocabulary",

@@ -16,7 +16,6 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
 from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.lab.planner.measuring import (
     measurable,
@@ -29,13 +28,20 @@ from megatron_cca.lab.planner.measuring import (
 from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.observer import LiveBytes
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
+from megatron_cca.lab.planner.workload import (
+    ImageShape,
+    Workload,
+    average_peak,
+    flops_by_precision,
+    image_workload,
+    mfu,
+)
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training import rows_per_sample
 from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.setup import Run
-from megatron_cca.training.shapes import rows_per_sample
 
 CAPTION_TOKENS = 32
 WARM_UP, FEWEST = 2, 3

@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from megatron_cca.config import Config
-from megatron_cca.effects import Effect, effects
+from megatron_cca.keys import Effect, effects
 from megatron_cca.models import FAMILIES
 from megatron_cca.objectives import OBJECTIVES, Objective
 from megatron_cca.objectives.base import keys_of, known_names

@@ -43,7 +43,7 @@ def main(output: str) -> None:
 
 def page() -> str:
     """Return the whole page as Markdown."""
-    from megatron_cca.config.examples import example_names
+    from megatron_cca.config import example_names
 
     parts = [_INTRODUCTION.format(examples=", ".join(f"`{name}`" for name in example_names()))]
     for name, file in programs().items():

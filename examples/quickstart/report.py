@@ -12,15 +12,14 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import load_scans
-from megatron_cca.generation.decode_loop import SamplingSettings
-from megatron_cca.generation.guidance import forwards_per_token
+from megatron_cca.generation.decode_loop import SamplingSettings, forwards_per_token
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import digit_prompts
 from megatron_cca.lab.evaluation.digit_judges import DigitJudges
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
-from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.training.metrics import read_metrics
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training.run_log import read_metrics
 
 GRID = (4, 4)
 CFG_SCALES = (0.25, 0.5, 0.75, 1.0, 2.0)

@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_cca import platform
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_writable
-from megatron_cca.io.typed_paths import path_option, retyped
+from megatron_cca.io.paths import path_option, retyped
 from megatron_cca.reporting import reported_errors
-from megatron_cca.signals import launcher_environment
+from megatron_cca.terminal import launcher_environment
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_cca.io.outputs import check_writable
-from megatron_cca.io.typed_paths import path_option
+from megatron_cca.io.paths import path_option
 from megatron_cca.reporting import reported_tool_errors
 
 HERE = Path(__file__).resolve().parent

@@ -1,4 +1,6 @@
-"""The folders of checkpoints, and how to tell a whole one from a half-written one. Needs no torch, no Megatron.
+"""The folders and files of checkpoints: how to tell a whole one from a half-written one, and the record of its files.
+
+The record has each file's size and checksum, and a checksum of its own. Nothing here needs torch or Megatron.
 
     <run>/checkpoints/iter_0000060/            Megatron's distributed checkpoint
     <run>/checkpoints/iter_0000060/checkpoint.json   its summary, with size and checksum of every file
@@ -12,15 +14,100 @@ updated last.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 
-from megatron_cca.checkpoint import records
+import xxhash
+
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import is_below
+
+_THREADS = 4
+_BLOCK = 4 * 2**20
+_SEAL = "checksum"
+
+
+def checksum(path: Path) -> str:
+    """Return the XXH3-128 hash of a file's content. It detects damage, not forgery."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the checksum of each named file below ``folder``, by name."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return dict(zip(names, threads.map(lambda name: checksum(folder / name), names), strict=True))
+
+
+def file_records(folder: Path, known: Mapping[str, str]) -> dict[str, dict]:
+    """Return size and checksum of every file below ``folder``, by name.
+
+    Args:
+        folder: folder of a checkpoint that is being written.
+        known: checksums that are already computed, by name.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    sums = {**checksums(folder, [name for name in names if name not in known]), **known}
+    return {name: {"bytes": (folder / name).stat().st_size, "xxh3": sums[name]} for name in names}
+
+
+def sealed(summary: dict) -> str:
+    """Return a summary as text that contains its own checksum."""
+    return json.dumps({**summary, _SEAL: _seal(summary)}, indent=1)
+
+
+def unsealed(text: str) -> dict:
+    """Return the summary from a text that :func:`sealed` made.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: the text is not from :func:`sealed`.
+    """
+    summary = json.loads(text)
+    if summary.pop(_SEAL) != _seal(summary):
+        raise ValueError("its checksum does not fit")
+    for name, record in summary["files"].items():
+        if not (isinstance(record["bytes"], int) and isinstance(record["xxh3"], str)):
+            raise TypeError("files must have sizes and checksums")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"file {name!r} is outside of the checkpoint")
+    return summary
+
+
+def _seal(summary: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(summary, sort_keys=True).encode())
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush all files and folders below ``folder`` to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flush the content of one file, or the names in one folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_system_cause(error: BaseException) -> BaseException:
+    """Return the file system's error, or the interruption, that torch's zip writer hides behind its own error."""
+    found: BaseException | None = error
+    while found is not None and isinstance(found, Exception) and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
+
 
 LATEST = "latest_checkpointed_iteration.txt"
 SUMMARY = "checkpoint.json"
@@ -69,9 +156,9 @@ def finalize(
         summary: plain data to keep in ``checkpoint.json``.
         checksums: known checksums, by file name. Other files are hashed now.
     """
-    files = records.file_records(partial, checksums or {})
-    (partial / SUMMARY).write_text(records.sealed({**summary, "iteration": iteration, "files": files}))
-    records.flush_tree(partial)
+    files = file_records(partial, checksums or {})
+    (partial / SUMMARY).write_text(sealed({**summary, "iteration": iteration, "files": files}))
+    flush_tree(partial)
     final, former = iteration_folder(root, iteration), _former_folder(root, iteration)
     shutil.rmtree(former, ignore_errors=True)
     if final.exists():
@@ -82,12 +169,12 @@ def finalize(
         if former.exists():
             former.rename(final)
         raise
-    records.flush(root)
+    flush(root)
     marker = root / f".{LATEST}"
     marker.write_text(f"{iteration}\n")
-    records.flush(marker)
+    flush(marker)
     marker.replace(root / LATEST)
-    records.flush(root)
+    flush(root)
     shutil.rmtree(former, ignore_errors=True)
 
 
@@ -221,7 +308,7 @@ def read_summary(folder: Path, key: str) -> dict:
     if not is_checkpoint(folder):
         raise UserError(f"{key}: {folder} has no {SUMMARY}: it is half-written or not a checkpoint; choose another")
     try:
-        summary = records.unsealed(path.read_text())
+        summary = unsealed(path.read_text())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{key}: {path} is damaged; choose another checkpoint") from None
     for name, record in summary["files"].items():

@@ -23,20 +23,20 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca import platform
-from megatron_cca.checkpoint import layout, records
+from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.distributed import state_to_save
-from megatron_cca.checkpoint.records import file_system_cause
+from megatron_cca.checkpoint.layout import file_system_cause
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
-from megatron_cca.megatron_compat.checkpoint_writer import (
+from megatron_cca.megatron_compat.checkpoints import (
     Strategy,
     mark_format,
     watched_writes,
     write_at_once,
     write_request,
 )
-from megatron_cca.parallel.across_ranks import all_finite, attempted_on_rank_0, described, first_problem
-from megatron_cca.signals import STOPPING
+from megatron_cca.parallel.ranks import all_finite, attempted_on_rank_0, described, first_problem
+from megatron_cca.terminal import STOPPING
 
 _PR_SET_PDEATHSIG = 1
 
@@ -116,7 +116,7 @@ def _write(
         write(*arguments)
     checksums = {}
     try:
-        checksums = records.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+        checksums = layout.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
     except OSError as error:
         problems.append(described(error))
     results.put(Written(checksums, next(iter(problems), None)))

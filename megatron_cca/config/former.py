@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_cca.config.schema import Config
-from megatron_cca.effects import values
+from megatron_cca.keys import values
 from megatron_cca.objectives.base import DEFAULT, keys_of
 
 # section.key: what versions without this key did, where that is not its default today.

@@ -18,19 +18,22 @@ from pydantic import (
     WrapValidator,
 )
 
-from megatron_cca.effects import Affects, OnResume, key, section
-from megatron_cca.io.typed_paths import typed_path
-from megatron_cca.objectives import OBJECTIVES, Objective
-from megatron_cca.objectives.base import DEFAULT, objective_of
-from megatron_cca.sections import (
+from megatron_cca.io.paths import typed_path
+from megatron_cca.keys import (
+    Affects,
     FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
+    OnResume,
     PositiveFloat,
     PositiveInt,
     Probability,
+    key,
+    section,
     strict,
 )
+from megatron_cca.objectives import OBJECTIVES, Objective
+from megatron_cca.objectives.base import DEFAULT, objective_of
 
 NUMBERS, LAST_BITS, SPEED, OUTPUT = Affects
 TAKES_EFFECT, SAME_NUMBERS, REFUSED = OnResume

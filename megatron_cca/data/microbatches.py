@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data.pairing import GlobalBatch, Pairing
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

@@ -1,14 +1,19 @@
 """Decode and resize images: with DALI in one pass, or with Pillow step by step as the models' authors do.
 
+Emu3's rule has two steps (baaivision/Emu3). ``train/prepare_data.py`` scales to an area. The image processor then
+rounds the sides to multiples of the tokenizer's factor and keeps the area between two bounds.
+
 Both classes have the same methods. Sizes are those of :mod:`megatron_cca.data.image_size`. A *plan* is the sequence of
 sizes that an image passes through. It is tokenised at the last one, or cropped from it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,10 +22,83 @@ from torch import Tensor
 
 from megatron_cca.data.dali import is_installed
 from megatron_cca.data.dali_images import ImageDecoder
-from megatron_cca.data.image_checks import check_image, stored_image
-from megatron_cca.data.image_headers import ImageLimits, Rejected
-from megatron_cca.data.image_size import covering_size, scaled_size, target_size
+from megatron_cca.data.image_headers import ImageLimits, Rejected, check_image, stored_image
 from megatron_cca.errors import UserError
+
+# Bounds and limit of the image processor.
+MIN_PIXELS, MAX_PIXELS, MAX_ASPECT = 512 * 512, 1024 * 1024, 5
+
+
+def target_size(height: int, width: int, area: int, factor: int) -> tuple[int, int]:
+    """Return height and width at which an image is tokenised. They are multiples of ``factor``.
+
+    The bounds never contradict ``area``: the lower bound is at most ``area``, and the upper one at least.
+
+    Args:
+        height, width: of the image, in pixels.
+        area: the wanted height x width, in pixels. Emu3's own is 720 * 720.
+        factor: pixels per visual token along a side.
+
+    Raises:
+        ValueError: an image that Emu3's own processor refuses after the scaling to ``area``, or a number that is not
+            a positive integer. The message says why.
+    """
+    _check_positive(height=height, width=width, area=area, factor=factor)
+    height, width = scaled_size(height, width, area)
+    if min(height, width) < factor:
+        raise ValueError(f"{height} x {width} pixels at an area of {area}: a side is below the {factor} of one token")
+    aspect = max(height, width) / min(height, width)
+    if aspect > MAX_ASPECT:
+        shown = math.ceil(aspect * 100) / 100  # rounded up, so that the message never says 5
+        raise ValueError(f"aspect ratio {shown} is beyond {MAX_ASPECT}, which Emu3's own processor refuses")
+    return _rounded(height, width, factor, min(MIN_PIXELS, area), max(MAX_PIXELS, area))
+
+
+def scaled_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """Return height and width at an area, before they are rounded to multiples. This is Emu3's first step.
+
+    Args:
+        height, width: of the image, in pixels.
+        area: the wanted height x width, in pixels.
+    """
+    ratio = (area / (height * width)) ** 0.5
+    return round(height * ratio), round(width * ratio)
+
+
+def covering_size(height: int, width: int, crop_height: int, crop_width: int) -> tuple[int, int]:
+    """Return the smallest height and width, with the image's aspect ratio, that cover a crop.
+
+    Args:
+        height, width: of the image, in pixels.
+        crop_height, crop_width: of the crop, in pixels.
+    """
+    scale = max(crop_height / height, crop_width / width)
+    return max(crop_height, round(height * scale)), max(crop_width, round(width * scale))
+
+
+def centre(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return the middle of an image ``[H, W, 3]``, as a copy."""
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width].contiguous()
+
+
+def _rounded(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    # round() rounds halves to even numbers, as in Emu3: 67.5 tokens become 68, 73.5 become 74.
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return math.floor(height / shrink / factor) * factor, math.floor(width / shrink / factor) * factor
+    if math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rounded
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 1 <= number < 2**31:
+            raise ValueError(f"{name} must be a positive integer below 2**31, found {str(number)[:40]}")
+
 
 DALI, AUTHORS = "dali", "authors"
 
@@ -54,7 +132,7 @@ class Resizing(Protocol):
     def check_image(self, data: bytes) -> tuple[int, int]:
         """Check an encoded image and return its height and width.
 
-        See :func:`megatron_cca.data.image_checks.check_image`.
+        See :func:`megatron_cca.data.image_headers.check_image`.
         """
 
     def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:

@@ -19,10 +19,21 @@ import torch
 import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_cca.data.manifest import FILE_NAME, FORMAT_VERSION, Json, grid_key, sha256
-from megatron_cca.data.token_files import INDEXED, SAMPLE, TABLE, VARIANTS, checksum, code_lengths
+from megatron_cca.data.manifest import (
+    FILE_NAME,
+    FORMAT_VERSION,
+    INDEXED,
+    SAMPLE,
+    TABLE,
+    VARIANTS,
+    Json,
+    checksum,
+    code_lengths,
+    grid_key,
+    sha256,
+)
 from megatron_cca.errors import UserError
-from megatron_cca.io.numpy_files import mapped_array
+from megatron_cca.io.external_files import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import append_tokens
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

@@ -14,11 +14,9 @@ from megatron.core import parallel_state
 from megatron_cca import platform
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError
-from megatron_cca.generation.checkpoint_tokenizers import Tokenizers, open_tokenizers
-from megatron_cca.generation.conditions import caption_ids, negative_ids
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
-from megatron_cca.generation.model_loading import inspect_for_sampling, load_for_sampling
-from megatron_cca.generation.prompts import Prompt
+from megatron_cca.generation.model_loading import Tokenizers, inspect_for_sampling, load_for_sampling, open_tokenizers
+from megatron_cca.generation.prompts import Prompt, caption_ids, negative_ids
 from megatron_cca.models.architecture import Architecture, grid_misfit
 
 # Tokens that pass through the image tokenizer together: 64 images of 16 x 16 codes, or one of Emu3's.

@@ -1,7 +1,8 @@
-"""Load a model for sampling, from a Megatron checkpoint of any layout or from a Hugging Face folder."""
+"""Load a model for sampling with its tokenizers, from a Megatron checkpoint of any layout or a Hugging Face folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +14,150 @@ from megatron_cca.checkpoint.huggingface.loading import load_weights
 from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
+from megatron_cca.data import DIGITS
+from megatron_cca.data.digits import digit_shards
+from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
+from megatron_cca.data.manifest import FILE_NAME as MANIFEST
+from megatron_cca.data.manifest import read_manifest
+from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
+from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, check_layout
+from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.architecture import Architecture, check_layout, only_grid
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+
+OPTIONS = ("--text-tokenizer", "--image-tokenizer")
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Both tokenizers of a model. ``text`` is None where captions are classes."""
+
+    text: TextTokenizer | None
+    images: ImageTokenizer
+
+
+def open_tokenizers(
+    checkpoint: Path,
+    config: Config,
+    vocabulary: ImageVocabulary,
+    *,
+    text: Path | None = None,
+    images: Path | None = None,
+    device: str | torch.device = "cpu",
+    options: tuple[str, str] = OPTIONS,
+) -> Tokenizers:
+    """Return the tokenizers of a checkpoint.
+
+    Args:
+        checkpoint: its own folder, or a Hugging Face folder.
+        config: the checkpoint's configuration. Its ``data.path`` is searched last.
+        vocabulary: which the tokenizers must fit.
+        text, images: folders that the user named. None means to search for them.
+        device: of the image tokenizer.
+        options: the options that name them, for messages.
+
+    Raises:
+        UserError: none found, a damaged one, or one that does not fit the vocabulary; names option or folder.
+    """
+    with error_context(options[0]):
+        text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
+    with error_context(options[1]):
+        given = None if images is None else open_image_tokenizer(images, device)
+        tokenizer = given or _own_image_tokenizer(checkpoint, config, device)
+        if tokenizer.codebook_size != vocabulary.codebook_size:
+            raise UserError(
+                f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
+                "model's own"
+            )
+    return Tokenizers(text_tokenizer, tokenizer)
+
+
+def default_grid(config: Config) -> tuple[int, int]:
+    """Return height and width, in visual tokens, of the images that a model draws.
+
+    A model of one grid has that one. For other models it is the only grid of the training data. Where the data are
+    unknown, missing or of several grids, it is the grid of the released model.
+
+    Raises:
+        UserError: the released grid is needed, but the model has none or has too few positions for it.
+    """
+    architecture = resolve_architecture(config.model)
+    own = only_grid(architecture)
+    if own is not None:
+        return own
+    grids = {grid for folder in _data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
+    if len(grids) == 1:
+        return grids.pop()
+    released = architecture.vocabulary.released_grid
+    if released is not None and _fits(architecture, *released):
+        return released
+    if config.data.path is None:
+        seen = "the checkpoint does not say what images the model was trained on"
+    else:
+        seen = f"the model was trained on {f'{len(grids)} sizes' if grids else 'data that are not here'}"
+    raise UserError(f"{seen}; give height and width in visual tokens, such as 16 16")
+
+
+def _fits(architecture: Architecture, height: int, width: int) -> bool:
+    length = architecture.vocabulary.sequence_length(0, 0, height, width)
+    return length <= architecture.max_position_embeddings
+
+
+def _grids(folder: Path) -> Iterator[tuple[int, int]]:
+    for key in read_manifest(folder)["meta_words"]:
+        frames, height, width = map(int, key.split("x"))
+        if frames == 1:
+            yield height, width
+
+
+def _text_tokenizer(
+    checkpoint: Path, config: Config, vocabulary: ImageVocabulary, folder: Path | None
+) -> TextTokenizer | None:
+    if vocabulary.num_classes is not None:
+        if folder is not None:
+            raise UserError("this model takes classes, not texts; leave it out")
+        return None
+    tokenizer = open_text_tokenizer(folder) if folder is not None else _own_text_tokenizer(checkpoint, config)
+    if tokenizer.size > vocabulary.caption_size:
+        raise UserError(f"has {tokenizer.size} words, the model {vocabulary.caption_size}; give the model's own")
+    return tokenizer
+
+
+def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
+    for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *_data_folders(config)):
+        if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_NAME).is_file():
+            return open_text_tokenizer(folder)
+    lacking = f"{checkpoint} has no text tokenizer with it"
+    if config.data.path is not None:
+        lacking = f"neither {checkpoint} nor the data it was trained on has a text tokenizer"
+    raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_NAME}")
+
+
+def _own_image_tokenizer(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
+    kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
+    files = family_of(config.model).image_tokenizer
+    if weights.is_dir():
+        return files.open(kept, device, weights)
+    if files is not None and not layout.is_checkpoint(checkpoint) and files.recognises(checkpoint):
+        try:
+            return files.open(checkpoint, device)
+        except UserError:
+            pass  # a folder of the decoder alone; its image tokenizer is elsewhere
+    for folder in _data_folders(config):
+        if (folder / CODEBOOK_FILE).is_file():
+            return open_image_tokenizer(folder, device)
+    wanted = "its folder" if files is None else files.description
+    raise UserError(f"{checkpoint} has no image tokenizer with it; give {wanted}")
+
+
+def _data_folders(config: Config) -> Iterator[Path]:
+    path = config.data.path
+    for name in [path] if isinstance(path, str) else path or ():
+        yield digit_shards(config.model) if name == DIGITS else Path(name)
+
 
 OPTION = "checkpoint"
 

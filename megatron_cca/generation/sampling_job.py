@@ -1,4 +1,4 @@
-"""A sampling job over all ranks: replicas of the model share the prompts, and rank 0 collects their images."""
+"""A sampling job over all ranks: replicas of the model share the prompts, and rank 0 collects and writes images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,18 +15,77 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
+from PIL import Image
 from tqdm import tqdm
 
 from megatron_cca import __version__, platform
 from megatron_cca.errors import UserError
-from megatron_cca.generation import sample_files
-from megatron_cca.generation.best_of import SCORER, Scorer, best_candidates, candidates, cut_prompts
-from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings
+from megatron_cca.generation import GenerateOptions
+from megatron_cca.generation.decode_loop import (
+    SCORER,
+    ImageRequest,
+    SamplingSettings,
+    Scorer,
+    best_candidates,
+    candidates,
+    cut_prompts,
+)
 from megatron_cca.generation.image_generator import ImageGenerator
-from megatron_cca.generation.options import GenerateOptions
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.outputs import check_output, claimed, staging
+
+IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ = (
+    "images",
+    "prompts.jsonl",
+    "codes.npy",
+    "settings.json",
+    "sheet.png",
+    "samples.npz",
+)
+FORMER = frozenset({IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ})
+
+
+def image_name(index: int) -> str:
+    """Return the path of an image inside the output folder."""
+    return f"{IMAGES}/{index:06d}.png"
+
+
+def write_images(folder: Path, indices: Sequence[int], images: np.ndarray) -> None:
+    """Write one PNG per image, uint8 ``[N, H, W, 3]``. Each is named by the index of its prompt."""
+    for index, image in zip(indices, images, strict=True):
+        Image.fromarray(image).save(folder / image_name(index))
+
+
+def read_image(folder: Path, index: int) -> np.ndarray:
+    """Read one written image, uint8 ``[H, W, 3]``."""
+    with Image.open(folder / image_name(index)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def write_prompts(folder: Path, rows: Sequence[dict]) -> None:
+    """Write one JSON object per image: ``file``, ``prompt``, ``label``, ``seed``, and what else a row has."""
+    lines = (json.dumps({"file": image_name(index), **row}, ensure_ascii=False) for index, row in enumerate(rows))
+    (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_npz(folder: Path, count: int, labels: Sequence[int] | None) -> None:
+    """Write all images in one file: ``arr_0`` uint8 ``[N, H, W, 3]`` and, with labels, ``arr_1`` int64 ``[N]``.
+
+    The evaluator that the CCA authors used reads this file (openai/guided-diffusion, ``evaluations/``). Images are
+    written one at a time, so that 50,000 of them need not fit into memory.
+    """
+    first = read_image(folder, 0)
+    with zipfile.ZipFile(folder / NPZ, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in range(count):
+                file.write(np.ascontiguousarray(read_image(folder, index)).tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+
 
 _PARTIAL = ".partial"
 _ON_SHEET = 16
@@ -70,7 +130,7 @@ def check_sampling_output(job: SamplingJob) -> None:
         UserError: names what it holds.
     """
     with claimed(job.options.output):
-        check_output(job.options.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
+        check_output(job.options.output, FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
 
 
 def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
@@ -100,9 +160,9 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
     with ExitStack() as stack:
         if leads:
             stack.enter_context(claimed(job.options.output))
-            check_output(job.options.output, sample_files.FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
+            check_output(job.options.output, FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
             stack.enter_context(staging(partial, 0))
-            (partial / sample_files.IMAGES).mkdir()
+            (partial / IMAGES).mkdir()
             cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
             if cut is not None and (line := cut.line()) is not None:
                 print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
@@ -147,7 +207,7 @@ def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partia
             )
             codes, images = codes[choice.indices], images[choice.indices]
             share.scores.extend(choice.scores.tolist())
-        sample_files.write_images(partial, places, images)
+        write_images(partial, places, images)
         share.places.extend(places)
         share.codes.extend(codes)
         if bar is not None:
@@ -191,15 +251,15 @@ def _finish(
             codes[place] = share.codes[turn]
             if share.scores:
                 rows[place]["score"] = share.scores[turn]
-    np.save(partial / sample_files.CODES, codes)
-    sample_files.write_prompts(partial, rows)
+    np.save(partial / CODES, codes)
+    write_prompts(partial, rows)
     labels = [prompt.label for prompt in job.prompts]
     if job.options.where.npz:
-        sample_files.write_npz(partial, count, None if None in labels else labels)
+        write_npz(partial, count, None if None in labels else labels)
     shown = sheet_indices(count)
-    images = [sample_files.read_image(partial, place) for place in shown]
-    contact_sheet(partial / sample_files.SHEET, images, [job.prompts[place].title for place in shown])
-    (partial / sample_files.SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
+    images = [read_image(partial, place) for place in shown]
+    contact_sheet(partial / SHEET, images, [job.prompts[place].title for place in shown])
+    (partial / SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
     _place(partial, job.options.output)
 
 
@@ -228,10 +288,10 @@ def _record(job: SamplingJob) -> dict:
 
 
 def _place(partial: Path, output: Path) -> None:
-    for name in sorted(sample_files.FORMER, key=lambda name: name != sample_files.SETTINGS):
+    for name in sorted(FORMER, key=lambda name: name != SETTINGS):
         former = output / name
         shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
-    for name in sorted(sample_files.FORMER, key=lambda name: name == sample_files.SETTINGS):
+    for name in sorted(FORMER, key=lambda name: name == SETTINGS):
         if (partial / name).exists():
             (partial / name).rename(output / name)
     partial.rmdir()

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from megatron_cca.errors import UserError
-from megatron_cca.io.typed_paths import name_option
+from megatron_cca.io.paths import name_option
 
 
 @dataclass(frozen=True)

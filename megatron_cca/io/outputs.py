@@ -1,4 +1,4 @@
-"""Write output folders: replace nothing unasked, report a full disk in one line, never show a half-written output."""
+"""Write output folders and files: replace nothing unasked, report a full disk in one line, show nothing half-done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,47 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cca.errors import UserError
-from megatron_cca.io.surroundings import refusal, surroundings_fault
+from megatron_cca.io.paths import refusal, surroundings_fault
+
+
+class LineFile:
+    """A file of lines. Each line is appended in one write, and a missing file is made anew.
+
+    Args:
+        path: of the file. Its folder exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Unbuffered, so that no line waits in memory for a full disk.
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> bool:
+        """Append a line, and return whether the file was missing.
+
+        Raises:
+            OSError: an error of the file system. A later line may succeed.
+        """
+        is_gone = not self._is_there()
+        if is_gone:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            anew = self._path.open("ab", buffering=0)
+            self.close()
+            self._file = anew
+        self._file.write(f"{line}\n".encode())
+        return is_gone
+
+    def _is_there(self) -> bool:
+        # Writing into a removed file raises no error.
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
 
 OPTION = "--output"
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -79,6 +119,16 @@ def check_apart(output: Path, source: Path, option: str) -> None:
     inner, outer = output.resolve(), source.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise UserError(f"{OPTION}: {output} and {option} {source} are in each other's way; give another folder")
+
+
+def remove_beside_others(folder: Path) -> None:
+    """Remove a folder of which other processes may remove parts at the same time."""
+
+    def not_missing(function, path, error: BaseException) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    shutil.rmtree(folder, onexc=not_missing)
 
 
 @contextmanager

@@ -25,19 +25,18 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ReferenceConfig
 from megatron_cca.data import DIGITS, digits
 from megatron_cca.data.microbatches import Microbatch
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import image_token_logps
-from megatron_cca.models.layer_specs import check_fp8_device
+from megatron_cca.models.layers import check_fp8_device
 from megatron_cca.objectives import PairLogps
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import RunData, training_batches
-from megatron_cca.training.forward import head_options
 from megatron_cca.training.kernel_checks import check_fp8_sizes
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread, log_ratio_spread
+from megatron_cca.training.reference import head_options
 from megatron_cca.training.setup import build_chunks, frozen_chunks
 
 # Each precision with the multiple that it needs for the length of a row; see check_fp8_sizes.

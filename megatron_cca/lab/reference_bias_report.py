@@ -11,9 +11,9 @@ import torch
 
 from megatron_cca import platform
 from megatron_cca.io.outputs import write_json
+from megatron_cca.lab import markdown_table
 from megatron_cca.lab.reference_bias import IN_FP8, PairBias, Variant
 from megatron_cca.lab.reference_bias_settings import BiasSettings
-from megatron_cca.lab.tables import markdown_table
 from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread
 
 # The CCA paper (arXiv 2410.09347) uses beta 0.02 for images of 576 tokens.

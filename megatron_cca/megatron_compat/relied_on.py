@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cca.megatron_compat import cuda_literals, expected_messages
+from megatron_cca.megatron_compat import start
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _engine(name: str, why: str, **demands: Any) -> ReliedOn:
 
 
 RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
-    "optional_packages": (
+    "start": (
         _core(
             "extensions.transformer_engine.HAVE_TE",
             "tells whether Megatron-Core has bound Transformer Engine's kernels",
@@ -53,11 +53,9 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             "falls back to Megatron-Core's own writer where the other one cannot be imported",
             says=("nvidia_resiliency_ext.checkpointing.async_ckpt.core", "except (ImportError"),
         ),
-    ),
-    "cuda_literals": (
         *(
             _core(name, "asks CUDA for memory or streams", has=("torch",), says=(word,))
-            for name, word in cuda_literals.MODULES.items()
+            for name, word in start.MODULES.items()
         ),
         _core(
             "tensor_parallel.random._get_cuda_rng_state",
@@ -74,11 +72,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             "compares this string with what Tensor.type() answers, see platform/cpu.py",
             says=("cuda.FloatTensor'", "cuda.BFloat16Tensor'"),
         ),
-    ),
-    "expected_messages": tuple(
-        ReliedOn(name, "logs under this name") for name in expected_messages.LOG_RECORDS if name.startswith("megatron.")
-    ),
-    "adam": (
+        *tuple(ReliedOn(name, "logs under this name") for name in start.LOG_RECORDS if name.startswith("megatron.")),
         _core("optimizer.Adam", "the class that get_megatron_optimizer makes"),
         _core("optimizer.USING_PYTORCH_OPTIMIZER", "says whether Megatron-Core has found no fused Adam"),
         _core("optimizer.distrib_optimizer.Adam", "the class that the distributed optimizer accepts"),
@@ -136,7 +130,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         ),
         _core(
             "distributed.DistributedDataParallel._make_backward_post_hook",
-            "adds no gradient that is in main_grad already, see platform/accumulation.py",
+            "adds no gradient that is in main_grad already, see platform/operations.py",
             says=("param.grad_added_to_main_grad", "zero_out_wgrad"),
         ),
         _core(
@@ -153,7 +147,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         _core("distributed.param_and_grad_buffer._ParamAndGradBuffer", "holds gradients", has=("grad_data",)),
         _engine(
             "pytorch.cpp_extensions.general_gemm",
-            "adds a product to a sum, see platform/accumulation.py",
+            "adds a product to a sum, see platform/operations.py",
             takes=("out_dtype", "layout", "out", "accumulate"),
         ),
         _engine("pytorch.is_fp8_available", "says what a GPU lacks", takes=("return_reason",)),
@@ -168,7 +162,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             has=("fuse_wgrad_accumulation",),
         ),
     ),
-    "mixins": (
+    "decoding": (
         _core(
             "models.gpt.GPTModel",
             "the parts of a chunk in the order of its forward pass; rotary_pos_emb is replaced",
@@ -196,40 +190,6 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             has=("normalization", "zero_centered_gamma", "eps"),
             says=("layer_norm_weight",),
         ),
-    ),
-    "program_state": (
-        _core(
-            "num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR", "says whether one has been set already"
-        ),
-        _core(
-            "num_microbatches_calculator.init_num_microbatches_calculator",
-            "is called with positions",
-            parameters=(
-                "rank",
-                "rampup_batch_size",
-                "global_batch_size",
-                "micro_batch_size",
-                "data_parallel_size",
-                "decrease_batch_size_if_needed",
-                "step_batch_size_schedule",
-                "seq_length",
-            ),
-        ),
-        _core(
-            "transformer.cuda_graphs.TECudaGraphHelper",
-            "captures, after having asked for the number of microbatches",
-            takes=("model", "config", "seq_length", "micro_batch_size", "optimizers"),
-            has=("capture_finished", "create_cudagraphs", "cuda_graph_set_manual_hooks"),
-        ),
-        _core("transformer.cuda_graphs", "asks for it", says=("get_num_microbatches()",)),
-        _engine(
-            "pytorch.module.base.initialize_ub",
-            "makes the buffers",
-            takes=("shape", "tp_size", "quantization_modes", "bootstrap_backend"),
-        ),
-        _engine("pytorch.module.base.UserBufferQuantizationMode", "the kinds of buffers", has=("FP8", "NONE")),
-    ),
-    "decoding": (
         _core(
             "models.gpt.GPTModel",
             "rotates nothing where this is none, and sends tensors between stages",
@@ -267,12 +227,44 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             has=("sequence_parallel",),
         ),
     ),
+    "program_state": (
+        _core(
+            "num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR", "says whether one has been set already"
+        ),
+        _core(
+            "num_microbatches_calculator.init_num_microbatches_calculator",
+            "is called with positions",
+            parameters=(
+                "rank",
+                "rampup_batch_size",
+                "global_batch_size",
+                "micro_batch_size",
+                "data_parallel_size",
+                "decrease_batch_size_if_needed",
+                "step_batch_size_schedule",
+                "seq_length",
+            ),
+        ),
+        _core(
+            "transformer.cuda_graphs.TECudaGraphHelper",
+            "captures, after having asked for the number of microbatches",
+            takes=("model", "config", "seq_length", "micro_batch_size", "optimizers"),
+            has=("capture_finished", "create_cudagraphs", "cuda_graph_set_manual_hooks"),
+        ),
+        _core("transformer.cuda_graphs", "asks for it", says=("get_num_microbatches()",)),
+        _engine(
+            "pytorch.module.base.initialize_ub",
+            "makes the buffers",
+            takes=("shape", "tp_size", "quantization_modes", "bootstrap_backend"),
+        ),
+        _engine("pytorch.module.base.UserBufferQuantizationMode", "the kinds of buffers", has=("FP8", "NONE")),
+    ),
     "fake_tensors": (
         _core("optimizer.clip_grads.l2_norm_impl", "makes a tensor of numbers"),
         _core("fusions.fused_bias_swiglu.swiglu", "is compiled", parameters=("y",)),
         _core("fusions.fused_bias_swiglu.swiglu_back", "is compiled", parameters=("g", "y")),
     ),
-    "checkpoint_format": (
+    "__init__": (
         _core(
             "dist_checkpointing.core.CONFIG_FNAME", "the name of the file that marks the format", equals="metadata.json"
         ),
@@ -295,7 +287,7 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             has=("layers", "final_layernorm"),
         ),
     ),
-    "extra_states": (
+    "checkpoints": (
         _core(
             "dist_checkpointing.mapping.ShardedObject",
             "how an extra state stands in a sharded state",
@@ -304,8 +296,6 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
         ),
         _core("safe_globals.SafeUnpickler._SAFE_CLASSES", "the classes that an FP8 recipe consists of"),
         _engine("common.recipe.DelayedScaling", "the recipe whose states are pickled"),
-    ),
-    "checkpoint_reader": (
         _core(
             "dist_checkpointing.strategies.torch",
             "reads the index through torch's reader",
@@ -316,8 +306,6 @@ RELIED_ON: dict[str, tuple[ReliedOn, ...]] = {
             "what is no tensor goes through torch's planner, and where that puts it",
             has=("flatten_state_dict", "original_state_dict", "mappings", "state_dict", "load_bytes"),
         ),
-    ),
-    "checkpoint_writer": (
         _core(
             "dist_checkpointing.strategies.filesystem_async._results_queue",
             "the queue that the next save answers through",

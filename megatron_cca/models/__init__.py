@@ -56,9 +56,9 @@ def _made(place: str | None) -> Any:
 
 
 FAMILIES: dict[str, Family] = {
-    "emu3": Family("emu3.presets:PRESETS", "emu3.huggingface:Emu3HuggingFace", "emu3.vq_files:Emu3VqFiles"),
+    "emu3": Family("emu3:PRESETS", "emu3.weights:Emu3HuggingFace", "emu3.vq_files:Emu3VqFiles"),
     "llamagen": Family(
-        "llamagen.presets:PRESETS", None, "llamagen.vq_files:LlamaGenVqFiles", "llamagen.weights:LlamaGenWeightsFile"
+        "llamagen:PRESETS", None, "llamagen.image_tokenizer:LlamaGenVqFiles", "llamagen.weights:LlamaGenWeightsFile"
     ),
 }
 

@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_cca.megatron_compat.mixins import mix_in
+from megatron_cca.megatron_compat.decoding import mix_in
 from megatron_cca.models.architecture import Architecture, grid_side
 
 

@@ -11,8 +11,16 @@ refused in a fraction of a second.
 import importlib
 import pkgutil
 
-from megatron_cca.objectives.base import OBJECTIVES, Objective, ObjectiveResult, is_objective, objective, register
-from megatron_cca.objectives.rows import PairLogps, SequenceLogps
+from megatron_cca.objectives.base import (
+    OBJECTIVES,
+    Objective,
+    ObjectiveResult,
+    PairLogps,
+    SequenceLogps,
+    is_objective,
+    objective,
+    register,
+)
 
 for _found in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_found.name}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_cca.keys import PositiveFloat
 from megatron_cca.objectives.base import Objective, objective
-from megatron_cca.sections import PositiveFloat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_cca.objectives.rows import PairLogps
+    from megatron_cca.objectives.base import PairLogps
 
 
 @objective("dpo")

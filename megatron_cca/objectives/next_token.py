@@ -9,7 +9,7 @@ from megatron_cca.objectives.base import Objective, objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_cca.objectives.rows import SequenceLogps
+    from megatron_cca.objectives.base import SequenceLogps
 
 
 @objective("next_token")

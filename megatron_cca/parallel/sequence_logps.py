@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_cca.parallel import softmax_tiles
-from megatron_cca.parallel.tile_sizes import blocks, chunk_size_of, own_part, tile_sizes
-from megatron_cca.platform.accumulation import MainGradPlaceholder
-from megatron_cca.platform.operations import current_operations
+from megatron_cca.parallel import tiles
+from megatron_cca.parallel.tiles import blocks, chunk_size_of, own_part, tile_sizes
+from megatron_cca.platform.operations import MainGradPlaceholder, current_operations
 
 
 def sequence_logps(
@@ -52,7 +51,7 @@ def sequence_logps(
         support: consecutive ids of the words whose probabilities sum to 1. None means the whole vocabulary. Other
             words have no probability, and the gradient of their rows of ``weight`` is exactly 0.
         chunk_size: tokens in a tile. Memory beyond inputs and gradients grows with it. None means 1,024 on a CPU and
-            4,096 on a GPU (:mod:`megatron_cca.parallel.tile_sizes`).
+            4,096 on a GPU (:mod:`megatron_cca.parallel.tiles`).
 
     Raises:
         ValueError: a target in the mask is outside of the support (names position and id), the support is not part of
@@ -188,7 +187,7 @@ class _HeadShard:
         self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
         self.own_words = own_part(support, self.first_word, weight.size(0))
         self.sum_dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.operations = softmax_tiles.operations_for(weight.device)
+        self.operations = tiles.operations_for(weight.device)
         self._workspace: Tensor | None = None
 
     def blocks(self) -> Iterator[slice]:

@@ -6,6 +6,7 @@ runs unmodified, and the rest of the project asks this module for devices, backe
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from dataclasses import dataclass
@@ -14,12 +15,47 @@ from typing import Literal
 
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import DeviceChoice
-from megatron_cca.io.surroundings import leave_without_current_folder
-from megatron_cca.platform import nvml
+from megatron_cca.io.paths import leave_without_current_folder
 
 # If the current folder does not exist, MKL ends the process with a misleading message about a library.
 leave_without_current_folder()
 import torch  # noqa: E402
+
+_MANY = 256
+
+
+def compute_capabilities() -> list[tuple[int, int]]:
+    """Return the major and minor compute capability of every GPU of this machine. Empty without library or driver.
+
+    The call does not start CUDA. A process can still fork, or set variables that CUDA reads at its start.
+    """
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    return _asked(library)
+
+
+def _asked(library: ctypes.CDLL) -> list[tuple[int, int]]:
+    if library.nvmlInit_v2() != 0:
+        return []
+    try:
+        count = ctypes.c_uint()
+        if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return []
+        found = [_capability(library, index) for index in range(min(count.value, _MANY))]
+        return [one for one in found if one is not None]
+    finally:
+        library.nvmlShutdown()
+
+
+def _capability(library: ctypes.CDLL, index: int) -> tuple[int, int] | None:
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
+        return None
+    if library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) != 0:
+        return None
+    return major.value, minor.value
 
 
 @dataclass(frozen=True)
@@ -57,19 +93,20 @@ def install(choice: DeviceChoice = "auto") -> Platform:
         if choice not in ("auto", _installed.device_type):
             raise ValueError(f"device {choice!r}: this process already runs on {_installed.device_type!r}")
         return _installed
-    from megatron_cca.megatron_compat import adam, expected_messages, optional_packages
-    from megatron_cca.platform import cpu
+    from megatron_cca.megatron_compat import start
 
-    expected_messages.hide_expected_messages()
-    optional_packages.hide_other_writer()
+    start.hide_expected_messages()
+    start.hide_other_writer()
     _limit_hardware_queues()
     platform = _choose(choice)
     if platform is _CPU:
+        from megatron_cca.platform import cpu
+
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         cpu.redirect_cuda_to_cpu()
     else:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    adam.serve_megatron()
+    start.serve_megatron()
     _installed = platform
     return platform
 
@@ -88,7 +125,7 @@ def _limit_hardware_queues() -> None:
     Up to Hopper, Megatron overlaps tensor- and context-parallel communication with compute only if one hardware queue
     keeps the order of launches. Blackwell (compute capability 10) does not need this limit, and loses overlap with it.
     """
-    found = nvml.compute_capabilities()
+    found = compute_capabilities()
     if not found or min(found) < (10, 0):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 

@@ -8,7 +8,7 @@ The patches are:
 2. ``Tensor.cuda()``, which becomes the identity;
 3. ``Tensor.type()``, which returns ``torch.cuda.FloatTensor`` to Megatron's optimizers, because they compare this
    string;
-4. the ``torch`` name inside a few Megatron modules, see :mod:`megatron_cca.megatron_compat.cuda_literals`.
+4. the ``torch`` name inside a few Megatron modules, see :mod:`megatron_cca.megatron_compat.start`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_cca.megatron_compat import cuda_literals, optional_packages
+from megatron_cca.megatron_compat import start
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "tensor", "empty_like", "zeros_like", "full", "arange")
@@ -42,10 +42,10 @@ def redirect_cuda_to_cpu() -> None:
     global _done
     if _done:
         return
-    optional_packages.hide_gpu_only_packages()
+    start.hide_gpu_only_packages()
     _patch_torch_cuda()
     _patch_tensor()
-    cuda_literals.replace_torch(_TorchOnCpu())
+    start.replace_torch(_TorchOnCpu())
     _done = True
 
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from megatron_cca.config import Config
-from megatron_cca.config.examples import ConfigFile
+from megatron_cca.config import Config, ConfigFile
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import DeviceChoice, Folder, Option, Overrides, options

@@ -197,7 +197,7 @@ def _verify(given: VerifyOptions) -> int:
 
     from megatron_cca import platform
     from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
-    from megatron_cca.checkpoint.huggingface.reading import Reading
+    from megatron_cca.checkpoint.huggingface.source import Reading
 
     platform.install_option(given.device)
     reading = Reading(_sizes(given.overrides), section=given.section, dtype=given.dtype)

@@ -12,8 +12,8 @@ from pydantic import Field
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.options import DeviceChoice, File, Folder, Option, PathOrWord, options
 from megatron_cca.io.outputs import check_apart, check_writable
-from megatron_cca.io.typed_paths import typed_path
-from megatron_cca.lab.evaluation.known_metrics import METRICS, FidelitySettings
+from megatron_cca.io.paths import typed_path
+from megatron_cca.lab.evaluation import METRICS, FidelitySettings
 from megatron_cca.programs.parsing import parse, spelled_as_options
 from megatron_cca.reporting import reported_tool_errors
 
@@ -106,7 +106,7 @@ def settings_of(given: EvaluateOptions) -> EvaluationSettings:
     Raises:
         UserError: two sets have one name, or a metric is unknown.
     """
-    from megatron_cca.lab.evaluation.listings import WORDS
+    from megatron_cca.lab.evaluation.image_sets import WORDS
     from megatron_cca.lab.evaluation.planning import EvaluationSettings
 
     metrics = None if given.metrics is None else tuple(dict.fromkeys(given.metrics))
@@ -145,8 +145,7 @@ def _run(given: EvaluateOptions, settings: EvaluationSettings) -> None:
 
     platform.install_option(given.device)
     # Imported late: this imports Megatron-Core, before which the platform must be installed.
-    from megatron_cca.lab.evaluation.evaluate import evaluate
-    from megatron_cca.lab.evaluation.report import table, write_report
+    from megatron_cca.lab.evaluation.report import evaluate, table, write_report
 
     evaluation = evaluate(settings, platform.device())
     names = write_report(given.output, evaluation)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation.options import GenerateOptions, WhatToDraw, WhereToDraw
+from megatron_cca.generation import GenerateOptions, WhatToDraw, WhereToDraw
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
@@ -69,8 +69,8 @@ def _generate(options: GenerateOptions) -> None:
     from megatron_cca.generation.image_generator import open_image_generator
     from megatron_cca.generation.model_loading import inspect_for_sampling
     from megatron_cca.generation.sampling_job import check_sampling_output, run_sampling, sampling_requests
-    from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     where, scorer_spec = options.where, options.how.scorer
     layout = zip(("tensor", "pipeline"), _layout(where), strict=True)
@@ -100,8 +100,8 @@ def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> Samplin
     Raises:
         UserError: a grid, class, caption or number that is impossible.
     """
-    from megatron_cca.generation.checkpoint_tokenizers import default_grid
     from megatron_cca.generation.decode_loop import SamplingSettings
+    from megatron_cca.generation.model_loading import default_grid
     from megatron_cca.generation.sampling_job import SamplingJob
 
     with error_context("--grid"):
@@ -113,8 +113,7 @@ def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> Samplin
 
 
 def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
-    from megatron_cca.generation.conditions import check_conditions
-    from megatron_cca.generation.prompts import Prompt, class_prompts, read_prompts, repeated, seeded
+    from megatron_cca.generation.prompts import Prompt, check_conditions, class_prompts, read_prompts, repeated, seeded
 
     vocabulary = checkpoint.architecture.vocabulary
 

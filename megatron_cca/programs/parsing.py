@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import Described, described
-from megatron_cca.io.typed_paths import path_option
+from megatron_cca.io.paths import path_option
 from megatron_cca.reporting import reported_errors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_cca.io.outputs import check_writable
-from megatron_cca.lab.planner.options import CalibrateSettings, DryRunSettings, PlanSettings
+from megatron_cca.lab.planner import CalibrateSettings, DryRunSettings, PlanSettings
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(settings: PlanSettings | DryRunSettings | CalibrateSettings) -> None:
     # Imported late: --help need not wait for it.
-    from megatron_cca.lab.planner.dry_run_program import run_dry
-    from megatron_cca.lab.planner.program import run_calibrate, run_search
+    from megatron_cca.lab.planner.program import run_calibrate, run_dry, run_search
 
     run = {PlanSettings: run_search, DryRunSettings: run_dry, CalibrateSettings: run_calibrate}[type(settings)]
     run(settings)

@@ -42,6 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_tool_errors(("sklearn", "matplotlib", "torch-fidelity"), "eval"):
         check_writable(given.output)
         # Imported late: --help need not wait for it.
-        from megatron_cca.lab.studies.program import run_study
+        from megatron_cca.lab.studies.study import run_study
 
         run_study(given.study, given.output, given.workers, given.device)

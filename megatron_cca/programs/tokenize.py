@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.tokenizing.tokenize_settings import InspectSettings, TokenizeSettings
+from megatron_cca.data.tokenizing import InspectSettings, TokenizeSettings
 from megatron_cca.errors import UserError, one_line
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
@@ -39,7 +39,7 @@ def _tokenize(settings: TokenizeSettings) -> None:
     from megatron_cca import platform
 
     platform.install_option(settings.device)
-    from megatron_cca.data.tokenizing.run_job import tokenize
+    from megatron_cca.data.tokenizing.job import tokenize
 
     settings = replace(settings, sizes=_sizes(settings.model))
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

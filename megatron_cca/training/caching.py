@@ -27,17 +27,15 @@ from megatron_cca.data.reference_cache import (
     Split,
     finished_blocks,
 )
-from megatron_cca.effects import Affects, values, values_of_reference
 from megatron_cca.io.outputs import claimed
+from megatron_cca.keys import Affects, values, values_of_reference
 from megatron_cca.models import resolve_architecture
-from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.training import checks
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training import checks, reference_settings
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
 from megatron_cca.training.engine import initialize_user_buffers
-from megatron_cca.training.forward import LogpsPass, gathered_rows, head_options
 from megatron_cca.training.log_ratio_gate import numeric_path
-from megatron_cca.training.reference import Reference, own_reference
-from megatron_cca.training.reference_settings import reference_settings
+from megatron_cca.training.reference import LogpsPass, Reference, gathered_rows, head_options, own_reference
 from megatron_cca.training.setup import frozen_chunks
 
 

@@ -16,8 +16,8 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout, num_parameters
 from megatron_cca.platform.transfers import available_host_bytes, local_world_size
+from megatron_cca.training import dropout_key, has_own_weights, reference_settings, same_weights
 from megatron_cca.training.kernel_checks import check_attention, check_overlaps
-from megatron_cca.training.reference_settings import dropout_key, has_own_weights, reference_settings, same_weights
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
 # Keys of ``optimizer`` that need Megatron's precision-aware optimizer.

@@ -17,8 +17,7 @@ from megatron_cca.config import Config
 from megatron_cca.megatron_compat.program_state import make_user_buffers, set_number_of_microbatches
 from megatron_cca.models import resolve_architecture
 from megatron_cca.platform.transfers import without_side_work
-from megatron_cca.training.reference_settings import reference_settings
-from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch
+from megatron_cca.training import fixed_row_length, reference_settings, rows_per_microbatch
 
 _have_been_made = False
 

@@ -9,10 +9,14 @@ from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.attention import has_engine_attention, keeps_scores, unfused_because
-from megatron_cca.training.reference_settings import reference_settings, settings_by_key
-from megatron_cca.training.shapes import fixed_row_length, rows_per_microbatch, shared_multiple
+from megatron_cca.models.architecture import Architecture, has_engine_attention, keeps_scores, unfused_because
+from megatron_cca.training import (
+    fixed_row_length,
+    reference_settings,
+    rows_per_microbatch,
+    settings_by_key,
+    shared_multiple,
+)
 
 TP_OVERLAP, GRAPHS = "parallel.tp_comm_overlap", "kernels.cuda_graph_impl"
 _GIB = 2**30
@@ -200,8 +204,8 @@ def check_devices(config: Config) -> None:
         UserError: the message names the key and what is missing or does not fit.
     """
     # Imported late: Megatron-Core must not be imported before the platform is installed.
-    from megatron_cca.data.sequence_feed import loader_in_force
-    from megatron_cca.models.layer_specs import check_fp8_device, engine_is_available
+    from megatron_cca.data.loader import loader_in_force
+    from megatron_cca.models.layers import check_fp8_device, engine_is_available
 
     if config.data.loader is not None:
         loader_in_force(config.data.loader)

@@ -11,12 +11,12 @@ import torch
 
 from megatron_cca import platform
 from megatron_cca.config import Config, TrainingConfig
-from megatron_cca.effects import Affects, values_of_reference
 from megatron_cca.errors import UserError
-from megatron_cca.models.kernels import forward_kernels
+from megatron_cca.keys import Affects, values_of_reference
+from megatron_cca.models.layers import forward_kernels
 from megatron_cca.objectives import PairLogps
-from megatron_cca.parallel.tile_sizes import chunk_size_of
-from megatron_cca.training.reference_settings import dropout_key, reference_settings, same_weights
+from megatron_cca.parallel.tiles import chunk_size_of
+from megatron_cca.training import dropout_key, reference_settings, same_weights
 
 # This error in CCA's reward (beta x log-ratio) changes a row's weight in the gradient, a sigmoid, by about 2.5 %.
 DEFAULT_ALLOWED = 0.05

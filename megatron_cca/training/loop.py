@@ -17,26 +17,21 @@ import yaml
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
-from megatron_cca.display import report_losses_to
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.io.outputs import write_text
 from megatron_cca.models import explicit
 from megatron_cca.models.gpt import num_model_chunks
-from megatron_cca.models.layer_specs import engine_is_available
-from megatron_cca.parallel.across_ranks import described, largest
-from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.training.alarms import Alarms
-from megatron_cca.training.batches import RunData
-from megatron_cca.training.contrast import ContrastWatch
-from megatron_cca.training.events import RunLog
-from megatron_cca.training.faults import check_alarms, skipped_in_a_row, stop_without_data
+from megatron_cca.models.layers import engine_is_available
+from megatron_cca.parallel.ranks import described, initialize_distributed, largest
+from megatron_cca.terminal import report_losses_to
+from megatron_cca.training.batches import ContrastWatch, RunData
+from megatron_cca.training.faults import Alarms, check_alarms, skipped_in_a_row, stop_without_data
 from megatron_cca.training.kernel_checks import attention_lines
 from megatron_cca.training.log_ratio_gate import judge
-from megatron_cca.training.metrics import MetricsLog
-from megatron_cca.training.saving import finish_saves, report_finished_saves, save_checkpoint, warn_of_fork
+from megatron_cca.training.run_log import MetricsLog, RunLog
+from megatron_cca.training.saving import StopRequest, finish_saves, report_finished_saves, save_checkpoint, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import DataLost, StepReport, train_step, validate
-from megatron_cca.training.stopping import StopRequest
 from megatron_cca.training.watchdog import watched
 from megatron_cca.version import code_version
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation.checkpoint_tokenizers import default_grid, open_tokenizers
 from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import GeneratedImages, ImageGenerator
+from megatron_cca.generation.model_loading import default_grid, open_tokenizers
 from megatron_cca.generation.prompts import Prompt, digit_classes, read_prompts, seeded
-from megatron_cca.training.metrics import MetricsLog
+from megatron_cca.training.run_log import MetricsLog
 from megatron_cca.training.setup import Run
 
 FOLDER = "samples"

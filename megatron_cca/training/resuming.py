@@ -8,10 +8,10 @@ from pathlib import Path
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import recorded_fingerprint, saved_config
 from megatron_cca.config import Config
-from megatron_cca.effects import OnResume, effects, values
 from megatron_cca.errors import UserError
+from megatron_cca.keys import OnResume, effects, values
 from megatron_cca.models import explicit
-from megatron_cca.training.reference_settings import has_own_weights
+from megatron_cca.training import has_own_weights
 
 PRETRAINED = "training.pretrained_checkpoint"
 REFERENCE = "reference.checkpoint"

@@ -1,12 +1,19 @@
-"""Begin saves during training, wait for them, and report them."""
+"""Begin saves during training, wait for them, and report them. A signal makes a run finish its step, save, and stop."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from types import FrameType
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.saver import Saved
 from megatron_cca.checkpoint.summary import summarize
-from megatron_cca.training.events import RunLog
+from megatron_cca.terminal import STOPPING, handle, restore
 from megatron_cca.training.resuming import STARTED_FROM
+from megatron_cca.training.run_log import RunLog
 from megatron_cca.training.setup import Run
 
 # A disk is slower than a device, and many ranks may write to it at once.
@@ -54,3 +61,41 @@ def report_finished_saves(run: Run, ended: list[Saved], log: RunLog) -> None:
         log.event("saved", f"saved {run.checkpoints} at step {saved.iteration}", step=saved.iteration, **times)
         if saved.removed:
             log.event("removed", steps=list(saved.removed))
+
+
+# A terminal and a launcher may both send the signal of one Ctrl-C.
+_SAME_SECONDS = 1.0
+
+
+class StopRequest:
+    """A block that records the first signal of :data:`signals.STOPPING`, so that it does not end the process.
+
+    A later Ctrl-C raises KeyboardInterrupt.
+
+    Attributes:
+        number: of the signal that came. 0 while none has come.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._came = 0.0
+        self._before: dict = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = handle(STOPPING, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore(self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number:
+            if number == signal.SIGINT and now - self._came > _SAME_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.number, self._came = number, now
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            # Not print, since the signal may have interrupted one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nmegatron_cca: the run ends this step and saves; Ctrl-C again ends it at once\n")

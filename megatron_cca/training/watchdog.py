@@ -19,7 +19,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from megatron_cca.reporting import end_with
-from megatron_cca.training.events import RunLog
+from megatron_cca.training.run_log import RunLog
 
 PHASES = (
     "reading the batch",

@@ -17,10 +17,10 @@ from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config.load import load_config
 from megatron_cca.lab.reference_bias_settings import BiasSettings
 from megatron_cca.models import gpt, resolve_architecture
-from megatron_cca.models.fp8_weights import dequantize_rows, quantize_rows
-from megatron_cca.models.initialization import sharded_tensors
+from megatron_cca.models.frozen_weights import dequantize_rows, quantize_rows
+from megatron_cca.models.gpt import sharded_tensors
 from megatron_cca.parallel import sequence_logps
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew

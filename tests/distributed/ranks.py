@@ -38,8 +38,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_cca import reporting
 from megatron_cca.config import Config
 from megatron_cca.megatron_compat.optimizer_state import release
-from megatron_cca.parallel.process_groups import initialize_distributed
-from megatron_cca.signals import STOPPING
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.terminal import STOPPING
 
 _HANDLED = STOPPING
 _JOB = {}

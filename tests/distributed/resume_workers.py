@@ -14,10 +14,9 @@ from megatron.core import parallel_state
 from megatron_cca.checkpoint import layout
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.training import loop, metrics, pictures
+from megatron_cca.training import loop, pictures, run_log
 from megatron_cca.training.batches import open_data
-from megatron_cca.training.events import read_events
-from megatron_cca.training.metrics import read_metrics
+from megatron_cca.training.run_log import read_events, read_metrics
 from tests.distributed.ranks import split_anew
 from tests.distributed.workers import start, take_steps
 
@@ -83,7 +82,7 @@ def _resumed_run(settings, name, overrides, faults):
     ended, seen = "finished", {"watchdog": False}
     with (
         _watched(seen, faults),
-        mock.patch.object(metrics, "tqdm", wraps=metrics.tqdm) as bar,
+        mock.patch.object(run_log, "tqdm", wraps=run_log.tqdm) as bar,
         mock.patch.object(pictures, "open_tokenizers", wraps=pictures.open_tokenizers) as tokenizers,
     ):
         try:

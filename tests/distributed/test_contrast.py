@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_cca.data.shard_writing import Sample
-from megatron_cca.training.events import read_events
+from megatron_cca.training.run_log import read_events
 from tests.distributed.launch import SCRIPT, run_tool, run_workers
 from tests.distributed.test_launch import arguments
 from tests.distributed.test_layout_parity import PP2, under

@@ -66,7 +66,7 @@ def test_cached_logits_are_those_of_the_training_path(checkpoint, tmp_path):
 def loaded(checkpoint):
     from megatron_cca.config.load import load_config
     from megatron_cca.generation.model_loading import load_for_sampling
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     initialize_distributed(load_config())
     return load_for_sampling(checkpoint)

@@ -157,7 +157,7 @@ def initial_weights():
 
 def weights_to_start_from():
     """The configuration and architecture of the workers, and the weights that they start from, as a plain dict."""
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.setup import build_chunks
 
     config = load_config(None, CCA)

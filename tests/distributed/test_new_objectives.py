@@ -17,6 +17,7 @@ import yaml
 import megatron_cca
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.keys import PositiveFloat
 from megatron_cca.lab.planner.candidates import Wishes
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.report import Report, yaml_of
@@ -26,12 +27,10 @@ from megatron_cca.lab.studies.checks import check_study
 from megatron_cca.lab.studies.plan import Planner, make_plan
 from megatron_cca.lab.studies.study import open_study
 from megatron_cca.objectives import OBJECTIVES, Objective, PairLogps, objective, register
-from megatron_cca.sections import PositiveFloat
-from megatron_cca.training.alarms import Alarms
 from megatron_cca.training.checks import check_run
-from megatron_cca.training.events import read_events
+from megatron_cca.training.faults import Alarms
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
-from megatron_cca.training.metrics import read_metrics
+from megatron_cca.training.run_log import read_events, read_metrics
 from tests.distributed.launch import run_workers, typed
 from tests.distributed.test_layout_parity import LOSS_RTOL, NORM_RTOL, PP2, TP2, column, under
 from tests.unit.test_docs import hook

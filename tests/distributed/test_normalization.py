@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_cca.config.load import load_config
-from megatron_cca.training.shapes import head_support
+from megatron_cca.training import head_support
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import (
     CCA,

@@ -13,8 +13,8 @@ import torch
 
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
-from megatron_cca.effects import OnResume, effects
 from megatron_cca.errors import UserError
+from megatron_cca.keys import OnResume, effects
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.kernel_checks import check_devices
 from tests.distributed.launch import run_workers

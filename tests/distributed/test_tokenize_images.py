@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_cca.data.token_files import TOKEN_FILES
+from megatron_cca.data.manifest import TOKEN_FILES
 from tests.distributed.launch import ROOT, ended, run_tool, start_job, start_tool, torchrun
 from tests.references.scans import write_scans
 

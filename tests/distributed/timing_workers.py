@@ -19,7 +19,7 @@ from megatron_cca.lab.planner.observer import Observer
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.lab.scaling.waiting import timed_collectives
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.parallel.ranks import initialize_distributed
 
 
 def late_ranks(settings):

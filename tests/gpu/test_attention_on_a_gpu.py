@@ -5,7 +5,7 @@ import torch
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models.attention import unfused_because
+from megatron_cca.models.architecture import unfused_because
 from tests.gpu.test_training_on_a_gpu import train
 from tests.references.drawn_digits import shards_of_digits
 
@@ -35,7 +35,7 @@ def test_fp8_products_go_with_torchs_attention(tmp_path):
     """Heads of 20 channels, as LlamaGen-3B has 100: the products' widths are multiples of 16 all the same."""
     pytest.importorskip("transformer_engine.pytorch")
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.models.layer_specs import check_fp8_device
+    from megatron_cca.models.layers import check_fp8_device
 
     try:
         check_fp8_device("tensorwise")

@@ -39,7 +39,7 @@ def test_an_import_loads_into_either_layers(implementation, tolerance, imported)
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.models import resolve_architecture
     from megatron_cca.models.gpt import build_gpt
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     hf, checkpoint = imported
     folder = layout.resolve(checkpoint, "checkpoint")

@@ -24,7 +24,7 @@ def build(implementation, width, precision, *overrides, grid=4):
     """A model with the plain model's weights; heads of 16 or 20 channels."""
     from megatron_cca.models import gpt, resolve_architecture
     from megatron_cca.models.architecture import padded_vocab_size
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from tests.references.llamagen_in_megatron import fill
 
     keys = ["model.name=llamagen-tiny", f"model.hidden_size={width}", f"model.transformer_impl={implementation}"]

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from megatron_cca import platform
-from megatron_cca.data.loader import BatchLoader, RankShare
-from megatron_cca.data.sequence_feed import SequenceFeed
+from megatron_cca.data.loader import BatchLoader, RankShare, SequenceFeed
 from tests.references.token_shards import token_data
 from tests.unit.test_loader import TENSORS, builder
 

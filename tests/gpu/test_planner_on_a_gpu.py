@@ -38,7 +38,7 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
     from megatron_cca import platform
     from megatron_cca.lab.planner.dry_run import counted_step
     from megatron_cca.lab.planner.observer import Observer
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     overrides = [
         f"model.transformer_impl={implementation}",
@@ -63,8 +63,8 @@ def test_peak_memory_is_within_a_tenth_of_the_prediction(strategy, recompute, im
 
 
 def test_a_calibration_finds_plausible_shares_of_the_peaks(tmp_path):
+    from megatron_cca.lab.planner import CalibrateSettings
     from megatron_cca.lab.planner.hardware import read_calibration
-    from megatron_cca.lab.planner.options import CalibrateSettings
     from megatron_cca.lab.planner.program import run_calibrate
 
     file = tmp_path / "calibration.json"

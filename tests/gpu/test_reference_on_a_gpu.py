@@ -20,7 +20,7 @@ BF16 = "training.precision=bf16"
 
 
 def start(digit_shards, folder, *overrides):
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
 

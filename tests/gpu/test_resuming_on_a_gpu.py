@@ -8,7 +8,7 @@ import torch
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
-from megatron_cca.training import optimization
+from megatron_cca.training import setup
 from tests.gpu.test_reference_on_a_gpu import BF16, start, trace
 
 pytestmark = pytest.mark.gpu
@@ -111,14 +111,14 @@ def test_a_precision_aware_optimizer_may_become_a_plain_one(digit_shards, tmp_pa
 
 def test_remainders_of_master_weights_are_not_resumed(digit_shards, tmp_path, monkeypatch):
     """Megatron-Core's default, which earlier versions of this package took."""
-    settings = optimization.optimizer_settings
+    settings = setup.optimizer_settings
 
     def with_remainders(config):
         found = settings(config)
         found.store_param_remainders = True
         return found
 
-    monkeypatch.setattr(optimization, "optimizer_settings", with_remainders)
+    monkeypatch.setattr(setup, "optimizer_settings", with_remainders)
     run = start(digit_shards, tmp_path, *AWARE)
     trace(run, 2)
     save(run)

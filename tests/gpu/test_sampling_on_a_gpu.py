@@ -13,7 +13,7 @@ WIDE = ["model.hidden_size=128", "model.ffn_hidden_size=256", "model.num_attenti
 
 
 def start(digit_shards, folder, *overrides):
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
 
@@ -58,7 +58,7 @@ def test_cached_logits_are_those_of_a_whole_pass(implementation, precision, tole
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_pictures_leave_the_training_as_it_was(precision, digit_shards, tmp_path):
-    from megatron_cca.models.layer_specs import check_fp8_device
+    from megatron_cca.models.layers import check_fp8_device
     from megatron_cca.training.pictures import open_pictures
     from megatron_cca.training.step import train_step
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.parallel import sequence_logps, softmax_tiles
+from megatron_cca.parallel import sequence_logps, tiles
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def exact(hidden, weight, targets, mask):
 
 @pytest.mark.needs_hardware("Triton")
 def test_the_fused_kernels_are_what_runs():
-    assert softmax_tiles.operations_for(torch.device("cuda")).__name__.endswith("triton_tiles")
+    assert tiles.operations_for(torch.device("cuda")).__name__.endswith("triton_tiles")
 
 
 def test_fp32_equals_float64():
@@ -50,7 +50,7 @@ def test_fp32_equals_float64():
 def test_fused_equals_plain(dtype, monkeypatch):
     batch = inputs(dtype)
     fused = run(*batch)
-    monkeypatch.setattr(softmax_tiles, "operations_for", lambda device: softmax_tiles)
+    monkeypatch.setattr(tiles, "operations_for", lambda device: tiles)
     for mine, plain in zip(fused, run(*batch), strict=True):
         assert worst_relative_error(mine, plain.double()) < (1e-5 if dtype == torch.float32 else 1e-2)
 

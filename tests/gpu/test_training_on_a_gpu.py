@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 
 def train(digit_shards, folder, steps, *overrides):
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
     from megatron_cca.training.step import train_step

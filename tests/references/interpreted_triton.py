@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_cca.parallel import sequence_logps, softmax_tiles, triton_tiles
+from megatron_cca.parallel import sequence_logps, tiles, triton_tiles
 
 
 def compare_tiles(rows, widths):
@@ -14,7 +14,7 @@ def compare_tiles(rows, widths):
     first = 0
     for width in widths:
         logits = 30 * torch.randn(rows, width)
-        softmax_tiles.absorb(logits.clone(), targets - first, *both[0])
+        tiles.absorb(logits.clone(), targets - first, *both[0])
         triton_tiles.absorb(logits, targets - first, *both[1])
         first += width
     for plain, fused in zip(*both, strict=True):
@@ -24,7 +24,7 @@ def compare_tiles(rows, widths):
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         plain, fused = (
             module.logits_gradient(logits.clone(), local, *both[0][:2], upstream, dtype)
-            for module in (softmax_tiles, triton_tiles)
+            for module in (tiles, triton_tiles)
         )
         assert fused.dtype == dtype
         torch.testing.assert_close(fused, plain, rtol=tolerance, atol=1e-8)
@@ -35,13 +35,13 @@ def compare_whole_function():
     hidden, weight = torch.randn(5, 2, 8), torch.randn(5000, 8)
     targets, mask = torch.randint(0, 4999, (2, 5)), torch.rand(2, 5) < 0.8
     answers = []
-    for module in (softmax_tiles, triton_tiles):
-        original = softmax_tiles.operations_for
-        softmax_tiles.operations_for = lambda device, module=module: module
+    for module in (tiles, triton_tiles):
+        original = tiles.operations_for
+        tiles.operations_for = lambda device, module=module: module
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         logps = sequence_logps(*leaves, targets, mask, vocab_size=4999, chunk_size=3)
         logps.sum().backward()
-        softmax_tiles.operations_for = original
+        tiles.operations_for = original
         answers.append([logps.detach(), *(leaf.grad for leaf in leaves)])
     for plain, fused in zip(*answers, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_cca.checkpoint import layout, records
+from megatron_cca.checkpoint import layout
 
 
 def reseal(folder: Path, change=lambda summary: summary) -> None:
@@ -14,5 +14,5 @@ def reseal(folder: Path, change=lambda summary: summary) -> None:
     summary = json.loads(path.read_text()) if path.exists() else {}
     summary.pop("checksum", None)
     path.unlink(missing_ok=True)
-    summary["files"] = records.file_records(folder, {})
-    path.write_text(records.sealed(change(summary)))
+    summary["files"] = layout.file_records(folder, {})
+    path.write_text(layout.sealed(change(summary)))

@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_cca.data.tokenizing import run_job
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+from megatron_cca.data.tokenizing import job
+from megatron_cca.models.emu3 import tiny_vocabulary
 
 CPU = torch.device("cpu")
 VOCABULARY = tiny_vocabulary()
@@ -12,4 +12,4 @@ NUMBER = 150  # of the scans
 
 def tokenize(settings, rank=0, world_size=1):
     """Run one rank of a job; return its result."""
-    return run_job.tokenize(settings, rank, world_size, CPU)
+    return job.tokenize(settings, rank, world_size, CPU)

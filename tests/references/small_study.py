@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import yaml
 
-from megatron_cca.checkpoint.records import sealed
+from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.lab.studies.checks import check_study
 from megatron_cca.lab.studies.plan import Planner
 from megatron_cca.lab.studies.results import collect

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.emu3.huggingface import Emu3HuggingFace
+from megatron_cca.models.emu3.weights import Emu3HuggingFace
 from tests.references import llamagen
 
 # Emu3's vocabulary and positions, spelled as baaivision's repository spells them.

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.pairing import Pairing
-from megatron_cca.data.sample_order import training_order
+from megatron_cca.data.pairing import Pairing, training_order
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+from megatron_cca.data.shards import TokenData, TokenShards
+from megatron_cca.models.emu3 import tiny_vocabulary
 
 VOCABULARY = tiny_vocabulary()
 

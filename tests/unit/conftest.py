@@ -64,7 +64,7 @@ def scan_folder(tmp_path_factory):
 @pytest.fixture
 def scan_job(scan_folder, digit_shards, tmp_path):
     """What a job that tokenises them is asked for."""
-    from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+    from megatron_cca.data.tokenizing import TokenizeSettings
 
     return TokenizeSettings(
         source=scan_folder,

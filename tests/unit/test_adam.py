@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_cca.megatron_compat.adam import GroupStepAdamW
+from megatron_cca.megatron_compat.start import GroupStepAdamW
 
 
 def test_twenty_steps_equal_torchs_fused_adamw():

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_cca.config.load import load_config
-from megatron_cca.training.alarms import Alarms
+from megatron_cca.training.faults import Alarms
 
 
 def alarms(*overrides):

@@ -9,7 +9,7 @@ from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.attention import has_engine_attention, unfused_because
+from megatron_cca.models.architecture import has_engine_attention, unfused_because
 from megatron_cca.training.checks import check_new_run
 from megatron_cca.training.kernel_checks import attention_lines
 

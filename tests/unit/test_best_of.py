@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.best_of import best_candidates, candidates, cut_prompts
-from megatron_cca.generation.decode_loop import ImageRequest
-from megatron_cca.lab.evaluation.scorers import check_scorer, open_scorer
+from megatron_cca.generation.decode_loop import ImageRequest, best_candidates, candidates, cut_prompts
+from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
 from tests.references import tiny_clip
 
 IMAGES = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)

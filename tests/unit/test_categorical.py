@@ -8,7 +8,7 @@ from megatron_cca.errors import UserError
 
 
 def drawn(logits, uniforms, **options):
-    from megatron_cca.generation.categorical import draw_codes
+    from megatron_cca.generation.decode_loop import draw_codes
 
     rows = torch.tensor(logits, dtype=torch.float32).expand(len(uniforms), -1)
     options = {"temperature": 1.0, **options}
@@ -70,7 +70,7 @@ def test_nothing_is_drawn_from_what_is_no_number(bad, options):
 
 
 def test_contrastive_logits_are_the_ratio_within_the_plausible():
-    from megatron_cca.generation.guidance import contrastive_logits
+    from megatron_cca.generation.decode_loop import contrastive_logits
 
     expert, amateur = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.4, 0.1, 0.3, 0.2])
     logits = [torch.from_numpy(np.log(p) + shift)[None] for p, shift in ((expert, 3.0), (amateur, -2.0))]

@@ -7,12 +7,11 @@ import torch
 from megatron_cca.config import ModelConfig
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import grid_misfit, only_grid
-from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, class_vocabulary
+from megatron_cca.models.llamagen import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.token_shards import pairing
 
 TINY = class_vocabulary(codebook_size=128, num_classes=10)

@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 from megatron_cca.data.digits import ensure_digit_shards, load_scans
-from megatron_cca.data.image_size import centre, covering_size
-from megatron_cca.data.patch_codebook import PatchCodebook
+from megatron_cca.data.image_tokenizers import PatchCodebook
+from megatron_cca.data.resizing import centre, covering_size
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources import open_source
-from megatron_cca.data.tokenizing.run_job import tokenize
-from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
-from megatron_cca.models.llamagen.vocabulary import class_vocabulary
+from megatron_cca.models.emu3 import tiny_vocabulary
+from megatron_cca.models.llamagen import class_vocabulary
 
 TINY = class_vocabulary(codebook_size=128, num_classes=10)
 

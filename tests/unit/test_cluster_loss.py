@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from megatron_cca.lab.planner.cluster_loss import LOSS, SERIES, SPREAD, Series, fit, lost_share, lost_spread
-from megatron_cca.lab.planner.hardware import Cluster
+from megatron_cca.lab.planner.hardware import LOSS, SERIES, SPREAD, Cluster, Series, fit, lost_share, lost_spread
 from tests.unit.test_planner_anchors import A100, GPT_3, H100, LLAMA_405B, RUNS, predicted
 from tests.unit.test_planner_throughput import predict
 

@@ -9,10 +9,10 @@ import torch
 
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources import Unreadable, open_source
-from megatron_cca.data.tokenizing.run_job import tokenize
-from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
-from megatron_cca.models.llamagen.vocabulary import IMAGENET_VOCABULARY, class_vocabulary
+from megatron_cca.models.llamagen import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.code_folders import npy, random_codes, write_codes
 from tests.references.sources import notices, write_all
 

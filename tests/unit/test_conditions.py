@@ -6,11 +6,19 @@ import torch
 
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError
-from megatron_cca.generation.conditions import caption_ids, check_conditions, negative_ids
-from megatron_cca.generation.guidance import guided_logits
-from megatron_cca.generation.prompts import Prompt, class_prompts, digit_classes, read_class_captions, read_prompts
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
-from megatron_cca.models.llamagen.vocabulary import class_vocabulary
+from megatron_cca.generation.decode_loop import guided_logits
+from megatron_cca.generation.prompts import (
+    Prompt,
+    caption_ids,
+    check_conditions,
+    class_prompts,
+    digit_classes,
+    negative_ids,
+    read_class_captions,
+    read_prompts,
+)
+from megatron_cca.models.emu3 import tiny_vocabulary
+from megatron_cca.models.llamagen import class_vocabulary
 
 CLASSES, TEXTS = class_vocabulary(codebook_size=128, num_classes=10), tiny_vocabulary()
 

@@ -8,15 +8,13 @@ import torch
 
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.lab.evaluation.plots import training_curves
-from megatron_cca.lab.studies.work import _means
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+from megatron_cca.lab.studies.running import _means
+from megatron_cca.models.emu3 import tiny_vocabulary
 from megatron_cca.objectives import OBJECTIVES
-from megatron_cca.training.contrast import LITTLE, NOTHING, ContrastWatch, has_one_condition
-from megatron_cca.training.events import RunLog, read_events
-from megatron_cca.training.metrics import MetricsLog, read_metrics
+from megatron_cca.training.batches import LITTLE, NOTHING, ContrastWatch, has_one_condition
+from megatron_cca.training.run_log import MetricsLog, RunLog, read_events, read_metrics
 from tests.references.token_shards import write
 from tests.unit.test_objectives import build, random_pairs
 

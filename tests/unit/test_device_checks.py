@@ -8,7 +8,7 @@ import pytest
 from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models import layer_specs
+from megatron_cca.models import layers
 from megatron_cca.training.kernel_checks import check_devices
 
 FP8 = ["training.precision=fp8", "data.pad_to_multiple_of=16"]
@@ -33,7 +33,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
 
-    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(layers, "HAVE_TE", True)
     monkeypatch.setattr(platform, "current", lambda: types.SimpleNamespace(is_cuda=True))
     monkeypatch.setattr(platform, "device_name", lambda: "NVIDIA A100")
     answers()

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from megatron_cca.display import OutputClosed, guarded, report_losses_to
+from megatron_cca.terminal import OutputClosed, guarded, report_losses_to
 
 RUN = """
 import sys
 from megatron_cca.reporting import {reported}
-from megatron_cca.display import report_losses_to
+from megatron_cca.terminal import report_losses_to
 told = open({told!r}, "w")
 with {reported}({arguments}), report_losses_to(lambda *what: print(*what, file=told, flush=True)):
     sys.stdin.readline()

@@ -9,9 +9,8 @@ from PIL import Image
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.classifiers import class_accuracy, load_function, open_classifier
 from megatron_cca.lab.evaluation.image_sets import read_images
-from megatron_cca.lab.evaluation.plugins import load_function
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cca.training.events import FILE, RunLog, read_events
-from megatron_cca.training.metrics import MetricsLog
+from megatron_cca.training.run_log import FILE, MetricsLog, RunLog, read_events
 
 
 def test_events_are_appended_with_time_rank_and_restart(tmp_path, monkeypatch):

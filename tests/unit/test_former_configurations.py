@@ -9,8 +9,8 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, former
 from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
-from megatron_cca.effects import values
 from megatron_cca.errors import UserError
+from megatron_cca.keys import values
 from megatron_cca.models import explicit
 from megatron_cca.training.resuming import check_resume
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.models.fp8_weights import dequantize_rows, keep_in_fp8, quantize_rows
+from megatron_cca.models.frozen_weights import dequantize_rows, keep_in_fp8, quantize_rows
 
 
 def random_matrix(rows=32, columns=48, dtype=torch.float32):

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_cca.config.load import SECTIONS, config_from_dict, config_to_dict, load_config
-from megatron_cca.lab.studies.settings import read_study
+from megatron_cca.lab.studies import read_study
 from megatron_cca.lab.studies.study import open_study
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 

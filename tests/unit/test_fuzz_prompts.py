@@ -14,8 +14,7 @@ from megatron_cca.data.digits import captions_of
 from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER
 from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, open_text_tokenizer, train_tokenizer
 from megatron_cca.generation.prompts import class_prompts, read_prompts
-from megatron_cca.lab.evaluation.image_sets import read_images
-from megatron_cca.lab.evaluation.listings import PROMPTS, list_folder
+from megatron_cca.lab.evaluation.image_sets import PROMPTS, list_folder, read_images
 from tests.references.fuzzing import NAMES, changed, fuzzed, names, plain, spoilt
 
 LINES = [{"prompt": "a red fox", "seed": 3, "label": 1}, {"prompt": "a mouse"}]

@@ -6,10 +6,10 @@ import shutil
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_cca.checkpoint import layout, records
+from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config.load import load_config
-from megatron_cca.training.metrics import read_metrics
+from megatron_cca.training.run_log import read_metrics
 from tests.references.fuzzing import changed, fuzzed, names, plain, spoilt
 
 KEY = "training.pretrained_checkpoint"
@@ -38,7 +38,7 @@ def test_no_latest_file_gets_through(sandbox, content):
 
 def sealed(summary):
     """With the checksum that a forger would give it."""
-    return (records.sealed(summary) if isinstance(summary, dict) else json.dumps(summary)).encode()
+    return (layout.sealed(summary) if isinstance(summary, dict) else json.dumps(summary)).encode()
 
 
 SUMMARIES = changed(SUMMARY).map(sealed) | spoilt(sealed(SUMMARY))

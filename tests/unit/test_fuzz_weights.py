@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from megatron_cca.checkpoint.huggingface.importing import open_public
-from megatron_cca.checkpoint.huggingface.reading import Reading
+from megatron_cca.checkpoint.huggingface.source import Reading
 from tests.references import llamagen
 from tests.references.fuzzing import changed, fuzzed, plain, spoilt
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY, tiny_vocabulary
+from megatron_cca.models.emu3 import EMU3_VOCABULARY, tiny_vocabulary
 
 
 def test_a_small_image_by_hand():

@@ -10,7 +10,7 @@ from megatron_cca.models import FAMILIES, resolve_architecture
 def captured_layers(family, *overrides):
     """The layers of a family's smallest model, as training sets them up."""
     from megatron_cca.models import lora
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.setup import build_chunks
 
     config = load_config(None, [f"model.name={family}-tiny", "model.num_layers=2", *overrides])

@@ -3,11 +3,10 @@
 import pytest
 
 from megatron_cca.config.load import load_config
-from megatron_cca.lab.planner.flops import head_forward, model_flops
 from megatron_cca.lab.planner.sizes import sizes_of
-from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.lab.planner.workload import Workload, head_forward, model_flops
 from megatron_cca.models import resolve_architecture
-from megatron_cca.training.shapes import head_support
+from megatron_cca.training import head_support
 
 IMAGE = "objective.normalization=image"
 WORKLOAD = Workload(seq_length=8400, image_tokens=8100)

@@ -8,10 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_cca.parallel import sequence_logps
-from megatron_cca.parallel.tile_sizes import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
-from megatron_cca.platform import accumulation
-from megatron_cca.platform.accumulation import MainGradPlaceholder
-from megatron_cca.platform.operations import DeviceOperations, operating_by
+from megatron_cca.parallel.tiles import CPU, GPU, TileSizes, block_width, blocks, chunk_size_of
+from megatron_cca.platform import operations
+from megatron_cca.platform.operations import DeviceOperations, MainGradPlaceholder, operating_by
 from tests.references.dense_logps import dense_token_logps, worst_relative_error
 from tests.references.gpu_products import half_precision_products
 
@@ -62,10 +61,10 @@ class LikeGpu(DeviceOperations):
 def like_a_gpu(monkeypatch):
     """The way of a GPU on CPU tensors, in narrower tiles; half precision wants ``half_precision_products`` besides."""
     monkeypatch.setattr(MODULE, "tile_sizes", lambda *, on_gpu: TileSizes(4096, 512, 128))
-    accumulation.way_to_add.cache_clear()
+    operations.way_to_add.cache_clear()
     with operating_by(LikeGpu()):
         yield
-    accumulation.way_to_add.cache_clear()
+    operations.way_to_add.cache_clear()
 
 
 def batch(words, rows, dtype, garbage):
@@ -117,8 +116,8 @@ def test_half_precision_on_a_gpu_is_summed_in_fp32(dtype, adds_to_fp32, like_a_g
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(rows, H), False
     with half_precision_products(adds_to_fp32=adds_to_fp32):
         values, hidden_gradient = run(*inputs, words, chunk_size=5)
-        way = accumulation.way_to_add(torch.device("cpu"), dtype)
-    assert way is (accumulation._by_torch if adds_to_fp32 else accumulation._product_and_sum)
+        way = operations.way_to_add(torch.device("cpu"), dtype)
+    assert way is (operations._by_torch if adds_to_fp32 else operations._product_and_sum)
     assert worst_relative_error(values, expected[0]) < 1e-5
     # The gradient of the logits is rounded to half precision, and nothing after it.
     rounding = torch.finfo(dtype).eps
@@ -156,7 +155,7 @@ def test_a_backward_pass_on_a_gpu_makes_no_product_of_its_own_and_no_placeholder
     mask = torch.ones(B, S, dtype=bool)
     weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(rows, H), False
     with half_precision_products():
-        accumulation.way_to_add(torch.device("cpu"), torch.bfloat16)
+        operations.way_to_add(torch.device("cpu"), torch.bfloat16)
         values = sequence_logps(hidden, weight, targets, mask, vocab_size=words, chunk_size=9).sum()
         with Products() as counted:
             values.backward()

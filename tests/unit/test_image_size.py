@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cca.data.image_size import target_size
+from megatron_cca.data.resizing import target_size
 
 
 def restated_size(height, width, area, factor):

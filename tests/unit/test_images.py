@@ -16,8 +16,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image, ImageFile, ImageOps
 
-from megatron_cca.data.image_checks import check_image
-from megatron_cca.data.image_headers import ImageLimits, Rejected, read_header
+from megatron_cca.data.image_headers import ImageLimits, Rejected, check_image, read_header
 
 HEIGHT, WIDTH = 40, 56
 

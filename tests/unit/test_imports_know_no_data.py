@@ -12,10 +12,9 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.data.text_tokenizers import train_tokenizer
 from megatron_cca.errors import UserError
-from megatron_cca.generation.checkpoint_tokenizers import default_grid, open_tokenizers
-from megatron_cca.generation.model_loading import inspect_for_sampling
+from megatron_cca.generation.model_loading import default_grid, inspect_for_sampling, open_tokenizers
+from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies import checks as study_checks
-from megatron_cca.lab.studies.settings import SamplingConfig
 from megatron_cca.lab.studies.study import Method, Study
 from megatron_cca.models import resolve_architecture
 from megatron_cca.programs import generate as program

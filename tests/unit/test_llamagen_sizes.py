@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.reading import Reading
+from megatron_cca.checkpoint.huggingface.source import Reading
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ModelConfig
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture, sizes_beside_preset
-from megatron_cca.models.llamagen.presets import PRESETS
+from megatron_cca.models.llamagen import PRESETS
 from megatron_cca.models.llamagen.weights import LLAMAGEN_WEIGHTS, LlamaGenWeightsFile
 from tests.references import llamagen, thin
 from tests.references.huggingface import refused

@@ -12,7 +12,7 @@ from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
 from megatron_cca.io import outputs
-from megatron_cca.models.llamagen.presets import PRESETS
+from megatron_cca.models.llamagen import PRESETS
 from megatron_cca.models.llamagen.weights import LLAMAGEN_WEIGHTS
 from tests.references import huggingface, llamagen
 from tests.references.llamagen_in_megatron import whole_tensors

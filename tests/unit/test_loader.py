@@ -5,11 +5,9 @@ import threading
 import pytest
 import torch
 
-from megatron_cca.data.loader import BatchLoader, RankShare
+from megatron_cca.data.loader import BatchLoader, RankShare, SequenceFeed
 from megatron_cca.data.microbatches import BatchBuilder
-from megatron_cca.data.sequence_feed import SequenceFeed
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from tests.references.token_shards import VOCABULARY, pairing, token_data
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.checkpoint.integrity import check_master_weights
-from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights
 from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
 from megatron_cca.errors import UserError
 

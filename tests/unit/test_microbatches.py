@@ -6,8 +6,7 @@ import torch
 
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shard_writing import TokenWriter, merge_shards
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from tests.references.token_shards import VOCABULARY, encode_text, pairing, random_samples, token_data, write
 

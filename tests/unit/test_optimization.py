@@ -6,9 +6,9 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_cca.config.load import load_config
-from megatron_cca.megatron_compat.adam import GroupStepAdamW
 from megatron_cca.megatron_compat.optimizer_state import keep_present_settings, leave_out_classes, let_parts_count
-from megatron_cca.training.optimization import optimizer_settings
+from megatron_cca.megatron_compat.start import GroupStepAdamW
+from megatron_cca.training.setup import optimizer_settings
 
 
 def test_master_weights_are_kept_whole():

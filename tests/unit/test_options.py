@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 from megatron_cca.__main__ import main, programs
-from megatron_cca.config.examples import config_option, example, example_names
+from megatron_cca.config import config_option, example, example_names
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import Count, File, Folder, Option, Overrides, PathOrWord, options
 from megatron_cca.programs.parsing import parse, parsed

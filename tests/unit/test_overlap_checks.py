@@ -4,16 +4,15 @@ import sys
 import types
 
 import pytest
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers as megatron_layers
 
 from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models import kernels, layer_specs
-from megatron_cca.training import engine
+from megatron_cca.models import layers
+from megatron_cca.training import engine, fixed_row_length
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.kernel_checks import check_devices
-from megatron_cca.training.shapes import fixed_row_length
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 VPP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
@@ -204,26 +203,26 @@ def test_what_needs_a_gpu_is_refused_without_one(override, message):
 def test_gradients_are_fused_by_the_layers_or_by_apex(monkeypatch):
     wanted = ["kernels.gradient_accumulation_fusion=true"]
     monkeypatch.setattr(platform, "current", lambda: types.SimpleNamespace(is_cuda=True))
-    monkeypatch.setattr(layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(layers, "HAVE_TE", True)
     check_devices(load_config(None, wanted))
     assert refused(check_devices, [*wanted, "model.transformer_impl=local"]).startswith("kernels.gradient_accumulation")
-    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    monkeypatch.setattr(megatron_layers, "_grad_accum_fusion_available", True)
     check_devices(load_config(None, [*wanted, "model.transformer_impl=local"]))
 
 
 def test_a_frozen_model_has_no_gradients_to_fuse_and_is_not_captured(monkeypatch):
-    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    monkeypatch.setattr(megatron_layers, "_grad_accum_fusion_available", True)
     wanted = load_config(None, ["kernels.gradient_accumulation_fusion=true", "kernels.cuda_graph_impl=local"]).kernels
-    trained = kernels.kernel_options(wanted, is_frozen=False)
-    frozen = kernels.kernel_options(wanted, is_frozen=True)
+    trained = layers.kernel_options(wanted, is_frozen=False)
+    frozen = layers.kernel_options(wanted, is_frozen=True)
     assert (trained["gradient_accumulation_fusion"], trained["cuda_graph_impl"]) == (True, "local")
     assert (frozen["gradient_accumulation_fusion"], frozen["cuda_graph_impl"]) == (False, "none")
-    assert kernels.forward_kernels(wanted) == {name: frozen[name] for name in kernels.forward_kernels(wanted)}
+    assert layers.forward_kernels(wanted) == {name: frozen[name] for name in layers.forward_kernels(wanted)}
     engine_layer = types.SimpleNamespace(fuse_wgrad_accumulation=False)
     model = types.SimpleNamespace(modules=lambda: [engine_layer, types.SimpleNamespace()])
-    kernels.fuse_weight_gradients(model, wanted, is_frozen=True)
+    layers.fuse_weight_gradients(model, wanted, is_frozen=True)
     assert not engine_layer.fuse_wgrad_accumulation
-    kernels.fuse_weight_gradients(model, wanted, is_frozen=False)
+    layers.fuse_weight_gradients(model, wanted, is_frozen=False)
     assert engine_layer.fuse_wgrad_accumulation
 
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cca.data.pairing import Pairing, rolled_negatives
-from megatron_cca.data.sample_order import SampleOrder
-from megatron_cca.data.token_files import SAMPLE
+from megatron_cca.data.manifest import SAMPLE
+from megatron_cca.data.pairing import Pairing, SampleOrder, rolled_negatives
 
 
 def slow_negative(conditions, row):

@@ -14,11 +14,11 @@ import pytest
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError
-from megatron_cca.io.typed_paths import path_option, retyped, typed_path
-from megatron_cca.lab.evaluation.plugins import load_function
-from megatron_cca.lab.evaluation.scorers import check_scorer
-from megatron_cca.lab.scaling.settings import SweepSettings, read_sweep
-from megatron_cca.lab.studies.settings import StudySettings, read_study
+from megatron_cca.io.paths import path_option, retyped, typed_path
+from megatron_cca.lab.evaluation.classifiers import load_function
+from megatron_cca.lab.evaluation.clip import check_scorer
+from megatron_cca.lab.scaling import SweepSettings, read_sweep
+from megatron_cca.lab.studies import StudySettings, read_study
 from megatron_cca.programs import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]

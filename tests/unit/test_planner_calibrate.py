@@ -9,16 +9,14 @@ import torch
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner import calibrate, measuring
+from megatron_cca.lab.planner import CalibrateSettings, PlanSettings, calibrate, measuring
 from megatron_cca.lab.planner.calibrate import fit
-from megatron_cca.lab.planner.flops import Product
 from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster, read_calibration
 from megatron_cca.lab.planner.measuring import Observation, short_configs
-from megatron_cca.lab.planner.options import CalibrateSettings, PlanSettings
 from megatron_cca.lab.planner.program import _wishes as wishes_of
 from megatron_cca.lab.planner.program import run_calibrate
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.workload import ImageShape, image_workload
+from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload
 from tests.unit.test_planner_throughput import EMU3
 
 H100 = GPUS["h100-80gb"]

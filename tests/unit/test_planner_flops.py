@@ -7,7 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_cca.config.load import load_config
-from megatron_cca.lab.planner.flops import (
+from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.throughput import predict_step
+from megatron_cca.lab.planner.workload import (
+    Workload,
     attention_forward,
     average_peak,
     flops_by_precision,
@@ -16,13 +19,9 @@ from megatron_cca.lab.planner.flops import (
     model_flops,
     products_forward,
 )
-from megatron_cca.lab.planner.hardware import GPUS, Cluster
-from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import build_gpt, image_logps
-from megatron_cca.models.initialization import initialize_by_name
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.models.gpt import build_gpt, image_logps, initialize_by_name
+from megatron_cca.parallel.ranks import initialize_distributed
 
 ROWS = 2
 WORKLOAD = Workload(seq_length=96, image_tokens=60)

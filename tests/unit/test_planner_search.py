@@ -10,11 +10,10 @@ from PIL import Image
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner import candidates
+from megatron_cca.lab.planner import PlanSettings, candidates
 from megatron_cca.lab.planner.candidates import Layout, Wishes, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import MemoryEstimate
-from megatron_cca.lab.planner.options import PlanSettings
 from megatron_cca.lab.planner.program import run_search
 from megatron_cca.lab.planner.report import Report, as_json, reserved, text, write_report, yaml_of
 from megatron_cca.lab.planner.search import obvious_others, search

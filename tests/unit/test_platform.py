@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megatron_cca import platform
-from megatron_cca.platform import nvml
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 HOPPER, BLACKWELL = (9, 0), (10, 0)
@@ -55,7 +54,7 @@ class Library:
 def test_capabilities_are_asked_without_cuda(monkeypatch, capabilities, failing, found):
     library = Library(capabilities, failing)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    assert nvml.compute_capabilities() == found
+    assert platform.compute_capabilities() == found
     assert not library.is_open
 
 
@@ -64,7 +63,7 @@ def test_where_there_is_no_library_nothing_is_known(monkeypatch):
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert nvml.compute_capabilities() == []
+    assert platform.compute_capabilities() == []
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_where_there_is_no_library_nothing_is_known(monkeypatch):
     ],
 )
 def test_hardware_queues_are_limited_up_to_hopper_and_by_the_user(monkeypatch, capabilities, given, wanted):
-    monkeypatch.setattr(nvml, "compute_capabilities", lambda: capabilities)
+    monkeypatch.setattr(platform, "compute_capabilities", lambda: capabilities)
     # What monkeypatch has set once it takes back, whoever sets it meanwhile.
     monkeypatch.setenv(VARIABLE, given or "")
     if given is None:

@@ -13,7 +13,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab import reference_bias as bias
 from megatron_cca.lab import reference_bias_report as report
 from megatron_cca.lab.reference_bias_settings import BiasSettings
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
+from megatron_cca.models.emu3 import tiny_vocabulary
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.references import token_shards

@@ -100,6 +100,6 @@ def test_a_signal_ends_a_tool_in_one_line_unless_nohup_or_a_shell_has_it_ignored
 
 @pytest.mark.parametrize(("ignored", "expected"), [([], "{}"), (["HUP"], "SIGTERM,SIGINT,SIGQUIT")])
 def test_a_torchrun_ignores_what_nohup_has_ignored(ignored, expected):
-    code = "from megatron_cca.signals import launcher_environment as found; print(found())"
+    code = "from megatron_cca.terminal import launcher_environment as found; print(found())"
     command = ["env", *(f"--ignore-signal={name}" for name in ignored), sys.executable, "-c", code]
     assert expected in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -14,18 +14,16 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from megatron_cca.data.image_headers import ImageLimits, Rejected
-from megatron_cca.data.image_size import centre
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.image_tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
-from megatron_cca.data.patch_codebook import PatchCodebook
-from megatron_cca.data.resizing import AuthorsResizing
+from megatron_cca.data.resizing import AuthorsResizing, centre
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.data.tokenizing.parts import PartsFolder
-from megatron_cca.data.tokenizing.run_job import tokenize
-from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import tiny_vocabulary
-from megatron_cca.models.llamagen.vocabulary import class_vocabulary
+from megatron_cca.models.emu3 import tiny_vocabulary
+from megatron_cca.models.llamagen import class_vocabulary
 from tests.references.authors_pixels import adm_pixels, emu3_pixels, photographs
 from tests.unit.test_images import ALLOWED, HEIGHT, WIDTH, encoded, exif, picture
 

@@ -10,8 +10,8 @@ import pytest
 from megatron_cca.checkpoint import layout
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict, load_config
-from megatron_cca.effects import OnResume, effects
 from megatron_cca.errors import UserError
+from megatron_cca.keys import OnResume, effects
 from megatron_cca.models import explicit
 from megatron_cca.training.resuming import STARTED_FROM, check_resume, started_from
 

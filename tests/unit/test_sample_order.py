@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cca.data.sample_order import BLOCK, SampleOrder, held_out_order, training_order
+from megatron_cca.data.pairing import BLOCK, SampleOrder, held_out_order, training_order
 from megatron_cca.errors import UserError
 from tests.references.token_shards import token_data
 

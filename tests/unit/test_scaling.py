@@ -9,11 +9,21 @@ from PIL import Image
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import laid_out
-from megatron_cca.lab.scaling import launching, planned, points, program, report
-from megatron_cca.lab.scaling.planned import ideal_bubble
-from megatron_cca.lab.scaling.plots import plot
-from megatron_cca.lab.scaling.points import Row, read_record, record_path, rows_of, write_failed, write_finished
-from megatron_cca.lab.scaling.sweep import open_sweep, task_named
+from megatron_cca.lab.scaling import measure, program, report
+from megatron_cca.lab.scaling.measure import ideal_bubble
+from megatron_cca.lab.scaling.report import plot
+from megatron_cca.lab.scaling.sweep import (
+    RESULTS,
+    Row,
+    forget_failed,
+    open_sweep,
+    read_record,
+    record_path,
+    rows_of,
+    task_named,
+    write_failed,
+    write_finished,
+)
 from megatron_cca.lab.scaling.waiting import Span, exposed_parts, merged, shortest, spans_of, union, waiting
 from megatron_cca.objectives import OBJECTIVES
 
@@ -217,7 +227,7 @@ def test_nccl_kernels_in_a_trace():
 
 def test_the_even_bubble_is_the_textbooks(tmp_path):
     task = opened(tmp_path).measured[2]
-    config = laid_out(task.config, planned.layout_of(task.layout, task))
+    config = laid_out(task.config, measure.layout_of(task.layout, task))
     assert ideal_bubble(config, 2) == pytest.approx(1 / (8 + 1))
 
 
@@ -230,7 +240,7 @@ def test_records_are_kept_by_key_and_failures_once(tmp_path):
     write_finished(out, two, finished())
     assert read_record(out, one)["reason"] == "out of memory"
     assert [row.is_finished for row in rows_of(out, [one, two])] == [False, True]
-    points.forget_failed(out, [one, two])
+    forget_failed(out, [one, two])
     assert [row.task for row in rows_of(out, [one, two])] == [two]
     record_path(out, two).write_text('{"status": "finished"}')
     with pytest.raises(UserError, match="is damaged"):
@@ -247,13 +257,13 @@ def test_records_are_kept_by_key_and_failures_once(tmp_path):
 )
 def test_a_jobs_log_says_why_it_failed(tmp_path, log, reason):
     (tmp_path / "log").write_text(log)
-    assert launching._reason(tmp_path / "log") == reason
+    assert program._reason(tmp_path / "log") == reason
 
 
 def test_planned_points_that_cannot_be_do_not_end_the_sweep(tmp_path):
     layouts = [{}, {"tensor_model_parallel_size": 16}]
     tasks = opened(tmp_path, planned={**PLANNED, "layouts": layouts}, mode="weak").planned
-    planned.plan_all(tmp_path / "out", tasks)
+    measure.plan_all(tmp_path / "out", tasks)
     found = {row.task.title: row for row in rows_of(tmp_path / "out", tasks)}
     assert found["weak-16-dp"].is_finished and not found["weak-16-tp16"].is_finished
     record = found["weak-16-dp"].record
@@ -264,7 +274,7 @@ def test_planned_points_that_cannot_be_do_not_end_the_sweep(tmp_path):
 def test_a_cpu_plans_its_layouts_only_with_a_calibration(tmp_path):
     task = opened(tmp_path, layouts="planned").measured[0]
     with pytest.raises(UserError, match="needs calibration"):
-        planned.planned_candidate(task)
+        measure.planned_candidate(task)
 
 
 def test_measured_and_planned_share_axes_only_on_the_same_gpu(tmp_path):
@@ -325,7 +335,7 @@ def test_collecting_takes_what_jobs_have_left(tmp_path, capsys):
     write_finished(tmp_path / "out", sweep.measured[1], finished())
     settings = program.RunSettings(tmp_path / "sweep.yaml", tmp_path / "out", Path("run.py"), "cpu", False, True)
     program.run_sweep(settings)
-    lines = (tmp_path / "out" / points.RESULTS).read_text().splitlines()
+    lines = (tmp_path / "out" / RESULTS).read_text().splitlines()
     assert [json.loads(line)["point"] for line in lines] == ["weak-64-dp"]
     assert "1 of 2 points have not been run" in capsys.readouterr().out
     program.list_points(tmp_path / "sweep.yaml", tmp_path / "out", "cpu")

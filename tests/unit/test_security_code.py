@@ -37,19 +37,22 @@ ALLOWED = {
     ): "between a rank and its forked child, through their memory",
     ("examples/cluster/agent.py", "os.environ of name"): "sets torchrun's own variables, which its head lists",
     (
-        "megatron_cca/lab/scaling/launching.py",
+        "megatron_cca/lab/scaling/program.py",
         "os.environ of PARENT",
     ): "a process number that the sweep hands to its jobs",
     (
-        "megatron_cca/megatron_compat/extra_states.py",
+        "megatron_cca/megatron_compat/checkpoints.py",
         "os.environ of _TE_MAY_UNPICKLE",
     ): "lets Transformer Engine read what was checked, and is put back",
     ("benchmarks/gpu_parts/channel.py", "os.environ of VARIABLE"): "the file with its task, which its parent wrote",
     ("benchmarks/gpu_parts/process.py", "os.environ of 'PYTHONPATH'"): "what it starts imports the same modules",
     ("megatron_cca/reporting.py", "os.environ of _PEER_WAIT"): "how long a rank waits, a number of seconds",
-    ("megatron_cca/io/surroundings.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
+    ("megatron_cca/io/paths.py", "os.environ of name"): "where libraries keep their caches, of a list of names",
     ("megatron_cca/config/load.py", "yaml.load"): "a loader that extends yaml.SafeLoader",
-    ("megatron_cca/lab/evaluation/plugins.py", "exec_module"): "FILE.py:FUNCTION is the user's own code, named as such",
+    (
+        "megatron_cca/lab/evaluation/classifiers.py",
+        "exec_module",
+    ): "FILE.py:FUNCTION is the user's own code, named as such",
 }
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_cca.data import dali, sequence_feed
-from megatron_cca.data.sequence_feed import SequenceFeed, loader_in_force
+from megatron_cca.data import dali, loader
+from megatron_cca.data.loader import SequenceFeed, loader_in_force
 from megatron_cca.errors import UserError
 from megatron_cca.platform import transfers
 
@@ -63,7 +63,7 @@ def busy_device(monkeypatch):
     side, busy = Queue(), Busy(Queue())
     busy.side = side
     monkeypatch.setattr(torch.cuda, "stream", busy.on)
-    monkeypatch.setattr(sequence_feed, "SideQueue", lambda device: side_queue(side))
+    monkeypatch.setattr(loader, "SideQueue", lambda device: side_queue(side))
     return busy
 
 
@@ -89,9 +89,7 @@ def reused(busy):
 
 def test_a_batch_is_whole_before_it_is_handed_over_and_before_its_memory_is_written_again(busy_device, monkeypatch):
     taken = []
-    monkeypatch.setattr(
-        sequence_feed, "used_here", lambda ids: taken.append((id(ids), threading.current_thread())) or ids
-    )
+    monkeypatch.setattr(loader, "used_here", lambda ids: taken.append((id(ids), threading.current_thread())) or ids)
     feed = SequenceFeed(reused(busy_device), 2, CPU, TURNS, "torch")
     for turn in range(TURNS):
         found = feed.next()
@@ -124,7 +122,7 @@ class Staged:
 
 def test_what_is_copied_from_is_held_until_the_copy_is_done(busy_device):
     log = busy_device.side.log
-    sequence_feed._mover(lambda array: Staged(log), CPU)(np.zeros(1))
+    loader._mover(lambda array: Staged(log), CPU)(np.zeros(1))
     assert log == ["queued", "done", "let go"]
 
 

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from megatron_cca.data.digits import captions_of, ensure_digit_shards, load_scans
+from megatron_cca.data.image_tokenizers import PatchCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
-from megatron_cca.data.manifest import check_files, read_manifest
-from megatron_cca.data.patch_codebook import PatchCodebook
+from megatron_cca.data.manifest import TOKEN_FILES, check_files, read_manifest
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
-from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.data.text_tokenizers import load_tokenizer
-from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import TOKEN_FILES
 from megatron_cca.errors import UserError
-from megatron_cca.models.emu3.vocabulary import EMU3_VOCABULARY, tiny_vocabulary
+from megatron_cca.models.emu3 import EMU3_VOCABULARY, tiny_vocabulary
 from tests.references.token_shards import encode_text, random_samples, write
 
 WITHOUT_PAYLOAD = [name for name in TOKEN_FILES if not name.endswith(".bin")]

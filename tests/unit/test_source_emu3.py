@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_cca.data.sources import open_source
-from megatron_cca.data.sources.plain_pth import load_plain
+from megatron_cca.data.sources.emu3 import load_plain
 from tests.references.sources import everything, notices, refused, write, write_all, zipped
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cca.data.sources import LAYOUTS, open_source
-from megatron_cca.data.sources.foreign_text import unique_names
+from megatron_cca.data.sources.external_text import unique_names
 from tests.references.sources import PAIRS, A, lines, notices, refused, tar, write, write_all, zipped
 
 

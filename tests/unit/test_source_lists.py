@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cca.data.sources import Record, open_source
-from megatron_cca.data.sources.json_lines import JsonLines
+from megatron_cca.data.sources.external_text import JsonLines
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of
 from tests.references.sources import LFS, PAIRS, SCRIPTS, A, everything, lines, refused, write, write_all, zipped
@@ -15,7 +15,7 @@ from tests.references.sources import LFS, PAIRS, SCRIPTS, A, everything, lines, 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 50])
 def test_lines_across_chunks(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cca.data.sources.json_lines._CHUNK", chunk)
+    monkeypatch.setattr("megatron_cca.data.sources.external_text._CHUNK", chunk)
     write_all(tmp_path, {"captions.jsonl": lines(*({"file_name": "a.png", "caption": c} for c in SCRIPTS)), "a.png": A})
     assert [record.caption for record in open_source(tmp_path)] == SCRIPTS
 
@@ -25,7 +25,7 @@ def test_lines_across_chunks(chunk, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"], ids=["plain", "bom", "bom alone"])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 24])
 def test_blank_lines_are_no_records(end, blank, mark, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_cca.data.sources.json_lines._CHUNK", chunk)
+    monkeypatch.setattr("megatron_cca.data.sources.external_text._CHUNK", chunk)
     blank = blank.format(end=end)
     content = f"{blank}{json.dumps(PAIRS[0])} {end}{blank}{json.dumps(PAIRS[1])}"
     for closing in ("", end, end + blank):

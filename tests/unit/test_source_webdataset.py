@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_cca.data.sources import Record, SourceOptions, open_source
-from megatron_cca.data.sources.foreign_text import printable
+from megatron_cca.data.sources.external_text import printable
 from megatron_cca.data.sources.webdataset import _KINDS as TAR_KINDS
 from megatron_cca.data.sources.webdataset import TarRecords
 from megatron_cca.errors import UserError

@@ -2,10 +2,9 @@
 
 from dataclasses import replace
 
-from megatron_cca.checkpoint.records import sealed
+from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.config.load import config_from_dict
-from megatron_cca.lab.studies.keys import digest, mark, training_contents
-from megatron_cca.lab.studies.plan import Planner, best, make_plan
+from megatron_cca.lab.studies.plan import Planner, best, digest, make_plan, mark, training_contents
 from megatron_cca.lab.studies.running import Board, Progress
 from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
 from tests.references.small_study import (

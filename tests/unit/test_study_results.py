@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_cca.lab.studies.plots import plot
-from megatron_cca.lab.studies.report import table
-from megatron_cca.lab.studies.results import Statistic, as_json, over_seeds
+from megatron_cca.lab.studies.results import Statistic, as_json, over_seeds, table
 from tests.references.small_study import BETA, LAMBDA, LR, graded, logged, numbers, results_of, settled
 
 

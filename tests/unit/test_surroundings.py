@@ -11,16 +11,16 @@ from megatron_cca import reporting
 from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.errors import SurroundingsError, UserError, error_context
-from megatron_cca.io import surroundings
-from megatron_cca.io.outputs import check_writable, claimed, file_system_errors
-from megatron_cca.io.surroundings import check_cache, check_surroundings, refusal, surroundings_fault
-from megatron_cca.lab.scaling import launching
-from megatron_cca.models.emu3.presets import PRESETS
+from megatron_cca.io import paths
+from megatron_cca.io.outputs import check_writable, claimed, file_system_errors, remove_beside_others
+from megatron_cca.io.paths import check_cache, check_surroundings, refusal, surroundings_fault
+from megatron_cca.lab.scaling import program
+from megatron_cca.models.emu3 import PRESETS
 from tests.references.small_disk import mounted
 
 # Nobody, root included, may make anything there.
 CLOSED = Path("/sys")
-VARIABLES = ("HOME", "TMPDIR", "XDG_CONFIG_HOME", *surroundings._CACHES)
+VARIABLES = ("HOME", "TMPDIR", "XDG_CONFIG_HOME", *paths._CACHES)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def line(error, cache=None):
 
 def test_a_cache_is_looked_for_where_its_library_does(monkeypatch, tmp_path):
     def of(variable):
-        place = surroundings._place(variable)
+        place = paths._place(variable)
         return str(place.folder), place.variable
 
     assert of("HF_DATASETS_CACHE") == (f"{tmp_path}/home/.cache/huggingface/datasets", "HF_HOME")
@@ -62,7 +62,7 @@ def test_a_cache_is_looked_for_where_its_library_does(monkeypatch, tmp_path):
 def test_the_places_are_those_of_the_libraries_themselves():
     from datasets import config
 
-    place = surroundings._CACHES
+    place = paths._CACHES
     assert Path(config.DEFAULT_HF_DATASETS_CACHE).name == place["HF_DATASETS_CACHE"][1]
     assert Path(config.DEFAULT_HF_CACHE_HOME).name == place["HF_HOME"][1]
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -70,7 +70,7 @@ def test_the_places_are_those_of_the_libraries_themselves():
     assert Path(default_cache_dir()).name.startswith(place["TORCHINDUCTOR_CACHE_DIR"][1])
 
 
-@pytest.mark.parametrize("variable", surroundings._CACHES)
+@pytest.mark.parametrize("variable", paths._CACHES)
 def test_a_cache_that_cannot_be_written_is_named(variable, monkeypatch, tmp_path):
     monkeypatch.setenv(variable, str(CLOSED / "a" / "b"))
     with pytest.raises(SurroundingsError) as error:
@@ -238,6 +238,22 @@ def test_digits_that_are_there_need_no_folder_that_can_be_written(digit_shards, 
 
 
 def test_a_sweeps_process_must_be_a_number(monkeypatch):
-    monkeypatch.setenv(launching.PARENT, "mine")
-    with pytest.raises(UserError, match=f"{launching.PARENT}: must be the number of a process, found 'mine'"):
-        launching.leave_with_the_sweep()
+    monkeypatch.setenv(program.PARENT, "mine")
+    with pytest.raises(UserError, match=f"{program.PARENT}: must be the number of a process, found 'mine'"):
+        program.leave_with_the_sweep()
+
+
+def test_a_folder_is_removed_while_another_process_removes_a_part_of_it(tmp_path, monkeypatch):
+    (tmp_path / "parts" / "rank1").mkdir(parents=True)
+    (tmp_path / "parts" / "job.json").write_text("{}")
+    remove, inner = os.rmdir, []
+
+    def removed_before(path, **more):
+        inner.append(path)
+        remove(path, **more)
+        if path == "rank1":
+            remove(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", removed_before)
+    remove_beside_others(tmp_path / "parts")
+    assert "rank1" in inner and not (tmp_path / "parts").exists()

@@ -1,6 +1,6 @@
 """Tables, beside ones that are written out."""
 
-from megatron_cca.lab.tables import markdown_table, padded_table
+from megatron_cca.lab import markdown_table, padded_table
 
 HEADER, ROWS = ["layout", "±"], [["TP 2 x DP 4", "1.50 ± 0.1"], ["", "007"], ["a|b", "1e5"]]
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.image_tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
-from megatron_cca.data.patch_codebook import PatchCodebook
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError

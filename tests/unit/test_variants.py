@@ -5,12 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from megatron_cca.data.manifest import read_manifest, sha256
+from megatron_cca.data.manifest import VARIANTS, read_manifest, sha256
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
-from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.token_data import TokenData
-from megatron_cca.data.token_files import VARIANTS
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from tests.references.token_shards import VOCABULARY, encode_text, pairing, random_samples, write
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.reading import Reading
+from megatron_cca.checkpoint.huggingface.source import Reading
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors
-from megatron_cca.models.llamagen.vq_weights import read_vq
-from megatron_cca.models.weight_sets import is_recomputed, unwrapped
+from megatron_cca.models.llamagen.image_tokenizer import read_vq
+from megatron_cca.models.weight_files import is_recomputed, unwrapped
 from tests.references import huggingface, llamagen, thin
 from tests.references.llamagen_vq import random_vq
 

@@ -16,17 +16,16 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_cca import __version__
-from megatron_cca.checkpoint.huggingface.reading import CHECKPOINT, FORMAT, HF_TEMPLATE
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import CONFIG, check_shape
+from megatron_cca.checkpoint.huggingface.source import CHECKPOINT, CONFIG, FORMAT, HF_TEMPLATE, check_shape
 from megatron_cca.checkpoint.huggingface.target import (
     MegatronCheckpoint,
     Template,
+    export_weights_file,
     template_from_checkpoint,
     template_from_folder,
 )
-from megatron_cca.checkpoint.huggingface.weights_file import export_weights_file
-from megatron_cca.checkpoint.pieces import ByteProgress, row_ranges
+from megatron_cca.checkpoint.streamed_save import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging

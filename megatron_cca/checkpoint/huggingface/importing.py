@@ -13,18 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint import layout, megatron_lm
-from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, HF, Reading
+from megatron_cca.checkpoint import layout, summary
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint
-from megatron_cca.checkpoint.huggingface.weights_file import READABLE, WeightsFile
-from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
-from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CONFIG, HF, HuggingFaceCheckpoint, Reading
+from megatron_cca.checkpoint.huggingface.target import READABLE, WeightsFile
+from megatron_cca.checkpoint.streamed_save import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
-from megatron_cca.megatron_compat.checkpoint_format import COMMON_STATE, extra_state_keys
+from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor
 
@@ -132,7 +130,7 @@ def _copy_files(files: list[Path], to: Path) -> None:
 def _objects(source: PublicCheckpoint) -> dict:
     extra_states = dict.fromkeys(extra_state_keys(source.architecture.num_layers))
     config = config_of_weights(source.model, source.precision)
-    return {COMMON_STATE: megatron_lm.common_state(config, 0), **extra_states}
+    return {COMMON_STATE: summary.common_state(config, 0), **extra_states}
 
 
 def _summary(source: PublicCheckpoint) -> dict:

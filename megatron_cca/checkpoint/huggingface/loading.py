@@ -26,8 +26,7 @@ from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.errors import error_context
-from megatron_cca.models.gpt import build_gpt
-from megatron_cca.models.initialization import sharded_tensors
+from megatron_cca.models.gpt import build_gpt, sharded_tensors
 from megatron_cca.models.weight_map import MappedTensor
 
 Fill = Callable[[str, torch.nn.Module], None]

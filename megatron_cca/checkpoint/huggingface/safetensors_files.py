@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_cca.checkpoint.pieces import num_bytes, row_ranges
+from megatron_cca.checkpoint.streamed_save import num_bytes, row_ranges
 from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import UTF_16, is_file_name, kind_hint
-from megatron_cca.models.weight_sets import WeightSet, unwrapped
+from megatron_cca.models.weight_files import WeightSet, unwrapped
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.importing import PublicCheckpoint, open_public
-from megatron_cca.checkpoint.huggingface.reading import AS_IT_IS, CHECKPOINT, HF, Reading
-from megatron_cca.checkpoint.huggingface.source import HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CHECKPOINT, HF, HuggingFaceCheckpoint, Reading
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint, Template, template_from_checkpoint
-from megatron_cca.checkpoint.pieces import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import check_layout
 
@@ -180,7 +179,7 @@ def compare_logits(
     import torch.distributed as dist
 
     from megatron_cca.checkpoint.huggingface.loading import megatron_logits, transformers_logits, verification_config
-    from megatron_cca.parallel.process_groups import initialize_distributed
+    from megatron_cca.parallel.ranks import initialize_distributed
 
     config = verification_config(target)
     check_layout(target.architecture, config.model, config.parallel)

@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_cca.data.sources import captions, classes, emu3, hf_rows, journeydb, llamagen, webdataset
-from megatron_cca.data.sources.confined_files import is_file, is_folder, names_in, real_folder
-from megatron_cca.data.sources.foreign_text import OF_LIST, printable, split_of
-from megatron_cca.data.sources.image_trees import is_image, walk_files
+from megatron_cca.data.sources.external_text import OF_LIST, printable, split_of
+from megatron_cca.data.sources.folders import is_file, is_folder, is_image, names_in, real_folder, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file

@@ -11,17 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.sources.confined_files import (
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    Root,
-    is_folder,
-    layout_file,
-    outside_hint,
-    read_below,
-    real_folder,
-)
-from megatron_cca.data.sources.foreign_text import (
+from megatron_cca.data.sources.external_text import (
+    JsonLines,
     PackedStrings,
     caption_in,
     decoded,
@@ -30,16 +21,23 @@ from megatron_cca.data.sources.foreign_text import (
     tidy,
     unique_names,
 )
-from megatron_cca.data.sources.image_trees import (
+from megatron_cca.data.sources.folders import (
     LINKED,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
     ImageTree,
+    Root,
     UnreadFiles,
+    is_folder,
     is_image,
+    layout_file,
     name_hashes,
+    outside_hint,
+    read_below,
+    real_folder,
     text_beside,
     walk_files,
 )
-from megatron_cca.data.sources.json_lines import JsonLines
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 

@@ -7,18 +7,21 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from megatron_cca.data.sources.confined_files import (
+from megatron_cca.data.sources.external_text import decoded, parsed_object, printable, split_of, tidy
+from megatron_cca.data.sources.folders import (
     MAX_TEXT_BYTES,
+    ImageTree,
     Root,
     is_file,
     is_folder,
+    is_image,
     layout_file,
     names_in,
     read_below,
     real_folder,
+    text_beside,
+    walk_files,
 )
-from megatron_cca.data.sources.foreign_text import decoded, parsed_object, printable, split_of, tidy
-from megatron_cca.data.sources.image_trees import ImageTree, is_image, text_beside, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from megatron_cca.data.sources.confined_files import Root, is_file, layout_file
-from megatron_cca.data.sources.foreign_text import printable, split_of
-from megatron_cca.data.sources.image_trees import UnreadFiles, is_image, walk_files
+from megatron_cca.data.sources.external_text import printable, split_of
+from megatron_cca.data.sources.folders import Root, UnreadFiles, is_file, is_image, layout_file, walk_files
 from megatron_cca.errors import SurroundingsError, UserError
-from megatron_cca.io.surroundings import check_cache, surroundings_fault
+from megatron_cca.io.paths import check_cache, surroundings_fault
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +59,7 @@ def open_folder(root: Root, split: str | None) -> Opened:
     """Open the data of one split. Parquet is unpacked into the cache of ``datasets`` on first use.
 
     Args:
-        root: a result of :func:`~megatron_cca.data.sources.confined_files.real_folder`.
+        root: a result of :func:`~megatron_cca.data.sources.folders.real_folder`.
         split: its name. None means the only one, or "train".
 
     Raises:

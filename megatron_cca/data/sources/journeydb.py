@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_cca.data.sources.confined_files import (
+from megatron_cca.data.sources.external_text import JsonLines, printable, short_hash, tidy
+from megatron_cca.data.sources.folders import (
+    LINKED,
     Root,
+    UnreadFiles,
     is_folder,
+    is_image,
     layout_file,
     names_in,
     outside_hint,
     read_below,
     real_folder,
+    walk_files,
 )
-from megatron_cca.data.sources.foreign_text import printable, short_hash, tidy
-from megatron_cca.data.sources.image_trees import LINKED, UnreadFiles, is_image, walk_files
-from megatron_cca.data.sources.json_lines import JsonLines
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 

@@ -18,12 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cca.data.sources.confined_files import Root, is_folder, names_in, outside_hint, read_below, real_folder
-from megatron_cca.data.sources.foreign_text import printable
-from megatron_cca.data.sources.image_trees import UnreadFiles
+from megatron_cca.data.sources.external_text import printable
+from megatron_cca.data.sources.folders import (
+    Root,
+    UnreadFiles,
+    is_folder,
+    names_in,
+    outside_hint,
+    read_below,
+    real_folder,
+)
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.numpy_files import array_in
+from megatron_cca.io.external_files import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
 # The factor of the authors' VQ-16.

@@ -1,4 +1,7 @@
-"""Turn records into tokenised samples: read, check, decode, encode.
+"""Turn records into tokenised samples: read, check that they fit the model, decode, encode.
+
+The source for a model of classes, or of one grid, is made for that model. If one record does not fit, no record does,
+or their labels mean something else. That ends the job. A record that is damaged or unusual is skipped instead.
 
 A record that does not fit is skipped with a reason.
 """
@@ -14,16 +17,80 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
-from megatron_cca.data.image_size import centre
-from megatron_cca.data.resizing import DALI, RESIZINGS, ResizePlan
+from megatron_cca.data.resizing import DALI, RESIZINGS, ResizePlan, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
+from megatron_cca.data.sources.classes import ClassFolders
 from megatron_cca.data.text_tokenizers import TextTokenizer
-from megatron_cca.data.tokenizing.model_checks import check_codes, class_of
-from megatron_cca.data.tokenizing.tokenize_settings import TokenizeSettings
+from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
-from megatron_cca.models.image_tokenizer_protocol import ImageTokenizer
+from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+
+
+def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
+    """Return a record's class, for a model that takes classes.
+
+    Raises:
+        UserError: the record has no class, or one beyond the model's.
+    """
+    if record.label is None:
+        raise UserError(f"--source: {record.name} has no class, and the model takes nothing else")
+    if record.label >= vocabulary.num_classes:
+        raise UserError(
+            f"--source: {record.name} has the label {record.label}, the model takes 0 to {vocabulary.num_classes - 1}"
+        )
+    return record.label
+
+
+def class_notices(source: Source, vocabulary: ImageVocabulary) -> list[str]:
+    """Return a notice where a source has fewer class folders than the model has classes.
+
+    It says which classes they become.
+    """
+    known = vocabulary.num_classes
+    if known is None or not isinstance(source, ClassFolders) or source.num_classes >= known:
+        return []
+    return [
+        f"folders of {source.num_classes} classes, while the model has {known}: they are taken for its first "
+        f"{source.num_classes}, in the order of their names"
+    ]
+
+
+def check_codes(record: Record, vocabulary: ImageVocabulary, grid: tuple[int, int] | None) -> None:
+    """Refuse codes that are not the model's.
+
+    Args:
+        record: with codes.
+        vocabulary: the model's.
+        grid: height and width of the only one that the model takes. None where it takes any.
+
+    Raises:
+        Rejected: wrong codes for a model that takes any grid.
+        UserError: wrong codes for a model that takes one grid.
+    """
+    size = vocabulary.codebook_size
+    if grid is None:
+        if not record.codes.size or record.codes.max() >= size:
+            raise Rejected(f"its codes are not those of a codebook of {size}")
+        return
+    *_, frames, height, width = record.codes.shape
+    if (frames, height, width) != (1, *grid):
+        found, own = (_grid_text(one, record.pixels_per_code) for one in ((height, width), grid))
+        or_else = f", or, for a model of these, --grid {height} {width}" if (frames, height) == (1, width) else ""
+        raise UserError(f"--source: {record.name} has {found}, the model takes {own}; give codes of that size{or_else}")
+    if record.codes.max() >= size:
+        raise UserError(
+            f"--source: {record.name} has codes of another codebook: {record.codes.max()} is beyond the model's {size}"
+        )
+
+
+def _grid_text(grid: tuple[int, int], pixels_per_code: int | None) -> str:
+    text = f"{grid[0]} x {grid[1]} codes"
+    if pixels_per_code is None:
+        return text
+    return f"{text} ({grid[0] * pixels_per_code} x {grid[1] * pixels_per_code} pixels)"
+
 
 _LOOKED_AT = 32
 _TOLERANT = 0.5

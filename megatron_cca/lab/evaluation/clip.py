@@ -1,4 +1,4 @@
-"""CLIP score: how well samples match their prompts."""
+"""CLIP score: how well samples match their prompts, and the scorers that a user can name for best of N."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, error_context
+from megatron_cca.generation.decode_loop import SCORER, Scorer
+from megatron_cca.io.paths import typed_path
+from megatron_cca.lab.evaluation.classifiers import is_function_spec, load_function
 
 CLIP = "--clip"
 
@@ -129,3 +132,58 @@ def check_clip(folder: str | Path) -> None:
             f"{CLIP}: {folder} has no config.json; give the folder of a CLIP in transformers' form, such as a copy of "
             "openai/clip-vit-large-patch14"
         )
+
+
+_CLIP_PREFIX = "clip:"
+
+
+def check_scorer(spec: str) -> None:
+    """Refuse a scorer that cannot be opened, without opening it.
+
+    It raises the same errors as :func:`open_scorer`.
+    """
+    if spec.startswith(_CLIP_PREFIX):
+        try:
+            check_clip(_clip_folder(spec))
+        except UserError as error:
+            raise UserError(str(error).replace(CLIP, SCORER, 1)) from None
+    elif is_function_spec(spec):
+        load_function(spec, SCORER)
+    else:
+        raise UserError(f"{SCORER}: {spec!r} is neither clip:FOLDER nor FILE.py:FUNCTION")
+
+
+def open_scorer(spec: str, device: str | torch.device) -> Scorer:
+    """Open the scorer that a user named.
+
+    Args:
+        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, or ``FILE.py:FUNCTION`` for a user's
+            function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts. It returns N numbers.
+        device: the device of CLIP.
+
+    Raises:
+        UserError: another form, or no such file, folder or function.
+    """
+    check_scorer(spec)
+    if spec.startswith(_CLIP_PREFIX):
+        return ClipScorer(_clip_folder(spec), device)
+    function = load_function(spec, SCORER)
+    return lambda images, prompts: _checked(function(images, list(prompts)), len(images), spec)
+
+
+def _clip_folder(spec: str) -> Path:
+    with error_context(SCORER):
+        return Path(typed_path(spec.removeprefix(_CLIP_PREFIX)))
+
+
+def _checked(found: object, count: int, spec: str) -> np.ndarray:
+    try:
+        scores = np.asarray(found, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):  # torch's for a tensor with a gradient
+        raise UserError(f"{SCORER}: {spec} must return numbers, found a {type(found).__name__}") from None
+    wanted = f"{SCORER}: {spec} must return {count} finite numbers for as many images"
+    if scores.shape != (count,):
+        raise UserError(f"{wanted}, found {list(scores.shape)}")
+    if not np.isfinite(scores).all():
+        raise UserError(f"{wanted}, found {scores[~np.isfinite(scores)][0]} among them")
+    return scores

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError
+from megatron_cca.io.paths import typed_path
 from megatron_cca.io.pickles import load_tensors
-from megatron_cca.io.typed_paths import typed_path
-from megatron_cca.lab.evaluation.plugins import failures_said, is_function_spec, load_function
+from megatron_cca.lab.evaluation.classifiers import failures_said, is_function_spec, load_function
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (

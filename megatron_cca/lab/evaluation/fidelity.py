@@ -27,8 +27,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
-from megatron_cca.lab.evaluation.known_metrics import (
+from megatron_cca.lab.evaluation import (
     METRICS,
     MOMENT_METRICS,
     PART_OF,
@@ -36,6 +35,7 @@ from megatron_cca.lab.evaluation.known_metrics import (
     FidelitySettings,
     obstacle,
 )
+from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
 
 __all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]
 

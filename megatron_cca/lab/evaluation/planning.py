@@ -10,12 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_cca.errors import UserError, error_context
+from megatron_cca.lab.evaluation import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
 from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, check_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, check_clip
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
-from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.known_metrics import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
-from megatron_cca.lab.evaluation.listings import DIGITS, WORDS, check_path
+from megatron_cca.lab.evaluation.image_sets import DIGITS, WORDS, ImageSet, check_path
 
 SAMPLES, REFERENCE = "--samples", "--reference"
 _DIGIT_SIZE = (8, 8)

@@ -1,8 +1,9 @@
 """Bytes of a forward and backward pass on one rank: kept tensors and working memory of the layers and the head.
 
 Each term names tensors of Megatron's layers. ``tests/distributed/test_dry_run.py`` compares them with the count of the
-dry run. Attention scores are kept only where Transformer Engine's attention is not fused (``models/attention.py``). The
-head is ``parallel/sequence_logps.py``: hidden states, three numbers for each token, and a tile.
+dry run. Attention scores are kept only where Transformer Engine's attention is not fused
+(``models/architecture.py``). The head is ``parallel/sequence_logps.py``: hidden states, three numbers for each token,
+and a tile.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 from megatron_cca.config import Config, ModelConfig, Precision
 from megatron_cca.lab.planner.sizes import Sizes, architecture_of
-from megatron_cca.models.attention import keeps_scores
-from megatron_cca.parallel.tile_sizes import block_width, chunk_size_of, tile_sizes
+from megatron_cca.models.architecture import keeps_scores
+from megatron_cca.parallel.tiles import block_width, chunk_size_of, tile_sizes
 
 FP32 = 4
 

@@ -17,15 +17,14 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import measuring
-from megatron_cca.lab.planner.flops import Product, products
 from megatron_cca.lab.planner.hardware import CPU, DEFAULT, GPUS, Calibration, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.lab.planner.measuring import Observation, observe, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.workload import ImageShape, image_workload
+from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload, products
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import Initialize, initialize_by_name
+from megatron_cca.models.gpt import Initialize, initialize_by_name
+from megatron_cca.training import rows_per_sample
 from megatron_cca.training.kernel_checks import check_devices
-from megatron_cca.training.shapes import rows_per_sample
 
 # Each side of an FP8 product is a multiple of it (cuBLASLt).
 FP8_MULTIPLE = 16

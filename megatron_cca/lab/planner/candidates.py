@@ -14,9 +14,9 @@ from megatron_cca.lab.planner.memory import GIB, MemoryEstimate, predict_memory
 from megatron_cca.lab.planner.throughput import StepTime, predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
+from megatron_cca.training import same_weights, settings_by_key
 from megatron_cca.training.checks import check_new_run
 from megatron_cca.training.kernel_checks import check_fp8_sizes
-from megatron_cca.training.reference_settings import same_weights, settings_by_key
 
 # What a search may change beside the layout. The last two need a request: ``precision`` changes what is computed, and
 # ``cached`` needs a pass over the data beforehand.

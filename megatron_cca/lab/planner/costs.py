@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.lab.planner.activations import layer_scores
-from megatron_cca.lab.planner.flops import ATTENTION_BACKWARD, attention_forward, products
 from megatron_cca.lab.planner.hardware import Calibration, Cluster, Gpu
 from megatron_cca.lab.planner.sizes import Sizes
-from megatron_cca.parallel.tile_sizes import GPU, block_width, chunk_size_of
+from megatron_cca.lab.planner.workload import ATTENTION_BACKWARD, attention_forward, products
+from megatron_cca.parallel.tiles import GPU, block_width, chunk_size_of
 
 
 @dataclass(frozen=True)

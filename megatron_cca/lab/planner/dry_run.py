@@ -14,11 +14,11 @@ from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
 from megatron_cca.lab.planner.observer import Observer, Traffic
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import initialize_by_name
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.models.gpt import initialize_by_name
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training import rows_per_microbatch
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
 from megatron_cca.training.setup import Run, build_run
-from megatron_cca.training.shapes import rows_per_microbatch
 from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import Progress
 

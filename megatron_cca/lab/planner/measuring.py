@@ -20,11 +20,10 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
-from megatron_cca.lab.planner.flops import Product
-from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
+from megatron_cca.lab.planner.workload import ImageShape, Product, Workload, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import Initialize, initialize_by_name
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.models.gpt import Initialize, initialize_by_name
+from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.setup import Run, set_up
 from megatron_cca.training.step import StepReport, train_step

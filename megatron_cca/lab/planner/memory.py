@@ -17,7 +17,7 @@ from megatron_cca.lab.planner.sizes import (
     sizes_of,
 )
 from megatron_cca.lab.planner.workload import Workload
-from megatron_cca.training.reference_settings import has_own_weights, reference_settings, uses_reference_pass
+from megatron_cca.training import has_own_weights, reference_settings, uses_reference_pass
 
 GIB = 2**30
 _SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -229,6 +229,6 @@ class _Rank:
 def _is_kept_in_fp8(parameter: Parameter) -> bool:
     """Check whether ``reference.fp8_param`` keeps the parameter in FP8.
 
-    ``models/fp8_weights.py`` leaves the norms and the LM head unchanged.
+    ``models/frozen_weights.py`` leaves the norms and the LM head unchanged.
     """
     return parameter.columns is not None and parameter.name != "output_layer"

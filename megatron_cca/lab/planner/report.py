@@ -16,15 +16,15 @@ from megatron_cca import __version__
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
 from megatron_cca.io.outputs import check_output, claimed, replacing
+from megatron_cca.lab import padded_table
 from megatron_cca.lab.planner.candidates import MEMORY_SHARE, Candidate
-from megatron_cca.lab.planner.flops import MFU_MEANS
 from megatron_cca.lab.planner.hardware import DEFAULT
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate
 from megatron_cca.lab.planner.search import Other, Plan
 from megatron_cca.lab.planner.sizes import sizes_of
-from megatron_cca.lab.tables import padded_table
+from megatron_cca.lab.planner.workload import MFU_MEANS
 from megatron_cca.models import resolve_architecture
-from megatron_cca.training.shapes import rows_per_sample
+from megatron_cca.training import rows_per_sample
 
 HEADER = (
     "layout",

@@ -26,7 +26,7 @@ from megatron_cca.lab.planner.candidates import (
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.models import explicit
-from megatron_cca.training.reference_settings import reference_settings
+from megatron_cca.training import reference_settings
 
 
 @dataclass(frozen=True)

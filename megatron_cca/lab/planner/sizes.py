@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_cca.config import Config, ModelConfig
-from megatron_cca.lab.planner.flops import Product, products
-from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.lab.planner.workload import Product, Workload, products
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
-from megatron_cca.parallel.tile_sizes import own_part
+from megatron_cca.parallel.tiles import own_part
+from megatron_cca.training import head_support, rows_per_sample
 from megatron_cca.training.checks import data_parallel_size
-from megatron_cca.training.shapes import head_support, rows_per_sample
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,12 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_cca.config import Config
-from megatron_cca.lab.planner.cluster_loss import lost_share, lost_spread
 from megatron_cca.lab.planner.costs import Compute, Group
-from megatron_cca.lab.planner.flops import average_peak, flops_by_precision, mfu
-from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster
+from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster, lost_share, lost_spread
 from megatron_cca.lab.planner.sizes import sizes_of
-from megatron_cca.lab.planner.workload import Workload
-from megatron_cca.models.attention import has_engine_attention
-from megatron_cca.training.reference_settings import reference_settings, uses_reference_pass
-from megatron_cca.training.shapes import rows_per_sample
+from megatron_cca.lab.planner.workload import Workload, average_peak, flops_by_precision, mfu
+from megatron_cca.models.architecture import has_engine_attention
+from megatron_cca.training import reference_settings, rows_per_sample, uses_reference_pass
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""The workload of a step: the shape of its rows."""
+"""The work of a run's step: its rows and microbatches, and its floating-point operations."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
-from megatron_cca.config import Config
+from megatron_cca.config import Config, Precision
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import grid_misfit, longest_row, sequence_multiple
+from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, sequence_multiple
+from megatron_cca.training import head_support, reference_settings, rows_per_sample, uses_reference_pass
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,140 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
             f"{seq_length} positions, model.max_position_embeddings is {limit}; raise that, or give smaller images"
         )
     return Workload(seq_length, shape.height * shape.width)
+
+
+# Printed beside every MFU.
+MFU_MEANS = (
+    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
+    "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
+    "FP8 the layers' products; attention and LM head are bf16)."
+)
+
+# A flash kernel does not keep the scores. Backward computes them again and then four products. Forward has two
+# products.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Product:
+    """A projection of a layer: ``[tokens, inputs] @ [inputs, outputs]``.
+
+    Attributes:
+        name: Megatron's name of the projection.
+        inputs: input features, over which the product sums.
+        outputs: output features.
+        splits_outputs: whether tensor parallelism divides the outputs; otherwise it divides the inputs.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    splits_outputs: bool
+
+    @property
+    def weights(self) -> int:
+        """Number of elements in the weight."""
+        return self.inputs * self.outputs
+
+
+@cache
+def products(architecture: Architecture) -> tuple[Product, ...]:
+    """Return the four projections of a layer."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    head = architecture.kv_channels
+    qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
+    return (
+        Product("linear_qkv", hidden, qkv, splits_outputs=True),
+        Product("linear_proj", hidden, hidden, splits_outputs=False),
+        Product("linear_fc1", hidden, 2 * ffn, splits_outputs=True),
+        Product("linear_fc2", ffn, hidden, splits_outputs=False),
+    )
+
+
+def products_forward(architecture: Architecture) -> float:
+    """Return the forward FLOPs of a layer's four projections for one token."""
+    return sum(2.0 * product.weights for product in products(architecture))
+
+
+def attention_forward(architecture: Architecture, seq_length: int, *, causal: bool = True) -> float:
+    """Return the FLOPs of a layer's attention scores and of their product with the values, for one row.
+
+    Args:
+        architecture: the sizes.
+        seq_length: S, the positions of a row.
+        causal: whether to count half of S x S, as a causal kernel computes; otherwise all of it, as many counters do.
+    """
+    return 4.0 * seq_length**2 * architecture.hidden_size * (0.5 if causal else 1.0)
+
+
+def head_forward(architecture: Architecture, image_tokens: int, words: int | None = None) -> float:
+    """Return the forward FLOPs of the LM head for one row.
+
+    Only image tokens pass through the head. Rows that pad the vocabulary are not computed.
+
+    Args:
+        architecture: the sizes.
+        image_tokens: number of image tokens in the row.
+        words: number of ids that log-probabilities are normalised over; None means all that the head predicts.
+    """
+    return 2.0 * image_tokens * architecture.hidden_size * (words or architecture.vocabulary.output_size)
+
+
+def model_flops(config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True) -> float:
+    """Return the FLOPs of one sample: forward and backward of the policy, and forward of the reference.
+
+    Recomputation does not count. With LoRA the frozen weights have no gradient. The adapters' own products are about
+    one percent and do not count.
+    """
+    return sum(flops_by_precision(config, architecture, workload, causal=causal).values())
+
+
+def flops_by_precision(
+    config: Config, architecture: Architecture, workload: Workload, *, causal: bool = True
+) -> dict[Precision, float]:
+    """Return :func:`model_flops` by the precision in which a product is computed.
+
+    With FP8 only the layers' products are in FP8.
+    """
+    layers = architecture.num_layers * workload.seq_length * products_forward(architecture)
+    head = head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary)))
+    attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
+    # Forward, gradient of the inputs, gradient of the weights.
+    passes = 3 if config.lora.dim is None else 2
+    models = [(config.training.precision, passes, 3)]
+    if uses_reference_pass(config):
+        models.append((reference_settings(config).precision, 1, 1))
+    found: dict[Precision, float] = {}
+    for precision, products_passes, attention_passes in models:
+        others: Precision = "fp32" if precision == "fp32" else "bf16"
+        for one, flops in (
+            (precision, products_passes * layers),
+            (others, products_passes * head + attention_passes * attention),
+        ):
+            found[one] = found.get(one, 0.0) + rows_per_sample(config) * flops
+    return found
+
+
+def average_peak(flops: dict[Precision, float], peak_of: Callable[[Precision], float]) -> float:
+    """Return the average peak in FLOP/s over the precisions of ``flops``.
+
+    The device computes the precisions one after the other, each at its own peak.
+
+    Args:
+        flops: FLOPs by precision from :func:`flops_by_precision`.
+        peak_of: returns the peak FLOP/s of a precision.
+    """
+    return sum(flops.values()) / sum(one / peak_of(precision) for precision, one in flops.items())
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Return the model FLOPs utilisation as a share of ``peak``.
+
+    This is the project's only definition. :data:`MFU_MEANS` describes it.
+
+    Args:
+        flops: FLOPs of one GPU in ``seconds``, from :func:`model_flops`.
+        seconds: measured or predicted time.
+        peak: peak FLOP/s of the GPU, from :func:`average_peak`.
+    """
+    return flops / seconds / peak

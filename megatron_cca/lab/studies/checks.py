@@ -12,14 +12,12 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation.conditions import check_conditions
-from megatron_cca.generation.prompts import read_prompts
-from megatron_cca.lab.evaluation.classifiers import check_classifier
+from megatron_cca.generation.prompts import check_conditions, read_prompts
+from megatron_cca.lab.evaluation import Counts, FidelitySettings, obstacle
+from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
-from megatron_cca.lab.evaluation.known_metrics import Counts, FidelitySettings, obstacle
-from megatron_cca.lab.evaluation.listings import WORDS, check_path, list_folder
-from megatron_cca.lab.evaluation.plugins import is_function_spec, load_function
-from megatron_cca.lab.studies.settings import Keys, PlotSettings, SamplingConfig, StudySettings
+from megatron_cca.lab.evaluation.image_sets import WORDS, check_path, list_folder
+from megatron_cca.lab.studies import Keys, PlotSettings, SamplingConfig, StudySettings
 from megatron_cca.lab.studies.study import BASE, Method, Study, run_units, units_per_sample
 from megatron_cca.models import resolve_architecture, tiny_architecture
 from megatron_cca.models.architecture import grid_misfit, only_grid

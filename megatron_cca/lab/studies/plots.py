@@ -17,10 +17,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from megatron_cca.io.figures import COLOURS, GREY, INK, LABEL, LEGEND, TITLE, save, style_axes
+from megatron_cca.lab.studies import PlotSettings
 from megatron_cca.lab.studies.checks import file_name, plotted_methods, swept_keys
-from megatron_cca.lab.studies.report import METRICS, axis_name, key_name, value_name
-from megatron_cca.lab.studies.results import Result, Results
-from megatron_cca.lab.studies.settings import PlotSettings
+from megatron_cca.lab.studies.results import METRICS, Result, Results, axis_name, key_name, value_name
 from megatron_cca.lab.studies.study import BASE, Method
 
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}

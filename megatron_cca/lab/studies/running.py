@@ -1,21 +1,192 @@
-"""The execution of a study's tasks: by workers of one process each, or by all ranks of the job together."""
+"""The execution of a study's tasks: by workers of one process each, or by all ranks of the job together.
+
+Collective over all ranks of the job. Rank 0 writes the files.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.data import DIGITS
+from megatron_cca.generation.decode_loop import SamplingSettings
+from megatron_cca.generation.image_generator import open_image_generator
+from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
+from megatron_cca.io.outputs import whole_file
+from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.extractors import open_extractor
+from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.studies.plan import Plan, Planner, expected_tasks, make_plan
-from megatron_cca.lab.studies.tasks import FAILED, Outcome, Task, do, outcome_of, start
-from megatron_cca.parallel.process_groups import initialize_distributed
+from megatron_cca.lab.studies.tasks import (
+    FAILED,
+    FINISHED,
+    LOG,
+    Judging,
+    Outcome,
+    Sampling,
+    Task,
+    Training,
+    do,
+    outcome_of,
+    start,
+    write_outcome,
+)
+from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training.batches import open_data
+from megatron_cca.training.faults import Diverged
+from megatron_cca.training.kernel_checks import check_devices
+from megatron_cca.training.loop import train
+from megatron_cca.training.run_log import read_metrics
+
+_LAST_STEPS = 10
+_LOGGED = ("loss", "positive_log_ratio", "negative_log_ratio", "accuracy")
+IMAGES = "images.npz"
+
+
+def perform(task: Task) -> Outcome:
+    """Do a task and write its result.
+
+    The output of the task goes to a log in its folder.
+
+    Returns:
+        The contents of the result file. A training that ends in NaN or infinity has ``status`` failed and a ``reason``.
+
+    Raises:
+        UserError: anything that training, drawing or judging refuses; then there is no result.
+    """
+    # A thread reads ahead. With the default of 5 ms, this thread would wait as long for the interpreter each time.
+    sys.setswitchinterval(1e-4)
+    started = time.perf_counter()
+    initialize_distributed(task.config if isinstance(task, Training) else task.layout)
+    with _logged(task.folder):
+        outcome = _trained(task) if isinstance(task, Training) else _sampled(task)
+    outcome |= {"title": task.title, "seconds": round(time.perf_counter() - started, 2)}
+    if dist.get_rank() == 0:
+        write_outcome(task, outcome)
+    return outcome
+
+
+@contextlib.contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    if dist.get_rank() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        (folder / LOG).open("a", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+def _trained(task: Training) -> Outcome:
+    check_devices(task.config)
+    try:
+        train(task.config, open_data(task.config))
+    except Diverged as error:
+        # All ranks raise it at the same step. They stay in step with each other.
+        return _failed(f"diverged: {error.how}")
+    if dist.get_rank() != 0:
+        return {}
+    rows = [row for row in read_metrics(task.folder) if row["loss"] is not None]
+    last = rows[-_LAST_STEPS:]
+    return {
+        "status": FINISHED,
+        **_means(last),
+    }
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the rows that have it.
+
+    A row lacks a metric that is undefined in its step.
+    """
+    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in _LOGGED}
+    return {f"last_{key}": fmean(values) for key, values in found.items() if values}
+
+
+def _failed(reason: str) -> Outcome:
+    return {"status": FAILED, "reason": reason}
+
+
+def _sampled(task: Sampling) -> Outcome:
+    prompts = _prompts(task.judging.prompts, task.count, task.seed)
+    images = draw(task, prompts)
+    if dist.get_rank() != 0:
+        return {}
+    if task.keep_images:
+        _keep(task.folder / IMAGES, images, prompts)
+    found = judge(task.judging, images, prompts)
+    bad = [name for name, value in found.items() if not math.isfinite(value)]
+    return _failed(f"{bad[0]} is {found[bad[0]]}") if bad else {"status": FINISHED, **found}
+
+
+def _prompts(name: str, count: int, seed: int) -> list[Prompt]:
+    if name == DIGITS:
+        return digit_prompts(count, seed)
+    listed = read_prompts(Path(name))
+    # With seeds of their own, the prompts would make all seeds of a study equal.
+    return seeded([replace(listed[index % len(listed)], seed=None) for index in range(count)], seed)
+
+
+def draw(task: Sampling, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Draw images from a model, uint8 ``[N, H, W, 3]``. Collective over all ranks."""
+    generator = open_image_generator(task.checkpoint)
+    settings = SamplingSettings(**asdict(task.sampling))
+    with tqdm(total=len(prompts), unit="image", desc="drawing", mininterval=10, disable=dist.get_rank() != 0) as bar:
+        return generator.generate(prompts, settings, on_progress=bar.update).images
+
+
+def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:
+    arrays = {"arr_0": images}
+    labels = [prompt.label for prompt in prompts]
+    if None not in labels:
+        arrays["arr_1"] = np.array(labels, dtype=np.int64)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def judge(judging: Judging, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Return the requested metrics, and ``accuracy`` if there is a classifier.
+
+    Args:
+        judging: the classifier, the extractor, the reference and the metrics.
+        images: uint8 ``[N, H, W, 3]``.
+        prompts: as many prompts, with labels if there is a classifier.
+    """
+    found = {}
+    if judging.classifier is not None:
+        labels = np.array([prompt.label for prompt in prompts], dtype=np.int64)
+        found["accuracy"] = class_accuracy(images, labels, open_classifier(judging.classifier)).overall
+    reference = _reference(judging.reference, judging.extractor, judging.inception_weights)
+    settings = FidelitySettings(metrics=judging.metrics, inception_score_splits=judging.inception_score_splits)
+    return found | fidelity(images, reference, reference.extractor, settings)
+
+
+@cache
+def _reference(reference: str, extractor: str, weights: str | None) -> Reference:
+    network = open_extractor(extractor, weights and Path(weights)).to(platform.device())
+    images = read_images(reference)
+    for notice in images.notices:
+        print(f"reference {reference}: {notice}", file=sys.stderr)
+    return Reference(images.images, network, images.moments if extractor == "inception" else None)
 
 
 class Board:

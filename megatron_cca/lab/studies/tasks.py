@@ -24,7 +24,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import json_object
 from megatron_cca.io.outputs import write_json
-from megatron_cca.lab.studies.settings import SamplingConfig
+from megatron_cca.lab.studies import SamplingConfig
 
 
 def digest(contents: Mapping[str, Any]) -> str:
@@ -149,8 +149,8 @@ def _leave_with(parent: int) -> None:
 
 
 def do(task: Task) -> Outcome:
-    """Do a task with :func:`megatron_cca.lab.studies.work.perform`."""
+    """Do a task with :func:`megatron_cca.lab.studies.running.perform`."""
     # Imported late: Megatron-Core must not be imported before the platform is installed.
-    from megatron_cca.lab.studies.work import perform
+    from megatron_cca.lab.studies.running import perform
 
     return perform(task)

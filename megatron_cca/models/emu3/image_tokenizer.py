@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.emu3.vq_config import CONFIG, VqForm, normalisation, read_json, recognise, sizes_in
-from megatron_cca.models.emu3.vq_weights import IGNORED, read_tensors, stored_tensors
-from megatron_cca.models.image_tokenizer_protocol import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.emu3.vq_files import (
+    CONFIG,
+    IGNORED,
+    VqForm,
+    normalisation,
+    read_json,
+    read_tensors,
+    recognise,
+    sizes_in,
+    stored_tensors,
+)
+from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
 
 # transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.
 _UNCROPPED = (2**31, 2**31)
 
 
 class Emu3ImageTokenizer:
-    """See :class:`megatron_cca.models.image_tokenizer_protocol.ImageTokenizer`. :func:`open_emu3_vq` opens one.
+    """See :class:`megatron_cca.models.formats.ImageTokenizer`. :func:`open_emu3_vq` opens one.
 
     Args:
         model: transformers' ``Emu3VQVAE``, on its device and in its dtype.

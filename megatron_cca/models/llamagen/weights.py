@@ -9,7 +9,7 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import Shapes, Sizes
-from megatron_cca.models.llamagen.presets import PRESETS, RELEASED
+from megatron_cca.models.llamagen import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
 
 _OURS = "decoder.layers."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_cca import platform
-from megatron_cca.megatron_compat import optional_packages
+from megatron_cca.megatron_compat import start
 from megatron_cca.platform import cpu
 from tests.te.rig.device import STREAM
 
@@ -15,7 +15,7 @@ def install_platform() -> None:
 
     To be called after Transformer Engine's kernels are emulated: Megatron-Core, imported here, keeps some by name.
     """
-    optional_packages.hide_gpu_only_packages = lambda: None
+    start.hide_gpu_only_packages = lambda: None
     cpu._STREAM = STREAM
     platform.install("cpu")
     platform._installed = platform.Platform("cuda", "gloo")

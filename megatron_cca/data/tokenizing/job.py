@@ -1,0 +1,319 @@
+"""Run a tokenising job on one process of several. Everything is opened and checked before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_cca import __version__
+from megatron_cca.config import ModelConfig
+from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
+from megatron_cca.data.resizing import DALI, check_resizing
+from megatron_cca.data.shard_writing import merge_shards
+from megatron_cca.data.sources import Source, open_source
+from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
+from megatron_cca.data.text_tokenizers import TextTokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
+from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
+from megatron_cca.errors import UserError, error_context, one_line
+from megatron_cca.io.outputs import OPTION, check_apart, claimed, file_system_errors, remove_beside_others
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import Architecture, only_grid
+from megatron_cca.models.formats import ImageTokenizer
+from megatron_cca.models.image_vocabulary import ImageVocabulary
+
+
+@dataclass(frozen=True)
+class TokenizingJob:
+    """The opened inputs of a job. ``text`` is None for a model of classes. ``grid`` is None for a model of any grid."""
+
+    settings: TokenizeSettings
+    source: Source
+    vocabulary: ImageVocabulary
+    images: ImageTokenizer | None
+    text: TextTokenizer | None
+    grid: tuple[int, int] | None
+    parts: PartsFolder
+
+    @property
+    def skip_limit(self) -> int:
+        """The number of records that may be skipped."""
+        return int(self.settings.max_skipped * len(self.source))
+
+
+def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
+    """Open everything that a job needs.
+
+    Args:
+        settings: of the job.
+        device: of the image tokenizer.
+
+    Raises:
+        UserError: something is missing, damaged or not the model's; names the option.
+    """
+    if settings.output.exists():
+        raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
+    if settings.source.is_dir():
+        check_apart(settings.output, settings.source, "--source")
+    # Codes are not resized, so that the default library need not be installed.
+    if settings.image_tokenizer is not None or settings.resize != DALI:
+        check_resizing(settings.resize)
+    architecture = _architecture(settings)
+    vocabulary = architecture.vocabulary
+    vocabulary.meta_text(2, 1, 1, settings.clip_meta)
+    with error_context("--text-tokenizer"):
+        text = _open_text(settings, vocabulary)
+    grid = _grid(settings, architecture)
+    images = None
+    if settings.image_tokenizer is not None:
+        with error_context("--image-tokenizer"):
+            images = open_image_tokenizer(settings.image_tokenizer, device)
+            if images.codebook_size != vocabulary.codebook_size:
+                raise UserError(
+                    f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
+                    f"of {vocabulary.codebook_size}"
+                )
+    with error_context("--source"):
+        source = open_source(settings.source, settings.layout, settings.source_options)
+    parts = PartsFolder(settings.output, len(source), settings.block)
+    return TokenizingJob(settings, source, vocabulary, images, text, grid, parts)
+
+
+def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, int] | None:
+    own = only_grid(architecture)
+    if settings.grid is None:
+        return own
+    if own is None:
+        raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
+    height, width = settings.grid
+    if height != width:
+        raise UserError(f"--grid: model {settings.model} takes square images alone, found {height} {width}")
+    return settings.grid
+
+
+def _architecture(settings: TokenizeSettings) -> Architecture:
+    with error_context("--model"):
+        architecture = resolve_architecture(settings.sizes or ModelConfig(name=settings.model))
+        if not isinstance(architecture.vocabulary, ImageVocabulary):
+            raise UserError(
+                f"{settings.model} has a vocabulary of {architecture.vocabulary.size}, whose image tokens are not known"
+            )
+        return architecture
+
+
+def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextTokenizer | None:
+    if vocabulary.num_classes is not None:
+        if settings.text_tokenizer is not None:
+            raise UserError(f"model {settings.model} takes classes, not texts; leave it out")
+        return None
+    if settings.text_tokenizer is None:
+        raise UserError(f"is missing; model {settings.model} takes texts: give the folder of its checkpoint")
+    text = open_text_tokenizer(settings.text_tokenizer)
+    if text.size != vocabulary.caption_size:
+        raise UserError(
+            f"{settings.text_tokenizer} has {text.size} words, model {settings.model} {vocabulary.caption_size}; give "
+            "the folder of that model's checkpoint"
+        )
+    return text
+
+
+# Records that are decoded together, while those before them are encoded.
+_CHUNK = 64
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TokenizingResult:
+    """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
+
+    samples: int
+    skipped: int
+    images_per_second: float
+    reasons: str = ""
+
+
+def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
+    """Do this process's share. Process 0 then waits for the others and merges all parts into the shard folder.
+
+    The same call continues an interrupted job, on any number of processes. The result depends on neither.
+
+    Args:
+        settings: the same on every process.
+        rank, world_size: of the job. The processes share only the file system.
+        device: of the image tokenizer.
+
+    Returns:
+        The result on process 0, None elsewhere.
+
+    Raises:
+        UserError: bad input, too many skipped records, a full disk, or another job on the same output.
+    """
+    try:
+        return _share(settings, rank, world_size, device)
+    except UserError:
+        # Process 0 has finished and removed the parts. It finishes only after this process's share is done. If the
+        # output were an older one, process 0 would refuse it.
+        if rank != 0 and settings.output.exists():
+            return None
+        raise
+
+
+def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
+    job = open_job(settings, device)
+    with (
+        file_system_errors(settings.output),
+        claimed(job.parts.scratch(rank)),
+        job.parts.begun(_description(job), leads=rank == 0),
+    ):
+        # Rank 0 alone, since this may walk through all files.
+        notices = [*class_notices(job.source, job.vocabulary), *job.source.notices()] if rank == 0 else []
+        for notice in notices:
+            print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
+        with TokenizingProgress(job.parts, len(job.source), shown=rank == 0) as progress:
+            _write_parts(job, rank, world_size, device, progress)
+            if rank != 0:
+                return None
+            while not job.parts.is_complete():
+                time.sleep(_POLL_SECONDS)
+                progress.refresh()
+        parts, speed = job.parts.done(), progress.per_second()
+        _merge(job, parts, notices)
+        reasons = read_skip_reasons(part.folder / SKIPPED for part in parts).line()
+        remove_beside_others(job.parts.folder)
+        samples, skipped = sum(part.samples for part in parts), sum(part.skipped for part in parts)
+        return TokenizingResult(samples, skipped, speed, reasons)
+
+
+def _description(job: TokenizingJob) -> dict:
+    """Return all facts that the tokens depend on."""
+    settings = job.settings
+    return {
+        "source": job.source.fingerprint(),
+        "records": len(job.source),
+        "vocabulary": job.vocabulary.fingerprint(),
+        "image_tokenizer": job.images.fingerprint() if job.images is not None else None,
+        "text_tokenizer": job.text.fingerprint() if job.text is not None else None,
+        "area": settings.area,
+        **_of_choices(job),
+        "max_caption_tokens": settings.max_caption_tokens,
+        "max_pixels": settings.limits.max_pixels,
+        "block": settings.block,
+        "version": __version__,
+    }
+
+
+def _of_choices(job: TokenizingJob) -> dict:
+    """Return the facts that have no entry by default, so that older jobs and shards without them still match."""
+    resize = None if job.settings.resize == DALI else job.settings.resize
+    facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _write_parts(
+    job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: TokenizingProgress
+) -> None:
+    spans = list(job.parts.todo(rank, world_size))
+    if not spans:
+        return
+    maker = SampleMaker(job.source, job.vocabulary, job.images, job.text, device, job.settings, job.grid)
+    maker.check_some(job.settings.max_skipped)
+    reasons = SkipReasons()
+    with ThreadPoolExecutor(1) as ahead:
+        for span in spans:
+            with PartWriter(job.parts, rank, span[0], job.vocabulary) as writer:
+                for prepared in _prepared(maker, span, ahead):
+                    outcomes = maker.encode(prepared)
+                    writer.add(outcomes)
+                    skips = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+                    progress.count(len(outcomes), len(skips))
+                    for skip in skips:
+                        reasons.add(skip.reason)
+                    _check_skips(job, progress.skipped, skips, reasons)
+            progress.refresh()
+
+
+def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iterator[list[Prepared | Skipped]]:
+    """Yield the chunks of a span. Each is prepared while the one before is in use."""
+    # An interrupted part ends with a whole chunk, so that batches do not depend on interruptions.
+    edges = [*range(*span, _CHUNK), span[1]]
+    following = ahead.submit(maker.prepare, range(edges[0], edges[1]))
+    for start, stop in zip(edges[1:], [*edges[2:], None], strict=True):
+        prepared = following.result()
+        if stop is not None:
+            following = ahead.submit(maker.prepare, range(start, stop))
+        yield prepared
+
+
+def _check_skips(job: TokenizingJob, skipped: int, latest: list[Skipped], reasons: SkipReasons) -> None:
+    if skipped > job.skip_limit:
+        last = f"; the last, {latest[-1].name}: {latest[-1].reason}" if latest else ""
+        if len(reasons) > 1:
+            last = f"; {reasons.line()}"
+        raise UserError(
+            f"--source: {skipped} of {len(job.source)} records cannot be used, --max-skipped "
+            f"{job.settings.max_skipped:g} allows {job.skip_limit}{last}"
+        )
+
+
+def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
+    skipped = sum(part.skipped for part in parts)
+    _check_skips(job, skipped, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
+    if skipped == len(job.source):
+        raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
+
+    def write_extras(folder: Path) -> None:
+        if job.text is not None:
+            job.text.save(folder)
+        with (folder / SKIPPED).open("w", encoding="utf-8") as file:
+            for part in parts:
+                file.write((part.folder / SKIPPED).read_text(encoding="utf-8"))
+        codebook = job.settings.image_tokenizer and job.settings.image_tokenizer / CODEBOOK_FILE
+        if codebook and codebook.is_file():
+            shutil.copyfile(codebook, folder / CODEBOOK_FILE)
+
+    # Inside the folder of parts, so that its remains after a kill are removed with the parts.
+    aside = job.parts.scratch(0) / "merged"
+    shutil.rmtree(aside, ignore_errors=True)
+    merge_shards(
+        job.settings.output,
+        [part.folder for part in parts],
+        job.vocabulary,
+        None if job.text is None else job.text.encode,
+        write_extras,
+        _facts(job, skipped, notices),
+        aside,
+        job.settings.clip_meta,
+    )
+
+
+def _notices_entry(notices: list[str]) -> dict:
+    """Return the notices of the source's reader.
+
+    There is no entry without notices, as in shards of earlier versions.
+    """
+    return {"notices": [one_line(notice) for notice in notices]} if notices else {}
+
+
+def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
+    """Return the facts in the manifest about the origin of the tokens."""
+    settings, images = job.settings, None
+    if job.images is not None:
+        folder = str(settings.image_tokenizer.resolve())
+        images = {"kind": job.images.kind, "fingerprint": job.images.fingerprint(), "folder": folder}
+    return {
+        "skipped": skipped,
+        "image_tokenizer": images,
+        "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
+        "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_notices_entry(notices)},
+        "area": settings.area,
+        **_of_choices(job),
+        "version": __version__,
+    }
