@@ -18,7 +18,6 @@ EDITED = [
     "checkpoint",
     "config",
     "data",
-    "terminal.py",
     "keys.py",
     "errors.py",
     "generation",
