@@ -58,7 +58,7 @@ def block_options() -> dict[str, Any]:
 
 
 def block_spec(num_layers: int, scales: tuple[int, ...], *, is_local: bool) -> TransformerBlockSubmodules:
-    """Return the spec of the layers: Megatron's attention and MLP, with Transformer Engine's products if there is a GPU.
+    """Return the spec of the layers: Megatron's attention and MLP, with its own products or Transformer Engine's.
 
     Args:
         num_layers: of this pipeline stage.
@@ -267,7 +267,7 @@ class NextScaleModel(GPTModel):
         position_ids: Tensor | None,
         attention_mask: Tensor | None,
         *,
-        output_processor: Callable[..., Tensor],
+        output_processor: Callable[..., Tensor] | None = None,
         **more: Any,
     ) -> Tensor:
         """Do what GPTModel does. The class of each row goes to all layers and to the head."""
@@ -276,12 +276,16 @@ class NextScaleModel(GPTModel):
         def head(*, hidden_states: Tensor, **rest: Any) -> Tensor:
             scale, shift = self.final_modulation(condition)
             hidden_states = modulated(hidden_states, scale, shift, self.config.layernorm_epsilon)
-            return output_processor(hidden_states=hidden_states, **rest)
+            return (output_processor or _logits)(hidden_states=hidden_states, **rest)
 
         context = {"context": condition}
         return super().forward(
             input_ids, position_ids, attention_mask, extra_block_kwargs=context, output_processor=head, **more
         )
+
+
+def _logits(*, hidden_states: Tensor, output_layer: torch.nn.Module, **_unused: Any) -> Tensor:
+    return output_layer(hidden_states)[0].transpose(0, 1).contiguous()
 
 
 def _ends(scales: tuple[int, ...]) -> list[int]:

@@ -36,9 +36,9 @@ def sequence_logps(
 ) -> Tensor:
     """Return the sum of log p(target | prefix) over the positions in the mask: float32 ``[B]``, in nats.
 
-    Differentiable in ``hidden``, ``weight`` and ``bias``. If ``weight`` has a ``main_grad`` (Megatron's data parallelism), its
-    gradient is added there, in that dtype, as Megatron's fused layers do. ``weight.grad`` then gets a placeholder
-    without numbers or memory. Otherwise the gradient is summed in fp32 and cast to the weight's dtype once.
+    Differentiable in ``hidden``, ``weight`` and ``bias``. If ``weight`` has a ``main_grad`` (Megatron's data
+    parallelism), its gradient is added there, in that dtype, as Megatron's fused layers do. ``weight.grad`` then gets a
+    placeholder without numbers or memory. Otherwise the gradient is summed in fp32 and cast to the weight's dtype once.
 
     Args:
         hidden: ``[S, B, H]``, fp32, bf16 or fp16, the full sequence on every tensor-parallel rank. Its gradient is

@@ -17,8 +17,6 @@ TINY = ["model.name=llamagen-tiny", "model.make_vocab_size_divisible_by=8"]
 ODD = [*TINY, "model.hidden_size=80", "model.ffn_hidden_size=112"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "PP 2": PP2, "CP 2": CP2}}
 MODELS = {"tiny": TINY, "odd": ODD}
-# Rows filled up behind the grid of 16, to a multiple of every layout here.
-WIDTH = 24
 
 
 def answers(worker, cases, tmp_path_factory, **common):
@@ -27,7 +25,7 @@ def answers(worker, cases, tmp_path_factory, **common):
     for ranks, own in cases.items():
         settings = {"cases": own, **common}
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found |= run_workers(ranks, f"llamagen_workers.{worker}", settings, folder)
+        found |= run_workers(ranks, f"class_model_workers.{worker}", settings, folder)
     return found
 
 
@@ -54,10 +52,13 @@ def names(cases):
 
 LOGITS = {
     ranks: {
-        f"{model}, {layout}{', filled up' * (length > 16)}": {"overrides": [*keys, *overrides], "length": length}
+        f"{model}, {layout}{', filled up' * is_filled_up}": {
+            "overrides": [*keys, *overrides],
+            "is_filled_up": is_filled_up,
+        }
         for model, keys in MODELS.items()
         for layout, overrides in layouts.items()
-        for length in (16, WIDTH)
+        for is_filled_up in (False, True)
     }
     for ranks, layouts in BY_RANKS.items()
 }
@@ -105,13 +106,16 @@ STEP = [
 ]
 STEPS = {
     ranks: {
-        f"{model}, {layout}{how}": {"overrides": [*keys, *overrides, *more], "length": length}
+        f"{model}, {layout}{how}": {
+            "overrides": [*keys, *overrides, *more],
+            "is_filled_up": is_filled_up,
+        }
         for model, keys in MODELS.items()
         for layout, overrides in layouts.items()
-        for how, more, length in (
-            ("", [], 16),
-            (", full recomputation", FULL, 16),
-            (", selective recomputation, filled up", SELECTIVE, WIDTH),
+        for how, more, is_filled_up in (
+            ("", [], False),
+            (", full recomputation", FULL, False),
+            (", selective recomputation, filled up", SELECTIVE, True),
         )
     }
     for ranks, layouts in BY_RANKS.items()

@@ -25,7 +25,8 @@ def build(implementation, width, precision, *overrides, grid=4):
     from megatron_cca.models import gpt, resolve_architecture
     from megatron_cca.models.architecture import padded_vocab_size
     from megatron_cca.parallel.ranks import initialize_distributed
-    from tests.references.llamagen_in_megatron import fill
+    from tests.references.in_megatron import fill
+    from tests.references.llamagen_in_megatron import whole_tensors
 
     keys = ["model.name=llamagen-tiny", f"model.hidden_size={width}", f"model.transformer_impl={implementation}"]
     keys += [f"training.precision={precision}", f"model.max_position_embeddings={1 + grid**2}"]
@@ -37,7 +38,7 @@ def build(implementation, width, precision, *overrides, grid=4):
     chunks = gpt.build_gpt(
         architecture, config.model, config.parallel, config.training, kernels=config.kernels, is_frozen=True
     )
-    fill(chunks, weights, sizes, padded_vocab_size(architecture, config.model, 1))
+    fill(chunks, whole_tensors(weights, sizes, padded_vocab_size(architecture, config.model, 1)))
     return chunks[0].eval(), architecture, sizes, weights
 
 

@@ -27,6 +27,11 @@ class Sizes:
     eps: float = 1e-5
 
     @property
+    def tokens(self) -> int:
+        """Codes of an image."""
+        return self.grid**2
+
+    @property
     def ffn_width(self) -> int:
         """Given, or 2/3 of 4 x the width in whole 256s, rounded up."""
         return self.ffn or (int(2 * (4 * self.width) / 3) + 255) // 256 * 256

@@ -1,21 +1,18 @@
-"""LlamaGen's tensors under the authors' names as Megatron's, and a rank's parts of them; no importer takes part."""
+"""LlamaGen's tensors under the authors' names as Megatron's; no importer takes part."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_cca.models.gpt import sharded_tensors
-
-# Rows of no word hold this: whoever looks at them is seen.
-JUNK = 3.0
+from tests.references.in_megatron import filled_up
 
 
 def whole_tensors(weights, sizes, padded_vocab_size):
     """Under Megatron's names, those of its local layers and of Transformer Engine's fused ones alike."""
     words = torch.cat([weights["tok_embeddings.weight"], weights["cls_embedding.embedding_table.weight"]])
     answer = {
-        "embedding.word_embeddings.weight": _filled_up(words, padded_vocab_size),
-        "output_layer.weight": _filled_up(weights["output.weight"], padded_vocab_size),
+        "embedding.word_embeddings.weight": filled_up(words, padded_vocab_size),
+        "output_layer.weight": filled_up(weights["output.weight"], padded_vocab_size),
         "decoder.final_layernorm.weight": weights["norm.weight"],
     }
     for layer in range(sizes.layers):
@@ -39,24 +36,3 @@ def whole_tensors(weights, sizes, padded_vocab_size):
 def _by_head(wqkv, sizes):
     """From all queries, all keys, all values to each head's query, key and value."""
     return wqkv.view(3, sizes.heads, -1, sizes.width).transpose(0, 1).reshape(-1, sizes.width)
-
-
-def _filled_up(rows, count):
-    return torch.cat([rows, torch.full((count - len(rows), rows.size(1)), JUNK)])
-
-
-def parts_on_this_rank(chunks, whole):
-    """Each tensor of model chunks, as a view, and the same part of the whole one: ``(name, own, expected, whole)``."""
-    for shard in sharded_tensors([chunk.sharded_state_dict() for chunk in chunks]):
-        stacked, name = shard.prepend_axis_num, shard.key
-        if stacked:
-            name = name.replace("decoder.layers.", f"decoder.layers.{shard.global_offset[0]}.")
-        places = zip(shard.global_offset[stacked:], shard.local_shape, strict=True)
-        part = whole[name][tuple(slice(start, start + size) for start, size in places)]
-        yield name, shard.data.view_as(part), part, whole[name]
-
-
-@torch.no_grad()
-def fill(chunks, weights, sizes, padded_vocab_size):
-    for _, own, part, _ in parts_on_this_rank(chunks, whole_tensors(weights, sizes, padded_vocab_size)):
-        own.copy_(part)

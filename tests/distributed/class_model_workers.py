@@ -1,4 +1,4 @@
-"""What the ranks of test_llamagen.py do: Megatron's model beside the plain one, filled with the same weights."""
+"""What the ranks of tests of class models do: Megatron's model beside the plain one, filled with the same weights."""
 
 from __future__ import annotations
 
@@ -15,30 +15,76 @@ from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import Progress
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
-from tests.references import llamagen
-from tests.references.llamagen_in_megatron import fill, parts_on_this_rank, whole_tensors
+from tests.references import llamagen, llamagen_in_megatron, var, var_in_megatron
+from tests.references.in_megatron import fill, parts_on_this_rank
 
 ROWS = 8
 # Enough for attention to have its say, and for few enough roundings.
 STD = 0.1
-# Rows filled up behind the grid of 16, to a multiple of every layout.
-WIDTH = 24
+
+
+class LlamaGen:
+    """The plain LlamaGen of a tiny architecture."""
+
+    # Rows filled up behind the grid of 16, to a multiple of every layout.
+    filled_up = 24
+    oracle = llamagen
+
+    def __init__(self, architecture):
+        self.sizes = llamagen.Sizes(
+            layers=architecture.num_layers,
+            width=architecture.hidden_size,
+            heads=architecture.num_attention_heads,
+            grid=4,
+            codebook=128,
+            classes=10,
+            ffn=architecture.ffn_hidden_size,
+        )
+
+    def weights(self, seed=0):
+        return llamagen.random_weights(self.sizes, seed, STD)
+
+    def whole(self, weights, padded):
+        return llamagen_in_megatron.whole_tensors(weights, self.sizes, padded)
+
+    def logits(self, weights, classes, codes):
+        """Of all codes: the last one is predicted, but not fed."""
+        return llamagen.logits(weights, classes, codes[:, :-1], self.sizes)
+
+    def cca_loss(self, policy, reference, rows, codes, **objective):
+        return llamagen.cca_loss(policy, reference, rows, codes, self.sizes, **objective)
+
+
+class Var:
+    """The plain VAR of the tiny architecture."""
+
+    filled_up = 24
+    oracle = var
+    sizes = var.TINY
+
+    def __init__(self, architecture):
+        self.quantizer = var.random_quantizer(self.sizes)
+
+    def weights(self, seed=0):
+        return var.random_weights(self.sizes, seed, STD)
+
+    def whole(self, weights, padded):
+        return var_in_megatron.whole_tensors(weights, self.quantizer, self.sizes, padded)
+
+    def logits(self, weights, classes, codes):
+        quantizer = {name: value.to(weights["head.weight"].dtype) for name, value in self.quantizer.items()}
+        return var.logits(weights, quantizer, classes, codes, self.sizes)
+
+    def cca_loss(self, policy, reference, rows, codes, **objective):
+        return var.cca_loss(policy, reference, _exact(self.quantizer), rows, codes, self.sizes, **objective)
 
 
 def _started(overrides):
     config = load_config(None, overrides)
     split_anew(config)
     architecture = resolve_architecture(config.model)
-    sizes = llamagen.Sizes(
-        layers=architecture.num_layers,
-        width=architecture.hidden_size,
-        heads=architecture.num_attention_heads,
-        grid=4,
-        codebook=128,
-        classes=10,
-        ffn=architecture.ffn_hidden_size,
-    )
-    return config, architecture, sizes
+    plain = {"llamagen": LlamaGen, "var": Var}[config.model.name.partition("-")[0]](architecture)
+    return config, architecture, plain
 
 
 def _rows(sizes, seed=0):
@@ -46,7 +92,7 @@ def _rows(sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, sizes.classes, (ROWS,), generator=generator)
     classes[2] = classes[3]
-    return classes, torch.randint(0, sizes.codebook, (ROWS, sizes.grid**2), generator=generator)
+    return classes, torch.randint(0, sizes.codebook, (ROWS, sizes.tokens), generator=generator)
 
 
 def _tokens(classes, codes, sizes, length):
@@ -61,11 +107,11 @@ def _padded(config, architecture):
 
 
 def _filled(overrides):
-    config, architecture, sizes = _started(overrides)
+    config, architecture, plain = _started(overrides)
     chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
-    weights = llamagen.random_weights(sizes, std=STD)
-    fill(chunks, weights, sizes, _padded(config, architecture))
-    return architecture, sizes, _exact(weights), [chunk.eval() for chunk in chunks]
+    weights = plain.weights()
+    fill(chunks, plain.whole(weights, _padded(config, architecture)))
+    return architecture, plain, _exact(weights), [chunk.eval() for chunk in chunks]
 
 
 def _exact(weights):
@@ -85,14 +131,16 @@ def whole_logits(settings):
 
 
 @torch.no_grad()
-def _whole_logits(overrides, length=16):
-    _, sizes, weights, chunks = _filled(overrides)
+def _whole_logits(overrides, is_filled_up=False):
+    _, plain, weights, chunks = _filled(overrides)
+    sizes = plain.sizes
+    length = plain.filled_up if is_filled_up else sizes.tokens
     classes, codes = _rows(sizes)
     classes[0] = sizes.classes
     tokens = _tokens(classes, codes, sizes, length)
-    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    wanted = plain.logits(weights, classes, codes)
     wanted = torch.nn.functional.pad(wanted, (0, 0, 0, length - wanted.size(1)))
-    counts = torch.arange(length).expand_as(tokens) < 16
+    counts = torch.arange(length).expand_as(tokens) < sizes.tokens
     tokens, wanted, counts = gpt._on_this_context_rank(tokens, wanted, counts)
     found = scheduled_logits(chunks, tokens)
     if found is None:
@@ -108,9 +156,10 @@ def cached_logits(settings):
 
 @torch.no_grad()
 def _cached_logits(overrides, prompts):
-    architecture, sizes, weights, chunks = _filled(overrides)
+    architecture, plain, weights, chunks = _filled(overrides)
+    sizes = plain.sizes
     classes, codes = (part[: len(prompts)] for part in _rows(sizes))
-    wanted = llamagen.logits(weights, classes, codes[:, :-1], sizes)
+    wanted = plain.logits(weights, classes, codes)
     tokens, counts = _tokens(classes, codes, sizes, 16), torch.tensor(prompts)
     rows, turns = torch.arange(len(prompts)), 16 - max(prompts)
     with decoding(chunks, architecture.vocabulary) as decoder:
@@ -137,44 +186,47 @@ class _Reader:
         (classes, negatives, flags), codes, sizes, length = self._parts
         cut = [part.split(self._samples) for part in (classes, negatives, flags, codes)]
         microbatches = [self._microbatch(*parts, sizes, length) for parts in zip(*cut, strict=True)]
-        return StepBatch(microbatches, length, mean_num_tokens=16.0, num_tokens=2 * ROWS * 16)
+        tokens = sizes.tokens
+        return StepBatch(microbatches, length, mean_num_tokens=float(tokens), num_tokens=2 * ROWS * tokens)
 
     def attempt(self, step):
         return self.get(step), None
 
     def _microbatch(self, classes, negatives, flags, codes, sizes, length):
         tokens = torch.cat([_tokens(labels, codes, sizes, length) for labels in (classes, negatives)])
-        targets = torch.nn.functional.pad(codes.repeat(2, 1), (0, length - 16))
-        return Microbatch(tokens, targets, torch.arange(length).expand_as(tokens) < 16, flags)
+        targets = torch.nn.functional.pad(codes.repeat(2, 1), (0, length - sizes.tokens))
+        return Microbatch(tokens, targets, torch.arange(length).expand_as(tokens) < sizes.tokens, flags)
 
 
 def cca_steps(settings):
     """By case: relative errors of the loss and of the worst gradient of a CCA step, and the name of that one."""
     return {
-        name: _cca_step(settings["common"] + case["overrides"], case["length"])
+        name: _cca_step(settings["common"] + case["overrides"], case["is_filled_up"])
         for name, case in settings["cases"].items()
     }
 
 
-def _cca_step(overrides, length):
-    config, architecture, sizes = _started(overrides)
+def _cca_step(overrides, is_filled_up):
+    config, architecture, plain = _started(overrides)
+    sizes = plain.sizes
+    length = plain.filled_up if is_filled_up else sizes.tokens
     classes, codes = _rows(sizes)
     dropped = torch.arange(ROWS) == 5
-    rows = llamagen.conditions(classes, dropped, sizes)
+    rows = plain.oracle.conditions(classes, dropped, sizes)
     assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
-    frozen, moved = (_exact(llamagen.random_weights(sizes, seed, STD)) for seed in (0, 1))
+    frozen, moved = (_exact(plain.weights(seed)) for seed in (0, 1))
     trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
     objective = {"beta": config.objective.beta, "weight": config.objective.negative_weight}
-    loss = llamagen.cca_loss(trained, frozen, rows, codes, sizes, **objective)
+    loss = plain.cca_loss(trained, frozen, rows, codes, **objective)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
     run = build_run(config, architecture, reader, reader, None, Progress())
     padded = _padded(config, architecture)
-    fill(run.policy_chunks, trained, sizes, padded)
-    fill(run.reference.chunks, frozen, sizes, padded)
+    fill(run.policy_chunks, plain.whole(trained, padded))
+    fill(run.reference.chunks, plain.whole(frozen, padded))
     report = train_step(run)
     assert report.problem is None
-    errors = _gradient_errors(run, {name: value.grad for name, value in trained.items()}, sizes, padded)
+    errors = _gradient_errors(run, {name: value.grad for name, value in trained.items()}, plain, padded)
     worst = max(errors, key=errors.get)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (errors[worst], worst))
@@ -187,24 +239,26 @@ def first_log_ratios(settings):
 
 
 def _first_log_ratios(overrides):
-    config, architecture, sizes = _started(overrides)
-    classes, codes = _rows(sizes)
-    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, sizes)
-    reader = _Reader(config, rows, codes, sizes, WIDTH)
+    config, architecture, plain = _started(overrides)
+    classes, codes = _rows(plain.sizes)
+    rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
+    reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
     run = build_run(config, architecture, reader, reader, None, Progress())
     return [train_step(run).log_ratio.worst for _ in range(2)]
 
 
-def _gradient_errors(run, gradients, sizes, padded):
+def _gradient_errors(run, gradients, plain, padded):
     """By tensor, the largest difference of this rank's part, relative to the largest number of the whole."""
     for chunk in run.policy_chunks:
         for parameter in chunk.parameters():
-            parameter.data = parameter.main_grad.view_as(parameter)
-    whole = whole_tensors(gradients, sizes, padded)
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            if parameter.requires_grad:
+                parameter.data = parameter.main_grad.view_as(parameter)
+    whole, sizes = plain.whole(gradients, padded), plain.sizes
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"):
         # Rows of no word have no gradient.
         words = sizes.codebook + (sizes.classes + 1 if name.startswith("embedding") else 0)
-        whole[name][words:] = 0
+        if name in whole:
+            whole[name][words:] = 0
     parts = parts_on_this_rank(run.policy_chunks, whole)
     return {
         f"{name}{list(part.shape)}": ((own - part).abs().max() / full.abs().max()).item()

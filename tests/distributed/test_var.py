@@ -1,0 +1,91 @@
+"""The model that VAR's weights are for, against a plain one: logits and a CCA step on every layout."""
+
+import pytest
+
+from tests.distributed.launch import run_workers
+from tests.selection import mostly_full
+
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
+FULL = ["training.recompute_granularity=full"]
+SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_modules=[core_attn, mlp]"]
+# So that the head's 40 rows lie on both of two ranks, and rows of no word behind them.
+TINY = ["model.name=var-tiny", "model.make_vocab_size_divisible_by=8"]
+BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "DP 2": []}}
+
+
+def answers(worker, cases, tmp_path_factory, **common):
+    """Of all cases by number of ranks: ``{name: answer}``."""
+    found = {}
+    for ranks, own in cases.items():
+        settings = {"cases": own, **common}
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        found |= run_workers(ranks, f"class_model_workers.{worker}", settings, folder)
+    return found
+
+
+LOGITS = {
+    ranks: {
+        f"{layout}{', filled up' * is_filled_up}": {"overrides": [*TINY, *overrides], "is_filled_up": is_filled_up}
+        for layout, overrides in layouts.items()
+        # The 21 codes of an image cannot be split over two ranks.
+        for is_filled_up in ((True,) if overrides == TP2_SP else (False, True))
+    }
+    for ranks, layouts in BY_RANKS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory):
+    return answers("whole_logits", LOGITS, tmp_path_factory)
+
+
+@pytest.mark.parametrize("case", [name for own in LOGITS.values() for name in own])
+def test_logits_are_the_plain_models(logits, case):
+    difference, largest = logits[case]
+    assert largest > 0.5
+    assert difference <= 1e-5
+
+
+STEP = [
+    *("objective.beta=0.1", "objective.negative_weight=30", "optimizer.clip_grad=0"),
+    *("training.global_batch_size=8", "training.micro_batch_size=2", "optimizer.use_distributed_optimizer=false"),
+]
+STEPS = {
+    ranks: {
+        f"{layout}{how}": {"overrides": [*TINY, *overrides, *more], "is_filled_up": True}
+        for layout, overrides in layouts.items()
+        for how, more in (("", []), (", full recomputation", FULL), (", selective recomputation", SELECTIVE))
+    }
+    for ranks, layouts in BY_RANKS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    return answers("cca_steps", STEPS, tmp_path_factory, common=STEP)
+
+
+@pytest.mark.parametrize(
+    "case", mostly_full([name for own in STEPS.values() for name in own], lambda case: "selective" in case)
+)
+def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
+    loss, gradient, where, margin = steps[case]
+    assert abs(margin) > 0.1
+    assert loss <= 1e-4
+    assert gradient <= 1e-4, where
+
+
+def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
+    large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
+    kinds = {"fp32": [], "bf16, full recomputation": ["training.precision=bf16", *FULL]}
+    cases = {
+        ranks: {
+            f"{layout}, {kind}": [*TINY, *large, *overrides, *more]
+            for layout, overrides in own.items()
+            for kind, more in kinds.items()
+        }
+        for ranks, own in BY_RANKS.items()
+    }
+    for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
+        assert first == 0.0 < second, name
