@@ -193,8 +193,14 @@ class ModulatedLayer(TransformerLayer):
         attended, bias = self.self_attention(modulated(hidden_states, scale1, shift1, epsilon), attention_mask)
         hidden_states = hidden_states + gamma1 * (attended + bias)
         inner = modulated(hidden_states, scale2, shift2, epsilon)
-        result, bias = checkpoint(self.mlp, False, inner) if self.recompute_mlp else self.mlp(inner)
-        return hidden_states + gamma2 * (result + bias), context
+        result = checkpoint(self._feed_forward, False, inner) if self.recompute_mlp else self._feed_forward(inner)
+        return hidden_states + gamma2 * result, context
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        # The sum of both. Megatron's checkpoint may return no bias: autograd would take the parameter for a result of
+        # the checkpoint, and recompute without end.
+        result, bias = self.mlp(hidden)
+        return result + bias
 
 
 def _freeze_key_bias(attention: torch.nn.Module) -> None:
