@@ -10,12 +10,10 @@ import numpy as np
 from filelock import FileLock
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import PatchCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
-from megatron_cca.data.text_tokenizers import train_tokenizer
+from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook, train_tokenizer
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import refusal
 from megatron_cca.models import tiny_architecture

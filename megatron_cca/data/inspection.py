@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, code_lengths, read_manifest
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.source_protocol import read_skip_reasons
-from megatron_cca.data.text_tokenizers import open_text_tokenizer
+from megatron_cca.data.tokenizers import CODEBOOK_FILE, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.formats import ImageTokenizer

@@ -16,11 +16,16 @@ from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
 from megatron_cca.data import DIGITS
 from megatron_cca.data.digits import digit_shards
-from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
-from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
-from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, TextTokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import (
+    CODEBOOK_FILE,
+    TIKTOKEN_FILE,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    open_image_tokenizer,
+    open_text_tokenizer,
+)
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout, only_grid
@@ -128,12 +133,12 @@ def _text_tokenizer(
 
 def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
     for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *_data_folders(config)):
-        if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_NAME).is_file():
+        if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_FILE).is_file():
             return open_text_tokenizer(folder)
     lacking = f"{checkpoint} has no text tokenizer with it"
     if config.data.path is not None:
         lacking = f"neither {checkpoint} nor the data it was trained on has a text tokenizer"
-    raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_NAME}")
+    raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_FILE}")
 
 
 def _own_image_tokenizer(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:

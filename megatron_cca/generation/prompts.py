@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
-from megatron_cca.data.text_tokenizers import TextTokenizer
+from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import KIND_BYTES, kind_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary

@@ -51,7 +51,7 @@ def test_it_writes_pictures_codes_prompts_and_the_evaluators_npz(checkpoint, tmp
 
 
 def decoded(checkpoint, codes):
-    from megatron_cca.data.image_tokenizers import open_image_tokenizer
+    from megatron_cca.data.tokenizers import open_image_tokenizer
 
     config = json.loads(next(iter(_summaries(checkpoint))).read_text())["config"]
     images = open_image_tokenizer(config["data"]["path"]).decode(torch.from_numpy(codes.astype(np.int64)))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megatron_cca.data.image_tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.data.resizing import target_size
+from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq, uint8_pixels
 from tests.references.emu3_vq import original_name, save_composite, save_original, small_vq

@@ -14,12 +14,11 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
-from megatron_cca.data.text_tokenizers import TextTokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import CODEBOOK_FILE, TextTokenizer, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices

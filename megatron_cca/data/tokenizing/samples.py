@@ -21,7 +21,7 @@ from megatron_cca.data.resizing import DALI, RESIZINGS, ResizePlan, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.sources.classes import ClassFolders
-from megatron_cca.data.text_tokenizers import TextTokenizer
+from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.models.formats import ImageTokenizer
