@@ -68,10 +68,10 @@ class MappedTensor:
 
 
 @dataclass(frozen=True)
-class Source:
-    """``count`` rows of a Hugging Face tensor from ``start``.
+class RowsInMegatron:
+    """Where rows of a Hugging Face tensor are in Megatron's: ``count`` rows from ``start`` on.
 
-    They are the rows of ``tensor`` from ``megatron_start``.
+    They are the rows of ``tensor`` from ``megatron_start`` on.
     """
 
     tensor: MappedTensor
@@ -244,18 +244,18 @@ class WeightMap:
         yield list(self.rules[last:]), None
 
 
-def sources(tensors: Sequence[MappedTensor]) -> Mapping[str, list[Source]]:
+def rows_in_megatron(tensors: Sequence[MappedTensor]) -> Mapping[str, list[RowsInMegatron]]:
     """Return the reverse map: for each Hugging Face tensor, where its rows go, from top to bottom."""
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[RowsInMegatron]] = {}
     for tensor in tensors:
         position = 0
         for part in tensor.parts:
-            found.setdefault(part.name, []).append(Source(tensor, position, part.start, part.count))
+            found.setdefault(part.name, []).append(RowsInMegatron(tensor, position, part.start, part.count))
             position += part.count
     for name, rows in found.items():
-        rows.sort(key=lambda source: source.start)
-        ends = [0, *(source.start + source.count for source in rows)]
-        assert [source.start for source in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
+        rows.sort(key=lambda part: part.start)
+        ends = [0, *(part.start + part.count for part in rows)]
+        assert [part.start for part in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
     return found
 
 

@@ -197,11 +197,11 @@ def _verify(given: VerifyOptions) -> int:
 
     from megatron_cca import platform
     from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
-    from megatron_cca.checkpoint.huggingface.source import Reading
+    from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 
     platform.install_option(given.device)
-    reading = Reading(_sizes(given.overrides), section=given.section, dtype=given.dtype)
-    source, target = open_both(given.hf, given.checkpoint, reading)
+    description = WeightsDescription(_sizes(given.overrides), section=given.section, dtype=given.dtype)
+    source, target = open_both(given.hf, given.checkpoint, description)
     is_first = os.environ.get("RANK", "0") == "0"
     identical = is_first and _say_tensors(compare_tensors(source, target))
     if given.hf.is_file():

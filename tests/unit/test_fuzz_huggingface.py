@@ -7,8 +7,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
+    CONFIG,
+    HuggingFaceCheckpoint,
+    read_config,
+    recognise,
+)
 from megatron_cca.checkpoint.huggingface.safetensors_files import INDEX, SINGLE, SafetensorsFolder
-from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckpoint, read_config, recognise
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 from megatron_cca.models.emu3.weights import Emu3HuggingFace

@@ -22,14 +22,17 @@ from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_namin
 from megatron_cca.models.weight_files import check_frequencies, chosen_set, is_recomputed, weight_sets
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
+CONFIG = "config.json"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # float32 holds every number of these dtypes exactly.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 _REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+# Files of weights in any format. They are not copied.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class WeightsDescription:
     """What the user says about weights, because the files do not say it.
 
     Attributes:
@@ -45,7 +48,7 @@ class Reading:
     dtype: Literal["fp32"] | None = None
 
 
-AS_IT_IS = Reading()
+UNDESCRIBED = WeightsDescription()
 
 
 def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
@@ -84,12 +87,6 @@ def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
         raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")
 
 
-CONFIG = "config.json"
-
-# Files of weights in any format. They are not copied.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
-
-
 class HuggingFaceCheckpoint:
     """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
 
@@ -109,7 +106,7 @@ class HuggingFaceCheckpoint:
             key, tensor or file.
     """
 
-    def __init__(self, folder: Path, option: str, reading: Reading = AS_IT_IS) -> None:
+    def __init__(self, folder: Path, option: str, description: WeightsDescription = UNDESCRIBED) -> None:
         self.folder, self.option = folder, option
         self.config = read_config(folder, option)
         self.format = recognise(self.config, folder, option)
@@ -117,7 +114,7 @@ class HuggingFaceCheckpoint:
         self.model, self.architecture = self._sizes()
         self.files = SafetensorsFolder(folder, option)
         with error_context(f"{option}: {folder}"):
-            self.files.tensors = self._own_tensors(reading.section)
+            self.files.tensors = self._own_tensors(description.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
         self._check_form()
         self._check_tensors()
@@ -126,7 +123,7 @@ class HuggingFaceCheckpoint:
         }
         self._check_companions()
         with error_context(f"{option}: {folder}"):
-            self.dtype = self._one_dtype(reading)
+            self.dtype = self._one_dtype(description)
 
     @property
     def precision(self) -> str:
@@ -201,9 +198,9 @@ class HuggingFaceCheckpoint:
         for name, shape in wanted.items():
             check_shape(name, found[name], shape, self.option)
 
-    def _one_dtype(self, reading: Reading) -> torch.dtype:
+    def _one_dtype(self, description: WeightsDescription) -> torch.dtype:
         names = [self.naming.on_disk(name) for name in self.format.weights.huggingface_shapes(self.architecture)]
-        return one_dtype({name: self.files.tensors[name].dtype for name in names}, reading.dtype)
+        return one_dtype({name: self.files.tensors[name].dtype for name in names}, description.dtype)
 
 
 def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
