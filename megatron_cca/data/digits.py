@@ -24,7 +24,7 @@ _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_cl
 
 HELD_OUT = 360
 PATCH = 2
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = ("a handwritten {}", "the digit {}", "a scan of a {}", "{} in handwriting")
 
 
@@ -56,7 +56,7 @@ def load_scans() -> tuple[Scans, Scans]:
 
 def captions_of(label: int) -> list[str]:
     """Return every phrasing of a digit."""
-    return [phrasing.format(WORDS[label]) for phrasing in PHRASINGS]
+    return [phrasing.format(DIGIT_NAMES[label]) for phrasing in PHRASINGS]
 
 
 def digit_shards(model: ModelConfig) -> Path:

@@ -123,7 +123,7 @@ class ResizeStep(NamedTuple):
     is_mean: bool = False
 
 
-ResizePlan = tuple[ResizeStep, ...]
+ResizeSteps = tuple[ResizeStep, ...]
 
 
 class Resizing(Protocol):
@@ -135,13 +135,13 @@ class Resizing(Protocol):
         See :func:`megatron_cca.data.image_headers.check_image`.
         """
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizeSteps:
         """Return the plan for a model of any grid. See :func:`target_size` for arguments and errors."""
 
-    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizeSteps:
         """Return the plan for a model of one grid: the shorter side becomes ``side``, and the middle is cropped."""
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizeSteps]) -> list[Tensor | Rejected]:
         """Decode and resize checked images.
 
         Each becomes uint8 ``[H, W, 3]``, RGB, on the job's device, or the reason why not.
@@ -167,15 +167,15 @@ class DaliResizing:
         """See :class:`Resizing`."""
         return check_image(data, self._limits)
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizeSteps:
         """See :class:`Resizing`."""
         return (ResizeStep(*target_size(height, width, area, factor)),)
 
-    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizeSteps:
         """See :class:`Resizing`."""
         return (ResizeStep(*covering_size(height, width, side, side)),)
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizeSteps]) -> list[Tensor | Rejected]:
         """See :class:`Resizing`."""
         return self._decoder.decode(images, [plan[-1][:2] for plan in plans])
 
@@ -201,12 +201,12 @@ class AuthorsResizing:
         """See :class:`Resizing`."""
         return check_image(data, self._limits, upright=False)
 
-    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizePlan:
+    def to_area(self, height: int, width: int, area: int, factor: int) -> ResizeSteps:
         """See :class:`Resizing`."""
         final = target_size(height, width, area, factor)
         return (ResizeStep(*scaled_size(height, width, area)), ResizeStep(*final))
 
-    def to_cover(self, height: int, width: int, side: int) -> ResizePlan:
+    def to_cover(self, height: int, width: int, side: int) -> ResizeSteps:
         """See :class:`Resizing`."""
         steps = []
         while min(height, width) >= 2 * side:
@@ -215,11 +215,11 @@ class AuthorsResizing:
         scale = side / min(height, width)
         return (*steps, ResizeStep(round(height * scale), round(width * scale)))
 
-    def decode(self, images: Sequence[bytes], plans: Sequence[ResizePlan]) -> list[Tensor | Rejected]:
+    def decode(self, images: Sequence[bytes], plans: Sequence[ResizeSteps]) -> list[Tensor | Rejected]:
         """See :class:`Resizing`."""
         return list(self._pool.map(self._decoded, images, plans))
 
-    def _decoded(self, data: bytes, plan: ResizePlan) -> Tensor | Rejected:
+    def _decoded(self, data: bytes, plan: ResizeSteps) -> Tensor | Rejected:
         try:
             image = stored_image(data, self._limits)
         except Rejected as reason:

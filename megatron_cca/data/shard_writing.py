@@ -183,9 +183,9 @@ class TokenWriter:
             self._builders[name].add_item(torch.from_numpy(tokens))
             self._builders[name].end_document()
         variants, *grid = (1,) * (4 - sample.codes.ndim) + sample.codes.shape
-        words = checksum(caption)
-        condition = words if sample.condition is None else _name_hash(sample.condition)
-        self._rows.append((grid, len(caption), words, condition, checksum(codes)))
+        caption_checksum = checksum(caption)
+        condition = caption_checksum if sample.condition is None else _name_hash(sample.condition)
+        self._rows.append((grid, len(caption), caption_checksum, condition, checksum(codes)))
         self._variants.append(variants)
 
     def _finish(self) -> None:
@@ -219,10 +219,10 @@ def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
-    words = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
+    captions = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
     for what, tokens, size, of in (
         ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
-        ("caption token", sample.caption, vocabulary.caption_size, words),
+        ("caption token", sample.caption, vocabulary.caption_size, captions),
     ):
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             wrong = tokens.max() if tokens.max() >= size else tokens.min()

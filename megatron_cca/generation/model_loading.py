@@ -262,7 +262,7 @@ def _text_tokenizer(
         return None
     tokenizer = open_text_tokenizer(folder) if folder is not None else _own_text_tokenizer(checkpoint, config)
     if tokenizer.size > vocabulary.caption_size:
-        raise UserError(f"has {tokenizer.size} words, the model {vocabulary.caption_size}; give the model's own")
+        raise UserError(f"has {tokenizer.size} ids, the model {vocabulary.caption_size}; give the model's own")
     return tokenizer
 
 

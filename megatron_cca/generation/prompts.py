@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
+from megatron_cca.data.digits import DIGIT_NAMES, PHRASINGS, captions_of
 from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import KIND_BYTES, kind_of
@@ -75,7 +75,7 @@ def digit_prompts(count: int, seed: int) -> list[Prompt]:
 
 def digit_classes() -> list[Prompt]:
     """Return one prompt per digit, in the first of its phrasings."""
-    return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
+    return [Prompt(captions_of(label)[0], label=label) for label in range(len(DIGIT_NAMES))]
 
 
 def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:

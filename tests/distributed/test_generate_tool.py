@@ -159,7 +159,7 @@ def test_a_former_output_loses_first_what_says_that_it_is_whole(tmp_path, monkey
 
     monkeypatch.setattr(sampling_job.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        sampling_job._place(tmp_path / ".partial", tmp_path)
+        sampling_job._move_into_place(tmp_path / ".partial", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_cca.data.sources import LAYOUTS, Record, SourceOptions, Unreadable, open_source
+from megatron_cca.data.sources import SOURCE_LAYOUTS, Record, SourceOptions, Unreadable, open_source
 from megatron_cca.data.sources.emu3 import load_plain
 from megatron_cca.data.sources.external_text import printable, unique_names
 from megatron_cca.data.sources.webdataset import _KINDS as TAR_KINDS
@@ -903,7 +903,7 @@ def test_a_list_beside_images_in_sub_folders_says_that_they_are_no_classes(name,
     assert open_source(tmp_path)[0].caption == "a picture"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SOURCE_LAYOUTS)
 def test_an_empty_folder_and_a_foreign_file_are_refused(layout, tmp_path):
     name = "line\nbreak"
     (tmp_path / name).mkdir()

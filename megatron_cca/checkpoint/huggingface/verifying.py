@@ -116,7 +116,7 @@ def open_both(
         if name == "vocabulary":
             if ours[name].size != theirs[name].size:
                 raise UserError(
-                    f"{CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} {theirs[name].size}"
+                    f"{CHECKPOINT}: {target.folder} has {ours[name].size} ids, {source.folder} {theirs[name].size}"
                 )
         elif ours[name] != theirs[name]:
             raise UserError(f"{CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}")
