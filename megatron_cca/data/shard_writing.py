@@ -115,30 +115,6 @@ def merge_shards(
     _write_folder(folder, aside, write_tokens, vocabulary, encode_text, facts, clip_template)
 
 
-def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
-    try:
-        write_tokens(partial)
-        grids = mapped_array(partial / TABLE)["grid"]
-        contents = {
-            "num_samples": len(grids),
-            "vocabulary": vocabulary.fingerprint(),
-            "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
-            **facts,
-        }
-        write_manifest(partial, contents)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _meta_ids(
-    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
-) -> dict[str, list[int]]:
-    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
-    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
-
-
 class TokenWriter:
     """A writer of the token files of samples, in the order of :meth:`add`.
 
@@ -195,11 +171,6 @@ class TokenWriter:
         _save_variants(self._folder, np.array(self._variants, dtype=np.int32))
 
 
-def _save_variants(folder: Path, variants: np.ndarray) -> None:
-    if (variants != 1).any():
-        np.save(folder / VARIANTS, variants)
-
-
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
     """Write the token files of all parts, in their order, into ``folder``."""
     tables = [mapped_array(part / TABLE) for part in parts]
@@ -218,6 +189,46 @@ def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
     _save_variants(folder, np.concatenate([np.empty(0, np.int32), *variants]))
 
 
+def write_manifest(folder: Path, contents: Json) -> None:
+    """Write the manifest of a folder that is otherwise complete."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != FILE_NAME
+    }
+    text = json.dumps({"format_version": FORMAT_VERSION, **contents, "files": files}, indent=1, ensure_ascii=False)
+    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
+    try:
+        write_tokens(partial)
+        grids = mapped_array(partial / TABLE)["grid"]
+        contents = {
+            "num_samples": len(grids),
+            "vocabulary": vocabulary.fingerprint(),
+            "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
+            **facts,
+        }
+        write_manifest(partial, contents)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _meta_ids(
+    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
+) -> dict[str, list[int]]:
+    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
+    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
+
+
+def _save_variants(folder: Path, variants: np.ndarray) -> None:
+    if (variants != 1).any():
+        np.save(folder / VARIANTS, variants)
+
+
 def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
     captions = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
     for what, tokens, size, of in (
@@ -231,14 +242,3 @@ def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> No
 
 def _name_hash(name: str) -> int:
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
-
-
-def write_manifest(folder: Path, contents: Json) -> None:
-    """Write the manifest of a folder that is otherwise complete."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != FILE_NAME
-    }
-    text = json.dumps({"format_version": FORMAT_VERSION, **contents, "files": files}, indent=1, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import CONFIG, HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
@@ -33,6 +33,7 @@ from megatron_cca.models.architecture import Architecture, check_layout, only_gr
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.gpt import build_gpt, sharded_tensors
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import MappedTensor
 
 TOKENIZER_OPTIONS = ("--text-tokenizer", "--image-tokenizer")

@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron_cca import __version__
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     CHECKPOINT,
-    CONFIG,
     FORMAT,
     HF_TEMPLATE,
     check_shape,
@@ -48,6 +47,7 @@ from megatron_cca.io.outputs import (
 )
 from megatron_cca.models import family_of
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.weight_files import CONFIG
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
 _UNFINISHED = frozenset({_PARTIAL, _FORMER})

@@ -12,17 +12,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
+from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
-from megatron_cca.models.weight_files import check_frequencies, chosen_set, is_recomputed, weight_sets
+from megatron_cca.models.weight_files import (
+    CONFIG,
+    check_frequencies,
+    chosen_set,
+    is_recomputed,
+    same_tensors,
+    weight_sets,
+)
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
-CONFIG = "config.json"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # float32 holds every number of these dtypes exactly.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,7 +150,7 @@ class HuggingFaceCheckpoint:
         markers = {naming.on_disk(self.format.marker) for naming in self.format.namings}
         sets = weight_sets(found, markers)
         if sets:
-            are_alike = len(sets) > 1 and section is None and same_tensors(self.files, sets)
+            are_alike = len(sets) > 1 and section is None and same_tensors(sets, self.files.equal)
             chosen = chosen_set(sets, section, are_alike=are_alike)
             found = chosen.weights | {name: found[name] for name in chosen.beside if section is None}
         computed = {name: info for name, info in found.items() if is_recomputed(name)}

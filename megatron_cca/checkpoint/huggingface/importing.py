@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_cca.checkpoint import layout, summary
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
-    CONFIG,
     HF,
     UNDESCRIBED,
     HuggingFaceCheckpoint,
@@ -34,9 +33,11 @@ from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.formats import Naming, WeightsFileFormat
 from megatron_cca.models.weight_files import (
+    CONFIG,
     SAFETENSORS,
     chosen_set,
     contents_of,
+    equal_tensors,
     is_recomputed,
     same_tensors,
     sets_in,
@@ -241,7 +242,9 @@ def _recognised(path: Path, section: str | None) -> tuple[WeightsFileFormat, dic
         sets = [found for found in sets_in(content, (one.marker,), size) if one.knows(found.weights)]
         if not sets:
             continue
-        chosen = chosen_set(sets, section, are_alike=len(sets) > 1 and section is None and same_tensors(sets))
+        chosen = chosen_set(
+            sets, section, are_alike=len(sets) > 1 and section is None and same_tensors(sets, equal_tensors)
+        )
         if section is None and chosen.beside:
             raise UserError(
                 f"tensor {chosen.beside[0]} is none of the weights under {chosen.place!r}; --section {chosen.place} "

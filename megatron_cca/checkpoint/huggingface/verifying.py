@@ -108,8 +108,8 @@ def open_both(
     source = None if hf.is_file() else open_public(hf, HF, description)
     target = MegatronCheckpoint(checkpoint, CHECKPOINT)
     if source is None:
-        unsaid = getattr(target.format, "unsaid", ())
-        assumed = {name: getattr(target.architecture, name) for name in unsaid}
+        not_in_shapes = getattr(target.format, "not_in_shapes", ())
+        assumed = {name: getattr(target.architecture, name) for name in not_in_shapes}
         source = open_public(hf, HF, replace(description, assumed=assumed))
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
