@@ -282,7 +282,7 @@ def _sample_batch(
             tokens = codes + vocabulary.visual_start
             on_tokens(len(requests))
         if position < last_visual:
-            for group, part in zip(groups, tokens.tensor_split([p[0] for p in parts[1:]]), strict=True):
+            for group, part in zip(groups, tokens.tensor_split([indices[0] for indices in parts[1:]]), strict=True):
                 group.feed(part)
     codes = torch.stack(drawn, dim=1).cpu().numpy()
     if (codes == NO_CODE).any():

@@ -78,7 +78,7 @@ def check_sampling_output(job: SamplingJob) -> None:
 
 
 def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
-    """Return the requests for the sampler and the second stream's prompt. The generator needs no weights for it.
+    """Return the requests of the job and the prompt of the second stream. The generator needs no weights for it.
 
     Raises:
         UserError: a caption or grid that does not fit the model.

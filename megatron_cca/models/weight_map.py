@@ -15,13 +15,13 @@ from typing import Protocol
 from megatron_cca.models.architecture import Architecture
 
 _DIMENSIONS = {
-    "vocab": lambda a: a.vocabulary.size,
-    "output": lambda a: a.vocabulary.output_size,
-    "input_only": lambda a: a.vocabulary.size - a.vocabulary.output_size,
-    "hidden": lambda a: a.hidden_size,
-    "ffn": lambda a: a.ffn_hidden_size,
-    "query": lambda a: a.hidden_size,
-    "key": lambda a: a.kv_channels * a.num_query_groups,
+    "vocab": lambda sizes: sizes.vocabulary.size,
+    "output": lambda sizes: sizes.vocabulary.output_size,
+    "input_only": lambda sizes: sizes.vocabulary.size - sizes.vocabulary.output_size,
+    "hidden": lambda sizes: sizes.hidden_size,
+    "ffn": lambda sizes: sizes.ffn_hidden_size,
+    "query": lambda sizes: sizes.hidden_size,
+    "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
 }
 
 

@@ -109,7 +109,8 @@ def export_checkpoint(
         partial = output / _PARTIAL
         stack.enter_context(staging(partial, total))
         progress = stack.enter_context(ByteProgress("exporting", total, shown=progress_bar))
-        write_safetensors(partial, [replace(t, pieces=progress.watch(t.pieces)) for t in tensors])
+        watched = [replace(tensor, pieces=progress.watch(tensor.pieces)) for tensor in tensors]
+        write_safetensors(partial, watched)
         for path in copied.files:
             shutil.copyfile(path, partial / path.name)
         _write_config(partial / CONFIG, config, copied)

@@ -177,7 +177,7 @@ class HuggingFaceCheckpoint:
     def _check_tensors(self) -> None:
         shapes = self.format.weights.huggingface_shapes(self.architecture)
         wanted = {self.naming.on_disk(name): shape for name, shape in shapes.items()}
-        extra = [n for n in self.files.tensors if n not in wanted and self.naming.companion(n) is None]
+        extra = [name for name in self.files.tensors if name not in wanted and self.naming.companion(name) is None]
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:

@@ -98,7 +98,8 @@ def import_checkpoint(
         for bare, name in sorted(source.companions.items())
         for info in [source.files.tensors[name]]
     ]
-    total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
+    total = sum(num_bytes(piece.sizes, piece.dtype) for piece in pieces)
+    total += sum(tensor.num_bytes for tensor in companions)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
         unfinished = layout.own_names(output, 0) - {layout.LATEST, final.name}
@@ -111,7 +112,7 @@ def import_checkpoint(
         if companions:
             folder = partial_folder / layout.COMPANION_TENSORS
             folder.mkdir()
-            write_safetensors(folder, [replace(c, pieces=progress.watch(c.pieces)) for c in companions])
+            write_safetensors(folder, [replace(one, pieces=progress.watch(one.pieces)) for one in companions])
         layout.finalize(partial_folder, output, 0, _summary(source))
     return final
 
@@ -231,8 +232,8 @@ def _objects(source: PublicCheckpoint) -> dict:
 
 def _summary(source: PublicCheckpoint) -> dict:
     # No run wrote these weights: of a configuration only what they say is known.
-    summary = summarize(config_of_weights(source.model, source.precision))
-    return {**summary, IMPORTED_FROM: {"folder": str(source.folder), "form": source.form}}
+    facts = summarize(config_of_weights(source.model, source.precision))
+    return {**facts, IMPORTED_FROM: {"folder": str(source.folder), "form": source.form}}
 
 
 def _recognised(path: Path, section: str | None) -> tuple[WeightsFileFormat, dict[str, Tensor]]:

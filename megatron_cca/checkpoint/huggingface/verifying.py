@@ -288,10 +288,11 @@ def _fill_shard(shard: ShardedTensor, stored: StoredTensors) -> None:
     """Load this rank's part of a global tensor into a weight. Rows after the stored vocabulary padding become zeros."""
     sizes = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
     low, ends = shard.global_offset, stored.shape(shard.key)
-    high = [max(a, min(a + size, end)) for a, size, end in zip(low, sizes, ends, strict=True)]
+    high = [max(start, min(start + size, end)) for start, size, end in zip(low, sizes, ends, strict=True)]
     shard.data.zero_()
-    if all(a < b for a, b in zip(low, high, strict=True)):
-        inside = tuple(slice(0, b - a) for a, b in zip(low, high, strict=True))
+    lengths = [stop - start for start, stop in zip(low, high, strict=True)]
+    if all(lengths):
+        inside = tuple(slice(0, length) for length in lengths)
         shard.data.view(sizes)[inside] = stored.read_block(shard.key, low, high).to(shard.data.device)
 
 
