@@ -249,6 +249,7 @@ def _move(names: list[str], source: Path, target: Path, *, first: bool) -> None:
             _replace(source / name, target / name)
 
 
+# A name of its own, so that tests can let a move fail.
 _replace = Path.replace
 
 

@@ -57,42 +57,6 @@ class WeightsDescription:
 UNDESCRIBED = WeightsDescription()
 
 
-def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
-    """Return the dtype of all tensors, or float32 if ``asked`` wants it.
-
-    Nothing is rounded: float16 and bfloat16 become float32 only if asked, and nothing becomes bfloat16.
-
-    Args:
-        dtypes: dtype of each tensor, by the name for messages.
-        asked: ``fp32``, or None to keep the dtype.
-
-    Raises:
-        UserError: dtypes differ, or a dtype is not supported. Does not name the file.
-    """
-    (first, dtype), *others = dtypes.items()
-    if asked == "fp32":
-        wrong = [f"tensor {name} is {found}" for name, found in dtypes.items() if found not in _WIDENED]
-        if wrong:
-            raise UserError(f"{wrong[0]}, which float32 cannot hold without rounding")
-        return torch.float32
-    for name, other in others:
-        if other != dtype:
-            remedy = f"; {_REMEDY}" if {dtype, other} <= set(_WIDENED) else ""
-            raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike{remedy}")
-    check_dtype(dtype, f"; {_REMEDY}" if dtype in _WIDENED else "")
-    return dtype
-
-
-def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
-    """Refuse weights in a dtype that is not supported.
-
-    Raises:
-        UserError: the dtype is neither float32 nor bfloat16. Does not name the file.
-    """
-    if dtype not in PRECISIONS:
-        raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")
-
-
 class HuggingFaceCheckpoint:
     """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
 
@@ -209,22 +173,6 @@ class HuggingFaceCheckpoint:
         return one_dtype({name: self.files.tensors[name].dtype for name in names}, description.dtype)
 
 
-def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
-    """Refuse a tensor of another shape than ``config.json`` requires.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if found.shape != shape:
-        raise UserError(
-            f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
-        )
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
 def read_config(folder: Path, option: str) -> Json:
     """Return the contents of ``config.json``.
 
@@ -288,3 +236,55 @@ def companion_files(folder: Path) -> list[Path]:
         if path.is_symlink() and path.exists() and not os.path.realpath(path).startswith(places):
             raise UserError(f"{path} is a symbolic link that leaves the folder; copy the file there")
     return files
+
+
+def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
+    """Refuse a tensor of another shape than ``config.json`` requires.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if found.shape != shape:
+        raise UserError(
+            f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
+        )
+
+
+def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
+    """Return the dtype of all tensors, or float32 if ``asked`` wants it.
+
+    Nothing is rounded: float16 and bfloat16 become float32 only if asked, and nothing becomes bfloat16.
+
+    Args:
+        dtypes: dtype of each tensor, by the name for messages.
+        asked: ``fp32``, or None to keep the dtype.
+
+    Raises:
+        UserError: dtypes differ, or a dtype is not supported. Does not name the file.
+    """
+    (first, dtype), *others = dtypes.items()
+    if asked == "fp32":
+        wrong = [f"tensor {name} is {found}" for name, found in dtypes.items() if found not in _WIDENED]
+        if wrong:
+            raise UserError(f"{wrong[0]}, which float32 cannot hold without rounding")
+        return torch.float32
+    for name, other in others:
+        if other != dtype:
+            remedy = f"; {_REMEDY}" if {dtype, other} <= set(_WIDENED) else ""
+            raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike{remedy}")
+    check_dtype(dtype, f"; {_REMEDY}" if dtype in _WIDENED else "")
+    return dtype
+
+
+def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
+    """Refuse weights in a dtype that is not supported.
+
+    Raises:
+        UserError: the dtype is neither float32 nor bfloat16. Does not name the file.
+    """
+    if dtype not in PRECISIONS:
+        raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

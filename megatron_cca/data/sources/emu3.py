@@ -36,12 +36,15 @@ from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file
 from megatron_cca.io.pickles import NotPlainError, load_tensors
 
+# numpy's codes of integer types, and the names of its function that restores arrays.
 _INTEGERS = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))
 _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
+# The folder where Emu3's programs write the files.
 FEATURES = "feature"
 # More than any image has: 4,096 x 4,096 codes. A forged tensor of a few bytes may claim any size.
 _MAX_CODES = 1 << 24
 _MAX_PTH_BYTES = 1 << 28
+# Of a file, to recognise a list.
 _START_BYTES = 1 << 12
 
 

@@ -17,6 +17,7 @@ from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
 
 # The keys and columns that hold a caption unless the user names one.
 CAPTION_FIELDS = ("caption", "text")
+# Which caption of a list is taken.
 OF_LIST = ("first", "random")
 OF_LIST_HINT = "choose one of each list with --caption-of-list first or random"
 # The words in a folder's or file's name by which ``datasets`` recognises splits.
@@ -26,11 +27,14 @@ _SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+# Characters of a text in a message.
 _MAX_SHOWN = 200
+# Bytes of a file of JSON lines that are searched for line breaks at a time.
 _CHUNK = 1 << 24
 _MAX_LINE_BYTES = 1 << 26
 _NEWLINE = 10
 _IS_SPACE = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
+# Of this many lines one must begin as a JSON object does.
 _LINES_CHECKED = 100
 _ARRAY = "one JSON array"
 _WANTED = "write one JSON object a line, in UTF-8"

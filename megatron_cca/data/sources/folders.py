@@ -31,7 +31,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
 # Files of downloads and version control.
 _NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
+# Of unread files, in one line.
 _SHOWN_KINDS = 6
+# The kind of folders that are not entered.
 LINKED = "linked folders"
 # How many links that lead outside are kept for the message about them.
 _EXAMPLES = 20

@@ -38,6 +38,7 @@ _PIXELS_PER_CODE = 16
 # Far more than any image has: 10 crops of 128 x 128 codes in int64 are 1.3 MB.
 _MAX_BYTES = 1 << 24
 _MAX_LABEL = 1 << 31
+# The codes of so many images count for the fingerprint.
 _IMAGES_IN_FINGERPRINT = 1024
 
 

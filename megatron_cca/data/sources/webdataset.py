@@ -37,6 +37,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import kind_of_file
 
 _BLOCK = tarfile.BLOCKSIZE
+# What compressed files begin with.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption")
@@ -45,8 +46,11 @@ _KINDS = (*_IMAGES, "txt", "json", "cls", "caption")
 _COLUMN = {kind: column for column, kind in enumerate(_KINDS)}
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _DOTTED = "images with a second dot in their names, behind which webdataset ends a record's name"
+# The offset of a member that a record does not have.
 _ABSENT = -1
+# How many records are searched for the field of captions.
 _RECORDS_CHECKED = 100
+# The number at the end of a tar's name.
 _NUMBER = re.compile(r"[0-9]{1,12}$")
 
 
