@@ -12,9 +12,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
+from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import INCEPTION_URL, PUBLISHED_SHA256, WIDTHS, open_extractor, widths
-from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
 from tests.references import tiny_clip
 
 PHRASES = ["a seven", "the digit one", "", "z", "a scan of a four which goes on and on and on for longer than it may"]

@@ -8,7 +8,8 @@ from scipy.spatial.distance import cdist
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation import METRICS, FidelitySettings
+from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
 
 EXACT = {"rel": 1e-6, "abs": 1e-6}
 
@@ -215,8 +216,8 @@ def test_unsuitable_images_are_refused(images, message, scans):
             "samples: 19 images are too few for Inception Score in 10 splits; it wants 20 or more",
         ),
         ((9, 9), {"metrics": ("fid", "lpips")}, "metrics: 'lpips' is unknown; known: fid, inception_score, kid,"),
-        ((9, 9), {"neighborhood": 0}, "neighborhood: must be 1 or more, found 0"),
-        ((9, 9), {"kid_subset_size": 1}, "kid_subset_size: must be 2 or more, found 1"),
+        ((9, 9), {"neighborhood": 0}, "--neighborhood: must be 1 or more, found 0"),
+        ((9, 9), {"kid_subset_size": 1}, "--kid-subset-size: must be 2 or more, found 1"),
     ],
 )
 def test_too_few_images_and_bad_numbers_are_refused(scans, counts, settings, message):

@@ -28,7 +28,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation import (
-    METRICS,
     MOMENT_METRICS,
     PART_OF,
     Counts,
@@ -36,8 +35,6 @@ from megatron_cca.lab.evaluation import (
     obstacle,
 )
 from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
-
-__all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]
 
 _DEFAULTS = FidelitySettings()
 _SFID_CHANNELS = 7

@@ -18,22 +18,40 @@ from megatron_cca.errors import error_context
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.outputs import check_output, claimed, replacing
 from megatron_cca.lab import markdown_table
+from megatron_cca.lab.evaluation import EvaluateOptions
+from megatron_cca.lab.evaluation.checks import (
+    REFERENCE,
+    SAMPLES,
+    ChosenMetrics,
+    check_annotations,
+    choose_metrics,
+    classifier_of,
+    usable_moments,
+)
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
-from megatron_cca.lab.evaluation.planning import (
-    REFERENCE,
-    SAMPLES,
-    EvaluationSettings,
-    Plan,
-    check_annotations,
-    classifier_of,
-    plan,
-    usable_moments,
-)
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.version import installed_versions
+
+METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
+PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
+_PARTIAL = ".partial"
+# The number of images on a sheet.
+_WITH_PROMPTS, _WITHOUT = 16, 48
+_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
+# Key, heading with the direction of improvement, and whether more is better.
+_COLUMNS = (
+    ("fid", "FID ↓", False),
+    ("sfid", "sFID ↓", False),
+    ("inception_score", "IS ↑", True),
+    ("kid", "KID ↓", False),
+    ("precision", "precision ↑", True),
+    ("recall", "recall ↑", True),
+    ("class_accuracy", "accuracy ↑", True),
+    ("clip_score", "CLIP score ↑", True),
+)
 
 
 @dataclass(frozen=True)
@@ -64,13 +82,13 @@ class Evaluation:
     ``extractor_origin`` names the source of the extractor's weights.
     """
 
-    settings: EvaluationSettings
+    settings: EvaluateOptions
     reference: ImageSet
     extractor_origin: dict[str, str]
     sets: list[SetResult]
 
 
-def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
+def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     """Read the images, decide what can be computed, and compute it.
 
     Progress bars go to standard error.
@@ -79,28 +97,28 @@ def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
         UserError: images that cannot be read; too few images for a metric that was asked for by name; no labels for a
             classifier or no prompts for CLIP; nothing that can be computed.
     """
-    sets = {name: _read(SAMPLES, path) for name, path in settings.samples.items()}
+    sets = {name: _read(SAMPLES, path) for name, path in settings.sets.items()}
     reference = _read(REFERENCE, settings.reference)
     check_annotations(settings, sets)
     extractor = None
-    if settings.metrics != () and settings.extractor not in WIDTHS:
+    if settings.metrics != () and settings.network not in WIDTHS:
         # The outputs of a user's network show only when it runs.
         extractor = _open(settings, device)
-    known = WIDTHS.get(settings.extractor, {}) if extractor is None else widths(extractor, reference.images)
-    plans = plan(settings, sets, reference, known)
-    if extractor is None and any(one.metrics for one in plans.values()):
+    known = WIDTHS.get(settings.network, {}) if extractor is None else widths(extractor, reference.images)
+    chosen = choose_metrics(settings, sets, reference, known)
+    if extractor is None and any(one.metrics for one in chosen.values()):
         extractor = _open(settings, device)
     # Open both before the long computation. Errors in them appear early.
     name_of_classifier = classifier_of(settings, sets)
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
-    metrics = _fidelities(settings, sets, reference, extractor, plans)
+    metrics = _fidelities(settings, sets, reference, extractor, chosen)
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
     cuts = _cuts(sets, scorer) if scorer is not None else {}
     scores = _clip_scores(sets, scorer) if scorer is not None else {}
     results = [
         SetResult(
-            name, images, metrics[name], plans[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
+            name, images, metrics[name], chosen[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
         )
         for name, images in sets.items()
     ]
@@ -124,9 +142,9 @@ def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, Cut]:
     return found
 
 
-def _open(settings: EvaluationSettings, device: torch.device) -> Extractor:
-    extractor = open_extractor(settings.extractor, settings.inception_weights).to(device)
-    if settings.extractor == "inception" and not extractor.origin["sha256"].startswith(PUBLISHED_SHA256):
+def _open(settings: EvaluateOptions, device: torch.device) -> Extractor:
+    extractor = open_extractor(settings.network, settings.inception_weights).to(device)
+    if settings.network == "inception" and not extractor.origin["sha256"].startswith(PUBLISHED_SHA256):
         print(
             f"{WEIGHTS}: the SHA-256 of {settings.inception_weights} does not begin with {PUBLISHED_SHA256}, as the "
             "published file's name says it does; do not compare these numbers with papers'",
@@ -136,11 +154,11 @@ def _open(settings: EvaluationSettings, device: torch.device) -> Extractor:
 
 
 def _fidelities(
-    settings: EvaluationSettings,
+    settings: EvaluateOptions,
     sets: dict[str, ImageSet],
     reference: ImageSet,
     extractor: Extractor | None,
-    plans: dict[str, Plan],
+    chosen: dict[str, ChosenMetrics],
 ) -> dict[str, dict[str, float]]:
     if extractor is None:
         return {name: {} for name in sets}
@@ -152,7 +170,7 @@ def _fidelities(
     for name, images in sets.items():
         total = len(images.images) + (0 if found else len(real))
         with _bar(f"features of {name}", total) as bar:
-            numbers = replace(settings.numbers, metrics=plans[name].metrics)
+            numbers = replace(settings.numbers, metrics=chosen[name].metrics)
             with error_context(f"{SAMPLES} {name}"):
                 found[name] = fidelity(images.images, real, extractor, numbers, bar.update)
     return found
@@ -175,25 +193,6 @@ def _clip_scores(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, np.
 
 def _bar(description: str, total: int) -> tqdm:
     return tqdm(total=total, unit="image", desc=description, disable=None)
-
-
-METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
-PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
-_PARTIAL = ".partial"
-# The number of images on a sheet.
-_WITH_PROMPTS, _WITHOUT = 16, 48
-_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
-# Key, heading with the direction of improvement, and whether more is better.
-_COLUMNS = (
-    ("fid", "FID ↓", False),
-    ("sfid", "sFID ↓", False),
-    ("inception_score", "IS ↑", True),
-    ("kid", "KID ↓", False),
-    ("precision", "precision ↑", True),
-    ("recall", "recall ↑", True),
-    ("class_accuracy", "accuracy ↑", True),
-    ("clip_score", "CLIP score ↑", True),
-)
 
 
 @contextmanager
@@ -241,7 +240,7 @@ def as_json(evaluation: Evaluation) -> dict:
     return {
         "version": __version__,
         "packages": installed_versions(_PACKAGES),
-        "extractor": {"name": settings.extractor, **evaluation.extractor_origin},
+        "extractor": {"name": settings.network, **evaluation.extractor_origin},
         "settings": {
             "metrics": settings.metrics,  # null: all that could be computed
             **numbers,
@@ -255,7 +254,7 @@ def as_json(evaluation: Evaluation) -> dict:
             "brings_moments_of": sorted(evaluation.reference.moments or ()),
             **_notices(evaluation.reference),
         },
-        "sets": [_set_as_json(settings.samples[one.name], one) for one in evaluation.sets],
+        "sets": [_set_as_json(settings.sets[one.name], one) for one in evaluation.sets],
     }
 
 
@@ -306,7 +305,7 @@ def table(evaluation: Evaluation) -> str:
     ]
     settings, reference = evaluation.settings, evaluation.reference.images
     lines = [markdown_table(header, cells, first_number=1), ""]
-    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
+    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     return "\n".join(lines)

@@ -13,10 +13,10 @@ from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import check_conditions, read_prompts
-from megatron_cca.lab.evaluation import Counts, FidelitySettings, obstacle
+from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
-from megatron_cca.lab.evaluation.image_sets import WORDS, check_path, list_folder
+from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
 from megatron_cca.lab.studies import Keys, PlotSettings, SamplingConfig, StudySettings
 from megatron_cca.lab.studies.study import BASE, Method, Study, run_units, units_per_sample
 from megatron_cca.models import resolve_architecture, tiny_architecture

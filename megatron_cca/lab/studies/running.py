@@ -28,9 +28,10 @@ from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
 from megatron_cca.io.outputs import whole_file
+from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
 from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.studies.plan import Plan, Planner, expected_tasks, make_plan
 from megatron_cca.lab.studies.tasks import (
