@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _evaluate(given: EvaluateOptions) -> None:
     # Imported late: --help need not wait for it.
+    from megatron_cca.lab import reserved_folder
     from megatron_cca.lab.evaluation.checks import check
-    from megatron_cca.lab.evaluation.report import reserved
+    from megatron_cca.lab.evaluation.report import former_files
 
     check_writable(given.output)
     check(given)
@@ -48,7 +49,7 @@ def _evaluate(given: EvaluateOptions) -> None:
     for option, path in sources:
         if Path(path).is_dir():
             check_apart(given.output, Path(path), option)
-    with reserved(given.output, overwrite=given.overwrite):
+    with reserved_folder(given.output, former_files(given.output), overwrite=given.overwrite):
         _run(given)
 
 

@@ -12,13 +12,14 @@ from PIL import Image
 
 from megatron_cca.data.digits import captions_of, load_scans
 from megatron_cca.errors import UserError
+from megatron_cca.lab import reserved_folder
 from megatron_cca.lab.evaluation import METRICS, EvaluateOptions, FidelitySettings
 from megatron_cca.lab.evaluation.checks import check, choose_metrics
 from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.report import as_json, evaluate, reserved, table, write_report
+from megatron_cca.lab.evaluation.report import as_json, evaluate, former_files, table, write_report
 from megatron_cca.programs import evaluate as program
 from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
@@ -178,7 +179,7 @@ def test_clip_scores_and_accuracy_need_no_extractor(drawn, tmp_path):
     assert table(evaluation).splitlines()[0] == "| samples | images | accuracy ↑ | CLIP score ↑ |"
     assert table(evaluation).splitlines()[3].endswith("| – |")
     output = tmp_path / "out"
-    with reserved(output, overwrite=False):
+    with reserved_folder(output, former_files(output), overwrite=False):
         assert "fid_is.png" not in write_report(output, evaluation)
     assert json.loads((output / "metrics.json").read_text())["sets"][0]["clip_score"] == pytest.approx(expected.mean())
 
@@ -205,21 +206,21 @@ def test_prompts_that_clip_cuts_and_files_that_are_not_read_are_in_the_report(dr
 
 def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path):
     evaluation = evaluate(settings_of(drawn, metrics=("fid",)), CPU)
-    with reserved(tmp_path, overwrite=False):
+    with reserved_folder(tmp_path, former_files(tmp_path), overwrite=False):
         write_report(tmp_path, evaluation)
     (tmp_path / "samples-former.png").touch()
     with (
         pytest.raises(UserError, match=r"already holds class_accuracy.png and \d more; give an empty folder or --over"),
-        reserved(tmp_path, overwrite=False),
+        reserved_folder(tmp_path, former_files(tmp_path), overwrite=False),
     ):
         pass
-    with reserved(tmp_path, overwrite=True):
+    with reserved_folder(tmp_path, former_files(tmp_path), overwrite=True):
         write_report(tmp_path, evaluation)
     assert not (tmp_path / "samples-former.png").exists()
     (tmp_path / "thesis.tex").touch()
     with (
         pytest.raises(UserError, match=r"holds thesis.tex: not what --overwrite is meant to replace"),
-        reserved(tmp_path, overwrite=True),
+        reserved_folder(tmp_path, former_files(tmp_path), overwrite=True),
     ):
         pass
 
@@ -231,7 +232,10 @@ def test_nothing_half_written_stays(drawn, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("megatron_cca.lab.evaluation.report.class_accuracy_bars", full)
-    with pytest.raises(UserError, match="is full"), reserved(tmp_path / "out", overwrite=False):
+    with (
+        pytest.raises(UserError, match="is full"),
+        reserved_folder(tmp_path / "out", former_files(tmp_path / "out"), overwrite=False),
+    ):
         write_report(tmp_path / "out", evaluation)
     assert not (tmp_path / "out").exists()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.errors import error_context
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import check_output, claimed, replacing
-from megatron_cca.lab import markdown_table
+from megatron_cca.io.outputs import replacing
+from megatron_cca.lab import PARTIAL, markdown_table
 from megatron_cca.lab.evaluation import EvaluateOptions
 from megatron_cca.lab.evaluation.checks import (
     REFERENCE,
@@ -37,7 +35,6 @@ from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
-_PARTIAL = ".partial"
 # The number of images on a sheet.
 _WITH_PROMPTS, _WITHOUT = 16, 48
 _PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
@@ -195,27 +192,14 @@ def _bar(description: str, total: int) -> tqdm:
     return tqdm(total=total, unit="image", desc=description, disable=None)
 
 
-@contextmanager
-def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Reserve the folder for a report while the context is open.
-
-    It opens before the work and closes after the last file.
-
-    Raises:
-        UserError: the folder holds something that must not be replaced, or another process writes there.
-    """
-    with claimed(output):
-        check_output(output, _former(output), {_PARTIAL}, overwrite=overwrite)
-        yield
-
-
-def _former(output: Path) -> set[str]:
+def former_files(output: Path) -> set[str]:
+    """Return the names of the files that a former report in the folder may have."""
     sheets = {path.name for path in output.glob(SAMPLES_FILE.format("*"))}
     return {METRICS_FILE, TABLE_FILE, PLANE_FILE, BARS_FILE, *sheets}
 
 
 def write_report(output: Path, evaluation: Evaluation) -> list[str]:
-    """Write all files into a :func:`reserved` folder, or none.
+    """Write all files into a :func:`reserved_folder`, or none.
 
     They replace those of a former report.
 
@@ -225,7 +209,7 @@ def write_report(output: Path, evaluation: Evaluation) -> list[str]:
     Raises:
         UserError: the file system reports an error.
     """
-    with replacing(output, _former(output), _PARTIAL, METRICS_FILE) as partial:
+    with replacing(output, former_files(output), PARTIAL, METRICS_FILE) as partial:
         (partial / TABLE_FILE).write_text(table(evaluation) + "\n")
         _draw(partial, evaluation)
         (partial / METRICS_FILE).write_text(json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n")

@@ -127,7 +127,7 @@ class StudySettings:
     metrics: list[Metric] = dataclasses.field(default_factory=lambda: ["fid", "inception_score", "precision", "recall"])
     inception_score_splits: PositiveInt = 1
     keep_images: bool = True
-    """Leave what was drawn as images.npz beside its judgement."""
+    """Leave what was drawn as images.npz beside its numbers."""
     collapse: PositiveFloat = 3.0
     """A run has collapsed if its FID is more than this many times its base's, guidance-free, on the same seed."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
