@@ -41,7 +41,7 @@ def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
 
     Surroundings that cannot be used, such as a cache, are one line with status 2, too. An interruption (Ctrl-C) is one
     line with status 130. A run that was asked to stop ends in one line with status 128 + the signal's number. Standard
-    output and error may close meanwhile, see :func:`display.guarded`.
+    output and error may close meanwhile, see :func:`terminal.guarded`.
 
     Under torchrun the text also goes to the agent's error file, so that torchrun reports it as the root cause. The
     process ends without waiting for collectives that will never finish. The agent then ends the others. A rank that has

@@ -152,7 +152,7 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
     """Load weights, adapters and optimizer state from a checkpoint of any layout. Collective over all ranks.
 
-    The optimizer keeps the settings of the configuration, such as betas. :func:`integrity.newest_whole` must have
+    The optimizer keeps the settings of the configuration, such as betas. :func:`stored_tensors.newest_whole` must have
     checked the checkpoint before.
 
     Raises:

@@ -176,7 +176,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Args:
         path: the file. None means the defaults.
         overrides: strings such as ``training.train_iters=10``. The value is YAML. For a key that holds text, it is
-            taken as typed. Paths follow the rule of ``typed_paths.py``. If ``objective.name`` is overridden, keys of
+            taken as typed. Paths follow the rule of ``io/paths.py``. If ``objective.name`` is overridden, keys of
             the file that the new objective does not have are dropped.
 
     Raises:
@@ -205,7 +205,7 @@ def config_from_dict(tree: Mapping[str, Any], *, typed: bool = False) -> Config:
 
     Args:
         tree: section -> key -> value.
-        typed: whether a person typed it. Paths then follow the rule of ``typed_paths.py``. Otherwise a run wrote it,
+        typed: whether a person typed it. Paths then follow the rule of ``io/paths.py``. Otherwise a run wrote it,
             and only keys that former versions wrote and that its objective does not have are dropped.
     """
     if not typed:

@@ -72,7 +72,7 @@ def hide_other_writer() -> None:
 
 
 _WARNINGS = (
-    # This package supports running without them (see adam.py and models/layers.py).
+    # This package supports running without them (see :func:`serve_megatron` and models/layers.py).
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
     r"full scope is deprecated",

@@ -170,7 +170,7 @@ def transformer_config(
         fp8_amax_compute_algo=training.fp8_amax_compute_algo,
         # For a frozen model, Transformer Engine would permanently keep an FP8 copy of every weight.
         disable_parameter_transpose_cache=is_frozen,
-        # The weights are filled by name later (checkpoint or initialization.py), identically for every layout.
+        # The weights are filled by name later (checkpoint or :func:`initialize_by_name`), identically for every layout.
         perform_initialization=False,
         # Otherwise Megatron creates weights on the GPU by name, and ignores torch.device("meta").
         use_cpu_initialization=not on_gpu or torch.get_default_device().type == "meta",

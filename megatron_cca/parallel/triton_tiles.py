@@ -1,4 +1,4 @@
-"""The two operations of ``softmax_tiles`` as Triton kernels for GPUs. Each makes one pass over the tile.
+"""The two operations of ``tiles`` as Triton kernels for GPUs. Each makes one pass over the tile.
 
 The GPU's own library does the matrix products. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, as the tests do.
 """
@@ -19,7 +19,7 @@ _LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> None:
-    """Add a tile to the running softmax, see :func:`softmax_tiles.absorb`. Does not change ``logits``."""
+    """Add a tile to the running softmax, see :func:`tiles.absorb`. Does not change ``logits``."""
     rows, width = logits.shape
     if rows:
         _absorb_kernel[(rows,)](
@@ -30,7 +30,7 @@ def absorb(logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor,
 def logits_gradient(
     logits: Tensor, local_targets: Tensor, peak: Tensor, sum_exp: Tensor, upstream: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return the gradient of a tile, see :func:`softmax_tiles.logits_gradient`."""
+    """Return the gradient of a tile, see :func:`tiles.logits_gradient`."""
     rows, width = logits.shape
     result = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if rows:

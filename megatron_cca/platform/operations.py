@@ -134,7 +134,7 @@ class DeviceOperations:
         return transfers.host_copy(tensor)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Compute ``total += left @ right``, see :func:`accumulation.add_product`."""
+        """Compute ``total += left @ right``, see :func:`add_product`."""
         add_product(total, left, right)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

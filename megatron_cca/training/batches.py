@@ -157,7 +157,7 @@ NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
 SHARE = "positive_as_negative"
 # At this share of rows without a negative, as few rows have one as lack one at the paper's condition dropout of 0.1.
 NEARLY_ALL = 0.9
-# Steps to average over, as in alarms.py: one batch alone says little.
+# Steps to average over, as in faults.py: one batch alone says little.
 _SMOOTHED = 10
 _ROWS_AT_A_TIME = 1 << 16
 _LEFT_OUT = "accuracy, margin and negative log-ratio are undefined and left out"

@@ -45,7 +45,7 @@ def train(config: Config, data: RunData) -> None:
     Collective over all ranks of the job. The configuration must have passed :func:`checks.check_run`.
 
     Raises:
-        Stopped: a signal of :data:`signals.STOPPING` came, and the run is saved.
+        Stopped: a signal of :data:`terminal.STOPPING` came, and the run is saved.
         UserError: loss or gradients are not finite, an alarm ends the run, or the last save failed.
     """
     initialize_distributed(config)

@@ -68,7 +68,7 @@ _SAME_SECONDS = 1.0
 
 
 class StopRequest:
-    """A block that records the first signal of :data:`signals.STOPPING`, so that it does not end the process.
+    """A block that records the first signal of :data:`terminal.STOPPING`, so that it does not end the process.
 
     A later Ctrl-C raises KeyboardInterrupt.
 

@@ -56,7 +56,7 @@ def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedD
         bucket_size=options.ddp_bucket_size,
         average_in_collective=options.average_in_collective,
         pad_buckets_for_high_nccl_busbw=options.pad_buckets_for_high_nccl_busbw,
-        # health.py does this. It also checks the loss, names the layers, and lets a run leave the update out.
+        # step.py does this. It also checks the loss, names the layers, and lets a run leave the update out.
         check_for_nan_in_grad=False,
     )
     model_config = get_model_config(chunks[0])

@@ -15,7 +15,6 @@ EDITED = [
     "checkpoint",
     "config",
     "data",
-    "terminal.py",
     "keys.py",
     "errors.py",
     "generation",

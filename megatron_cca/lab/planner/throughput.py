@@ -30,7 +30,7 @@ class StepTime:
         data_parallel: exposed communication of gradients and parameters.
         optimizer: the optimizer's update.
         overhead: time that does not depend on sizes, and the wait for kernel launches.
-        cluster: stragglers, congestion and similar losses, from published runs; see ``cluster_loss.py``.
+        cluster: stragglers, congestion and similar losses, from published runs; see ``hardware.py``.
         samples: samples of the global batch.
         tokens_per_gpu: positions that the policy computes in a step, divided by the number of GPUs.
         model_flops_per_gpu: FLOPs of a step on one GPU, as ``flops.model_flops`` counts them.
