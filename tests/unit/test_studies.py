@@ -130,7 +130,7 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"methods/Big one": {}}, "methods.Big one: must be of a-z, 0-9, _ and -, found 'Big one'"),
         ({"sampling": {"hight": 4}}, "sampling.hight: unknown key; did you mean sampling.height?"),
         ({"seeds": GONE}, "seeds: is missing"),
-        ({"seeds": [1]}, "seeds: list should have at least 2 items"),
+        ({"seeds": [1]}, "seeds: must be a list of 2 or more, found [1]"),
         ({"seeds": [1, 1]}, "seeds: [1, 1] has one twice"),
         ({"seeds": [1, 7]}, "tuning_seed: 7 is one of seeds"),
         ({"trials": 3}, "methods.cfg.tune: 2 settings, but trials is 3"),
@@ -160,7 +160,7 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
             {"methods/cfg/tune": {"sampling.scale": [1, 2]}},
             "methods.cfg: sampling.scale: unknown key; known here: height",
         ),
-        ({"methods/cfg/tune": {SCALE: [1, -2]}}, "sampling.guidance_scale: input should be greater than or equal to 0"),
+        ({"methods/cfg/tune": {SCALE: [1, -2]}}, "sampling.guidance_scale: must be 0 or more"),
         (
             {"methods/cfg/set": {"sampling.contrastive_top_k": 5}},
             "sampling.contrastive_top_k: does not go with a guidance",

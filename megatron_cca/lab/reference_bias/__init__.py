@@ -17,7 +17,7 @@ IN_FP8 = " with FP8 weights"
 
 @options
 class BiasSettings:
-    """What to measure; half of the rows are positives, the others their negatives.
+    """What to measure. Half of the rows are positives, the others their negatives.
 
     Raises:
         UserError: an odd number of rows.

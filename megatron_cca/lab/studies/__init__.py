@@ -14,6 +14,7 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import NULL, KeysOf, as_json, read_yaml
 from megatron_cca.config.schema import TYPED, PathText
 from megatron_cca.errors import UserError, error_context
+from megatron_cca.io.options import wanted
 from megatron_cca.keys import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 
 OPTION = "--study"
@@ -197,7 +198,7 @@ def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -
         return f"{key}: {error['ctx']['error']}"
     if error["type"] == "string_type" and error["input"] is None:
         return f"{key}: {NULL}"
-    return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{key}: {wanted(error)}, found {error['input']!r}"
 
 
 def _suggestion(location: list[str], kind: type) -> str:
