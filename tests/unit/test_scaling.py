@@ -14,7 +14,7 @@ from megatron_cca.lab.scaling.measure import ideal_bubble
 from megatron_cca.lab.scaling.report import plot
 from megatron_cca.lab.scaling.sweep import (
     RESULTS,
-    Row,
+    PointRecord,
     forget_failed,
     open_sweep,
     point_named,
@@ -83,7 +83,7 @@ def finished(speed=100.0, **changes):
 
 def rows(points, *found):
     return [
-        Row(point, {"num_gpus": point.num_gpus, "status": "finished", **one})
+        PointRecord(point, {"num_gpus": point.num_gpus, "status": "finished", **one})
         for point, one in zip(points, found, strict=True)
     ]
 
@@ -303,7 +303,7 @@ def test_mfu_is_of_the_best_peak_that_was_measured(tmp_path):
 def test_table_and_picture(tmp_path):
     sweep = opened(tmp_path, planned=PLANNED, layouts=[{}], mode="weak")
     measured = rows(sweep.measured[:1], finished())
-    measured.append(Row(sweep.measured[1], {"num_gpus": 2, "status": "failed", "reason": "not enough memory"}))
+    measured.append(PointRecord(sweep.measured[1], {"num_gpus": 2, "status": "failed", "reason": "not enough memory"}))
     theirs = rows(sweep.planned, *[finished(device="h100-80gb")] * 2)
     text = report.table(sweep, measured, theirs)
     assert "## Measured" in text and "host here; 2026-01-02; torch 2" in text

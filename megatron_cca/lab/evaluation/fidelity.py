@@ -42,7 +42,7 @@ _SFID_CHANNELS = 7
 _DISTANCE_ROWS = 1000
 
 
-class Reference:
+class ReferenceImages:
     """Real images with the extractor's features.
 
     The features are kept, so that many sample sets use them.
@@ -96,7 +96,7 @@ class Reference:
 
 def fidelity(
     samples: np.ndarray,
-    reference: np.ndarray | Reference,
+    reference: np.ndarray | ReferenceImages,
     extractor: nn.Module,
     settings: FidelitySettings = _DEFAULTS,
     on_progress: OnProgress | None = None,
@@ -108,7 +108,7 @@ def fidelity(
 
     Args:
         samples: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, grey levels or RGB from 0 to 255.
-        reference: the same for real images, or a :class:`Reference` of the same extractor.
+        reference: the same for real images, or a :class:`ReferenceImages` of the same extractor.
         extractor: maps uint8 ``[N, 3, H, W]`` to features ``[N, D]``, class logits ``[N, C]`` and, for sFID, spatial
             features ``[N, S]``. Its output is a tuple in this order or a dict with these keys. It runs on the device of
             its parameters.
@@ -123,8 +123,8 @@ def fidelity(
             with values that are not finite.
     """
     check_images("samples", samples)
-    if not isinstance(reference, Reference):
-        reference = Reference(reference, extractor)
+    if not isinstance(reference, ReferenceImages):
+        reference = ReferenceImages(reference, extractor)
     assert reference.extractor is extractor, "the reference remembers another extractor's answers"
     counts = Counts(len(samples), len(reference), reference.given)
     found = widths(extractor, samples if len(samples) else reference.images)
@@ -150,7 +150,7 @@ def _wanted_of_reference(settings: FidelitySettings, given: frozenset[str]) -> s
     return {PART_OF[name] for name in binary if not (name in MOMENT_METRICS and PART_OF[name] in given)}
 
 
-def _compute(ours: dict[str, Tensor], reference: Reference, settings: FidelitySettings) -> dict[str, float]:
+def _compute(ours: dict[str, Tensor], reference: ReferenceImages, settings: FidelitySettings) -> dict[str, float]:
     found: dict[str, float] = {}
     if "inception_score" in settings.metrics:
         splits = settings.inception_score_splits

@@ -27,7 +27,7 @@ from megatron_cca.lab.evaluation.checks import (
     usable_moments,
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
+from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
@@ -69,7 +69,7 @@ class SetResult:
     left_out: dict[str, str]
     accuracy: ClassAccuracy | None = None
     clip_scores: np.ndarray | None = None
-    clip_cut: Cut | None = None
+    clip_cut: TruncatedPrompts | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _read(option: str, path: str) -> ImageSet:
     return found
 
 
-def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, Cut]:
+def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, TruncatedPrompts]:
     found = {name: scorer.cut(one.prompts) for name, one in sets.items() if one.prompts is not None}
     for name, cut in found.items():
         if (line := cut.line()) is not None:
@@ -160,9 +160,9 @@ def _fidelities(
     if extractor is None:
         return {name: {} for name in sets}
     # Imported late: the import of torch-fidelity takes seconds.
-    from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
+    from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 
-    real = Reference(reference.images, extractor, usable_moments(settings, reference))
+    real = ReferenceImages(reference.images, extractor, usable_moments(settings, reference))
     found = {}
     for name, images in sets.items():
         total = len(images.images) + (0 if found else len(real))

@@ -30,8 +30,8 @@ from megatron_cca.lab.scaling.sweep import (
     RESULTS,
     TABLE,
     Point,
+    PointRecord,
     Record,
-    Row,
     Sweep,
     forget_failed,
     open_sweep,
@@ -208,11 +208,11 @@ def _measure_all(sweep: Sweep, settings: RunSettings) -> None:
                 seconds = sweep.settings.timeout_seconds
                 launch_point(point, settings.sweep, output, settings.script, settings.device, seconds)
             bar.update()
-            _tell(bar, Row(point, read_record(output, point)))
+            _tell(bar, PointRecord(point, read_record(output, point)))
             write_results(output, rows_of(output, points))
 
 
-def _tell(bar: tqdm, row: Row) -> None:
+def _tell(bar: tqdm, row: PointRecord) -> None:
     record = row.record
     how = _speed(record) if row.is_finished else f"failed: {record['reason']}"
     if bar.disable or not row.is_finished:
@@ -243,7 +243,7 @@ def _write(sweep: Sweep, output: Path) -> None:
         print(f"{missing} of {len(sweep.measured)} points have not been run; run.py list names them")
 
 
-def _check_one_device(output: Path, rows: Sequence[Row]) -> None:
+def _check_one_device(output: Path, rows: Sequence[PointRecord]) -> None:
     devices = sorted({row.record["device"] for row in rows if row.is_finished})
     if len(devices) > 1:
         raise UserError(f"--output: {output} holds points of {' and of '.join(devices)}; give each a folder of its own")

@@ -15,7 +15,7 @@ from megatron_cca.io.figures import BLUE, COLOURS, GREY, INK, LEGEND, RED, TITLE
 from megatron_cca.lab import padded_table
 from megatron_cca.lab.planner.hardware import name_of_device
 from megatron_cca.lab.planner.workload import MFU_MEANS
-from megatron_cca.lab.scaling.sweep import MEASURED, Row, Sweep
+from megatron_cca.lab.scaling.sweep import MEASURED, PointRecord, Sweep
 
 _HEADER = (
     "mode",
@@ -54,7 +54,7 @@ class Series:
     kind: str
     mode: str
     name: str
-    rows: list[Row]
+    rows: list[PointRecord]
 
     @property
     def label(self) -> str:
@@ -117,27 +117,27 @@ def units(unit: str) -> str:
     return {"process": "processes", "GPU": "GPUs"}[unit]
 
 
-def diagrams_of(measured: Sequence[Row], planned: Sequence[Row]) -> list[Diagram]:
+def diagrams_of(measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> list[Diagram]:
     """Return the finished points by the diagram that shows them.
 
     A planned point joins measured ones only if the model, the data and the GPU are the same.
     """
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[PointRecord]] = {}
     for row in (*measured, *planned):
         if row.is_finished:
             found.setdefault(_what(row), []).append(row)
     return [_diagram(rows) for rows in found.values()]
 
 
-def _what(row: Row) -> tuple:
+def _what(row: PointRecord) -> tuple:
     device = row.record["device"]
     if row.point.kind == MEASURED:
         device = row.point.how["gpu"] or name_of_device(device) or device
     return device, row.point.config.model, row.point.config.objective.name, row.point.images
 
 
-def _diagram(rows: Sequence[Row]) -> Diagram:
-    found: dict[tuple, list[Row]] = {}
+def _diagram(rows: Sequence[PointRecord]) -> Diagram:
+    found: dict[tuple, list[PointRecord]] = {}
     for row in rows:
         found.setdefault((row.point.kind, row.point.mode, row.point.series), []).append(row)
     series = [Series(*key, sorted(some, key=lambda row: row.record["num_gpus"])) for key, some in found.items()]
@@ -147,7 +147,7 @@ def _diagram(rows: Sequence[Row]) -> Diagram:
     return Diagram(title, device, series)
 
 
-def efficiency(row: Row, rows: Sequence[Row]) -> float:
+def efficiency(row: PointRecord, rows: Sequence[PointRecord]) -> float:
     """Return the tokens/s of a GPU as a share of those at the smallest world size in the same mode.
 
     It compares with the same layout if that world size has it.
@@ -164,7 +164,7 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
     return row.record["tokens_per_second_per_gpu"] / best
 
 
-def with_one_peak(rows: Sequence[Row]) -> list[Row]:
+def with_one_peak(rows: Sequence[PointRecord]) -> list[PointRecord]:
     """Return the same points with the MFU against the largest measured peak.
 
     Other processes on the machine can only make a measured peak too low.
@@ -180,7 +180,7 @@ def with_one_peak(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
+def table(sweep: Sweep, measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> str:
     """Return the text of ``table.md``.
 
     It has the measured points with their machine, the planned ones with the model's error, and the failed ones.
@@ -197,7 +197,7 @@ def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _measured_on(rows: Sequence[Row]) -> str:
+def _measured_on(rows: Sequence[PointRecord]) -> str:
     finished = [row.record for row in rows if row.is_finished]
     if not finished:
         return "No point finished."
@@ -219,7 +219,7 @@ def _device(record: dict) -> str:
     return f"{record['device']}, MFU of {peak / 1e3:,.0f} TFLOP/s"
 
 
-def _planned_on(rows: Sequence[Row]) -> str:
+def _planned_on(rows: Sequence[PointRecord]) -> str:
     return (
         f"{rows[0].point.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
         f"its error. {MFU_MEANS} Nobody ran these; what a cluster "
@@ -227,7 +227,7 @@ def _planned_on(rows: Sequence[Row]) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[PointRecord]) -> str:
     finished = [row for row in rows if row.is_finished]
     if not finished:
         return ""
@@ -236,7 +236,7 @@ def _table(rows: Sequence[Row]) -> str:
     return padded_table(header, [_line(row, finished) for row in finished]) + "\n"
 
 
-def _line(row: Row, rows: Sequence[Row]) -> list[str]:
+def _line(row: PointRecord, rows: Sequence[PointRecord]) -> list[str]:
     record = row.record
     return [
         row.point.mode,
@@ -254,7 +254,7 @@ def _line(row: Row, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:
+def plot(path: Path, sweep: Sweep, measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> None:
     """Draw one row of panels for each diagram of comparable series.
 
     Filled markers are measured. Hollow ones are planned.
@@ -349,10 +349,10 @@ def _draw_shares(axes: Axes, diagram: Diagram) -> None:
     axes.tick_params(axis="x", labelsize=size)
 
 
-def _short(row: Row) -> str:
+def _short(row: PointRecord) -> str:
     return row.record["layout"].replace(" x ", ", ")
 
 
-def _shares(row: Row) -> tuple[float, float, float]:
+def _shares(row: PointRecord) -> tuple[float, float, float]:
     communication, bubble = row.record["communication"], row.record["bubble"]
     return max(0.0, 1 - communication - bubble), communication, bubble

@@ -261,7 +261,7 @@ def point_named(sweep: Sweep, title: str | None, world_size: int) -> Point:
 
 
 @dataclass(frozen=True)
-class Row:
+class PointRecord:
     """A point and its record."""
 
     point: Point
@@ -326,13 +326,13 @@ def forget_failed(output: Path, points: Sequence[Point]) -> None:
             record_path(output, point).unlink()
 
 
-def rows_of(output: Path, points: Sequence[Point]) -> list[Row]:
+def rows_of(output: Path, points: Sequence[Point]) -> list[PointRecord]:
     """Return the points that have ended, in order."""
     found = [(point, read_record(output, point)) for point in points]
-    return [Row(point, record) for point, record in found if record is not None]
+    return [PointRecord(point, record) for point, record in found if record is not None]
 
 
-def write_results(output: Path, rows: Sequence[Row]) -> None:
+def write_results(output: Path, rows: Sequence[PointRecord]) -> None:
     """Write ``results.jsonl``, one object for each point.
 
     The file is complete or unchanged.

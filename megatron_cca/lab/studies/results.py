@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.studies import Keys
-from megatron_cca.lab.studies.schedule import Outcomes, Row, Schedule
+from megatron_cca.lab.studies.schedule import Outcomes, Schedule, TableRow
 from megatron_cca.lab.studies.study import BASE, Study, passes_of_run, passes_per_sample
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
@@ -64,7 +64,7 @@ class Result:
         passes: cost of its training.
     """
 
-    row: Row
+    row: TableRow
     seeds: dict[int, dict[str, float]]
     statistics: dict[str, Statistic]
     failed: dict[int, str]
@@ -143,7 +143,7 @@ def _metrics(outcomes: Outcomes, sampling: Sampling) -> dict[str, float]:
     return numbers if logged is None else {**numbers, _DIAGNOSTIC: logged}
 
 
-def _result(study: Study, row: Row, outcomes: Outcomes, base_fid: Mapping[int, float | None]) -> Result:
+def _result(study: Study, row: TableRow, outcomes: Outcomes, base_fid: Mapping[int, float | None]) -> Result:
     seeds = {one.seed: _metrics(outcomes, one) for one in row.samplings}
     finished = {seed: metrics for seed, metrics in seeds.items() if metrics}
     limit = study.settings.collapse

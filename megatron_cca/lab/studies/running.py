@@ -31,7 +31,7 @@ from megatron_cca.io.outputs import whole_file
 from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.studies.schedule import Schedule, TaskFactory, expected_tasks, make_schedule
 from megatron_cca.lab.studies.tasks import (
@@ -182,12 +182,12 @@ def evaluated(inputs: EvaluationInputs, images: np.ndarray, prompts: Sequence[Pr
 
 
 @cache
-def _reference(reference: str, extractor: str, weights: str | None) -> Reference:
+def _reference(reference: str, extractor: str, weights: str | None) -> ReferenceImages:
     network = open_extractor(extractor, weights and Path(weights)).to(platform.device())
     images = read_images(reference)
     for notice in images.notices:
         print(f"reference {reference}: {notice}", file=sys.stderr)
-    return Reference(images.images, network, images.moments if extractor == "inception" else None)
+    return ReferenceImages(images.images, network, images.moments if extractor == "inception" else None)
 
 
 class TaskQueue:

@@ -83,7 +83,7 @@ def file_stamp(name: str | Path) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of the results: a method with its settings, and its samples on each seed.
 
     Attributes:
@@ -128,7 +128,7 @@ class TaskFactory:
         self.layout = study.base or _layout_of(study)
         # Each task that ends makes a new schedule. The keys take some time to compute.
         self._trials: dict[str, list[tuple[Keys, Sampling]]] = {}
-        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._rows: dict[tuple[str, str], list[TableRow]] = {}
 
     def trials(self, method: Method) -> list[tuple[Keys, Sampling]]:
         """Return the settings to try for a method, each with the samples that judge them."""
@@ -140,12 +140,14 @@ class TaskFactory:
             ]
         return self._trials[method.name]
 
-    def rows(self, method: Method, chosen: Keys) -> list[Row]:
+    def rows(self, method: Method, chosen: Keys) -> list[TableRow]:
         """Return the reported rows of a method: the chosen settings, then the sweep around them."""
         key = method.name, repr(chosen)
         if key not in self._rows:
             rows = [(chosen, True), *(({**chosen, **swept}, False) for swept in method.sweep)]
-            self._rows[key] = [Row(method, values, is_it, self._samplings(method, values)) for values, is_it in rows]
+            self._rows[key] = [
+                TableRow(method, values, is_it, self._samplings(method, values)) for values, is_it in rows
+            ]
         return self._rows[key]
 
     def _samplings(self, method: Method, values: Keys) -> list[Sampling]:
@@ -220,7 +222,7 @@ class Schedule:
 
     trials: dict[str, list[tuple[Keys, Sampling]]]
     chosen: dict[str, Keys | None]
-    rows: list[Row]
+    rows: list[TableRow]
 
     @property
     def tasks(self) -> list[Task]:
