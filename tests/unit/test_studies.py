@@ -136,7 +136,7 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
         ({"trials": 3}, "methods.cfg.tune: 2 settings, but trials is 3"),
         ({"methods/cca/tune": {}}, "methods.cca.tune: 1 settings, but trials is 2"),
         ({"methods/cca/tune": {LR: [0.001, 0.001]}}, "methods.cca.tune: a value is given twice"),
-        ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: list should have at least 1 item"),
+        ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: must be a list of 1 or more"),
         ({"methods/control": GONE}, "methods.control: every study needs it"),
         ({"metrics": ["fid"]}, "plots.0: kind: frontier draws inception_score; add it to metrics"),
         ({"samples": 64}, "samples: 64 images are too few for FID on 64 features; it wants 65 or more"),

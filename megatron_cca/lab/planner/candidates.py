@@ -223,7 +223,7 @@ class SearchInputs:
     Attributes:
         cluster: the cluster.
         images: the shape of the images.
-        vary: members of ``candidates.VARIABLES`` that may change beside the layout.
+        vary: members of :data:`VARIABLES` that may change beside the layout.
         calibration: calibration of the GPU.
     """
 
