@@ -255,7 +255,7 @@ def report_of(config, some):
     return Report(plan, config, usual_alternatives(plan.best[0], some))
 
 
-def test_the_obvious_others_each_have_a_reason():
+def test_the_usual_alternatives_each_have_a_reason():
     others = {
         other.name: other.verdict
         for other in report_of(emu3("training.global_batch_size=64"), inputs(128)).alternatives

@@ -45,6 +45,9 @@ def run_search(settings: PlanSettings) -> None:
     config = load_config(settings.config, settings.overrides)
     inputs = _search_inputs(settings, config)
     check_known_weights(config)
+    if settings.output:
+        # Needed only at the end. If it is missing, fail before the search.
+        import matplotlib  # noqa: F401
     with reserved_folder(settings.output, FILES, overwrite=settings.overwrite) if settings.output else nullcontext():
         plan = search(config, inputs, settings.top)
         report = Report(plan, config, usual_alternatives(plan.best[0], inputs))
