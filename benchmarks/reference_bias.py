@@ -185,7 +185,7 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     """
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config import Config
-    from megatron_cca.lab.reference_bias import prefix_logps, training_rows
+    from megatron_cca.lab.reference_bias.measure import prefix_logps, training_rows
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
