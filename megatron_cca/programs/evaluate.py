@@ -11,7 +11,8 @@ from pydantic import Field
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.options import DeviceChoice, File, Folder, Option, PathOrWord, options
-from megatron_cca.io.outputs import check_apart, check_writable
+from megatron_cca.io.output_folders import check_apart
+from megatron_cca.io.outputs import check_writable
 from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation import METRICS, FidelitySettings
 from megatron_cca.programs.parsing import parse, spelled_as_options

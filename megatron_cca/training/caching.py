@@ -27,7 +27,7 @@ from megatron_cca.data.reference_cache import (
     Split,
     finished_blocks,
 )
-from megatron_cca.io.outputs import claimed
+from megatron_cca.io.output_folders import claimed
 from megatron_cca.keys import Affects, values, values_of_reference
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.ranks import initialize_distributed

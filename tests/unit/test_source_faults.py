@@ -12,7 +12,8 @@ from PIL import Image
 
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.data.sources.external_text import JsonLines
-from megatron_cca.io.external_files import hub_blobs, kind_of
+from megatron_cca.io.external_files import hub_blobs
+from megatron_cca.io.file_contents import kind_of
 from tests.unit.test_sources import A, B, everything, hf_cache, lines, refused, rows, tar, write, write_all
 
 __all__ = ["hf_cache"]

@@ -20,7 +20,7 @@ from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.text_tokenizers import open_text_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings, job, parts
 from megatron_cca.errors import UserError
-from megatron_cca.io import outputs
+from megatron_cca.io import output_folders
 from megatron_cca.models.emu3 import tiny_vocabulary
 from tests.references.scans import bad_images, encoded, write_scans
 
@@ -244,7 +244,7 @@ def test_captions_stay_text_in_any_script(scans, settings, tmp_path):
 
 def test_two_jobs_on_one_output_are_kept_apart(settings):
     busy = pytest.raises(UserError, match=r"--output: another process is writing into .*shards\.parts/rank0")
-    with outputs.claimed(parts.PartsFolder(settings.output, NUMBER, 40).scratch(0)), busy:
+    with output_folders.claimed(parts.PartsFolder(settings.output, NUMBER, 40).scratch(0)), busy:
         tokenize(settings)
     tokenize(settings)
     with pytest.raises(UserError, match=r"--output: .*shards exists already; give another folder, or remove it"):

@@ -28,7 +28,7 @@ from megatron_cca.checkpoint.huggingface.target import (
 from megatron_cca.checkpoint.streamed_save import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
-from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.models import family_of
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
 

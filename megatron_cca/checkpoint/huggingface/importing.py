@@ -21,7 +21,7 @@ from megatron_cca.checkpoint.streamed_save import ByteProgress, Piece, num_bytes
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
 from megatron_cca.models.weight_map import MappedTensor

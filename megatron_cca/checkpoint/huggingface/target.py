@@ -29,7 +29,8 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.outputs import OPTION, check_file, check_space, file_system_errors, whole_file
+from megatron_cca.io.output_folders import check_file, check_space
+from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import FAMILIES, family_of, resolve_architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming, WeightsFileFormat, recognise_naming
 from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of

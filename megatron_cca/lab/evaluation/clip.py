@@ -15,6 +15,7 @@ from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation.classifiers import is_function_spec, load_function
 
 CLIP = "--clip"
+_CLIP_PREFIX = "clip:"
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,6 @@ def check_clip(folder: str | Path) -> None:
             f"{CLIP}: {folder} has no config.json; give the folder of a CLIP in transformers' form, such as a copy of "
             "openai/clip-vit-large-patch14"
         )
-
-
-_CLIP_PREFIX = "clip:"
 
 
 def check_scorer(spec: str) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.errors import error_context
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import check_output, claimed, replacing
+from megatron_cca.io.output_folders import check_output, claimed, replacing
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, Cut

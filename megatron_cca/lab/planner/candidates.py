@@ -35,6 +35,10 @@ _RECOMPUTE: tuple[dict, ...] = (
     {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
+# The share of a GPU's memory that a plan may fill. The rest is for fragmentation and for what no formula covers.
+MEMORY_SHARE = 0.92
+# A saving of memory counts from this ratio on.
+_WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)
@@ -210,12 +214,6 @@ def _powers_of_two(largest: int) -> Iterator[int]:
     while size <= largest:
         yield size
         size *= 2
-
-
-# The share of a GPU's memory that a plan may fill. The rest is for fragmentation and for what no formula covers.
-MEMORY_SHARE = 0.92
-# A saving of memory counts from this ratio on.
-_WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from megatron_cca.training.step import StepReport, train_step
 # The least duration of a measurement in seconds, and its least number of repetitions.
 _ENOUGH_SECONDS = 0.2
 _ENOUGH_REPEATS = 20
+# A bound that no run reaches. The gate does not concern random weights.
+_NO_GATE = 1e9
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -110,10 +112,6 @@ def memory_bandwidth(num_bytes: int) -> float:
 def host_memory_bytes() -> int:
     """Return the bytes of the machine's host memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# A bound that no run reaches. The gate does not concern random weights.
-_NO_GATE = 1e9
 
 
 @dataclass(frozen=True)

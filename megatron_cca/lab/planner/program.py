@@ -14,7 +14,8 @@ from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import check_file, file_system_errors, write_json, write_text
+from megatron_cca.io.output_folders import check_file
+from megatron_cca.io.outputs import file_system_errors, write_json, write_text
 from megatron_cca.lab import padded_table
 from megatron_cca.lab.planner import CalibrateSettings, DryRunSettings, PlanSettings
 from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES, Wishes, check_candidate
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from megatron_cca.lab.planner.calibrate import Measured
 
 _USUAL_GRID = "90x90"
+# Packages whose versions change the times.
+PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def run_search(settings: PlanSettings) -> None:
@@ -113,10 +116,6 @@ def _variables(text: str | None) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"--vary: {unknown[0]!r} is unknown; known: {', '.join(VARIABLES)}")
     return names
-
-
-# Packages whose versions change the times.
-PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:

@@ -15,7 +15,7 @@ import yaml
 from megatron_cca import __version__
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
-from megatron_cca.io.outputs import check_output, claimed, replacing
+from megatron_cca.io.output_folders import check_output, claimed, replacing
 from megatron_cca.lab import padded_table
 from megatron_cca.lab.planner.candidates import MEMORY_SHARE, Candidate
 from megatron_cca.lab.planner.hardware import DEFAULT
@@ -41,6 +41,11 @@ HEADER = (
     "bubble",
     "comm.",
 )
+_WIDTH = 118
+YAML_FILE = "plan.yaml"
+TABLE_FILE, JSON_FILE, PLOT_FILE = "table.md", "plan.json", "plan.png"
+_FILES = (TABLE_FILE, YAML_FILE, PLOT_FILE, JSON_FILE)
+_PARTIAL = ".partial"
 
 
 def layout_name(config: Config, num_gpus: int) -> str:
@@ -110,9 +115,6 @@ def memory_groups(memory: MemoryEstimate) -> dict[str, int]:
     }
 
 
-_WIDTH = 118
-
-
 def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
     """Return the configuration as YAML text.
 
@@ -153,9 +155,6 @@ def _mark(section: str, key: str, is_planned: bool) -> str:
     if (section, key) == ("reference", "cache"):
         return "  # compute it beforehand: tools/cache_reference.py"
     return "  # planned"
-
-
-YAML_FILE = "plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -253,11 +252,6 @@ def yaml_of(report: Report) -> str:
         f"torchrun {launch} examples/pretrain_cca_emu3.sh --config {YAML_FILE}",
     ]
     return as_yaml(best.config, report.before, head)
-
-
-TABLE_FILE, JSON_FILE, PLOT_FILE = "table.md", "plan.json", "plan.png"
-_FILES = (TABLE_FILE, YAML_FILE, PLOT_FILE, JSON_FILE)
-_PARTIAL = ".partial"
 
 
 @contextmanager

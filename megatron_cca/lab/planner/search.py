@@ -28,6 +28,8 @@ from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.models import explicit
 from megatron_cca.training import reference_settings
 
+_MOST_NODES = 64
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -107,9 +109,6 @@ def _offers_cache(config: Config, wishes: Wishes) -> bool:
 
 def _has_cache(config: Config) -> bool:
     return config.reference.strategy == "cached"
-
-
-_MOST_NODES = 64
 
 
 def check_cluster(config: Config, wishes: Wishes) -> None:

@@ -17,6 +17,28 @@ from megatron_cca.lab.planner.hardware import name_of_device
 from megatron_cca.lab.planner.workload import MFU_MEANS
 from megatron_cca.lab.scaling.sweep import MEASURED, Row, Sweep
 
+_HEADER = (
+    "mode",
+    "{units}",
+    "layout",
+    "global batch",
+    "s/step",
+    "tokens/s/{unit}",
+    "of the smallest",
+    "MFU",
+    "GiB",
+    "communication",
+    "bubble",
+    "even bubble",
+)
+_MARKERS = {"weak": "o", "strong": "s"}
+_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
+_WIDTH, _HEIGHT = 13.5, 4.3
+# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
+_MARGIN, _SHIFT = 1.4, 0.008
+# The least number of bars that fill the axis. Fewer bars do not become wider.
+_FEWEST_BARS = 6
+
 
 @dataclass(frozen=True)
 class Series:
@@ -158,22 +180,6 @@ def with_one_peak(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-_HEADER = (
-    "mode",
-    "{units}",
-    "layout",
-    "global batch",
-    "s/step",
-    "tokens/s/{unit}",
-    "of the smallest",
-    "MFU",
-    "GiB",
-    "communication",
-    "bubble",
-    "even bubble",
-)
-
-
 def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
     """Return the text of ``table.md``.
 
@@ -246,15 +252,6 @@ def _line(row: Row, rows: Sequence[Row]) -> list[str]:
         f"{record['bubble']:.1%}",
         f"{record['ideal_bubble']:.1%}",
     ]
-
-
-_MARKERS = {"weak": "o", "strong": "s"}
-_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
-_WIDTH, _HEIGHT = 13.5, 4.3
-# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
-_MARGIN, _SHIFT = 1.4, 0.008
-# The least number of bars that fill the axis. Fewer bars do not become wider.
-_FEWEST_BARS = 6
 
 
 def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:

@@ -13,7 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context, one_line, shortened
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
@@ -23,6 +23,11 @@ from megatron_cca.objectives.base import inherited
 from megatron_cca.version import code_version
 
 MEASURED, PLANNED = "measured", "planned"
+RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "scaling.png"
+FOLDER, LOGS = "points", "logs"
+_REASON_LENGTH = 300
+_NUMBERS = ("tokens_per_second_per_gpu", "low", "high", "mfu", "memory_gib", "communication", "bubble", "ideal_bubble")
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -253,14 +258,6 @@ def task_named(sweep: Sweep, title: str | None, world_size: int) -> Task:
     if not found:
         raise UserError(f"--point: {title or f'none of {world_size} processes'}: {OPTION} {sweep.path} has {names}")
     raise UserError(f"--point: is missing; of {world_size} processes {OPTION} {sweep.path} has {names}")
-
-
-RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "scaling.png"
-FOLDER, LOGS = "points", "logs"
-_REASON_LENGTH = 300
-_NUMBERS = ("tokens_per_second_per_gpu", "low", "high", "mfu", "memory_gib", "communication", "bubble", "ideal_bubble")
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

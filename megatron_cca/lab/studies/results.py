@@ -14,6 +14,30 @@ from megatron_cca.lab.studies.study import BASE, Study, run_units, units_per_sam
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
 _DIAGNOSTIC = "positive_log_ratio"
+_KEYS = {
+    "objective.beta": "β",
+    "objective.negative_weight": "λ",
+    "sampling.guidance_scale": "s",
+    "sampling.temperature": "T",
+}
+_AXES = {
+    "objective.beta": "β",
+    "objective.negative_weight": "λ (negative_weight)",
+    "sampling.guidance_scale": "guidance scale s",
+    "sampling.temperature": "temperature",
+    "optimizer.lr": "learning rate",
+}
+# name -> (heading, decimals), in the order of the tables.
+METRICS = {
+    "accuracy": ("accuracy", 3),
+    "inception_score": ("IS", 2),
+    "fid": ("FID", 2),
+    "sfid": ("sFID", 2),
+    "kid": ("KID", 4),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "positive_log_ratio": ("log-ratio", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -182,32 +206,6 @@ def _row_json(result: Result) -> dict[str, Any]:
         "failed": result.failed,
         "collapsed": result.collapsed,
     }
-
-
-_KEYS = {
-    "objective.beta": "β",
-    "objective.negative_weight": "λ",
-    "sampling.guidance_scale": "s",
-    "sampling.temperature": "T",
-}
-_AXES = {
-    "objective.beta": "β",
-    "objective.negative_weight": "λ (negative_weight)",
-    "sampling.guidance_scale": "guidance scale s",
-    "sampling.temperature": "temperature",
-    "optimizer.lr": "learning rate",
-}
-# name -> (heading, decimals), in the order of the tables.
-METRICS = {
-    "accuracy": ("accuracy", 3),
-    "inception_score": ("IS", 2),
-    "fid": ("FID", 2),
-    "sfid": ("sFID", 2),
-    "kid": ("KID", 4),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "positive_log_ratio": ("log-ratio", 2),
-}
 
 
 def key_name(key: str) -> str:
