@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights, check_whole_together
+from megatron_cca.checkpoint.integrity import CheckpointIndex, check_whole_together
 from megatron_cca.checkpoint.summary import common_state, saved_config
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
@@ -54,7 +54,7 @@ _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
 
 
 @contextmanager
-def plain_data_only(stored: StoredTensors) -> Iterator[None]:
+def plain_data_only(stored: CheckpointIndex) -> Iterator[None]:
     """Prevent Megatron from running code of a checkpoint that it reads within the block.
 
     Args:
@@ -85,7 +85,7 @@ def plain_data_only(stored: StoredTensors) -> Iterator[None]:
             raise UserError(f"{stored.option}: {stored.folder} cannot be read, a file is damaged: {why}") from None
 
 
-def _loaded(content: bytes, name: str, stored: StoredTensors) -> Any:
+def _loaded(content: bytes, name: str, stored: CheckpointIndex) -> Any:
     try:
         is_common = name.startswith(COMMON_PREFIX)
         found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
@@ -152,12 +152,14 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
     """Load weights, adapters and optimizer state from a checkpoint of any layout. Collective over all ranks.
 
-    The optimizer keeps the settings of the configuration, such as betas. :func:`stored_tensors.newest_whole` must have
+    The optimizer keeps the settings of the configuration, such as betas. :func:`integrity.newest_whole` must have
     checked the checkpoint before.
 
     Raises:
         UserError: see :func:`check_master_weights`; also if a tensor is missing or has another shape.
     """
+    from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights
+
     check_master_weights(StoredTensors(folder, key))
     state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
@@ -206,7 +208,7 @@ def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
 
 
 def _load(template: dict, folder: Path, key: str) -> dict:
-    stored = StoredTensors(folder, key)
+    stored = CheckpointIndex(folder, key)
     absent = {}
     for name in [name for name in template if name != "optimizer"]:
         _check_fit(template[name], stored, key)
@@ -221,7 +223,7 @@ def _load(template: dict, folder: Path, key: str) -> dict:
     return state
 
 
-def _check_fit(state: dict, stored: StoredTensors, key: str) -> None:
+def _check_fit(state: dict, stored: CheckpointIndex, key: str) -> None:
     for item in state.values():
         shards = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
         for shard in shards:

@@ -297,7 +297,7 @@ def resolve(path: str | Path, key: str) -> Path:
 def read_summary(folder: Path, key: str) -> dict:
     """Read a checkpoint's summary, and check that every file in it exists in full size.
 
-    :func:`stored_tensors.check_whole` checks the content of the files.
+    :func:`integrity.check_whole` checks the content of the files.
 
     Raises:
         UserError: the checkpoint is missing, half-written or truncated. Names the folder or file.

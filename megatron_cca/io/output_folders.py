@@ -39,10 +39,6 @@ def check_output(output: Path, former: Collection[str], unfinished: Collection[s
         )
 
 
-def _some(names: list[str]) -> str:
-    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-
-
 def check_apart(output: Path, source: Path, option: str) -> None:
     """Refuse an output that is the folder that is read, contains it, or lies in it."""
     inner, outer = output.resolve(), source.resolve()
@@ -152,3 +148,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         raise UserError(f"{OPTION}: {path} exists; give another name or --overwrite")
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"

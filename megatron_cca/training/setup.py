@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.saver import CheckpointSaver, writes_in_background
-from megatron_cca.checkpoint.stored_tensors import newest_whole
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder

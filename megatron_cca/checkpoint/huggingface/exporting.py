@@ -25,7 +25,7 @@ from megatron_cca.checkpoint.huggingface.target import (
     template_from_checkpoint,
     template_from_folder,
 )
-from megatron_cca.checkpoint.streamed_save import ByteProgress, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging

@@ -17,7 +17,7 @@ from megatron_cca.checkpoint import layout, summary
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CONFIG, HF, HuggingFaceCheckpoint, Reading
 from megatron_cca.checkpoint.huggingface.target import READABLE, WeightsFile
-from megatron_cca.checkpoint.streamed_save import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_cca.checkpoint.streamed_save import num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import num_bytes, row_ranges
 from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.file_contents import UTF_16, kind_hint

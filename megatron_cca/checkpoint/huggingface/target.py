@@ -23,8 +23,8 @@ from megatron_cca.checkpoint.huggingface.source import (
     read_config,
     recognise,
 )
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_whole
-from megatron_cca.checkpoint.streamed_save import ByteProgress
+from megatron_cca.checkpoint.integrity import check_whole
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.config.load import config_from_dict

@@ -15,7 +15,7 @@ from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.importing import PublicCheckpoint, open_public
 from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CHECKPOINT, HF, HuggingFaceCheckpoint, Reading
 from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint, Template, template_from_checkpoint
-from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, num_bytes, row_ranges
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import check_layout
 
