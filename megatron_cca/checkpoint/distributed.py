@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cca.checkpoint.integrity import CheckpointIndex, check_whole_together
 from megatron_cca.checkpoint.summary import common_state, saved_config
-from megatron_cca.config import Config
+from megatron_cca.config import Config, LoraConfig
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
 from megatron_cca.megatron_compat import COMMON_PREFIX, EXTRA_STATE, OLD_COMMON_FILE
@@ -47,7 +47,6 @@ from megatron_cca.megatron_compat.optimizer_state import (
     let_parts_count,
     padding_between_buckets,
 )
-from megatron_cca.models.low_rank import settings_of
 
 # Megatron-LM keeps its arguments in a Namespace.
 _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
@@ -139,7 +138,7 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     if problem is not None:
         raise UserError(problem)
     settings = saved_config(folder, key).lora
-    if settings.dim is None or settings_of(chunks) is not None:
+    if settings.dim is None or adapter_settings(chunks) is not None:
         _fill(chunks, _load(state_dict(chunks), folder, key))
         return
     from megatron_cca.models import lora
@@ -192,12 +191,18 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
     """
     state = state_dict(chunks, optimizer, is_loading=False)
     leave_out_classes(state.get("optimizer", {}))
-    adapted = settings_of(chunks) is not None
+    adapted = adapter_settings(chunks) is not None
     for name in [name for name in state if name != "optimizer"]:
         state[name] = without_empty_extra_states(state[name]) if adapted else with_all_extra_states(state[name])
     state["content_metadata"] = dict(_METADATA)
     size, has_optimizer = dist.get_world_size(), optimizer is not None
     return state | common_state(config, iteration, world_size=size, has_optimizer=has_optimizer)
+
+
+def adapter_settings(chunks: list[torch.nn.Module]) -> LoraConfig | None:
+    """Return what the chunks' adapters were attached with (:func:`lora.attach`); None for chunks without adapters."""
+    found = next((module.lora for module in chunks[0].modules() if hasattr(module, "lora")), None)
+    return None if found is None else found.settings
 
 
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:

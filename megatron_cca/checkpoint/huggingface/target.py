@@ -33,7 +33,6 @@ from megatron_cca.io.output_folders import check_file, check_space
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import FAMILIES, family_of, resolve_architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming, WeightsFileFormat, recognise_naming
-from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of
 from megatron_cca.models.weight_files import (
     SAFETENSORS,
     chosen_set,
@@ -43,7 +42,7 @@ from megatron_cca.models.weight_files import (
     sets_in,
     tensors_under,
 )
-from megatron_cca.models.weight_map import sources
+from megatron_cca.models.weight_map import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of, sources
 
 
 class MegatronCheckpoint:
