@@ -50,6 +50,8 @@ from megatron_cca.megatron_compat.optimizer_state import (
 
 # Megatron-LM keeps its arguments in a Namespace.
 _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
+# Only this sharding of the optimizer state loads at any other TP x PP x DP.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @contextmanager
@@ -82,43 +84,6 @@ def plain_data_only(stored: CheckpointIndex) -> Iterator[None]:
                 raise cause from None
             why = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise UserError(f"{stored.option}: {stored.folder} cannot be read, a file is damaged: {why}") from None
-
-
-def _loaded(content: bytes, name: str, stored: CheckpointIndex) -> Any:
-    try:
-        is_common = name.startswith(COMMON_PREFIX)
-        found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
-        if is_common:
-            _drop_arguments(found)
-        if EXTRA_STATE in name:
-            _check_extra_states(found)
-    except Exception as error:
-        raise UserError(
-            f"{stored.option}: {name} in {stored.folder} is damaged or holds more than plain data: {error}"
-        ) from None
-    return found
-
-
-def _drop_arguments(found: Any) -> None:
-    """Remove Megatron-LM's arguments. Megatron-Core would take settings for loading from them."""
-    for part in found if isinstance(found, list | tuple) else ():
-        if isinstance(part, dict):
-            part.pop("args", None)
-
-
-def _check_extra_states(found: Any) -> None:
-    """Refuse pickled bytes that would run code when Transformer Engine unpickles them."""
-    if isinstance(found, dict):
-        found = list(found.values())
-    if isinstance(found, list | tuple):
-        for part in found:
-            _check_extra_states(part)
-    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
-        unpickled(found.contiguous().numpy().tobytes(), is_of_a_recipe)
-
-
-# Only this sharding of the optimizer state loads at any other TP x PP x DP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
@@ -203,6 +168,39 @@ def adapter_settings(chunks: list[torch.nn.Module]) -> LoraConfig | None:
     """Return what the chunks' adapters were attached with (:func:`lora.attach`); None for chunks without adapters."""
     found = next((module.lora for module in chunks[0].modules() if hasattr(module, "lora")), None)
     return None if found is None else found.settings
+
+
+def _loaded(content: bytes, name: str, stored: CheckpointIndex) -> Any:
+    try:
+        is_common = name.startswith(COMMON_PREFIX)
+        found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
+        if is_common:
+            _drop_arguments(found)
+        if EXTRA_STATE in name:
+            _check_extra_states(found)
+    except Exception as error:
+        raise UserError(
+            f"{stored.option}: {name} in {stored.folder} is damaged or holds more than plain data: {error}"
+        ) from None
+    return found
+
+
+def _drop_arguments(found: Any) -> None:
+    """Remove Megatron-LM's arguments. Megatron-Core would take settings for loading from them."""
+    for part in found if isinstance(found, list | tuple) else ():
+        if isinstance(part, dict):
+            part.pop("args", None)
+
+
+def _check_extra_states(found: Any) -> None:
+    """Refuse pickled bytes that would run code when Transformer Engine unpickles them."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, list | tuple):
+        for part in found:
+            _check_extra_states(part)
+    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
+        unpickled(found.contiguous().numpy().tobytes(), is_of_a_recipe)
 
 
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:

@@ -22,6 +22,8 @@ from megatron_cca.version import code_version
 
 # Key of checkpoint.json: the folder or file that was imported.
 IMPORTED_FROM = "imported_from"
+# From version 2.0 on, Megatron-LM does not reorder the projections of query, key and value.
+_CHECKPOINT_VERSION = 3.0
 
 
 def summarize(config: Config, data: str | None = None) -> dict:
@@ -66,11 +68,6 @@ def saved_config(folder: Path, key: str) -> Config:
     return config_of_weights(config.model, config.training.precision) if _no_run_wrote(summary) else config
 
 
-def _no_run_wrote(summary: dict[str, Any]) -> bool:
-    """Return whether a checkpoint is an import. An import records its source, a run the fingerprint of its data."""
-    return IMPORTED_FROM in summary and summary.get("data") is None
-
-
 def recorded_fingerprint(folder: Path, key: str) -> str:
     """Return a short hash of the recorded checksums of a checkpoint's tensor files. Reads none of these files.
 
@@ -82,10 +79,6 @@ def recorded_fingerprint(folder: Path, key: str) -> str:
     files = layout.read_summary(folder, key)["files"]
     recorded = sorted((name, record["xxh3"]) for name, record in files.items() if name.endswith(".distcp"))
     return hashlib.sha256(repr(recorded).encode()).hexdigest()[:16]
-
-
-# From version 2.0 on, Megatron-LM does not reorder the projections of query, key and value.
-_CHECKPOINT_VERSION = 3.0
 
 
 def common_state(config: Config, iteration: int, *, world_size: int = 1, has_optimizer: bool = False) -> dict:
@@ -112,6 +105,11 @@ def common_state(config: Config, iteration: int, *, world_size: int = 1, has_opt
         vars(arguments).update(_run_arguments(config, iteration))
         state["opt_param_scheduler"] = _schedule(config, iteration)
     return state
+
+
+def _no_run_wrote(summary: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is an import. An import records its source, a run the fingerprint of its data."""
+    return IMPORTED_FROM in summary and summary.get("data") is None
 
 
 def _model_arguments(config: Config) -> dict:

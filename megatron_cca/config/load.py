@@ -1,8 +1,7 @@
 """Read a configuration from strict YAML and command-line overrides, and turn it back into plain data.
 
-The types of the dataclasses say which keys hold text. Nothing here imports torch or Megatron.
-
-Nothing here imports torch or Megatron, so that a mistyped key is refused in a fraction of a second.
+The types of the dataclasses say which keys hold text. Nothing here imports torch or Megatron, so that a mistyped key is
+refused in a fraction of a second.
 """
 
 from __future__ import annotations

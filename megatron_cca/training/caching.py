@@ -106,10 +106,6 @@ def weights_fingerprint(folder: Path, key: str) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
-def _drawn(config: Config) -> str:
-    return f"drawn from seed {config.training.seed} with std {config.model.init_method_std}"
-
-
 def cache_reference(config: Config, data: RunData, output: Path, first: int, last: int) -> None:
     """Write the log-probabilities of training steps ``first .. last - 1``, and of every validation batch.
 
@@ -150,6 +146,10 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
                     block = _block(reader, reference, split, range(start, stop), bar)
                     if writer is not None:
                         writer.write(split, start, block)
+
+
+def _drawn(config: Config) -> str:
+    return f"drawn from seed {config.training.seed} with std {config.model.init_method_std}"
 
 
 def _writes() -> bool:

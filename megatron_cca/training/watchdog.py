@@ -54,8 +54,8 @@ class Place:
     patience: float
 
 
-class Progress:
-    """The progress of this rank. The training loop records it, and the watchdog's thread reads it."""
+class PhaseTracker:
+    """The phase that this rank is in. The training loop records it, and the watchdog's thread reads it."""
 
     def __init__(self) -> None:
         self.place = Place(0, PHASES[0], time.monotonic(), 1.0)
@@ -74,18 +74,7 @@ class Progress:
         self._launcher_heartbeat()
 
 
-def _launcher_heartbeat() -> Callable[[], None]:
-    """Return ``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``. Elsewhere it does nothing."""
-    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
-        return lambda: None
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
-
-    client = RankMonitorClient()
-    client.init_workload_monitoring()
-    return client.send_heartbeat
-
-
-def watched(progress: Progress, log: RunLog, timeout_seconds: float) -> AbstractContextManager:
+def watched(progress: PhaseTracker, log: RunLog, timeout_seconds: float) -> AbstractContextManager:
     """Return a :class:`Watchdog` around a block, or a context that does nothing if ``timeout_seconds`` is 0."""
     return Watchdog(progress, log, timeout_seconds) if timeout_seconds else nullcontext()
 
@@ -102,7 +91,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, progress: Progress, log: RunLog, timeout_seconds: float, others_wait_seconds: float = 5.0
+        self, progress: PhaseTracker, log: RunLog, timeout_seconds: float, others_wait_seconds: float = 5.0
     ) -> None:
         self._progress, self._log, self._timeout = progress, log, timeout_seconds
         self._others_wait = others_wait_seconds
@@ -155,7 +144,9 @@ class Watchdog:
         second = self._read_all()
         seconds = time.monotonic() - place.since
         at_fault, reason = (
-            judge(first, second, self._rank, self._ranks) if self._asks else ([], "see what the other ranks say")
+            ranks_at_fault(first, second, self._rank, self._ranks)
+            if self._asks
+            else ([], "see what the other ranks say")
         )
         line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
         silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
@@ -183,7 +174,7 @@ class Watchdog:
         return {rank: json.loads(answer) for rank, answer in zip(ranks, answers, strict=True)}
 
 
-def judge(
+def ranks_at_fault(
     first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int, ranks: int
 ) -> tuple[list[int], str]:
     """Return which ranks the others wait for, and why, from two readings of what each posted (beats, step, phase).
@@ -208,6 +199,17 @@ def judge(
         return sorted(places), "all ranks are there, in a communication that does not end"
     late = [other for other, place in places.items() if place == behind]
     return late, f"waiting for {_named(late)}, still in step {behind[0]}, {PHASES[behind[1]]}"
+
+
+def _launcher_heartbeat() -> Callable[[], None]:
+    """Return ``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``. Elsewhere it does nothing."""
+    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
+        return lambda: None
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+    client = RankMonitorClient()
+    client.init_workload_monitoring()
+    return client.send_heartbeat
 
 
 def _named(ranks: Sequence[int]) -> str:
