@@ -34,6 +34,8 @@ PHASES = (
 _TICKS = 10
 _LONGEST_TICK_SECONDS = 5.0
 _STACK_FRAMES = 12
+# The others exit so much later than the rank at fault. torchrun then names that rank as the root cause.
+_OTHERS_WAIT_SECONDS = 5.0
 # In jobs of more ranks only one rank of each machine reads what the others posted, to spare the store.
 _ALL_ASK = 64
 
@@ -86,15 +88,10 @@ class Watchdog:
         progress: what the training loop records.
         log: the log of a hang.
         timeout_seconds: longest time without progress. A phase's patience multiplies it.
-        others_wait_seconds: how much later than the rank at fault the others exit, so that torchrun names that rank as
-            the root cause.
     """
 
-    def __init__(
-        self, progress: PhaseTracker, log: RunLog, timeout_seconds: float, others_wait_seconds: float = 5.0
-    ) -> None:
+    def __init__(self, progress: PhaseTracker, log: RunLog, timeout_seconds: float) -> None:
         self._progress, self._log, self._timeout = progress, log, timeout_seconds
-        self._others_wait = others_wait_seconds
         self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # A separate connection, since the main thread may be waiting in its own one.
@@ -151,7 +148,7 @@ class Watchdog:
         line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
         silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
         if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
-            time.sleep(self._others_wait)
+            time.sleep(_OTHERS_WAIT_SECONDS)
         stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
         self._log.own_event("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
