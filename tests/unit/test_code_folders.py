@@ -14,6 +14,7 @@ from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen import IMAGENET_VOCABULARY, class_vocabulary
 from tests.references.code_folders import npy, random_codes, write_codes
+from tests.references.sources import notices, write_all
 
 TINY = class_vocabulary(codebook_size=128, num_classes=10)
 CODES = random_codes(5, 3)
@@ -201,3 +202,12 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     for name in ("imagenet384_codes", "imagenet384_labels"):
         (tmp_path / "here" / name).symlink_to(tmp_path / "away" / name)
     assert "leaves the folder by a symbolic link" in refused(lambda: open_source(tmp_path / "here", "llamagen"))
+
+
+def test_llamagens_other_files_are_counted(tmp_path):
+    write_all(tmp_path, {f"a_{kind}/0.npy": b"x" for kind in ("codes", "labels")})
+    write_all(tmp_path, {"b_codes/0.npy": b"x", "a_codes/00.npy": b"x"})
+    assert notices(tmp_path) == [
+        "b_codes has no partner (_codes and _labels) and is not read",
+        "not read: 1 .npy (a_codes/00.npy)",
+    ]

@@ -12,7 +12,6 @@ from megatron_cca.checkpoint.huggingface.source import CONFIG, HuggingFaceCheckp
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 from megatron_cca.models.emu3.weights import Emu3HuggingFace
-from tests.references.emu3_vq import save_original, small_vq
 from tests.references.fuzzing import NAMES, NUMBERS, changed, fuzzed, names, plain, spoilt
 
 OPTION = "--hf"
@@ -111,10 +110,9 @@ def test_an_image_tokenizer_of_any_depth_is_refused(sandbox, config):
 
 
 @pytest.fixture(scope="module")
-def vq(tmp_path_factory):
+def vq(vq_folder):
     """The files of a small image tokenizer."""
-    folder = save_original(small_vq(), tmp_path_factory.mktemp("vq") / "vq")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in vq_folder.iterdir()}
 
 
 @fuzzed("image tokenizer config")

@@ -234,12 +234,6 @@ def test_no_label_gets_through(sandbox, content):
     read_everything(sandbox, "llamagen")
 
 
-@pytest.fixture
-def hf_cache(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """What datasets' save_to_disk leaves, by name."""

@@ -1,4 +1,4 @@
-"""The house rules about English: a function's docstring begins with a verb."""
+"""The house rules: a function's docstring begins with a verb, and no file is too long to be about one thing."""
 
 import ast
 import re
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "megatron_cca"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_cca"
+PLACES = ("megatron_cca", "tests", "benchmarks", "docker", "docs/hooks", "examples", "tools")
+LONGEST = 400  # lines of a file
 
 # What has been edited: packages, families and modules. Whoever edits another one adds it.
 EDITED = [
@@ -91,3 +94,23 @@ def test_what_is_no_verb(docstring):
 def test_what_is_a_verb():
     assert begins_with_a_verb("Return the size.")
     assert begins_with_a_verb("See :class:`Source`.")
+
+
+def too_long(place):
+    """Name the files below a folder that have more lines than one thing takes."""
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in sorted(place.rglob("*.py"))}
+    assert lengths, f"{place} has no sources; forget it"
+    return [f"{file.relative_to(place)}: {length} lines" for file, length in lengths.items() if length > LONGEST]
+
+
+def test_no_file_is_too_long():
+    found = [f"{place}/{named}" for place in PLACES for named in too_long(ROOT / place)]
+    assert not found, f"{LONGEST} lines at most; make two files, each about one thing:\n" + "\n".join(found)
+
+
+def test_what_is_too_long(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/fits.py").write_text("pass\n" * LONGEST)
+    assert too_long(tmp_path) == []
+    (tmp_path / "sub/long.py").write_text("pass\n" * LONGEST + "pass")
+    assert too_long(tmp_path) == ["sub/long.py: 401 lines"]

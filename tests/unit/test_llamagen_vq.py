@@ -2,7 +2,6 @@
 
 import argparse
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ import torch
 from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
+from tests.references.bomb import Bomb
+from tests.references.image_tokenizers import pixels, refused
 from tests.references.llamagen_vq import (
     TINY,
     VQ_8,
@@ -25,10 +26,6 @@ from tests.references.llamagen_vq import (
 )
 
 IMAGES = (5, 24, 40, 3)
-
-
-def pixels(shape=IMAGES, seed=0):
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def codes_of(shape, codebook, seed=0):
@@ -69,9 +66,9 @@ def test_codes_and_pixels_are_the_references(tokenizer, state):
         0,
         40,
     )
-    codes = tokenizer.encode(pixels())
+    codes = tokenizer.encode(pixels(IMAGES))
     assert (codes.dtype, codes.shape) == (torch.int64, (5, 6, 10))
-    assert torch.equal(codes, encoded(state, pixels()))
+    assert torch.equal(codes, encoded(state, pixels(IMAGES)))
     assert codes.unique().numel() > 10
     assert_decodes_as(tokenizer, state, codes_of((3, 6, 10), 40))
 
@@ -95,8 +92,8 @@ def test_the_released_one_has_the_published_number_of_parameters():
 
 
 def test_the_floats_before_the_codebook_are_the_references(tokenizer, state):
-    exact = latents(state, pixels())
-    found = tokenizer.latents(pixels()).double()
+    exact = latents(state, pixels(IMAGES))
+    found = tokenizer.latents(pixels(IMAGES)).double()
     assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
@@ -104,16 +101,16 @@ def test_only_the_direction_of_a_codebooks_vector_counts_and_of_equals_the_first
     table = state["quantize.embedding.weight"].clone()
     table[20:] = table[:20] * 4
     doubled = open_image_tokenizer(save_vq(state | {"quantize.embedding.weight": table}, tmp_path / "vq.pt"))
-    codes = doubled.encode(pixels())
+    codes = doubled.encode(pixels(IMAGES))
     assert codes.max() < 20
-    assert torch.equal(codes, nearest(state | {"quantize.embedding.weight": table}, latents(state, pixels())))
+    assert torch.equal(codes, nearest(state | {"quantize.embedding.weight": table}, latents(state, pixels(IMAGES))))
     one = codes_of((2, 3, 3), 20)
     assert torch.equal(doubled.decode(one), doubled.decode(one + 20))
 
 
 def test_an_image_does_not_depend_on_its_batch(tokenizer, monkeypatch):
-    codes, images = tokenizer.encode(pixels()), tokenizer.decode(codes_of((5, 6, 10), 40))
-    singly = torch.cat([tokenizer.encode(image[None]) for image in pixels()])
+    codes, images = tokenizer.encode(pixels(IMAGES)), tokenizer.decode(codes_of((5, 6, 10), 40))
+    singly = torch.cat([tokenizer.encode(image[None]) for image in pixels(IMAGES)])
     assert torch.equal(codes, singly)
     drawn = torch.cat([tokenizer.decode(one[None]) for one in codes_of((5, 6, 10), 40)])
     assert (drawn.int() - images.int()).abs().max() <= 1
@@ -121,16 +118,16 @@ def test_an_image_does_not_depend_on_its_batch(tokenizer, monkeypatch):
     monkeypatch.setattr("megatron_cca.models.llamagen.image_tokenizer._PIXELS_AT_ONCE", 2 * 24 * 40)
     seen = []
     hook = tokenizer._network.encoder.register_forward_hook(lambda _, given, found: seen.append(len(found)))
-    assert torch.equal(tokenizer.encode(pixels()), codes)
+    assert torch.equal(tokenizer.encode(pixels(IMAGES)), codes)
     assert (tokenizer.decode(codes_of((5, 6, 10), 40)).int() - images.int()).abs().max() <= 1
     hook.remove()
     assert seen == [2, 2, 1]
 
 
 def test_autocast_does_not_reach_the_codes_nor_do_gradients_leave(tokenizer):
-    codes = tokenizer.encode(pixels())
+    codes = tokenizer.encode(pixels(IMAGES))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(tokenizer.encode(pixels()), codes)
+        assert torch.equal(tokenizer.encode(pixels(IMAGES)), codes)
     assert not tokenizer.decode(codes).requires_grad
 
 
@@ -181,9 +178,9 @@ def test_the_fingerprint_is_of_the_weights(state, tokenizer, tmp_path):
 def test_what_lies_in_the_file_may_go(state, tmp_path):
     path = save_vq(state, tmp_path / "vq.pt")
     tokenizer = open_image_tokenizer(path)
-    codes = tokenizer.encode(pixels())
+    codes = tokenizer.encode(pixels(IMAGES))
     path.write_bytes(bytes(path.stat().st_size))
-    assert torch.equal(tokenizer.encode(pixels()), codes)
+    assert torch.equal(tokenizer.encode(pixels(IMAGES)), codes)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +210,6 @@ def test_codes_that_cannot_be_are_refused(codes, message, tokenizer):
     with pytest.raises(UserError) as error:
         tokenizer.decode(codes)
     assert message in str(error.value)
-
-
-def refused(path, **options):
-    with pytest.raises(UserError) as error:
-        open_image_tokenizer(path, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 NAME = "encoder.conv_blocks.1.res.0.conv1.weight"
@@ -284,16 +274,6 @@ def test_files_of_other_models_are_named(found, message, tmp_path):
     path = tmp_path / "other.pt"
     path.write_bytes(saved(found))
     assert message in refused(path)
-
-
-class Bomb:
-    """Unpickled without a list of what may be called, it makes a file."""
-
-    def __init__(self, witness):
-        self.witness = witness
-
-    def __reduce__(self):
-        return Path.touch, (self.witness,)
 
 
 def test_a_pickle_that_does_something_is_refused_before_it_does(state, tmp_path):

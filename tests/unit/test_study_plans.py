@@ -1,0 +1,183 @@
+"""Plans of studies: which tasks follow from the file, what is shared, and how settings are chosen."""
+
+from dataclasses import replace
+
+from megatron_cca.checkpoint.layout import sealed
+from megatron_cca.config.load import config_from_dict
+from megatron_cca.lab.studies.plan import Planner, best, digest, make_plan, mark, training_contents
+from megatron_cca.lab.studies.running import Board, Progress
+from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
+from tests.references.small_study import (
+    BETA,
+    CONFIGS,
+    LAMBDA,
+    LR,
+    SCALE,
+    checkpoint,
+    graded,
+    logged,
+    numbers,
+    opened,
+    settled,
+)
+
+
+def changed(config, section, **values):
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+def test_what_determines_a_run_is_in_its_key_and_nothing_else():
+    config = config_from_dict(CONFIGS["cca"])
+
+    def key(one, base="base-0"):
+        return digest(training_contents(one, base))
+
+    same = [
+        changed(config, "training", output_dir="elsewhere", pretrained_checkpoint="x", micro_batch_size=4),
+        changed(config, "parallel", tensor_model_parallel_size=2),
+        changed(config, "logging", tensorboard=False),
+    ]
+    assert {key(one) for one in same} == {key(config)}
+    others = [
+        key(changed(config, "training", seed=5)),
+        key(changed(config, "training", train_iters=4)),
+        key(changed(config, "objective", beta=0.2)),
+        key(changed(config, "optimizer", lr=0.5)),
+        key(changed(config, "model", hidden_size=96)),
+        key(config, "base-1"),
+        key(config, None),
+    ]
+    assert len({key(config), *others}) == 1 + len(others)
+
+
+def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_same(tmp_path):
+    def folder(method="cca", values=None, seed=1, count=100, **changes):
+        planner = Planner(opened(tmp_path, **changes), tmp_path / "out")
+        return planner.sampling(planner.study.methods[method], values or {LR: 0.001}, seed, count).folder
+
+    first = folder()
+    assert folder(**{"title": "Another", "sampling": {"batch_size": 7}, "trials": 2}) == first
+    (tmp_path / "own.jsonl").write_text('{"prompt": "the digit one", "label": 1}\n')
+    others = [
+        folder(seed=2),
+        folder(count=50),
+        folder(values={LR: 0.002}),
+        folder(values={LR: 0.001, SCALE: 0.5}),
+        folder(method="control"),
+        folder(**{"base/set": {"training.train_iters": 5}}),
+        folder(**{"prompts": str(tmp_path / "own.jsonl")}),
+        folder(**{"reference": "digits-held-out"}),
+        folder(**{"metrics": ["fid", "inception_score"]}),
+        folder(**{"sampling": {"height": 5}}),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+    before = folder(prompts=str(tmp_path / "own.jsonl"))
+    (tmp_path / "own.jsonl").write_text('{"prompt": "the digit eight", "label": 8}\n')
+    assert folder(prompts=str(tmp_path / "own.jsonl")) != before
+
+
+def test_a_given_checkpoint_is_the_base_of_every_seed(tmp_path):
+    planner = Planner(opened(tmp_path, **checkpoint(tmp_path / "given")), tmp_path / "out")
+    base, cca = (planner.study.methods[name] for name in ("base", "cca"))
+    first, second = (planner.sampling(base, {}, seed, 100) for seed in (1, 2))
+    assert (first.after, first.checkpoint) == (None, str(tmp_path / "given"))
+    assert first.folder != second.folder
+    run = planner.sampling(cca, {LR: 0.001}, 1, 100).after
+    assert (run.after, run.config.training.pretrained_checkpoint) == (None, str(tmp_path / "given"))
+    before = run.folder
+    (tmp_path / "given" / "checkpoint.json").write_text(sealed({"config": CONFIGS["base"], "files": {}}))
+    again = Planner(planner.study, tmp_path / "out").sampling(cca, {LR: 0.001}, 1, 100).after
+    assert again.folder != before
+
+
+def test_methods_share_what_is_the_same(tmp_path):
+    planner = Planner(opened(tmp_path), tmp_path / "out")
+    base, cfg = (planner.study.methods[name] for name in ("base", "cfg"))
+    assert planner.sampling(base, {}, 1, 100) == planner.sampling(cfg, {SCALE: 0.0}, 1, 100)
+
+
+def test_a_mark_changes_with_its_file(tmp_path):
+    file = tmp_path / "judge.py"
+    file.write_text("1")
+    before = mark(f"{file}:function")
+    file.write_text("12")
+    assert mark(f"{file}:function") != before
+    assert mark("digits") == ["digits"]
+
+
+def test_every_task_comes_after_what_it_needs(tmp_path):
+    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
+    first = board.ready()
+    assert {task.title for task in first} == {f"pretrain the base, seed {seed}" for seed in (7, 1, 2, 3)}
+    tasks = board.plan.tasks
+    for index, task in enumerate(tasks):
+        assert task.after is None or task.after in tasks[:index]
+    assert len({task.folder for task in tasks}) == len(tasks)
+    write_outcome(first[0], {"status": "finished"})
+    ready = board.ready()
+    assert {task.after for task in ready} - {None} == {first[0]}
+    assert board.ready([task.folder for task in ready]) == []
+    trained = next(task for task in ready if isinstance(task, Training) and task.after)
+    assert trained.config.training.pretrained_checkpoint == first[0].config.training.output_dir == str(first[0].folder)
+    assert trained.config.training.seed == 7
+
+
+def test_nothing_is_reported_before_its_settings_are_chosen(tmp_path):
+    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
+    assert {row.method.name for row in board.plan.rows} == {"base"}
+    board = settled(tmp_path, lambda task: numbers(10.0))
+    assert [row.method.name for row in board.plan.rows] == ["base", *["cfg"] * 4, "control", *["cca"] * 5]
+
+
+def test_settings_are_chosen_on_the_tuning_seed_alone(tmp_path):
+    """The second learning rate is better on the tuning seed, and much worse on all that are reported."""
+
+    def outcome(task):
+        rate = task.after.config.optimizer.lr
+        return numbers({0.001: 20.0, 0.002: 10.0}[rate] if task.seed == 7 else {0.001: 1.0, 0.002: 500.0}[rate])
+
+    def every(task):
+        return numbers(9.0) if task.after.folder.name.startswith("base") else outcome(task)
+
+    board = settled(tmp_path, every)
+    assert board.plan.chosen["cca"] == {LR: 0.002} == board.plan.chosen["control"]
+
+    def only_tuning(task):
+        assert task.seed == 7
+        return board.outcome(task)
+
+    assert make_plan(board.planner, only_tuning).chosen == board.plan.chosen
+    rows = [row for row in board.plan.rows if row.method.name == "cca"]
+    assert [row.values for row in rows[:2]] == [{LR: 0.002}, {LR: 0.002, BETA: 0.1, LAMBDA: 1.0}]
+    assert {sampling.seed for row in board.plan.rows for sampling in row.samplings} == {1, 2, 3}
+
+
+def test_the_best_is_the_lowest_fid_or_the_highest_of_others():
+    results = [({"a": 1}, numbers(5.0, 8.0)), ({"a": 2}, numbers(4.0, 7.0)), ({"a": 3}, numbers(4.0, 9.0))]
+    assert best(results, "fid") == {"a": 2}
+    assert best(results, "inception_score") == {"a": 3}
+    assert best([*results, ({"a": 4}, {"status": "failed", "reason": "x"})], "fid") == {"a": 2}
+    assert best([({"a": 4}, {"status": "failed", "reason": "x"})], "fid") is None
+
+
+def test_progress_counts_what_is_done(tmp_path, capsys):
+    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
+    progress = Progress(board)
+    task = board.ready()[0]
+    write_outcome(task, {"status": "finished", "seconds": 2.5})
+    progress.ended(task, board.outcome(task))
+    # Bases; trials and reported runs of CCA and the control; and what is drawn.
+    runs = 4 + (2 + 3) + (2 + 3 + 9)
+    drawn = (2 + 3 + 6) + (2 + 3) + (2 + 3 + 9)
+    assert capsys.readouterr().out == f"1/{runs + drawn} pretrain the base, seed 7: 2.5 s\n"
+    settled(tmp_path, graded, logged)
+    assert len(settled(tmp_path, graded, logged).plan.tasks) == runs + drawn
+
+
+def test_half_written_results_do_not_count(tmp_path):
+    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
+    task = board.ready()[0]
+    task.folder.mkdir(parents=True)
+    (task.folder / ".result.json").write_text("{")
+    assert board.outcome(task) is None
+    assert isinstance(board.plan.rows[0].samplings[0], Sampling)
