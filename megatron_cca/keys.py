@@ -26,7 +26,6 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
 
-
 _EFFECT = "effect"
 
 
