@@ -33,6 +33,12 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # Rank 0 alone reports an error that every rank sees. A rank that sees an error alone reports it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
+# The extra that brings each module a program may lack. setup.py has the packages.
+_EXTRAS = {
+    **dict.fromkeys(("PIL", "datasets", "nvidia", "tiktoken"), "data"),
+    **dict.fromkeys(("matplotlib", "scipy", "sklearn", "torch-fidelity", "torchvision"), "eval"),
+    **dict.fromkeys(("safetensors", "transformers"), "hf"),
+}
 
 
 @contextmanager
@@ -56,23 +62,24 @@ def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[None]:
+def reported_tool_errors(packages: Collection[str]) -> Iterator[None]:
     """Report errors as :func:`reported_errors` does, for a program that writes files.
 
     SIGTERM, SIGHUP and SIGQUIT end the program as Ctrl-C does. Under nohup SIGHUP does not. A closed pipe ends it, too.
 
     Args:
         packages: top-level modules that may be missing, with ``-`` for ``_``, as pip has their names.
-        extras: the package's extras that install them, such as "data,hf".
     """
     handle(_ENDING, signal.default_int_handler)
     with reported_errors(needs_output=True):
         try:
             yield
         except ModuleNotFoundError as error:
-            if (error.name or "").replace("_", "-") not in packages:
+            name = (error.name or "").replace("_", "-")
+            if name not in packages:
                 raise
-            raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
+            extra = _EXTRAS[name]
+            raise UserError(f"{error.name} is not installed; pip install 'megatron-cca[{extra}]'") from None
         except OSError as error:
             raise surroundings_fault(error) or UserError(
                 f"{error.filename or 'file system'}: {error.strerror or error}"

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["run", *argv]
     arguments = parser.parse_args(argv)
-    with reported_tool_errors(("matplotlib",), "eval"):
+    with reported_tool_errors(("matplotlib",)):
         if arguments.command != "list":
             check_writable(arguments.output)
         _do(arguments)

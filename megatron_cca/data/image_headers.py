@@ -372,5 +372,5 @@ def _pillow() -> dict[str, Callable]:
         from PIL.PngImagePlugin import PngImageFile
         from PIL.WebPImagePlugin import WebPImageFile
     except ImportError:
-        raise UserError("reading images needs Pillow; pip install -e '.[data]'") from None
+        raise UserError("reading images needs Pillow; pip install 'megatron-cca[data]'") from None
     return {"JPEG": JpegImageFile, "PNG": PngImageFile, "WebP": WebPImageFile, "BMP": BmpImageFile}

@@ -35,7 +35,9 @@ def loader_in_force(wanted: str | None) -> str:
     """
     is_installed = wanted != TORCH and dali.is_installed()
     if wanted == DALI and not is_installed:
-        raise UserError(f"data.loader: {DALI} is not installed here; pip install -e '.[data]', or set it to {TORCH}")
+        raise UserError(
+            f"data.loader: {DALI} is not installed here; pip install 'megatron-cca[data]', or set it to {TORCH}"
+        )
     return DALI if is_installed else TORCH
 
 

@@ -111,7 +111,8 @@ def check_resizing(resize: str) -> None:
     """
     if resize == DALI and not is_installed():
         raise UserError(
-            f"--resize: {DALI} needs NVIDIA DALI; pip install -e '.[data]', or take {AUTHORS}, which needs Pillow alone"
+            f"--resize: {DALI} needs NVIDIA DALI; pip install 'megatron-cca[data]', or take {AUTHORS}, which needs "
+            "Pillow alone"
         )
 
 

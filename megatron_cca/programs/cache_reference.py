@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot run, fill the cache."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLE)
     os.environ.setdefault("WORLD_SIZE", "1")
-    with reported_tool_errors(("nvidia",), "data"):
+    with reported_tool_errors(("nvidia",)):
         check_writable(given.output)
         # Imported late: --help need not wait for it.
         from megatron_cca import platform

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then convert or verify. ``verify`` exits with 3 if the two sides differ."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     run = {ImportOptions: _import, ExportOptions: _export, VerifyOptions: _verify}[type(given)]
-    with reported_tool_errors(("safetensors", "transformers"), "hf"):
+    with reported_tool_errors(("safetensors", "transformers")):
         if not isinstance(given, VerifyOptions):
             check_writable(given.output)
         status = run(given)

@@ -80,7 +80,7 @@ OPTIONS = EvaluateOptions
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be evaluated, write the report and print the table."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
-    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+    with reported_tool_errors(_PACKAGES):
         _evaluate(given)
 
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be drawn, draw."""
     options = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     os.environ.setdefault("WORLD_SIZE", "1")
-    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+    with reported_tool_errors(_PACKAGES):
         check_writable(options.output)
         # Imported late: --help need not wait for it.
         from megatron_cca import platform

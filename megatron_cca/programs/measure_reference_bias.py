@@ -42,7 +42,7 @@ OPTIONS = BiasOptions
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be measured, print the table."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLE)
-    with reported_tool_errors(("matplotlib",), "eval"):
+    with reported_tool_errors(("matplotlib",)):
         _check_output(given)
         # Imported late: --help need not wait for it.
         from megatron_cca import platform

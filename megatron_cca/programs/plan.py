@@ -24,7 +24,7 @@ No GPU is needed, and neither checkpoints nor data. tools/plan.py COMMAND --help
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run its command."""
     settings = parse(OPTIONS, argv, __doc__, _EPILOG, default="search")
-    with reported_tool_errors(("matplotlib",), "eval"):
+    with reported_tool_errors(("matplotlib",)):
         if settings.output is not None:
             check_writable(settings.output)
         _run(settings)

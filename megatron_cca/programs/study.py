@@ -39,7 +39,7 @@ OPTIONS = StudyOptions
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, do the missing runs, write the results."""
     given = parse(OPTIONS, argv, __doc__, _EPILOG)
-    with reported_tool_errors(("sklearn", "matplotlib", "torch-fidelity"), "eval"):
+    with reported_tool_errors(("sklearn", "matplotlib", "torch-fidelity")):
         check_writable(given.output)
         # Imported late: --help need not wait for it.
         from megatron_cca.lab.studies.study import run_study

@@ -29,7 +29,7 @@ _PACKAGES = ("datasets", "matplotlib", "PIL", "safetensors", "tiktoken", "transf
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then tokenise or inspect."""
     settings = parse(OPTIONS, argv, __doc__, _EXAMPLES)
-    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+    with reported_tool_errors(_PACKAGES):
         _inspect(settings) if isinstance(settings, InspectSettings) else _tokenize(settings)
 
 

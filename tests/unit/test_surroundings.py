@@ -176,7 +176,7 @@ class Ended(BaseException):
     """In place of the process's end."""
 
 
-@pytest.mark.parametrize("reported", [reporting.reported_errors, lambda: reporting.reported_tool_errors((), "")])
+@pytest.mark.parametrize("reported", [reporting.reported_errors, lambda: reporting.reported_tool_errors(())])
 def test_programs_end_with_one_line_and_status_2(reported, monkeypatch, capsys):
     def leave(status):
         raise Ended(status)

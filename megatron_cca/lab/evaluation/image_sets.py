@@ -323,7 +323,7 @@ def _decode(file: Path) -> tuple[np.ndarray, bool]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise UserError("reading images needs Pillow; pip install -e '.[data]'") from None
+        raise UserError("reading images needs Pillow; pip install 'megatron-cca[data]'") from None
     try:
         data = file.read_bytes()
         header = read_header(data)

@@ -55,6 +55,9 @@ def run_search(settings: PlanSettings) -> None:
     config = load_config(settings.config, settings.overrides)
     wishes = _wishes(settings, config)
     check_known_weights(config)
+    if settings.output:
+        # Needed only at the end. If it is missing, fail before the search.
+        import matplotlib  # noqa: F401
     with reserved(settings.output, overwrite=settings.overwrite) if settings.output else nullcontext():
         plan = search(config, wishes, settings.top)
         report = Report(plan, config, obvious_others(plan.best[0], wishes))
