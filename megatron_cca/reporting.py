@@ -33,6 +33,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # Rank 0 alone reports an error that every rank sees. A rank that sees an error alone reports it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
+
 # The extra that brings each module a program may lack. setup.py has the packages.
 _EXTRAS = {
     **dict.fromkeys(("PIL", "datasets", "nvidia", "tiktoken"), "data"),
