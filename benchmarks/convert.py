@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, num_bytes, row_ranges
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
 from megatron_cca.models import FAMILIES, resolve_architecture

@@ -34,6 +34,13 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # Rank 0 alone reports an error that every rank sees. A rank that sees an error alone reports it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
 
+# The extra that brings each module a program may lack. setup.py has the packages.
+_EXTRAS = {
+    **dict.fromkeys(("PIL", "datasets", "nvidia", "tiktoken"), "data"),
+    **dict.fromkeys(("matplotlib", "scipy", "sklearn", "torch-fidelity", "torchvision"), "eval"),
+    **dict.fromkeys(("safetensors", "transformers"), "hf"),
+}
+
 
 @contextmanager
 def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
@@ -53,39 +60,6 @@ def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
     """
     with guarded(ends=needs_output):
         yield from _reported()
-
-
-def _reported() -> Iterator[None]:
-    peer_wait = _PEER_WAIT_SECONDS
-    try:
-        peer_wait = _peer_wait_seconds()
-        check_surroundings()
-        yield
-    except (UserError, SurroundingsError) as error:
-        _leave_in_one_line(error)
-    except Stopped as stopped:
-        end_with(f"megatron_cca: {stopped}", stopped.status)
-    except KeyboardInterrupt:
-        end_with("megatron_cca: interrupted", status=130)
-    except OutputClosed as closed:
-        end_with(f"megatron_cca: {closed}, and nobody reads on; ended", status=128 + signal.SIGPIPE)
-    except Exception as error:
-        fault = surroundings_fault(error)
-        if fault is not None:
-            _leave_in_one_line(fault)
-        rank = os.environ.get("RANK")
-        if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
-            _wait_to_be_ended(peer_wait)
-        where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
-        end_with(where + traceback.format_exc(), status=1)
-
-
-# The extra that brings each module a program may lack. setup.py has the packages.
-_EXTRAS = {
-    **dict.fromkeys(("PIL", "datasets", "nvidia", "tiktoken"), "data"),
-    **dict.fromkeys(("matplotlib", "scipy", "sklearn", "torch-fidelity", "torchvision"), "eval"),
-    **dict.fromkeys(("safetensors", "transformers"), "hf"),
-}
 
 
 @contextmanager
@@ -113,6 +87,50 @@ def reported_tool_errors(packages: Collection[str]) -> Iterator[None]:
             ) from None
 
 
+def end_with(text: str, status: int) -> None:
+    """End this process at once. The text goes to standard error and to torchrun's error file."""
+    ignore_losses()
+    # This may be called outside of guarded(), as in a thread that outlives it.
+    with suppress(OSError):
+        sys.stdout.flush()
+        print(text, file=sys.stderr, flush=True)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        # Its disk may be the full one. Standard error has the text already.
+        with suppress(OSError):
+            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    # Megatron-Core's saving starts a child that would outlive this process and keep its output open.
+    for child in multiprocessing.active_children():
+        child.kill()
+    end_process(status)
+
+
+def _reported() -> Iterator[None]:
+    peer_wait = _PEER_WAIT_SECONDS
+    try:
+        peer_wait = _peer_wait_seconds()
+        check_surroundings()
+        yield
+    except (UserError, SurroundingsError) as error:
+        _leave_in_one_line(error)
+    except Stopped as stopped:
+        end_with(f"megatron_cca: {stopped}", stopped.status)
+    except KeyboardInterrupt:
+        end_with("megatron_cca: interrupted", status=130)
+    except OutputClosed as closed:
+        end_with(f"megatron_cca: {closed}, and nobody reads on; ended", status=128 + signal.SIGPIPE)
+    except Exception as error:
+        fault = surroundings_fault(error)
+        if fault is not None:
+            _leave_in_one_line(fault)
+        rank = os.environ.get("RANK")
+        if rank is not None and any(sign in str(error).lower() for sign in _PEER_LOST):
+            _wait_to_be_ended(peer_wait)
+        where = f"megatron_cca: rank {rank} failed\n" if rank is not None else ""
+        end_with(where + traceback.format_exc(), status=1)
+
+
 def _leave_in_one_line(error: Exception) -> None:
     if os.environ.get("RANK", "0") != "0":
         _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
@@ -134,22 +152,3 @@ def _wait_to_be_ended(seconds: float) -> None:
     """Sleep, and let a signal end this process without another word."""
     handle((signal.SIGINT, *_ENDING), signal.SIG_DFL)
     time.sleep(seconds)
-
-
-def end_with(text: str, status: int) -> None:
-    """End this process at once. The text goes to standard error and to torchrun's error file."""
-    ignore_losses()
-    # This may be called outside of guarded(), as in a thread that outlives it.
-    with suppress(OSError):
-        sys.stdout.flush()
-        print(text, file=sys.stderr, flush=True)
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        # Its disk may be the full one. Standard error has the text already.
-        with suppress(OSError):
-            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    # Megatron-Core's saving starts a child that would outlive this process and keep its output open.
-    for child in multiprocessing.active_children():
-        child.kill()
-    end_process(status)

@@ -174,7 +174,7 @@ class ReferenceConfig:
 
 @strict
 class DataConfig:
-    """Section ``data``."""
+    """Section ``data``: the token shards to train on, how samples are paired, and how they are read."""
 
     path: PathText | Blend | None = key(None, NUMBERS, reference="data")
     """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: their shares of the
@@ -211,7 +211,7 @@ class ValidationConfig:
 
 @strict
 class OptimizerConfig:
-    """Section ``optimizer``: AdamW."""
+    """Section ``optimizer``: AdamW, its schedule, and how gradients are reduced and its state is kept."""
 
     lr: PositiveFloat = key(1e-5, NUMBERS, TAKES_EFFECT)
     """Largest learning rate."""
@@ -289,7 +289,7 @@ class KernelsConfig:
 
 @strict
 class TrainingConfig:
-    """Section ``training``."""
+    """Section ``training``: a run's length, batches, precision, memory and checkpoints."""
 
     train_iters: PositiveInt = key(60, NUMBERS, TAKES_EFFECT)
     """Steps of the whole run."""
@@ -359,7 +359,7 @@ class FaultsConfig:
 
 @strict
 class LoggingConfig:
-    """Section ``logging``."""
+    """Section ``logging``: what a run shows while it trains: curves, a progress bar, pictures."""
 
     tensorboard: bool = True
     """Write TensorBoard events to the run's folder."""
@@ -380,7 +380,7 @@ class LoggingConfig:
 
 @strict
 class Config:
-    """A whole run."""
+    """The configuration of a whole run, by sections."""
 
     model: ModelConfig = section(ModelConfig)
     parallel: ParallelConfig = section(ParallelConfig)

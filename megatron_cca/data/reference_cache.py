@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_cca.config.former import values_without
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import archived_arrays
+from megatron_cca.io.file_contents import archived_arrays
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 
 Split = Literal["training", "validation"]

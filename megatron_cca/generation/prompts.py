@@ -14,7 +14,7 @@ import numpy as np
 from megatron_cca.data.digits import DIGIT_NAMES, PHRASINGS, captions_of
 from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.external_files import KIND_BYTES, kind_of
+from megatron_cca.io.file_contents import KIND_BYTES, kind_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'

@@ -33,7 +33,7 @@ from megatron_cca.generation.decode_loop import (
 from megatron_cca.generation.image_generator import ImageGenerator
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import check_output, claimed, staging
+from megatron_cca.io.output_folders import check_output, claimed, staging
 
 # What an output folder holds.
 IMAGES, PROMPTS, CODES = "images", "prompts.jsonl", "codes.npy"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
-from megatron_cca.io.outputs import check_output, claimed
+from megatron_cca.io.output_folders import check_output, claimed
 
 # The folder that a report grows in, inside its output folder.
 PARTIAL = ".partial"

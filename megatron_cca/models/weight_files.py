@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, first_line, shortened
-from megatron_cca.io.external_files import UTF_16, ZIP, kind_hint
+from megatron_cca.io.file_contents import UTF_16, ZIP, kind_hint
 from megatron_cca.io.pickles import NotPlainError, load_tensors
 from megatron_cca.models.architecture import Architecture
 

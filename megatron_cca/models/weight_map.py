@@ -3,6 +3,8 @@
 Every rule lists the rows of Hugging Face tensors that make up one tensor of Megatron's, from top to bottom. Rows are
 moved and never changed, so that an import followed by an export is bit-exact in any dtype. Keys are those of Megatron's
 distributed checkpoints, where the tensors of the layers are stacked. Norms have Transformer Engine's names.
+
+Other programs know no low-rank adapters: these are merged into their weights before. Nothing here needs Megatron.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from megatron_cca.config import LoraConfig
 from megatron_cca.models.architecture import Architecture
+
+# Names of a projection's A and B, in place of its own "weight". Megatron-Bridge has the same names.
+LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
+_MERGED_AT_A_TIME = 1024
 
 _DIMENSIONS = {
     "vocab": lambda sizes: sizes.vocabulary.size,
@@ -257,6 +267,31 @@ def rows_in_megatron(tensors: Sequence[MappedTensor]) -> Mapping[str, list[RowsI
         ends = [0, *(part.start + part.count for part in rows)]
         assert [part.start for part in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
     return found
+
+
+def scale_of(settings: LoraConfig) -> float:
+    """Return the factor ``alpha / dim`` of an adapter's output."""
+    return settings.alpha / settings.dim
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, linear_in: Tensor, linear_out: Tensor, scale: float) -> Tensor:
+    """Return ``W + scale * B A``, rounded to fp32 and then once to the weight's dtype.
+
+    The sum is in fp64, so that the result does not depend on the machine or on how the weight is split. A merge of
+    shards on a GPU gives the same bits as an export by rows.
+
+    Args:
+        weight: ``[rows, columns]``, the whole weight or any block of it.
+        linear_in: A, ``[dim, columns]``.
+        linear_out: B, ``[rows, dim]``.
+        scale: ``alpha / dim``.
+    """
+    result, factor = torch.empty_like(weight), linear_in.double()
+    for start in range(0, weight.size(0), _MERGED_AT_A_TIME):
+        rows = slice(start, start + _MERGED_AT_A_TIME)
+        result[rows] = torch.addmm(weight[rows].double(), linear_out[rows].double(), factor, alpha=scale).float()
+    return result
 
 
 def _is_stacked(rule: Rule) -> bool:

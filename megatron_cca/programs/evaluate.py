@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_cca.io.outputs import check_apart, check_writable
+from megatron_cca.io.output_folders import check_apart
+from megatron_cca.io.outputs import check_writable
 from megatron_cca.lab.evaluation import EvaluateOptions
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors

@@ -12,7 +12,7 @@ from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
-from megatron_cca.training.watchdog import Progress
+from megatron_cca.training.watchdog import PhaseTracker
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.references import llamagen
@@ -168,7 +168,7 @@ def _cca_step(overrides, length):
     loss = llamagen.cca_loss(trained, frozen, rows, codes, sizes, **objective)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
-    run = build_run(config, architecture, reader, reader, None, Progress())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
     padded = _padded(config, architecture)
     fill(run.policy_chunks, trained, sizes, padded)
     fill(run.reference.chunks, frozen, sizes, padded)
@@ -191,7 +191,7 @@ def _first_log_ratios(overrides):
     classes, codes = _rows(sizes)
     rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, sizes)
     reader = _Reader(config, rows, codes, sizes, WIDTH)
-    run = build_run(config, architecture, reader, reader, None, Progress())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
     return [train_step(run).log_ratio.worst for _ in range(2)]
 
 

@@ -29,7 +29,7 @@ from megatron_cca.lab.studies.study import open_study
 from megatron_cca.objectives import OBJECTIVES, Objective, PairLogps, objective, register
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.faults import Alarms
-from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
+from megatron_cca.training.log_ratio_gate import LogRatioSpread, check_log_ratio
 from megatron_cca.training.run_log import read_events, read_metrics
 from tests.distributed.launch import run_workers, typed
 from tests.distributed.test_layout_parity import LOSS_RTOL, NORM_RTOL, PP2, TP2, column, under
@@ -215,10 +215,12 @@ def test_the_gate_of_step_0_and_the_alarm_name_its_scale():
     config = load_config(None, ["objective.name=ipo", "objective.tau=0.2", "reference.precision=bf16"])
     spread = LogRatioSpread(0.3, 0.4, 1.5, 512)
     with pytest.raises(UserError) as error:
-        judge(config, spread)
+        check_log_ratio(config, spread)
     assert "; tau x mean 0.06, tau x root mean square 0.1, only 0.05 allowed" in str(error.value)
     assert "closer, lower objective.tau, or, to go on all the same" in str(error.value)
-    assert judge(replace(config, objective=IPO(tau=0.02)), spread).endswith("tau x root mean square 0.01, 0.05 allowed")
+    assert check_log_ratio(replace(config, objective=IPO(tau=0.02)), spread).endswith(
+        "tau x root mean square 0.01, 0.05 allowed"
+    )
     alarms = Alarms(config)
     (line,) = (line for _ in range(10) for line in alarms.after({"loss": 1.0, "positive_log_ratio": -99.0}, 16.0))
     assert line.endswith("the road to collapse; raise objective.tau (0.2) or lower optimizer.lr (1e-05)")

@@ -13,7 +13,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.reference_bias import BiasSettings, ModelPrecision
 from megatron_cca.lab.reference_bias import measure as bias
 from megatron_cca.models.emu3 import tiny_vocabulary
-from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
+from megatron_cca.training.log_ratio_gate import LogRatioSpread, check_log_ratio
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.references import token_shards
 
@@ -169,7 +169,7 @@ def test_the_beta_that_it_calls_safe_passes_the_gate_of_training(rms):
     pair = bias_of(rms)
 
     def judged(beta):
-        return judge(replace(config, objective=replace(config.objective, beta=beta)), pair.spread)
+        return check_log_ratio(replace(config, objective=replace(config.objective, beta=beta)), pair.spread)
 
     judged(float(bias._beta(pair.safe_beta)))
     judged(pair.safe_beta * 0.999)

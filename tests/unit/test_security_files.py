@@ -19,7 +19,8 @@ import yaml
 
 from megatron_cca.checkpoint.distributed import plain_data_only
 from megatron_cca.checkpoint.huggingface import import_checkpoint
-from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors
+from megatron_cca.checkpoint.integrity import INDEX
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config.load import load_config
 from megatron_cca.data.manifest import open_table

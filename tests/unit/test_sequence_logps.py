@@ -249,7 +249,7 @@ def test_the_logits_are_never_held():
         ({"hidden": torch.zeros(S, H)}, r"hidden: shape \(7, 16\), must be \[S, B, H\]"),
         ({"weight": torch.zeros(V, H + 1)}, r"weight: shape \(4133, 17\), must be \[V_local, 16\] to fit hidden"),
         ({"weight": torch.zeros(V, H).bfloat16()}, r"weight: torch.bfloat16, must be hidden's torch.float32"),
-        ({"weight": torch.zeros(V - 1, H)}, r"weight: 4132 rows on each of 1 rank\(s\) are 4132 words, must be at"),
+        ({"weight": torch.zeros(V - 1, H)}, r"weight: 4132 rows on each of 1 rank\(s\) are 4132 ids, must be at"),
         (
             {"targets": torch.zeros(S, B, dtype=torch.int64)},
             r"targets: shape \(7, 3\), must be \[B, S\] = \(3, 7\) to fit hidden",

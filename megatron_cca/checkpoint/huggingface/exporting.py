@@ -31,20 +31,11 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     template_from_folder,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.streamed_save import ByteProgress, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
-from megatron_cca.io.outputs import (
-    OPTION,
-    check_apart,
-    check_file,
-    check_output,
-    check_space,
-    claimed,
-    file_system_errors,
-    staging,
-    whole_file,
-)
+from megatron_cca.io.output_folders import check_apart, check_file, check_output, check_space, claimed, staging
+from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
 from megatron_cca.models.weight_files import CONFIG

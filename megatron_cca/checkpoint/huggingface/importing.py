@@ -22,12 +22,12 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     one_dtype,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.streamed_save import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_vocab_size

@@ -17,15 +17,22 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     recognise,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_whole
+from megatron_cca.checkpoint.integrity import check_whole
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
-from megatron_cca.models.low_rank import LINEAR_IN, LINEAR_OUT, merged_weight, scale_of
 from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
-from megatron_cca.models.weight_map import RowsInMegatron, rows_in_megatron
+from megatron_cca.models.weight_map import (
+    LINEAR_IN,
+    LINEAR_OUT,
+    RowsInMegatron,
+    merged_weight,
+    rows_in_megatron,
+    scale_of,
+)
 
 
 class MegatronCheckpoint:

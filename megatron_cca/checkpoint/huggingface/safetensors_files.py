@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_cca.checkpoint.streamed_save import num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import num_bytes, row_ranges
 from megatron_cca.errors import UserError, error_context, first_line, shortened
-from megatron_cca.io.external_files import UTF_16, is_file_name, kind_hint
+from megatron_cca.io.external_files import is_file_name
+from megatron_cca.io.file_contents import UTF_16, kind_hint
 from megatron_cca.models.weight_files import INDEX, SINGLE, unwrapped
 
 MAX_SHARD_BYTES = 5 * 10**9

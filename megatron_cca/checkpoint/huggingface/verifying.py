@@ -35,8 +35,7 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     MegatronCheckpoint,
     template_from_checkpoint,
 )
-from megatron_cca.checkpoint.stored_tensors import StoredTensors
-from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors, num_bytes, row_ranges
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import check_layout

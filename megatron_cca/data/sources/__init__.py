@@ -13,7 +13,7 @@ from megatron_cca.data.sources.external_text import OF_LIST, printable, split_of
 from megatron_cca.data.sources.folders import is_file, is_folder, is_image, names_in, real_folder, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 
 __all__ = [
     "AUTO",

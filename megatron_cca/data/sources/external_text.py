@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cca.data.sources.source_protocol import SourceOptions, Unreadable
 from megatron_cca.errors import UserError, one_line, shortened
-from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
+from megatron_cca.io.file_contents import BOM, KIND_BYTES, kind_of
 
 # The keys and columns that hold a caption unless the user names one.
 CAPTION_FIELDS = ("caption", "text")

@@ -20,7 +20,8 @@ import numpy as np
 from megatron_cca.data.sources.external_text import PackedStrings, printable, unique_names
 from megatron_cca.data.sources.source_protocol import Unreadable
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import LFS_POINTER, hub_blobs, kind_of, kind_of_file
+from megatron_cca.io.external_files import hub_blobs
+from megatron_cca.io.file_contents import LFS_POINTER, kind_of, kind_of_file
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # More than any image has. A forged size must not fill the memory.

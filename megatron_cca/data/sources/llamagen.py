@@ -30,7 +30,7 @@ from megatron_cca.data.sources.folders import (
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import array_in
+from megatron_cca.io.file_contents import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
 # The factor of the authors' VQ-16.

@@ -34,7 +34,7 @@ from megatron_cca.data.sources.folders import (
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 
 _BLOCK = tarfile.BLOCKSIZE
 # What compressed files begin with.

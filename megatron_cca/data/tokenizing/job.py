@@ -23,7 +23,8 @@ from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
-from megatron_cca.io.outputs import OPTION, check_apart, claimed, file_system_errors, remove_beside_others
+from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
+from megatron_cca.io.outputs import OPTION, file_system_errors
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid
 from megatron_cca.models.formats import ImageTokenizer

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron_cca.data.shard_writing import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import OPTION
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 

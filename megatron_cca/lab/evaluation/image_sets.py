@@ -20,7 +20,8 @@ from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.data.sources.external_text import printable, split_of
 from megatron_cca.data.sources.folders import LINKED, UnreadFiles, real_folder, walk_files
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.external_files import ZIP, archived_arrays, archived_names, file_below, kind_of_file
+from megatron_cca.io.external_files import file_below
+from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
 from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
 

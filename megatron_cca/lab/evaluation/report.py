@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.errors import error_context
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import replacing
+from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, markdown_table
 from megatron_cca.lab.evaluation import EvaluateOptions
 from megatron_cca.lab.evaluation.checks import (

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError, error_context, shortened
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 
 _MIB = 2**20
 _MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")

@@ -14,7 +14,8 @@ from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import check_file, file_system_errors, write_json, write_text
+from megatron_cca.io.output_folders import check_file
+from megatron_cca.io.outputs import file_system_errors, write_json, write_text
 from megatron_cca.lab import padded_table, reserved_folder
 from megatron_cca.lab.planner import CalibrateSettings, DryRunSettings, PlanSettings
 from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES, SearchInputs, check_candidate

@@ -14,7 +14,7 @@ import yaml
 from megatron_cca import __version__
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
-from megatron_cca.io.outputs import replacing
+from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, padded_table
 from megatron_cca.lab.planner.candidates import MEMORY_SHARE, Candidate
 from megatron_cca.lab.planner.hardware import DEFAULT

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import claimed, file_system_errors, write_text
+from megatron_cca.io.output_folders import claimed
+from megatron_cca.io.outputs import file_system_errors, write_text
 from megatron_cca.io.paths import retyped
 from megatron_cca.lab.scaling import OPTION
 from megatron_cca.lab.scaling.sweep import (

@@ -13,7 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context, one_line, shortened
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep

@@ -14,7 +14,8 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.outputs import claimed, write_json, write_text
+from megatron_cca.io.output_folders import claimed
+from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.studies import (
     SAMPLING,
     Keys,

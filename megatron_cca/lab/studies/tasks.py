@@ -22,7 +22,7 @@ from typing import Any
 from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json
 from megatron_cca.lab.studies import SamplingConfig
 
