@@ -145,7 +145,7 @@ class HeavierCCA(CCA):
 
 def test_a_file_in_the_folder_is_all_that_it_takes(tmp_path):
     shutil.copytree(PACKAGE / "objectives", tmp_path / "megatron_cca" / "objectives")
-    for name in ("__init__", "errors", "sections"):
+    for name in ("__init__", "errors", "keys"):
         shutil.copy(PACKAGE / f"{name}.py", tmp_path / "megatron_cca")
     (tmp_path / "megatron_cca" / "objectives" / "heavier.py").write_text(NEW_FILE)
     script = "from megatron_cca.objectives import OBJECTIVES as o; print(*o, o['heavier_cca'](0.1, extra=3.0).extra)"
