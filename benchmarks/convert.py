@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from tqdm import tqdm
 
 from megatron_cca import platform
@@ -38,12 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="an empty or new folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32, help="fewer than Emu3's 32 for a trial")
     parser.add_argument("--logits", action="store_true", help="also compare Megatron's logits with transformers'")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        print(json.dumps(_measured(settings)))
-        return
+    arguments = parse_or_measure(parser, _measured)
     if arguments.folder is None or (arguments.folder.is_dir() and any(arguments.folder.iterdir())):
         parser.error("--folder: give an empty or new folder")
     compare(arguments)

@@ -5,7 +5,7 @@
     <folder>/validation_000000000_000000003.npz
 
 A batch is a pure function of (data, seed, step), so that a row needs no name. Each block is written under a hidden name
-and renamed; zip's checksums guard what is in it.
+and renamed. The checksums of zip guard its contents.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ReferenceCache:
 
 
 class ReferenceCacheWriter:
-    """Fills a cache block by block; blocks that a former attempt finished stay.
+    """A writer of a cache, block by block. Blocks that a former attempt finished stay.
 
     Args:
         folder: claimed by this process; empty, or a cache of the same identity and path.

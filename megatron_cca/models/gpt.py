@@ -309,3 +309,8 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
     # Each rank has the sum and the gradient of its own part of the sequence. Megatron's data parallelism sums parameter
     # gradients over these ranks.
     return reduce_from_tensor_model_parallel_region(logps, parallel_state.get_context_parallel_group())
+
+
+def unwrapped_gpt(chunk: torch.nn.Module) -> GPTModel:
+    """Return the model in a chunk, which may be in DDP, in Float16Module or bare."""
+    return next(module for module in chunk.modules() if isinstance(module, GPTModel))

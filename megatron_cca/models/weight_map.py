@@ -25,13 +25,13 @@ LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
 _MERGED_AT_A_TIME = 1024
 
 _DIMENSIONS = {
-    "vocab": lambda a: a.vocabulary.size,
-    "output": lambda a: a.vocabulary.output_size,
-    "input_only": lambda a: a.vocabulary.size - a.vocabulary.output_size,
-    "hidden": lambda a: a.hidden_size,
-    "ffn": lambda a: a.ffn_hidden_size,
-    "query": lambda a: a.hidden_size,
-    "key": lambda a: a.kv_channels * a.num_query_groups,
+    "vocab": lambda sizes: sizes.vocabulary.size,
+    "output": lambda sizes: sizes.vocabulary.output_size,
+    "input_only": lambda sizes: sizes.vocabulary.size - sizes.vocabulary.output_size,
+    "hidden": lambda sizes: sizes.hidden_size,
+    "ffn": lambda sizes: sizes.ffn_hidden_size,
+    "query": lambda sizes: sizes.hidden_size,
+    "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
 }
 
 
@@ -78,10 +78,10 @@ class MappedTensor:
 
 
 @dataclass(frozen=True)
-class Source:
-    """``count`` rows of a Hugging Face tensor from ``start``.
+class RowsInMegatron:
+    """Where rows of a Hugging Face tensor are in Megatron's: ``count`` rows from ``start`` on.
 
-    They are the rows of ``tensor`` from ``megatron_start``.
+    They are the rows of ``tensor`` from ``megatron_start`` on.
     """
 
     tensor: MappedTensor
@@ -254,18 +254,18 @@ class WeightMap:
         yield list(self.rules[last:]), None
 
 
-def sources(tensors: Sequence[MappedTensor]) -> Mapping[str, list[Source]]:
+def rows_in_megatron(tensors: Sequence[MappedTensor]) -> Mapping[str, list[RowsInMegatron]]:
     """Return the reverse map: for each Hugging Face tensor, where its rows go, from top to bottom."""
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[RowsInMegatron]] = {}
     for tensor in tensors:
         position = 0
         for part in tensor.parts:
-            found.setdefault(part.name, []).append(Source(tensor, position, part.start, part.count))
+            found.setdefault(part.name, []).append(RowsInMegatron(tensor, position, part.start, part.count))
             position += part.count
     for name, rows in found.items():
-        rows.sort(key=lambda source: source.start)
-        ends = [0, *(source.start + source.count for source in rows)]
-        assert [source.start for source in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
+        rows.sort(key=lambda part: part.start)
+        ends = [0, *(part.start + part.count for part in rows)]
+        assert [part.start for part in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
     return found
 
 

@@ -21,8 +21,8 @@ _EXAMPLE = """example:
   torchrun --nproc_per_node 8 tools/cache_reference.py --config my.yaml --output caches/my
 
 Then train with --set reference.strategy=cached --set reference.cache=caches/my. The cache serves any layout; log-ratios
-start at exactly 0 on the layout, micro batch and machine that it was computed with. An interrupted computation goes on
-where it was.
+start at exactly 0 on the layout, micro batch and machine that it was computed with. The same command
+continues an interrupted computation.
 """
 
 
@@ -37,7 +37,7 @@ class CacheOptions:
     overrides: Overrides = ()
     """override a key of the configuration, such as the layout to compute on; may be repeated"""
     steps: Annotated[str, Option(metavar="FIRST:LAST")] | None = None
-    """training steps, LAST excluded (default: 0:training.train_iters)"""
+    """the training steps to compute, without LAST (default: 0:training.train_iters)"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
 

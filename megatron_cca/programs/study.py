@@ -13,9 +13,9 @@ from megatron_cca.reporting import reported_tool_errors
 _EPILOG = """example:
   python tools/study.py --study examples/studies/figure4.yaml --workers 2
 
-The same command goes on where it was interrupted. Studies with the same --output share their runs. Under torchrun all
-processes do each run together, laid out as the file's parallel keys say. examples/studies/README.md says what a study's
-file holds.
+The same command continues where it was interrupted. Studies with the same --output share their runs. Under torchrun
+all processes do each run together, on the layout that the file's parallel keys give. What the file of a study holds
+stands in examples/studies/README.md.
 """
 
 
@@ -26,7 +26,7 @@ class StudyOptions:
     study: File
     """the YAML file of the study"""
     output: Folder = Path("runs/studies")
-    """folder of all runs and results (default runs/studies)"""
+    """folder of all runs and results, which studies may share (default runs/studies)"""
     workers: Count = 1
     """number of processes that do runs at the same time"""
     device: DeviceChoice = "auto"

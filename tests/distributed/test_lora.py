@@ -17,7 +17,7 @@ from megatron_cca.checkpoint.huggingface import (
     import_checkpoint,
     open_both,
 )
-from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from tests.distributed.launch import run_workers

@@ -18,13 +18,13 @@ import megatron_cca
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.keys import PositiveFloat
-from megatron_cca.lab.planner.candidates import Wishes
+from megatron_cca.lab.planner.candidates import SearchInputs
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.report import Report, yaml_of
 from megatron_cca.lab.planner.search import search
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.plan import Planner, make_plan
+from megatron_cca.lab.studies.schedule import TaskFactory, make_schedule
 from megatron_cca.lab.studies.study import open_study
 from megatron_cca.objectives import OBJECTIVES, Objective, PairLogps, objective, register
 from megatron_cca.training.checks import check_run
@@ -233,8 +233,8 @@ def test_it_is_planned_like_what_costs_the_same(name, like, tmp_path):
     mine, other = (load_config(None, [f"objective.name={one}", *keys]) for one in (name, like))
     if name == "ipo":
         mine = replace(mine, objective=IPO(tau=0.7))
-    wishes = Wishes(cluster, images, vary=("micro_batch", "reference"))
-    plan, expected = search(mine, wishes, 5), search(other, wishes, 5)
+    inputs = SearchInputs(cluster, images, vary=("micro_batch", "reference"))
+    plan, expected = search(mine, inputs, 5), search(other, inputs, 5)
     assert [one.step.total for one in plan.best] == [one.step.total for one in expected.best]
     assert [one.memory for one in plan.best] == [one.memory for one in expected.best]
     assert (plan.cached is None) == (name == "row_likelihood")
@@ -279,12 +279,12 @@ def studied(folder, digit_shards, **changes):
 
 
 def test_a_study_has_one_for_its_method_and_one_for_its_control(tmp_path, digit_shards):
-    planner = Planner(studied(tmp_path, digit_shards), tmp_path / "out")
-    plan = make_plan(planner, lambda task: {"status": "finished", "fid": 1.0})
+    factory = TaskFactory(studied(tmp_path, digit_shards), tmp_path / "out")
+    plan = make_schedule(factory, lambda task: {"status": "finished", "fid": 1.0})
     assert plan.chosen["ipo"] == {"objective.tau": 0.1}
     names = {task.folder.name.rpartition("-")[0] for task in plan.tasks}
     assert {"ipo", "row_likelihood"} <= names
-    swept = [row.point.config.objective for row in plan.rows if row.method.name == "ipo"]
+    swept = [row.run.config.objective for row in plan.rows if row.method.name == "ipo"]
     assert swept == [IPO(tau=0.1), IPO(tau=0.3), IPO(tau=0.4)]
 
 

@@ -167,7 +167,8 @@ def test_an_import_killed_at_any_of_its_last_moves_can_be_repeated(hub, tmp_path
 
 def test_a_conversion_that_fails_midway_leaves_nothing(hf, tmp_path, monkeypatch):
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
-    from megatron_cca.checkpoint.huggingface import source, target
+    from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
+    from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
 
     def fail(self, name, start, stop):
         if "layers.3" in name:
@@ -175,9 +176,9 @@ def test_a_conversion_that_fails_midway_leaves_nothing(hf, tmp_path, monkeypatch
         return original(self, name, start, stop)
 
     for cls, convert_it in (
-        (source.HuggingFaceCheckpoint, lambda: import_checkpoint(hf, tmp_path / "a", progress_bar=False)),
+        (HuggingFaceCheckpoint, lambda: import_checkpoint(hf, tmp_path / "a", progress_bar=False)),
         (
-            target.MegatronCheckpoint,
+            MegatronCheckpoint,
             lambda: export_checkpoint(tmp_path / "megatron", tmp_path / "b", progress_bar=False),
         ),
     ):

@@ -19,7 +19,7 @@ _CLIP_PREFIX = "clip:"
 
 
 @dataclass(frozen=True)
-class Cut:
+class TruncatedPrompts:
     """The number of prompts, of ``count``, that the model reads only in part.
 
     The model reads ``tokens`` tokens.
@@ -94,14 +94,14 @@ class ClipScorer:
 
     __call__ = scores
 
-    def cut(self, prompts: Sequence[str]) -> Cut:
+    def cut(self, prompts: Sequence[str]) -> TruncatedPrompts:
         """Count the prompts that are cut before they are scored."""
         long = 0
         for start in range(0, len(prompts), self.batch_size):
             batch = list(prompts[start : start + self.batch_size])
             ids = self.processor.tokenizer(batch, truncation=False, verbose=False)["input_ids"]
             long += sum(len(one) > self._length for one in ids)
-        return Cut(long, len(prompts), self._length)
+        return TruncatedPrompts(long, len(prompts), self._length)
 
     @property
     def _length(self) -> int:

@@ -23,11 +23,16 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import file_below
 from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
 from megatron_cca.io.paths import typed_path
+from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-# Words in place of a path: scikit-learn's scans for training, and the others.
-DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
+# Arrays of an .npz.
+IMAGES, LABELS = "arr_0", "arr_1"
+_MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_OPAQUE = 255
+
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -173,11 +178,6 @@ def _record(line: bytes) -> dict:
     return record
 
 
-IMAGES, LABELS = "arr_0", "arr_1"
-_MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-Moments = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
 def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments, tuple[str, ...]]:
     """Read images, labels, moments and notices from an .npz.
 
@@ -234,9 +234,6 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
                 )
             found[part] = mu, sigma
     return found
-
-
-_OPAQUE = 255
 
 
 @dataclass(frozen=True)

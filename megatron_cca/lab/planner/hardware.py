@@ -1,8 +1,8 @@
-"""Clusters: what their GPUs and networks can do, and the loss to stragglers, congestion and slow links.
+"""Clusters: the peaks of GPUs and links, the shares of them that are reached, and what a growing cluster loses.
 
 Published runs of one model on a growing number of GPUs show the share of a GPU's speed that remains. The planner
-explains a part of the loss. The rest is fitted as one number: the share lost at each doubling of the nodes. Its spread
-is the difference between the runs.
+explains a part of the loss. The rest goes to stragglers, congestion and slow links. It is fitted as one number: the
+share lost at each doubling of the nodes. Its spread is the difference between the runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.file_contents import json_object
 
 _MIB = 2**20
+_MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,21 @@ def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
     return calibration, Gpu(**device)
 
 
-_MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
+def calibrated_device(name: str, calibration: Path | None) -> tuple[Gpu, Calibration]:
+    """Return the device to plan for, and its calibration.
+
+    Args:
+        name: name of the GPU, or :data:`CPU`.
+        calibration: the file of ``tools/plan.py calibrate``; None means the defaults.
+
+    Raises:
+        UserError: an unknown GPU, a processor without a calibration, or a file of another device.
+    """
+    if calibration is None:
+        return gpu_named(name), DEFAULT
+    found, measured = read_calibration(calibration, name)
+    # The project has no data sheet of a processor. Its measurement replaces one.
+    return (measured if name == CPU else gpu_named(name)), found
 
 
 def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str, Any]:
@@ -236,7 +251,7 @@ def calibration_json(calibration: Calibration, device: Gpu, **about: object) -> 
 
 
 @dataclass(frozen=True)
-class Series:
+class PublishedSpeeds:
     """Published speeds of one program and model on a growing number of GPUs.
 
     Attributes:
@@ -273,51 +288,33 @@ _TORCHTITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 _FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
 _README = "NVIDIA/Megatron-LM, README.md"
 _LLAMA = "Llama 3, arXiv 2407.21783, table 4"
-# The modelled speed of a program whose work and layout on a GPU stay the same.
+# Columns of several series: numbers of GPUs, and modelled speeds. These are 1 where a GPU's work and layout stay alike.
 _SAME2, _SAME3, _SAME4 = (1.0,) * 2, (1.0,) * 3, (1.0,) * 4
+_GPUS_530B, _USUAL, _LARGE = (2240, 4480, 11200), (256, 512, 768, 1024), (3072, 6144, 8192, 12288)
+_USUAL_MODELLED, _LARGE_MODELLED = (158, 154, 151, 147), (155, 150, 147, 140)
 
-SERIES = (
-    Series("torchtitan 8B, H100, bf16, weak", _TORCHTITAN, (8, 128), (6667, 6514), (8173, 8232)),
-    Series("torchtitan 8B, H100, FP8, weak", _TORCHTITAN, (8, 128), (8532, 8380), (9990, 10078)),
-    Series("llm-foundry 13B, H100, weak", _FOUNDRY, (8, 16, 32, 64), (4792, 4767, 4811, 4800), _SAME4),
-    Series("llm-foundry 1B, H100, weak", _FOUNDRY, (16, 32, 64), (46037, 45130, 44402), _SAME3),
-    Series("llm-foundry 3B, H100, weak", _FOUNDRY, (32, 64), (23021, 22525), _SAME2),
-    Series("Megatron-LM 530B, A100, weak", _WEAK_530B, (2240, 4480, 11200), (49.2, 48.8, 48.2), _SAME3),
-    Series("MegaScale 530B, A100, weak", _WEAK_530B, (2240, 4480, 11200), (54.3, 54.1, 54.3), _SAME3),
-    Series("Megatron-LM 175B, H100, strong", _README, (96, 4608), (47, 42), (441, 379)),
-    Series(
-        "Megatron-LM 175B, A100, strong",
-        _MEGASCALE,
-        (256, 512, 768, 1024),
-        (53.0, 49.9, 46.7, 44.7),
-        (158, 154, 151, 147),
+PUBLISHED = (
+    PublishedSpeeds("torchtitan 8B, H100, bf16, weak", _TORCHTITAN, (8, 128), (6667, 6514), (8173, 8232)),
+    PublishedSpeeds("torchtitan 8B, H100, FP8, weak", _TORCHTITAN, (8, 128), (8532, 8380), (9990, 10078)),
+    PublishedSpeeds("llm-foundry 13B, H100, weak", _FOUNDRY, (8, 16, 32, 64), (4792, 4767, 4811, 4800), _SAME4),
+    PublishedSpeeds("llm-foundry 1B, H100, weak", _FOUNDRY, (16, 32, 64), (46037, 45130, 44402), _SAME3),
+    PublishedSpeeds("llm-foundry 3B, H100, weak", _FOUNDRY, (32, 64), (23021, 22525), _SAME2),
+    PublishedSpeeds("Megatron-LM 530B, A100, weak", _WEAK_530B, _GPUS_530B, (49.2, 48.8, 48.2), _SAME3),
+    PublishedSpeeds("MegaScale 530B, A100, weak", _WEAK_530B, _GPUS_530B, (54.3, 54.1, 54.3), _SAME3),
+    PublishedSpeeds("Megatron-LM 175B, H100, strong", _README, (96, 4608), (47, 42), (441, 379)),
+    PublishedSpeeds("Megatron-LM 175B, A100, strong", _MEGASCALE, _USUAL, (53.0, 49.9, 46.7, 44.7), _USUAL_MODELLED),
+    PublishedSpeeds(
+        "Megatron-LM 175B, A100, strong, large batch", _MEGASCALE, _LARGE, (48.7, 47.8, 43.3, 41.2), _LARGE_MODELLED
     ),
-    Series(
-        "Megatron-LM 175B, A100, strong, large batch",
-        _MEGASCALE,
-        (3072, 6144, 8192, 12288),
-        (48.7, 47.8, 43.3, 41.2),
-        (155, 150, 147, 140),
+    PublishedSpeeds("MegaScale 175B, A100, strong", _MEGASCALE, _USUAL, (65.3, 63.5, 61.3, 59.0), _USUAL_MODELLED),
+    PublishedSpeeds(
+        "MegaScale 175B, A100, strong, large batch", _MEGASCALE, _LARGE, (59.1, 57.3, 54.9, 55.2), _LARGE_MODELLED
     ),
-    Series(
-        "MegaScale 175B, A100, strong",
-        _MEGASCALE,
-        (256, 512, 768, 1024),
-        (65.3, 63.5, 61.3, 59.0),
-        (158, 154, 151, 147),
-    ),
-    Series(
-        "MegaScale 175B, A100, strong, large batch",
-        _MEGASCALE,
-        (3072, 6144, 8192, 12288),
-        (59.1, 57.3, 54.9, 55.2),
-        (155, 150, 147, 140),
-    ),
-    Series("Llama 3 405B, H100, strong", _LLAMA, (8192, 16384), (430, 400), (194, 180)),
+    PublishedSpeeds("Llama 3 405B, H100, strong", _LLAMA, (8192, 16384), (430, 400), (194, 180)),
 )
 
 
-def fit(series: Sequence[Series]) -> tuple[float, float]:
+def fit(series: Sequence[PublishedSpeeds]) -> tuple[float, float]:
     """Fit the loss of a doubling and its spread to the series.
 
     Returns:
@@ -330,7 +327,7 @@ def fit(series: Sequence[Series]) -> tuple[float, float]:
     return loss, math.sqrt(variance)
 
 
-LOSS, SPREAD = fit(SERIES)
+LOSS, SPREAD = fit(PUBLISHED)
 
 
 def doublings_beyond_a_node(cluster: Cluster) -> float:

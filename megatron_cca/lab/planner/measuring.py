@@ -153,7 +153,7 @@ def short_configs(config: Config) -> list[Config]:
     ]
 
 
-def observe(
+def measure_short_run(
     config: Config,
     images: ImageShape,
     steps: int,

@@ -182,7 +182,7 @@ def _comparison(results: Results, methods: Sequence[Method], settings: PlotSetti
 
 
 def _passes(result: Result) -> str:
-    passes = result.row.point.sampling.forwards_per_token
+    passes = result.row.run.sampling.forwards_per_token
     name = "base" if result.row.method.name == BASE else result.row.method.label
     return f"{name}, {passes} pass{'es' if passes > 1 else ''} a token"
 
