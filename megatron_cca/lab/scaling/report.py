@@ -39,28 +39,6 @@ _MARGIN, _SHIFT = 1.4, 0.008
 # The least number of bars that fill the axis. Fewer bars do not become wider.
 _FEWEST_BARS = 6
 
-_HEADER = (
-    "mode",
-    "{units}",
-    "layout",
-    "global batch",
-    "s/step",
-    "tokens/s/{unit}",
-    "of the smallest",
-    "MFU",
-    "GiB",
-    "communication",
-    "bubble",
-    "even bubble",
-)
-_MARKERS = {"weak": "o", "strong": "s"}
-_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
-_WIDTH, _HEIGHT = 13.5, 4.3
-# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
-_MARGIN, _SHIFT = 1.4, 0.008
-# The least number of bars that fill the axis. Fewer bars do not become wider.
-_FEWEST_BARS = 6
-
 
 @dataclass(frozen=True)
 class Series:
