@@ -153,12 +153,12 @@ class ReferenceConfig:
 
     strategy: Literal["resident", "offload", "cached", "shared"] = key("resident", LAST_BITS)
     """``resident`` keeps the reference on the device beside the policy. ``offload`` keeps it in host memory and streams
-    one layer at a time through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py``
+    one layer at a time through the device. ``cached`` reads log-probabilities that ``megatron-cca cache-reference``
     computed. ``shared`` takes the policy with its LoRA adapters off."""
     checkpoint: PathText | None = key(None, NUMBERS, reference="weights")
     """The weights of the reference; null means ``training.pretrained_checkpoint``."""
     cache: PathText | None = key(None, LAST_BITS)
-    """For ``cached``: the folder that ``tools/cache_reference.py`` wrote."""
+    """For ``cached``: the folder that ``megatron-cca cache-reference`` wrote."""
     precision: Precision | None = key(None, NUMBERS, reference=True)
     """Precision of the reference; null means the policy's, ``training.precision``."""
     fp8_recipe: Literal["tensorwise", "blockwise"] | None = key(None, NUMBERS, reference=True)

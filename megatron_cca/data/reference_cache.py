@@ -28,7 +28,7 @@ BLOCK = 64
 
 _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
-_TOOL = "tools/cache_reference.py"
+_TOOL = "megatron-cca cache-reference"
 _KEY = "reference.cache"
 _BLOCK_NAME = re.compile(r"[a-z]+_(\d{9,18})_(\d{9,18})\.npz", re.ASCII)
 _NO_BLOCK = (Path(), 0)
@@ -38,7 +38,7 @@ class ReferenceCache:
     """A folder of log-probabilities, open for reading.
 
     Args:
-        folder: what ``tools/cache_reference.py`` wrote.
+        folder: what ``megatron-cca cache-reference`` wrote.
 
     Attributes:
         identity: everything that the numbers depend on, by its configuration key or in words.

@@ -170,7 +170,7 @@ def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_
     if len(sets) > 1 and not are_alike:
         raise UserError(
             f"holds {len(sets)} sets of weights that differ ({places}); say which to take: --section "
-            f"{sets[0].place} (tools/convert_checkpoint.py import)"
+            f"{sets[0].place} (megatron-cca convert import)"
         )
     return sets[0]
 

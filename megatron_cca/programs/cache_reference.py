@@ -18,7 +18,7 @@ from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLE = """example:
-  torchrun --nproc_per_node 8 tools/cache_reference.py --config my.yaml --output caches/my
+  torchrun --nproc_per_node 8 -m megatron_cca cache-reference --config my.yaml --output caches/my
 
 Then train with --set reference.strategy=cached --set reference.cache=caches/my. The cache serves any layout; log-ratios
 start at exactly 0 on the layout, micro batch and machine that it was computed with. The same command

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from megatron_cca.checkpoint.huggingface import TensorComparison
 
 _EXAMPLES = """examples:
-  python tools/convert_checkpoint.py import --hf Emu3-Gen --output checkpoints/emu3_8b
-  python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
-  python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
-  python tools/convert_checkpoint.py import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
-  python tools/convert_checkpoint.py import --hf mine.pt --set model.num_attention_heads=8 \\
+  megatron-cca convert import --hf Emu3-Gen --output checkpoints/emu3_8b
+  megatron-cca convert verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
+  megatron-cca convert export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
+  megatron-cca convert import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
+  megatron-cca convert import --hf mine.pt --set model.num_attention_heads=8 \\
       --set model.max_position_embeddings=257 --section ema --output checkpoints/mine
 """
 _DIFFERENT, _MAX_TOKENS = 3, 10_000

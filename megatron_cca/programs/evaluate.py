@@ -12,13 +12,13 @@ from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLES = """examples:
-  python tools/evaluate.py --samples base=runs/samples/base --samples cca=runs/samples/cca --reference digits \\
+  megatron-cca evaluate --samples base=runs/samples/base --samples cca=runs/samples/cca --reference digits \\
       --output runs/evaluation
-  python tools/evaluate.py --samples cca=samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+  megatron-cca evaluate --samples cca=samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
       --inception-weights weights-inception-2015-12-05-6726825d.pth --output runs/evaluation
 
-Sets of images are folders of PNG or JPEG files (there or one level below), output folders of tools/generate.py, .npz
-files with arr_0 uint8 [N, H, W, 3] and perhaps labels in arr_1, or the words digits (the training scans) and
+Sets of images are folders of PNG or JPEG files (there or one level below), output folders of megatron-cca generate,
+.npz files with arr_0 uint8 [N, H, W, 3] and perhaps labels in arr_1, or the words digits (the training scans) and
 digits-held-out. An .npz that holds mu and sigma (and mu_s, sigma_s) beside its images, as OpenAI's reference batches
 do, gives FID and sFID to those, with --extractor inception.
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 OPTIONS = GenerateOptions
 _EXAMPLES = """examples:
-  python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
-  python tools/generate.py --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
+  megatron-cca generate --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
+  megatron-cca generate --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
       --guidance-scale 0.5 --output runs/guided
-  python tools/generate.py --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
+  megatron-cca generate --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
       --output runs/two_classes
-  torchrun --nproc_per_node 8 tools/generate.py --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
+  torchrun --nproc_per_node 8 -m megatron_cca generate --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
       --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
 The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
 """

@@ -15,7 +15,7 @@ from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLE = """example:
-  python tools/measure_reference_bias.py --checkpoint checkpoints/emu3_8b --data shards/train --beta 0.0015 \\
+  megatron-cca measure-reference-bias --checkpoint checkpoints/emu3_8b --data shards/train --beta 0.0015 \\
       --output bias.json
 
 The objective multiplies log-ratios with beta; a training run stops where precision alone makes that

@@ -62,7 +62,7 @@ def check_data(config: Config) -> None:
     """Refuse a run without ``data.path``. Plans may do without."""
     if config.data.path is None:
         raise UserError(
-            "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes, or the word "
+            "data.path: missing; name a folder of token shards, which megatron-cca tokenize writes, or the word "
             "digits for scikit-learn's scans"
         )
 
@@ -117,7 +117,8 @@ def check_reference(config: Config) -> None:
         _check_shared(config)
     if strategy == "cached" and own.cache is None:
         raise UserError(
-            "reference.cache: missing; compute the log-probabilities with tools/cache_reference.py and name its folder"
+            "reference.cache: missing; compute the log-probabilities with megatron-cca cache-reference and name its "
+            "folder"
         )
     if strategy != "cached" and own.cache is not None:
         raise UserError(f"reference.cache: of no use with reference.strategy {strategy}; set that to cached")

@@ -185,7 +185,7 @@ def test_an_image_tokenizers_names_are_unwrapped_too(tmp_path):
 
 HALF = {name: value.half() for name, value in STATE.items()}
 MIXED = STATE | {name: value.bfloat16() for name, value in STATE.items() if value.dim() == 2}
-ADVICE = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+ADVICE = "megatron-cca convert import --dtype fp32 widens them, which loses nothing"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # float32 holds every number of these dtypes exactly.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
-_REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+_REMEDY = "megatron-cca convert import --dtype fp32 widens them, which loses nothing"
 # Files of weights in any format. They are not copied.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
 

@@ -55,7 +55,7 @@ def check_annotations(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> N
         raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
     if settings.clip is not None and all(images.prompts is None for images in sets.values()):
         raise UserError(
-            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as tools/generate.py writes it"
+            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as megatron-cca generate writes it"
         )
 
 

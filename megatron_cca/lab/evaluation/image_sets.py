@@ -1,4 +1,4 @@
-"""Sets of images for evaluation: a folder, an .npz, tools/generate.py's output, or the digits.
+"""Sets of images for evaluation: a folder, an .npz, megatron-cca generate's output, or the digits.
 
 The format of an .npz is that of OpenAI's evaluator and of the CCA paper's authors.
 """
@@ -263,8 +263,8 @@ def read_images(path: str | Path) -> ImageSet:
 
     Args:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
-            ``prompts.jsonl`` from tools/generate.py, in its order; an ``.npz`` with ``arr_0`` uint8 ``[N, H, W, 3]``
-            and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and ``digits-held-out``.
+            ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
+            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and ``digits-held-out``.
 
     Raises:
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.

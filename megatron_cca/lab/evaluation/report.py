@@ -1,4 +1,4 @@
-"""The work of tools/evaluate.py between its options and its end: numbers, metrics.json, table.md and plots."""
+"""The work of megatron-cca evaluate between its options and its end: numbers, metrics.json, table.md and plots."""
 
 from __future__ import annotations
 

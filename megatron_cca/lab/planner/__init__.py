@@ -38,7 +38,8 @@ class PlanSettings(RunOptions):
         "Written to the output folder: plan.yaml, the best run's configuration, which training takes as it is; "
         "table.md; plan.png, the memory and the seconds of the layouts by what they go to; plan.json, every number.\n\n"
         "Predictions come from a model of the GPU. Their error is printed beside them (±, two standard deviations). It "
-        "was found on published runs, none of them of this program: measure your device with tools/plan.py calibrate."
+        "was found on published runs, none of them of this program: measure your device with megatron-cca plan "
+        "calibrate."
     )
     _: KW_ONLY
     gpus: Count
@@ -51,7 +52,7 @@ class PlanSettings(RunOptions):
     """what may be changed beside the layout: micro_batch, recompute, optimizer, reference, precision, cached (default:
     the first four)"""
     calibration: File | None = None
-    """the file that tools/plan.py calibrate wrote (default: shares of the data sheets that published runs reach)"""
+    """the file that megatron-cca plan calibrate wrote (default: shares of the data sheets that published runs reach)"""
     top: Count = 10
     """number of layouts to show, the fastest first"""
     output: Folder | None = None

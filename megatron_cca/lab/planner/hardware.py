@@ -101,7 +101,7 @@ def gpu_named(name: str) -> Gpu:
         UserError: an unknown GPU; lists the known ones.
     """
     if name == CPU:
-        raise UserError("--gpu: cpu needs --calibration with what tools/plan.py calibrate measured on it")
+        raise UserError("--gpu: cpu needs --calibration with what megatron-cca plan calibrate measured on it")
     if name not in GPUS:
         raise UserError(f"--gpu: {name!r} is unknown; known: {', '.join(GPUS)}")
     return GPUS[name]
@@ -128,7 +128,7 @@ class Calibration:
 
     The defaults are round numbers. They were chosen on ten published runs on H100, B200 and A100. On these, the
     predictions have no bias, and ``relative_error`` covers their scatter. ``tests/unit/test_planner_anchors.py`` has
-    the runs and their sources, and checks this. ``tools/plan.py calibrate`` measures another machine.
+    the runs and their sources, and checks this. ``megatron-cca plan calibrate`` measures another machine.
 
     Attributes:
         matmul_efficiency: share of the bf16 or fp32 peak that products with long sides reach.
@@ -179,7 +179,7 @@ DEFAULT = Calibration()
 
 
 def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
-    """Read the file of ``tools/plan.py calibrate``: the calibration, and the device that it belongs to.
+    """Read the file of ``megatron-cca plan calibrate``: the calibration, and the device that it belongs to.
 
     Args:
         path: the JSON file.
@@ -206,7 +206,7 @@ def calibrated_device(name: str, calibration: Path | None) -> tuple[Gpu, Calibra
 
     Args:
         name: name of the GPU, or :data:`CPU`.
-        calibration: the file of ``tools/plan.py calibrate``; None means the defaults.
+        calibration: the file of ``megatron-cca plan calibrate``; None means the defaults.
 
     Raises:
         UserError: an unknown GPU, a processor without a calibration, or a file of another device.
@@ -225,7 +225,7 @@ def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str,
     """
     names = {field.name: field.type for field in fields(kind)}
     if not isinstance(values, dict) or set(values) != set(names):
-        raise UserError("not what tools/plan.py calibrate writes; measure again")
+        raise UserError("not what megatron-cca plan calibrate writes; measure again")
     for name, value in values.items():
         if names[name] not in ("int", "float"):
             continue

@@ -250,7 +250,7 @@ def _check_fits(needed: int, gpu: Gpu, rank: int) -> None:
     if needed > gpu.memory_bytes:
         raise UserError(
             f"--gpu: rank {rank} needs {needed / GIB:.1f} GiB, {gpu.name} has {gpu.memory_bytes / GIB:.1f}; "
-            "tools/plan.py search says which layouts fit"
+            "megatron-cca plan search says which layouts fit"
         )
 
 

@@ -151,7 +151,7 @@ def _mark(section: str, key: str, is_planned: bool) -> str:
     if not is_planned or section == "model":
         return ""
     if (section, key) == ("reference", "cache"):
-        return "  # compute it beforehand: tools/cache_reference.py"
+        return "  # compute it beforehand: megatron-cca cache-reference"
     return "  # planned"
 
 
@@ -212,7 +212,7 @@ def _trust(report: Report) -> str:
     if report.best.step.cluster_spread:
         error += ", with what clusters differ in (docs/scaling.md)"
     if calibration == DEFAULT:
-        return f"{error}: how far the model is off published runs. Measure yours with tools/plan.py calibrate."
+        return f"{error}: how far the model is off published runs. Measure yours with megatron-cca plan calibrate."
     return f"{error}: how far the model is off the steps that were measured for the calibration."
 
 
@@ -221,7 +221,7 @@ def _remarks(report: Report) -> Iterator[str]:
     if cached is not None:
         faster = cached.step.samples_per_second / best.step.samples_per_second
         yield (
-            f"With reference.strategy cached, after tools/cache_reference.py has passed over the data once: "
+            f"With reference.strategy cached, after megatron-cca cache-reference has passed over the data once: "
             f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
             f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
         )
@@ -244,7 +244,7 @@ def yaml_of(report: Report) -> str:
     launch = f"--nnodes {nodes} --nproc_per_node {per_node}" if nodes > 1 else f"--nproc_per_node {per_node}"
     step = best.step
     head = [
-        f"Planned by tools/plan.py for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
+        f"Planned by megatron-cca plan for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
         f"Predicted: {step.total:.3g} s/step ({step.low:.3g} to {step.high:.3g}), {step.samples_per_second:.3g} "
         f"samples/s, {best.memory.total / GIB:.1f} of {cluster.gpu.memory_bytes / GIB:.1f} GiB.",
         f"torchrun {launch} examples/pretrain_cca_emu3.sh --config {YAML_FILE}",

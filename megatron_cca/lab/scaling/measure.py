@@ -108,7 +108,7 @@ def _search_inputs(point: Point) -> SearchInputs:
 def _device(point: Point) -> tuple[Gpu, Calibration]:
     name, calibration = gpu_of(point), point.how["calibration"]
     if calibration is None and name == CPU:
-        raise UserError("layouts: planned on a CPU needs calibration, what tools/plan.py calibrate measured on it")
+        raise UserError("layouts: planned on a CPU needs calibration, what megatron-cca plan calibrate measured on it")
     return calibrated_device(name, None if calibration is None else Path(calibration.partition("\n")[0]))
 
 

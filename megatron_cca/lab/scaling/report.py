@@ -221,8 +221,8 @@ def _device(record: dict) -> str:
 
 def _planned_on(rows: Sequence[PointRecord]) -> str:
     return (
-        f"{rows[0].point.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
-        f"its error. {MFU_MEANS} Nobody ran these; what a cluster "
+        f"{rows[0].point.how['gpu']}, by the planner's model (megatron-cca plan); in brackets two standard deviations "
+        f"of its error. {MFU_MEANS} Nobody ran these; what a cluster "
         "adds (stragglers, congestion) and its spread are those of published runs, docs/scaling.md."
     )
 
