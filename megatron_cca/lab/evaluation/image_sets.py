@@ -264,9 +264,8 @@ def read_images(path: str | Path) -> ImageSet:
     Args:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
             ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
-            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and ``digits-held-out``.
-
-    Raises:
+            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and
+            ``digits-held-out``.
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
