@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, num_bytes, row_ranges
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
 from megatron_cca.models import FAMILIES, resolve_architecture
@@ -38,12 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="an empty or new folder on the disk to measure")
     parser.add_argument("--layers", type=int, default=32, help="fewer than Emu3's 32 for a trial")
     parser.add_argument("--logits", action="store_true", help="also compare Megatron's logits with transformers'")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        print(json.dumps(_measured(settings)))
-        return
+    arguments = parse_or_measure(parser, _measured)
     if arguments.folder is None or (arguments.folder.is_dir() and any(arguments.folder.iterdir())):
         parser.error("--folder: give an empty or new folder")
     compare(arguments)

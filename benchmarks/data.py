@@ -8,14 +8,13 @@ data.md has the results.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -39,13 +38,7 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="that each way is measured for")
     parser.add_argument("--memory-samples", type=int, default=100_000, help="that the loader passes over")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        print(json.dumps(PARTS[settings.pop("part")](**settings)))
-    else:
-        compare(arguments)
+    compare(parse_or_measure(parser, lambda settings: PARTS[settings.pop("part")](**settings)))
 
 
 def compare(arguments: argparse.Namespace) -> None:

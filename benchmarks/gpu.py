@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from gpu_parts import lines  # noqa: E402
-from gpu_parts.conductor import Conductor  # noqa: E402
 from gpu_parts.process import module_path  # noqa: E402
+from gpu_parts.runner import Runner  # noqa: E402
 from gpu_parts.settings import TRAINING, WEIGHTS  # noqa: E402
 from gpu_parts.tables import tables  # noqa: E402
 
@@ -50,11 +50,11 @@ def main() -> None:
     overrides: dict[str, list[str]] = {}
     for part, _, override in (text.partition(":") for text in arguments.set):
         overrides.setdefault(part, []).append(override)
-    conductor = Conductor(arguments.output, about, deadline, overrides, arguments.again, say=_say)
-    conductor.run(arguments.parts)
+    runner = Runner(arguments.output, about, deadline, overrides, arguments.again, say=_say)
+    runner.run(arguments.parts)
     print(f"\n{tables(lines.read([arguments.output]))}" if arguments.output.exists() else "nothing was measured")
-    if conductor.left_out:
-        print("no time was left for these; call again with the same --output:", *conductor.left_out, sep="\n- ")
+    if runner.left_out:
+        print("no time was left for these; call again with the same --output:", *runner.left_out, sep="\n- ")
 
 
 def _arguments() -> argparse.Namespace:

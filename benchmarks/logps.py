@@ -8,7 +8,6 @@ logps.md has the results. Other programs call :func:`measure`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from logps_peers import DENSE, MAIN_GRAD, PADDED_PEERS, PEERS
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,16 +69,14 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=list(PEERS), default=None, help="default: those of the device")
     parser.add_argument("--chunk-size", type=int, default=None, help="for ours; default: that of the device")
     parser.add_argument("--repetitions", type=int, default=3, help="after a small pass that is not timed")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        shape = Shape(**settings.pop("shape"))
-        print(json.dumps(measure(shape, [settings["peer"]], settings["repetitions"])[0]))
-        return
+    arguments = parse_or_measure(parser, _measured)
     sizes = {name: getattr(arguments, name) for name in ("hidden_size", "dtype", "device", "chunk_size")}
     shapes = [Shape(tokens, **sizes) for tokens in arguments.tokens]
     compare(shapes, arguments.ways or default_peers(arguments.device), arguments.repetitions)
+
+
+def _measured(settings: dict) -> dict:
+    return measure(Shape(**settings["shape"]), [settings["peer"]], settings["repetitions"])[0]
 
 
 def default_peers(device: str) -> list[str]:

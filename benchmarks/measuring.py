@@ -1,13 +1,33 @@
-"""Functions that the benchmarks share: a fresh process for each measurement, and the machine's name."""
+"""Functions that the benchmarks share: a fresh process for each measurement, and the machine's name.
+
+Such a process runs the same program with ``--measure SETTINGS``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform as host
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+
+def parse_or_measure(parser: argparse.ArgumentParser, measure: Callable[[dict], dict]) -> argparse.Namespace:
+    """Return the arguments of the command line. In a measuring process, print the result and end instead.
+
+    Args:
+        parser: the benchmark's options.
+        measure: maps the settings of :func:`in_fresh_process` to its result.
+    """
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(json.loads(arguments.measure))))
+        sys.exit()
+    return arguments
 
 
 def in_fresh_process(program: str, settings: dict) -> dict:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from eight_b_memory import computed_table
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from tqdm import tqdm
 
 from megatron_cca import platform
@@ -67,12 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--recompute", nargs="+", choices=("none", "full"), default=["none", "full"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        print(json.dumps(_PARTS[settings.pop("part")](**settings)))
-        return
+    arguments = parse_or_measure(parser, lambda settings: _PARTS[settings.pop("part")](**settings))
     with tempfile.TemporaryDirectory() as folder:
         report(arguments, folder)
 

@@ -86,9 +86,8 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     Existing shards stay.
     """
     platform.install(device)
-    from megatron_cca.data.image_tokenizers import PatchCodebook
     from megatron_cca.data.shard_writing import Sample, write_shards
-    from megatron_cca.data.text_tokenizers import FILE_NAME, train_tokenizer
+    from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook, train_tokenizer
     from megatron_cca.models.emu3 import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
 
     photographs = _photographs()
@@ -99,7 +98,7 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     codebook = PatchCodebook.fit(patches, TINY_CODEBOOK_SIZE, PATCH)
 
     def write_extras(unfinished: Path) -> None:
-        tokenizer.save(str(unfinished / FILE_NAME))
+        tokenizer.save(str(unfinished / TOKENIZER_FILE))
         codebook.save(unfinished)
 
     parts = {"short": (learnt, SHORT, 4096, 1), "long": (learnt, LONG, 128, 2), "unseen": (unseen, LONG, 64, 3)}
@@ -186,7 +185,7 @@ def measure_parts(checkpoint: Path, data: Path, number: int, tokens: int) -> str
     """
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config import Config
-    from megatron_cca.lab.reference_bias import prefix_logps, training_rows
+    from megatron_cca.lab.reference_bias.measure import prefix_logps, training_rows
     from megatron_cca.models import resolve_architecture
     from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import in_fresh_process, machine
+from measuring import in_fresh_process, machine, parse_or_measure
 from tqdm import tqdm
 
 from megatron_cca import platform
@@ -39,14 +39,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        settings = json.loads(arguments.measure)
-        print(json.dumps(_PARTS[settings.pop("part")](**settings)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            compare(arguments, folder)
+    arguments = parse_or_measure(parser, lambda settings: _PARTS[settings.pop("part")](**settings))
+    with tempfile.TemporaryDirectory() as folder:
+        compare(arguments, folder)
 
 
 def compare(arguments: argparse.Namespace, folder: str) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_cca import __version__
 from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_errors
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"{_NAME} {__version__}")
+        sys.exit(0)
     files = programs()
     if argv[0] not in files:
         close = difflib.get_close_matches(argv[0], files, n=1)
@@ -44,7 +48,9 @@ def _help() -> str:
         # Parse the file: an import would load much more than its first line.
         about = ast.get_docstring(ast.parse(file.read_text())) or ""
         lines.append(f"  {name:24}{about.splitlines()[0]}")
-    return "\n".join([*lines, "", f"{_NAME} PROGRAM --help says what a program takes."])
+    return "\n".join(
+        [*lines, "", f"{_NAME} PROGRAM --help says what a program takes, {_NAME} --version which version this is."]
+    )
 
 
 # Guarded, since Megatron's checkpoint writer spawns a helper process that imports this file again.

@@ -44,6 +44,11 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where there is no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Stopped(Exception):
     """The end of a run that has saved because it was asked to stop. The message is one line.
 

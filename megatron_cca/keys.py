@@ -1,5 +1,7 @@
 """What a key of the configuration is: its type, its range, and what it affects.
-micro_batch_size: PositiveInt = key(32, LAST_BITS, reference=True, study=False)
+
+    micro_batch_size: PositiveInt = key(32, LAST_BITS, reference=True, study=False)
+
 Each key declares this in ``config/schema.py``. Resumes, studies, reference caches, the gate on step 0 and
 ``docs/configuration.md`` read it here. This module imports nothing of the configuration, so that the class of a
 section can stand anywhere. It imports no torch and no Megatron.
@@ -23,7 +25,6 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 strict = dataclass(config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True), frozen=True)
-
 
 _EFFECT = "effect"
 

@@ -34,6 +34,13 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # Rank 0 alone reports an error that every rank sees. A rank that sees an error alone reports it after this wait.
 _OTHER_RANKS_WAIT_SECONDS = 5.0
 
+# The extra that brings each module a program may lack. setup.py has the packages.
+_EXTRAS = {
+    **dict.fromkeys(("PIL", "datasets", "nvidia", "tiktoken"), "data"),
+    **dict.fromkeys(("matplotlib", "scipy", "sklearn", "torch-fidelity", "torchvision"), "eval"),
+    **dict.fromkeys(("safetensors", "transformers"), "hf"),
+}
+
 
 @contextmanager
 def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
@@ -53,6 +60,50 @@ def reported_errors(*, needs_output: bool = False) -> Iterator[None]:
     """
     with guarded(ends=needs_output):
         yield from _reported()
+
+
+@contextmanager
+def reported_tool_errors(packages: Collection[str]) -> Iterator[None]:
+    """Report errors as :func:`reported_errors` does, for a program that writes files.
+
+    SIGTERM, SIGHUP and SIGQUIT end the program as Ctrl-C does. Under nohup SIGHUP does not. A closed pipe ends it, too.
+
+    Args:
+        packages: top-level modules that may be missing, with ``-`` for ``_``, as pip has their names.
+    """
+    handle(_ENDING, signal.default_int_handler)
+    with reported_errors(needs_output=True):
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            name = (error.name or "").replace("_", "-")
+            if name not in packages:
+                raise
+            extra = _EXTRAS[name]
+            raise UserError(f"{error.name} is not installed; pip install 'megatron-cca[{extra}]'") from None
+        except OSError as error:
+            raise surroundings_fault(error) or UserError(
+                f"{error.filename or 'file system'}: {error.strerror or error}"
+            ) from None
+
+
+def end_with(text: str, status: int) -> None:
+    """End this process at once. The text goes to standard error and to torchrun's error file."""
+    ignore_losses()
+    # This may be called outside of guarded(), as in a thread that outlives it.
+    with suppress(OSError):
+        sys.stdout.flush()
+        print(text, file=sys.stderr, flush=True)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        # Its disk may be the full one. Standard error has the text already.
+        with suppress(OSError):
+            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    # Megatron-Core's saving starts a child that would outlive this process and keep its output open.
+    for child in multiprocessing.active_children():
+        child.kill()
+    end_process(status)
 
 
 def _reported() -> Iterator[None]:
@@ -80,30 +131,6 @@ def _reported() -> Iterator[None]:
         end_with(where + traceback.format_exc(), status=1)
 
 
-@contextmanager
-def reported_tool_errors(packages: Collection[str], extras: str) -> Iterator[None]:
-    """Report errors as :func:`reported_errors` does, for a program that writes files.
-
-    SIGTERM, SIGHUP and SIGQUIT end the program as Ctrl-C does. Under nohup SIGHUP does not. A closed pipe ends it, too.
-
-    Args:
-        packages: top-level modules that may be missing, with ``-`` for ``_``, as pip has their names.
-        extras: the package's extras that install them, such as "data,hf".
-    """
-    handle(_ENDING, signal.default_int_handler)
-    with reported_errors(needs_output=True):
-        try:
-            yield
-        except ModuleNotFoundError as error:
-            if (error.name or "").replace("_", "-") not in packages:
-                raise
-            raise UserError(f"{error.name} is not installed; pip install -e '.[{extras}]'") from None
-        except OSError as error:
-            raise surroundings_fault(error) or UserError(
-                f"{error.filename or 'file system'}: {error.strerror or error}"
-            ) from None
-
-
 def _leave_in_one_line(error: Exception) -> None:
     if os.environ.get("RANK", "0") != "0":
         _wait_to_be_ended(_OTHER_RANKS_WAIT_SECONDS)
@@ -125,22 +152,3 @@ def _wait_to_be_ended(seconds: float) -> None:
     """Sleep, and let a signal end this process without another word."""
     handle((signal.SIGINT, *_ENDING), signal.SIG_DFL)
     time.sleep(seconds)
-
-
-def end_with(text: str, status: int) -> None:
-    """End this process at once. The text goes to standard error and to torchrun's error file."""
-    ignore_losses()
-    # This may be called outside of guarded(), as in a thread that outlives it.
-    with suppress(OSError):
-        sys.stdout.flush()
-        print(text, file=sys.stderr, flush=True)
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        # Its disk may be the full one. Standard error has the text already.
-        with suppress(OSError):
-            Path(error_file).parent.mkdir(parents=True, exist_ok=True)
-            Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    # Megatron-Core's saving starts a child that would outlive this process and keep its output open.
-    for child in multiprocessing.active_children():
-        child.kill()
-    end_process(status)

@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_whole
+from megatron_cca.checkpoint.integrity import check_whole
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from tests.distributed.launch import ROOT, end_job, start_job
 

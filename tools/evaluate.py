@@ -1,4 +1,4 @@
-"""Judge sets of images: ``python -m megatron_cca evaluate``."""
+"""Evaluate sets of images: ``python -m megatron_cca evaluate``."""
 
 from megatron_cca.programs.evaluate import main
 

@@ -14,9 +14,9 @@ import reference_bias
 
 from megatron_cca import platform
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.lab.reference_bias import PairBias
-from megatron_cca.lab.reference_bias import measure as measure_bias
-from megatron_cca.lab.reference_bias_settings import BiasSettings
+from megatron_cca.lab.reference_bias import BiasSettings
+from megatron_cca.lab.reference_bias.measure import PairBias
+from megatron_cca.lab.reference_bias.measure import measure as measure_bias
 from megatron_cca.models.emu3 import TINY_CODEBOOK_SIZE, tiny_vocabulary
 
 # Numbers of samples: for training with few tokens, for training with many, and for the measurement.

@@ -9,7 +9,7 @@ import logps
 import torch
 from logps import Shape
 
-from gpu_parts.failures import DeviceMemory, MissingPackage
+from gpu_parts.lines import DeviceMemory, MissingPackage
 from gpu_parts.settings import GEMM
 from megatron_cca import platform
 from megatron_cca.lab.planner.measuring import fp8_products_seconds, peak_flops, products_seconds

@@ -1,10 +1,11 @@
-"""The file of results: one JSON object on each line, written as soon as it is known."""
+"""The file of results: one JSON object on each line, written as soon as it is known, and why it may lack figures."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ MEASURED, OUT_OF_MEMORY, REFUSED, MISSING = "measured", "out of memory", "refuse
 FAILED, OUT_OF_TIME = "failed", "out of time"
 PASSED, SKIPPED = "passed", "skipped"
 REHEARSAL = "a rehearsal on a CPU with tiny sizes; it says nothing about a GPU"
+
+
+class MissingPackage(Exception):
+    """A peer that is not installed; the message names it."""
+
+
+class DeviceMemory(Exception):
+    """Too little memory, where a library has caught the error already."""
 
 
 def append(path: Path, line: Line) -> None:
@@ -62,6 +71,15 @@ def key(line: Line) -> tuple:
     Two lines with the same key measure the same thing.
     """
     return (line["part"], line["setting"], line["about"]["card"], tuple(line["overrides"]), "rehearsal" in line)
+
+
+def spread_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Return the median, the least and the most in milliseconds, as a line has them."""
+    return {
+        "median": 1e3 * statistics.median(seconds),
+        "least": 1e3 * min(seconds),
+        "most": 1e3 * max(seconds),
+    }
 
 
 def milliseconds(line: Line) -> dict[str, float]:

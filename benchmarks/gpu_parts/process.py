@@ -25,7 +25,7 @@ from gpu_parts.settings import TESTS, Setting
 from gpu_parts.worker import AGAIN
 
 if TYPE_CHECKING:
-    from gpu_parts.conductor import Conductor
+    from gpu_parts.runner import Runner
 
 ROOT = Path(__file__).resolve().parents[2]
 # After so many seconds a test counts as hanging.
@@ -38,15 +38,15 @@ class PartProcess:
     It reports each start and each result through a pipe.
 
     Args:
-        conductor: takes the results.
+        runner: takes the results.
         part: the name of the part.
         pending: its settings without a result; empty for the tests.
         deadline: end of the part's time, by ``time.time()``.
     """
 
-    def __init__(self, conductor: Conductor, part: str, pending: list[Setting], deadline: float) -> None:
-        self._conductor, self._part, self._pending, self._deadline = conductor, part, pending, deadline
-        self._log = conductor.output.with_suffix(".log")
+    def __init__(self, runner: Runner, part: str, pending: list[Setting], deadline: float) -> None:
+        self._runner, self._part, self._pending, self._deadline = runner, part, pending, deadline
+        self._log = runner.output.with_suffix(".log")
         self._running: str | None = None
         self._kill_at = deadline
         self._results = self._not_started = 0
@@ -83,13 +83,13 @@ class PartProcess:
             return self._ended(child.returncode, closed, log_start)
 
     def _command(self) -> list[str]:
-        other = self._conductor.command(self._part)
+        other = self._runner.command(self._part)
         if other is not None:
             return other
         if self._part != TESTS:
             return [sys.executable, "-m", "gpu_parts.worker"]
         stamp = datetime.now(UTC).strftime("%H%M%S")
-        junit = self._conductor.output.with_suffix(f".tests-{stamp}.xml").resolve()
+        junit = self._runner.output.with_suffix(f".tests-{stamp}.xml").resolve()
         options = ["-p", "no:cacheprovider", "-p", "gpu_parts.pytest_lines", "-v", "-rN", f"--junitxml={junit}"]
         return [sys.executable, "-m", "pytest", "tests/gpu", *options]
 
@@ -98,10 +98,10 @@ class PartProcess:
             "part": self._part,
             "settings": [asdict(setting) for setting in self._pending],
             "deadline": self._deadline,
-            "overrides": self._conductor.overrides.get(self._part, []),
+            "overrides": self._runner.overrides.get(self._part, []),
             "descriptor": descriptor,
-            "done": sorted(self._conductor.done(self._part)),
-            "least": 0.0 if self._conductor.rehearses else 5.0,
+            "done": sorted(self._runner.done(self._part)),
+            "least": 0.0 if self._runner.rehearses else 5.0,
             "limit": TEST_LIMIT,
         }
 
@@ -124,11 +124,11 @@ class PartProcess:
             self._running = message["started"]
             self._kill_at = min(self._deadline, time.time() + message["limit"])
         elif "result" in message:
-            self._conductor.record(self._part, message["result"])
+            self._runner.record(self._part, message["result"])
             self._running, self._kill_at = None, self._deadline
             self._results += 1
         else:
-            self._conductor.leave_out(f"{self._part}: {message['not_started']}", message["reason"])
+            self._runner.leave_out(f"{self._part}: {message['not_started']}", message["reason"])
             self._not_started += 1
 
     def _ended(self, status: int, closed: bool, log_start: int) -> bool:
@@ -137,7 +137,7 @@ class PartProcess:
         if self._running is None:
             if closed:
                 return self._ended_by_itself(status, log_start)
-            self._conductor.leave_out(self._part, "its share of the time was up")
+            self._runner.leave_out(self._part, "its share of the time was up")
             return False
         if closed:
             told = f"the process ended: {_in_words(status)}; {self._last_words(log_start)}"
@@ -158,7 +158,7 @@ class PartProcess:
         return False
 
     def _record(self, setting: str, status: str, reason: str) -> None:
-        self._conductor.record(self._part, {"setting": setting, "status": status, "reason": reason})
+        self._runner.record(self._part, {"setting": setting, "status": status, "reason": reason})
 
     def _last_words(self, start: int) -> str:
         with self._log.open("rb") as log:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpu_parts.timing import spread_ms
+from gpu_parts.lines import spread_ms
 from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
@@ -128,7 +128,7 @@ def draw_on_the_device(model: torch.nn.Module, *, seed: int, std: float, **_size
 
 
 def _rates(config: Config, workload: Workload, milliseconds: float) -> dict[str, Any]:
-    """Return tokens and FLOPs per second, and the project's MFU (``planner.flops.MFU_MEANS``)."""
+    """Return tokens and FLOPs per second, and the project's MFU (``planner.workload.MFU_MEANS``)."""
     architecture, batch = resolve_architecture(config.model), config.training.global_batch_size
     tokens = rows_per_sample(config) * workload.seq_length * batch
     by_precision = flops_by_precision(config, architecture, workload)

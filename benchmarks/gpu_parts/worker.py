@@ -15,8 +15,16 @@ from typing import Any
 
 from gpu_parts import settings
 from gpu_parts.channel import Channel, task
-from gpu_parts.failures import DeviceMemory, MissingPackage
-from gpu_parts.lines import FAILED, MEASURED, MISSING, OUT_OF_MEMORY, OUT_OF_TIME, REFUSED
+from gpu_parts.lines import (
+    FAILED,
+    MEASURED,
+    MISSING,
+    OUT_OF_MEMORY,
+    OUT_OF_TIME,
+    REFUSED,
+    DeviceMemory,
+    MissingPackage,
+)
 
 # Each module has measure(values, seconds). It returns figures and may raise.
 _MODULES = {

@@ -35,10 +35,9 @@ One rule holds for paths in the file, in overrides and in the options of all pro
 a home folder, and everything else is taken as typed. A shell variable such as `$HOME` is not replaced; it is refused
 unless something of that very name exists. (An unquoted `~` alone is null in a YAML file; write `~/`.)
 
-Names are Megatron-Core's own where Megatron has the thing; keys without a note mean
-what their name says. A mistyped key, a wrong type or an impossible combination is refused in one line, before any
-process group is made. `config.yaml` in the run's folder has every key with the value that it had, sizes of the preset
-included.
+Names are Megatron-Core's own where Megatron has the thing; keys without a note mean what their name says. A mistyped
+key, a wrong type or an impossible combination is refused in one line, before any process group is made. `config.yaml`
+in the run's folder has every key with the value that it had, sizes of the preset included.
 
 The column *affects* says what changes with the value of a key:
 
@@ -57,7 +56,7 @@ The column *on a resume* says what happens to a new value when a run continues:
 - it takes effect and leaves the *same numbers*;
 - it is *refused*, since the key says which run this is.
 
-{sections}
+The sections: {sections}.
 """
 _TYPES = {
     "integer": "integer",
@@ -84,7 +83,7 @@ def page() -> str:
     objective = TypeAdapter(Objective).json_schema()
     objective["properties"]["name"]["enum"] = known_names()
     sections = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    links = "\n".join(f"- [`{name}`](#{name})" for name in sections)
+    links = ", ".join(f"[`{name}`](#{name})" for name in sections)
     parts, declared = [_INTRODUCTION.format(sections=links)], effects(Config())
     for name, section in sections.items():
         reference = schema["properties"][name].get("$ref", "").rpartition("/")[2]

@@ -14,12 +14,15 @@ from latex2mathml.converter import convert
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 # Docstrings mark names as Sphinx does; mkdocstrings leaves the mark in front of the code.
 _ROLE = re.compile(r":(?:class|func|data|meth|mod|attr|exc):(?=<code>)")
+# Browsers break lines at hyphens, even between the two that an option begins with.
+_OPTION = re.compile(r"<code>(--[a-z-]+)</code>")
 _THIN_SPACE = '<mspace width="0.17em"/>'
 
 
 def on_page_content(content: str, **_: object) -> str:
     """Called by MkDocs with the HTML of each page."""
-    return _ROLE.sub("", _FORMULA.sub(_mathml, content))
+    whole = _OPTION.sub(r'<code class="option">\1</code>', content)
+    return _ROLE.sub("", _FORMULA.sub(_mathml, whole))
 
 
 def _mathml(match: re.Match[str]) -> str:

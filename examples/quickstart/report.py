@@ -1,4 +1,4 @@
-"""Sample the quickstart's models, judge them, and write the table, the pictures and report.json."""
+"""Sample the quickstart's models, evaluate the images, and write the table, the pictures and report.json."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import load_scans
-from megatron_cca.generation.decode_loop import SamplingSettings, forwards_per_token
+from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import digit_prompts
-from megatron_cca.lab.evaluation.digit_judges import DigitJudges
+from megatron_cca.lab.evaluation.classifiers import DigitSvm
+from megatron_cca.lab.evaluation.extractors import train_digit_cnn
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
 from megatron_cca.parallel.ranks import initialize_distributed
@@ -32,22 +33,22 @@ PICTURED_PER_DIGIT = 6
 def write_report(output: Path, seed: int, samples: int) -> None:
     """Leave samples.png, training.png and report.json in ``output``, and print the table."""
     train, held_out = load_scans()
-    judges = DigitJudges.train(train.images, train.labels)
+    svm, cnn = DigitSvm(train.images, train.labels), train_digit_cnn(train.images, train.labels)
     labels = np.arange(samples) % 10
     drawn = _draw_all(output, labels, seed)
     rows = [
         {
             "name": name,
             "guidance_scale": scale,
-            "accuracy": judges.accuracy(images, labels),
-            **fidelity(images, train.images, judges.cnn),
-            "forwards_per_token": forwards_per_token(scale),
+            "accuracy": svm.accuracy(images, labels),
+            **fidelity(images, train.images, cnn),
+            "forwards_per_token": 1 if scale == 0 else 2,
         }
         for name, (scale, images) in drawn.items()
     ]
     real = {
-        "accuracy": judges.accuracy(held_out.images, held_out.labels),
-        **fidelity(held_out.images, train.images, judges.cnn),
+        "accuracy": svm.accuracy(held_out.images, held_out.labels),
+        **fidelity(held_out.images, train.images, cnn),
     }
     report = {"version": __version__, "seed": seed, "samples": samples, "models": rows, "held_out_scans": real}
     (output / "report.json").write_text(json.dumps(report, indent=1))

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["run", *argv]
     arguments = parser.parse_args(argv)
-    with reported_tool_errors(("matplotlib",), "eval"):
+    with reported_tool_errors(("matplotlib",)):
         if arguments.command != "list":
             check_writable(arguments.output)
         _do(arguments)
@@ -67,7 +67,7 @@ def _do(arguments: argparse.Namespace) -> None:
     if arguments.command == "list":
         program.list_points(sweep, output, device)
     elif arguments.command == "point":
-        program.point(sweep, output, arguments.point, device)
+        program.measure_point(sweep, output, arguments.point, device)
     else:
         options = {"retry_failed": arguments.retry_failed, "collect": arguments.collect}
         program.run_sweep(program.RunSettings(sweep, output, Path(__file__).resolve(), device, **options))

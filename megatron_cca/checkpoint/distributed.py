@@ -27,9 +27,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights, check_whole_together
+from megatron_cca.checkpoint.integrity import CheckpointIndex, check_whole_together
 from megatron_cca.checkpoint.summary import common_state, saved_config
-from megatron_cca.config import Config
+from megatron_cca.config import Config, LoraConfig
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
 from megatron_cca.megatron_compat import COMMON_PREFIX, EXTRA_STATE, OLD_COMMON_FILE
@@ -47,14 +47,15 @@ from megatron_cca.megatron_compat.optimizer_state import (
     let_parts_count,
     padding_between_buckets,
 )
-from megatron_cca.models.low_rank import settings_of
 
 # Megatron-LM keeps its arguments in a Namespace.
 _ALLOWED_IN_COMMON_STATE = [(Namespace, "argparse.Namespace")]
+# Only this sharding of the optimizer state loads at any other TP x PP x DP.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @contextmanager
-def plain_data_only(stored: StoredTensors) -> Iterator[None]:
+def plain_data_only(stored: CheckpointIndex) -> Iterator[None]:
     """Prevent Megatron from running code of a checkpoint that it reads within the block.
 
     Args:
@@ -85,43 +86,6 @@ def plain_data_only(stored: StoredTensors) -> Iterator[None]:
             raise UserError(f"{stored.option}: {stored.folder} cannot be read, a file is damaged: {why}") from None
 
 
-def _loaded(content: bytes, name: str, stored: StoredTensors) -> Any:
-    try:
-        is_common = name.startswith(COMMON_PREFIX)
-        found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
-        if is_common:
-            _drop_arguments(found)
-        if EXTRA_STATE in name:
-            _check_extra_states(found)
-    except Exception as error:
-        raise UserError(
-            f"{stored.option}: {name} in {stored.folder} is damaged or holds more than plain data: {error}"
-        ) from None
-    return found
-
-
-def _drop_arguments(found: Any) -> None:
-    """Remove Megatron-LM's arguments. Megatron-Core would take settings for loading from them."""
-    for part in found if isinstance(found, list | tuple) else ():
-        if isinstance(part, dict):
-            part.pop("args", None)
-
-
-def _check_extra_states(found: Any) -> None:
-    """Refuse pickled bytes that would run code when Transformer Engine unpickles them."""
-    if isinstance(found, dict):
-        found = list(found.values())
-    if isinstance(found, list | tuple):
-        for part in found:
-            _check_extra_states(part)
-    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
-        unpickled(found.contiguous().numpy().tobytes(), is_of_a_recipe)
-
-
-# Only this sharding of the optimizer state loads at any other TP x PP x DP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
 def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     """Load the weights of a whole checkpoint into this rank's model chunks. Collective over all ranks.
 
@@ -139,7 +103,7 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
     if problem is not None:
         raise UserError(problem)
     settings = saved_config(folder, key).lora
-    if settings.dim is None or settings_of(chunks) is not None:
+    if settings.dim is None or adapter_settings(chunks) is not None:
         _fill(chunks, _load(state_dict(chunks), folder, key))
         return
     from megatron_cca.models import lora
@@ -152,12 +116,14 @@ def load_weights(folder: Path, chunks: list[torch.nn.Module], key: str) -> None:
 def load_training_state(folder: Path, chunks: list[torch.nn.Module], optimizer, key: str) -> None:
     """Load weights, adapters and optimizer state from a checkpoint of any layout. Collective over all ranks.
 
-    The optimizer keeps the settings of the configuration, such as betas. :func:`stored_tensors.newest_whole` must have
+    The optimizer keeps the settings of the configuration, such as betas. :func:`integrity.newest_whole` must have
     checked the checkpoint before.
 
     Raises:
         UserError: see :func:`check_master_weights`; also if a tensor is missing or has another shape.
     """
+    from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights
+
     check_master_weights(StoredTensors(folder, key))
     state = _load(state_dict(chunks, optimizer, is_loading=True), folder, key)
     _fill(chunks, state)
@@ -190,12 +156,51 @@ def state_to_save(chunks: list[torch.nn.Module], optimizer, config: Config, iter
     """
     state = state_dict(chunks, optimizer, is_loading=False)
     leave_out_classes(state.get("optimizer", {}))
-    adapted = settings_of(chunks) is not None
+    adapted = adapter_settings(chunks) is not None
     for name in [name for name in state if name != "optimizer"]:
         state[name] = without_empty_extra_states(state[name]) if adapted else with_all_extra_states(state[name])
     state["content_metadata"] = dict(_METADATA)
     size, has_optimizer = dist.get_world_size(), optimizer is not None
     return state | common_state(config, iteration, world_size=size, has_optimizer=has_optimizer)
+
+
+def adapter_settings(chunks: list[torch.nn.Module]) -> LoraConfig | None:
+    """Return what the chunks' adapters were attached with (:func:`lora.attach`); None for chunks without adapters."""
+    found = next((module.lora for module in chunks[0].modules() if hasattr(module, "lora")), None)
+    return None if found is None else found.settings
+
+
+def _loaded(content: bytes, name: str, stored: CheckpointIndex) -> Any:
+    try:
+        is_common = name.startswith(COMMON_PREFIX)
+        found = load_tensors(content, _ALLOWED_IN_COMMON_STATE if is_common else ())
+        if is_common:
+            _drop_arguments(found)
+        if EXTRA_STATE in name:
+            _check_extra_states(found)
+    except Exception as error:
+        raise UserError(
+            f"{stored.option}: {name} in {stored.folder} is damaged or holds more than plain data: {error}"
+        ) from None
+    return found
+
+
+def _drop_arguments(found: Any) -> None:
+    """Remove Megatron-LM's arguments. Megatron-Core would take settings for loading from them."""
+    for part in found if isinstance(found, list | tuple) else ():
+        if isinstance(part, dict):
+            part.pop("args", None)
+
+
+def _check_extra_states(found: Any) -> None:
+    """Refuse pickled bytes that would run code when Transformer Engine unpickles them."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, list | tuple):
+        for part in found:
+            _check_extra_states(part)
+    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.numel():
+        unpickled(found.contiguous().numpy().tobytes(), is_of_a_recipe)
 
 
 def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
@@ -206,7 +211,7 @@ def _fill(chunks: list[torch.nn.Module], state: dict) -> None:
 
 
 def _load(template: dict, folder: Path, key: str) -> dict:
-    stored = StoredTensors(folder, key)
+    stored = CheckpointIndex(folder, key)
     absent = {}
     for name in [name for name in template if name != "optimizer"]:
         _check_fit(template[name], stored, key)
@@ -221,7 +226,7 @@ def _load(template: dict, folder: Path, key: str) -> dict:
     return state
 
 
-def _check_fit(state: dict, stored: StoredTensors, key: str) -> None:
+def _check_fit(state: dict, stored: CheckpointIndex, key: str) -> None:
     for item in state.values():
         shards = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
         for shard in shards:

@@ -105,33 +105,6 @@ def hashing(request: AsyncRequest, folder: Path, results: ResultsFile, *, in_bac
     return request._replace(async_fn=write)
 
 
-def _write(
-    write: Callable, folder: Path, rank: int, results: ResultsFile, parent: int, in_background: bool, *arguments
-) -> None:
-    if in_background:
-        _die_with(parent)
-    problems: list[str] = []
-    # Megatron's writer reports a failure without its cause.
-    with watched_writes(lambda error: problems.append(described(file_system_cause(error)))):
-        write(*arguments)
-    checksums = {}
-    try:
-        checksums = layout.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
-    except OSError as error:
-        problems.append(described(error))
-    results.put(Written(checksums, next(iter(problems), None)))
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its rank is killed, so that it cannot write into the folder of the next attempt."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-    for number in STOPPING:
-        # The signals go to the whole job. The rank handles them, and waits for this process.
-        signal.signal(number, signal.SIG_IGN)
-
-
 @dataclass(frozen=True)
 class Saved:
     """The outcome of a save.
@@ -149,18 +122,6 @@ class Saved:
     removed: tuple[int, ...] = ()
     seconds: float = 0.0
     waited_seconds: float = 0.0
-
-
-@dataclass
-class _Pending:
-    iteration: int
-    summary: dict
-    partial: Path
-    results: ResultsFile
-    strategy: Strategy
-    started: float
-    writes: bool = False
-    waited: float = 0.0
 
 
 class CheckpointSaver:
@@ -295,6 +256,45 @@ def save(
     for saved in CheckpointSaver(root, start=start).save(iteration, chunks, optimizer, summary):
         if saved.problem is not None:
             raise UserError(f"{layout.iteration_folder(root, iteration)}: not saved: {saved.problem}")
+
+
+def _write(
+    write: Callable, folder: Path, rank: int, results: ResultsFile, parent: int, in_background: bool, *arguments
+) -> None:
+    if in_background:
+        _die_with(parent)
+    problems: list[str] = []
+    # Megatron's writer reports a failure without its cause.
+    with watched_writes(lambda error: problems.append(described(file_system_cause(error)))):
+        write(*arguments)
+    checksums = {}
+    try:
+        checksums = layout.checksums(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+    except OSError as error:
+        problems.append(described(error))
+    results.put(Written(checksums, next(iter(problems), None)))
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its rank is killed, so that it cannot write into the folder of the next attempt."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for number in STOPPING:
+        # The signals go to the whole job. The rank handles them, and waits for this process.
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass
+class _Pending:
+    iteration: int
+    summary: dict
+    partial: Path
+    results: ResultsFile
+    strategy: Strategy
+    started: float
+    writes: bool = False
+    waited: float = 0.0
 
 
 def _make_empty(partial: Path) -> None:

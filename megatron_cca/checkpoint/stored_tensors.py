@@ -1,156 +1,59 @@
-"""Read rows of tensors from a Megatron distributed checkpoint of any layout, and check that its files are undamaged.
+"""Read and write the tensors of Megatron distributed checkpoints by rows, without a model or a process group.
 
-Such a checkpoint is a ``torch.distributed.checkpoint`` folder. Its index, ``.metadata``, is a pickle. The unpickler
-here knows only the classes of an index. Everything in the index is checked before use.
+A checkpoint may have any layout. One piece is in memory at a time. When torch.distributed.checkpoint writes, it asks a
+planner for each item just before, and the planner here reads the piece only then.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from tqdm import tqdm
 
-from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.integrity import CheckpointIndex
+from megatron_cca.checkpoint.layout import file_system_cause
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import file_below
-from megatron_cca.io.pickles import unpickled
-from megatron_cca.parallel.ranks import attempted_on_rank_0, described, first_problem
+from megatron_cca.megatron_compat import COMMON_STATE, FORMAT, FORMAT_FILE
 
-INDEX = ".metadata"
-
-# Classes of plain data, and functions that look up a name in a table. Megatron's index also holds its save plan.
-_HARMLESS = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}
+PIECE_BYTES = 64 * 2**20
+_MASTER = "optimizer.state.param."
+# bf16 has 8 bits of precision. Master weights in fp16 share one scale, so the smallest of them lose more.
+_OF_A_WEIGHT, _OF_THE_LARGEST = 2.0**-8, 2.0**-24
 
 
-def _is_harmless(module: str, name: str) -> bool:
-    is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    return is_dtype or name in _HARMLESS.get(module, ())
-
-
-def read_index(folder: Path, key: str) -> Metadata:
-    """Read a checkpoint's index, and check that its data lie in files of the folder that are large enough.
-
-    Raises:
-        UserError: the index is missing or damaged, would run code, or names a file outside of the folder. Names the
-            file.
-    """
-    path = folder / INDEX
-    try:
-        index = unpickled(path.read_bytes(), _is_harmless)
-    except FileNotFoundError:
-        raise UserError(f"{key}: {path} is missing: not a Megatron distributed checkpoint; choose another") from None
-    except Exception as error:
-        raise UserError(f"{key}: {path} is damaged or not a checkpoint's index: {error}") from None
-    tables = (getattr(index, "state_dict_metadata", None), getattr(index, "storage_data", None))
-    if not isinstance(index, Metadata) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{key}: {path} is not a checkpoint's index; choose another checkpoint")
-    try:
-        _check_places(folder, index)
-    except UserError as error:
-        raise UserError(f"{key}: {path}: {error}; choose another checkpoint") from None
-    # A damaged index can have a wrong type anywhere, which can raise anything.
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{key}: {path} is damaged or not a checkpoint's index: {why}") from None
-    return index
-
-
-def _check_places(folder: Path, index: Metadata) -> None:
-    names = {place.relative_path for place in index.storage_data.values()}
-    sizes = {name: file_below(folder, name).stat().st_size for name in names}
-    for where, place in index.storage_data.items():
-        if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[place.relative_path]:
-            raise UserError(f"{place.relative_path} is too short for {where.fqn}")
-        if getattr(place, "transform_descriptors", None):
-            raise UserError(f"{where.fqn} is transformed in a way that is not read")
-    for name, tensor in index.state_dict_metadata.items():
-        if isinstance(tensor, TensorStorageMetadata):
-            _check_tensor(name, tensor, index)
-
-
-def _check_tensor(name: str, tensor: TensorStorageMetadata, index: Metadata) -> None:
-    """Check the sizes in the index before memory is allocated for them."""
-    width, size = tensor.properties.dtype.itemsize, torch.Size(tensor.size)
-    for chunk in tensor.chunks:
-        offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
-        if any(a < 0 or b < 0 or a + b > c for a, b, c in zip(offsets, sizes, size, strict=True)):
-            raise UserError(f"a part of {name} lies outside it")
-        place = index.storage_data.get(MetadataIndex(name, offsets))
-        if place is None or math.prod(sizes) * width > place.length:
-            raise UserError(f"a part of {name} is not there, or is smaller than it says")
-
-
-class StoredTensors:
-    """The tensors of one checkpoint folder.
-
-    Attributes:
-        folder: the checkpoint's own folder.
-        option: the key or option that named it, for messages.
-        index: see :func:`read_index`.
-        objects: keys of everything in it that is not a tensor.
+class StoredTensors(CheckpointIndex):
+    """The tensors of one checkpoint folder, of which any rows can be read.
 
     Raises:
         UserError: see :func:`read_index`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
-        self.option = key
-        self.index = index = read_index(folder, key)
+        super().__init__(folder, key)
         self._reader = FileSystemReader(folder)
-        self._reader.set_up_storage_reader(index, is_coordinator=True)
-        self._tensors = {
-            name: found for name, found in index.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
-        }
-        self.objects = index.state_dict_metadata.keys() - self._tensors.keys()
+        self._reader.set_up_storage_reader(self.index, is_coordinator=True)
         self._held: dict[MetadataIndex, Tensor] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
-
-    def names(self) -> list[str]:
-        """Return the keys of all tensors."""
-        return list(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the global shape. Layers are stacked on the first axis."""
-        return tuple(self._tensors[key].size)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype in the file."""
-        return self._tensors[key].properties.dtype
 
     def read(self, key: str, layer: int | None, start: int, stop: int) -> Tensor:
         """Return rows ``start .. stop`` of a tensor.
@@ -171,7 +74,7 @@ class StoredTensors:
 
     def read_block(self, key: str, low: Sequence[int], high: Sequence[int]) -> Tensor:
         """Return the block of a global tensor from index ``low`` up to ``high``, exclusive. See :meth:`read`."""
-        stored = self._tensors[key]
+        stored = self.tensors[key]
         shape = [b - a for a, b in zip(low, high, strict=True)]
         parts = [(chunk, *_overlap(chunk, low, high)) for chunk in stored.chunks]
         parts = [part for part in parts if all(a < b for a, b in zip(part[1], part[2], strict=True))]
@@ -203,147 +106,6 @@ class StoredTensors:
         return whole
 
 
-def _overlap(chunk: ChunkStorageMetadata, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]:
-    begin = [max(a, offset) for a, offset in zip(low, chunk.offsets, strict=True)]
-    end = [min(b, o + size) for b, o, size in zip(high, chunk.offsets, chunk.sizes, strict=True)]
-    return begin, end
-
-
-def _slices(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, origin, strict=True))
-
-
-class _Into(DefaultLoadPlanner):
-    """Planner that lets torch's reader write into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        return self.target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-
-# Policy and reference often load one checkpoint. An unchanged file is read only once.
-_known_good: set[tuple] = set()
-_MASTER = "optimizer.state.param."
-# bf16 has 8 bits of precision. Master weights in fp16 share one scale, so the smallest of them lose more.
-_OF_A_WEIGHT, _OF_THE_LARGEST = 2.0**-8, 2.0**-24
-
-
-def check_whole(folder: Path, key: str) -> dict:
-    """Refuse a checkpoint with a damaged file. Reads every byte.
-
-    Args:
-        folder: the checkpoint's own folder.
-        key: the key or option that named the checkpoint, for messages.
-
-    Returns:
-        The summary of the checkpoint.
-
-    Raises:
-        UserError: see :func:`layout.read_summary`; also if a file's content is not what was written. Names the file.
-    """
-    summary = layout.read_summary(folder, key)
-    _check_contents(folder, key, summary["files"], summary["files"])
-    return summary
-
-
-def check_whole_together(folder: Path, key: str) -> str | None:
-    """Return what is wrong with a checkpoint, or None. Each rank reads its share. Collective over all ranks."""
-    return first_problem(_problem(folder, key, dist.get_rank(), dist.get_world_size()))
-
-
-def _problem(folder: Path, key: str, rank: int, ranks: int) -> str | None:
-    try:
-        files = layout.read_summary(folder, key)["files"]
-        # Ranks take turns, the largest file first, so that all read about as many bytes.
-        names = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks]
-        _check_contents(folder, key, files, names)
-    except UserError as error:
-        return str(error)
-    except OSError as error:
-        return f"{key}: {described(error)}"
-    return None
-
-
-def _check_contents(folder: Path, key: str, files: dict[str, dict], names: Collection[str]) -> None:
-    identities = {name: _identity(folder / name, files[name]["xxh3"]) for name in names}
-    unknown = [name for name in names if identities[name] not in _known_good]
-    for name, found in layout.checksums(folder, unknown).items():
-        if found != files[name]["xxh3"]:
-            raise UserError(f"{key}: {folder / name} is damaged: not what was written; choose another checkpoint")
-        _known_good.add(identities[name])
-
-
-def _identity(path: Path, expected: str) -> tuple:
-    state = path.stat()
-    return (str(path.resolve()), state.st_ino, state.st_mtime_ns, state.st_ctime_ns, state.st_size, expected)
-
-
-@dataclass(frozen=True)
-class Newest:
-    """The checkpoint that a run continues from.
-
-    Attributes:
-        iteration: number of completed steps of this checkpoint.
-        passed_over: why newer checkpoints or the latest-file were ignored, one line for each.
-    """
-
-    iteration: int
-    passed_over: tuple[str, ...]
-
-
-def newest_whole(root: Path, key: str) -> Newest | None:
-    """Return the newest undamaged checkpoint below ``root``, or None if there is none. Collective over all ranks.
-
-    Raises:
-        UserError: checkpoints exist, but all are damaged. Names the damage of the newest one.
-    """
-    listed, problem = attempted_on_rank_0(lambda: _tidied(root, key))
-    if problem is not None:
-        raise UserError(f"{key}: {problem}")
-    numbers, latest = listed
-    passed_over: list[str] = []
-    for number in reversed(numbers):
-        problem = check_whole_together(layout.iteration_folder(root, number), key)
-        if problem is None:
-            return Newest(number, (*passed_over, *_disagreement(root, latest, number, passed_over)))
-        passed_over.append(problem)
-    if passed_over or latest is not None:
-        first = passed_over[0] if passed_over else f"{key}: {root / layout.LATEST} names a checkpoint that is gone"
-        raise UserError(f"{first}; none of {root} is whole: restore one, or choose another training.output_dir")
-    return None
-
-
-def _tidied(root: Path, key: str) -> tuple[list[int], int | str | None]:
-    layout.tidy(root)
-    return layout.iterations(root), _said_latest(root, key)
-
-
-def _said_latest(root: Path, key: str) -> int | str | None:
-    """Return the iteration in the latest-file, what is wrong with the file, or None if there is no file."""
-    try:
-        return layout.latest_iteration(root)
-    except UserError as error:
-        return f"{key}: {error}"
-
-
-def _disagreement(root: Path, latest: int | str | None, number: int, passed_over: list[str]) -> list[str]:
-    if isinstance(latest, str):
-        return [latest]
-    if latest == number or (passed_over and latest is not None and latest > number):
-        return []
-    said = "is missing" if latest is None else f"says {latest}"
-    return [
-        f"{root / layout.LATEST} {said}, {layout.iteration_folder(root, number).name} is the newest whole checkpoint "
-        "and is taken; to go back, remove the newer ones"
-    ]
-
-
 def check_master_weights(stored: StoredTensors) -> None:
     """Refuse master weights that do not round to the weights. Reads one row each of the smallest tensors.
 
@@ -367,6 +129,152 @@ def check_master_weights(stored: StoredTensors) -> None:
                 "with reference.checkpoint at the weights that this run began with"
             )
         return
+
+
+def row_ranges(shape: Sequence[int], dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that cover a tensor of this shape: at most ``piece_bytes`` each, at least one row."""
+    rows = shape[0] if shape else 1
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    # Rows of no bytes all fit in one piece.
+    step = max(1, piece_bytes // row_bytes if row_bytes else rows)
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Return the size of a tensor in bytes."""
+    return math.prod(shape) * dtype.itemsize
+
+
+class ByteProgress:
+    """Progress bar that counts bytes. A context manager."""
+
+    def __init__(self, verb: str, total_bytes: int, *, shown: bool) -> None:
+        self._bar = tqdm(
+            total=total_bytes, desc=verb, unit="B", unit_scale=True, unit_divisor=1000, disable=None if shown else True
+        )
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *_unused) -> None:
+        self._bar.close()
+
+    def watch(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the same pieces, and count each after use."""
+        for piece in pieces:
+            yield piece
+            self.count(piece)
+
+    def watched(self, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Return a function that calls ``read`` and counts the tensor that it returns."""
+
+        def reading() -> Tensor:
+            piece = read()
+            self.count(piece)
+            return piece
+
+        return reading
+
+    def count(self, piece: Tensor) -> None:
+        """Add the bytes of one piece to the bar."""
+        self._bar.update(piece.nbytes)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a global tensor, and a function that reads it.
+
+    Attributes:
+        key: key of the global tensor.
+        global_shape: shape of the global tensor.
+        offsets: index of the block's first element.
+        sizes: shape of the block.
+        dtype: dtype of the block.
+        read: returns the block's data. Called once.
+    """
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def save_pieces(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any] | None = None) -> None:
+    """Write ``pieces`` as a checkpoint into an existing folder.
+
+    Args:
+        folder: folder of the checkpoint.
+        pieces: pieces of all its tensors.
+        objects: everything else to save, by Megatron's unique keys. :data:`COMMON_STATE` is added if it is missing.
+
+    Raises:
+        OSError: from the file system, such as a full disk.
+    """
+    planner = _PiecePlanner(pieces, {COMMON_STATE: {}, **(objects or {})})
+    checksums = torch.serialization.get_crc32_options()
+    # zip's checksums take longer than everything else, and no reader checks them.
+    torch.serialization.set_crc32_options(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise file_system_cause(next(iter(error.failures.values()))[0]) from None
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT))
+
+
+class _PiecePlanner(dcp.DefaultSavePlanner):
+    def __init__(self, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._objects = objects
+        self._pieces = {MetadataIndex(piece.key, piece.offsets): piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+        self.plan = SavePlan([*objects, *(_write_item(index, piece) for index, piece in self._pieces.items())])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            content = io.BytesIO()
+            torch.save([self._objects[write_item.index.fqn]], content)
+            return content
+        piece = self._pieces[write_item.index]
+        return piece.read().view(piece.sizes)
+
+
+def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+    data = TensorWriteData(chunk, TensorProperties(dtype=piece.dtype), torch.Size(piece.global_shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def _overlap(chunk: ChunkStorageMetadata, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]:
+    begin = [max(a, offset) for a, offset in zip(low, chunk.offsets, strict=True)]
+    end = [min(b, o + size) for b, o, size in zip(high, chunk.offsets, chunk.sizes, strict=True)]
+    return begin, end
+
+
+def _slices(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, origin, strict=True))
+
+
+class _Into(DefaultLoadPlanner):
+    """Planner that lets torch's reader write into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        return self.target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
 
 
 def _first_row(stored: StoredTensors, name: str) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from megatron_cca.version import code_version
 
 # Key of checkpoint.json: the folder or file that was imported.
 IMPORTED_FROM = "imported_from"
-_THREADS = 8
+# From version 2.0 on, Megatron-LM does not reorder the projections of query, key and value.
+_CHECKPOINT_VERSION = 3.0
 
 
 def summarize(config: Config, data: str | None = None) -> dict:
@@ -68,33 +68,10 @@ def saved_config(folder: Path, key: str) -> Config:
     return config_of_weights(config.model, config.training.precision) if _no_run_wrote(summary) else config
 
 
-def _no_run_wrote(summary: dict[str, Any]) -> bool:
-    """Return whether a checkpoint is an import. An import records its source, a run the fingerprint of its data."""
-    return IMPORTED_FROM in summary and summary.get("data") is None
-
-
-def weights_fingerprint(folder: Path, key: str) -> str:
-    """Return a short hash of the files that hold a checkpoint's tensors. Reads every byte.
-
-    The hash differs if the same weights are saved from another layout, or with an optimizer's state.
-
-    Args:
-        folder: the checkpoint's own folder.
-        key: the key or option that named the checkpoint, for messages.
-
-    Raises:
-        UserError: the checkpoint is not whole.
-    """
-    names = sorted(name for name in layout.read_summary(folder, key)["files"] if name.endswith(".distcp"))
-    with ThreadPoolExecutor(_THREADS) as threads:
-        digests = list(threads.map(lambda name: _sha256(folder / name), names))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-
-
 def recorded_fingerprint(folder: Path, key: str) -> str:
     """Return a short hash of the recorded checksums of a checkpoint's tensor files. Reads none of these files.
 
-    It never equals :func:`weights_fingerprint`. The hash can differ if the same weights are saved again.
+    The hash can differ if the same weights are saved again.
 
     Raises:
         UserError: the checkpoint is not whole.
@@ -102,15 +79,6 @@ def recorded_fingerprint(folder: Path, key: str) -> str:
     files = layout.read_summary(folder, key)["files"]
     recorded = sorted((name, record["xxh3"]) for name, record in files.items() if name.endswith(".distcp"))
     return hashlib.sha256(repr(recorded).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# From version 2.0 on, Megatron-LM does not reorder the projections of query, key and value.
-_CHECKPOINT_VERSION = 3.0
 
 
 def common_state(config: Config, iteration: int, *, world_size: int = 1, has_optimizer: bool = False) -> dict:
@@ -137,6 +105,11 @@ def common_state(config: Config, iteration: int, *, world_size: int = 1, has_opt
         vars(arguments).update(_run_arguments(config, iteration))
         state["opt_param_scheduler"] = _schedule(config, iteration)
     return state
+
+
+def _no_run_wrote(summary: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is an import. An import records its source, a run the fingerprint of its data."""
+    return IMPORTED_FROM in summary and summary.get("data") is None
 
 
 def _model_arguments(config: Config) -> dict:

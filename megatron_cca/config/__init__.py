@@ -6,6 +6,7 @@ Nothing here imports torch or Megatron, so that a mistyped key is refused in a f
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,12 +38,12 @@ def example(name: str) -> Path:
     return _FOLDER / f"{name}.yaml"
 
 
-def example_names() -> list[str]:
-    """Return the names that :func:`example` knows, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+def example_names(folder: str = "") -> list[str]:
+    """Return the names of the examples, sorted. ``folder`` is one below theirs, such as ``studies``."""
+    return sorted(path.stem for path in (_FOLDER / folder).glob("*.yaml"))
 
 
-def config_option(text: str) -> Path:
+def config_option(text: str, folder: str = "") -> Path:
     """Return the file that ``--config`` names: the file at this path, else the example of this name.
 
     Raises:
@@ -51,14 +52,16 @@ def config_option(text: str) -> Path:
     path = path_option(text)
     if path.is_file() or path.name != text or path.suffix:
         return path
-    if text not in example_names():
+    names = example_names(folder)
+    if text not in names:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a file nor an example; the examples are {', '.join(example_names())}"
+            f"{text!r} is neither a file nor an example; the examples are {', '.join(names)}"
         )
-    return example(text)
+    return example(f"{folder}/{text}" if folder else text)
 
 
 ConfigFile = Annotated[Path, Option(metavar="FILE|NAME", convert=config_option)]
+StudyFile = Annotated[Path, Option(metavar="FILE|NAME", convert=partial(config_option, folder="studies"))]
 
 
 __all__ = [

@@ -153,12 +153,12 @@ class ReferenceConfig:
 
     strategy: Literal["resident", "offload", "cached", "shared"] = key("resident", LAST_BITS)
     """``resident`` keeps the reference on the device beside the policy. ``offload`` keeps it in host memory and streams
-    one layer at a time through the device. ``cached`` reads log-probabilities that ``tools/cache_reference.py``
+    one layer at a time through the device. ``cached`` reads log-probabilities that ``megatron-cca cache-reference``
     computed. ``shared`` takes the policy with its LoRA adapters off."""
     checkpoint: PathText | None = key(None, NUMBERS, reference="weights")
     """The weights of the reference; null means ``training.pretrained_checkpoint``."""
     cache: PathText | None = key(None, LAST_BITS)
-    """For ``cached``: the folder that ``tools/cache_reference.py`` wrote."""
+    """For ``cached``: the folder that ``megatron-cca cache-reference`` wrote."""
     precision: Precision | None = key(None, NUMBERS, reference=True)
     """Precision of the reference; null means the policy's, ``training.precision``."""
     fp8_recipe: Literal["tensorwise", "blockwise"] | None = key(None, NUMBERS, reference=True)
@@ -174,7 +174,7 @@ class ReferenceConfig:
 
 @strict
 class DataConfig:
-    """Section ``data``."""
+    """Section ``data``: the token shards to train on, how samples are paired, and how they are read."""
 
     path: PathText | Blend | None = key(None, NUMBERS, reference="data")
     """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: their shares of the
@@ -211,7 +211,7 @@ class ValidationConfig:
 
 @strict
 class OptimizerConfig:
-    """Section ``optimizer``: AdamW."""
+    """Section ``optimizer``: AdamW, its schedule, and how gradients are reduced and its state is kept."""
 
     lr: PositiveFloat = key(1e-5, NUMBERS, TAKES_EFFECT)
     """Largest learning rate."""
@@ -289,7 +289,7 @@ class KernelsConfig:
 
 @strict
 class TrainingConfig:
-    """Section ``training``."""
+    """Section ``training``: a run's length, batches, precision, memory and checkpoints."""
 
     train_iters: PositiveInt = key(60, NUMBERS, TAKES_EFFECT)
     """Steps of the whole run."""
@@ -359,7 +359,7 @@ class FaultsConfig:
 
 @strict
 class LoggingConfig:
-    """Section ``logging``."""
+    """Section ``logging``: what a run shows while it trains: curves, a progress bar, pictures."""
 
     tensorboard: bool = True
     """Write TensorBoard events to the run's folder."""
@@ -380,7 +380,7 @@ class LoggingConfig:
 
 @strict
 class Config:
-    """A whole run."""
+    """The configuration of a whole run, by sections."""
 
     model: ModelConfig = section(ModelConfig)
     parallel: ParallelConfig = section(ParallelConfig)

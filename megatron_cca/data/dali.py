@@ -54,7 +54,7 @@ def installed() -> ModuleType:
     try:
         import nvidia.dali.fn
     except ImportError:
-        raise UserError("needs NVIDIA DALI; pip install -e '.[data]'") from None
+        raise UserError("needs NVIDIA DALI; pip install 'megatron-cca[data]'") from None
     return nvidia.dali
 
 

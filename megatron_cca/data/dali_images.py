@@ -26,21 +26,12 @@ _BATCH_PIXELS = 128 * 1024 * 1024
 _FLIPS = {1: (), 2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 # A black BMP of one pixel.
 _KNOWN_GOOD = struct.pack("<2s3I3I2H6I4x", b"BM", 58, 0, 54, 40, 1, 1, 1, 24, 0, 4, 0, 0, 0, 0)
-
 _STDERR = 2
 # The log of nvImageCodec, and messages of libjpeg, libpng and OpenCV.
 _REMARK = re.compile(
     rb"\[(WARNING|ERROR|FATAL)\]|^libpng |JPEG|JFIF|SOS parameters|progression sequence|^Input file read error"
 )
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
-
-
-class _Job(NamedTuple):
-    """One image: its index in the call, the wanted size as stored, and its header."""
-
-    index: int
-    size: tuple[int, int]
-    header: Header
 
 
 class ImageDecoder:
@@ -84,18 +75,18 @@ class ImageDecoder:
         """
         assert all(min(size) > 0 for size in sizes)
         found: list[Tensor | Rejected | None] = [None] * len(images)
-        jobs = []
+        checked = []
         for index, (data, size) in enumerate(zip(images, sizes, strict=True)):
             try:
-                jobs.append(_job(index, data, size, self._limits))
+                checked.append(_stored_image(index, data, size, self._limits))
             except Rejected as reason:
                 found[index] = reason
-        for batch in _batches(jobs):
-            for job, result in zip(batch, self._decoded(batch), strict=True):
-                found[job.index] = result
+        for batch in _batches(checked):
+            for image, result in zip(batch, self._decoded(batch), strict=True):
+                found[image.index] = result
         return found
 
-    def _decoded(self, batch: list[_Job]) -> list[Tensor | Rejected]:
+    def _decoded(self, batch: list[_StoredImage]) -> list[Tensor | Rejected]:
         """Decode a batch.
 
         One bad image makes the whole pipeline fail, so the batch is halved until the image is alone.
@@ -112,26 +103,26 @@ class ImageDecoder:
         half = len(batch) // 2
         return self._decoded(batch[:half]) + self._decoded(batch[half:])
 
-    def _rejection(self, job: _Job, reason: str) -> Rejected:
+    def _rejection(self, image: _StoredImage, reason: str) -> Rejected:
         try:
             # Without this, a broken installation would reject a whole data set, image by image.
-            self._run([_job(0, _KNOWN_GOOD, (1, 1))])
+            self._run([_stored_image(0, _KNOWN_GOOD, (1, 1))])
         except Exception:
             raise UserError(f"DALI does not decode on {self._device}: {reason}") from None
-        return Rejected(f"DALI does not decode this {job.header.format} image ({reason})")
+        return Rejected(f"DALI does not decode this {image.header.format} image ({reason})")
 
-    def _run(self, batch: list[_Job]) -> Any:
+    def _run(self, batch: list[_StoredImage]) -> Any:
         (outputs,) = self._pipeline.run(
             # Without metadata: DALI gets what was checked.
-            encoded=[np.frombuffer(job.header.essential, dtype=np.uint8) for job in batch],
-            size=[np.array(job.size, dtype=np.float32) for job in batch],
+            encoded=[np.frombuffer(image.header.essential, dtype=np.uint8) for image in batch],
+            size=[np.array(image.size, dtype=np.float32) for image in batch],
         )
         return outputs
 
-    def _copies(self, outputs: Any, batch: list[_Job]) -> list[Tensor]:
+    def _copies(self, outputs: Any, batch: list[_StoredImage]) -> list[Tensor]:
         copies = [
-            _upright(torch.from_dlpack(output), job.header.orientation)
-            for job, output in zip(batch, outputs, strict=True)
+            _upright(torch.from_dlpack(output), image.header.orientation)
+            for image, output in zip(batch, outputs, strict=True)
         ]
         if self._device.type != "cpu":
             # DALI owns the outputs' memory, and may reuse it when they are deleted. This may be any thread.
@@ -140,6 +131,32 @@ class ImageDecoder:
 
     def _built(self) -> Any:
         return start(_decoding_pipeline(self._device, self._threads), self._device)
+
+
+class _StoredImage(NamedTuple):
+    """One image: its index in the call, the wanted size as stored, and its header."""
+
+    index: int
+    size: tuple[int, int]
+    header: Header
+
+
+def _stored_image(index: int, data: bytes, size: tuple[int, int], limits: ImageLimits = DEFAULT_LIMITS) -> _StoredImage:
+    header = read_header(data, limits)
+    return _StoredImage(index, size[::-1] if header.orientation >= 5 else size, header)
+
+
+def _batches(checked: list[_StoredImage]) -> Iterator[list[_StoredImage]]:
+    batch, pixels = [], 0
+    for image in checked:
+        more = image.header.height * image.header.width
+        if batch and (len(batch) == BATCH or pixels + more > _BATCH_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(image)
+        pixels += more
+    if batch:
+        yield batch
 
 
 def _decoding_pipeline(device: torch.device, threads: int) -> Any:
@@ -154,24 +171,6 @@ def _decoding_pipeline(device: torch.device, threads: int) -> Any:
         pixels = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **decoder)
         pipeline.set_outputs(fn.resize(pixels, size=size, interp_type=types.INTERP_CUBIC, antialias=True))
     return pipeline
-
-
-def _job(index: int, data: bytes, size: tuple[int, int], limits: ImageLimits = DEFAULT_LIMITS) -> _Job:
-    header = read_header(data, limits)
-    return _Job(index, size[::-1] if header.orientation >= 5 else size, header)
-
-
-def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
-    batch, pixels = [], 0
-    for job in jobs:
-        more = job.header.height * job.header.width
-        if batch and (len(batch) == BATCH or pixels + more > _BATCH_PIXELS):
-            yield batch
-            batch, pixels = [], 0
-        batch.append(job)
-        pixels += more
-    if batch:
-        yield batch
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:

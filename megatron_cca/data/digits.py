@@ -10,12 +10,10 @@ import numpy as np
 from filelock import FileLock
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import PatchCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER_FILE
-from megatron_cca.data.text_tokenizers import train_tokenizer
+from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook, train_tokenizer
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import refusal
 from megatron_cca.models import tiny_architecture
@@ -26,7 +24,7 @@ _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_cl
 
 HELD_OUT = 360
 PATCH = 2
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASINGS = ("a handwritten {}", "the digit {}", "a scan of a {}", "{} in handwriting")
 
 
@@ -58,7 +56,7 @@ def load_scans() -> tuple[Scans, Scans]:
 
 def captions_of(label: int) -> list[str]:
     """Return every phrasing of a digit."""
-    return [phrasing.format(WORDS[label]) for phrasing in PHRASINGS]
+    return [phrasing.format(DIGIT_NAMES[label]) for phrasing in PHRASINGS]
 
 
 def digit_shards(model: ModelConfig) -> Path:

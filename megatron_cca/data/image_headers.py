@@ -43,7 +43,6 @@ _JPEG_BETWEEN_SCANS = {_JPEG_HUFFMAN, _JPEG_ARITHMETIC, 0xDB, 0xDC, 0xDD, *range
 # In a scan 0xFF 0x00 is a byte of data, and 0xD0 to 0xD7 count restarts. Any other marker ends the scan.
 # (A pattern that begins with \xff+ is 30 times slower.)
 _JPEG_MARKER, _JPEG_FILLING = re.compile(rb"\xff([^\x00\xd0-\xd7])"), re.compile(rb"\xff*")
-
 # Limit for progressive images, as in DALI. Each scan is a pass over the whole image.
 _JPEG_MAX_SCANS = 256
 _BMP_UNCOMPRESSED, _BMP_BIT_FIELDS = 0, 3
@@ -95,6 +94,45 @@ class Header:
     def displayed(self) -> tuple[int, int]:
         """Height and width after ``orientation`` is applied."""
         return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+
+
+def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
+    """Check that an image can be used, and return its size. Pillow decodes it to find damage.
+
+    Grey, palette, 1-bit and alpha images are accepted. Alpha is dropped.
+
+    Args:
+        data: an encoded image.
+        limits: of an image.
+        upright: whether EXIF's orientation applies.
+
+    Returns:
+        Height and width in pixels, as displayed or as stored.
+
+    Raises:
+        Rejected: empty, of another format, damaged, cut short, CMYK unless the limits allow it, more than 8 bits deep,
+            animated, without pixels, or over the limits.
+    """
+    header = read_header(data, limits)
+    with _opened(header) as image:
+        # A JPEG is read completely, but decoded at an eighth of its size.
+        image.draft("RGB", (1, 1))
+        image.load()
+    return header.displayed if upright else (header.height, header.width)
+
+
+def stored_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image:
+    """Decode an image and convert it to RGB as Pillow does. EXIF's orientation is ignored and alpha is dropped.
+
+    Args:
+        data: an encoded image.
+        limits: of an image.
+
+    Raises:
+        Rejected: as :func:`check_image`.
+    """
+    with _opened(read_header(data, limits)) as image:
+        return image.convert("RGB")
 
 
 def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Header:
@@ -312,45 +350,6 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def check_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, upright: bool = True) -> tuple[int, int]:
-    """Check that an image can be used, and return its size. Pillow decodes it to find damage.
-
-    Grey, palette, 1-bit and alpha images are accepted. Alpha is dropped.
-
-    Args:
-        data: an encoded image.
-        limits: of an image.
-        upright: whether EXIF's orientation applies.
-
-    Returns:
-        Height and width in pixels, as displayed or as stored.
-
-    Raises:
-        Rejected: empty, of another format, damaged, cut short, CMYK unless the limits allow it, more than 8 bits deep,
-            animated, without pixels, or over the limits.
-    """
-    header = read_header(data, limits)
-    with _opened(header) as image:
-        # A JPEG is read completely, but decoded at an eighth of its size.
-        image.draft("RGB", (1, 1))
-        image.load()
-    return header.displayed if upright else (header.height, header.width)
-
-
-def stored_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image:
-    """Decode an image and convert it to RGB as Pillow does. EXIF's orientation is ignored and alpha is dropped.
-
-    Args:
-        data: an encoded image.
-        limits: of an image.
-
-    Raises:
-        Rejected: as :func:`check_image`.
-    """
-    with _opened(read_header(data, limits)) as image:
-        return image.convert("RGB")
-
-
 @contextmanager
 def _opened(header: Header) -> Iterator[Image]:
     opener = _pillow()[header.format]
@@ -372,5 +371,5 @@ def _pillow() -> dict[str, Callable]:
         from PIL.PngImagePlugin import PngImageFile
         from PIL.WebPImagePlugin import WebPImageFile
     except ImportError:
-        raise UserError("reading images needs Pillow; pip install -e '.[data]'") from None
+        raise UserError("reading images needs Pillow; pip install 'megatron-cca[data]'") from None
     return {"JPEG": JpegImageFile, "PNG": PngImageFile, "WebP": WebPImageFile, "BMP": BmpImageFile}

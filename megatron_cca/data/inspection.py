@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, code_lengths, read_manifest
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.source_protocol import read_skip_reasons
-from megatron_cca.data.text_tokenizers import open_text_tokenizer
+from megatron_cca.data.tokenizers import CODEBOOK_FILE, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.formats import ImageTokenizer
@@ -34,14 +33,6 @@ def open_for_inspection(folder: Path) -> TokenShards:
         shards = TokenShards(folder, _vocabulary(folder, manifest), _PREFIX)
         check_files(folder, manifest, thoroughly=True)
     return shards
-
-
-def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
-    presets = [preset.vocabulary for family in FAMILIES.values() for preset in family.presets.values()]
-    for vocabulary in presets:
-        if vocabulary.fingerprint() == manifest["vocabulary"]:
-            return vocabulary
-    raise UserError(f"{folder / FILE_NAME}: its vocabulary ({manifest['vocabulary']}) is that of no model here")
 
 
 def report(shards: TokenShards) -> str:
@@ -66,6 +57,42 @@ def report(shards: TokenShards) -> str:
     if len(grids) > _BARS:
         lines.append(f"  and {len(grids) - _BARS} more")
     return "\n".join(lines)
+
+
+def decoded_samples(
+    shards: TokenShards, number: int, seed: int, image_tokenizer: Path | None, device: torch.device
+) -> tuple[list[np.ndarray], list[str]]:
+    """Decode some samples to images and captions.
+
+    Args:
+        shards: opened.
+        number: how many samples, at most.
+        seed: for the choice of samples.
+        image_tokenizer: its folder. None means the one in the shards, or the one that they name.
+        device: of the image tokenizer.
+
+    Returns:
+        Images uint8 ``[H, W, 3]`` (the first frames of clips) and their captions.
+
+    Raises:
+        UserError: no image tokenizer, or one that the samples were not made with.
+    """
+    tokenizer = _image_tokenizer(shards, image_tokenizer, device)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()
+    images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
+    captions = [shards.caption(sample).tolist() for sample in chosen]
+    if shards.vocabulary.num_classes is not None:
+        return images, [f"class {caption[0]}" if caption else "" for caption in captions]
+    text = open_text_tokenizer(shards.folder)
+    return images, [text.decode(caption) for caption in captions]
+
+
+def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
+    presets = [preset.vocabulary for family in FAMILIES.values() for preset in family.presets.values()]
+    for vocabulary in presets:
+        if vocabulary.fingerprint() == manifest["vocabulary"]:
+            return vocabulary
+    raise UserError(f"{folder / FILE_NAME}: its vocabulary ({manifest['vocabulary']}) is that of no model here")
 
 
 def _resizing(choice: object) -> list[str]:
@@ -113,34 +140,6 @@ def _reasons(folder: Path) -> str:
         return f" ({one_line(reasons.line())})" if len(reasons) else ""
     except (ValueError, KeyError, TypeError, RecursionError):
         return f", but {path.name} is damaged"
-
-
-def decoded_samples(
-    shards: TokenShards, number: int, seed: int, image_tokenizer: Path | None, device: torch.device
-) -> tuple[list[np.ndarray], list[str]]:
-    """Decode some samples to images and captions.
-
-    Args:
-        shards: opened.
-        number: how many samples, at most.
-        seed: for the choice of samples.
-        image_tokenizer: its folder. None means the one in the shards, or the one that they name.
-        device: of the image tokenizer.
-
-    Returns:
-        Images uint8 ``[H, W, 3]`` (the first frames of clips) and their captions.
-
-    Raises:
-        UserError: no image tokenizer, or one that the samples were not made with.
-    """
-    tokenizer = _image_tokenizer(shards, image_tokenizer, device)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()
-    images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
-    captions = [shards.caption(sample).tolist() for sample in chosen]
-    if shards.vocabulary.num_classes is not None:
-        return images, [f"class {caption[0]}" if caption else "" for caption in captions]
-    text = open_text_tokenizer(shards.folder)
-    return images, [text.decode(caption) for caption in captions]
 
 
 def _picture(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:

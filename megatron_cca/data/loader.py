@@ -35,70 +35,10 @@ def loader_in_force(wanted: str | None) -> str:
     """
     is_installed = wanted != TORCH and dali.is_installed()
     if wanted == DALI and not is_installed:
-        raise UserError(f"data.loader: {DALI} is not installed here; pip install -e '.[data]', or set it to {TORCH}")
+        raise UserError(
+            f"data.loader: {DALI} is not installed here; pip install 'megatron-cca[data]', or set it to {TORCH}"
+        )
     return DALI if is_installed else TORCH
-
-
-def _stage(loader: str, rows: int, device: torch.device) -> Stage:
-    if loader == DALI:
-        with error_context("data.loader"):
-            return dali.sequence_stage(rows, device)
-    return torch.from_numpy if device.type == "cpu" else _LockedStage(device)
-
-
-class _LockedStage:
-    """A single page-locked buffer, from which a GPU copies without waiting."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._memory = device, host_buffer(0, torch.int32, device)
-
-    def __call__(self, array: np.ndarray) -> Tensor:
-        if self._memory.numel() < array.size:
-            self._memory = host_buffer(array.size, torch.int32, self._device)
-        return self._memory[: array.size].view(array.shape).copy_(torch.from_numpy(array))
-
-
-def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
-    stopping.set()
-    thread.join()
-
-
-def _run_ahead(
-    source: Callable[[int], np.ndarray],
-    move: Callable[[np.ndarray], Tensor],
-    ready: queue.Queue,
-    stopping: threading.Event,
-) -> None:
-    turn = 0
-    while not stopping.is_set():
-        try:
-            found = move(source(turn))
-        except BaseException as error:
-            found = error
-        _hand_over(found, ready, stopping)
-        if isinstance(found, BaseException):
-            return
-        turn += 1
-
-
-def _mover(stage: Stage, device: torch.device) -> Callable[[np.ndarray], Tensor]:
-    work = SideQueue(device)
-
-    def move(array: np.ndarray) -> Tensor:
-        with work.finished():
-            # ``staged`` lives until the copy is done: its memory may be overwritten when it is deleted.
-            staged = stage(array)
-            ids = staged.to(device, non_blocking=True).long()
-        return ids
-
-    return move
-
-
-def _hand_over(found: Tensor | BaseException, ready: queue.Queue, stopping: threading.Event) -> None:
-    while not stopping.is_set():
-        with contextlib.suppress(queue.Full):
-            ready.put(found, timeout=0.1)
-            return
 
 
 class SequenceFeed:
@@ -282,3 +222,65 @@ class BatchLoader:
             self.start(step)
         self._next_step = step + 1
         return self._feed.next()
+
+
+def _stage(loader: str, rows: int, device: torch.device) -> Stage:
+    if loader == DALI:
+        with error_context("data.loader"):
+            return dali.sequence_stage(rows, device)
+    return torch.from_numpy if device.type == "cpu" else _LockedStage(device)
+
+
+class _LockedStage:
+    """A single page-locked buffer, from which a GPU copies without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._memory = device, host_buffer(0, torch.int32, device)
+
+    def __call__(self, array: np.ndarray) -> Tensor:
+        if self._memory.numel() < array.size:
+            self._memory = host_buffer(array.size, torch.int32, self._device)
+        return self._memory[: array.size].view(array.shape).copy_(torch.from_numpy(array))
+
+
+def _stop(stopping: threading.Event, thread: threading.Thread) -> None:
+    stopping.set()
+    thread.join()
+
+
+def _run_ahead(
+    source: Callable[[int], np.ndarray],
+    move: Callable[[np.ndarray], Tensor],
+    ready: queue.Queue,
+    stopping: threading.Event,
+) -> None:
+    turn = 0
+    while not stopping.is_set():
+        try:
+            found = move(source(turn))
+        except BaseException as error:
+            found = error
+        _hand_over(found, ready, stopping)
+        if isinstance(found, BaseException):
+            return
+        turn += 1
+
+
+def _mover(stage: Stage, device: torch.device) -> Callable[[np.ndarray], Tensor]:
+    work = SideQueue(device)
+
+    def move(array: np.ndarray) -> Tensor:
+        with work.finished():
+            # ``staged`` lives until the copy is done: its memory may be overwritten when it is deleted.
+            staged = stage(array)
+            ids = staged.to(device, non_blocking=True).long()
+        return ids
+
+    return move
+
+
+def _hand_over(found: Tensor | BaseException, ready: queue.Queue, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        with contextlib.suppress(queue.Full):
+            ready.put(found, timeout=0.1)
+            return

@@ -38,6 +38,12 @@ SAMPLE = np.dtype(
         ("codes", np.uint64),
     ]
 )
+FORMAT_VERSION = 2
+FILE_NAME = "manifest.json"
+Json = dict[str, Any]
+# Too large to be hashed whenever a run starts. Their samples have checksums of their own.
+_HASHED_ON_READING = {"codes.bin", "captions.bin"}
+_REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files": dict}
 
 
 def checksum(tokens: np.ndarray) -> int:
@@ -76,40 +82,9 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
     return table, variants
 
 
-def _read_variants(path: Path, num_samples: int) -> np.ndarray:
-    with error_context(path):
-        variants = mapped_array(path)
-    if variants.dtype != np.int32 or variants.shape != (num_samples,) or (variants < 1).any():
-        raise UserError(f"{path} does not say how many variants each of {num_samples} samples has; {_AGAIN}")
-    return np.array(variants)
-
-
 def code_lengths(table: np.ndarray, variants: np.ndarray) -> np.ndarray:
     """Return the number of codes of each sample, all its variants together, int64 ``[N]``."""
     return table["grid"].prod(axis=1, dtype=np.int64) * variants
-
-
-def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
-    path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(INDEXED[name]).itemsize
-    header = index_header(INDEXED[name], count)
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])
-    parts = (lengths.astype(np.int32), ends[:-1], np.arange(count + 1))
-    with path.open("rb") as file:
-        fits = file.read(len(header)) == header
-        fits = fits and all(np.array_equal(np.fromfile(file, part.dtype, len(part)), part) for part in parts)
-        fits = fits and not file.read(1)
-    if not fits or (lengths < 0).any() or (folder / f"{name}.bin").stat().st_size != ends[-1]:
-        raise UserError(f"{path} does not fit {TABLE} or {name}.bin; {_AGAIN}")
-
-
-FORMAT_VERSION = 2
-FILE_NAME = "manifest.json"
-
-Json = dict[str, Any]
-
-# Too large to be hashed whenever a run starts. Their samples have checksums of their own.
-_HASHED_ON_READING = {"codes.bin", "captions.bin"}
-_REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files": dict}
 
 
 def read_manifest(folder: Path) -> Json:
@@ -131,31 +106,6 @@ def read_manifest(folder: Path) -> Json:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format_version {version}; this program reads {FORMAT_VERSION}; {_AGAIN}")
     return manifest
-
-
-def _check_contents(manifest: Json) -> None:
-    for key, kind in _REQUIRED.items():
-        if not isinstance(manifest[key], kind):
-            raise ValueError(f"{key} must be a {kind.__name__}, found {manifest[key]!r}"[:200])
-    if isinstance(manifest["num_samples"], bool) or not 0 <= manifest["num_samples"] < 2**62:
-        raise ValueError(f"num_samples must be a number of samples, found {manifest['num_samples']}")
-    for key, ids in manifest["meta_words"].items():
-        if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", key, re.ASCII):
-            raise ValueError(f"meta_words: {key!r} is not a grid such as '1x90x90'")
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-            raise ValueError(f"meta_words: {key}: must be a list of token ids")
-    for name, recorded in manifest["files"].items():
-        if not is_file_name(name):
-            raise ValueError(f"files: {shortened(repr(name), 80)} is not the name of a file in this folder")
-        if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
-            raise ValueError(f"files: {name} needs a number of bytes and a sha256")
-    missing = [name for name in TOKEN_FILES if name not in manifest["files"]]
-    if missing:
-        raise ValueError(f"files: {missing[0]} is not listed")
-
-
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def check_files(folder: Path, manifest: Json, *, thoroughly: bool = False) -> None:
@@ -202,3 +152,49 @@ def meta_ids(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
     return {
         tuple(map(int, key.split("x"))): np.array(ids, dtype=np.int32) for key, ids in manifest["meta_words"].items()
     }
+
+
+def _read_variants(path: Path, num_samples: int) -> np.ndarray:
+    with error_context(path):
+        variants = mapped_array(path)
+    if variants.dtype != np.int32 or variants.shape != (num_samples,) or (variants < 1).any():
+        raise UserError(f"{path} does not say how many variants each of {num_samples} samples has; {_AGAIN}")
+    return np.array(variants)
+
+
+def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
+    path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(INDEXED[name]).itemsize
+    header = index_header(INDEXED[name], count)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])
+    parts = (lengths.astype(np.int32), ends[:-1], np.arange(count + 1))
+    with path.open("rb") as file:
+        fits = file.read(len(header)) == header
+        fits = fits and all(np.array_equal(np.fromfile(file, part.dtype, len(part)), part) for part in parts)
+        fits = fits and not file.read(1)
+    if not fits or (lengths < 0).any() or (folder / f"{name}.bin").stat().st_size != ends[-1]:
+        raise UserError(f"{path} does not fit {TABLE} or {name}.bin; {_AGAIN}")
+
+
+def _check_contents(manifest: Json) -> None:
+    for key, kind in _REQUIRED.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{key} must be a {kind.__name__}, found {manifest[key]!r}"[:200])
+    if isinstance(manifest["num_samples"], bool) or not 0 <= manifest["num_samples"] < 2**62:
+        raise ValueError(f"num_samples must be a number of samples, found {manifest['num_samples']}")
+    for key, ids in manifest["meta_words"].items():
+        if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", key, re.ASCII):
+            raise ValueError(f"meta_words: {key!r} is not a grid such as '1x90x90'")
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise ValueError(f"meta_words: {key}: must be a list of token ids")
+    for name, recorded in manifest["files"].items():
+        if not is_file_name(name):
+            raise ValueError(f"files: {shortened(repr(name), 80)} is not the name of a file in this folder")
+        if not isinstance(recorded["bytes"], int) or not isinstance(recorded["sha256"], str):
+            raise ValueError(f"files: {name} needs a number of bytes and a sha256")
+    missing = [name for name in TOKEN_FILES if name not in manifest["files"]]
+    if missing:
+        raise ValueError(f"files: {missing[0]} is not listed")
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,4 +1,4 @@
-"""The samples of a step, a pure function of (data, seed, step): their order, variants, negatives and dropped rows.
+"""The samples of a step: their order, variants, negatives and dropped rows.
 
 Everything here is a pure function of (data, seed, step) over the *global* batch, before any sharding. Losses are
 therefore the same for every data-parallel size and micro batch size. A resumed run needs only the step number.
@@ -20,6 +20,9 @@ BLOCK = 8192
 
 # Separate the random streams of one seed. data/pairing.py uses other numbers.
 _PERMUTATION, _BLEND, _HELD_OUT = 0, 2, 3
+# Separate the random streams of one (seed, step). data/pairing.py uses other numbers.
+_DROPOUT, _BUCKETS, _VARIANTS = 1, 4, 5
+RowsOf = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,6 @@ class SampleOrder:
         return samples
 
 
-@lru_cache(maxsize=8)
-def _epoch_permutation(size: int, seed: int, pool: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, _PERMUTATION, epoch, pool)).permutation(size)
-
-
-@lru_cache(maxsize=4)
-def _block_pattern(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pool of each position of a block, and how many earlier positions of the block have the same pool."""
-    pattern = np.repeat(np.arange(len(counts)), counts)
-    np.random.default_rng((seed, _BLEND, block)).shuffle(pattern)
-    earlier = np.empty(BLOCK, dtype=np.int64)
-    for pool, count in enumerate(counts):
-        earlier[pattern == pool] = np.arange(count)
-    return pattern, earlier
-
-
 def training_order(data: TokenData, seed: int, held_out_fraction: float, split_seed: int) -> SampleOrder:
     """Return the stream of a run: everything that is not held out.
 
@@ -109,38 +96,6 @@ def held_out_order(data: TokenData, fraction: float, split_seed: int) -> SampleO
     """
     split = _split(data, fraction, split_seed)
     return SampleOrder(tuple(held for _, held in split), tuple(data.weights), split_seed)
-
-
-def _split(data: TokenData, fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return, for each folder, the sample ids that are kept and those that are held out, both in order."""
-    parts = []
-    for folder, shards in enumerate(data.shards):
-        ids = data.ids(folder)
-        held = round(fraction * len(ids))
-        if fraction > 0 and not 0 < held < len(ids):
-            raise UserError(
-                f"validation.fraction: {fraction} of the {len(ids)} samples in {shards.folder} are {held}; choose it "
-                "so that some are held out and some are left"
-            )
-        # The folder's place in a blend does not matter: a folder has the same held-out samples in every run.
-        order = np.random.default_rng((seed, _HELD_OUT, len(ids))).permutation(len(ids))
-        parts.append((ids[np.sort(order[held:])], ids[np.sort(order[:held])]))
-    return parts
-
-
-def _check_weights(data: TokenData) -> None:
-    for shards, weight in zip(data.shards, data.weights, strict=True):
-        if weight * BLOCK < sum(data.weights):
-            raise UserError(
-                f"data.path: the weight {weight:g} of {shards.folder} is less than 1/{BLOCK} of the whole blend; leave "
-                "it out or give it more"
-            )
-
-
-# Separate the random streams of one (seed, step). data/pairing.py uses other numbers.
-_DROPOUT, _BUCKETS, _VARIANTS = 1, 4, 5
-
-RowsOf = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -215,10 +170,6 @@ class Pairing:
         return samples[np.sort(by_length[bucket * size : (bucket + 1) * size])]
 
 
-def _lengths(table: np.ndarray) -> np.ndarray:
-    return table["grid"].prod(axis=1, dtype=np.int64) + table["caption_length"]
-
-
 def rolled_negatives(*conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return, for each row, the row whose condition is its negative.
 
@@ -246,3 +197,49 @@ def rolled_negatives(*conditions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     has_negative = np.ones(size, dtype=bool)
     has_negative[open_rows] = False
     return negatives, has_negative
+
+
+@lru_cache(maxsize=8)
+def _epoch_permutation(size: int, seed: int, pool: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, _PERMUTATION, epoch, pool)).permutation(size)
+
+
+@lru_cache(maxsize=4)
+def _block_pattern(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pool of each position of a block, and how many earlier positions of the block have the same pool."""
+    pattern = np.repeat(np.arange(len(counts)), counts)
+    np.random.default_rng((seed, _BLEND, block)).shuffle(pattern)
+    earlier = np.empty(BLOCK, dtype=np.int64)
+    for pool, count in enumerate(counts):
+        earlier[pattern == pool] = np.arange(count)
+    return pattern, earlier
+
+
+def _split(data: TokenData, fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return, for each folder, the sample ids that are kept and those that are held out, both in order."""
+    parts = []
+    for folder, shards in enumerate(data.shards):
+        ids = data.ids(folder)
+        held = round(fraction * len(ids))
+        if fraction > 0 and not 0 < held < len(ids):
+            raise UserError(
+                f"validation.fraction: {fraction} of the {len(ids)} samples in {shards.folder} are {held}; choose it "
+                "so that some are held out and some are left"
+            )
+        # The folder's place in a blend does not matter: a folder has the same held-out samples in every run.
+        order = np.random.default_rng((seed, _HELD_OUT, len(ids))).permutation(len(ids))
+        parts.append((ids[np.sort(order[held:])], ids[np.sort(order[:held])]))
+    return parts
+
+
+def _check_weights(data: TokenData) -> None:
+    for shards, weight in zip(data.shards, data.weights, strict=True):
+        if weight * BLOCK < sum(data.weights):
+            raise UserError(
+                f"data.path: the weight {weight:g} of {shards.folder} is less than 1/{BLOCK} of the whole blend; leave "
+                "it out or give it more"
+            )
+
+
+def _lengths(table: np.ndarray) -> np.ndarray:
+    return table["grid"].prod(axis=1, dtype=np.int64) + table["caption_length"]

@@ -5,7 +5,7 @@
     <folder>/validation_000000000_000000003.npz
 
 A batch is a pure function of (data, seed, step), so that a row needs no name. Each block is written under a hidden name
-and renamed; zip's checksums guard what is in it.
+and renamed. The checksums of zip guard its contents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_cca.config.former import values_without
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import archived_arrays
+from megatron_cca.io.file_contents import archived_arrays
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 
 Split = Literal["training", "validation"]
@@ -28,7 +28,7 @@ BLOCK = 64
 
 _FORMAT = "megatron_cca reference log-probabilities, version 1"
 _MANIFEST = "cache.json"
-_TOOL = "tools/cache_reference.py"
+_TOOL = "megatron-cca cache-reference"
 _KEY = "reference.cache"
 _BLOCK_NAME = re.compile(r"[a-z]+_(\d{9,18})_(\d{9,18})\.npz", re.ASCII)
 _NO_BLOCK = (Path(), 0)
@@ -38,7 +38,7 @@ class ReferenceCache:
     """A folder of log-probabilities, open for reading.
 
     Args:
-        folder: what ``tools/cache_reference.py`` wrote.
+        folder: what ``megatron-cca cache-reference`` wrote.
 
     Attributes:
         identity: everything that the numbers depend on, by its configuration key or in words.
@@ -109,7 +109,7 @@ class ReferenceCache:
 
 
 class ReferenceCacheWriter:
-    """Fills a cache block by block; blocks that a former attempt finished stay.
+    """A writer of a cache, block by block. Blocks that a former attempt finished stay.
 
     Args:
         folder: claimed by this process; empty, or a cache of the same identity and path.

@@ -115,30 +115,6 @@ def merge_shards(
     _write_folder(folder, aside, write_tokens, vocabulary, encode_text, facts, clip_template)
 
 
-def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
-    try:
-        write_tokens(partial)
-        grids = mapped_array(partial / TABLE)["grid"]
-        contents = {
-            "num_samples": len(grids),
-            "vocabulary": vocabulary.fingerprint(),
-            "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
-            **facts,
-        }
-        write_manifest(partial, contents)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _meta_ids(
-    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
-) -> dict[str, list[int]]:
-    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
-    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
-
-
 class TokenWriter:
     """A writer of the token files of samples, in the order of :meth:`add`.
 
@@ -183,9 +159,9 @@ class TokenWriter:
             self._builders[name].add_item(torch.from_numpy(tokens))
             self._builders[name].end_document()
         variants, *grid = (1,) * (4 - sample.codes.ndim) + sample.codes.shape
-        words = checksum(caption)
-        condition = words if sample.condition is None else _name_hash(sample.condition)
-        self._rows.append((grid, len(caption), words, condition, checksum(codes)))
+        caption_checksum = checksum(caption)
+        condition = caption_checksum if sample.condition is None else _name_hash(sample.condition)
+        self._rows.append((grid, len(caption), caption_checksum, condition, checksum(codes)))
         self._variants.append(variants)
 
     def _finish(self) -> None:
@@ -193,11 +169,6 @@ class TokenWriter:
             builder.finalize(str(self._folder / f"{name}.idx"))
         np.save(self._folder / TABLE, np.array(self._rows, dtype=SAMPLE))
         _save_variants(self._folder, np.array(self._variants, dtype=np.int32))
-
-
-def _save_variants(folder: Path, variants: np.ndarray) -> None:
-    if (variants != 1).any():
-        np.save(folder / VARIANTS, variants)
 
 
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
@@ -218,21 +189,6 @@ def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
     _save_variants(folder, np.concatenate([np.empty(0, np.int32), *variants]))
 
 
-def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
-    words = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
-    for what, tokens, size, of in (
-        ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
-        ("caption token", sample.caption, vocabulary.caption_size, words),
-    ):
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
-            wrong = tokens.max() if tokens.max() >= size else tokens.min()
-            raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
-
-
-def _name_hash(name: str) -> int:
-    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
-
-
 def write_manifest(folder: Path, contents: Json) -> None:
     """Write the manifest of a folder that is otherwise complete."""
     files = {
@@ -242,3 +198,47 @@ def write_manifest(folder: Path, contents: Json) -> None:
     }
     text = json.dumps({"format_version": FORMAT_VERSION, **contents, "files": files}, indent=1, ensure_ascii=False)
     (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts, clip_template=None) -> None:
+    try:
+        write_tokens(partial)
+        grids = mapped_array(partial / TABLE)["grid"]
+        contents = {
+            "num_samples": len(grids),
+            "vocabulary": vocabulary.fingerprint(),
+            "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
+            **facts,
+        }
+        write_manifest(partial, contents)
+        partial.chmod(0o755)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _meta_ids(
+    vocabulary: ImageVocabulary, grids: np.ndarray, encode_text: EncodeText | None, clip_template: str | None
+) -> dict[str, list[int]]:
+    texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
+    return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
+
+
+def _save_variants(folder: Path, variants: np.ndarray) -> None:
+    if (variants != 1).any():
+        np.save(folder / VARIANTS, variants)
+
+
+def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> None:
+    captions = "text vocabulary" if vocabulary.num_classes is None else "number of classes"
+    for what, tokens, size, of in (
+        ("visual code", sample.codes, vocabulary.codebook_size, "codebook"),
+        ("caption token", sample.caption, vocabulary.caption_size, captions),
+    ):
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
+            wrong = tokens.max() if tokens.max() >= size else tokens.min()
+            raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
+
+
+def _name_hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,5 @@
-"""Write and read folders of token shards, and read several folders as one data set.
+"""Read folders of token shards, one or several as one data set.
+
 Reading is random access, with a check of each sample's checksum. Sample ids count through the folders in order.
 """
 

@@ -1,4 +1,4 @@
-"""Sampling images from checkpoints. Here: the options of drawing, which need no torch."""
+"""Sample images from checkpoints. Here are the options of a sampling job, which need no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_cca.io.options import Count, DeviceChoice, File, Folder, Option, P
 
 
 @options
-class WhatToDraw:
-    """The prompts of a job."""
+class PromptOptions:
+    """The prompts of a sampling job: one of three ways to give them, and what each image gets."""
 
     caption: Annotated[tuple[str, ...], Option(one_of=True)] = ()
     """a caption, for a model of texts; may be repeated"""
@@ -40,7 +40,7 @@ class WhatToDraw:
 
 
 @options
-class DrawingOptions:
+class SamplingOptions:
     """How the tokens of an image are drawn; :class:`SamplingSettings` checks the numbers."""
 
     _: KW_ONLY
@@ -61,10 +61,10 @@ class DrawingOptions:
 
 
 @options
-class HowToDraw:
-    """How a job draws beyond each token."""
+class CandidateOptions:
+    """How the candidates of each image are sampled, and which of them is kept."""
 
-    drawing: DrawingOptions = field(default_factory=DrawingOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     negative_prompt: str = ""
     """caption of the second stream (default: none; of a model of classes, the null class)"""
     best_of: Count = 1
@@ -75,12 +75,12 @@ class HowToDraw:
     def __post_init__(self) -> None:
         if (self.best_of > 1) != (self.scorer is not None):
             raise UserError("--best-of: goes with --scorer, which says what is best; give both or neither")
-        if self.negative_prompt and not (self.drawing.guidance_scale or self.drawing.contrastive_top_k):
+        if self.negative_prompt and not (self.sampling.guidance_scale or self.sampling.contrastive_top_k):
             raise UserError("--negative-prompt: of no use without --guidance-scale or --contrastive-top-k")
 
 
 @options
-class WhereToDraw:
+class RunOptions:
     """Where a job runs, and with what."""
 
     tensor_model_parallel_size: Count | None = None
@@ -105,15 +105,15 @@ class WhereToDraw:
 
 @options
 class GenerateOptions:
-    """Everything that a user says about a drawing job."""
+    """Everything that a user says about a sampling job."""
 
     checkpoint: Annotated[PathOrWord, Option(metavar="DIR")]
     """a run folder, an iter_ folder, or a Hugging Face folder"""
     output: Folder
     """the folder to write"""
-    what: WhatToDraw
+    prompting: PromptOptions
     """what to draw"""
-    how: HowToDraw = field(default_factory=HowToDraw)
-    """how"""
-    where: WhereToDraw = field(default_factory=WhereToDraw)
-    """where"""
+    candidates: CandidateOptions = field(default_factory=CandidateOptions)
+    """how to draw it"""
+    run: RunOptions = field(default_factory=RunOptions)
+    """where, and with what"""

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from megatron_cca import platform
 from megatron_cca.megatron_compat.decoding import fed_token_by_token
+from megatron_cca.models.gpt import unwrapped_gpt
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 from megatron_cca.models.rotary_2d import Rotation, rotation_of
 
@@ -163,7 +164,7 @@ class Decoder:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> None:
-        self._gpts = [_bare(chunk) for chunk in chunks]
+        self._gpts = [unwrapped_gpt(chunk) for chunk in chunks]
         self._vocabulary = vocabulary
         self._attentions: list[CachedAttention] = []
         self._rotation: Rotation | None = None
@@ -218,10 +219,6 @@ def decoding(chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary) -> 
         for gpt in decoder._gpts:
             decoder._attentions += stack.enter_context(fed_token_by_token(gpt, CachedAttention))
         yield decoder
-
-
-def _bare(chunk: torch.nn.Module) -> GPTModel:
-    return next(module for module in chunk.modules() if isinstance(module, GPTModel))
 
 
 def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: ImageVocabulary) -> Tensor:

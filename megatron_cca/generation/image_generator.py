@@ -83,7 +83,7 @@ class ImageGenerator:
         return _gathered(drawn, len(prompts), settings, group)
 
     def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
-        """Return the requests for the sampler. Raises as :meth:`generate` does."""
+        """Return the requests for :func:`sample_codes`. Raises as :meth:`generate` does."""
         vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
         return [
             ImageRequest(self._prompt_ids(prompt.title, caption_ids(vocabulary, text, prompt), settings), prompt.seed)

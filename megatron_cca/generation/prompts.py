@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cca.data.digits import PHRASINGS, WORDS, captions_of
-from megatron_cca.data.text_tokenizers import TextTokenizer
+from megatron_cca.data.digits import DIGIT_NAMES, PHRASINGS, captions_of
+from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.external_files import KIND_BYTES, kind_of
+from megatron_cca.io.file_contents import KIND_BYTES, kind_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
@@ -42,67 +42,23 @@ class Prompt:
         return f"class {self.label}" if self.text is None else self.text
 
 
-def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """Return the prompts with seeds. A missing seed is made of ``seed`` and the prompt's place in the list."""
-    return [
-        prompt if prompt.seed is not None else replace(prompt, seed=seed * _SEEDS_PER_RUN + index)
-        for index, prompt in enumerate(prompts)
-    ]
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts in a file.
 
-
-def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-    """Return each prompt ``times`` times in a row. The copies of a prompt with a seed have consecutive seeds."""
-    return [
-        prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + turn)
-        for prompt in prompts
-        for turn in range(times)
-    ]
-
-
-def digit_prompts(count: int, seed: int) -> list[Prompt]:
-    """Return ``count`` prompts of the digits in turn, with seeds.
-
-    Each has one of the phrasings of the demo's captions.
-    """
-    phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=count)
-    labels = np.arange(count) % 10
-    prompts = [
-        Prompt(captions_of(int(label))[phrasing], label=int(label))
-        for label, phrasing in zip(labels, phrasings, strict=True)
-    ]
-    return seeded(prompts, seed)
-
-
-def digit_classes() -> list[Prompt]:
-    """Return one prompt per digit, in the first of its phrasings."""
-    return [Prompt(captions_of(label)[0], label=label) for label in range(len(WORDS))]
-
-
-def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:
-    """Return one prompt per wanted class.
-
-    Args:
-        captions: of all classes, or None where a class has no name. The label of a class is its place.
-        wanted: captions, labels, or the one word ``all``.
+    The file has one text per line, or JSON lines with ``prompt``, ``label`` or both, and optionally ``seed``.
 
     Raises:
-        UserError: an unknown class. The message says which there are.
+        UserError: an unreadable or empty file, or a wrong line. The message names file and line.
     """
-    is_all = list(wanted) == ["all"]
-    labels = range(len(captions)) if is_all else [_label(captions, name) for name in wanted]
-    return [Prompt(captions[label], label=label) for label in labels]
-
-
-def _label(captions: Sequence[str | None], name: str) -> int:
-    if name in captions:
-        return list(captions).index(name)
-    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(captions):
-        return int(name)
-    there = f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}"
-    names = [caption for caption in captions if caption is not None]
-    if not names:
-        raise UserError(f"{there}; --class-captions gives them names")
-    raise UserError(f"{there}, or by name {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    with error_context(path):
+        text, is_json = _text_of(path), path.suffix.lower() in (".jsonl", ".json")
+        _refuse_other_forms(path, text, is_json=is_json)
+        read = _json_prompt if is_json else _text_prompt
+        lines = text.split("\n")
+        prompts = [read(line, number) for number, line in _numbered(lines)]
+        if not prompts:
+            raise UserError("holds no prompt; give one a line")
+        return prompts
 
 
 def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]:
@@ -132,23 +88,110 @@ def read_class_captions(path: Path, num_classes: int | None = None) -> list[str]
     return [found[1].strip() for found in synsets] if all(synsets) else captions
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts in a file.
+def class_prompts(captions: Sequence[str | None], wanted: Sequence[str]) -> list[Prompt]:
+    """Return one prompt per wanted class.
 
-    The file has one text per line, or JSON lines with ``prompt``, ``label`` or both, and optionally ``seed``.
+    Args:
+        captions: of all classes, or None where a class has no name. The label of a class is its place.
+        wanted: captions, labels, or the one word ``all``.
 
     Raises:
-        UserError: an unreadable or empty file, or a wrong line. The message names file and line.
+        UserError: an unknown class. The message says which there are.
     """
-    with error_context(path):
-        text, is_json = _text_of(path), path.suffix.lower() in (".jsonl", ".json")
-        _refuse_other_forms(path, text, is_json=is_json)
-        read = _json_prompt if is_json else _text_prompt
-        lines = text.split("\n")
-        prompts = [read(line, number) for number, line in _numbered(lines)]
-        if not prompts:
-            raise UserError("holds no prompt; give one a line")
-        return prompts
+    is_all = list(wanted) == ["all"]
+    labels = range(len(captions)) if is_all else [_label(captions, name) for name in wanted]
+    return [Prompt(captions[label], label=label) for label in labels]
+
+
+def digit_prompts(count: int, seed: int) -> list[Prompt]:
+    """Return ``count`` prompts of the digits in turn, with seeds.
+
+    Each has one of the phrasings of the demo's captions.
+    """
+    phrasings = np.random.default_rng(seed).integers(len(PHRASINGS), size=count)
+    labels = np.arange(count) % 10
+    prompts = [
+        Prompt(captions_of(int(label))[phrasing], label=int(label))
+        for label, phrasing in zip(labels, phrasings, strict=True)
+    ]
+    return seeded(prompts, seed)
+
+
+def digit_classes() -> list[Prompt]:
+    """Return one prompt per digit, in the first of its phrasings."""
+    return [Prompt(captions_of(label)[0], label=label) for label in range(len(DIGIT_NAMES))]
+
+
+def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    """Return the prompts with seeds. A missing seed is made of ``seed`` and the prompt's place in the list."""
+    return [
+        prompt if prompt.seed is not None else replace(prompt, seed=seed * _SEEDS_PER_RUN + index)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
+    """Return each prompt ``times`` times in a row. The copies of a prompt with a seed have consecutive seeds."""
+    return [
+        prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + turn)
+        for prompt in prompts
+        for turn in range(times)
+    ]
+
+
+def check_conditions(vocabulary: ImageVocabulary, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts as :func:`check_condition` refuses one."""
+    for prompt in prompts:
+        check_condition(vocabulary, prompt)
+
+
+def check_condition(vocabulary: ImageVocabulary, prompt: Prompt) -> None:
+    """Refuse a prompt that is no condition for a model.
+
+    Raises:
+        UserError: a text alone for a model of classes, a class alone for a model of texts, a class beyond the model's.
+    """
+    classes, shown = vocabulary.num_classes, f"prompt {prompt.title[:40]!r}"
+    if classes is None:
+        if prompt.text is None:
+            raise UserError(f"{shown}: this model takes texts, and this is a class alone; give a text with it")
+    elif prompt.label is None:
+        raise UserError(f"{shown}: this model takes classes, not texts; give the label of one, 0 to {classes - 1}")
+    elif prompt.label >= classes:
+        raise UserError(f"{shown}: label {prompt.label} is beyond the model's classes, 0 to {classes - 1}")
+
+
+def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt: Prompt) -> np.ndarray:
+    """Return the caption of a prompt, int64 ``[C]``, as :meth:`ImageVocabulary.prompt` takes it.
+
+    Args:
+        vocabulary: the model's.
+        text: its text tokenizer. None where captions are classes.
+        prompt: what to draw.
+
+    Raises:
+        UserError: what :func:`check_condition` refuses, or a text that cannot be encoded.
+    """
+    check_condition(vocabulary, prompt)
+    if vocabulary.num_classes is not None:
+        return np.array([prompt.label], dtype=np.int64)
+    with error_context(f"prompt {prompt.text[:40]!r}"):
+        return np.array(text.encode(prompt.text), dtype=np.int64)
+
+
+def negative_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, negative: str) -> np.ndarray:
+    """Return the caption of the second stream, int64 ``[C]``. An empty one is the dropped condition.
+
+    Raises:
+        UserError: a text for a model of classes.
+    """
+    if vocabulary.num_classes is None:
+        return caption_ids(vocabulary, text, Prompt(negative))
+    if negative:
+        raise UserError(
+            f"negative prompt {negative[:40]!r}: this model takes classes, and its second stream has none; leave it out"
+        )
+    return np.empty(0, dtype=np.int64)
 
 
 def _text_of(path: Path) -> str:
@@ -231,56 +274,13 @@ def _whole_number(found: dict[str, Any], key: str) -> int | None:
     return value
 
 
-def check_condition(vocabulary: ImageVocabulary, prompt: Prompt) -> None:
-    """Refuse a prompt that is no condition for a model.
-
-    Raises:
-        UserError: a text alone for a model of classes, a class alone for a model of texts, a class beyond the model's.
-    """
-    classes, shown = vocabulary.num_classes, f"prompt {prompt.title[:40]!r}"
-    if classes is None:
-        if prompt.text is None:
-            raise UserError(f"{shown}: this model takes texts, and this is a class alone; give a text with it")
-    elif prompt.label is None:
-        raise UserError(f"{shown}: this model takes classes, not texts; give the label of one, 0 to {classes - 1}")
-    elif prompt.label >= classes:
-        raise UserError(f"{shown}: label {prompt.label} is beyond the model's classes, 0 to {classes - 1}")
-
-
-def check_conditions(vocabulary: ImageVocabulary, prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts as :func:`check_condition` refuses one."""
-    for prompt in prompts:
-        check_condition(vocabulary, prompt)
-
-
-def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt: Prompt) -> np.ndarray:
-    """Return the caption of a prompt, int64 ``[C]``, as :meth:`ImageVocabulary.prompt` takes it.
-
-    Args:
-        vocabulary: the model's.
-        text: its text tokenizer. None where captions are classes.
-        prompt: what to draw.
-
-    Raises:
-        UserError: what :func:`check_condition` refuses, or a text that cannot be encoded.
-    """
-    check_condition(vocabulary, prompt)
-    if vocabulary.num_classes is not None:
-        return np.array([prompt.label], dtype=np.int64)
-    with error_context(f"prompt {prompt.text[:40]!r}"):
-        return np.array(text.encode(prompt.text), dtype=np.int64)
-
-
-def negative_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, negative: str) -> np.ndarray:
-    """Return the caption of the second stream, int64 ``[C]``. An empty one is the dropped condition.
-
-    Raises:
-        UserError: a text for a model of classes.
-    """
-    if vocabulary.num_classes is None:
-        return caption_ids(vocabulary, text, Prompt(negative))
-    if negative:
-        raise UserError(
-            f"negative prompt {negative[:40]!r}: this model takes classes, and its second stream has none; leave it out"
-        )
-    return np.empty(0, dtype=np.int64)
+def _label(captions: Sequence[str | None], name: str) -> int:
+    if name in captions:
+        return list(captions).index(name)
+    if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(captions):
+        return int(name)
+    there = f"{name!r} is no class; there are {len(captions)}: 0 to {len(captions) - 1}"
+    names = [caption for caption in captions if caption is not None]
+    if not names:
+        raise UserError(f"{there}; --class-captions gives them names")
+    raise UserError(f"{there}, or by name {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")

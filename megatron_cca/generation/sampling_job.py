@@ -27,23 +27,102 @@ from megatron_cca.generation.decode_loop import (
     SamplingSettings,
     Scorer,
     best_candidates,
-    candidates,
+    candidate_requests,
     cut_prompts,
 )
 from megatron_cca.generation.image_generator import ImageGenerator
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import check_output, claimed, staging
+from megatron_cca.io.output_folders import check_output, claimed, staging
 
-IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ = (
-    "images",
-    "prompts.jsonl",
-    "codes.npy",
-    "settings.json",
-    "sheet.png",
-    "samples.npz",
-)
-FORMER = frozenset({IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ})
+# What an output folder holds.
+IMAGES, PROMPTS, CODES = "images", "prompts.jsonl", "codes.npy"
+SETTINGS, SHEET, NPZ = "settings.json", "sheet.png", "samples.npz"
+_ALL_NAMES = frozenset({IMAGES, PROMPTS, CODES, SETTINGS, SHEET, NPZ})
+_PARTIAL = ".partial"
+# Images on the contact sheet.
+_ON_SHEET = 16
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """The prompts to draw, the settings and the output.
+
+    Attributes:
+        options: as the user gave them.
+        prompts: with seeds.
+        settings: how to draw.
+    """
+
+    options: GenerateOptions
+    prompts: Sequence[Prompt]
+    settings: SamplingSettings
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed of all replicas together, drawing and decoding: visual tokens and kept images per second."""
+
+    tokens_per_second: float
+    images_per_second: float
+
+
+def check_sampling_output(job: SamplingJob) -> None:
+    """Refuse an output folder that holds something else. Called on rank 0, before a model is loaded.
+
+    Raises:
+        UserError: names what it holds.
+    """
+    with claimed(job.options.output):
+        check_output(job.options.output, _ALL_NAMES, {_PARTIAL}, overwrite=job.options.run.overwrite)
+
+
+def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
+    """Return the requests of the job and the prompt of the second stream. The generator needs no weights for it.
+
+    Raises:
+        UserError: a caption or grid that does not fit the model.
+    """
+    suffix = job.options.prompting.prompt_suffix
+    if suffix and generator.architecture.vocabulary.num_classes is not None:
+        raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
+    prompts = [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in job.prompts]
+    return generator.requests(prompts, job.settings), generator.second_prompt(
+        job.settings, job.options.candidates.negative_prompt
+    )
+
+
+def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | None = None) -> Speed:
+    """Draw everything. Collective over all ranks, which must share a file system.
+
+    Raises:
+        UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
+    """
+    requests, second = sampling_requests(job, generator)
+    partial = job.options.output / _PARTIAL
+    leads = dist.get_rank() == 0
+    with ExitStack() as stack:
+        if leads:
+            stack.enter_context(claimed(job.options.output))
+            check_output(job.options.output, _ALL_NAMES, {_PARTIAL}, overwrite=job.options.run.overwrite)
+            stack.enter_context(staging(partial, 0))
+            (partial / IMAGES).mkdir()
+            cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
+            if cut is not None and (line := cut.line()) is not None:
+                print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
+        dist.barrier()
+        started = time.perf_counter()
+        bar = stack.enter_context(_bar(job) if leads else nullcontext())
+        share = _draw_share(job, generator, scorer, requests, second, partial, bar)
+        shares = _collected(share)
+        seconds = time.perf_counter() - started
+        if leads:
+            bar.close()
+            _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
+        dist.barrier()
+    kept = len(job.prompts)
+    tokens = kept * job.options.candidates.best_of * job.settings.height * job.settings.width
+    return Speed(tokens / seconds, kept / seconds)
 
 
 def image_name(index: int) -> str:
@@ -87,31 +166,12 @@ def write_npz(folder: Path, count: int, labels: Sequence[int] | None) -> None:
                 np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
 
 
-_PARTIAL = ".partial"
-_ON_SHEET = 16
+def sheet_indices(count: int) -> list[int]:
+    """Return the indices of the images on the contact sheet.
 
-
-@dataclass(frozen=True)
-class SamplingJob:
-    """The prompts to draw, the settings and the output.
-
-    Attributes:
-        options: as the user gave them.
-        prompts: with seeds.
-        settings: how to draw.
+    They are spread evenly, since the first may share one prompt.
     """
-
-    options: GenerateOptions
-    prompts: Sequence[Prompt]
-    settings: SamplingSettings
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The speed of all replicas together, drawing and decoding: visual tokens and kept images per second."""
-
-    tokens_per_second: float
-    images_per_second: float
+    return np.linspace(0, count - 1, min(count, _ON_SHEET)).round().astype(int).tolist()
 
 
 @dataclass(frozen=True)
@@ -123,66 +183,8 @@ class _Share:
     scores: list[float]
 
 
-def check_sampling_output(job: SamplingJob) -> None:
-    """Refuse an output folder that holds something else. Called on rank 0, before a model is loaded.
-
-    Raises:
-        UserError: names what it holds.
-    """
-    with claimed(job.options.output):
-        check_output(job.options.output, FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
-
-
-def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
-    """Return the requests for the sampler and the second stream's prompt. The generator needs no weights for it.
-
-    Raises:
-        UserError: a caption or grid that does not fit the model.
-    """
-    suffix = job.options.what.prompt_suffix
-    if suffix and generator.architecture.vocabulary.num_classes is not None:
-        raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
-    prompts = [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in job.prompts]
-    return generator.requests(prompts, job.settings), generator.second_prompt(
-        job.settings, job.options.how.negative_prompt
-    )
-
-
-def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | None = None) -> Speed:
-    """Draw everything. Collective over all ranks, which must share a file system.
-
-    Raises:
-        UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
-    """
-    requests, second = sampling_requests(job, generator)
-    partial = job.options.output / _PARTIAL
-    leads = dist.get_rank() == 0
-    with ExitStack() as stack:
-        if leads:
-            stack.enter_context(claimed(job.options.output))
-            check_output(job.options.output, FORMER, {_PARTIAL}, overwrite=job.options.where.overwrite)
-            stack.enter_context(staging(partial, 0))
-            (partial / IMAGES).mkdir()
-            cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
-            if cut is not None and (line := cut.line()) is not None:
-                print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
-        dist.barrier()
-        started = time.perf_counter()
-        bar = stack.enter_context(_bar(job) if leads else nullcontext())
-        share = _draw_share(job, generator, scorer, requests, second, partial, bar)
-        shares = _collected(share)
-        seconds = time.perf_counter() - started
-        if leads:
-            bar.close()
-            _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
-        dist.barrier()
-    kept = len(job.prompts)
-    tokens = kept * job.options.how.best_of * job.settings.height * job.settings.width
-    return Speed(tokens / seconds, kept / seconds)
-
-
 def _bar(job: SamplingJob) -> tqdm:
-    total = len(job.prompts) * job.options.how.best_of * job.settings.height * job.settings.width
+    total = len(job.prompts) * job.options.candidates.best_of * job.settings.height * job.settings.width
     return tqdm(total=total, unit="token", unit_scale=True, desc=job.options.output.name, disable=None)
 
 
@@ -194,19 +196,17 @@ def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partia
             bar.update(min(count * replicas, bar.total - bar.n))  # other replicas are taken to be as fast
 
     share = _Share([], [], [])
-    for places in _my_batches(len(requests), max(1, job.settings.batch_size // job.options.how.best_of)):
-        codes = generator.codes(
-            candidates([requests[place] for place in places], job.options.how.best_of), job.settings, second, on_tokens
-        )
-        if not _writes():
+    best_of = job.options.candidates.best_of
+    for places in _my_batches(len(requests), max(1, job.settings.batch_size // best_of)):
+        batch = candidate_requests([requests[place] for place in places], best_of)
+        codes = generator.codes(batch, job.settings, second, on_tokens)
+        if not _writes_images():
             continue
         images = generator.decode(codes)
         if scorer is not None:
-            choice = best_candidates(
-                scorer, images, [job.prompts[place].title for place in places], job.options.how.best_of
-            )
-            codes, images = codes[choice.indices], images[choice.indices]
-            share.scores.extend(choice.scores.tolist())
+            best = best_candidates(scorer, images, [job.prompts[place].title for place in places], best_of)
+            codes, images = codes[best.indices], images[best.indices]
+            share.scores.extend(best.scores.tolist())
         write_images(partial, places, images)
         share.places.extend(places)
         share.codes.extend(codes)
@@ -221,7 +221,7 @@ def _my_batches(count: int, size: int) -> Iterator[list[int]]:
     return (mine[start : start + size] for start in range(0, len(mine), size))
 
 
-def _writes() -> bool:
+def _writes_images() -> bool:
     """Return whether this rank decodes and writes its replica's images."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0
@@ -247,28 +247,20 @@ def _finish(
         for prompt, request in zip(job.prompts, requests, strict=True)
     ]
     for share in shares:
-        for turn, place in enumerate(share.places):
-            codes[place] = share.codes[turn]
+        for position, place in enumerate(share.places):
+            codes[place] = share.codes[position]
             if share.scores:
-                rows[place]["score"] = share.scores[turn]
+                rows[place]["score"] = share.scores[position]
     np.save(partial / CODES, codes)
     write_prompts(partial, rows)
     labels = [prompt.label for prompt in job.prompts]
-    if job.options.where.npz:
+    if job.options.run.npz:
         write_npz(partial, count, None if None in labels else labels)
     shown = sheet_indices(count)
     images = [read_image(partial, place) for place in shown]
     contact_sheet(partial / SHEET, images, [job.prompts[place].title for place in shown])
     (partial / SETTINGS).write_text(json.dumps(_record(job) | facts, indent=1) + "\n")
-    _place(partial, job.options.output)
-
-
-def sheet_indices(count: int) -> list[int]:
-    """Return the indices of the images on the contact sheet.
-
-    They are spread evenly, since the first may share one prompt.
-    """
-    return np.linspace(0, count - 1, min(count, _ON_SHEET)).round().astype(int).tolist()
+    _move_into_place(partial, job.options.output)
 
 
 def _record(job: SamplingJob) -> dict:
@@ -276,10 +268,10 @@ def _record(job: SamplingJob) -> dict:
         "checkpoint": job.options.checkpoint,
         "sampling": asdict(job.settings),
         "forwards_per_token": job.settings.forwards_per_token,
-        "prompt_suffix": job.options.what.prompt_suffix,
-        "negative_prompt": job.options.how.negative_prompt,
-        "best_of": job.options.how.best_of,
-        "scorer": job.options.how.scorer,
+        "prompt_suffix": job.options.prompting.prompt_suffix,
+        "negative_prompt": job.options.candidates.negative_prompt,
+        "best_of": job.options.candidates.best_of,
+        "scorer": job.options.candidates.scorer,
         "images": len(job.prompts),
         "ranks": dist.get_world_size(),
         "device": platform.device_name(),
@@ -287,11 +279,11 @@ def _record(job: SamplingJob) -> dict:
     }
 
 
-def _place(partial: Path, output: Path) -> None:
-    for name in sorted(FORMER, key=lambda name: name != SETTINGS):
+def _move_into_place(partial: Path, output: Path) -> None:
+    for name in sorted(_ALL_NAMES, key=lambda name: name != SETTINGS):
         former = output / name
         shutil.rmtree(former) if former.is_dir() else former.unlink(missing_ok=True)
-    for name in sorted(FORMER, key=lambda name: name == SETTINGS):
+    for name in sorted(_ALL_NAMES, key=lambda name: name == SETTINGS):
         if (partial / name).exists():
             (partial / name).rename(output / name)
     partial.rmdir()

@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, dataclass_transform, get_args, get_origin
@@ -154,7 +154,7 @@ def _docstring(kind: type, field: str) -> str:
     return re.sub(r"\n(?!- )", " ", inspect.cleandoc(text)).strip()
 
 
-# Of pydantic's errors those that have a wording of our own.
+# By the type of pydantic's error: what would be right.
 _WANTED = {
     "greater_than_equal": "must be {ge} or more",
     "greater_than": "must be greater than {gt}",
@@ -162,7 +162,25 @@ _WANTED = {
     "less_than": "must be less than {lt}",
     "finite_number": "must be finite",
     "literal_error": "must be {expected}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "too_short": "must be a list of {min_length} or more",
+    "too_long": "must be a list of {max_length} or fewer",
 }
+
+
+def wanted(error: Mapping[str, Any]) -> str:
+    """Return what would be right in place of a refused value, as a message says it.
+
+    Args:
+        error: one of pydantic's errors.
+    """
+    text = _WANTED.get(error["type"], error["msg"][:1].lower() + error["msg"][1:])
+    about = {name: f"{one:g}" if isinstance(one, float) else one for name, one in error.get("ctx", {}).items()}
+    return text.format(**about).replace("'", "")
 
 
 def _refusal(kind: type, error: ValidationError) -> UserError:
@@ -174,7 +192,7 @@ def _refusal(kind: type, error: ValidationError) -> UserError:
     name = next((one.name for one in described(kind) if one.field == field), field)
     limits = kind.__pydantic_fields__[field].metadata if field in kind.__pydantic_fields__ else ()
     bounds = {side: getattr(one, side) for one in limits for side in ("ge", "le") if hasattr(one, side)}
-    wanted = _WANTED.get(first["type"], first["msg"][:1].lower() + first["msg"][1:]).format(**about).replace("'", "")
+    right = wanted(first)
     if len(bounds) == 2 and first["type"] in _WANTED:
-        wanted = f"must be {bounds['ge']:,} to {bounds['le']:,}"
-    return UserError(f"{name}: {wanted}, found {first['input']!r}")
+        right = f"must be {bounds['ge']:,} to {bounds['le']:,}"
+    return UserError(f"{name}: {right}, found {first['input']!r}")

@@ -1,9 +1,10 @@
-"""Paths as a person types them, and folders that libraries write to: caches and the folder for temporary files.
+"""Paths as a person types them, and the folders that libraries write to: caches, and the one for temporary files.
 
 ``~`` and ``~name`` at the beginning are a home folder. A shell variable that nothing has replaced is refused.
 Everything else is taken as typed. Names inside a user's data files are not typed paths, and this rule is not for them.
 
-A fault there is no fault of the user's data. It becomes one line that names the folder and the variable that sets it.
+A fault of these folders is no fault of the user's data. It becomes one line, which names the folder and the variable
+that sets it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,28 @@ _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^{}/]*\})", re.ASCII)
 # What Linux takes, in bytes.
 LONGEST_NAME, _LONGEST_PATH = 255, 4095
 _SHOWN = 120
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HOME, _TEMPORARY = "HOME", "TMPDIR"
+# Per cache: the variable whose folder it lies in where its own variable is not set, and its name there.
+_CACHES = {
+    "HF_DATASETS_CACHE": ("HF_HOME", "datasets"),
+    "HF_MODULES_CACHE": ("HF_HOME", "modules"),
+    "HF_HOME": ("XDG_CACHE_HOME", "huggingface"),
+    "TORCH_HOME": ("XDG_CACHE_HOME", "torch"),
+    "TORCH_EXTENSIONS_DIR": ("XDG_CACHE_HOME", "torch_extensions"),
+    "TORCHINDUCTOR_CACHE_DIR": (_TEMPORARY, "torchinductor_"),
+    "TRITON_CACHE_DIR": (_HOME, ".triton"),
+    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "matplotlib"),
+    "XDG_CACHE_HOME": (_HOME, ".cache"),
+    "XDG_CONFIG_HOME": (_HOME, ".config"),
+}
+# Too wide to be named where a library has a variable of its own.
+_WIDE = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", _HOME, _TEMPORARY)
+# Names that Python and torch give their own temporary files. All other names are the user's.
+_TEMPORARY_NAMES = re.compile(r"tmp[a-z0-9_]{8}|(pymp-|torchelastic_|torchinductor_|matplotlib-|megatron_cca_).*")
+_PROBE_BYTES = 4096
+# Variables that a launcher sets for the processes of a job.
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def typed_path(text: str) -> str:
@@ -79,56 +102,6 @@ def retyped(path: Path) -> str:
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
-def _from_home(text: str, shown: str) -> str:
-    name = text.partition("/")[0]
-    try:
-        home = str(Path(name).expanduser())
-    except RuntimeError:
-        home = ""
-    # Python takes an empty HOME for the root folder, which nobody means.
-    if name == "~" and (not home.startswith("/") or os.environ.get("HOME") == ""):
-        raise UserError(f"{shown} cannot be found: no home folder is known; set HOME to it, or write the path itself")
-    if not home.startswith("/"):
-        raise UserError(
-            f"{shown} cannot be found: there is no user {name[1:]!r}; write ./{name} for a file of that name"
-        )
-    return home + text[len(name) :]
-
-
-def _refuse_variables(path: str, start: int, shown: str) -> None:
-    """Refuse a variable after position ``start``, unless the path up to it exists under this very name."""
-    found = list(_VARIABLE.finditer(path, start))
-    if not found:
-        return
-    end = path.find("/", found[-1].start())
-    if not os.path.lexists(path if end < 0 else path[:end]):
-        raise UserError(f"{shown}: {found[0][0]} is not replaced here; write ~ for the home folder, or the path itself")
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_HOME, _TEMPORARY = "HOME", "TMPDIR"
-# Per cache: the variable whose folder it lies in where its own variable is not set, and its name there.
-_CACHES = {
-    "HF_DATASETS_CACHE": ("HF_HOME", "datasets"),
-    "HF_MODULES_CACHE": ("HF_HOME", "modules"),
-    "HF_HOME": ("XDG_CACHE_HOME", "huggingface"),
-    "TORCH_HOME": ("XDG_CACHE_HOME", "torch"),
-    "TORCH_EXTENSIONS_DIR": ("XDG_CACHE_HOME", "torch_extensions"),
-    "TORCHINDUCTOR_CACHE_DIR": (_TEMPORARY, "torchinductor_"),
-    "TRITON_CACHE_DIR": (_HOME, ".triton"),
-    "MPLCONFIGDIR": ("XDG_CONFIG_HOME", "matplotlib"),
-    "XDG_CACHE_HOME": (_HOME, ".cache"),
-    "XDG_CONFIG_HOME": (_HOME, ".config"),
-}
-# Too wide to be named where a library has a variable of its own.
-_WIDE = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", _HOME, _TEMPORARY)
-# Names that Python and torch give their own temporary files. All other names are the user's.
-_TEMPORARY_NAMES = re.compile(r"tmp[a-z0-9_]{8}|(pymp-|torchelastic_|torchinductor_|matplotlib-|megatron_cca_).*")
-_PROBE_BYTES = 4096
-# Variables that a launcher sets for the processes of a job.
-_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
 @dataclass(frozen=True)
 class LibraryFolder:
     """A folder that a library writes to, and the variable that sets it."""
@@ -171,13 +144,6 @@ def leave_without_current_folder() -> None:
     except SurroundingsError as error:
         print(f"megatron_cca: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def _check_current_folder() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        raise SurroundingsError("the current folder has been removed; change to one that exists") from None
 
 
 def check_cache(variable: str) -> None:
@@ -238,6 +204,39 @@ def refusal(folder: Path, *, make: bool = True) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def _from_home(text: str, shown: str) -> str:
+    name = text.partition("/")[0]
+    try:
+        home = str(Path(name).expanduser())
+    except RuntimeError:
+        home = ""
+    # Python takes an empty HOME for the root folder, which nobody means.
+    if name == "~" and (not home.startswith("/") or os.environ.get("HOME") == ""):
+        raise UserError(f"{shown} cannot be found: no home folder is known; set HOME to it, or write the path itself")
+    if not home.startswith("/"):
+        raise UserError(
+            f"{shown} cannot be found: there is no user {name[1:]!r}; write ./{name} for a file of that name"
+        )
+    return home + text[len(name) :]
+
+
+def _refuse_variables(path: str, start: int, shown: str) -> None:
+    """Refuse a variable after position ``start``, unless the path up to it exists under this very name."""
+    found = list(_VARIABLE.finditer(path, start))
+    if not found:
+        return
+    end = path.find("/", found[-1].start())
+    if not os.path.lexists(path if end < 0 else path[:end]):
+        raise UserError(f"{shown}: {found[0][0]} is not replaced here; write ~ for the home folder, or the path itself")
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise SurroundingsError("the current folder has been removed; change to one that exists") from None
 
 
 def _place(variable: str) -> LibraryFolder:

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 from megatron_cca.errors import shortened
@@ -21,10 +21,6 @@ from megatron_cca.errors import shortened
 _MAX_MESSAGE = 500
 # The first bytes of a file of torch before 1.6: its magic number, as a pickle. A zip archive begins differently.
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_MAX_LINE = 4096
-_ITEM_BYTES = {"Double": 8, "Long": 8, "ComplexDouble": 16, "ComplexFloat": 8, "Float": 4, "Int": 4} | dict.fromkeys(
-    ("Half", "BFloat16", "Short"), 2
-)
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -33,21 +29,25 @@ class NotPlainError(ValueError):
 
 
 # Not pickle's version in C: there a few bytes can claim a table of any size, and the meaning of a name can be changed.
-class _PlainUnpickler(pickle._Unpickler):
+class PlainUnpickler(pickle._Unpickler):
+    """An unpickler that calls what ``is_allowed`` names, and changes nothing that has a name."""
+
     dispatch = {  # noqa: RUF012 - pickle's own way
         code: step for code, step in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
     }
 
-    def __init__(self, content: Readable, is_allowed: Callable[[str, str], bool]) -> None:
+    def __init__(self, content: Any, is_allowed: Callable[[str, str], bool]) -> None:
         super().__init__(content)
         self._is_allowed = is_allowed
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return what a name stands for, if it is allowed."""
         if not self._is_allowed(module, name):
             raise NotPlainError(f"it asks for {module}.{name}, which no plain data needs")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
+        """Set an object's state, unless the object has a name."""
         if callable(self.stack[-2]):
             raise NotPlainError("it changes what a name stands for")
         super().load_build()
@@ -65,7 +65,7 @@ def unpickled(content: bytes, is_allowed: Callable[[str, str], bool]) -> Any:
     Raises:
         Exception: of nearly any class. The file is damaged, or asks for a name that is not allowed. It was not called.
     """
-    return _PlainUnpickler(io.BytesIO(content), is_allowed).load()
+    return PlainUnpickler(io.BytesIO(content), is_allowed).load()
 
 
 def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, str]] = ()) -> Any:
@@ -88,9 +88,12 @@ def load_tensors(content: bytes | BinaryIO | Path, allowed: Sequence[tuple[Any, 
     source = io.BytesIO(content) if isinstance(content, bytes) else content
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         _refuse_swollen(file)
-        mapped = not _is_old(file) and isinstance(source, Path)
-        if not mapped:
-            _refuse_swollen_storages(file)
+        is_old = _is_old(file)
+        if is_old:
+            from megatron_cca.io.file_contents import refuse_swollen_storages
+
+            refuse_swollen_storages(file)
+    mapped = isinstance(source, Path) and not is_old
     try:
         with _only(allowed):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -143,72 +146,3 @@ def _is_old(file: BinaryIO) -> bool:
     beginning = file.read(len(_OLD_MAGIC))
     file.seek(start)
     return beginning == _OLD_MAGIC
-
-
-def _refuse_swollen_storages(file: BinaryIO) -> None:
-    """Refuse an old file whose tensors claim more bytes than it has. torch allocates them before it reads them."""
-    if not _is_old(file):
-        return
-    start, rest = file.tell(), _Rest(file)
-    unpickler = None
-    # The magic number, the version and the facts of the machine. Then the data, in which storages are named.
-    for _ in range(4):
-        unpickler = _StorageClaims(rest)
-        unpickler.load()
-    claimed = sum(unpickler.claims.values())
-    file.seek(start)
-    if claimed > rest.size:
-        raise EOFError(f"its tensors claim {claimed} bytes, more than its own {rest.size}")
-
-
-class Readable(Protocol):
-    """The interface of what an unpickler reads from."""
-
-    def read(self, size: int) -> bytes:
-        """Return at most so many bytes."""
-
-    def readline(self) -> bytes:
-        """Return the bytes up to the end of the line."""
-
-
-class _Rest:
-    """The rest of a file. Reads never ask for more than it has."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, start = file, file.tell()
-        self._end = file.seek(0, io.SEEK_END)
-        self.size = self._end - start
-        file.seek(start)
-
-    def read(self, size: int) -> bytes:
-        return self._file.read(min(size, self._end - self._file.tell()))
-
-    def readline(self) -> bytes:
-        return self._file.readline(_MAX_LINE)
-
-
-class _Inert(dict):
-    """A stand-in for whatever a pickle asks for. Nothing is called, and its arguments are dropped."""
-
-    def __init__(self, *_: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _StorageClaims(_PlainUnpickler):
-    """A reader of a pickle's storages. ``claims`` has their bytes by key."""
-
-    def __init__(self, content: Readable) -> None:
-        super().__init__(content, lambda module, name: True)
-        self.claims: dict[str, int] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        return name.removesuffix("Storage") if name.endswith("Storage") else _Inert
-
-    def persistent_load(self, pid: Any) -> None:
-        kind, storage, key, _, count, _ = pid
-        if kind not in ("storage", b"storage") or not isinstance(count, int) or not isinstance(storage, str):
-            raise NotPlainError("it names something else than the storages of tensors")
-        self.claims[str(key)] = max(0, count) * _ITEM_BYTES.get(storage, 1)

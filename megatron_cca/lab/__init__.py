@@ -1,14 +1,42 @@
-"""Code around a training job: evaluation, studies, planner, scaling. Only the programs import it. Here: its tables."""
+"""Code around a training job: evaluation, studies, planner, scaling, reference bias. Only the programs import it.
+
+Here: its tables, and the folders of its reports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
+from megatron_cca.io.output_folders import check_output, claimed
+
+# The folder that a report grows in, inside its output folder.
+PARTIAL = ".partial"
 _ROW = DataRow("| ", " | ", " |")
 
 Cells = Sequence[str]
+
+
+@contextmanager
+def reserved_folder(output: Path, files: Collection[str], *, overwrite: bool) -> Iterator[None]:
+    """Reserve the folder for a report while the context is open.
+
+    It opens before the work and closes after the last file.
+
+    Args:
+        output: the folder.
+        files: names of the files that a former report may have.
+        overwrite: whether to replace a former report.
+
+    Raises:
+        UserError: the folder holds something that must not be replaced, or another process writes there.
+    """
+    with claimed(output):
+        check_output(output, files, {PARTIAL}, overwrite=overwrite)
+        yield
 
 
 def markdown_table(header: Cells, rows: Sequence[Cells], *, first_number: int | None = None) -> str:

@@ -1,15 +1,13 @@
 """Corrections of how Megatron-Core 0.19.2 saves and loads distributed checkpoints.
 
-Transformer Engine's layers keep FP8 scales in them. Local layers keep nothing. Both accept None, which means default
-values. Plain Megatron refuses a checkpoint without them. Transformer Engine 2.11 to 2.19 pickles the scales. From 2.16
-on it refuses to unpickle them. For megatron-core 0.19.2.
-
-Megatron-Core uses torch's classes: ``FileSystemReader.read_metadata`` for the index ``.metadata``, and
-``DefaultLoadPlanner.load_bytes`` for objects that are not tensors. Both unpickle anything. ``dist_checkpointing.load``
-does not accept other classes.
-
-The unchanged writer sends its results through a queue in a server process. It reports that a file was not written, but
-not why. After some errors one rank raises while the others wait.
+- Extra states: Transformer Engine's layers keep FP8 scales in them. Local layers keep nothing. Both accept None, which
+  means default values. Plain Megatron refuses a checkpoint without them. Transformer Engine 2.11 to 2.19 pickles the
+  scales. From 2.16 on it refuses to unpickle them.
+- Reading: Megatron-Core uses torch's ``FileSystemReader.read_metadata`` for the index ``.metadata``, and
+  ``DefaultLoadPlanner.load_bytes`` for objects that are not tensors. Both unpickle anything.
+  ``dist_checkpointing.load`` does not accept other classes.
+- Writing: Megatron-Core's writer sends its results through a queue in a server process. It reports that a file was not
+  written, but not why. After some errors one rank raises while the others wait.
 """
 
 from __future__ import annotations
@@ -41,6 +39,7 @@ from megatron_cca.megatron_compat import EXTRA_STATE, FINAL_NORM
 
 # Transformer Engine 2.16 and later unpickle the extra states of FP8 delayed scaling only if this variable is 1.
 _TE_MAY_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def with_all_extra_states(state: dict) -> dict:
@@ -91,17 +90,6 @@ def checked_extra_states() -> Iterator[None]:
 def is_of_a_recipe(module: str, name: str) -> bool:
     """Return whether a pickled extra state can name this class. Allows Megatron-Core's list, except numpy."""
     return module.partition(".")[0] != "numpy" and (module, name) in SafeUnpickler._SAFE_CLASSES
-
-
-def _is_extra_state(item: object) -> bool:
-    return isinstance(item, ShardedObject) and item.key.endswith(EXTRA_STATE)
-
-
-def _is_empty(extra_state: object) -> bool:
-    return extra_state is None or (isinstance(extra_state, torch.Tensor) and not extra_state.numel())
-
-
-_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
@@ -220,3 +208,11 @@ def watched_writes(failed: Callable[[Exception], None]) -> Iterator[None]:
         yield
     finally:
         FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def _is_extra_state(item: object) -> bool:
+    return isinstance(item, ShardedObject) and item.key.endswith(EXTRA_STATE)
+
+
+def _is_empty(extra_state: object) -> bool:
+    return extra_state is None or (isinstance(extra_state, torch.Tensor) and not extra_state.numel())

@@ -35,6 +35,23 @@ def open_indexed(prefix: Path) -> IndexedDataset:
     return found
 
 
+def index_header(dtype: type[np.number], count: int) -> bytes:
+    """Return the header of an index of ``count`` sequences. Each sequence is one document."""
+    return _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype), count, count + 1)
+
+
+def append_tokens(builder: IndexedDatasetBuilder, path: Path, lengths: Sequence[int]) -> None:
+    """Append the sequences of another ``.bin`` file. Each sequence is one document.
+
+    Megatron's ``add_index`` does the same, but collects garbage every time. This takes hours if there are many parts.
+    """
+    first = len(builder.sequence_lengths)
+    builder.sequence_lengths.extend(lengths)
+    builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
+    with path.open("rb") as file:
+        shutil.copyfileobj(file, builder.data_file)
+
+
 class _OpenFile(_BinReader):
     """Reader of a ``.bin`` file that stays open.
 
@@ -67,20 +84,3 @@ class _OpenFile(_BinReader):
                 raise OSError(errno.ENODATA, "is shorter than it was when the run began", str(self._path))
             rest, offset = rest[size:], offset + size
         return found
-
-
-def index_header(dtype: type[np.number], count: int) -> bytes:
-    """Return the header of an index of ``count`` sequences. Each sequence is one document."""
-    return _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype), count, count + 1)
-
-
-def append_tokens(builder: IndexedDatasetBuilder, path: Path, lengths: Sequence[int]) -> None:
-    """Append the sequences of another ``.bin`` file. Each sequence is one document.
-
-    Megatron's ``add_index`` does the same, but collects garbage every time. This takes hours if there are many parts.
-    """
-    first = len(builder.sequence_lengths)
-    builder.sequence_lengths.extend(lengths)
-    builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
-    with path.open("rb") as file:
-        shutil.copyfileobj(file, builder.data_file)

@@ -41,32 +41,6 @@ def padding_between_buckets(optimizer) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _spreading(optimizer: DistributedOptimizer) -> Iterator[None]:
-    join = optimizer.get_parameter_state_dp_zero
-    optimizer.get_parameter_state_dp_zero = lambda *args, **options: _spread(optimizer, join(*args, **options))
-    try:
-        yield
-    finally:
-        del optimizer.get_parameter_state_dp_zero
-
-
-def _spread(optimizer: DistributedOptimizer, state: dict | None) -> dict | None:
-    for index, buffer in enumerate(optimizer.buffers if state is not None else ()):
-        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-        starts, joined = [bucket.offset for bucket in buffer.buckets], [0, *accumulate(sizes)][:-1]
-        if starts == joined:
-            continue
-        for tensors in state[index].values():
-            for key, whole in tensors.items():
-                if not torch.is_tensor(whole):
-                    continue
-                tensors[key] = spread = whole.new_zeros(buffer.numel)
-                for size, start, place in zip(sizes, starts, joined, strict=True):
-                    spread[start : start + size] = whole[place : place + size]
-    return state
-
-
 def keep_present_settings(state: dict, param_groups: list[dict]) -> None:
     """Write the optimizer's current settings into a state before it loads this state.
 
@@ -110,18 +84,6 @@ def let_parts_count(optimizer) -> None:
                 group.pop("step", None)
 
 
-def _structure(group: dict) -> tuple:
-    return tuple(group.get(name) for name in _STRUCTURE)
-
-
-def _saved_groups(state: dict) -> Iterator[dict]:
-    for name, value in state.items():
-        if name == "param_groups":
-            yield from value
-        elif isinstance(value, dict) and name != "state":
-            yield from _saved_groups(value)
-
-
 def release(policy: Iterable[DistributedDataParallel]) -> None:
     """Break the reference cycle that keeps a policy and its optimizer in memory. The policy cannot be trained then.
 
@@ -133,3 +95,41 @@ def release(policy: Iterable[DistributedDataParallel]) -> None:
         get_model_config(chunk).grad_scale_func = None
         for parameter in chunk.parameters():
             parameter.main_param = None
+
+
+@contextmanager
+def _spreading(optimizer: DistributedOptimizer) -> Iterator[None]:
+    join = optimizer.get_parameter_state_dp_zero
+    optimizer.get_parameter_state_dp_zero = lambda *args, **options: _spread(optimizer, join(*args, **options))
+    try:
+        yield
+    finally:
+        del optimizer.get_parameter_state_dp_zero
+
+
+def _spread(optimizer: DistributedOptimizer, state: dict | None) -> dict | None:
+    for index, buffer in enumerate(optimizer.buffers if state is not None else ()):
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        starts, joined = [bucket.offset for bucket in buffer.buckets], [0, *accumulate(sizes)][:-1]
+        if starts == joined:
+            continue
+        for tensors in state[index].values():
+            for key, whole in tensors.items():
+                if not torch.is_tensor(whole):
+                    continue
+                tensors[key] = spread = whole.new_zeros(buffer.numel)
+                for size, start, place in zip(sizes, starts, joined, strict=True):
+                    spread[start : start + size] = whole[place : place + size]
+    return state
+
+
+def _structure(group: dict) -> tuple:
+    return tuple(group.get(name) for name in _STRUCTURE)
+
+
+def _saved_groups(state: dict) -> Iterator[dict]:
+    for name, value in state.items():
+        if name == "param_groups":
+            yield from value
+        elif isinstance(value, dict) and name != "state":
+            yield from _saved_groups(value)

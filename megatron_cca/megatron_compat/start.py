@@ -1,12 +1,10 @@
-"""What Megatron-Core 0.19.2 needs before it is first imported: hidden packages, an Adam for CPUs, quiet messages.
+"""Prepare this process for Megatron-Core 0.19.2: hide packages and messages, replace ``torch`` and Adam.
 
-A CPU has no such device. The modules below get another ``torch``. Its factories create tensors on the CPU where a
-module asks for ``"cuda"``. The tracker of random states uses the CPU's state instead of a GPU's.
+Some modules of Megatron-Core ask for ``"cuda"``, which a CPU does not have. They get another ``torch``, whose factories
+create tensors on the CPU. The tracker of random states then uses the CPU's state.
 
-Call these functions before Megatron-Core is imported.
-
-On such machines, Megatron-Core 0.19.2 uses ``torch.optim.AdamW``, which counts steps per parameter. Its fully
-reshardable checkpoint does not save this count. A resumed run then fails with ``KeyError: 'step'``, or silently
+Without Transformer Engine and apex, Megatron-Core uses ``torch.optim.AdamW``, which counts steps per parameter. Its
+fully reshardable checkpoint does not save this count. A resumed run then fails with ``KeyError: 'step'``, or silently
 restarts the bias correction. ``FusedAdam`` has one count per parameter group. The optimizer here has the same interface
 and torch's arithmetic. So every machine takes the code path that Megatron-Core takes in production.
 """
@@ -37,40 +35,9 @@ MODULES = {
     "models.common.embeddings.rope_utils": "pin_memory=True",
 }
 _RANDOM = "megatron.core.tensor_parallel.random"
-
-
-def replace_torch(torch_on_cpu: Any) -> None:
-    """Let the modules that name CUDA see ``torch_on_cpu`` as ``torch``, and the CPU's random state as a GPU's."""
-    for name in MODULES:
-        importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu
-    random = importlib.import_module(_RANDOM)
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-
-
 _ENGINE = "megatron.core.extensions.transformer_engine"
 _GPU_ONLY = ("transformer_engine", "apex")
 _OTHER_WRITER = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
-
-
-def hide_gpu_only_packages() -> None:
-    """Let Megatron-Core use plain torch on a CPU. Kernels of Transformer Engine and apex do not accept CPU tensors.
-
-    Raises:
-        RuntimeError: Megatron-Core was imported before, and already uses Transformer Engine's kernels.
-    """
-    if getattr(sys.modules.get(_ENGINE), "HAVE_TE", False):
-        raise RuntimeError("call megatron_cca.platform.install('cpu') before importing megatron.core")
-    for name in _GPU_ONLY:
-        if name not in sys.modules:
-            sys.modules[name] = None
-
-
-def hide_other_writer() -> None:
-    """Let Megatron-Core use its own checkpoint writer. It fails if it finds the other writer in an old version."""
-    sys.modules.setdefault(_OTHER_WRITER, None)
-
-
 _WARNINGS = (
     # This package supports running without them (see :func:`serve_megatron` and models/layers.py).
     r"Transformer Engine and Apex are not installed",
@@ -95,6 +62,35 @@ LOG_RECORDS = {
     # The tracker warns if CPU random numbers change while it forks the GPU's. On a CPU both are one generator.
     "megatron.core.tensor_parallel.random": "CPU RNG state changed",
 }
+_OPTIMIZER = "megatron.core.optimizer"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
+
+
+def replace_torch(torch_on_cpu: Any) -> None:
+    """Let the modules that name CUDA see ``torch_on_cpu`` as ``torch``, and the CPU's random state as a GPU's."""
+    for name in MODULES:
+        importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu
+    random = importlib.import_module(_RANDOM)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def hide_gpu_only_packages() -> None:
+    """Let Megatron-Core use plain torch on a CPU. Kernels of Transformer Engine and apex do not accept CPU tensors.
+
+    Raises:
+        RuntimeError: Megatron-Core was imported before, and already uses Transformer Engine's kernels.
+    """
+    if getattr(sys.modules.get(_ENGINE), "HAVE_TE", False):
+        raise RuntimeError("call megatron_cca.platform.install('cpu') before importing megatron.core")
+    for name in _GPU_ONLY:
+        if name not in sys.modules:
+            sys.modules[name] = None
+
+
+def hide_other_writer() -> None:
+    """Let Megatron-Core use its own checkpoint writer. It fails if it finds the other writer in an old version."""
+    sys.modules.setdefault(_OTHER_WRITER, None)
 
 
 def hide_expected_messages() -> None:
@@ -103,10 +99,6 @@ def hide_expected_messages() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name, text in LOG_RECORDS.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
-
-
-_OPTIMIZER = "megatron.core.optimizer"
-_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 
 
 class GroupStepAdamW(torch.optim.Optimizer):

@@ -17,6 +17,10 @@ from megatron_cca.config import ModelConfig, ParallelConfig, Precision
 from megatron_cca.errors import UserError
 from megatron_cca.models.image_vocabulary import Vocabulary
 
+# FlashAttention 2 to 4 and cuDNN all support these heads in training, on any GPU since Ampere. Support of larger heads
+# depends on GPU and versions: get_attention_backend, nvte_get_fused_attn_backend of Transformer Engine 2.11 to 2.20.
+_MULTIPLE, _LARGEST = 8, 128
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -78,34 +82,6 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     return architecture
 
 
-def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
-    if config.codebook_size is None and config.num_classes is None:
-        return preset if config.vocab_size in (None, preset.size) else Vocabulary(config.vocab_size)
-    vocabulary = preset.resized(config.codebook_size, config.num_classes)
-    if config.vocab_size not in (None, vocabulary.size):
-        raise UserError(
-            f"model.vocab_size: {config.vocab_size}, but model.codebook_size and model.num_classes make it "
-            f"{vocabulary.size}; leave it out"
-        )
-    return vocabulary
-
-
-def _check_grid(architecture: Architecture, channels: int) -> None:
-    positions, prefix = architecture.max_position_embeddings, architecture.prefix_tokens
-    side = grid_side(architecture)
-    if side < 1 or prefix + side**2 != positions:
-        nearest = sorted({prefix + max(1, side) ** 2, prefix + (side + 1) ** 2})
-        raise UserError(
-            f"model.max_position_embeddings: {positions} is not {prefix} and a square, the grid of an image; the "
-            f"nearest that are: {', '.join(map(str, nearest))}; 16x16 codes take {prefix + 256}, 24x24 {prefix + 576}"
-        )
-    if channels % 4:
-        raise UserError(
-            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
-            "rotary embedding over a grid needs a multiple of 4, half of them for each axis"
-        )
-
-
 def grid_side(architecture: Architecture) -> int:
     """Return the side of the square of codes that ``rope_2d`` has positions for."""
     return math.isqrt(max(0, architecture.max_position_embeddings - architecture.prefix_tokens))
@@ -156,7 +132,7 @@ def longest_row(architecture: Architecture, multiple: int) -> int:
 def num_parameters(architecture: Architecture) -> int:
     """Return the number of weights of the whole model.
 
-    Rows that pad the vocabulary do not count, nor rows of the LM head for words that are never predicted.
+    Rows that pad the vocabulary do not count, nor rows of the LM head for ids that are never predicted.
     """
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = hidden // architecture.num_attention_heads
@@ -198,12 +174,6 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
         raise UserError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size of 2 or more, found 1")
 
 
-def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
-    if size % divisor:
-        possible = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
-        raise UserError(f"{key}: {divisor} does not divide {name} {size}; possible: {possible}")
-
-
 def only_grid(architecture: Architecture) -> tuple[int, int] | None:
     """Return height and width of the only grid that a model has positions for. None where it takes any grid."""
     if architecture.position_embedding != "rope_2d":
@@ -222,11 +192,6 @@ def grid_misfit(architecture: Architecture, frames: int, height: int, width: int
     if frames == 1 and height == width:
         return f"{wanted}; model.max_position_embeddings {architecture.prefix_tokens + height * width} is for such"
     return wanted
-
-
-# FlashAttention 2 to 4 and cuDNN all support these heads in training, on any GPU since Ampere. Support of larger heads
-# depends on GPU and versions: get_attention_backend, nvte_get_fused_attn_backend of Transformer Engine 2.11 to 2.20.
-_MULTIPLE, _LARGEST = 8, 128
 
 
 def unfused_because(channels: int, precision: Precision) -> str | None:
@@ -258,3 +223,37 @@ def keeps_scores(model: ModelConfig, architecture: Architecture, precision: Prec
     channels = architecture.kv_channels
     is_unfused = unfused_because(channels, precision) is not None
     return is_unfused and has_engine_attention(model.transformer_impl, channels, precision)
+
+
+def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
+    if config.codebook_size is None and config.num_classes is None:
+        return preset if config.vocab_size in (None, preset.size) else Vocabulary(config.vocab_size)
+    vocabulary = preset.resized(config.codebook_size, config.num_classes)
+    if config.vocab_size not in (None, vocabulary.size):
+        raise UserError(
+            f"model.vocab_size: {config.vocab_size}, but model.codebook_size and model.num_classes make it "
+            f"{vocabulary.size}; leave it out"
+        )
+    return vocabulary
+
+
+def _check_grid(architecture: Architecture, channels: int) -> None:
+    positions, prefix = architecture.max_position_embeddings, architecture.prefix_tokens
+    side = grid_side(architecture)
+    if side < 1 or prefix + side**2 != positions:
+        nearest = sorted({prefix + max(1, side) ** 2, prefix + (side + 1) ** 2})
+        raise UserError(
+            f"model.max_position_embeddings: {positions} is not {prefix} and a square, the grid of an image; the "
+            f"nearest that are: {', '.join(map(str, nearest))}; 16x16 codes take {prefix + 256}, 24x24 {prefix + 576}"
+        )
+    if channels % 4:
+        raise UserError(
+            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
+            "rotary embedding over a grid needs a multiple of 4, half of them for each axis"
+        )
+
+
+def _must_divide(key: str, divisor: int, name: str, size: int) -> None:
+    if size % divisor:
+        possible = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
+        raise UserError(f"{key}: {divisor} does not divide {name} {size}; possible: {possible}")

@@ -1,4 +1,7 @@
-"""The interfaces of a family's files: Hugging Face folders, the authors' own weights, the image tokenizer."""
+"""The interfaces of a family's files: Hugging Face folders, the authors' own weights, the image tokenizer.
+
+The functions are what image tokenizers have in common.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, first_line
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.weight_map import WeightMap
-
-if TYPE_CHECKING:
-    import torch
 
 Json = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -134,13 +134,13 @@ class WeightsFileFormat(Protocol):
         sections: keys that the authors' programs use for the tensors, beside what else they save. Exports use the
             first.
         marker: the name of a tensor that every model of the family has. Sets of weights in a file are found by it.
-        unsaid: keys of the ``model`` section that do not always follow from shapes.
+        not_in_shapes: keys of the ``model`` section that do not always follow from shapes.
     """
 
     weights: WeightMap
     sections: Sequence[str]
     marker: str
-    unsaid: Collection[str]
+    not_in_shapes: Collection[str]
 
     def knows(self, names: Collection[str]) -> bool:
         """Return whether tensors of these names look like any model of the family."""
@@ -151,7 +151,7 @@ class WeightsFileFormat(Protocol):
         Args:
             shapes: of the tensors, computed ones included.
             given: sizes that the user gave, by key.
-            assumed: values of ``unsaid`` keys that neither shapes nor the user nor a released model give.
+            assumed: values of ``not_in_shapes`` keys that neither shapes nor the user nor a released model give.
 
         Raises:
             UserError: an unsupported model of this family, a size that nothing gives, or a given size that is wrong.
@@ -295,11 +295,6 @@ def full_float32(device_type: str) -> Iterator[None]:
         yield
 
 
-def _switch(undo: ExitStack, place: Any, name: str, value: Any) -> None:
-    undo.callback(setattr, place, name, getattr(place, name))
-    setattr(place, name, value)
-
-
 def fingerprint(facts: Any, state: Mapping[str, Tensor]) -> str:
     """Return a short hash of facts, as JSON, and of named tensors on the CPU."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -307,6 +302,18 @@ def fingerprint(facts: Any, state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(state[name].contiguous().numpy())
     return digest.hexdigest()[:16]
+
+
+def float32_copy(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor in float32. It is a copy: a tensor may be a memory map, and the file may change.
+
+    Raises:
+        UserError: numbers that are not finite. Names the tensor.
+    """
+    tensor = tensor.detach().to(torch.float32, copy=True).contiguous()
+    if not tensor.isfinite().all():
+        raise UserError(f"tensor {name} holds numbers that are not finite")
+    return tensor
 
 
 def moved_to(model: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -318,4 +325,9 @@ def moved_to(model: torch.nn.Module, device: str | torch.device, dtype: torch.dt
     try:
         return model.to(torch.device(device), dtype)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {device}: {first_line(error)}") from None
+
+
+def _switch(undo: ExitStack, place: Any, name: str, value: Any) -> None:
+    undo.callback(setattr, place, name, getattr(place, name))
+    setattr(place, name, value)

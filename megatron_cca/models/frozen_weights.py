@@ -1,11 +1,11 @@
-"""Frozen weights that take little memory of the device: in FP8, or in host memory, one layer at a time.
+"""Keep frozen weights in little memory of the device: in FP8, or in host memory, one layer on the device at a time.
 
-The format is E4M3 (arXiv 2209.05433) with one fp32 scale per row, computed from the row. So the scales are right from
-the first batch on, and do not depend on activations. No FP8 hardware is needed. The LM head and the norms are not
+FP8 is E4M3 (arXiv 2209.05433) with one fp32 scale per row, computed from the row. So the scales are right from the
+first batch on, and do not depend on activations. No FP8 hardware is needed. The LM head and the norms are not
 quantised: an error in the head would change every log-probability.
 
-While one layer computes, the weights of the next one are copied. So the device holds at most two layers. Forward hooks
-do this. It works with any of Megatron's schedules.
+Weights in host memory are streamed. While one layer computes, the weights of the next one are copied, so that the
+device holds at most two layers. Forward hooks do this, so that it works with any of Megatron's schedules.
 """
 
 from __future__ import annotations
@@ -47,6 +47,28 @@ def dequantize_rows(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     return (values.float() * scales).to(dtype)
 
 
+class StreamedChunks:
+    """Model chunks from ``build_gpt`` that are permanently moved to host memory.
+
+    Args:
+        chunks: chunks on the device. Their memory there is freed.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
+        fetcher = Fetcher()
+        self._streamed = [_StreamedChunk(chunk, fetcher) for chunk in chunks]
+
+    @contextmanager
+    def running(self) -> Iterator[Sequence[torch.nn.Module]]:
+        """Yield the chunks for forward passes. After the block, also after an error, no weights are on the device."""
+        try:
+            yield self.chunks
+        finally:
+            for chunk in self._streamed:
+                chunk.clear()
+
+
 def _quantized_modules(chunk: torch.nn.Module) -> Iterator[torch.nn.Module]:
     for name, module in chunk.named_modules():
         weight = module._parameters.get("weight")
@@ -73,44 +95,22 @@ def _quantize(module: torch.nn.Module) -> None:
     module.register_forward_hook(fold)
 
 
-class StreamedChunks:
-    """Model chunks from ``build_gpt`` that are permanently moved to host memory.
-
-    Args:
-        chunks: chunks on the device. Their memory there is freed.
-    """
-
-    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
-        self.chunks = [chunk.requires_grad_(False) for chunk in chunks]
-        fetcher = Fetcher()
-        self._rings = [_Ring(chunk, fetcher) for chunk in chunks]
-
-    @contextmanager
-    def running(self) -> Iterator[Sequence[torch.nn.Module]]:
-        """Yield the chunks for forward passes. After the block, also after an error, no weights are on the device."""
-        try:
-            yield self.chunks
-        finally:
-            for ring in self._rings:
-                ring.clear()
-
-
-class _Ring:
+class _StreamedChunk:
     """Parts of a chunk in the order of its forward pass. The first one follows the last, for the next microbatch."""
 
     def __init__(self, chunk: torch.nn.Module, fetcher: Fetcher) -> None:
         gpt = getattr(chunk, "module", chunk)
-        self._parts: list[_Part] = []
+        self._parts: list[_StreamedPart] = []
         if gpt.pre_process:
-            self._add(_Part([gpt.embedding], fetcher), gpt.embedding, gpt.embedding)
+            self._add(_StreamedPart([gpt.embedding], fetcher), gpt.embedding, gpt.embedding)
         for layer in gpt.decoder.layers:
-            self._add(_Part([layer], fetcher), layer, layer)
+            self._add(_StreamedPart([layer], fetcher), layer, layer)
         if gpt.post_process:
             # The head's forward does not run. Its weight is used from the final norm to the end of the model's forward.
             norm = gpt.decoder.final_layernorm
-            self._add(_Part([norm, gpt.output_layer], fetcher), norm, gpt)
+            self._add(_StreamedPart([norm, gpt.output_layer], fetcher), norm, gpt)
 
-    def _add(self, part: _Part, first: torch.nn.Module, last: torch.nn.Module) -> None:
+    def _add(self, part: _StreamedPart, first: torch.nn.Module, last: torch.nn.Module) -> None:
         place = len(self._parts)
         self._parts.append(part)
         first.register_forward_pre_hook(lambda *_unused: self._enter(place))
@@ -128,7 +128,7 @@ class _Ring:
             part.forget()
 
 
-class _Part:
+class _StreamedPart:
     """Modules whose weights are copied to the device together and leave it together."""
 
     def __init__(self, modules: Sequence[torch.nn.Module], fetcher: Fetcher) -> None:

@@ -37,71 +37,34 @@ _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight
 
 # A function that fills a chunk with random weights. It has the parameters of initialize_by_name.
 Initialize = Callable[..., None]
+_DEFAULT_KERNELS = KernelsConfig()
 
 
-@torch.no_grad()
-def initialize_by_name(
-    model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int, output_size: int | None = None
-) -> None:
-    """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
+def build_gpt(
+    architecture: Architecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    *,
+    kernels: KernelsConfig = _DEFAULT_KERNELS,
+    is_frozen: bool = False,
+) -> list[torch.nn.Module]:
+    """Build this rank's model chunks on its device, with uninitialised weights.
 
-    Args:
-        model: the chunk.
-        seed: seed of all tensors.
-        std: standard deviation of weights. Weights that write into the residual stream have a smaller one.
-        num_layers: number of layers of the whole model.
-        vocab_size: number of words of the embedding. Later rows are padding.
-        output_size: number of words of the LM head. None means ``vocab_size``.
-    """
-    words = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
-    shards = sharded_tensors(model.sharded_state_dict())
-    for shard in shards:
-        if "layernorm" in shard.key or "layer_norm" in shard.key:
-            shard.data.fill_(1.0)
-            continue
-        scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
-        rows = next((size for name, size in words.items() if name in shard.key), None)
-        shard.data.copy_(scale * standard_normal(shard, seed, rows).view_as(shard.data))
-
-
-def sharded_tensors(tree) -> list[ShardedTensor]:
-    """Return every sharded tensor in a sharded state. Their data are views of the parameters."""
-    if isinstance(tree, ShardedTensor):
-        return [tree]
-    if isinstance(tree, ShardedTensorFactory):
-        return sharded_tensors(tree.build())
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
-
-
-def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
-    """Draw a tensor of N(0, 1) from seed and name, and return this rank's part of it.
-
-    If layers are stacked, each layer is a tensor of its own.
-
-    Args:
-        shard: the tensor and this rank's part of it.
-        seed: seed of all tensors. Each name gives other numbers.
-        rows: number of rows to draw. Later rows are zero. None means all rows.
+    Model parallelism must be initialised. The arguments are those of :func:`transformer_config`. Except for fp32, each
+    chunk is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules
+    expect. Under ``torch.device("meta")`` the weights are on the meta device.
 
     Returns:
-        float32, in the ``local_shape`` of ``shard``, on the CPU.
+        One chunk, or several for the interleaved schedule.
     """
-    stacked = shard.prepend_axis_num
-    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
-    shape, offset = list(shard.global_shape[stacked:]), shard.global_offset[stacked:]
-    whole = torch.zeros(shape)
-    whole[:rows].normal_(generator=_generator(name, seed))
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-_DEFAULT_KERNELS = KernelsConfig()
+    config = transformer_config(architecture, model, parallel, training, kernels=kernels, is_frozen=is_frozen)
+    chunks = num_model_chunks(parallel)
+    stages = range(chunks) if chunks > 1 else [None]
+    built = [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
+    for chunk in built:
+        fuse_weight_gradients(chunk, kernels, is_frozen=is_frozen)
+    return built
 
 
 def transformer_config(
@@ -195,31 +158,95 @@ def num_model_chunks(parallel: ParallelConfig) -> int:
     return parallel.virtual_pipeline_model_parallel_size or 1
 
 
-def build_gpt(
-    architecture: Architecture,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    *,
-    kernels: KernelsConfig = _DEFAULT_KERNELS,
-    is_frozen: bool = False,
-) -> list[torch.nn.Module]:
-    """Build this rank's model chunks on its device, with uninitialised weights.
+def image_logps(
+    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: Any
+) -> Tensor:
+    """Run one forward pass of a model chunk. A chunk without the first and the last layers needs no tokens.
 
-    Model parallelism must be initialised. The arguments are those of :func:`transformer_config`. Except for fp32, each
-    chunk is wrapped in Megatron's ``Float16Module``. The chunks share one configuration, as Megatron's schedules
-    expect. Under ``torch.device("meta")`` the weights are on the meta device.
+    Args:
+        model: a chunk from :func:`build_gpt`, bare or wrapped in DDP.
+        tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
+        targets: int64 ``[B, S]``, the next token at each position.
+        mask: bool ``[B, S]``, true if the target is an image token.
+        head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
-        One chunk, or several for the interleaved schedule.
+        On the last chunk of the pipeline: the log-probability of each row's image tokens, float32 ``[B]``, the same on
+        all tensor- and context-parallel ranks. On earlier chunks: the hidden states that Megatron's schedule sends to
+        the next chunk.
     """
-    config = transformer_config(architecture, model, parallel, training, kernels=kernels, is_frozen=is_frozen)
-    chunks = num_model_chunks(parallel)
-    stages = range(chunks) if chunks > 1 else [None]
-    built = [_build_chunk(config, architecture, model, parallel, vp_stage) for vp_stage in stages]
-    for chunk in built:
-        fuse_weight_gradients(chunk, kernels, is_frozen=is_frozen)
-    return built
+    return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
+
+
+def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:
+    """Return the terms of the sum in :func:`image_logps`: float32 ``[B, S]``, 0 where ``mask`` is false.
+
+    The arguments are those of :func:`image_logps`. Context parallelism is not supported: no rank has a whole row.
+    """
+    assert parallel_state.get_context_parallel_group().size() == 1
+    return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
+
+
+@torch.no_grad()
+def initialize_by_name(
+    model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int, output_size: int | None = None
+) -> None:
+    """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
+
+    Args:
+        model: the chunk.
+        seed: seed of all tensors.
+        std: standard deviation of weights. Weights that write into the residual stream have a smaller one.
+        num_layers: number of layers of the whole model.
+        vocab_size: number of ids of the embedding. Later rows are padding.
+        output_size: number of ids of the LM head. None means ``vocab_size``.
+    """
+    true_rows = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
+    shards = sharded_tensors(model.sharded_state_dict())
+    for shard in shards:
+        if "layernorm" in shard.key or "layer_norm" in shard.key:
+            shard.data.fill_(1.0)
+            continue
+        scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
+        rows = next((size for name, size in true_rows.items() if name in shard.key), None)
+        shard.data.copy_(scale * standard_normal(shard, seed, rows).view_as(shard.data))
+
+
+def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
+    """Draw a tensor of N(0, 1) from seed and name, and return this rank's part of it.
+
+    If layers are stacked, each layer is a tensor of its own.
+
+    Args:
+        shard: the tensor and this rank's part of it.
+        seed: seed of all tensors. Each name gives other numbers.
+        rows: number of rows to draw. Later rows are zero. None means all rows.
+
+    Returns:
+        float32, in the ``local_shape`` of ``shard``, on the CPU.
+    """
+    stacked = shard.prepend_axis_num
+    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
+    shape, offset = list(shard.global_shape[stacked:]), shard.global_offset[stacked:]
+    whole = torch.zeros(shape)
+    whole[:rows].normal_(generator=_generator(name, seed))
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
+
+
+def sharded_tensors(tree) -> list[ShardedTensor]:
+    """Return every sharded tensor in a sharded state. Their data are views of the parameters."""
+    if isinstance(tree, ShardedTensor):
+        return [tree]
+    if isinstance(tree, ShardedTensorFactory):
+        return sharded_tensors(tree.build())
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _build_chunk(
@@ -270,35 +297,6 @@ def _model_class(architecture: Architecture) -> type[GPTModel]:
     return GPTModel
 
 
-def image_logps(
-    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: Any
-) -> Tensor:
-    """Run one forward pass of a model chunk. A chunk without the first and the last layers needs no tokens.
-
-    Args:
-        model: a chunk from :func:`build_gpt`, bare or wrapped in DDP.
-        tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
-        targets: int64 ``[B, S]``, the next token at each position.
-        mask: bool ``[B, S]``, true if the target is an image token.
-        head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
-
-    Returns:
-        On the last chunk of the pipeline: the log-probability of each row's image tokens, float32 ``[B]``, the same on
-        all tensor- and context-parallel ranks. On earlier chunks: the hidden states that Megatron's schedule sends to
-        the next chunk.
-    """
-    return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
-
-
-def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:
-    """Return the terms of the sum in :func:`image_logps`: float32 ``[B, S]``, 0 where ``mask`` is false.
-
-    The arguments are those of :func:`image_logps`. Context parallelism is not supported: no rank has a whole row.
-    """
-    assert parallel_state.get_context_parallel_group().size() == 1
-    return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
-
-
 def _forward(
     model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **context
 ) -> Tensor:
@@ -332,3 +330,8 @@ def _logps_head(*, hidden_states: Tensor, output_layer, config, context: dict, *
     # Each rank has the sum and the gradient of its own part of the sequence. Megatron's data parallelism sums parameter
     # gradients over these ranks.
     return reduce_from_tensor_model_parallel_region(logps, parallel_state.get_context_parallel_group())
+
+
+def unwrapped_gpt(chunk: torch.nn.Module) -> GPTModel:
+    """Return the model in a chunk, which may be in DDP, in Float16Module or bare."""
+    return next(module for module in chunk.modules() if isinstance(module, GPTModel))

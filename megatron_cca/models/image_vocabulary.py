@@ -45,8 +45,8 @@ class Vocabulary:
 
     def fingerprint(self) -> str:
         """Return a short hash of the whole vocabulary. Shards and models whose hashes differ do not fit."""
-        layout = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(layout.encode()).hexdigest()[:16]
+        meaning = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(meaning.encode()).hexdigest()[:16]
 
 
 class ImageVocabulary(Vocabulary, ABC):
@@ -114,7 +114,7 @@ class ImageVocabulary(Vocabulary, ABC):
 
         Args:
             caption: int ``[C]``, ids below ``caption_size``. Empty for the unconditional prompt.
-            meta_words: int ``[G]``, the ids of :meth:`meta_text`.
+            meta_ids: int ``[G]``, the ids of :meth:`meta_text`.
 
         Returns:
             int64 ``[prompt_length(C, G)]``.

@@ -28,64 +28,38 @@ from megatron_cca.models.architecture import has_engine_attention
 from megatron_cca.platform.operations import current_operations
 
 
-def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
-    """Return which fused kernels a forward pass uses, by key. The last bits of its results depend on them."""
-    on_gpu = platform.current().is_cuda
-    return {
-        "bias_activation_fusion": _chosen(kernels.bias_activation_fusion, on_gpu),
-        "bias_dropout_fusion": _chosen(kernels.bias_dropout_fusion, on_gpu),
-        "apply_rope_fusion": _chosen(kernels.apply_rope_fusion, False),
-    }
-
-
-def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]:
-    """Return the options for Megatron's ``TransformerConfig``.
+def layer_spec(
+    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision, scales: tuple[int, ...] = ()
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Return the spec of the decoder's layers for ``model.transformer_impl``.
 
     Args:
-        kernels: section of the run's configuration.
-        is_frozen: whether the weights never change. Such a model has no gradients and no CUDA graphs.
+        transformer_impl: ``auto``, ``local`` or ``transformer_engine``.
+        num_layers: number of layers on this pipeline stage.
+        channels: number of channels of an attention head.
+        precision: precision of the computation.
+        scales: of next-scale prediction, see :class:`Architecture`.
+
+    Raises:
+        UserError: Transformer Engine is asked for, but is not installed or has no GPU.
     """
-    return {
-        **forward_kernels(kernels),
-        # Megatron's own layers need apex for this. Transformer Engine's do not, see fuse_weight_gradients.
-        "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and apex_fuses_gradients(),
-        "cuda_graph_impl": "none" if is_frozen else kernels.cuda_graph_impl,
-        "cuda_graph_modules": list(kernels.cuda_graph_modules),
-        "cuda_graph_warmup_steps": kernels.cuda_graph_warmup_steps,
-    }
+    available = engine_is_available()
+    if transformer_impl == "transformer_engine" and not available:
+        raise UserError(
+            "model.transformer_impl: transformer_engine needs a GPU and the package transformer-engine "
+            "(pip install 'megatron-cca[gpu]'); use auto or local here"
+        )
+    is_local = transformer_impl == "local" or not available
+    if scales:
+        from megatron_cca.models.next_scale import block_spec
 
-
-def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_frozen: bool) -> None:
-    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if ``kernels`` asks for it."""
-    if _fuses(kernels, is_frozen):
-        fuse_engine_gradients(gpt)
-
-
-def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:
-    # A frozen model has no gradient buffer.
-    return _chosen(kernels.gradient_accumulation_fusion, False) and not is_frozen
-
-
-def _chosen(value: bool | None, default: bool) -> bool:
-    return default if value is None else value
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for sequence parallelism, which Megatron's torch fallback does not support.
-
-    ``[..., H] -> [..., H]``, in the input's dtype. The weight is marked ``sequence_parallel``, so that Megatron sums
-    its gradient over the tensor-parallel group.
-    """
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` over the last dimension."""
-        return current_operations().rms_norm(x, self.weight, self.eps)
+        return block_spec(num_layers, scales, is_local=is_local)
+    if is_local:
+        return _local_block(num_layers)
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    if has_engine_attention(transformer_impl, channels, precision):
+        return spec
+    return dataclasses.replace(spec, submodules=_with_torch_attention(spec.submodules))
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -166,50 +140,60 @@ class ScaledDotProductAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Gather the whole sequence ``[S, ...]``. Rank r has two pieces of it, number r and 2 * size - 1 - r."""
-    gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
-    pieces = gathered.chunk(2 * group.size())
-    return torch.cat([*pieces[::2], *pieces[1::2][::-1]])
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for sequence parallelism, which Megatron's torch fallback does not support.
+
+    ``[..., H] -> [..., H]``, in the input's dtype. The weight is marked ``sequence_parallel``, so that Megatron sums
+    its gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` over the last dimension."""
+        return current_operations().rms_norm(x, self.weight, self.eps)
+
+
+def forward_kernels(kernels: KernelsConfig) -> dict[str, bool]:
+    """Return which fused kernels a forward pass uses, by key. The last bits of its results depend on them."""
+    on_gpu = platform.current().is_cuda
+    return {
+        "bias_activation_fusion": _chosen(kernels.bias_activation_fusion, on_gpu),
+        "bias_dropout_fusion": _chosen(kernels.bias_dropout_fusion, on_gpu),
+        "apply_rope_fusion": _chosen(kernels.apply_rope_fusion, False),
+    }
+
+
+def kernel_options(kernels: KernelsConfig, *, is_frozen: bool) -> dict[str, Any]:
+    """Return the options for Megatron's ``TransformerConfig``.
+
+    Args:
+        kernels: section of the run's configuration.
+        is_frozen: whether the weights never change. Such a model has no gradients and no CUDA graphs.
+    """
+    return {
+        **forward_kernels(kernels),
+        # Megatron's own layers need apex for this. Transformer Engine's do not, see fuse_weight_gradients.
+        "gradient_accumulation_fusion": _fuses(kernels, is_frozen) and apex_fuses_gradients(),
+        "cuda_graph_impl": "none" if is_frozen else kernels.cuda_graph_impl,
+        "cuda_graph_modules": list(kernels.cuda_graph_modules),
+        "cuda_graph_warmup_steps": kernels.cuda_graph_warmup_steps,
+    }
+
+
+def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_frozen: bool) -> None:
+    """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if ``kernels`` asks for it."""
+    if _fuses(kernels, is_frozen):
+        fuse_engine_gradients(gpt)
 
 
 def engine_is_available() -> bool:
     """Return whether Transformer Engine is installed and there is a GPU."""
     return HAVE_TE and platform.current().is_cuda
-
-
-def layer_spec(
-    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision, scales: tuple[int, ...] = ()
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return the spec of the decoder's layers for ``model.transformer_impl``.
-
-    Args:
-        transformer_impl: ``auto``, ``local`` or ``transformer_engine``.
-        num_layers: number of layers on this pipeline stage.
-        channels: number of channels of an attention head.
-        precision: precision of the computation.
-        scales: of next-scale prediction, see :class:`Architecture`.
-
-    Raises:
-        UserError: Transformer Engine is asked for, but is not installed or has no GPU.
-    """
-    available = engine_is_available()
-    if transformer_impl == "transformer_engine" and not available:
-        raise UserError(
-            "model.transformer_impl: transformer_engine needs a GPU and the package transformer-engine "
-            "(pip install 'megatron-cca[gpu]'); use auto or local here"
-        )
-    is_local = transformer_impl == "local" or not available
-    if scales:
-        from megatron_cca.models.next_scale import block_spec
-
-        return block_spec(num_layers, scales, is_local=is_local)
-    if is_local:
-        return _local_block(num_layers)
-    spec = get_gpt_layer_with_transformer_engine_spec()
-    if has_engine_attention(transformer_impl, channels, precision):
-        return spec
-    return dataclasses.replace(spec, submodules=_with_torch_attention(spec.submodules))
 
 
 def check_fp8_device(recipe: str) -> None:
@@ -232,6 +216,22 @@ def check_fp8_device(recipe: str) -> None:
     available, reason = is_available(return_reason=True)
     if not available:
         raise UserError(f"fp8 with recipe {recipe} is not for {platform.device_name()}: {reason} Use bf16 here")
+
+
+def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:
+    # A frozen model has no gradient buffer.
+    return _chosen(kernels.gradient_accumulation_fusion, False) and not is_frozen
+
+
+def _chosen(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Gather the whole sequence ``[S, ...]``. Rank r has two pieces of it, number r and 2 * size - 1 - r."""
+    gathered = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
+    pieces = gathered.chunk(2 * group.size())
+    return torch.cat([*pieces[::2], *pieces[1::2][::-1]])
 
 
 def _local_block(num_layers: int) -> TransformerBlockSubmodules:

@@ -35,19 +35,10 @@ from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.decoding import mix_in, normed_input, take_out
 from megatron_cca.megatron_compat.layers import await_parameters
-from megatron_cca.models.gpt import sharded_tensors, standard_normal
-from megatron_cca.models.low_rank import LINEAR_IN, merged_weight, scale_of
+from megatron_cca.models.gpt import sharded_tensors, standard_normal, unwrapped_gpt
+from megatron_cca.models.weight_map import LINEAR_IN, merged_weight, scale_of
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")
-
-
-@dataclass
-class _Attachment:
-    """State of a model with adapters: their settings, whether they are on, and the hook on the embedding."""
-
-    settings: LoraConfig
-    is_on: bool = True
-    embedding_hook: RemovableHandle | None = None
 
 
 def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int | None) -> None:
@@ -68,7 +59,7 @@ def attach(chunks: Sequence[torch.nn.Module], settings: LoraConfig, *, seed: int
     if not settings.target_modules:
         raise UserError(f"lora.target_modules: none, nothing would train; name some of {', '.join(LORA_TARGETS)}")
     for chunk in chunks:
-        gpt = _gpt(chunk)
+        gpt = unwrapped_gpt(chunk)
         assert _attachment(gpt) is None, "the model has adapters already"
         chunk.requires_grad_(False)
         gpt.lora = attachment = _Attachment(settings)
@@ -88,7 +79,7 @@ def adapters_off(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     Blocks can be nested. The chunks can be wrapped in DDP. Run a backward pass inside the block if its forward pass was
     inside, else outside.
     """
-    attachments = [attachment for chunk in chunks if (attachment := _attachment(_gpt(chunk))) is not None]
+    attachments = [attachment for chunk in chunks if (attachment := _attachment(unwrapped_gpt(chunk))) is not None]
     before = [attachment.is_on for attachment in attachments]
     for attachment in attachments:
         attachment.is_on = False
@@ -106,7 +97,7 @@ def merge(chunks: Sequence[torch.nn.Module]) -> None:
     Do not call it for chunks that an optimizer holds.
     """
     for chunk in chunks:
-        gpt = _gpt(chunk)
+        gpt = unwrapped_gpt(chunk)
         attachment = _attachment(gpt)
         assert attachment is not None, "the model has no adapters"
         for projection in [module for module in gpt.modules() if isinstance(module, _Adapted)]:
@@ -120,13 +111,6 @@ def merge(chunks: Sequence[torch.nn.Module]) -> None:
             attachment.embedding_hook.remove()
         del gpt.lora
         chunk.requires_grad_(True)
-
-
-class _UninitializedLinear(torch.nn.Linear):
-    """A linear layer with an uninitialised weight. torch's initialisation would use the process's random generator."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing, so that the weight stays uninitialised."""
 
 
 class Adapter(torch.nn.Module):
@@ -187,6 +171,22 @@ class Adapter(torch.nn.Module):
         return state
 
 
+@dataclass
+class _Attachment:
+    """State of a model with adapters: their settings, whether they are on, and the hook on the embedding."""
+
+    settings: LoraConfig
+    is_on: bool = True
+    embedding_hook: RemovableHandle | None = None
+
+
+class _UninitializedLinear(torch.nn.Linear):
+    """A linear layer with an uninitialised weight. torch's initialisation would use the process's random generator."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing, so that the weight stays uninitialised."""
+
+
 class _Adapted:
     """Mixin for the class of a projection with an adapter. The projection's weights keep their names."""
 
@@ -226,10 +226,6 @@ def _draw(chunk: torch.nn.Module, seed: int) -> None:
             std = 1 / math.sqrt(3 * shard.global_shape[-1])
             with torch.no_grad():
                 shard.data.copy_(std * standard_normal(shard, seed).view_as(shard.data))
-
-
-def _gpt(chunk: torch.nn.Module) -> GPTModel:
-    return next(module for module in chunk.modules() if isinstance(module, GPTModel))
 
 
 def _attachment(gpt: GPTModel) -> _Attachment | None:

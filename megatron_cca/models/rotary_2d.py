@@ -66,33 +66,13 @@ def use_grid_positions(gpt: GPTModel, architecture: Architecture) -> None:
     # Context parallelism deals out a sequence in zigzag order. Rank 0 has the beginning.
     if architecture.prefix_tokens == 0 or context.rank() > 0:
         return
-    blanking = _Blanking(architecture.prefix_tokens, pieces=2 if context.size() > 1 else 1)
+    zero_prefix = _PrefixZeroing(architecture.prefix_tokens, pieces=2 if context.size() > 1 else 1)
     for layer in gpt.decoder.layers:
         # Do this in the core attention, of any class. There, queries and keys are rotated, and every rank has the
         # sequence in order again. Activation recompute runs it again.
         attention = layer.self_attention.core_attention
-        attention.blanking = blanking
-        mix_in(attention, _Blanked)
-
-
-@dataclass(frozen=True)
-class _Blanking:
-    """Function that sets the queries or keys ``[S, B, heads, D]`` of the first tokens to zero."""
-
-    prefix_tokens: int
-    pieces: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        assert self.prefix_tokens <= x.size(0) // self.pieces, "the prefix does not fit a rank's part of a row"
-        # This cannot be in place: with selective recomputation, x is a leaf.
-        return pad(x[self.prefix_tokens :], (*(0, 0) * 3, self.prefix_tokens, 0))
-
-
-class _Blanked:
-    """Mixin for the class of a core attention."""
-
-    def forward(self, query: Tensor, key: Tensor, *others, **more) -> Tensor:
-        return super().forward(self.blanking(query), self.blanking(key), *others, **more)
+        attention.zero_prefix = zero_prefix
+        mix_in(attention, _WithZeroPrefix)
 
 
 @dataclass(frozen=True)
@@ -116,3 +96,23 @@ def rotation_of(gpt: GPTModel, positions: int, device: torch.device) -> Rotation
     blank = getattr(gpt.rotary_pos_emb, "prefix_tokens", 0)
     cos[:blank], sin[:blank] = 0, 0
     return Rotation(cos, sin, gpt.config.rotary_interleaved)
+
+
+@dataclass(frozen=True)
+class _PrefixZeroing:
+    """A function that sets the queries or keys ``[S, B, heads, D]`` of the first tokens to zero."""
+
+    prefix_tokens: int
+    pieces: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert self.prefix_tokens <= x.size(0) // self.pieces, "the prefix does not fit a rank's part of a row"
+        # This cannot be in place: with selective recomputation, x is a leaf.
+        return pad(x[self.prefix_tokens :], (*(0, 0) * 3, self.prefix_tokens, 0))
+
+
+class _WithZeroPrefix:
+    """Mixin for the class of a core attention."""
+
+    def forward(self, query: Tensor, key: Tensor, *others, **more) -> Tensor:
+        return super().forward(self.zero_prefix(query), self.zero_prefix(key), *others, **more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_cca.errors import UserError, shortened
-from megatron_cca.io.external_files import UTF_16, ZIP, kind_hint
+from megatron_cca.errors import UserError, first_line, shortened
+from megatron_cca.io.file_contents import UTF_16, ZIP, kind_hint
 from megatron_cca.io.pickles import NotPlainError, load_tensors
 from megatron_cca.models.architecture import Architecture
 
@@ -29,6 +29,11 @@ _RECOMPUTED = frozenset(
 TOP = "."
 # Relative precision of frequencies in bfloat16.
 _TOLERANCE = 1e-2
+SAFETENSORS = ".safetensors"
+# The files of a Hugging Face folder: its configuration, and its tensors in one file, or in several with an index.
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# How deep nested keys, such as "state_dict" in "trainer", are searched for weights.
+_DEEPEST = 3
 
 
 @dataclass(frozen=True)
@@ -44,120 +49,6 @@ class WeightSet[Value]:
     place: str
     weights: dict[str, Value]
     beside: tuple[str, ...]
-
-
-def is_recomputed(name: str) -> bool:
-    """Return whether a tensor of this name is computed and not learnt: frequencies, masks, caches."""
-    return name.rpartition(".")[2] in _RECOMPUTED
-
-
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Return the names without the parts that wrappers add, each with its name in the file.
-
-    Raises:
-        UserError: two names differ only in wrappers.
-    """
-    found: dict[str, str] = {}
-    for stored in names:
-        name = ".".join(part for part in stored.split(".") if part not in _WRAPPERS) or stored
-        if name in found:
-            raise UserError(f"tensors {found[name]} and {stored} have one name, {name}, without their wrappers")
-        found[name] = stored
-    return found
-
-
-def weight_sets[Value](
-    stored: Mapping[str, Value], markers: Collection[str], place: str = ""
-) -> list[WeightSet[Value]]:
-    """Return the sets of weights in a flat dictionary of tensors. There is none where no marker is found.
-
-    Args:
-        stored: tensors, or whatever stands for them, by stored name.
-        markers: tensor names. Every set has one of them.
-        place: the place of the dictionary itself.
-
-    Raises:
-        UserError: see :func:`unwrapped`.
-    """
-    names = unwrapped(stored)
-    # If a name ends with two markers, the longer one gives the prefix.
-    longest_first = sorted(markers, key=len, reverse=True)
-    prefixes = {prefix for name in names if (prefix := _before_marker(name, longest_first)) is not None}
-    # A name belongs to its longest prefix. The empty prefix takes the rest.
-    by_prefix: dict[str | None, list[str]] = {prefix: [] for prefix in sorted(prefixes)}
-    for name in names:
-        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
-        by_prefix.setdefault(owner, []).append(name)
-    beside = tuple(names[name] for name in by_prefix.pop(None, []))
-    return [
-        WeightSet(
-            ".".join(part for part in (place, prefix.removesuffix(".")) if part) or TOP,
-            {name.removeprefix(prefix): stored[names[name]] for name in owned},
-            beside,
-        )
-        for prefix, owned in by_prefix.items()
-    ]
-
-
-def _before_marker(name: str, markers: Iterable[str]) -> str | None:
-    for marker in markers:
-        if name == marker or name.endswith(f".{marker}"):
-            return name.removesuffix(marker)
-    return None
-
-
-def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_alike: bool) -> WeightSet[Value]:
-    """Return the set of weights to use.
-
-    Args:
-        sets: at least one.
-        section: the place that the user named, or None.
-        are_alike: whether all sets hold the same weights. Any of them is then right.
-
-    Raises:
-        UserError: the place holds no set, or there are several different sets and no place.
-    """
-    places = ", ".join(one.place for one in sets)
-    if section is not None:
-        named = [one for one in sets if one.place == section]
-        if not named:
-            raise UserError(f"no weights of this family lie under {section!r}; there are: {places}")
-        return named[0]
-    if len(sets) > 1 and not are_alike:
-        raise UserError(
-            f"holds {len(sets)} sets of weights that differ ({places}); say which to take: --section "
-            f"{sets[0].place} (tools/convert_checkpoint.py import)"
-        )
-    return sets[0]
-
-
-def check_frequencies(name: str, found: Tensor, architecture: Architecture) -> None:
-    """Refuse rotary frequencies of another base than the model's. The weights were trained with these frequencies.
-
-    Args:
-        name: name of the tensor, for messages.
-        found: ``[channels of a head / 2]``. A tensor of another shape is ignored.
-        architecture: sizes of the model.
-
-    Raises:
-        UserError: the bases differ. Names the tensor and both bases.
-    """
-    channels = architecture.kv_channels
-    if found.shape != (channels // 2,) or channels < 4:
-        return
-    places = torch.arange(0, channels, 2, dtype=torch.float64) / channels
-    wanted = architecture.rotary_base**-places
-    if not torch.allclose(found.double(), wanted, rtol=_TOLERANCE, atol=0):
-        base = (found[1].double() ** (-channels / 2)).item()
-        raise UserError(
-            f"tensor {name} is of the rotary base {base:.6g}, config.json says {architecture.rotary_base:.6g}; mend "
-            "the one that is wrong"
-        )
-
-
-SAFETENSORS = ".safetensors"
-# How deep nested keys, such as "state_dict" in "trainer", are searched for weights.
-_DEEPEST = 3
 
 
 def contents_of(path: Path) -> Any:
@@ -180,24 +71,9 @@ def contents_of(path: Path) -> Any:
             f"holds more than tensors: {error}; torch.save its state dict alone into another file"
         ) from None
     except Exception as error:  # torch.load promises no closed set for damaged files
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         kind = kind_hint(path, but=[ZIP])
         raise UserError(f"is truncated or not what torch.save writes{kind or f': {shortened(why, 120)}'}") from None
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        # The length of a header can look like UTF-16.
-        kind = kind_hint(path, but=[UTF_16])
-        raise UserError(f"is truncated or not a safetensors file{kind or f': {shortened(why, 120)}'}") from None
 
 
 def tensors_in(path: Path, sections: Sequence[str]) -> dict[str, Tensor]:
@@ -241,6 +117,136 @@ def sets_in(found: Any, markers: Collection[str], num_bytes: int) -> list[Weight
     return sets
 
 
+def weight_sets[Value](
+    stored: Mapping[str, Value], markers: Collection[str], place: str = ""
+) -> list[WeightSet[Value]]:
+    """Return the sets of weights in a flat dictionary of tensors. There is none where no marker is found.
+
+    Args:
+        stored: tensors, or whatever stands for them, by stored name.
+        markers: tensor names. Every set has one of them.
+        place: the place of the dictionary itself.
+
+    Raises:
+        UserError: see :func:`unwrapped`.
+    """
+    names = unwrapped(stored)
+    # If a name ends with two markers, the longer one gives the prefix.
+    longest_first = sorted(markers, key=len, reverse=True)
+    prefixes = {prefix for name in names if (prefix := _before_marker(name, longest_first)) is not None}
+    # A name belongs to its longest prefix. The empty prefix takes the rest.
+    by_prefix: dict[str | None, list[str]] = {prefix: [] for prefix in sorted(prefixes)}
+    for name in names:
+        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
+        by_prefix.setdefault(owner, []).append(name)
+    beside = tuple(names[name] for name in by_prefix.pop(None, []))
+    return [
+        WeightSet(
+            ".".join(part for part in (place, prefix.removesuffix(".")) if part) or TOP,
+            {name.removeprefix(prefix): stored[names[name]] for name in owned},
+            beside,
+        )
+        for prefix, owned in by_prefix.items()
+    ]
+
+
+def chosen_set[Value](sets: list[WeightSet[Value]], section: str | None, *, are_alike: bool) -> WeightSet[Value]:
+    """Return the set of weights to use.
+
+    Args:
+        sets: at least one.
+        section: the place that the user named, or None.
+        are_alike: whether all sets hold the same weights. Any of them is then right.
+
+    Raises:
+        UserError: the place holds no set, or there are several different sets and no place.
+    """
+    places = ", ".join(one.place for one in sets)
+    if section is not None:
+        named = [one for one in sets if one.place == section]
+        if not named:
+            raise UserError(f"no weights of this family lie under {section!r}; there are: {places}")
+        return named[0]
+    if len(sets) > 1 and not are_alike:
+        raise UserError(
+            f"holds {len(sets)} sets of weights that differ ({places}); say which to take: --section "
+            f"{sets[0].place} (megatron-cca convert import)"
+        )
+    return sets[0]
+
+
+def same_tensors[Value](sets: Sequence[WeightSet[Value]], are_equal: Callable[[Value, Value], bool]) -> bool:
+    """Return whether all sets have the same names and, by ``are_equal``, the same tensors."""
+    first, *others = (one.weights for one in sets)
+    return all(
+        first.keys() == other.keys() and all(are_equal(first[name], other[name]) for name in first) for other in others
+    )
+
+
+def equal_tensors(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and numbers."""
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Return the names without the parts that wrappers add, each with its name in the file.
+
+    Raises:
+        UserError: two names differ only in wrappers.
+    """
+    found: dict[str, str] = {}
+    for stored in names:
+        name = ".".join(part for part in stored.split(".") if part not in _WRAPPERS) or stored
+        if name in found:
+            raise UserError(f"tensors {found[name]} and {stored} have one name, {name}, without their wrappers")
+        found[name] = stored
+    return found
+
+
+def is_recomputed(name: str) -> bool:
+    """Return whether a tensor of this name is computed and not learnt: frequencies, masks, caches."""
+    return name.rpartition(".")[2] in _RECOMPUTED
+
+
+def check_frequencies(name: str, found: Tensor, architecture: Architecture) -> None:
+    """Refuse rotary frequencies of another base than the model's. The weights were trained with these frequencies.
+
+    Args:
+        name: name of the tensor, for messages.
+        found: ``[channels of a head / 2]``. A tensor of another shape is ignored.
+        architecture: sizes of the model.
+
+    Raises:
+        UserError: the bases differ. Names the tensor and both bases.
+    """
+    channels = architecture.kv_channels
+    if found.shape != (channels // 2,) or channels < 4:
+        return
+    places = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+    wanted = architecture.rotary_base**-places
+    if not torch.allclose(found.double(), wanted, rtol=_TOLERANCE, atol=0):
+        base = (found[1].double() ** (-channels / 2)).item()
+        raise UserError(
+            f"tensor {name} is of the rotary base {base:.6g}, config.json says {architecture.rotary_base:.6g}; mend "
+            "the one that is wrong"
+        )
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        why = first_line(error)
+        # The length of a header can look like UTF-16.
+        kind = kind_hint(path, but=[UTF_16])
+        raise UserError(f"is truncated or not a safetensors file{kind or f': {shortened(why, 120)}'}") from None
+
+
 def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set[int]) -> Iterator[WeightSet[Tensor]]:
     # A pickle can hold one dictionary many times, or in itself.
     if not isinstance(found, Mapping) or id(found) in seen:
@@ -254,14 +260,11 @@ def _sets(found: Any, markers: Collection[str], keys: tuple[str, ...], seen: set
                 yield from _sets(value, markers, (*keys, key), seen)
 
 
-def same_tensors(sets: Sequence[WeightSet[Tensor]]) -> bool:
-    """Return whether all sets have the same names and, in every tensor, the same numbers."""
-    first, *others = (one.weights for one in sets)
-    return all(
-        first.keys() == other.keys()
-        and all(first[name].dtype == other[name].dtype and torch.equal(first[name], other[name]) for name in first)
-        for other in others
-    )
+def _before_marker(name: str, markers: Iterable[str]) -> str | None:
+    for marker in markers:
+        if name == marker or name.endswith(f".{marker}"):
+            return name.removesuffix(marker)
+    return None
 
 
 def _plain(found: Any, num_bytes: int) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 Every rule lists the rows of Hugging Face tensors that make up one tensor of Megatron's, from top to bottom. Rows are
 moved and never changed, so that an import followed by an export is bit-exact in any dtype. Keys are those of Megatron's
 distributed checkpoints, where the tensors of the layers are stacked. Norms have Transformer Engine's names.
+
+Other programs know no low-rank adapters: these are merged into their weights before. Nothing here needs Megatron.
 """
 
 from __future__ import annotations
@@ -12,16 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from megatron_cca.config import LoraConfig
 from megatron_cca.models.architecture import Architecture
 
+# Names of a projection's A and B, in place of its own "weight". Megatron-Bridge has the same names.
+LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
+_MERGED_AT_A_TIME = 1024
+
 _DIMENSIONS = {
-    "vocab": lambda a: a.vocabulary.size,
-    "output": lambda a: a.vocabulary.output_size,
-    "input_only": lambda a: a.vocabulary.size - a.vocabulary.output_size,
-    "hidden": lambda a: a.hidden_size,
-    "ffn": lambda a: a.ffn_hidden_size,
-    "query": lambda a: a.hidden_size,
-    "key": lambda a: a.kv_channels * a.num_query_groups,
+    "vocab": lambda sizes: sizes.vocabulary.size,
+    "output": lambda sizes: sizes.vocabulary.output_size,
+    "input_only": lambda sizes: sizes.vocabulary.size - sizes.vocabulary.output_size,
+    "hidden": lambda sizes: sizes.hidden_size,
+    "ffn": lambda sizes: sizes.ffn_hidden_size,
+    "query": lambda sizes: sizes.hidden_size,
+    "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
 }
 
 
@@ -68,10 +78,10 @@ class MappedTensor:
 
 
 @dataclass(frozen=True)
-class Source:
-    """``count`` rows of a Hugging Face tensor from ``start``.
+class RowsInMegatron:
+    """Where rows of a Hugging Face tensor are in Megatron's: ``count`` rows from ``start`` on.
 
-    They are the rows of ``tensor`` from ``megatron_start``.
+    They are the rows of ``tensor`` from ``megatron_start`` on.
     """
 
     tensor: MappedTensor
@@ -244,19 +254,44 @@ class WeightMap:
         yield list(self.rules[last:]), None
 
 
-def sources(tensors: Sequence[MappedTensor]) -> Mapping[str, list[Source]]:
+def rows_in_megatron(tensors: Sequence[MappedTensor]) -> Mapping[str, list[RowsInMegatron]]:
     """Return the reverse map: for each Hugging Face tensor, where its rows go, from top to bottom."""
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[RowsInMegatron]] = {}
     for tensor in tensors:
         position = 0
         for part in tensor.parts:
-            found.setdefault(part.name, []).append(Source(tensor, position, part.start, part.count))
+            found.setdefault(part.name, []).append(RowsInMegatron(tensor, position, part.start, part.count))
             position += part.count
     for name, rows in found.items():
-        rows.sort(key=lambda source: source.start)
-        ends = [0, *(source.start + source.count for source in rows)]
-        assert [source.start for source in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
+        rows.sort(key=lambda part: part.start)
+        ends = [0, *(part.start + part.count for part in rows)]
+        assert [part.start for part in rows] == ends[:-1], f"the weight map leaves rows of {name} out"
     return found
+
+
+def scale_of(settings: LoraConfig) -> float:
+    """Return the factor ``alpha / dim`` of an adapter's output."""
+    return settings.alpha / settings.dim
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, linear_in: Tensor, linear_out: Tensor, scale: float) -> Tensor:
+    """Return ``W + scale * B A``, rounded to fp32 and then once to the weight's dtype.
+
+    The sum is in fp64, so that the result does not depend on the machine or on how the weight is split. A merge of
+    shards on a GPU gives the same bits as an export by rows.
+
+    Args:
+        weight: ``[rows, columns]``, the whole weight or any block of it.
+        linear_in: A, ``[dim, columns]``.
+        linear_out: B, ``[rows, dim]``.
+        scale: ``alpha / dim``.
+    """
+    result, factor = torch.empty_like(weight), linear_in.double()
+    for start in range(0, weight.size(0), _MERGED_AT_A_TIME):
+        rows = slice(start, start + _MERGED_AT_A_TIME)
+        result[rows] = torch.addmm(weight[rows].double(), linear_out[rows].double(), factor, alpha=scale).float()
+    return result
 
 
 def _is_stacked(rule: Rule) -> bool:

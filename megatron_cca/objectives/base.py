@@ -1,4 +1,5 @@
 """The base of all objectives: a section of keys, a loss on log-probabilities, and facts that the rest of a run needs.
+
 Inputs of objectives are rows: summed log-probabilities of sequences.
 """
 

@@ -1,11 +1,11 @@
 """Log-probabilities of target tokens, computed from hidden states without a full tensor of logits.
 
-The LM head is applied tile by tile. A tile is a chunk of tokens times a block of words. Each token keeps three numbers:
+The LM head is applied tile by tile. A tile is a chunk of tokens times a block of ids. Each token keeps three numbers:
 the largest logit, the sum of exponentials and the target's logit. They are reduced over the tensor-parallel group once
 at the end. Backward recomputes the tiles.
 
-Words at or past ``vocab_size`` are padding. They never count, whatever their rows hold. So the result does not depend
-on how a layout pads the vocabulary. Words outside of the ``support`` do not count either.
+Ids at or past ``vocab_size`` are padding. They never count, whatever their rows hold. So the result does not depend
+on how a layout pads the vocabulary. Ids outside of the ``support`` do not count either.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def sequence_logps(
             number of rows.
         targets: int64 ``[B, S]``. ``hidden[s, b]`` predicts ``targets[b, s]``. Ignored where the mask is false.
         mask: bool ``[B, S]``. Only true positions are computed.
-        bias: ``[V_local]``, added to the logits of this rank's words. None for a head without bias.
+        bias: ``[V_local]``, added to the logits of this rank's ids. None for a head without bias.
         tp_group: the tensor-parallel group. None if this rank has the whole head.
         vocab_size: the true size of the vocabulary, without padding.
-        support: consecutive ids of the words whose probabilities sum to 1. None means the whole vocabulary. Other
-            words have no probability, and the gradient of their rows of ``weight`` is exactly 0.
+        support: consecutive ids, whose probabilities sum to 1. None means the whole vocabulary. Other
+            ids have no probability, and the gradient of their rows of ``weight`` is exactly 0.
         chunk_size: tokens in a tile. Memory beyond inputs and gradients grows with it. None means 1,024 on a CPU and
             4,096 on a GPU (:mod:`megatron_cca.parallel.tiles`).
 
@@ -80,13 +80,13 @@ def token_logps(
     """Return log p(target | prefix) of each token, see :func:`sequence_logps`: float32 ``[B, S]``, 0 off the mask."""
     _check_shapes(hidden, weight, bias, targets, mask, chunk_size)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
-    words = targets.t().reshape(-1).index_select(0, positions)
+    ids = targets.t().reshape(-1).index_select(0, positions)
     support = range(vocab_size) if support is None else support
     _check_support(support, vocab_size)
-    _check_targets(words, positions, mask.size(0), support)
+    _check_targets(ids, positions, mask.size(0), support)
     flat_hidden = hidden.reshape(-1, hidden.size(-1))
     settings = (tp_group, vocab_size, support, chunk_size)
-    logps = _SelectedLogps.apply(flat_hidden, weight, bias, positions, words, settings)
+    logps = _SelectedLogps.apply(flat_hidden, weight, bias, positions, ids, settings)
     flat = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
@@ -117,25 +117,25 @@ def _check_support(support: range, vocab_size: int) -> None:
         raise ValueError(f"support: {support}, must be consecutive ids of 0 to {vocab_size - 1}, at least one")
 
 
-def _check_targets(words: Tensor, positions: Tensor, batch: int, support: range) -> None:
-    outside = (words < support.start) | (words >= support.stop)
+def _check_targets(ids: Tensor, positions: Tensor, batch: int, support: range) -> None:
+    outside = (ids < support.start) | (ids >= support.stop)
     if outside.any():
         first = int(outside.nonzero()[0])
         token, row = divmod(int(positions[first]), batch)
         raise ValueError(
-            f"targets: id {int(words[first])} at row {row}, position {token}, must be {support[0]} to {support[-1]} "
+            f"targets: id {int(ids[first])} at row {row}, position {token}, must be {support[0]} to {support[-1]} "
             "where the mask is on"
         )
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and words ``[N]`` -> fp32 ``[N]``."""
+    """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and ids ``[N]`` -> fp32 ``[N]``."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, positions, words, settings):
-        head = _HeadShard(weight, bias, words, *settings)
+    def forward(ctx, hidden, weight, bias, positions, ids, settings):
+        head = _HeadShard(weight, bias, ids, *settings)
         selected = hidden.index_select(0, positions)
-        peak = selected.new_full((words.numel(),), -torch.inf, dtype=head.sum_dtype)
+        peak = selected.new_full((ids.numel(),), -torch.inf, dtype=head.sum_dtype)
         sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
         for block in head.blocks():
             columns = head.operand(weight[block])
@@ -146,7 +146,7 @@ class _SelectedLogps(torch.autograd.Function):
                     *(peak[rows], sum_exp[rows], target_logits[rows]),
                 )
         peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
-        ctx.save_for_backward(hidden, weight, bias, positions, words, peak, sum_exp)
+        ctx.save_for_backward(hidden, weight, bias, positions, ids, peak, sum_exp)
         ctx.settings = settings
         # Keep this order: the logits can be huge and nearly equal.
         return (target_logits - peak).sub_(sum_exp.log()).float()
@@ -154,8 +154,8 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, weight, bias, positions, words, peak, sum_exp = ctx.saved_tensors
-        head = _HeadShard(weight, bias, words, *ctx.settings)
+        hidden, weight, bias, positions, ids, peak, sum_exp = ctx.saved_tensors
+        head = _HeadShard(weight, bias, ids, *ctx.settings)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         selected = hidden.index_select(0, positions)
         statistics = (peak, sum_exp, grad_logps.to(head.sum_dtype).contiguous())
@@ -186,37 +186,37 @@ class _HeadShard:
         self,
         weight: Tensor,
         bias: Tensor | None,
-        words: Tensor,
+        ids: Tensor,
         tp_group: dist.ProcessGroup | None,
         vocab_size: int,
         support: range,
         chunk_size: int | None,
     ) -> None:
-        self.weight, self.bias, self.words, self.vocab_size = weight, bias, words, vocab_size
+        self.weight, self.bias, self.ids, self.vocab_size = weight, bias, ids, vocab_size
         self.on_gpu = current_operations().is_on_gpu(weight)
         self.sizes = tile_sizes(on_gpu=self.on_gpu)
         self.chunk_size = chunk_size_of(chunk_size, on_gpu=self.on_gpu)
         self.tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
-        self.first_word = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
-        self.own_words = own_part(support, self.first_word, weight.size(0))
+        self.first_id = weight.size(0) * (self.tp_group.rank() if self.tp_group is not None else 0)
+        self.own_ids = own_part(support, self.first_id, weight.size(0))
         self.sum_dtype = torch.promote_types(weight.dtype, torch.float32)
         self.operations = tiles.operations_for(weight.device)
         self._workspace: Tensor | None = None
 
     def blocks(self) -> Iterator[slice]:
-        """Yield slices of this rank's words of the support, each one tile wide. The last can contain padding rows."""
-        first, rows = self.own_words.start, self.weight.size(0)
-        for block in blocks(len(self.own_words), rows - first, self.sizes):
+        """Yield slices of this rank's ids of the support, each one tile wide. The last can contain padding rows."""
+        first, rows = self.own_ids.start, self.weight.size(0)
+        for block in blocks(len(self.own_ids), rows - first, self.sizes):
             yield slice(first + block.start, first + block.stop)
 
     def chunks(self) -> Iterator[slice]:
         """Return slices of the tokens, each one tile high."""
-        total, size = self.words.numel(), self.chunk_size
+        total, size = self.ids.numel(), self.chunk_size
         return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
     def local_targets(self, rows: slice, block: slice) -> Tensor:
         """Return the targets as columns of a block. Other blocks' or ranks' targets give columns outside of it."""
-        return self.words[rows] - (self.first_word + block.start)
+        return self.ids[rows] - (self.first_id + block.start)
 
     def operand(self, tensor: Tensor) -> Tensor:
         """Return a tensor as a factor of a product, cast on a CPU: there, sums of half precision are not in fp32."""
@@ -225,7 +225,7 @@ class _HeadShard:
     def true_columns(self, block: slice) -> Tensor:
         """Return a block's rows of the weight as a factor of a product. Rows that do not count are set to 0."""
         rows = self.weight[block]
-        true = self.own_words.stop - block.start
+        true = self.own_ids.stop - block.start
         if true < rows.size(0):
             # The gradient of their logits is 0. Times infinity in the weight, it would be NaN.
             rows = rows.clone()
@@ -247,7 +247,7 @@ class _HeadShard:
             tile = torch.mm(tokens, columns.t(), out=self._workspace[: rows * width].view(rows, width))
         if self.bias is not None:
             tile += self.bias[block]
-        true = self.own_words.stop - block.start
+        true = self.own_ids.stop - block.start
         if true < width:
             tile[:, true:] = -torch.inf
         return tile
@@ -265,7 +265,7 @@ class _HeadShard:
         """Add the part of one tile to the gradients that are not None, and return the gradient of its logits.
 
         Args:
-            block: the words of the tile.
+            block: the ids of the tile.
             rows: the tokens of the tile.
             selected: hidden states of all tokens, ``[N, H]``.
             columns: rows of the weight for the block, from :meth:`true_columns`.
@@ -303,7 +303,7 @@ class _HeadShard:
             raise ValueError(f"weight: shards of {smallest} to {largest} rows, must be equal on all {ranks} ranks")
         if rows * ranks < self.vocab_size:
             raise ValueError(
-                f"weight: {rows} rows on each of {ranks} rank(s) are {rows * ranks} words, must be at least "
+                f"weight: {rows} rows on each of {ranks} rank(s) are {rows * ranks} ids, must be at least "
                 f"vocab_size {self.vocab_size}"
             )
 

@@ -1,11 +1,9 @@
 """The tiles in which the LM head is applied: their sizes, and the operations on a tile of logits.
 
-The two operations update the running softmax and make the gradient.
-
-A tile is a chunk of tokens times a block of words. Both sizes depend on the device. On a CPU, a tile fits in the cache.
+A tile is a chunk of tokens times a block of ids. Both sizes depend on the device. On a CPU, a tile fits in the cache.
 On a GPU, it keeps the whole GPU busy. ``benchmarks/logps.md`` has the measurements.
 
-A tile is fp32 (or fp64) ``[n, width]``: the logits of n tokens for ``width`` neighbouring words. ``local_targets`` is
+A tile is fp32 (or fp64) ``[n, width]``: the logits of n tokens for ``width`` neighbouring ids. ``local_targets`` is
 int64 ``[n]``: the target's column, or a number outside of ``0 .. width - 1`` if the target is in another tile. This
 module runs on every device. ``triton_tiles`` has the same two functions with one pass over the tile.
 """
@@ -29,8 +27,8 @@ class TileSizes:
 
     Attributes:
         chunk_size: tokens in a tile, if the configuration does not set it.
-        width: largest number of words in a tile.
-        multiple: the last tile ends at a multiple of this number of words, if the weight has enough rows.
+        width: largest number of ids in a tile.
+        multiple: the last tile ends at a multiple of this number of ids, if the weight has enough rows.
     """
 
     chunk_size: int
@@ -56,42 +54,42 @@ def chunk_size_of(configured: int | None, *, on_gpu: bool) -> int:
     return tile_sizes(on_gpu=on_gpu).chunk_size if configured is None else configured
 
 
-def block_width(words: int, sizes: TileSizes) -> int:
-    """Return the number of words in a tile. All tiles have this width, but the last can be narrower.
+def block_width(num_ids: int, sizes: TileSizes) -> int:
+    """Return the number of ids in a tile. All tiles have this width, but the last can be narrower.
 
     Args:
-        words: number of true words of a rank, 1 or more.
+        num_ids: number of true ids of a rank, 1 or more.
         sizes: tile sizes of the device.
     """
-    tiles = -(-words // sizes.width)
-    return _rounded_up(-(-words // tiles), _WIDTH_MULTIPLE)
+    tiles = -(-num_ids // sizes.width)
+    return _rounded_up(-(-num_ids // tiles), _WIDTH_MULTIPLE)
 
 
-def blocks(words: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
-    """Yield the blocks of a rank's rows that hold true words.
+def blocks(num_ids: int, rows: int, sizes: TileSizes) -> Iterator[slice]:
+    """Yield the blocks of a rank's rows that hold true ids.
 
     The last block can contain rows that pad the vocabulary, at most up to the next multiple.
 
     Args:
-        words: number of true words of the rank, 0 or more.
-        rows: number of rows of its weight, ``words`` or more.
+        num_ids: number of true ids of the rank, 0 or more.
+        rows: number of rows of its weight, ``num_ids`` or more.
         sizes: tile sizes of the device.
     """
-    if words < 1:
+    if num_ids < 1:
         return
-    end, width = min(_rounded_up(words, sizes.multiple), rows), block_width(words, sizes)
+    end, width = min(_rounded_up(num_ids, sizes.multiple), rows), block_width(num_ids, sizes)
     yield from (slice(start, min(start + width, end)) for start in range(0, end, width))
 
 
-def own_part(support: range, first_word: int, rows: int) -> range:
-    """Return the rows of a shard of the head that hold words of the support. Empty if there are none.
+def own_part(support: range, first_id: int, rows: int) -> range:
+    """Return the rows of a shard of the head that hold ids of the support. Empty if there are none.
 
     Args:
         support: consecutive ids.
-        first_word: id of the shard's first row.
+        first_id: id of the shard's first row.
         rows: number of rows of the shard.
     """
-    start, stop = (min(max(word - first_word, 0), rows) for word in (support.start, support.stop))
+    start, stop = (min(max(end - first_id, 0), rows) for end in (support.start, support.stop))
     return range(start, stop)
 
 
@@ -131,8 +129,8 @@ def logits_gradient(
     Args:
         logits: the tile. Its content is lost.
         local_targets: int64 ``[n]``.
-        peak: ``[n]``, the largest logit over all words.
-        sum_exp: ``[n]``, the sum of exp(logit - peak) over all words.
+        peak: ``[n]``, the largest logit over all ids.
+        sum_exp: ``[n]``, the sum of exp(logit - peak) over all ids.
         upstream: ``[n]``, the gradient of each token's log-probability.
         dtype: dtype of the result.
     """

@@ -24,40 +24,6 @@ import torch  # noqa: E402
 _MANY = 256
 
 
-def compute_capabilities() -> list[tuple[int, int]]:
-    """Return the major and minor compute capability of every GPU of this machine. Empty without library or driver.
-
-    The call does not start CUDA. A process can still fork, or set variables that CUDA reads at its start.
-    """
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    return _asked(library)
-
-
-def _asked(library: ctypes.CDLL) -> list[tuple[int, int]]:
-    if library.nvmlInit_v2() != 0:
-        return []
-    try:
-        count = ctypes.c_uint()
-        if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return []
-        found = [_capability(library, index) for index in range(min(count.value, _MANY))]
-        return [one for one in found if one is not None]
-    finally:
-        library.nvmlShutdown()
-
-
-def _capability(library: ctypes.CDLL, index: int) -> tuple[int, int] | None:
-    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-    if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
-        return None
-    if library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) != 0:
-        return None
-    return major.value, minor.value
-
-
 @dataclass(frozen=True)
 class Platform:
     """A device type (``"cpu"`` or ``"cuda"``) and the torch.distributed backend that serves it."""
@@ -119,27 +85,6 @@ def install_option(choice: DeviceChoice) -> None:
         raise UserError(f"--device: {error}") from None
 
 
-def _limit_hardware_queues() -> None:
-    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` to 1 if the GPUs need it and it is not set. Call it before CUDA starts.
-
-    Up to Hopper, Megatron overlaps tensor- and context-parallel communication with compute only if one hardware queue
-    keeps the order of launches. Blackwell (compute capability 10) does not need this limit, and loses overlap with it.
-    """
-    found = compute_capabilities()
-    if not found or min(found) < (10, 0):
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def _choose(choice: DeviceChoice) -> Platform:
-    if choice == "cpu":
-        return _CPU
-    if torch.cuda.is_available():
-        return _CUDA
-    if choice == "cuda":
-        raise ValueError("device 'cuda': no GPU is visible to this process; use 'cpu' or 'auto'")
-    return _CPU
-
-
 def current() -> Platform:
     """Return the installed platform. Installs ``"auto"`` if none is installed yet."""
     return _installed or install()
@@ -163,18 +108,6 @@ def process_group_options() -> dict:
     if current().is_cuda:
         options["device_id"] = device()
     return options
-
-
-def _fresh_rendezvous(attempt: str) -> dict:
-    """Return a part of torchrun's store that holds nothing from killed ranks.
-
-    torchrun gives the store of the first attempt to later attempts, with the addresses of dead ranks
-    (pytorch/pytorch#135712). The part is named by torchrun's count of restarts. On one machine, all ranks have the same
-    count. On several machines the counts can differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment
-    there (docs/reliability.md).
-    """
-    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
-    return {"store": torch.distributed.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
 
 
 def synchronize(on: torch.device | None = None) -> None:
@@ -237,3 +170,70 @@ def device_name() -> str:
     if current().is_cuda:
         return torch.cuda.get_device_name()
     return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def compute_capabilities() -> list[tuple[int, int]]:
+    """Return the major and minor compute capability of every GPU of this machine. Empty without library or driver.
+
+    The call does not start CUDA. A process can still fork, or set variables that CUDA reads at its start.
+    """
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    return _asked(library)
+
+
+def _limit_hardware_queues() -> None:
+    """Set ``CUDA_DEVICE_MAX_CONNECTIONS`` to 1 if the GPUs need it and it is not set. Call it before CUDA starts.
+
+    Up to Hopper, Megatron overlaps tensor- and context-parallel communication with compute only if one hardware queue
+    keeps the order of launches. Blackwell (compute capability 10) does not need this limit, and loses overlap with it.
+    """
+    found = compute_capabilities()
+    if not found or min(found) < (10, 0):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _choose(choice: DeviceChoice) -> Platform:
+    if choice == "cpu":
+        return _CPU
+    if torch.cuda.is_available():
+        return _CUDA
+    if choice == "cuda":
+        raise ValueError("device 'cuda': no GPU is visible to this process; use 'cpu' or 'auto'")
+    return _CPU
+
+
+def _fresh_rendezvous(attempt: str) -> dict:
+    """Return a part of torchrun's store that holds nothing from killed ranks.
+
+    torchrun gives the store of the first attempt to later attempts, with the addresses of dead ranks
+    (pytorch/pytorch#135712). The part is named by torchrun's count of restarts. On one machine, all ranks have the same
+    count. On several machines the counts can differ: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment
+    there (docs/reliability.md).
+    """
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    return {"store": torch.distributed.PrefixStore(attempt, store), "rank": rank, "world_size": world_size}
+
+
+def _asked(library: ctypes.CDLL) -> list[tuple[int, int]]:
+    if library.nvmlInit_v2() != 0:
+        return []
+    try:
+        count = ctypes.c_uint()
+        if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return []
+        found = [_capability(library, index) for index in range(min(count.value, _MANY))]
+        return [one for one in found if one is not None]
+    finally:
+        library.nvmlShutdown()
+
+
+def _capability(library: ctypes.CDLL, index: int) -> tuple[int, int] | None:
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)) != 0:
+        return None
+    if library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) != 0:
+        return None
+    return major.value, minor.value

@@ -1,4 +1,5 @@
 """The few operations whose behaviour depends on the device, and weight gradients that are added directly to a sum.
+
 Models and kernels ask :func:`current_operations`. A training job always gets :class:`DeviceOperations`. The planner
 counts memory and messages without numbers. It brings a subclass that makes tensors of the same shapes
 (``lab/planner``). Only this module decides how products of half precision are summed in fp32.

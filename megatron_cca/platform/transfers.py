@@ -32,15 +32,6 @@ def host_copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor)
 
 
-def _lock_pages(host: Tensor) -> None:
-    # torch's pinned allocator rounds sizes up to powers of two. For an embedding this wastes gigabytes.
-    cudart, address = torch.cuda.cudart(), host.data_ptr()
-    error = int(cudart.cudaHostRegister(address, host.nbytes, 0))
-    if error:
-        raise RuntimeError(f"cannot lock {host.nbytes} bytes of host memory: CUDA error {error}; see ulimit -l")
-    weakref.finalize(host.untyped_storage(), cudart.cudaHostUnregister, address)
-
-
 class Fetcher:
     """A queue of copies to the device, beside the compute queue. Copies run in the order of the calls."""
 
@@ -108,12 +99,6 @@ class SideQueue:
             self._stream.synchronize()
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # All side queues of a device share one stream. torch has only 32, and would give out a stream that is in use.
-    return torch.cuda.Stream(device)
-
-
 @contextmanager
 def without_side_work() -> Iterator[None]:
     """Block every :class:`SideQueue` during this block.
@@ -150,11 +135,26 @@ def available_host_bytes() -> int:
     return max(0, available)
 
 
-def _cgroup_usage(limit: Path) -> int:
-    usage = limit.with_name({"memory.max": "memory.current"}.get(limit.name, "memory.usage_in_bytes"))
-    return int(usage.read_text())
-
-
 def local_world_size() -> int:
     """Return the number of processes of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def _lock_pages(host: Tensor) -> None:
+    # torch's pinned allocator rounds sizes up to powers of two. For an embedding this wastes gigabytes.
+    cudart, address = torch.cuda.cudart(), host.data_ptr()
+    error = int(cudart.cudaHostRegister(address, host.nbytes, 0))
+    if error:
+        raise RuntimeError(f"cannot lock {host.nbytes} bytes of host memory: CUDA error {error}; see ulimit -l")
+    weakref.finalize(host.untyped_storage(), cudart.cudaHostUnregister, address)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # All side queues of a device share one stream. torch has only 32, and would give out a stream that is in use.
+    return torch.cuda.Stream(device)
+
+
+def _cgroup_usage(limit: Path) -> int:
+    usage = limit.with_name({"memory.max": "memory.current"}.get(limit.name, "memory.usage_in_bytes"))
+    return int(usage.read_text())

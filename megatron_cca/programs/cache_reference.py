@@ -18,11 +18,11 @@ from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
 _EXAMPLE = """example:
-  torchrun --nproc_per_node 8 tools/cache_reference.py --config my.yaml --output caches/my
+  torchrun --nproc_per_node 8 -m megatron_cca cache-reference --config my.yaml --output caches/my
 
 Then train with --set reference.strategy=cached --set reference.cache=caches/my. The cache serves any layout; log-ratios
-start at exactly 0 on the layout, micro batch and machine that it was computed with. An interrupted computation goes on
-where it was.
+start at exactly 0 on the layout, micro batch and machine that it was computed with. The same command
+continues an interrupted computation.
 """
 
 
@@ -37,7 +37,7 @@ class CacheOptions:
     overrides: Overrides = ()
     """override a key of the configuration, such as the layout to compute on; may be repeated"""
     steps: Annotated[str, Option(metavar="FIRST:LAST")] | None = None
-    """training steps, LAST excluded (default: 0:training.train_iters)"""
+    """the training steps to compute, without LAST (default: 0:training.train_iters)"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot run, fill the cache."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLE)
     os.environ.setdefault("WORLD_SIZE", "1")
-    with reported_tool_errors(("nvidia",), "data"):
+    with reported_tool_errors(("nvidia",)):
         check_writable(given.output)
         # Imported late: --help need not wait for it.
         from megatron_cca import platform

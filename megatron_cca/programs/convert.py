@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from megatron_cca.checkpoint.huggingface import TensorComparison
 
 _EXAMPLES = """examples:
-  python tools/convert_checkpoint.py import --hf Emu3-Gen --output checkpoints/emu3_8b
-  python tools/convert_checkpoint.py verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
-  python tools/convert_checkpoint.py export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
-  python tools/convert_checkpoint.py import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
-  python tools/convert_checkpoint.py import --hf mine.pt --set model.num_attention_heads=8 \\
+  megatron-cca convert import --hf Emu3-Gen --output checkpoints/emu3_8b
+  megatron-cca convert verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
+  megatron-cca convert export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
+  megatron-cca convert import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
+  megatron-cca convert import --hf mine.pt --set model.num_attention_heads=8 \\
       --set model.max_position_embeddings=257 --section ema --output checkpoints/mine
 """
 _DIFFERENT, _MAX_TOKENS = 3, 10_000
@@ -38,8 +38,8 @@ class ReadingOptions:
     """Weights in another format, and facts that their files do not contain."""
 
     _: KW_ONLY
-    hf: Folder
-    """Hugging Face folder with safetensors, in either form, or a family's own .pt or .safetensors"""
+    hf: Annotated[Folder, Option(metavar="PATH")]
+    """Hugging Face folder with safetensors, of transformers or of the authors, or a family's own .pt or .safetensors"""
     overrides: Annotated[tuple[str, ...], Option(metavar="model.KEY=VALUE", name="--set")] = ()
     """a size that a .pt does not contain, such as model.num_attention_heads=8; released models need none"""
     section: Annotated[str, Option(metavar="NAME")] | None = None
@@ -59,9 +59,10 @@ class ImportOptions(ReadingOptions):
     overwrite: bool = False
     """replace a former import in --output"""
     max_position_embeddings: Count | None = None
-    """of the model in a .pt, which does not contain it: 257 for 256 px, 577 for 384 px (default: the preset's)"""
+    """positions of the model in a .pt, which does not contain their number: 257 for 256 px, 577 for 384 px (default:
+    the preset's)"""
     tensor_model_parallel_size: int = 1
-    """refuse a model that cannot be split so; the output itself loads at any layout"""
+    """refuse a model that so many tensor-parallel ranks cannot share; the output itself loads at any layout"""
     pipeline_model_parallel_size: int = 1
     """likewise, for pipeline stages"""
     virtual_pipeline_model_parallel_size: int = 1
@@ -97,13 +98,13 @@ class VerifyOptions(ReadingOptions):
     checkpoint: Folder
     """a run folder, an import's output, or an iter_ folder"""
     rows: Count = 2
-    """random token sequences"""
+    """number of random token sequences to compare the logits of"""
     length: Count = 64
     """tokens in each"""
     seed: Seed = 0
     """seed of the tokens"""
     device: DeviceChoice = "auto"
-    """device of Megatron's side"""
+    """device of Megatron's side; auto takes a GPU where there is one"""
 
     def __post_init__(self) -> None:
         if self.rows * self.length > _MAX_TOKENS:
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then convert or verify. ``verify`` exits with 3 if the two sides differ."""
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     run = {ImportOptions: _import, ExportOptions: _export, VerifyOptions: _verify}[type(given)]
-    with reported_tool_errors(("safetensors", "transformers"), "hf"):
+    with reported_tool_errors(("safetensors", "transformers")):
         if not isinstance(given, VerifyOptions):
             check_writable(given.output)
         status = run(given)
@@ -197,11 +198,11 @@ def _verify(given: VerifyOptions) -> int:
 
     from megatron_cca import platform
     from megatron_cca.checkpoint.huggingface import compare_logits, compare_tensors, open_both
-    from megatron_cca.checkpoint.huggingface.source import Reading
+    from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 
     platform.install_option(given.device)
-    reading = Reading(_sizes(given.overrides), section=given.section, dtype=given.dtype)
-    source, target = open_both(given.hf, given.checkpoint, reading)
+    description = WeightsDescription(_sizes(given.overrides), section=given.section, dtype=given.dtype)
+    source, target = open_both(given.hf, given.checkpoint, description)
     is_first = os.environ.get("RANK", "0") == "0"
     identical = is_first and _say_tensors(compare_tensors(source, target))
     if given.hf.is_file():

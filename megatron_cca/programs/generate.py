@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation import GenerateOptions, WhatToDraw, WhereToDraw
+from megatron_cca.generation import GenerateOptions, PromptOptions, RunOptions
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 OPTIONS = GenerateOptions
 _EXAMPLES = """examples:
-  python tools/generate.py --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
-  python tools/generate.py --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
+  megatron-cca generate --checkpoint runs/quickstart/cca --caption 'a handwritten seven' --output runs/sevens
+  megatron-cca generate --checkpoint runs/quickstart/base --classes all --images-per-prompt 20 \\
       --guidance-scale 0.5 --output runs/guided
-  python tools/generate.py --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
+  megatron-cca generate --checkpoint runs/my_classes --classes 207 360 --class-captions LOC_synset_mapping.txt \\
       --output runs/two_classes
-  torchrun --nproc_per_node 8 tools/generate.py --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
+  torchrun --nproc_per_node 8 -m megatron_cca generate --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
       --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
 The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
 """
@@ -39,20 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, refuse what cannot be drawn, draw."""
     options = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     os.environ.setdefault("WORLD_SIZE", "1")
-    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+    with reported_tool_errors(_PACKAGES):
         check_writable(options.output)
         # Imported late: --help need not wait for it.
         from megatron_cca import platform
 
-        platform.install_option(options.where.device)
+        platform.install_option(options.run.device)
         _generate(options)
 
 
-def _layout(where: WhereToDraw) -> tuple[int, int]:
-    world, pipeline = int(os.environ["WORLD_SIZE"]), where.pipeline_model_parallel_size
-    tensor = where.tensor_model_parallel_size or max(1, world // pipeline)
+def _layout(run: RunOptions) -> tuple[int, int]:
+    world, pipeline = int(os.environ["WORLD_SIZE"]), run.pipeline_model_parallel_size
+    tensor = run.tensor_model_parallel_size or max(1, world // pipeline)
     if world % (tensor * pipeline):
-        part = "pipeline" if where.tensor_model_parallel_size is None else "tensor"
+        part = "pipeline" if run.tensor_model_parallel_size is None else "tensor"
         raise UserError(
             f"--{part}-model-parallel-size: tensor size {tensor} x pipeline size {pipeline} does not divide the "
             f"{world} processes of this job; start a multiple of {tensor * pipeline} (torchrun --nproc_per_node)"
@@ -72,8 +72,8 @@ def _generate(options: GenerateOptions) -> None:
     from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
     from megatron_cca.parallel.ranks import initialize_distributed
 
-    where, scorer_spec = options.where, options.how.scorer
-    layout = zip(("tensor", "pipeline"), _layout(where), strict=True)
+    run, scorer_spec = options.run, options.candidates.scorer
+    layout = zip(("tensor", "pipeline"), _layout(run), strict=True)
     config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
     job = job_of(options, inspect_for_sampling(options.checkpoint, config.parallel))
     if scorer_spec is not None:
@@ -81,7 +81,7 @@ def _generate(options: GenerateOptions) -> None:
     if os.environ.get("RANK", "0") == "0":
         check_sampling_output(job)
     initialize_distributed(config)
-    named = {name: getattr(where, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
+    named = {name: getattr(run, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
     generator = open_image_generator(options.checkpoint, **named, before_loading=partial(sampling_requests, job))
     scorer = open_scorer(scorer_spec, platform.device()) if scorer_spec is not None else None
     speed = run_sampling(job, generator, scorer)
@@ -105,32 +105,31 @@ def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> Samplin
     from megatron_cca.generation.sampling_job import SamplingJob
 
     with error_context("--grid"):
-        height, width = options.what.grid or default_grid(checkpoint.config)
-    prompts = _prompts(options.what, checkpoint)
-    drawing = vars(options.how.drawing)
-    settings = SamplingSettings(height, width, options.where.batch_size, **drawing)
+        height, width = options.prompting.grid or default_grid(checkpoint.config)
+    prompts = _prompts(options.prompting, checkpoint)
+    settings = SamplingSettings(height, width, options.run.batch_size, **vars(options.candidates.sampling))
     return SamplingJob(options, prompts, settings)
 
 
-def _prompts(what: WhatToDraw, checkpoint: InspectedCheckpoint) -> list[Prompt]:
+def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> list[Prompt]:
     from megatron_cca.generation.prompts import Prompt, check_conditions, class_prompts, read_prompts, repeated, seeded
 
     vocabulary = checkpoint.architecture.vocabulary
 
-    if what.prompts is not None:
+    if prompting.prompts is not None:
         with error_context("--prompts"):
-            prompts = read_prompts(what.prompts)
+            prompts = read_prompts(prompting.prompts)
             _say_hashes(prompts)
             check_conditions(vocabulary, prompts)
-    elif what.classes:
-        captions = _class_captions(what.class_captions, checkpoint.config, vocabulary.num_classes)
+    elif prompting.classes:
+        captions = _class_captions(prompting.class_captions, checkpoint.config, vocabulary.num_classes)
         with error_context("--classes"):
-            prompts = class_prompts(captions, what.classes)
+            prompts = class_prompts(captions, prompting.classes)
     elif vocabulary.num_classes is not None:
         raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
     else:
-        prompts = [Prompt(caption) for caption in what.caption]
-    return seeded(repeated(prompts, what.images_per_prompt), what.seed)
+        prompts = [Prompt(caption) for caption in prompting.caption]
+    return seeded(repeated(prompts, prompting.images_per_prompt), prompting.seed)
 
 
 def _say_hashes(prompts: list[Prompt]) -> None:

@@ -11,20 +11,20 @@ from megatron_cca.reporting import reported_tool_errors
 
 OPTIONS = {"search": PlanSettings, "dry-run": DryRunSettings, "calibrate": CalibrateSettings}
 _EPILOG = """examples (search is meant where no command is named):
-  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 64 --gpu h100-80gb
-  python tools/plan.py dry-run --config runs/plan/plan.yaml --gpus 1024 --gpu h100-80gb
-  python tools/plan.py calibrate --config examples/emu3_8b_cca.yaml --output calibration.json
-  python tools/plan.py --config examples/emu3_8b_cca.yaml --gpus 512 --gpu h200 --image-grid 90x90 \\
+  megatron-cca plan --config emu3_8b_cca --gpus 64 --gpu h100-80gb
+  megatron-cca plan dry-run --config runs/plan/plan.yaml --gpus 1024 --gpu h100-80gb
+  megatron-cca plan calibrate --config emu3_8b_cca --output calibration.json
+  megatron-cca plan --config emu3_8b_cca --gpus 512 --gpu h200 --image-grid 90x90 \\
       --vary micro_batch,recompute,reference,precision --output runs/plan
 
-No GPU is needed, and neither checkpoints nor data. tools/plan.py COMMAND --help says what a command takes.
+No GPU is needed, and neither checkpoints nor data. megatron-cca plan COMMAND --help says what a command takes.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run its command."""
     settings = parse(OPTIONS, argv, __doc__, _EPILOG, default="search")
-    with reported_tool_errors(("matplotlib",), "eval"):
+    with reported_tool_errors(("matplotlib",)):
         if settings.output is not None:
             check_writable(settings.output)
         _run(settings)

@@ -16,12 +16,12 @@ from megatron_cca.reporting import reported_tool_errors
 
 OPTIONS = {"run": TokenizeSettings, "inspect": InspectSettings}
 _EXAMPLES = """examples:
-  torchrun --nproc_per_node 8 tools/tokenize_images.py run --source journeydb --output shards/train \\
+  torchrun --nproc_per_node 8 -m megatron_cca tokenize run --source journeydb --output shards/train \\
       --image-tokenizer Emu3-VisionTokenizer --text-tokenizer Emu3-Gen
-  python tools/tokenize_images.py run --source my_images --output shards/mine --model emu3-tiny --area 64 \\
+  megatron-cca tokenize run --source my_images --output shards/mine --model emu3-tiny --area 64 \\
       --image-tokenizer runs/data/digits --text-tokenizer runs/data/digits
-  python tools/tokenize_images.py run --source extracted --output shards/imagenet384 --model llamagen-l
-  python tools/tokenize_images.py inspect shards/train
+  megatron-cca tokenize run --source extracted --output shards/imagenet384 --model llamagen-l
+  megatron-cca tokenize inspect shards/train
 """
 _PACKAGES = ("datasets", "matplotlib", "PIL", "safetensors", "tiktoken", "transformers")
 
@@ -29,7 +29,7 @@ _PACKAGES = ("datasets", "matplotlib", "PIL", "safetensors", "tiktoken", "transf
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, then tokenise or inspect."""
     settings = parse(OPTIONS, argv, __doc__, _EXAMPLES)
-    with reported_tool_errors(_PACKAGES, "data,eval,hf"):
+    with reported_tool_errors(_PACKAGES):
         _inspect(settings) if isinstance(settings, InspectSettings) else _tokenize(settings)
 
 

@@ -64,7 +64,8 @@ def main(
         # Imported late: --help and a mistyped key need not wait for it.
         from megatron_cca import platform
 
-        base = None if given.config else _missing_base(config, load_config(default_config), base_config)
+        is_default = given.config is None or given.config.samefile(default_config)
+        base = _missing_base(config, load_config(default_config), base_config) if is_default else None
         runs = [config] if base is None else [base, config]
         _check_all(runs)
         for run in runs:

@@ -28,6 +28,14 @@ from megatron_cca.models.architecture import Architecture, grid_misfit, longest_
 from megatron_cca.training.run_log import RunLog
 
 DATA, VALIDATION = "data.path", "validation.path"
+NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
+SHARE = "positive_as_negative"
+# At this share of rows without a negative, as few rows have one as lack one at the paper's condition dropout of 0.1.
+NEARLY_ALL = 0.9
+# Steps to average over, as in faults.py: one batch alone says little.
+_SMOOTHED = 10
+_ROWS_AT_A_TIME = 1 << 16
+_LEFT_OUT = "accuracy, margin and negative log-ratio are undefined and left out"
 
 
 @dataclass(frozen=True)
@@ -64,33 +72,6 @@ def open_data(config: Config) -> RunData:
     return data
 
 
-def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
-    blend = {path: 1.0} if isinstance(path, str) else path
-    architecture = resolve_architecture(config.model)
-    folders = [_digits(config) if name == DIGITS else Path(name) for name in blend]
-    shards = [TokenShards(folder, architecture.vocabulary, key) for folder in folders]
-    for one in shards:
-        _check_grids(one, architecture, key)
-    return TokenData(shards, list(blend.values()))
-
-
-def _digits(config: Config) -> Path:
-    from megatron_cca.data.digits import digit_shards
-
-    return digit_shards(config.model)
-
-
-def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> None:
-    own = only_grid(architecture)
-    if own is None:
-        return
-    others = (shards.table["grid"] != (1, *own)).any(axis=1)
-    if others.any():
-        sample = int(others.argmax())
-        misfit = grid_misfit(architecture, *shards.table["grid"][sample].tolist())
-        raise UserError(f"{key}: sample {sample} of {shards.folder} has {misfit}")
-
-
 def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBuilder:
     """Return the batches that a run trains on."""
     held_out = config.validation.fraction, config.validation.seed
@@ -113,54 +94,9 @@ def validation_batches(config: Config, data: RunData, with_pairs: bool) -> Valid
     return Validation(builder, validation.iters or max(1, one_pass))
 
 
-def _builder(
-    config: Config, data: TokenData, order: SampleOrder, seed: int, with_pairs: bool, length_bucketing: int
-) -> BatchBuilder:
-    multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
-    return BatchBuilder(
-        data=data,
-        pairing=Pairing(
-            order=order,
-            rows=data.rows,
-            global_batch_size=config.training.global_batch_size,
-            condition_dropout=config.data.condition_dropout,
-            length_bucketing=length_bucketing,
-            seed=seed,
-            num_variants=data.num_variants,
-        ),
-        with_pairs=with_pairs,
-        micro_batch_size=config.training.micro_batch_size,
-        sequence_multiple=multiple,
-        max_sequence_length=longest_row(resolve_architecture(config.model), multiple),
-    )
-
-
 def loader(config: Config, batches: BatchBuilder) -> BatchLoader:
     """Return the loader of this rank's batches. Megatron's groups must be initialised."""
     return BatchLoader(batches, _this_share(), platform.device(), config.data.prefetch, config.data.loader)
-
-
-def _this_share() -> RankShare:
-    stage, stages = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    return RankShare(
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        needs_tokens=stage in (0, stages - 1),
-        group=parallel_state.get_tensor_and_context_parallel_group(),
-    )
-
-
-NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
-SHARE = "positive_as_negative"
-# At this share of rows without a negative, as few rows have one as lack one at the paper's condition dropout of 0.1.
-NEARLY_ALL = 0.9
-# Steps to average over, as in faults.py: one batch alone says little.
-_SMOOTHED = 10
-_ROWS_AT_A_TIME = 1 << 16
-_LEFT_OUT = "accuracy, margin and negative log-ratio are undefined and left out"
 
 
 class ContrastWatch:
@@ -229,6 +165,68 @@ def has_one_condition(data: TokenData) -> bool:
     The whole table is read only if they have.
     """
     return any(_is_constant(_column(data, name)) for name in ("caption", "condition"))
+
+
+def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
+    blend = {path: 1.0} if isinstance(path, str) else path
+    architecture = resolve_architecture(config.model)
+    folders = [_digits(config) if name == DIGITS else Path(name) for name in blend]
+    shards = [TokenShards(folder, architecture.vocabulary, key) for folder in folders]
+    for one in shards:
+        _check_grids(one, architecture, key)
+    return TokenData(shards, list(blend.values()))
+
+
+def _digits(config: Config) -> Path:
+    from megatron_cca.data.digits import digit_shards
+
+    return digit_shards(config.model)
+
+
+def _check_grids(shards: TokenShards, architecture: Architecture, key: str) -> None:
+    own = only_grid(architecture)
+    if own is None:
+        return
+    others = (shards.table["grid"] != (1, *own)).any(axis=1)
+    if others.any():
+        sample = int(others.argmax())
+        misfit = grid_misfit(architecture, *shards.table["grid"][sample].tolist())
+        raise UserError(f"{key}: sample {sample} of {shards.folder} has {misfit}")
+
+
+def _builder(
+    config: Config, data: TokenData, order: SampleOrder, seed: int, with_pairs: bool, length_bucketing: int
+) -> BatchBuilder:
+    multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
+    return BatchBuilder(
+        data=data,
+        pairing=Pairing(
+            order=order,
+            rows=data.rows,
+            global_batch_size=config.training.global_batch_size,
+            condition_dropout=config.data.condition_dropout,
+            length_bucketing=length_bucketing,
+            seed=seed,
+            num_variants=data.num_variants,
+        ),
+        with_pairs=with_pairs,
+        micro_batch_size=config.training.micro_batch_size,
+        sequence_multiple=multiple,
+        max_sequence_length=longest_row(resolve_architecture(config.model), multiple),
+    )
+
+
+def _this_share() -> RankShare:
+    stage, stages = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    return RankShare(
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        needs_tokens=stage in (0, stages - 1),
+        group=parallel_state.get_tensor_and_context_parallel_group(),
+    )
 
 
 def _column(data: TokenData, name: str) -> Iterator[np.ndarray]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.summary import weights_fingerprint
 from megatron_cca.config import Config
 from megatron_cca.data.loader import BatchLoader
+from megatron_cca.data.manifest import sha256
 from megatron_cca.data.reference_cache import (
     BLOCK,
     ReferenceCache,
@@ -27,7 +29,7 @@ from megatron_cca.data.reference_cache import (
     Split,
     finished_blocks,
 )
-from megatron_cca.io.outputs import claimed
+from megatron_cca.io.output_folders import claimed
 from megatron_cca.keys import Affects, values, values_of_reference
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.ranks import initialize_distributed
@@ -37,6 +39,8 @@ from megatron_cca.training.engine import initialize_user_buffers
 from megatron_cca.training.log_ratio_gate import numeric_path
 from megatron_cca.training.reference import LogpsPass, Reference, gathered_rows, head_options, own_reference
 from megatron_cca.training.setup import frozen_chunks
+
+_THREADS = 8
 
 
 def check_cache(config: Config, data: RunData) -> None:
@@ -84,8 +88,22 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     return values_of_reference(config, Affects.NUMBERS, filled) | led_to
 
 
-def _drawn(config: Config) -> str:
-    return f"drawn from seed {config.training.seed} with std {config.model.init_method_std}"
+def weights_fingerprint(folder: Path, key: str) -> str:
+    """Return a short hash of the files that hold a checkpoint's tensors. Reads every byte.
+
+    The hash differs if the same weights are saved from another layout, or with an optimizer's state.
+
+    Args:
+        folder: the checkpoint's own folder.
+        key: the key or option that named the checkpoint, for messages.
+
+    Raises:
+        UserError: the checkpoint is not whole.
+    """
+    names = sorted(name for name in layout.read_summary(folder, key)["files"] if name.endswith(".distcp"))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = list(threads.map(lambda name: sha256(folder / name), names))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def cache_reference(config: Config, data: RunData, output: Path, first: int, last: int) -> None:
@@ -128,6 +146,10 @@ def cache_reference(config: Config, data: RunData, output: Path, first: int, las
                     block = _block(reader, reference, split, range(start, stop), bar)
                     if writer is not None:
                         writer.write(split, start, block)
+
+
+def _drawn(config: Config) -> str:
+    return f"drawn from seed {config.training.seed} with std {config.model.init_method_std}"
 
 
 def _writes() -> bool:

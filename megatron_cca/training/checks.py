@@ -62,7 +62,7 @@ def check_data(config: Config) -> None:
     """Refuse a run without ``data.path``. Plans may do without."""
     if config.data.path is None:
         raise UserError(
-            "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes, or the word "
+            "data.path: missing; name a folder of token shards, which megatron-cca tokenize writes, or the word "
             "digits for scikit-learn's scans"
         )
 
@@ -85,6 +85,74 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             "(torchrun --nproc_per_node)"
         )
     return world_size // unit
+
+
+def check_weights(config: Config, path: str, key: str) -> None:
+    """Refuse weights of another model.
+
+    Args:
+        config: of the run.
+        path: of the checkpoint, as the user gave it.
+        key: the key that holds the path.
+
+    Raises:
+        UserError: there is no checkpoint, or a size differs. The message names the first such size.
+    """
+    folder = layout.resolve(path, key)
+    ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
+    for name in ours:
+        # Rotary positions have no weights. A run may use more positions than the checkpoint's run did.
+        if name != "max_position_embeddings" and ours[name] != theirs[name]:
+            raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
+
+
+def check_reference(config: Config) -> None:
+    """Refuse a reference that the run cannot have.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    own, strategy = config.reference, config.reference.strategy
+    if strategy == "shared":
+        _check_shared(config)
+    if strategy == "cached" and own.cache is None:
+        raise UserError(
+            "reference.cache: missing; compute the log-probabilities with megatron-cca cache-reference and name its "
+            "folder"
+        )
+    if strategy != "cached" and own.cache is not None:
+        raise UserError(f"reference.cache: of no use with reference.strategy {strategy}; set that to cached")
+    if strategy == "offload":
+        _check_host_memory(config)
+    check_dropout(config)
+
+
+def check_dropout(config: Config) -> None:
+    """Refuse dropout where policy and reference are compared, unless ``reference.allow_bias`` permits it.
+
+    The two passes draw different masks, as in the code of CCA's authors. The log-ratio is then noisy. It is not 0 when
+    the weights are the same, and step 0 reports its size. A cached reference cannot have dropout: the cache would hold
+    one draw of masks, and it serves all layouts while masks depend on the layout. A shared reference cannot have it,
+    since it must compute as the policy does.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    key = dropout_key(config)
+    if key is None:
+        return
+    rate = getattr(config.model, key)
+    if not has_own_weights(config):
+        raise UserError(
+            f"model.{key}: {rate} draws other masks for the reference than for the policy, which reference.strategy "
+            f"{config.reference.strategy} cannot have; set it to 0, or use resident or offload"
+        )
+    if config.reference.allow_bias is None:
+        raise UserError(
+            f"model.{key}: {rate}: must be 0 for objective {config.objective.name}, since dropout makes policy and "
+            "reference differ from the first step; to have it all the same, as CCA's authors do, say how much may be: "
+            "--set reference.allow_bias=1"
+        )
 
 
 def _check_batch(config: Config, data_parallel: int) -> None:
@@ -196,73 +264,6 @@ def _check_pictures(config: Config) -> None:
         raise UserError("logging.sample_prompts: name a file with captions, one a line, for logging.sample_interval")
     if prompts is not None and not Path(prompts).is_file():
         raise UserError(f"logging.sample_prompts: no file at {prompts}; give a text file with a caption a line")
-
-
-def check_weights(config: Config, path: str, key: str) -> None:
-    """Refuse weights of another model.
-
-    Args:
-        config: of the run.
-        path: of the checkpoint, as the user gave it.
-        key: the key that holds the path.
-
-    Raises:
-        UserError: there is no checkpoint, or a size differs. The message names the first such size.
-    """
-    folder = layout.resolve(path, key)
-    ours, theirs = (asdict(resolve_architecture(c.model)) for c in (config, saved_config(folder, key)))
-    for name in ours:
-        # Rotary positions have no weights. A run may use more positions than the checkpoint's run did.
-        if name != "max_position_embeddings" and ours[name] != theirs[name]:
-            raise UserError(f"{key}: {folder} has {name} {theirs[name]}, this run's model {ours[name]}")
-
-
-def check_reference(config: Config) -> None:
-    """Refuse a reference that the run cannot have.
-
-    Raises:
-        UserError: the message names the key.
-    """
-    own, strategy = config.reference, config.reference.strategy
-    if strategy == "shared":
-        _check_shared(config)
-    if strategy == "cached" and own.cache is None:
-        raise UserError(
-            "reference.cache: missing; compute the log-probabilities with tools/cache_reference.py and name its folder"
-        )
-    if strategy != "cached" and own.cache is not None:
-        raise UserError(f"reference.cache: of no use with reference.strategy {strategy}; set that to cached")
-    if strategy == "offload":
-        _check_host_memory(config)
-    check_dropout(config)
-
-
-def check_dropout(config: Config) -> None:
-    """Refuse dropout where policy and reference are compared, unless ``reference.allow_bias`` permits it.
-
-    The two passes draw different masks, as in the code of CCA's authors. The log-ratio is then noisy. It is not 0 when
-    the weights are the same, and step 0 reports its size. A cached reference cannot have dropout: the cache would hold
-    one draw of masks, and it serves all layouts while masks depend on the layout. A shared reference cannot have it,
-    since it must compute as the policy does.
-
-    Raises:
-        UserError: the message names the key.
-    """
-    key = dropout_key(config)
-    if key is None:
-        return
-    rate = getattr(config.model, key)
-    if not has_own_weights(config):
-        raise UserError(
-            f"model.{key}: {rate} draws other masks for the reference than for the policy, which reference.strategy "
-            f"{config.reference.strategy} cannot have; set it to 0, or use resident or offload"
-        )
-    if config.reference.allow_bias is None:
-        raise UserError(
-            f"model.{key}: {rate}: must be 0 for objective {config.objective.name}, since dropout makes policy and "
-            "reference differ from the first step; to have it all the same, as CCA's authors do, say how much may be: "
-            "--set reference.allow_bias=1"
-        )
 
 
 def _check_shared(config: Config) -> None:

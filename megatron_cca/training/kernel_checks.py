@@ -47,6 +47,113 @@ def check_overlaps(config: Config, data_parallel: int) -> None:
         raise UserError(f"kernels.cuda_graph_modules: of no use without {GRAPHS}; set that to transformer_engine")
 
 
+def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
+    """Refuse widths and rows that the FP8 matrix products of a model of this run cannot take.
+
+    Args:
+        config: of the run.
+        settings: how the model computes: ``config.training``, or the result of ``reference_settings``.
+        key: the key of its precision.
+
+    Raises:
+        UserError: the message names the dimension and what it must be a multiple of.
+    """
+    if settings.precision != "fp8":
+        return
+    if config.model.transformer_impl == "local":
+        raise UserError(f"model.transformer_impl: {key} fp8 needs Transformer Engine's layers; use auto")
+    # TE 2.11: common/gemm and pytorch/tensor/float8_blockwise_tensor.py.
+    multiple = 128 if settings.fp8_recipe == "blockwise" else 16
+    for name, size in _widths(resolve_architecture(config.model), config.parallel.tensor_model_parallel_size).items():
+        if size % multiple:
+            raise UserError(
+                f"{key}: fp8 with recipe {settings.fp8_recipe} needs widths that are multiples of {multiple}; "
+                f"{name} is {size}"
+            )
+    _check_fp8_tokens(config, multiple, key)
+
+
+def check_devices(config: Config) -> None:
+    """Refuse precisions, optimizer settings, kernels and a loader that need what this machine lacks.
+
+    Raises:
+        UserError: the message names the key and what is missing or does not fit.
+    """
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.data.loader import loader_in_force
+    from megatron_cca.models.layers import check_fp8_device, engine_is_available
+
+    if config.data.loader is not None:
+        loader_in_force(config.data.loader)
+    for key, one in settings_by_key(config).items():
+        if one.precision == "fp8":
+            with error_context(key):
+                check_fp8_device(one.fp8_recipe)
+            check_fp8_sizes(config, one, key)
+    _check_fork(config)
+    if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
+        raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
+    kernels, has_engine = config.kernels, engine_is_available()
+    for key, is_wanted in (
+        ("optimizer.use_precision_aware_optimizer", config.optimizer.use_precision_aware_optimizer),
+        ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),
+        ("kernels.apply_rope_fusion", kernels.apply_rope_fusion),
+        ("kernels.cuda_graph_impl", kernels.cuda_graph_impl != "none"),
+    ):
+        if is_wanted and not has_engine:
+            raise UserError(
+                f"{key}: needs a GPU and the package transformer-engine (pip install 'megatron-cca[gpu]'); leave it "
+                "out here"
+            )
+    if kernels.gradient_accumulation_fusion:
+        _check_gradient_fusion(config, has_engine)
+
+
+def check_attention(config: Config) -> None:
+    """Refuse context parallelism if the core attention is Transformer Engine's unfused one.
+
+    Raises:
+        UserError: the message names the key and what would be right.
+    """
+    if config.parallel.context_parallel_size == 1:
+        return
+    architecture = resolve_architecture(config.model)
+    for key, one in settings_by_key(config).items():
+        if keeps_scores(config.model, architecture, one.precision):
+            raise UserError(
+                f"model.transformer_impl: Transformer Engine has no fused attention for "
+                f"{unfused_because(architecture.kv_channels, one.precision)}, and without it no context "
+                f"parallelism ({key} is {one.precision}); use auto"
+            )
+
+
+def attention_lines(config: Config, *, has_engine: bool) -> list[str]:
+    """Describe the core attention of each model of a run and its reason, with the bytes of scores that it keeps.
+
+    Args:
+        config: of the run.
+        has_engine: whether Transformer Engine is installed and has a GPU.
+
+    Returns:
+        A line for each precision of the run. No lines if ``has_engine`` is false, since all layers are local then.
+    """
+    lines = []
+    for one in settings_by_key(config).values():
+        line = _line(config, one.precision) if has_engine else None
+        if line is not None and line not in lines:
+            lines.append(line)
+    return lines
+
+
+def scores_bytes(config: Config, precision: str) -> float:
+    """Return the bytes of a rank's attention scores ``[rows, heads, S, S]``: all its layers, one full microbatch."""
+    architecture, parallel = resolve_architecture(config.model), config.parallel
+    length = fixed_row_length(config) or architecture.max_position_embeddings
+    heads = architecture.num_attention_heads / parallel.tensor_model_parallel_size
+    layers = architecture.num_layers / parallel.pipeline_model_parallel_size
+    return (4 if precision == "fp32" else 2) * rows_per_microbatch(config) * heads * layers * length**2
+
+
 def _check_pipeline(config: Config, data_parallel: int) -> None:
     parallel = config.parallel
     if (parallel.virtual_pipeline_model_parallel_size or 1) == 1:
@@ -144,32 +251,6 @@ def _check_for_fixed_shapes(config: Config, key: str) -> None:
         )
 
 
-def check_fp8_sizes(config: Config, settings: TrainingConfig, key: str) -> None:
-    """Refuse widths and rows that the FP8 matrix products of a model of this run cannot take.
-
-    Args:
-        config: of the run.
-        settings: how the model computes: ``config.training``, or the result of ``reference_settings``.
-        key: the key of its precision.
-
-    Raises:
-        UserError: the message names the dimension and what it must be a multiple of.
-    """
-    if settings.precision != "fp8":
-        return
-    if config.model.transformer_impl == "local":
-        raise UserError(f"model.transformer_impl: {key} fp8 needs Transformer Engine's layers; use auto")
-    # TE 2.11: common/gemm and pytorch/tensor/float8_blockwise_tensor.py.
-    multiple = 128 if settings.fp8_recipe == "blockwise" else 16
-    for name, size in _widths(resolve_architecture(config.model), config.parallel.tensor_model_parallel_size).items():
-        if size % multiple:
-            raise UserError(
-                f"{key}: fp8 with recipe {settings.fp8_recipe} needs widths that are multiples of {multiple}; "
-                f"{name} is {size}"
-            )
-    _check_fp8_tokens(config, multiple, key)
-
-
 def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
     """Return the numbers of rows and columns of every matrix product on one rank."""
     head = architecture.kv_channels
@@ -197,42 +278,6 @@ def _check_fp8_tokens(config: Config, multiple: int, key: str) -> None:
         )
 
 
-def check_devices(config: Config) -> None:
-    """Refuse precisions, optimizer settings, kernels and a loader that need what this machine lacks.
-
-    Raises:
-        UserError: the message names the key and what is missing or does not fit.
-    """
-    # Imported late: Megatron-Core must not be imported before the platform is installed.
-    from megatron_cca.data.loader import loader_in_force
-    from megatron_cca.models.layers import check_fp8_device, engine_is_available
-
-    if config.data.loader is not None:
-        loader_in_force(config.data.loader)
-    for key, one in settings_by_key(config).items():
-        if one.precision == "fp8":
-            with error_context(key):
-                check_fp8_device(one.fp8_recipe)
-            check_fp8_sizes(config, one, key)
-    _check_fork(config)
-    if config.optimizer.optimizer_cpu_offload and not platform.current().is_cuda:
-        raise UserError("optimizer.optimizer_cpu_offload: there is no GPU to offload from; leave it out")
-    kernels, has_engine = config.kernels, engine_is_available()
-    for key, is_wanted in (
-        ("optimizer.use_precision_aware_optimizer", config.optimizer.use_precision_aware_optimizer),
-        ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),
-        ("kernels.apply_rope_fusion", kernels.apply_rope_fusion),
-        ("kernels.cuda_graph_impl", kernels.cuda_graph_impl != "none"),
-    ):
-        if is_wanted and not has_engine:
-            raise UserError(
-                f"{key}: needs a GPU and the package transformer-engine (pip install 'megatron-cca[gpu]'); leave it "
-                "out here"
-            )
-    if kernels.gradient_accumulation_fusion:
-        _check_gradient_fusion(config, has_engine)
-
-
 def _check_fork(config: Config) -> None:
     offloads = config.objective.needs_reference and config.reference.strategy == "offload"
     if platform.current().is_cuda and config.training.async_save and offloads:
@@ -255,42 +300,6 @@ def _check_gradient_fusion(config: Config, has_engine: bool) -> None:
         )
 
 
-def check_attention(config: Config) -> None:
-    """Refuse context parallelism if the core attention is Transformer Engine's unfused one.
-
-    Raises:
-        UserError: the message names the key and what would be right.
-    """
-    if config.parallel.context_parallel_size == 1:
-        return
-    architecture = resolve_architecture(config.model)
-    for key, one in settings_by_key(config).items():
-        if keeps_scores(config.model, architecture, one.precision):
-            raise UserError(
-                f"model.transformer_impl: Transformer Engine has no fused attention for "
-                f"{unfused_because(architecture.kv_channels, one.precision)}, and without it no context "
-                f"parallelism ({key} is {one.precision}); use auto"
-            )
-
-
-def attention_lines(config: Config, *, has_engine: bool) -> list[str]:
-    """Describe the core attention of each model of a run and its reason, with the bytes of scores that it keeps.
-
-    Args:
-        config: of the run.
-        has_engine: whether Transformer Engine is installed and has a GPU.
-
-    Returns:
-        A line for each precision of the run. No lines if ``has_engine`` is false, since all layers are local then.
-    """
-    lines = []
-    for one in settings_by_key(config).values():
-        line = _line(config, one.precision) if has_engine else None
-        if line is not None and line not in lines:
-            lines.append(line)
-    return lines
-
-
 def _line(config: Config, precision: str) -> str:
     architecture, impl = resolve_architecture(config.model), config.model.transformer_impl
     if impl == "local":
@@ -306,12 +315,3 @@ def _line(config: Config, precision: str) -> str:
         f"layers and attention: Transformer Engine's, which is not fused for {reason}: a microbatch's scores take "
         f"{scores / _GIB:.2f} GiB on each rank until its backward pass; model.transformer_impl=auto keeps none"
     )
-
-
-def scores_bytes(config: Config, precision: str) -> float:
-    """Return the bytes of a rank's attention scores ``[rows, heads, S, S]``: all its layers, one full microbatch."""
-    architecture, parallel = resolve_architecture(config.model), config.parallel
-    length = fixed_row_length(config) or architecture.max_position_embeddings
-    heads = architecture.num_attention_heads / parallel.tensor_model_parallel_size
-    layers = architecture.num_layers / parallel.pipeline_model_parallel_size
-    return (4 if precision == "fp32" else 2) * rows_per_microbatch(config) * heads * layers * length**2

@@ -67,7 +67,7 @@ def numeric_path(config: Config) -> dict[str, Any]:
     return values_of_reference(config, Affects.LAST_BITS, filled) | machine
 
 
-def judge(config: Config, spread: LogRatioSpread) -> str:
+def check_log_ratio(config: Config, spread: LogRatioSpread) -> str:
     """Return the line that reports the log-ratio at step 0.
 
     Args:

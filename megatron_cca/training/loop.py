@@ -27,7 +27,7 @@ from megatron_cca.terminal import report_losses_to
 from megatron_cca.training.batches import ContrastWatch, RunData
 from megatron_cca.training.faults import Alarms, check_alarms, skipped_in_a_row, stop_without_data
 from megatron_cca.training.kernel_checks import attention_lines
-from megatron_cca.training.log_ratio_gate import judge
+from megatron_cca.training.log_ratio_gate import check_log_ratio
 from megatron_cca.training.run_log import MetricsLog, RunLog
 from megatron_cca.training.saving import StopRequest, finish_saves, report_finished_saves, save_checkpoint, warn_of_fork
 from megatron_cca.training.setup import Run, set_up
@@ -197,8 +197,7 @@ def _finish(run: Run, log: RunLog) -> None:
 def _check_first_step(run: Run, report: StepReport, log: RunLog) -> None:
     if report.log_ratio is None:
         return
-    line = judge(run.config, report.log_ratio)
-    log.info(line)
+    log.info(check_log_ratio(run.config, report.log_ratio))
 
 
 def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:
@@ -210,7 +209,7 @@ def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, f
         "samples_per_second": run.config.training.global_batch_size / seconds,
         "tokens_per_second": report.num_tokens / seconds,
         "data_wait": report.data_wait_seconds / seconds,
-        "normalized_words": len(run.forward.head["support"]),
+        "support_size": len(run.forward.head["support"]),
         "peak_memory_gib": platform.peak_memory_bytes() / 2**30,
     }
 
@@ -223,8 +222,8 @@ def _headline(run: Run) -> str:
         sizes.append(f"VPP {num_model_chunks(parallel)}")
     if parallel.context_parallel_size > 1:
         sizes.append(f"CP {parallel.context_parallel_size}")
-    layout = f"{' x '.join(sizes)} on {dist.get_world_size()} process(es), {platform.device_name()}"
-    layout += f", batches through {run.loader.loader}"
+    where = f"{' x '.join(sizes)} on {dist.get_world_size()} process(es), {platform.device_name()}"
+    where += f", batches through {run.loader.loader}"
     resumed = f", continuing at step {run.iteration}" if run.iteration else ""
-    words = ", normalised over visual words" if config.objective.normalization == "image" else ""
-    return f"{config.objective.name}{words}: {config.model.name}, {config.training.precision}, {layout}{resumed}"
+    support = ", normalised over visual words" if config.objective.normalization == "image" else ""
+    return f"{config.objective.name}{support}: {config.model.name}, {config.training.precision}, {where}{resumed}"

@@ -203,12 +203,6 @@ class CachedReference:
         return {index: microbatch.t().flatten() for index, microbatch in enumerate(microbatches)}
 
 
-def _set_mode(chunks: Sequence[torch.nn.Module], split: Split) -> None:
-    """Turn dropout on in training and off in validation, as for the policy."""
-    for chunk in chunks:
-        chunk.train(split == "training")
-
-
 def own_reference(config: Config, forward: LogpsPass, chunks: Sequence[torch.nn.Module]) -> Reference:
     """Return a reference with its own frozen chunks, for strategies of ``has_own_weights``."""
     if config.reference.strategy == "offload":
@@ -225,3 +219,9 @@ def borrowed_reference(config: Config, forward: LogpsPass, policy: Sequence[torc
 
         return CachedReference(ReferenceCache(Path(config.reference.cache)))
     return SharedReference(forward, policy)
+
+
+def _set_mode(chunks: Sequence[torch.nn.Module], split: Split) -> None:
+    """Turn dropout on in training and off in validation, as for the policy."""
+    for chunk in chunks:
+        chunk.train(split == "training")

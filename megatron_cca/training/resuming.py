@@ -47,13 +47,6 @@ def check_resume(config: Config, *, start_exists: bool = True) -> None:
         _check_started_from(config, saved, folder)
 
 
-def _changed(config: Config, saved: Config) -> Iterator[tuple[str, object, object]]:
-    ours, theirs = values(explicit(config)), values(saved)
-    for key, effect in effects(config).items():
-        if effect.resume is OnResume.REFUSED and ours[key] != theirs.get(key):
-            yield key, ours[key], theirs.get(key)
-
-
 def started_from(config: Config) -> dict[str, str | None]:
     """Return, for a checkpoint's summary, a fingerprint of each checkpoint that the run starts from, or None.
 
@@ -62,6 +55,13 @@ def started_from(config: Config) -> dict[str, str | None]:
     """
     named = {PRETRAINED: config.training.pretrained_checkpoint, REFERENCE: config.reference.checkpoint}
     return {key: None if path is None else _fingerprint(path, key) for key, path in named.items()}
+
+
+def _changed(config: Config, saved: Config) -> Iterator[tuple[str, object, object]]:
+    ours, theirs = values(explicit(config)), values(saved)
+    for key, effect in effects(config).items():
+        if effect.resume is OnResume.REFUSED and ours[key] != theirs.get(key):
+            yield key, ours[key], theirs.get(key)
 
 
 def _fingerprint(path: str, key: str) -> str:

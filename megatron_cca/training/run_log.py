@@ -15,11 +15,13 @@ from types import TracebackType
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_cca.io.external_files import json_lines
 from megatron_cca.io.outputs import LineFile
+
+METRICS_FILE, EVENTS_FILE, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+LOGGER = logging.getLogger("megatron_cca")
 
 
 class Curves:
@@ -32,7 +34,7 @@ class Curves:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder = folder
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        self.writer = _event_writer(folder, first_step)
 
     def renewed(self, step: int) -> bool:
         """Begin a new folder if the old one was removed. Return whether it was.
@@ -42,16 +44,13 @@ class Curves:
         """
         if self._folder.is_dir():
             return False
-        former, self.writer = self.writer, SummaryWriter(str(self._folder), purge_step=step)
+        former, self.writer = self.writer, _event_writer(self._folder, step)
         former.close()
         return True
 
     def close(self) -> None:
         """Write the remaining events. Raise OSError if they cannot be written."""
         self.writer.close()
-
-
-METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsLog:
@@ -81,7 +80,7 @@ class MetricsLog:
         path.write_text("".join(kept))
         self._path, self._file = path, LineFile(path)
         self._complained, self._on_loss = False, on_loss
-        self._curves = _curves(output_dir / TENSORBOARD, first_step) if tensorboard else None
+        self._curves = Curves(output_dir / TENSORBOARD, first_step) if tensorboard else None
         self._bar = tqdm(
             total=train_iters,
             initial=first_step,
@@ -166,31 +165,6 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     return [row for _, row in json_lines(output_dir / METRICS_FILE, step=int)]
 
 
-def _curves(folder: Path, first_step: int):
-    # Only a run with curves needs TensorBoard.
-
-    return Curves(folder, first_step)
-
-
-def _short(row: dict[str, float]) -> str:
-    shown = {
-        "loss": "loss",
-        "positive_log_ratio": "r+",
-        "negative_log_ratio": "r-",
-        "accuracy": "acc",
-        "grad_norm": "gn",
-        "validation_loss": "val",
-    }
-    values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
-    # This text replaces the metrics that are undefined then.
-    values += "  nothing to contrast" * (row.get("positive_as_negative") == 1.0)
-    return f"{values}  {row['samples_per_second']:.0f} samples/s"
-
-
-FILE = "events.jsonl"
-LOGGER = logging.getLogger("megatron_cca")
-
-
 class RunLog:
     """The log of one rank of a run, open within a ``with`` block.
 
@@ -206,7 +180,7 @@ class RunLog:
 
     def __init__(self, output_dir: Path) -> None:
         self.metrics: MetricsLog | None = None
-        self._handlers = (_EventFile(output_dir / FILE), _Terminal(self))
+        self._handlers = (_EventFile(output_dir / EVENTS_FILE), _Terminal(self))
 
     def __enter__(self) -> RunLog:
         self._before = LOGGER.level, LOGGER.propagate
@@ -242,6 +216,37 @@ class RunLog:
     def own_event(self, event: str, **details: object) -> None:
         """Write an event of this rank: logs_lost, output_lost, hang or failed. Any thread may call it."""
         LOGGER.info("", extra={"event": event, "details": details})
+
+
+def read_events(output_dir: Path) -> list[dict]:
+    """Return the events of a run in order, without an incomplete last line.
+
+    Raises:
+        UserError: a line that no run wrote. The message names it.
+    """
+    return [event for _, event in json_lines(output_dir / EVENTS_FILE, event=str)]
+
+
+def _event_writer(folder: Path, first_step: int):
+    # Only a run with curves needs TensorBoard.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _short(row: dict[str, float]) -> str:
+    shown = {
+        "loss": "loss",
+        "positive_log_ratio": "r+",
+        "negative_log_ratio": "r-",
+        "accuracy": "acc",
+        "grad_norm": "gn",
+        "validation_loss": "val",
+    }
+    values = "  ".join(f"{short} {row[name]:.4g}" for name, short in shown.items() if name in row)
+    # This text replaces the metrics that are undefined then.
+    values += "  nothing to contrast" * (row.get("positive_as_negative") == 1.0)
+    return f"{values}  {row['samples_per_second']:.0f} samples/s"
 
 
 class _Terminal(logging.Handler):
@@ -290,12 +295,3 @@ class _EventFile(logging.Handler):
             if not self._complained:
                 print(f"megatron_cca: {self._path}: {error.strerror}; events are lost", file=sys.stderr, flush=True)
             self._complained = True
-
-
-def read_events(output_dir: Path) -> list[dict]:
-    """Return the events of a run in order, without an incomplete last line.
-
-    Raises:
-        UserError: a line that no run wrote. The message names it.
-    """
-    return [event for _, event in json_lines(output_dir / FILE, event=str)]

@@ -18,6 +18,8 @@ from megatron_cca.training.setup import Run
 
 # A disk is slower than a device, and many ranks may write to it at once.
 _PATIENCE = 6.0
+# A terminal and a launcher may both send the signal of one Ctrl-C.
+_SAME_SECONDS = 1.0
 
 
 def warn_of_fork(run: Run, log: RunLog) -> None:
@@ -61,10 +63,6 @@ def report_finished_saves(run: Run, ended: list[Saved], log: RunLog) -> None:
         log.event("saved", f"saved {run.checkpoints} at step {saved.iteration}", step=saved.iteration, **times)
         if saved.removed:
             log.event("removed", steps=list(saved.removed))
-
-
-# A terminal and a launcher may both send the signal of one Ctrl-C.
-_SAME_SECONDS = 1.0
 
 
 class StopRequest:

@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_model_config
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.checkpoint.saver import CheckpointSaver, writes_in_background
-from megatron_cca.checkpoint.stored_tensors import newest_whole
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.data.loader import BatchLoader
 from megatron_cca.data.microbatches import BatchBuilder
@@ -31,100 +31,13 @@ from megatron_cca.training import checks, has_own_weights, reference_settings
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.reference import LogpsPass, Reference, borrowed_reference, head_options, own_reference
 from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
-from megatron_cca.training.watchdog import Progress
+from megatron_cca.training.watchdog import PhaseTracker
 
 if TYPE_CHECKING:
     from megatron_cca.training.engine import GraphCapture
 
 # Megatron's spelling of an FP8 state is uint8.
 _STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
-
-
-def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's data parallelism, and set the hooks that Megatron's schedules call."""
-    options, interleaved = config.optimizer, num_model_chunks(config.parallel) > 1
-    # Stages that gather at different times would delay each other in every cycle of the interleaved schedule. The
-    # schedule therefore starts the gathering itself.
-    aligned = options.overlap_param_gather and interleaved
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=options.grad_reduce_in_fp32,
-        overlap_grad_reduce=options.overlap_grad_reduce,
-        overlap_param_gather=options.overlap_param_gather,
-        align_param_gather=aligned,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        num_distributed_optimizer_instances=options.num_distributed_optimizer_instances,
-        bucket_size=options.ddp_bucket_size,
-        average_in_collective=options.average_in_collective,
-        pad_buckets_for_high_nccl_busbw=options.pad_buckets_for_high_nccl_busbw,
-        # step.py does this. It also checks the loss, names the layers, and lets a run leave the update out.
-        check_for_nan_in_grad=False,
-    )
-    model_config = get_model_config(chunks[0])
-    policy = [
-        # As in Megatron: communication of later chunks overlaps with computing anyway.
-        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
-    model_config.finalize_model_grads_func = finalize_model_grads
-    if aligned:
-        model_config.param_sync_func = [chunk.start_param_sync for chunk in policy]
-    if options.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in policy]
-        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return policy
-
-
-def optimizer_settings(config: Config) -> OptimizerConfig:
-    """Return Megatron's configuration of the optimizer: AdamW with mixed precision and sharding."""
-    options, is_fp32 = config.optimizer, config.training.precision == "fp32"
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=options.lr,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_eps,
-        clip_grad=options.clip_grad,
-        bf16=not is_fp32,
-        params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
-        fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        overlap_param_gather=options.overlap_param_gather,
-        optimizer_cpu_offload=options.optimizer_cpu_offload,
-        optimizer_offload_fraction=options.optimizer_offload_fraction,
-        overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
-        use_precision_aware_optimizer=options.use_precision_aware_optimizer,
-        # Megatron-Core 0.19.2 saves the remainders of master weights as if they were the weights.
-        store_param_remainders=False,
-        **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
-    )
-
-
-def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Build Megatron's optimizer of :func:`optimizer_settings` for the policy. Collective over all ranks."""
-    optimizer = get_megatron_optimizer(optimizer_settings(config), policy, use_gloo_process_groups=False)
-    get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
-    return optimizer
-
-
-def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build the schedule, in steps: linear warm-up, then the decay that ``optimizer.lr_decay_style`` names."""
-    options = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=options.lr_warmup_iters,
-        # A trial run may end within the warm-up.
-        lr_decay_steps=max(config.training.train_iters, options.lr_warmup_iters + 1),
-        lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=config.training.train_iters,
-        wd_incr_style="constant",
-    )
 
 
 @dataclass
@@ -144,7 +57,7 @@ class Run:
     iteration: int
     start: Path | None
     """The checkpoint that the weights came from before the first step."""
-    progress: Progress
+    progress: PhaseTracker
     saver: CheckpointSaver
     graphs: GraphCapture | None
     started_from: dict[str, str | None]
@@ -181,10 +94,6 @@ class Run:
         return _checkpoints(self.config)
 
 
-def _checkpoints(config: Config) -> Path:
-    return Path(config.training.output_dir) / layout.FOLDER
-
-
 def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize_by_name) -> Run:
     """Build the run. Continue from the newest checkpoint in its folder, if there is one. Collective over all ranks.
 
@@ -199,7 +108,7 @@ def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize
     # The first batches are read while the models are built.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
     validation = validation_batches(config, data, config.objective.needs_reference)
-    run = build_run(config, architecture, batches, reader, validation, Progress(), initialize=initialize)
+    run = build_run(config, architecture, batches, reader, validation, PhaseTracker(), initialize=initialize)
     _resume(run)
     if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
         run.forward.settle_scales(run.policy, reader.get(0))
@@ -212,7 +121,7 @@ def build_run(
     batches: BatchBuilder,
     reader: BatchLoader,
     validation: Validation | None,
-    progress: Progress,
+    progress: PhaseTracker,
     *,
     initialize: Initialize | None = initialize_by_name,
 ) -> Run:
@@ -258,26 +167,6 @@ def build_run(
     )
 
 
-def _graphs(config: Config, policy: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> GraphCapture | None:
-    """Return the capture of Transformer Engine's graphs, None without them. Megatron's schedules capture their own."""
-    if config.kernels.cuda_graph_impl != "transformer_engine":
-        return None
-    from megatron_cca.training.engine import GraphCapture
-
-    return GraphCapture(config, policy, optimizer)
-
-
-def _saver(config: Config, start: Path | None) -> CheckpointSaver:
-    training = config.training
-    return CheckpointSaver(
-        _checkpoints(config),
-        start=start,
-        in_background=writes_in_background(training.async_save),
-        keep_last=training.keep_last,
-        keep_every=training.keep_every,
-    )
-
-
 def build_chunks(
     config: Config,
     architecture: Architecture,
@@ -317,20 +206,6 @@ def build_chunks(
     return chunks
 
 
-def _build_policy(
-    config: Config, architecture: Architecture, initialize: Initialize | None
-) -> list[DistributedDataParallel]:
-    training = config.training
-    chunks = build_chunks(
-        config, architecture, training, training.pretrained_checkpoint, checks.PRETRAINED, initialize=initialize
-    )
-    if config.lora.dim is not None:
-        from megatron_cca.models import lora
-
-        lora.attach(chunks, config.lora, seed=training.seed if initialize is not None else None)
-    return wrap_ddp(chunks, config)
-
-
 def frozen_chunks(
     config: Config, architecture: Architecture, initialize: Initialize | None = initialize_by_name
 ) -> list[torch.nn.Module]:
@@ -345,6 +220,138 @@ def frozen_chunks(
 
         keep_in_fp8(chunks)
     return [chunk.requires_grad_(False) for chunk in chunks]
+
+
+def seed_step(config: Config, step: int) -> None:
+    """Seed dropout from (seed, step, rank's place), so that a resumed run needs no saved generator state."""
+    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
+    digest = hashlib.sha256(repr((config.training.seed, step, place)).encode()).digest()
+    model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def wrap_ddp(chunks: list[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """Wrap each chunk in Megatron's data parallelism, and set the hooks that Megatron's schedules call."""
+    options, interleaved = config.optimizer, num_model_chunks(config.parallel) > 1
+    # Stages that gather at different times would delay each other in every cycle of the interleaved schedule. The
+    # schedule therefore starts the gathering itself.
+    aligned = options.overlap_param_gather and interleaved
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=options.grad_reduce_in_fp32,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
+        align_param_gather=aligned,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        num_distributed_optimizer_instances=options.num_distributed_optimizer_instances,
+        bucket_size=options.ddp_bucket_size,
+        average_in_collective=options.average_in_collective,
+        pad_buckets_for_high_nccl_busbw=options.pad_buckets_for_high_nccl_busbw,
+        # step.py does this. It also checks the loss, names the layers, and lets a run leave the update out.
+        check_for_nan_in_grad=False,
+    )
+    model_config = get_model_config(chunks[0])
+    policy = [
+        # As in Megatron: communication of later chunks overlaps with computing anyway.
+        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if aligned:
+        model_config.param_sync_func = [chunk.start_param_sync for chunk in policy]
+    if options.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in policy]
+        model_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return policy
+
+
+def build_optimizer(config: Config, policy: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Build Megatron's optimizer of :func:`optimizer_settings` for the policy. Collective over all ranks."""
+    optimizer = get_megatron_optimizer(optimizer_settings(config), policy, use_gloo_process_groups=False)
+    get_model_config(policy[0]).grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def optimizer_settings(config: Config) -> OptimizerConfig:
+    """Return Megatron's configuration of the optimizer: AdamW with mixed precision and sharding."""
+    options, is_fp32 = config.optimizer, config.training.precision == "fp32"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=not is_fp32,
+        params_dtype=torch.float32 if is_fp32 else torch.bfloat16,
+        fp8_recipe=config.training.fp8_recipe if config.training.precision == "fp8" else None,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
+        optimizer_cpu_offload=options.optimizer_cpu_offload,
+        optimizer_offload_fraction=options.optimizer_offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=options.overlap_cpu_optimizer_d2h_h2d,
+        use_precision_aware_optimizer=options.use_precision_aware_optimizer,
+        # Megatron-Core 0.19.2 saves the remainders of master weights as if they were the weights.
+        store_param_remainders=False,
+        **{name: _STATE_DTYPES[getattr(options, name)] for name in checks.STATE_DTYPES},
+    )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Build the schedule, in steps: linear warm-up, then the decay that ``optimizer.lr_decay_style`` names."""
+    options = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        # A trial run may end within the warm-up.
+        lr_decay_steps=max(config.training.train_iters, options.lr_warmup_iters + 1),
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=config.training.train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def _checkpoints(config: Config) -> Path:
+    return Path(config.training.output_dir) / layout.FOLDER
+
+
+def _graphs(config: Config, policy: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> GraphCapture | None:
+    """Return the capture of Transformer Engine's graphs, None without them. Megatron's schedules capture their own."""
+    if config.kernels.cuda_graph_impl != "transformer_engine":
+        return None
+    from megatron_cca.training.engine import GraphCapture
+
+    return GraphCapture(config, policy, optimizer)
+
+
+def _saver(config: Config, start: Path | None) -> CheckpointSaver:
+    training = config.training
+    return CheckpointSaver(
+        _checkpoints(config),
+        start=start,
+        in_background=writes_in_background(training.async_save),
+        keep_last=training.keep_last,
+        keep_every=training.keep_every,
+    )
+
+
+def _build_policy(
+    config: Config, architecture: Architecture, initialize: Initialize | None
+) -> list[DistributedDataParallel]:
+    training = config.training
+    chunks = build_chunks(
+        config, architecture, training, training.pretrained_checkpoint, checks.PRETRAINED, initialize=initialize
+    )
+    if config.lora.dim is not None:
+        from megatron_cca.models import lora
+
+        lora.attach(chunks, config.lora, seed=training.seed if initialize is not None else None)
+    return wrap_ddp(chunks, config)
 
 
 def _resume(run: Run) -> None:
@@ -363,10 +370,3 @@ def _resume(run: Run) -> None:
     run.started_from = summary.get(STARTED_FROM, run.started_from)
     run.saver.last_saved = newest.iteration
     run.scheduler.step(increment=newest.iteration)
-
-
-def seed_step(config: Config, step: int) -> None:
-    """Seed dropout from (seed, step, rank's place), so that a resumed run needs no saved generator state."""
-    place = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
-    digest = hashlib.sha256(repr((config.training.seed, step, place)).encode()).digest()
-    model_parallel_cuda_manual_seed(int.from_bytes(digest[:4], "little"))

@@ -34,6 +34,8 @@ PHASES = (
 _TICKS = 10
 _LONGEST_TICK_SECONDS = 5.0
 _STACK_FRAMES = 12
+# The others exit so much later than the rank at fault. torchrun then names that rank as the root cause.
+_OTHERS_WAIT_SECONDS = 5.0
 # In jobs of more ranks only one rank of each machine reads what the others posted, to spare the store.
 _ALL_ASK = 64
 
@@ -54,8 +56,8 @@ class Place:
     patience: float
 
 
-class Progress:
-    """The progress of this rank. The training loop records it, and the watchdog's thread reads it."""
+class PhaseTracker:
+    """The phase that this rank is in. The training loop records it, and the watchdog's thread reads it."""
 
     def __init__(self) -> None:
         self.place = Place(0, PHASES[0], time.monotonic(), 1.0)
@@ -74,18 +76,7 @@ class Progress:
         self._launcher_heartbeat()
 
 
-def _launcher_heartbeat() -> Callable[[], None]:
-    """Return ``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``. Elsewhere it does nothing."""
-    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
-        return lambda: None
-    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
-
-    client = RankMonitorClient()
-    client.init_workload_monitoring()
-    return client.send_heartbeat
-
-
-def watched(progress: Progress, log: RunLog, timeout_seconds: float) -> AbstractContextManager:
+def watched(progress: PhaseTracker, log: RunLog, timeout_seconds: float) -> AbstractContextManager:
     """Return a :class:`Watchdog` around a block, or a context that does nothing if ``timeout_seconds`` is 0."""
     return Watchdog(progress, log, timeout_seconds) if timeout_seconds else nullcontext()
 
@@ -97,15 +88,10 @@ class Watchdog:
         progress: what the training loop records.
         log: the log of a hang.
         timeout_seconds: longest time without progress. A phase's patience multiplies it.
-        others_wait_seconds: how much later than the rank at fault the others exit, so that torchrun names that rank as
-            the root cause.
     """
 
-    def __init__(
-        self, progress: Progress, log: RunLog, timeout_seconds: float, others_wait_seconds: float = 5.0
-    ) -> None:
+    def __init__(self, progress: PhaseTracker, log: RunLog, timeout_seconds: float) -> None:
         self._progress, self._log, self._timeout = progress, log, timeout_seconds
-        self._others_wait = others_wait_seconds
         self._tick = min(timeout_seconds / _TICKS, _LONGEST_TICK_SECONDS)
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # A separate connection, since the main thread may be waiting in its own one.
@@ -155,12 +141,14 @@ class Watchdog:
         second = self._read_all()
         seconds = time.monotonic() - place.since
         at_fault, reason = (
-            judge(first, second, self._rank, self._ranks) if self._asks else ([], "see what the other ranks say")
+            ranks_at_fault(first, second, self._rank, self._ranks)
+            if self._asks
+            else ([], "see what the other ranks say")
         )
         line = f"megatron_cca: no progress for {seconds:.0f} s in step {place.step}, {place.phase}: {reason}"
         silent = {rank for rank in at_fault if first.get(rank) == second.get(rank)}
         if self._rank not in at_fault and not (silent and self._rank == min({*range(self._ranks)} - silent)):
-            time.sleep(self._others_wait)
+            time.sleep(_OTHERS_WAIT_SECONDS)
         stack = traceback.format_stack(sys._current_frames()[self._main])[-_STACK_FRAMES:]
         self._log.own_event("hang", step=place.step, phase=place.phase, reason=reason, stack=stack)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -183,7 +171,7 @@ class Watchdog:
         return {rank: json.loads(answer) for rank, answer in zip(ranks, answers, strict=True)}
 
 
-def judge(
+def ranks_at_fault(
     first: Mapping[int, Sequence], second: Mapping[int, Sequence], rank: int, ranks: int
 ) -> tuple[list[int], str]:
     """Return which ranks the others wait for, and why, from two readings of what each posted (beats, step, phase).
@@ -208,6 +196,17 @@ def judge(
         return sorted(places), "all ranks are there, in a communication that does not end"
     late = [other for other, place in places.items() if place == behind]
     return late, f"waiting for {_named(late)}, still in step {behind[0]}, {PHASES[behind[1]]}"
+
+
+def _launcher_heartbeat() -> Callable[[], None]:
+    """Return ``send_heartbeat`` of nvidia-resiliency-ext under its ``ft_launcher``. Elsewhere it does nothing."""
+    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ or find_spec("nvidia_resiliency_ext") is None:
+        return lambda: None
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+    client = RankMonitorClient()
+    client.init_workload_monitoring()
+    return client.send_heartbeat
 
 
 def _named(ranks: Sequence[int]) -> str:

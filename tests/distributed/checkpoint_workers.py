@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.checkpoint.stored_tensors import newest_whole
+from megatron_cca.checkpoint.integrity import newest_whole
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import gpt, lora

@@ -12,7 +12,7 @@ from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
-from megatron_cca.training.watchdog import Progress
+from megatron_cca.training.watchdog import PhaseTracker
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.references import llamagen, llamagen_in_megatron, var, var_in_megatron
@@ -220,7 +220,7 @@ def _cca_step(overrides, is_filled_up):
     loss = plain.cca_loss(trained, frozen, rows, codes, **objective)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
-    run = build_run(config, architecture, reader, reader, None, Progress())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
     padded = _padded(config, architecture)
     fill(run.policy_chunks, plain.whole(trained, padded))
     fill(run.reference.chunks, plain.whole(frozen, padded))
@@ -243,7 +243,7 @@ def _first_log_ratios(overrides):
     classes, codes = _rows(plain.sizes)
     rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
     reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
-    run = build_run(config, architecture, reader, reader, None, Progress())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
     return [train_step(run).log_ratio.worst for _ in range(2)]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_cca.checkpoint import distributed, layout, saver
 from megatron_cca.checkpoint.summary import saved_config, summarize
 from megatron_cca.config.load import load_config
-from megatron_cca.lab.reference_bias_settings import BiasSettings
+from megatron_cca.lab.reference_bias import BiasSettings
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.frozen_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.gpt import sharded_tensors
@@ -224,8 +224,8 @@ def _whole_logits(chunks, tokens, vocab_size):
 
 
 def reference_bias(settings):
-    """A random checkpoint as training.reference_bias measures it, and the same log-probabilities in plain ways."""
-    from megatron_cca.lab import reference_bias as bias
+    """A random checkpoint as lab.reference_bias measures it, and the same log-probabilities in plain ways."""
+    from megatron_cca.lab.reference_bias import measure as bias
     from megatron_cca.training.setup import build_chunks
 
     config = load_config(None, settings["overrides"])

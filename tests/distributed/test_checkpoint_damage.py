@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_whole
+from megatron_cca.checkpoint.integrity import check_whole
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import CCA, PP2, TP2

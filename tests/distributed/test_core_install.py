@@ -19,10 +19,11 @@ pytest.importorskip("nvidia.dali")
 TOKENIZE = str(ROOT / "tools" / "tokenize_images.py")
 TINY = ("--config", "emu3_tiny_cca")
 LACKING = {
-    "loader": "data.loader: dali is not installed here; pip install -e '.[data]', or set it to torch",
-    "images": "--resize: dali needs NVIDIA DALI; pip install -e '.[data]', or take authors, which needs Pillow alone",
+    "loader": "data.loader: dali is not installed here; pip install 'megatron-cca[data]', or set it to torch",
+    "images": "--resize: dali needs NVIDIA DALI; pip install 'megatron-cca[data]', or take authors, which needs "
+    "Pillow alone",
     "digits": "data.path: digits needs scikit-learn; pip install 'megatron-cca[eval]'",
-    "inspect": "matplotlib is not installed; pip install -e '.[data,eval,hf]'",
+    "inspect": "matplotlib is not installed; pip install 'megatron-cca[eval]'",
 }
 HELP = {f"{name} --help": name for name in programs()}
 INSTALLED = ("help", "plan", "example", "no example")

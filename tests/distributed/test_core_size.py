@@ -13,7 +13,7 @@ from tests.distributed.launch import ROOT, SCRIPT, typed
 from tests.distributed.test_layout_parity import CCA
 
 PACKAGE = Path(megatron_cca.__file__).parent
-MOST_LINES, MOST_CALLS = 12_800, 8
+MOST_LINES, MOST_CALLS = 12_000, 8
 # Switched off in the tiny run: what it must not import, and the key that would.
 SWITCHED_OFF = {
     "training/pictures.py": "logging.sample_interval",
@@ -23,6 +23,10 @@ SWITCHED_OFF = {
     "models/frozen_weights.py": "reference.strategy=offload or reference.fp8_param",
     "models/rotary_2d.py": "a family with position_embedding rope_2d",
     "models/formats.py": "a conversion",
+    "models/weight_map.py": "a conversion, or lora.dim",
+    "checkpoint/stored_tensors.py": "a conversion, or a resume",
+    "io/file_contents.py": "files of other programs",
+    "io/output_folders.py": "reference.strategy=cached",
     "training/engine.py": "parallel.tp_comm_overlap or kernels.cuda_graph_impl",
     "data/digits.py": "data.path=digits",
     "data/shard_writing.py": "data.path=digits",
@@ -81,7 +85,7 @@ def test_what_a_training_job_imports_can_be_read(imported):
     lines = {str(name): len(file.read_text().splitlines()) for name, file in imported.items()}
     longest = ", ".join(f"{name} {lines[name]}" for name in sorted(lines, key=lines.get, reverse=True)[:10])
     assert sum(lines.values()) <= MOST_LINES, f"{sum(lines.values())} lines in {len(lines)} files, such as {longest}"
-    assert len(lines) > 80
+    assert len(lines) > 60
 
 
 def test_the_loss_is_near_the_program(run):

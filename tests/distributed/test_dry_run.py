@@ -12,7 +12,7 @@ import json
 import pytest
 
 from megatron_cca.config.load import config_to_dict, load_config
-from megatron_cca.lab.planner.candidates import Wishes, check_candidate
+from megatron_cca.lab.planner.candidates import SearchInputs, check_candidate
 from megatron_cca.lab.planner.hardware import Cluster, gpu_named
 from megatron_cca.lab.planner.memory import predict_memory
 from megatron_cca.lab.planner.search import search
@@ -298,6 +298,6 @@ def test_the_planned_examples_are_what_the_docs_say(gpus):
 
 
 def test_the_example_for_one_node_is_what_the_planner_chooses():
-    wishes = Wishes(Cluster(gpu_named("h100-80gb"), 8, 8), ImageShape(90, 90, 128))
-    best = search(load_config(BIG), wishes, 1).best[0]
+    inputs = SearchInputs(Cluster(gpu_named("h100-80gb"), 8, 8), ImageShape(90, 90, 128))
+    best = search(load_config(BIG), inputs, 1).best[0]
     assert config_to_dict(best.config) == config_to_dict(load_config(ROOT / "examples" / "emu3_8b_8x_h100.yaml"))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.stored_tensors import check_whole
+from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.training.run_log import read_events
 from tests import soak
 from tests.distributed.launch import LIMIT, SCRIPT, end_job, ended, run_alone, run_tool, start_job, torchrun

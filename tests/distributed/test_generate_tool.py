@@ -51,7 +51,7 @@ def test_it_writes_pictures_codes_prompts_and_the_evaluators_npz(checkpoint, tmp
 
 
 def decoded(checkpoint, codes):
-    from megatron_cca.data.image_tokenizers import open_image_tokenizer
+    from megatron_cca.data.tokenizers import open_image_tokenizer
 
     config = json.loads(next(iter(_summaries(checkpoint))).read_text())["config"]
     images = open_image_tokenizer(config["data"]["path"]).decode(torch.from_numpy(codes.astype(np.int64)))
@@ -159,7 +159,7 @@ def test_a_former_output_loses_first_what_says_that_it_is_whole(tmp_path, monkey
 
     monkeypatch.setattr(sampling_job.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        sampling_job._place(tmp_path / ".partial", tmp_path)
+        sampling_job._move_into_place(tmp_path / ".partial", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

@@ -244,7 +244,8 @@ def test_the_tool_refuses_in_one_line(arguments, message, tmp_path):
 
 SLOW = f"""
 import runpy, sys, time
-from megatron_cca.checkpoint.huggingface import source, target
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
+from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
 
 def slow(self, name, start, stop):
     if "layers.3" in name:
@@ -252,7 +253,7 @@ def slow(self, name, start, stop):
         time.sleep(60)
     return original(self, name, start, stop)
 
-cls = source.HuggingFaceCheckpoint if sys.argv[1] == "import" else target.MegatronCheckpoint
+cls = HuggingFaceCheckpoint if sys.argv[1] == "import" else MegatronCheckpoint
 original, cls.read = cls.read, slow
 runpy.run_path({str(TOOL)!r}, run_name="__main__")
 """

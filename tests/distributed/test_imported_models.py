@@ -9,7 +9,7 @@ import yaml
 
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.text_tokenizers import train_tokenizer
+from megatron_cca.data.tokenizers import train_tokenizer
 from megatron_cca.models import resolve_architecture
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.distributed.test_generate_tool import generate, rows

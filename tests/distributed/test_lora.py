@@ -17,7 +17,7 @@ from megatron_cca.checkpoint.huggingface import (
     import_checkpoint,
     open_both,
 )
-from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint
+from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from tests.distributed.launch import run_workers
@@ -191,7 +191,7 @@ def test_an_export_has_the_merged_weights_and_verifies(trained, tmp_path):
 def test_an_export_in_small_pieces_is_the_same(trained, tmp_path, monkeypatch):
     folder, _ = trained
     at_once = load_tensors(export_checkpoint(folder / "run", tmp_path / "at once", progress_bar=False))
-    monkeypatch.setattr("megatron_cca.checkpoint.streamed_save.row_ranges.__defaults__", (1000,))
+    monkeypatch.setattr("megatron_cca.checkpoint.stored_tensors.row_ranges.__defaults__", (1000,))
     in_pieces = load_tensors(export_checkpoint(folder / "run", tmp_path / "in pieces", progress_bar=False))
     assert_same_bits(in_pieces, at_once)
     merged = MegatronCheckpoint(folder / "run", "--checkpoint").stored

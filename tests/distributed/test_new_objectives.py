@@ -18,18 +18,18 @@ import megatron_cca
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.keys import PositiveFloat
-from megatron_cca.lab.planner.candidates import Wishes
+from megatron_cca.lab.planner.candidates import SearchInputs
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.report import Report, yaml_of
 from megatron_cca.lab.planner.search import search
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.plan import Planner, make_plan
+from megatron_cca.lab.studies.schedule import TaskFactory, make_schedule
 from megatron_cca.lab.studies.study import open_study
 from megatron_cca.objectives import OBJECTIVES, Objective, PairLogps, objective, register
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.faults import Alarms
-from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
+from megatron_cca.training.log_ratio_gate import LogRatioSpread, check_log_ratio
 from megatron_cca.training.run_log import read_events, read_metrics
 from tests.distributed.launch import run_workers, typed
 from tests.distributed.test_layout_parity import LOSS_RTOL, NORM_RTOL, PP2, TP2, column, under
@@ -145,7 +145,7 @@ class HeavierCCA(CCA):
 
 def test_a_file_in_the_folder_is_all_that_it_takes(tmp_path):
     shutil.copytree(PACKAGE / "objectives", tmp_path / "megatron_cca" / "objectives")
-    for name in ("__init__", "errors", "sections"):
+    for name in ("__init__", "errors", "keys"):
         shutil.copy(PACKAGE / f"{name}.py", tmp_path / "megatron_cca")
     (tmp_path / "megatron_cca" / "objectives" / "heavier.py").write_text(NEW_FILE)
     script = "from megatron_cca.objectives import OBJECTIVES as o; print(*o, o['heavier_cca'](0.1, extra=3.0).extra)"
@@ -215,10 +215,12 @@ def test_the_gate_of_step_0_and_the_alarm_name_its_scale():
     config = load_config(None, ["objective.name=ipo", "objective.tau=0.2", "reference.precision=bf16"])
     spread = LogRatioSpread(0.3, 0.4, 1.5, 512)
     with pytest.raises(UserError) as error:
-        judge(config, spread)
+        check_log_ratio(config, spread)
     assert "; tau x mean 0.06, tau x root mean square 0.1, only 0.05 allowed" in str(error.value)
     assert "closer, lower objective.tau, or, to go on all the same" in str(error.value)
-    assert judge(replace(config, objective=IPO(tau=0.02)), spread).endswith("tau x root mean square 0.01, 0.05 allowed")
+    assert check_log_ratio(replace(config, objective=IPO(tau=0.02)), spread).endswith(
+        "tau x root mean square 0.01, 0.05 allowed"
+    )
     alarms = Alarms(config)
     (line,) = (line for _ in range(10) for line in alarms.after({"loss": 1.0, "positive_log_ratio": -99.0}, 16.0))
     assert line.endswith("the road to collapse; raise objective.tau (0.2) or lower optimizer.lr (1e-05)")
@@ -231,8 +233,8 @@ def test_it_is_planned_like_what_costs_the_same(name, like, tmp_path):
     mine, other = (load_config(None, [f"objective.name={one}", *keys]) for one in (name, like))
     if name == "ipo":
         mine = replace(mine, objective=IPO(tau=0.7))
-    wishes = Wishes(cluster, images, vary=("micro_batch", "reference"))
-    plan, expected = search(mine, wishes, 5), search(other, wishes, 5)
+    inputs = SearchInputs(cluster, images, vary=("micro_batch", "reference"))
+    plan, expected = search(mine, inputs, 5), search(other, inputs, 5)
     assert [one.step.total for one in plan.best] == [one.step.total for one in expected.best]
     assert [one.memory for one in plan.best] == [one.memory for one in expected.best]
     assert (plan.cached is None) == (name == "row_likelihood")
@@ -277,12 +279,12 @@ def studied(folder, digit_shards, **changes):
 
 
 def test_a_study_has_one_for_its_method_and_one_for_its_control(tmp_path, digit_shards):
-    planner = Planner(studied(tmp_path, digit_shards), tmp_path / "out")
-    plan = make_plan(planner, lambda task: {"status": "finished", "fid": 1.0})
+    factory = TaskFactory(studied(tmp_path, digit_shards), tmp_path / "out")
+    plan = make_schedule(factory, lambda task: {"status": "finished", "fid": 1.0})
     assert plan.chosen["ipo"] == {"objective.tau": 0.1}
     names = {task.folder.name.rpartition("-")[0] for task in plan.tasks}
     assert {"ipo", "row_likelihood"} <= names
-    swept = [row.point.config.objective for row in plan.rows if row.method.name == "ipo"]
+    swept = [row.run.config.objective for row in plan.rows if row.method.name == "ipo"]
     assert swept == [IPO(tau=0.1), IPO(tau=0.3), IPO(tau=0.4)]
 
 

@@ -62,7 +62,7 @@ def test_bfloat16_is_as_good_on_two_ranks_as_on_one(tmp_path):
 def test_shards_that_do_not_add_up_are_refused_on_all_ranks(tmp_path):
     settings = {"vocabulary": 20, "rows": [[9, 9], [12, 8], [8, 12], [10, 10]]}
     assert run_workers(2, "logits_workers.refused_shards", settings, tmp_path) == [
-        "weight: 9 rows on each of 2 rank(s) are 18 words, must be at least vocab_size 20",
+        "weight: 9 rows on each of 2 rank(s) are 18 ids, must be at least vocab_size 20",
         "weight: shards of 8 to 12 rows, must be equal on all 2 ranks",
         "weight: shards of 8 to 12 rows, must be equal on all 2 ranks",
         "accepted",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 
 

@@ -6,9 +6,9 @@ import yaml
 
 from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.plan import Planner
 from megatron_cca.lab.studies.results import collect
-from megatron_cca.lab.studies.running import Board
+from megatron_cca.lab.studies.running import TaskQueue
+from megatron_cca.lab.studies.schedule import TaskFactory
 from megatron_cca.lab.studies.study import open_study
 from megatron_cca.lab.studies.tasks import Training, write_outcome
 
@@ -81,18 +81,18 @@ def numbers(fid, score=8.0, accuracy=0.75):
 
 
 def settled(folder, outcome_of_sampling, outcome_of_training=None, **changes):
-    """Return a board on which all tasks have ended as the functions say."""
-    board = Board(Planner(opened(folder, **changes), folder / "out"))
+    """Return a queue on which all tasks have ended as the functions say."""
+    queue = TaskQueue(TaskFactory(opened(folder, **changes), folder / "out"))
     trained = outcome_of_training or (lambda task: {"status": "finished", "title": "", "seconds": 1.0})
-    while ready := board.ready():
+    while ready := queue.ready():
         for task in ready:
             write_outcome(task, trained(task) if isinstance(task, Training) else outcome_of_sampling(task))
-    return board
+    return queue
 
 
-def results_of(board):
+def results_of(queue):
     """Return what a report is made of."""
-    return collect(board.planner.study, board.plan, board.outcome)
+    return collect(queue.factory.study, queue.schedule, queue.outcome)
 
 
 def graded(task):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.errors import UserError
-from megatron_cca.generation.decode_loop import ImageRequest, best_candidates, candidates, cut_prompts
+from megatron_cca.generation.decode_loop import ImageRequest, best_candidates, candidate_requests, cut_prompts
 from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
 from tests.references import tiny_clip
 
@@ -19,7 +19,7 @@ def plugin(folder, body):
 
 def test_the_first_candidate_has_the_seed_itself():
     requests = [ImageRequest(np.array([1]), 5), ImageRequest(np.array([2]), 9)]
-    found = candidates(requests, 3)
+    found = candidate_requests(requests, 3)
     assert [request.seed for request in found] == [5, [5, 1], [5, 2], 9, [9, 1], [9, 2]]
     assert [int(request.prompt[0]) for request in found] == [1, 1, 1, 2, 2, 2]
     # NumPy takes a number and a list of it alone for the same seed; the others must be different streams.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_cca.checkpoint import layout, stored_tensors
+from megatron_cca.checkpoint import integrity, layout
 from megatron_cca.errors import UserError
 
 
@@ -23,7 +23,7 @@ def names(root):
 
 def test_finalize_records_every_file_and_moves_the_latest_file(tmp_path):
     folder = write(tmp_path, 7)
-    summary = stored_tensors.check_whole(folder, "key")
+    summary = integrity.check_whole(folder, "key")
     assert summary["iteration"] == 7
     assert {name: record["bytes"] for name, record in summary["files"].items()} == {"__0_0.distcp": 100, "sub/more": 4}
     assert layout.latest_iteration(tmp_path) == 7
@@ -34,15 +34,15 @@ def test_a_checksum_taken_while_writing_is_what_counts(tmp_path):
     """A file that went bad between its hash and the end of the save must not be blessed."""
     folder = write(tmp_path, 7, checksums={"__0_0.distcp": "0" * 32})
     with pytest.raises(UserError, match=r"key: .*__0_0.distcp is damaged: not what was written"):
-        stored_tensors.check_whole(folder, "key")
+        integrity.check_whole(folder, "key")
 
 
 def test_what_is_known_good_is_read_again_once_it_has_changed(tmp_path):
     folder = write(tmp_path, 7)
-    stored_tensors.check_whole(folder, "key")
+    integrity.check_whole(folder, "key")
     (folder / "__0_0.distcp").write_bytes(b"y" + b"x" * 99)
     with pytest.raises(UserError, match="is damaged"):
-        stored_tensors.check_whole(folder, "key")
+        integrity.check_whole(folder, "key")
 
 
 @pytest.mark.parametrize("position", [0, 40, -2])
@@ -84,9 +84,7 @@ def test_a_rename_that_fails_puts_the_former_one_back(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "rename", refuse)
     with pytest.raises(OSError, match="no"):
         write(tmp_path, 7, b"z")
-    assert (
-        stored_tensors.check_whole(layout.iteration_folder(tmp_path, 7), "key")["files"]["__0_0.distcp"]["bytes"] == 100
-    )
+    assert integrity.check_whole(layout.iteration_folder(tmp_path, 7), "key")["files"]["__0_0.distcp"]["bytes"] == 100
 
 
 def test_tidy_takes_back_what_a_kill_between_two_renames_hid(tmp_path):
@@ -96,7 +94,7 @@ def test_tidy_takes_back_what_a_kill_between_two_renames_hid(tmp_path):
     (tmp_path / ".iter_0000003.removed").mkdir()
     layout.tidy(tmp_path)
     assert names(tmp_path) == ["iter_0000007", layout.LATEST]
-    stored_tensors.check_whole(folder, "key")
+    integrity.check_whole(folder, "key")
 
 
 def test_tidy_forgets_a_former_one_that_was_replaced(tmp_path):
@@ -167,4 +165,4 @@ def test_companions_keep_their_recorded_checksums(tmp_path):
     assert [*known] == [f"{layout.COMPANION_FILES}/tokenizer.json"]
     layout.finalize(partial, root, 5, {}, known)
     with pytest.raises(UserError, match=r"huggingface/tokenizer.json is damaged"):
-        stored_tensors.check_whole(layout.iteration_folder(root, 5), "key")
+        integrity.check_whole(layout.iteration_folder(root, 5), "key")

@@ -126,7 +126,10 @@ AWARE = ["optimizer.use_precision_aware_optimizer=true", "training.precision=bf1
             [*SHARED, *LORA, "reference.fp8_param=true"],
             "reference.fp8_param: a shared reference computes as the policy",
         ),
-        (["reference.strategy=cached"], "reference.cache: missing; compute the log-probabilities with tools/cache_ref"),
+        (
+            ["reference.strategy=cached"],
+            "reference.cache: missing; compute the log-probabilities with megatron-cca cache-ref",
+        ),
         (["reference.cache=x"], "reference.cache: of no use with reference.strategy resident; set that to cached"),
         (
             [*EIGHT_B, "model.num_layers=320", "reference.strategy=offload", "training.global_batch_size=256"],
@@ -194,7 +197,7 @@ def test_a_run_may_go_on_with_another_reference_strategy(run_folder):
         (["data.path={}"], "data.path: names no folder"),
         (
             ["data.path=null"],
-            "data.path: missing; name a folder of token shards, which tools/tokenize_images.py writes",
+            "data.path: missing; name a folder of token shards, which megatron-cca tokenize writes",
         ),
         (["validation.interval=5"], "validation.interval: 5, but nothing to validate on; set validation.fraction"),
         (

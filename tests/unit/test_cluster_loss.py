@@ -4,14 +4,23 @@ import math
 
 import pytest
 
-from megatron_cca.lab.planner.hardware import LOSS, SERIES, SPREAD, Cluster, Series, fit, lost_share, lost_spread
+from megatron_cca.lab.planner.hardware import (
+    LOSS,
+    PUBLISHED,
+    SPREAD,
+    Cluster,
+    PublishedSpeeds,
+    fit,
+    lost_share,
+    lost_spread,
+)
 from tests.unit.test_planner_anchors import A100, GPT_3, H100, LLAMA_405B, RUNS, predicted
 from tests.unit.test_planner_throughput import predict
 
 
 def series(loss, gpus=(8, 64, 512), modelled=(3.0, 2.0, 1.0)):
     kept = [math.exp(-loss * math.log2(count / gpus[0])) for count in gpus]
-    return Series("made", "", gpus, tuple(m * k for m, k in zip(modelled, kept, strict=True)), modelled)
+    return PublishedSpeeds("made", "", gpus, tuple(m * k for m, k in zip(modelled, kept, strict=True)), modelled)
 
 
 def test_a_known_loss_is_found_again_with_its_spread():
@@ -22,11 +31,11 @@ def test_a_known_loss_is_found_again_with_its_spread():
 
 
 def test_the_term_is_what_the_table_gives():
-    assert fit(SERIES) == (LOSS, SPREAD)
+    assert fit(PUBLISHED) == (LOSS, SPREAD)
     assert 0.007 < LOSS < 0.011
     assert 0.012 < SPREAD < 0.018
-    assert max(one.gpus[-1] for one in SERIES) > 10_000
-    assert all(one.source and len(one.gpus) == len(one.published) == len(one.modelled) for one in SERIES)
+    assert max(one.gpus[-1] for one in PUBLISHED) > 10_000
+    assert all(one.source and len(one.gpus) == len(one.published) == len(one.modelled) for one in PUBLISHED)
 
 
 def without(*run, **shape):
@@ -51,7 +60,7 @@ MODELLED = {
 
 @pytest.mark.parametrize("key", MODELLED)
 def test_what_the_planner_explains_is_the_planners(key):
-    found = [one for one in SERIES if key in one.name]
+    found = [one for one in PUBLISHED if key in one.name]
     assert found
     for one in found:
         now = [MODELLED[key](count) for count in one.gpus]
@@ -73,10 +82,10 @@ def test_curves_fall_beyond_a_node_and_their_band_widens():
 def test_published_curves_lie_within_the_band():
     """Of the clusters alone: two standard deviations around what is expected, to rounding, for at least nine of ten."""
     inside = 0
-    for one in SERIES:
+    for one in PUBLISHED:
         found = one.published[-1] / one.published[0] / (one.modelled[-1] / one.modelled[0])
         inside += abs(math.log(found) + LOSS * one.doublings) < 2 * SPREAD * one.doublings
-    assert inside >= 0.9 * len(SERIES)
+    assert inside >= 0.9 * len(PUBLISHED)
 
 
 def test_half_a_node_loses_nothing():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cca.data.text_tokenizers import open_text_tokenizer
+from megatron_cca.data.tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import guided_logits
 from megatron_cca.generation.prompts import (

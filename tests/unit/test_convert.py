@@ -21,8 +21,7 @@ from megatron_cca.checkpoint.huggingface import (
     open_both,
     verifying,
 )
-from megatron_cca.checkpoint.stored_tensors import StoredTensors
-from megatron_cca.checkpoint.streamed_save import row_ranges
+from megatron_cca.checkpoint.stored_tensors import StoredTensors, row_ranges
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture

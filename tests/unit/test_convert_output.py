@@ -16,7 +16,7 @@ from megatron_cca.checkpoint.huggingface import (
     open_both,
 )
 from megatron_cca.errors import UserError
-from megatron_cca.io import outputs
+from megatron_cca.io import output_folders
 from tests.references.huggingface import (
     UP_PROJ,
     assert_same_bits,
@@ -96,7 +96,7 @@ def test_a_forged_list_of_files_cannot_reach_others(files, hf, tmp_path):
 
 def test_two_do_not_write_into_one_folder(hf, tmp_path):
     busy = pytest.raises(UserError, match=r"another process is writing into .*megatron; wait for it")
-    with outputs.claimed(tmp_path / "megatron"), busy:
+    with output_folders.claimed(tmp_path / "megatron"), busy:
         import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
 
@@ -117,7 +117,7 @@ def test_a_replacement_that_is_cut_short_is_taken_back(killed, replacing, tmp_pa
             patched.setattr(exporting, "_replace", failing_after(moves))
             if killed:  # then nobody tidies up
                 patched.setattr(exporting, "_undo_move", lambda folder: None)
-                patched.setattr(outputs.shutil, "rmtree", lambda *arguments, **options: None)
+                patched.setattr(output_folders.shutil, "rmtree", lambda *arguments, **options: None)
             with pytest.raises(RuntimeError, match="no further"):
                 export_checkpoint(tmp_path / "megatron", back, overwrite=True, progress_bar=False)
         if killed and (back / "config.json").exists():
@@ -167,7 +167,8 @@ def test_an_import_killed_at_any_of_its_last_moves_can_be_repeated(hub, tmp_path
 
 def test_a_conversion_that_fails_midway_leaves_nothing(hf, tmp_path, monkeypatch):
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
-    from megatron_cca.checkpoint.huggingface import source, target
+    from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
+    from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
 
     def fail(self, name, start, stop):
         if "layers.3" in name:
@@ -175,9 +176,9 @@ def test_a_conversion_that_fails_midway_leaves_nothing(hf, tmp_path, monkeypatch
         return original(self, name, start, stop)
 
     for cls, convert_it in (
-        (source.HuggingFaceCheckpoint, lambda: import_checkpoint(hf, tmp_path / "a", progress_bar=False)),
+        (HuggingFaceCheckpoint, lambda: import_checkpoint(hf, tmp_path / "a", progress_bar=False)),
         (
-            target.MegatronCheckpoint,
+            MegatronCheckpoint,
             lambda: export_checkpoint(tmp_path / "megatron", tmp_path / "b", progress_bar=False),
         ),
     ):
@@ -192,7 +193,7 @@ def test_a_conversion_that_fails_midway_leaves_nothing(hf, tmp_path, monkeypatch
 
 def test_too_little_space_is_said_before_anything_is_written(hf, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(output_folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "has 1.00kB free, 1.00MB are needed" in refused(hf, tmp_path)
 
 
@@ -200,7 +201,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(hf, small_disk, tmp
     import_checkpoint(hf, tmp_path / "megatron", progress_bar=False)
     # As if another program took the space in the meantime.
     plenty = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: plenty)
+    monkeypatch.setattr(output_folders.shutil, "disk_usage", lambda path: plenty)
     for write in (
         lambda: import_checkpoint(hf, small_disk / "a", progress_bar=False),
         lambda: export_checkpoint(tmp_path / "megatron", small_disk / "b", progress_bar=False),

@@ -13,8 +13,8 @@ from megatron_cca.checkpoint.huggingface import (
     export_checkpoint,
     import_checkpoint,
 )
+from megatron_cca.checkpoint.integrity import INDEX, read_index
 from megatron_cca.checkpoint.layout import sealed
-from megatron_cca.checkpoint.stored_tensors import INDEX, read_index
 from megatron_cca.config import ParallelConfig
 from megatron_cca.errors import UserError
 from tests.references.huggingface import (

@@ -176,7 +176,7 @@ def test_a_missing_dali_says_how_to_get_it(monkeypatch):
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_dali)
-    with pytest.raises(UserError, match=r"needs NVIDIA DALI; pip install -e '\.\[data\]'"):
+    with pytest.raises(UserError, match=r"needs NVIDIA DALI; pip install 'megatron-cca\[data\]'"):
         ImageDecoder(CPU)
 
 

@@ -28,7 +28,7 @@ with {reported}({arguments}), report_losses_to(lambda *what: print(*what, file=t
 
 
 def started(reported, tmp_path, **streams):
-    arguments = "(), ''" if reported == "reported_tool_errors" else ""
+    arguments = "()" if reported == "reported_tool_errors" else ""
     code = RUN.format(reported=reported, arguments=arguments, told=str(tmp_path / "told"))
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True, **streams)
 

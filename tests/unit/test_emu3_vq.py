@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq, uint8_pixels
 from tests.references.emu3_vq import original_name, save_composite, save_original
 from tests.references.huggingface import edit_tensors

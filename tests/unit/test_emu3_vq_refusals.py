@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from tests.references.emu3_vq import save_composite
 from tests.references.huggingface import edit_config, edit_tensors

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from PIL import Image
 
 from megatron_cca.data.digits import captions_of, load_scans
 from megatron_cca.errors import UserError
+from megatron_cca.lab import reserved_folder
+from megatron_cca.lab.evaluation import METRICS, EvaluateOptions, FidelitySettings
+from megatron_cca.lab.evaluation.checks import check, choose_metrics
 from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, fidelity
+from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.planning import EvaluationSettings, check, plan
-from megatron_cca.lab.evaluation.report import as_json, evaluate, reserved, table, write_report
+from megatron_cca.lab.evaluation.report import as_json, evaluate, former_files, table, write_report
 from megatron_cca.programs import evaluate as program
 from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
@@ -101,16 +104,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(drawn, tmp_path):
 
 
 def settings_of(drawn, **options):
-    return EvaluationSettings(
-        **{"samples": {"drawn": str(drawn)}, "reference": "digits", "extractor": "digits"} | options
-    )
+    settings = {"samples": (f"drawn={drawn}",), "reference": "digits", "extractor": "digits", "output": Path("out")}
+    return EvaluateOptions(**settings | options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (
-            {"samples": {"a": "nowhere"}},
+            {"samples": ("a=nowhere",)},
             "--samples: nowhere: does not exist; give a folder of images, an .npz, digits or",
         ),
         ({"reference": str(TOOL)}, f"--reference: {TOOL}: is a file, but no .npz; give a folder"),
@@ -137,7 +139,10 @@ def test_what_cannot_be_is_refused_before_anything_is_read(drawn, options, messa
             {"extractor": "inception", "metrics": ("sfid",)},
             "--samples drawn: 300 images are too few for sFID on 2023 features; it wants 2024 or more",
         ),
-        ({"samples": {"a": "digits"}, "clip": "x"}, "--clip: no sample set has prompts; they come from prompts.jsonl"),
+        (
+            {"samples": ("a=digits",), "clip": Path("x")},
+            "--clip: no sample set has prompts; they come from prompts.jsonl",
+        ),
     ],
 )
 def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, monkeypatch, options, message):
@@ -153,11 +158,11 @@ def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, m
 def test_other_sizes_are_refused_for_the_digits_and_said_for_others(tmp_path, capsys):
     for name, size in (("small", 8), ("large", 16)):
         np.savez(tmp_path / f"{name}.npz", np.zeros((80, size, size, 3), np.uint8))
-    settings = EvaluationSettings({"a": str(tmp_path / "large.npz")}, "digits", "digits")
+    settings = settings_of(None, samples=(f"a={tmp_path / 'large.npz'}",))
     with pytest.raises(UserError, match="--samples a: --extractor digits takes images of 8 x 8 pixels, found 16 x 16"):
         evaluate(settings, CPU)
     sets, reference = {"a": ImageSet(np.zeros((80, 16, 16, 3), np.uint8))}, ImageSet(np.zeros((80, 8, 8, 3), np.uint8))
-    chosen = plan(replace(settings, extractor="own.py:f"), sets, reference, {"features": 3})["a"]
+    chosen = choose_metrics(replace(settings, extractor="own.py:f"), sets, reference, {"features": 3})["a"]
     assert chosen.metrics == ("fid", "precision", "recall")
     assert chosen.left_out["sfid"] == "--extractor own.py:f: gives no spatial features, on which sFID is computed"
     assert "a: its images are 16 x 16 pixels, the reference's 8 x 8" in capsys.readouterr().err
@@ -165,7 +170,7 @@ def test_other_sizes_are_refused_for_the_digits_and_said_for_others(tmp_path, ca
 
 def test_clip_scores_and_accuracy_need_no_extractor(drawn, tmp_path):
     clip = tiny_clip.save(tmp_path)
-    settings = settings_of(drawn, metrics=(), clip=clip, samples={"drawn": str(drawn), "scans": "digits-held-out"})
+    settings = settings_of(drawn, metrics=(), clip=clip, samples=(f"drawn={drawn}", "scans=digits-held-out"))
     evaluation = evaluate(settings, CPU)
     ours, scans = evaluation.sets
     expected = ClipScorer(clip).scores(ours.images.images, ours.images.prompts)
@@ -174,7 +179,7 @@ def test_clip_scores_and_accuracy_need_no_extractor(drawn, tmp_path):
     assert table(evaluation).splitlines()[0] == "| samples | images | accuracy ↑ | CLIP score ↑ |"
     assert table(evaluation).splitlines()[3].endswith("| – |")
     output = tmp_path / "out"
-    with reserved(output, overwrite=False):
+    with reserved_folder(output, former_files(output), overwrite=False):
         assert "fid_is.png" not in write_report(output, evaluation)
     assert json.loads((output / "metrics.json").read_text())["sets"][0]["clip_score"] == pytest.approx(expected.mean())
 
@@ -189,7 +194,7 @@ def test_prompts_that_clip_cuts_and_files_that_are_not_read_are_in_the_report(dr
     ids = ClipScorer(clip).processor.tokenizer
     cut = sum(len(ids(line["prompt"])["input_ids"]) > limit for line in lines[1:])
     assert 0 < cut < count or cut == count
-    evaluation = evaluate(settings_of(folder, metrics=(), clip=clip, samples={"drawn": str(folder)}), CPU)
+    evaluation = evaluate(settings_of(folder, metrics=(), clip=clip, samples=(f"drawn={folder}",)), CPU)
     line = f"{cut} of {count} prompts are longer than the 20 tokens that this CLIP reads; their ends are not scored"
     said = capsys.readouterr().err
     assert f"drawn: {line}" in said
@@ -201,21 +206,21 @@ def test_prompts_that_clip_cuts_and_files_that_are_not_read_are_in_the_report(dr
 
 def test_a_former_report_is_replaced_only_when_asked_and_nothing_else_ever(drawn, tmp_path):
     evaluation = evaluate(settings_of(drawn, metrics=("fid",)), CPU)
-    with reserved(tmp_path, overwrite=False):
+    with reserved_folder(tmp_path, former_files(tmp_path), overwrite=False):
         write_report(tmp_path, evaluation)
     (tmp_path / "samples-former.png").touch()
     with (
         pytest.raises(UserError, match=r"already holds class_accuracy.png and \d more; give an empty folder or --over"),
-        reserved(tmp_path, overwrite=False),
+        reserved_folder(tmp_path, former_files(tmp_path), overwrite=False),
     ):
         pass
-    with reserved(tmp_path, overwrite=True):
+    with reserved_folder(tmp_path, former_files(tmp_path), overwrite=True):
         write_report(tmp_path, evaluation)
     assert not (tmp_path / "samples-former.png").exists()
     (tmp_path / "thesis.tex").touch()
     with (
         pytest.raises(UserError, match=r"holds thesis.tex: not what --overwrite is meant to replace"),
-        reserved(tmp_path, overwrite=True),
+        reserved_folder(tmp_path, former_files(tmp_path), overwrite=True),
     ):
         pass
 
@@ -227,7 +232,10 @@ def test_nothing_half_written_stays(drawn, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("megatron_cca.lab.evaluation.report.class_accuracy_bars", full)
-    with pytest.raises(UserError, match="is full"), reserved(tmp_path / "out", overwrite=False):
+    with (
+        pytest.raises(UserError, match="is full"),
+        reserved_folder(tmp_path / "out", former_files(tmp_path / "out"), overwrite=False),
+    ):
         write_report(tmp_path / "out", evaluation)
     assert not (tmp_path / "out").exists()
 
@@ -239,7 +247,7 @@ def test_a_report_keeps_out_of_the_folders_that_it_reads(drawn):
 
 
 def parsed_settings(*arguments):
-    return program.settings_of(parsed(program.OPTIONS, [*map(str, arguments), "--output", "out"]))
+    return parsed(program.OPTIONS, [*map(str, arguments), "--output", "out"])
 
 
 def test_sets_are_named_and_defaults_follow_the_reference(monkeypatch, tmp_path):
@@ -248,16 +256,16 @@ def test_sets_are_named_and_defaults_follow_the_reference(monkeypatch, tmp_path)
     paths = ["a=b", "x=runs/cca", "runs/s=1/images", "samples.npz", "base+cfg0.5=samples.npz"]
     samples = [part for path in paths for part in ("--samples", path)]
     found = parsed_settings(*samples, "--reference", "digits-held-out")
-    assert found.samples == {
+    assert found.sets == {
         "a=b": "a=b",
         "x": "runs/cca",
         "images": "runs/s=1/images",
         "samples": "samples.npz",
         "base+cfg0.5": "samples.npz",
     }
-    assert (found.extractor, found.metrics) == ("digits", None)
+    assert (found.network, found.metrics) == ("digits", None)
     found = parsed_settings(*samples, "--reference", "real", "--metrics", "fid", "fid", "kid")
-    assert (found.extractor, found.metrics) == ("inception", ("fid", "kid"))
+    assert (found.network, found.metrics) == ("inception", ("fid", "kid"))
     assert parsed_settings(*samples, "--reference", "real", "--metrics").metrics == ()
 
 

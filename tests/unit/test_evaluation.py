@@ -1,4 +1,4 @@
-"""Judges that know digits; pictures that open."""
+"""Networks that know digits; pictures that open."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from PIL import Image
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.digit_judges import DigitJudges, standard_judges
+from megatron_cca.lab.evaluation.classifiers import DigitSvm, class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.extractors import standard_digit_cnn, train_digit_cnn
 from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
 
@@ -18,16 +18,16 @@ def scans():
     return load_scans()
 
 
-def test_the_judges_know_digits_they_have_not_seen_and_leave_the_random_state_alone(scans):
-    _, held_out = scans
+def test_the_networks_know_digits_they_have_not_seen_and_leave_the_random_state_alone(scans):
+    train, held_out = scans
     state = torch.get_rng_state()
-    judges = standard_judges()
+    svm, cnn = DigitSvm(train.images, train.labels), standard_digit_cnn()
     assert torch.equal(state, torch.get_rng_state())
-    assert judges.accuracy(held_out.images, held_out.labels) > 0.98
-    guesses = judges.cnn(torch.from_numpy(held_out.images)[:, None])[1].argmax(1).numpy()
+    assert svm.accuracy(held_out.images, held_out.labels) > 0.98
+    guesses = cnn(torch.from_numpy(held_out.images)[:, None])[1].argmax(1).numpy()
     assert (guesses == held_out.labels).mean() > 0.96
     wrong = (held_out.labels + 1) % 10
-    assert judges.accuracy(held_out.images, wrong) < 0.05
+    assert svm.accuracy(held_out.images, wrong) < 0.05
 
 
 def test_the_digits_classifier_knows_held_out_scans():
@@ -74,10 +74,10 @@ def test_pictures_show_their_images_and_every_curve(scans, tmp_path):
 
 
 @pytest.mark.full
-def test_the_judges_are_a_function_of_their_seed(scans):
+def test_the_network_is_a_function_of_their_seed(scans):
     train = scans[0]
     few = train.images[:200], train.labels[:200]
-    first, again, other = (DigitJudges.train(*few, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (train_digit_cnn(*few, seed=seed) for seed in (0, 0, 1))
     images = torch.from_numpy(train.images[:5])[:, None]
-    assert torch.equal(first.cnn(images)[1], again.cnn(images)[1])
-    assert not torch.equal(first.cnn(images)[1], other.cnn(images)[1])
+    assert torch.equal(first(images)[1], again(images)[1])
+    assert not torch.equal(first(images)[1], other(images)[1])

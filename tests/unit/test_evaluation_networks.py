@@ -12,9 +12,10 @@ from transformers import CLIPModel, CLIPProcessor
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
+from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import INCEPTION_URL, PUBLISHED_SHA256, WIDTHS, open_extractor, widths
-from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 from tests.references import tiny_clip
 
 PHRASES = ["a seven", "the digit one", "", "z", "a scan of a four which goes on and on and on for longer than it may"]
@@ -68,7 +69,7 @@ def test_inceptions_parts_are_those_of_torch_fidelitys_extractor(weights, pictur
     # TensorFlow's order: the mean and covariance in OpenAI's reference batches have it.
     spatial = np.moveaxis(np.maximum(maps.numpy(), 0), 1, 3)[..., :7].reshape(3, -1)
     extractor = open_extractor("inception", weights)
-    found = Reference(pictures, extractor).parts({"features", "logits", "spatial"}, batch_size=2)
+    found = ReferenceImages(pictures, extractor).parts({"features", "logits", "spatial"}, batch_size=2)
     assert spatial.shape == (3, 2023)
     assert spatial.std() > 0.05
     assert features.std() > 1e-3
@@ -125,7 +126,7 @@ def test_the_digits_network_gives_what_is_known_of_it_and_knows_its_images():
     extractor = open_extractor("digits")
     assert widths(extractor, train.images) == WIDTHS["digits"]
     maps = extractor.network.trunk[:4](torch.from_numpy(held_out.images[:5, None]) / 255)
-    found = Reference(held_out.images[:5], extractor).parts({"spatial"})["spatial"]
+    found = ReferenceImages(held_out.images[:5], extractor).parts({"spatial"})["spatial"]
     assert torch.equal(found.reshape(5, 4, 8, 8), maps[:, :4])
     assert found.std() > 0.01
     assert open_extractor("digits").network is extractor.network
@@ -155,7 +156,7 @@ def test_an_own_extractor_is_a_function_in_a_file(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(OWN)
     images = load_scans()[0].images[:50]
-    found = Reference(images, open_extractor(f"{file}:network")).parts({"features", "logits"})
+    found = ReferenceImages(images, open_extractor(f"{file}:network")).parts({"features", "logits"})
     assert torch.equal(found["features"], torch.from_numpy(images).flatten(1)[:, :4].float())
     with pytest.raises(UserError, match=r"own.py:nothing must return a torch module, found NoneType"):
         open_extractor(f"{file}:nothing")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cca.training.run_log import FILE, MetricsLog, RunLog, read_events
+from megatron_cca.training.run_log import EVENTS_FILE, MetricsLog, RunLog, read_events
 
 
 def test_events_are_appended_with_time_rank_and_restart(tmp_path, monkeypatch):
@@ -25,13 +25,13 @@ def test_events_are_appended_with_time_rank_and_restart(tmp_path, monkeypatch):
     }
     assert first["time"].endswith("+00:00")
     assert second["error"] == "it\nbroke"
-    assert (tmp_path / "run" / FILE).read_text().count("\n") == 2
+    assert (tmp_path / "run" / EVENTS_FILE).read_text().count("\n") == 2
 
 
 def test_half_a_last_line_is_left_out(tmp_path):
     with RunLog(tmp_path) as log:
         log.own_event("saved", step=4)
-    with (tmp_path / FILE).open("a") as file:
+    with (tmp_path / EVENTS_FILE).open("a") as file:
         file.write(json.dumps({"event": "saved"})[:-5])
     assert [event["step"] for event in read_events(tmp_path)] == [4]
 

@@ -8,7 +8,8 @@ from scipy.spatial.distance import cdist
 
 from megatron_cca.data.digits import load_scans
 from megatron_cca.errors import UserError
-from megatron_cca.lab.evaluation.fidelity import METRICS, FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation import METRICS, FidelitySettings
+from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 
 EXACT = {"rel": 1e-6, "abs": 1e-6}
 
@@ -148,7 +149,7 @@ def test_every_image_is_extracted_once_and_the_reference_once_for_many_sets(pair
     extractor, progress = Linear(), []
     settings = FidelitySettings(METRICS, kid_subset_size=100)
     alone = fidelity(*pair, Linear(), settings)
-    reference = Reference(pair[1], extractor)
+    reference = ReferenceImages(pair[1], extractor)
     first = fidelity(pair[0], reference, extractor, settings, progress.append)
     assert extractor.seen == 700 + 1  # one to see how wide its answers are
     assert sum(progress) == 700
@@ -170,10 +171,10 @@ def test_given_moments_take_the_place_of_the_references_images(pair):
     b, _, spatial = parts(pair[1])
     moments = {"features": (b.mean(0), np.cov(b, rowvar=False)), "spatial": (spatial.mean(0), np.cov(spatial.T))}
     extractor = Linear()
-    few = Reference(pair[1][:5], extractor, moments)
+    few = ReferenceImages(pair[1][:5], extractor, moments)
     found = fidelity(pair[0], few, extractor, FidelitySettings(("fid", "sfid")))
     assert found == pytest.approx(fidelity(*pair, Linear(), FidelitySettings(("fid", "sfid"))), **EXACT)
-    wrong = Reference(pair[1], extractor, {"features": (b.mean(0)[:5], np.eye(5))})
+    wrong = ReferenceImages(pair[1], extractor, {"features": (b.mean(0)[:5], np.eye(5))})
     with pytest.raises(UserError, match="its mean of features has 5 numbers, the extractor's features have 12"):
         fidelity(pair[0], wrong, extractor)
 
@@ -215,8 +216,8 @@ def test_unsuitable_images_are_refused(images, message, scans):
             "samples: 19 images are too few for Inception Score in 10 splits; it wants 20 or more",
         ),
         ((9, 9), {"metrics": ("fid", "lpips")}, "metrics: 'lpips' is unknown; known: fid, inception_score, kid,"),
-        ((9, 9), {"neighborhood": 0}, "neighborhood: must be 1 or more, found 0"),
-        ((9, 9), {"kid_subset_size": 1}, "kid_subset_size: must be 2 or more, found 1"),
+        ((9, 9), {"neighborhood": 0}, "--neighborhood: must be 1 or more, found 0"),
+        ((9, 9), {"kid_subset_size": 1}, "--kid-subset-size: must be 2 or more, found 1"),
     ],
 )
 def test_too_few_images_and_bad_numbers_are_refused(scans, counts, settings, message):

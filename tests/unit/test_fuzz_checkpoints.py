@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 
-from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors, read_index
-from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.integrity import INDEX, read_index
+from megatron_cca.checkpoint.stored_tensors import Piece, StoredTensors, save_pieces
 from tests.references.fuzzing import NAMES, NUMBERS, fuzzed, spoilt
 
 KEY = "training.pretrained_checkpoint"

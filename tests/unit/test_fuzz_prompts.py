@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_cca.data.digits import captions_of
-from megatron_cca.data.text_tokenizers import FILE_NAME as TOKENIZER
-from megatron_cca.data.text_tokenizers import TIKTOKEN_NAME, open_text_tokenizer, train_tokenizer
+from megatron_cca.data.tokenizers import TIKTOKEN_FILE, open_text_tokenizer, train_tokenizer
+from megatron_cca.data.tokenizers import TOKENIZER_FILE as TOKENIZER
 from megatron_cca.generation.prompts import class_prompts, read_prompts
 from megatron_cca.lab.evaluation.image_sets import PROMPTS, list_folder, read_images
 from tests.references.fuzzing import NAMES, changed, fuzzed, names, plain, spoilt
@@ -88,7 +88,7 @@ def tiktoken_file():
 @given(spoilt(tiktoken_file()))
 def test_no_tiktoken_file_gets_through(sandbox, content):
     pytest.importorskip("tiktoken")
-    fill(sandbox.inside, {TIKTOKEN_NAME: content})
+    fill(sandbox.inside, {TIKTOKEN_FILE: content})
     tokenizer = sandbox.check(lambda: open_text_tokenizer(sandbox.inside))
     if tokenizer is not None:
         sandbox.check(lambda: tokenizer.decode(tokenizer.encode("a handwritten seven")))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from tests.references.fuzzing import changed, fuzzed, plain, spoilt
 from tests.references.llamagen_vq import random_vq, saved
 

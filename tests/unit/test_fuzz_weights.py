@@ -8,14 +8,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 from megatron_cca.checkpoint.huggingface.importing import open_public
-from megatron_cca.checkpoint.huggingface.source import Reading
 from tests.references import llamagen
 from tests.references.fuzzing import changed, fuzzed, plain, spoilt
 
 STATE = llamagen.random_weights(llamagen.Sizes(1, 8, 2, grid=2, codebook=16, classes=3, ffn=8))
 PLAIN = {"model": STATE, "ema": {name: value + 1 for name, value in STATE.items()}, "steps": 3}
-READING = Reading({"num_attention_heads": 2, "max_position_embeddings": 5}, section="model")
+READING = WeightsDescription({"num_attention_heads": 2, "max_position_embeddings": 5}, section="model")
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24]), max_size=3).map(torch.ones)
 
 
@@ -39,7 +39,7 @@ def opened(sandbox, content, name="w.pt", reading=READING):
 @example(in_format({"model": STATE | {"norm.weight": torch.ones(1).expand(10**12)}}, False))
 def test_no_file_gets_through(sandbox, content):
     opened(sandbox, content)
-    opened(sandbox, content, "w.safetensors", Reading(READING.sizes))
+    opened(sandbox, content, "w.safetensors", WeightsDescription(READING.sizes))
 
 
 @pytest.mark.parametrize("content", FORMATS, ids=["of today", "former"])
@@ -48,5 +48,5 @@ def test_a_whole_one_is_read(sandbox, content):
 
 
 def test_whole_safetensors_are_read(sandbox):
-    found = opened(sandbox, save(STATE), "w.safetensors", Reading(READING.sizes))
+    found = opened(sandbox, save(STATE), "w.safetensors", WeightsDescription(READING.sizes))
     assert found.architecture.vocabulary.codebook_size == 16

@@ -14,10 +14,9 @@ from tests.distributed.launch import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu_parts import conductor as conducting
-from gpu_parts import lines
-from gpu_parts.conductor import Conductor, shares
+from gpu_parts import lines, runner
 from gpu_parts.goals import goals
+from gpu_parts.runner import Runner, shares
 from gpu_parts.settings import BF16, BF16_FEW, DENSE, FP8, FP8_FEW, GEMM, LLAMAGEN, LORA, STEP, TESTS, settings_of
 from gpu_parts.tables import tables
 
@@ -43,7 +42,7 @@ for position, setting in enumerate(todo["settings"]):
 
 
 @pytest.fixture
-def conduct(tmp_path):
+def run_parts(tmp_path):
     """Run parts with processes that do ``act`` at a setting; returns the file's lines and how many are of this call."""
     program, output, said = tmp_path / "process.py", tmp_path / "found.jsonl", []
     program.write_text(PROCESS)
@@ -51,9 +50,7 @@ def conduct(tmp_path):
     def run(parts, act="measure", seconds=60, again=False, setting="bf16, local layers", about=CPU):
         before = len(output.read_text().splitlines()) if output.exists() else 0
         command = [sys.executable, str(program), act, setting]
-        one = Conductor(
-            output, about, time.time() + seconds, again=again, command=lambda part: command, say=said.append
-        )
+        one = Runner(output, about, time.time() + seconds, again=again, command=lambda part: command, say=said.append)
         one.run(parts)
         text = output.read_text() if output.exists() else ""
         return [json.loads(line) for line in text.splitlines()[before:]], one
@@ -78,8 +75,8 @@ def test_time_is_divided_by_weight_and_what_is_left_over_goes_on():
 @pytest.mark.parametrize(
     "act,reason", [("crash", "SIGSEGV; a word before the end"), ("hang", "it hangs: ended after its limit")]
 )
-def test_a_setting_that_ends_its_process_is_a_line_and_the_next_one_starts(conduct, act, reason):
-    found, _ = conduct([LLAMAGEN], act)
+def test_a_setting_that_ends_its_process_is_a_line_and_the_next_one_starts(run_parts, act, reason):
+    found, _ = run_parts([LLAMAGEN], act)
     first, second, third = names(LLAMAGEN)
     assert sorted(statuses(found)) == sorted(
         [(LLAMAGEN, first, "measured"), (LLAMAGEN, second, "failed"), (LLAMAGEN, third, "measured")]
@@ -88,50 +85,50 @@ def test_a_setting_that_ends_its_process_is_a_line_and_the_next_one_starts(condu
     assert all(line["rehearsal"] == lines.REHEARSAL and line["about"] == CPU for line in found)
 
 
-def test_a_part_that_is_late_is_ended_and_only_what_is_missing_is_measured_by_the_next_call(conduct, monkeypatch):
+def test_a_part_that_is_late_is_ended_and_only_what_is_missing_is_measured_by_the_next_call(run_parts, monkeypatch):
     def hasty(part, rehearses, found):
         return [replace(one, seconds=0) for one in settings_of(part, rehearses, found)]
 
-    monkeypatch.setattr(conducting, "settings_of", hasty)
-    monkeypatch.setattr(conducting, "START_SECONDS", 0)
+    monkeypatch.setattr(runner, "settings_of", hasty)
+    monkeypatch.setattr(runner, "START_SECONDS", 0)
     began = time.time()
-    found, _ = conduct([LLAMAGEN, LORA], "take long", seconds=12, about=GPU)
+    found, _ = run_parts([LLAMAGEN, LORA], "take long", seconds=12, about=GPU)
     assert time.time() - began < 30
     assert (LLAMAGEN, "bf16, local layers", "out of time") in statuses(found)
     assert [one for one in statuses(found) if one[0] == LORA and one[2] == "measured"], "the next part started"
     assert not any("rehearsal" in line for line in found)
     missing = {(part, name) for part in (LLAMAGEN, LORA) for name in names(part)}
     missing -= {one[:2] for one in statuses(found) if one[2] == "measured"}
-    second, _ = conduct([LLAMAGEN, LORA], about=GPU)
+    second, _ = run_parts([LLAMAGEN, LORA], about=GPU)
     assert {one[:2] for one in statuses(second)} == missing
-    third, _ = conduct([LLAMAGEN, LORA], about=GPU)
+    third, _ = run_parts([LLAMAGEN, LORA], about=GPU)
     assert not third
-    fourth, _ = conduct([LLAMAGEN], again=True, about=GPU)
+    fourth, _ = run_parts([LLAMAGEN], again=True, about=GPU)
     assert [line["setting"] for line in fourth] == names(LLAMAGEN)
 
 
-def test_nothing_starts_that_there_is_no_time_for(conduct):
-    found, one = conduct([LLAMAGEN, LORA], seconds=20, about=GPU)
+def test_nothing_starts_that_there_is_no_time_for(run_parts):
+    found, one = run_parts([LLAMAGEN, LORA], seconds=20, about=GPU)
     assert not found
     assert [reason.partition(":")[0] for reason in one.left_out] == [LLAMAGEN, LORA]
 
 
-def test_a_result_is_compared_with_its_baseline(conduct):
-    found, _ = conduct([LLAMAGEN])
+def test_a_result_is_compared_with_its_baseline(run_parts):
+    found, _ = run_parts([LLAMAGEN])
     assert found[1]["beside"] == {"baseline": BF16, "time": 1.0}
 
 
-def test_half_a_line_of_a_crash_is_cut_off_and_another_programs_file_is_refused(conduct):
-    conduct([LLAMAGEN])
-    whole = conduct.output.read_text()
-    conduct.output.write_text(whole + '{"part": "ste')
-    assert len(lines.read([conduct.output])) == 3
-    conduct([LORA])
-    assert conduct.output.read_text().startswith(whole)
-    assert len(lines.read([conduct.output])) == 3 + len(names(LORA))
-    conduct.output.write_text('{"x": 1}\n' + whole)
+def test_half_a_line_of_a_crash_is_cut_off_and_another_programs_file_is_refused(run_parts):
+    run_parts([LLAMAGEN])
+    whole = run_parts.output.read_text()
+    run_parts.output.write_text(whole + '{"part": "ste')
+    assert len(lines.read([run_parts.output])) == 3
+    run_parts([LORA])
+    assert run_parts.output.read_text().startswith(whole)
+    assert len(lines.read([run_parts.output])) == 3 + len(names(LORA))
+    run_parts.output.write_text('{"x": 1}\n' + whole)
     with pytest.raises(SystemExit, match="line 1: not a line"):
-        lines.read([conduct.output])
+        lines.read([run_parts.output])
 
 
 def test_every_test_is_a_line_whatever_the_one_before_did_to_the_process(tmp_path, monkeypatch):
@@ -149,7 +146,7 @@ def test_every_test_is_a_line_whatever_the_one_before_did_to_the_process(tmp_pat
     output = tmp_path / "found.jsonl"
     options = ["-p", "no:cacheprovider", "-p", "gpu_parts.pytest_lines", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), str(tmp_path), *options]
-    one = Conductor(output, CPU, time.time() + 120, command=lambda part: command, say=lambda text: None)
+    one = Runner(output, CPU, time.time() + 120, command=lambda part: command, say=lambda text: None)
     one.run([TESTS])
     found = {line["setting"].rpartition("::")[2]: line for line in lines.read([output])}
     wanted = {"test_a": "passed", "test_b": "failed", "test_c": "failed", "test_d": "skipped", "test_e": "passed"}
@@ -157,8 +154,8 @@ def test_every_test_is_a_line_whatever_the_one_before_did_to_the_process(tmp_pat
     assert "no" in found["test_b"]["reason"] and "SIGKILL" in found["test_c"]["reason"]
     assert found["test_d"]["reason"] == "why not"
     assert found["test_unreadable.py"]["status"] == "failed"
-    assert found[conducting.ALL_TESTS]["status"] == "measured"
-    assert not Conductor(output, CPU, time.time() + 9, say=lambda text: None).has_work(TESTS)
+    assert found[runner.ALL_TESTS]["status"] == "measured"
+    assert not Runner(output, CPU, time.time() + 9, say=lambda text: None).has_work(TESTS)
 
 
 def step(name, milliseconds, tflop, mfu):

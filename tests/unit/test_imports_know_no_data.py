@@ -10,7 +10,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import import_checkpoint
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ParallelConfig
-from megatron_cca.data.text_tokenizers import train_tokenizer
+from megatron_cca.data.tokenizers import train_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.model_loading import default_grid, inspect_for_sampling, open_tokenizers
 from megatron_cca.lab.studies import SamplingConfig

@@ -12,7 +12,7 @@ from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.config.schema import strict
 from megatron_cca.errors import UserError
 from megatron_cca.keys import Affects, effects, key, section
-from megatron_cca.lab.studies.plan import training_contents
+from megatron_cca.lab.studies.schedule import training_contents
 from megatron_cca.lab.studies.tasks import digest
 from megatron_cca.models import explicit
 from megatron_cca.objectives import OBJECTIVES
@@ -206,7 +206,7 @@ def paths_as_contents(monkeypatch):
     monkeypatch.setattr(caching, "weights_fingerprint", lambda folder, key: folder)
     monkeypatch.setattr(caching, "_drawn", lambda config: config.model.init_method_std)
     monkeypatch.setattr("megatron_cca.training.resuming._fingerprint", lambda path, key: path)
-    monkeypatch.setattr("megatron_cca.lab.studies.plan._data_key", lambda name: name)
+    monkeypatch.setattr("megatron_cca.lab.studies.schedule._data_key", lambda name: name)
 
 
 def identity(config):

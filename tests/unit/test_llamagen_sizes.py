@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.source import Reading
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ModelConfig
@@ -90,9 +90,9 @@ def test_verify_takes_the_checkpoints_word_unless_told_otherwise(small, tmp_path
     imported(small, tmp_path / "out", sizes=GIVEN | {"rotary_base": 500.0})
     open_both(small, tmp_path / "out")
     with pytest.raises(UserError, match=r"has num_attention_heads 4, .*small.pt 8"):
-        open_both(small, tmp_path / "out", Reading({"num_attention_heads": 8}))
+        open_both(small, tmp_path / "out", WeightsDescription({"num_attention_heads": 8}))
     with pytest.raises(UserError, match=r"has rotary_base 500.0, .*small.pt 10000.0"):
-        open_both(small, tmp_path / "out", Reading({"rotary_base": 10_000.0}))
+        open_both(small, tmp_path / "out", WeightsDescription({"rotary_base": 10_000.0}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
 from tests.references.bomb import Bomb

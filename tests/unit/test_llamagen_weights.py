@@ -11,7 +11,7 @@ from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoi
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
-from megatron_cca.io import outputs
+from megatron_cca.io import output_folders
 from megatron_cca.models.llamagen import PRESETS
 from megatron_cca.models.llamagen.weights import LLAMAGEN_WEIGHTS
 from tests.references import huggingface, llamagen
@@ -179,5 +179,5 @@ def test_a_disk_that_is_full_or_fills_up_is_one_line_and_leaves_nothing(small_di
     assert refusal() == f"--output: the disk of {small_disk} has 614kB free, {needed}kB are needed"
     # As if another program took the space in the meantime.
     plenty = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: plenty)
+    monkeypatch.setattr(output_folders.shutil, "disk_usage", lambda path: plenty)
     assert refusal().startswith(f"--output: the disk of {small_disk}/again.pt is full (No space left on device)")

@@ -12,7 +12,7 @@ from megatron_cca.objectives import PairLogps
 from megatron_cca.training.log_ratio_gate import (
     DEFAULT_ALLOWED,
     LogRatioSpread,
-    judge,
+    check_log_ratio,
     log_ratio_spread,
     numeric_path,
     same_path,
@@ -25,7 +25,7 @@ LOWER = ["reference.precision=bf16"]
 def line(overrides=(), beta=0.02, spread=SMALL):
     """What is said of CCA with this beta; of unlearning, which has none."""
     own = "objective.name=unlearning" if beta is None else f"objective.beta={beta}"
-    return judge(load_config(None, [own, *overrides]), spread)
+    return check_log_ratio(load_config(None, [own, *overrides]), spread)
 
 
 def refused(overrides=(), beta=0.02, spread=SMALL):

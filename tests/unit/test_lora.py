@@ -7,13 +7,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from torch.nn.functional import rms_norm
 
+from megatron_cca.checkpoint.distributed import adapter_settings
 from megatron_cca.config import LoraConfig
 from megatron_cca.config.load import load_config
 from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.models import lora, resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps, initialize_by_name
-from megatron_cca.models.low_rank import merged_weight, settings_of
+from megatron_cca.models.weight_map import merged_weight
 from megatron_cca.parallel.ranks import initialize_distributed
 
 SETTINGS = LoraConfig(dim=3, alpha=5.0)
@@ -196,7 +197,7 @@ def test_merging_leaves_a_plain_model(precision):
     torch.testing.assert_close(logps(chunk), before, rtol=1e-5 if precision == "fp32" else 0.1, atol=0)
     assert [type(module) for module in chunk.modules()] == [type(module) for module in plain.modules()]
     assert not any(module._forward_hooks for module in chunk.modules())
-    assert settings_of([chunk]) is None
+    assert adapter_settings([chunk]) is None
     lora.attach([chunk], SETTINGS, seed=2)
 
 

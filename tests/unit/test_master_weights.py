@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, check_master_weights
-from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.stored_tensors import Piece, StoredTensors, check_master_weights, save_pieces
 from megatron_cca.errors import UserError
 
 NAMES = {"decoder.final_layernorm.weight": (8,), "decoder.layers.mlp.linear_fc1.weight": (2, 6, 8)}

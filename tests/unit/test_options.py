@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from megatron_cca import __version__
 from megatron_cca.__main__ import main, programs
 from megatron_cca.config import config_option, example, example_names
 from megatron_cca.errors import UserError
@@ -168,6 +169,10 @@ def test_programs_are_found_by_name(capsys, monkeypatch):
     assert ended.value.code == 0
     for name, file in programs().items():
         assert f"\n  {name:24}" in told and file.read_text().startswith('"""')
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"megatron-cca {__version__}\n"
     monkeypatch.setattr("megatron_cca.reporting.end_process", sys.exit)
     with pytest.raises(SystemExit) as ended:
         main(["generates"])

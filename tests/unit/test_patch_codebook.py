@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data.image_tokenizers import PatchCodebook, open_image_tokenizer
+from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.errors import UserError
 from tests.references.image_tokenizers import pixels, refused
 

@@ -15,11 +15,11 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError
 from megatron_cca.io.paths import path_option, retyped, typed_path
+from megatron_cca.lab import evaluation
 from megatron_cca.lab.evaluation.classifiers import load_function
 from megatron_cca.lab.evaluation.clip import check_scorer
 from megatron_cca.lab.scaling import SweepSettings, read_sweep
 from megatron_cca.lab.studies import StudySettings, read_study
-from megatron_cca.programs import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*/run.py"), *ROOT.glob("examples/*.sh")])
@@ -252,8 +252,8 @@ def test_there_are_as_many_programs_as_ever():
 
 
 def test_texts_that_are_a_path_in_part_follow_the_rule(home):
-    assert evaluate.named_sets(["a=~/x", "~/y.npz", "./~z"]) == {"a": f"{home}/x", "y": f"{home}/y.npz", "~z": "./~z"}
-    assert "--samples: '$A': $A is not replaced" in refused(evaluate.named_sets, ["a=$A"])
+    assert evaluation.named_sets(["a=~/x", "~/y.npz", "./~z"]) == {"a": f"{home}/x", "y": f"{home}/y.npz", "~z": "./~z"}
+    assert "--samples: '$A': $A is not replaced" in refused(evaluation.named_sets, ["a=$A"])
     (home / "f.py").write_text("def good(images):\n    return 1\n")
     assert load_function("~/f.py:good", "--extractor")(None) == 1
     assert "--extractor: '$A/f.py': $A is not replaced" in refused(load_function, "$A/f.py:good", "--extractor")

@@ -13,7 +13,7 @@ from megatron_cca.lab.planner import CalibrateSettings, PlanSettings, calibrate,
 from megatron_cca.lab.planner.calibrate import fit
 from megatron_cca.lab.planner.hardware import DEFAULT, GPUS, Cluster, read_calibration
 from megatron_cca.lab.planner.measuring import Observation, short_configs
-from megatron_cca.lab.planner.program import _wishes as wishes_of
+from megatron_cca.lab.planner.program import _search_inputs as inputs_of
 from megatron_cca.lab.planner.program import run_calibrate
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload
@@ -88,12 +88,12 @@ def test_a_processor_is_planned_for_as_it_was_measured(measured):
     keys = {"gpus": 1, "gpus_per_node": None, "image_grid": "4x4", "caption_tokens": 8, "vary": None}
     config = load_config(measured.config)
     rest = {"config": measured.config, "overrides": [], "top": 1, "output": None, "overwrite": False}
-    wishes = wishes_of(PlanSettings(gpu="cpu", calibration=measured.output, **keys, **rest), config)
-    assert wishes.cluster.gpu.name == "cpu"
+    inputs = inputs_of(PlanSettings(gpu="cpu", calibration=measured.output, **keys, **rest), config)
+    assert inputs.cluster.gpu.name == "cpu"
     with pytest.raises(UserError, match=r"measured on cpu, not on h200"):
-        wishes_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest), config)
+        inputs_of(PlanSettings(gpu="h200", calibration=measured.output, **keys, **rest), config)
     with pytest.raises(UserError, match=r"--gpu: cpu needs --calibration"):
-        wishes_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest), config)
+        inputs_of(PlanSettings(gpu="cpu", calibration=None, **keys, **rest), config)
 
 
 def test_a_processor_says_that_it_has_no_fp8(measured):

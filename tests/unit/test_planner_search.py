@@ -10,13 +10,14 @@ from PIL import Image
 
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
+from megatron_cca.lab import reserved_folder
 from megatron_cca.lab.planner import PlanSettings, candidates
-from megatron_cca.lab.planner.candidates import Layout, Wishes, laid_out
+from megatron_cca.lab.planner.candidates import Layout, SearchInputs, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
 from megatron_cca.lab.planner.memory import MemoryEstimate
 from megatron_cca.lab.planner.program import run_search
-from megatron_cca.lab.planner.report import Report, as_json, reserved, text, write_report, yaml_of
-from megatron_cca.lab.planner.search import obvious_others, search
+from megatron_cca.lab.planner.report import FILES, Report, as_json, text, write_report, yaml_of
+from megatron_cca.lab.planner.search import search, usual_alternatives
 from megatron_cca.lab.planner.sizes import sizes_of
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, image_workload
@@ -56,8 +57,8 @@ def emu3(*overrides):
     return load_config(None, [*EMU3, "data.pad_to_multiple_of=128", *overrides])
 
 
-def wishes(gpus, gpu="h100-80gb", per_node=8, **options):
-    return Wishes(Cluster(GPUS[gpu], gpus, per_node), IMAGES, **options)
+def inputs(gpus, gpu="h100-80gb", per_node=8, **options):
+    return SearchInputs(Cluster(GPUS[gpu], gpus, per_node), IMAGES, **options)
 
 
 def found(config, some, top=10):
@@ -114,7 +115,7 @@ def test_the_search_finds_what_brute_force_finds(gpus, batch, gpu, monkeypatch):
     two = ({"recompute_granularity": None}, {"recompute_granularity": "full"})
     monkeypatch.setattr("megatron_cca.lab.planner.candidates._RECOMPUTE", two)
     config = emu3(SHALLOW, f"training.global_batch_size={batch}")
-    some = wishes(gpus, gpu, vary=("micro_batch", "recompute", "optimizer"))
+    some = inputs(gpus, gpu, vary=("micro_batch", "recompute", "optimizer"))
     expected = by_brute_force(gpus, batch, gpu)
     best = found(config, some, top=len(expected) + 10).best
     assert len(expected) > 3
@@ -123,7 +124,7 @@ def test_the_search_finds_what_brute_force_finds(gpus, batch, gpu, monkeypatch):
 
 
 def test_every_candidate_is_a_configuration_that_training_accepts():
-    plan = found(emu3("training.global_batch_size=64"), wishes(64, vary=("recompute", "reference")), top=200)
+    plan = found(emu3("training.global_batch_size=64"), inputs(64, vary=("recompute", "reference")), top=200)
     assert len(plan.best) > 20
     for one in plan.best:
         config = replace(one.config, reference=replace(one.config.reference, strategy="resident", cache=None))
@@ -142,7 +143,7 @@ def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
         off = {"use_distributed_optimizer": False, "overlap_param_gather": False}
         for overlap in (False, True):
             whole = replace(split, optimizer=replace(split.optimizer, **off, overlap_grad_reduce=overlap))
-            one, other = (candidates.candidate_of(config, wishes(64)) for config in (split, whole))
+            one, other = (candidates.candidate_of(config, inputs(64)) for config in (split, whole))
             assert one.step.total <= other.step.total
             assert one.memory.total <= other.memory.total
 
@@ -150,13 +151,13 @@ def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
 @pytest.mark.full
 def test_recomputation_that_saves_no_memory_is_not_listed():
     """Of the rough memory above only full recomputation saves any."""
-    listed = found(emu3(), wishes(64, vary=("recompute",)), top=1000).best
+    listed = found(emu3(), inputs(64, vary=("recompute",)), top=1000).best
     assert {one.config.training.recompute_granularity for one in listed} == {None, "full"}
 
 
 def test_only_what_may_vary_varies():
     config = emu3("reference.strategy=offload", "training.recompute_granularity=full", "optimizer.lr=1e-4")
-    plan = found(config, wishes(8, vary=()))
+    plan = found(config, inputs(8, vary=()))
     for one in plan.best:
         # What follows from the layout.
         layout = {"parallel": config.parallel, "model": config.model}
@@ -166,32 +167,32 @@ def test_only_what_may_vary_varies():
 
 def test_precision_varies_if_asked():
     config = emu3()
-    own = found(config, wishes(8, vary=("recompute",)), top=1000).best
+    own = found(config, inputs(8, vary=("recompute",)), top=1000).best
     assert {one.config.training.precision for one in own} == {"bf16"}
-    both = found(config, wishes(8, vary=("precision", "recompute")), top=1000).best
+    both = found(config, inputs(8, vary=("precision", "recompute")), top=1000).best
     assert {one.config.training.precision for one in both} == {"bf16", "fp8"}
-    on_a100 = found(config, wishes(16, "a100-80gb", vary=("precision", "recompute")), top=1000).best
+    on_a100 = found(config, inputs(16, "a100-80gb", vary=("precision", "recompute")), top=1000).best
     assert {one.config.training.precision for one in on_a100} == {"bf16"}
 
 
 def test_a_cache_is_offered_beside_the_plan_but_not_planned_with():
-    plan = found(emu3(), wishes(8, vary=("recompute", "reference")))
+    plan = found(emu3(), inputs(8, vary=("recompute", "reference")))
     assert all(one.config.reference.strategy != "cached" for one in plan.best)
     assert plan.cached.config.reference.strategy == "cached"
     assert plan.cached.step.samples_per_second > plan.best[0].step.samples_per_second
-    asked = found(emu3(), wishes(8, vary=("recompute", "cached")))
+    asked = found(emu3(), inputs(8, vary=("recompute", "cached")))
     assert asked.best[0].config.reference.strategy == "cached"
 
 
 def test_sharing_the_policy_needs_lora():
     strategies = {
         one.config.reference.strategy
-        for one in found(emu3("lora.dim=8"), wishes(8, vary=("reference",)), top=1000).best
+        for one in found(emu3("lora.dim=8"), inputs(8, vary=("reference",)), top=1000).best
     }
     assert strategies == {"resident", "offload", "shared"}
     plain = {
         one.config.reference.strategy
-        for one in found(emu3(), wishes(8, vary=("recompute", "reference")), top=1000).best
+        for one in found(emu3(), inputs(8, vary=("recompute", "reference")), top=1000).best
     }
     assert plain == {"resident", "offload"}
 
@@ -217,29 +218,29 @@ def test_sharing_the_policy_needs_lora():
 )
 def test_clusters_that_do_not_suit(gpus, options, message):
     if message is None:
-        assert found(emu3(), wishes(gpus, **options)).best
+        assert found(emu3(), inputs(gpus, **options)).best
         return
     with pytest.raises(UserError, match=message):
-        found(emu3(), wishes(gpus, **options))
+        found(emu3(), inputs(gpus, **options))
 
 
 def test_what_is_said_to_do_does():
     with pytest.raises(UserError) as refused:
-        found(emu3(), wishes(1))
+        found(emu3(), inputs(1))
     words = str(refused.value).partition("would do: ")[2].split()
-    assert found(emu3(), wishes(int(words[0]))).best
+    assert found(emu3(), inputs(int(words[0]))).best
 
 
 def test_fp8_where_there_is_none():
     with pytest.raises(UserError, match=r"^training\.precision: a100-80gb computes no fp8"):
-        found(emu3("training.precision=fp8"), wishes(8, "a100-80gb"))
+        found(emu3("training.precision=fp8"), inputs(8, "a100-80gb"))
     with pytest.raises(UserError, match=r"^reference\.precision: a100-80gb computes no fp8"):
-        found(emu3("reference.precision=fp8"), wishes(8, "a100-80gb"))
+        found(emu3("reference.precision=fp8"), inputs(8, "a100-80gb"))
 
 
 def test_images_too_large_for_the_model():
     with pytest.raises(UserError, match=r"^--image-grid: 99x99 with captions of 128 tokens needs \d+ positions"):
-        search(emu3(), Wishes(Cluster(GPUS["h200"], 8, 8), ImageShape(99, 99, 128)), 1)
+        search(emu3(), SearchInputs(Cluster(GPUS["h200"], 8, 8), ImageShape(99, 99, 128)), 1)
 
 
 def test_rows_are_as_long_as_training_makes_them():
@@ -251,12 +252,13 @@ def test_rows_are_as_long_as_training_makes_them():
 
 def report_of(config, some):
     plan = search(config, replace(some, vary=("recompute",)), 10)
-    return Report(plan, config, obvious_others(plan.best[0], some))
+    return Report(plan, config, usual_alternatives(plan.best[0], some))
 
 
-def test_the_obvious_others_each_have_a_reason():
+def test_the_usual_alternatives_each_have_a_reason():
     others = {
-        other.name: other.verdict for other in report_of(emu3("training.global_batch_size=64"), wishes(128)).others
+        other.name: other.verdict
+        for other in report_of(emu3("training.global_batch_size=64"), inputs(128)).alternatives
     }
     assert others["data parallelism alone"].startswith("refused: training.global_batch_size: 64 is not a multiple of")
     assert len(others) > 5
@@ -276,7 +278,7 @@ def test_the_obvious_others_each_have_a_reason():
     ],
 )
 def test_the_yaml_that_is_written_is_the_planned_run(overrides, tmp_path):
-    report = report_of(emu3(*overrides), wishes(8))
+    report = report_of(emu3(*overrides), inputs(8))
     path = tmp_path / "plan.yaml"
     path.write_text(yaml_of(report), encoding="utf-8")
     assert load_config(path) == report.best.config
@@ -286,10 +288,10 @@ def test_the_yaml_that_is_written_is_the_planned_run(overrides, tmp_path):
 
 
 def test_a_plan_is_written_whole(tmp_path):
-    report = report_of(emu3(), wishes(8))
+    report = report_of(emu3(), inputs(8))
     output = tmp_path / "plan"
     for overwrite in (False, True):
-        with reserved(output, overwrite=overwrite):
+        with reserved_folder(output, FILES, overwrite=overwrite):
             names = write_report(output, report)
     assert sorted(names) == sorted(path.name for path in output.iterdir())
     written = json.loads((output / "plan.json").read_text())
@@ -302,7 +304,7 @@ def test_a_plan_is_written_whole(tmp_path):
     with Image.open(output / "plan.png") as image:
         assert image.width > 1000
     assert (output / "table.md").read_text() == text(report) + "\n"
-    with pytest.raises(UserError, match="already holds"), reserved(output, overwrite=False):
+    with pytest.raises(UserError, match="already holds"), reserved_folder(output, FILES, overwrite=False):
         pass
 
 
@@ -364,7 +366,7 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_plan_s_yaml_refuses_other_weights(monkeypatch, tmp_path):
-    report = report_of(emu3(), wishes(8))
+    report = report_of(emu3(), inputs(8))
     (tmp_path / "plan.yaml").write_text(yaml_of(report))
     planned = load_config(tmp_path / "plan.yaml", ["training.pretrained_checkpoint=other"])
     monkeypatch.setattr("megatron_cca.training.checks.saved_config", lambda folder, key: emu3("model.num_layers=16"))

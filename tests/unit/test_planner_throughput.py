@@ -179,12 +179,12 @@ GOOD = calibration_json(Calibration(gpu="h200"), GPUS["h200"])
     [
         ("", "damaged"),
         ("[]", "damaged"),
-        ("{}", "not what tools/plan.py calibrate writes"),
+        ("{}", "not what megatron-cca plan calibrate writes"),
         (GOOD.replace("0.7,", '"much",'), "matmul_efficiency must be a positive number, found 'much'"),
         (GOOD.replace("0.7,", "0,"), "must be a positive number, found 0"),
         (GOOD.replace("0.7,", "NaN,"), "must be a positive number, found nan"),
         (GOOD.replace('"fp8": 1979', '"fp8": -1979'), "flops must be positive"),
-        (GOOD.replace('"nvlink_bandwidth"', '"nvlink"'), "not what tools/plan.py calibrate writes"),
+        (GOOD.replace('"nvlink_bandwidth"', '"nvlink"'), "not what megatron-cca plan calibrate writes"),
     ],
 )
 def test_damaged_calibrations(tmp_path, text, problem):

@@ -10,11 +10,10 @@ import pytest
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.errors import UserError
-from megatron_cca.lab import reference_bias as bias
-from megatron_cca.lab import reference_bias_report as report
-from megatron_cca.lab.reference_bias_settings import BiasSettings
+from megatron_cca.lab.reference_bias import BiasSettings, ModelPrecision
+from megatron_cca.lab.reference_bias import measure as bias
 from megatron_cca.models.emu3 import tiny_vocabulary
-from megatron_cca.training.log_ratio_gate import LogRatioSpread, judge
+from megatron_cca.training.log_ratio_gate import LogRatioSpread, check_log_ratio
 from tests.distributed.launch import ROOT, run_tool, run_workers
 from tests.references import token_shards
 
@@ -132,8 +131,8 @@ def test_default_lengths_are_powers_of_two_and_the_whole_image():
         ({"lengths": [0, 5]}, "--lengths: 0 is not between 1 and 24"),
         ({"precisions": ["bf16", "fp8-blockwise"]}, "--precisions: fp8-blockwise: fp8 needs a GPU"),
         ({"precisions": ["fp8-delayed"]}, "--precisions: fp8-delayed: unknown; known: fp32, bf16, fp8-tensorwise, fp8"),
-        ({"rows": 7}, "--rows: 7, must be even"),
-        ({"rows": 0}, "--rows: 0, must be even"),
+        ({"rows": 7}, "--rows: must be even"),
+        ({"rows": 0}, "--rows: must be 2 or more, found 0"),
         ({"rows": 14}, "--rows: 14 rows need 7 images"),
         ({"checkpoint": "nowhere"}, "--checkpoint: no checkpoint at nowhere"),
         ({"data": "nowhere"}, "--data: "),
@@ -161,7 +160,7 @@ def test_what_this_machine_lacks_is_left_out_and_said(asked, answer, capsys):
 
 def bias_of(rms, tokens=8192, fp8_param=True, policy="bf16"):
     spread = LogRatioSpread(mean=0.6 * rms, std=0.8 * rms, worst=3 * rms, rows=32)
-    return bias.PairBias(bias.Variant(policy), bias.Variant("bf16", fp8_param), tokens, spread)
+    return bias.PairBias(ModelPrecision(policy), ModelPrecision("bf16", fp8_param), tokens, spread)
 
 
 @pytest.mark.parametrize("rms", [1e-3, 0.37, 12.3, 4.1e4])
@@ -170,27 +169,27 @@ def test_the_beta_that_it_calls_safe_passes_the_gate_of_training(rms):
     pair = bias_of(rms)
 
     def judged(beta):
-        return judge(replace(config, objective=replace(config.objective, beta=beta)), pair.spread)
+        return check_log_ratio(replace(config, objective=replace(config.objective, beta=beta)), pair.spread)
 
-    judged(float(report._beta(pair.safe_beta)))
+    judged(float(bias._beta(pair.safe_beta)))
     judged(pair.safe_beta * 0.999)
     with pytest.raises(UserError):
         judged(pair.safe_beta * 1.001)
-    assert float(report._beta(pair.safe_beta)) > 0.89 * pair.safe_beta
+    assert float(bias._beta(pair.safe_beta)) > 0.89 * pair.safe_beta
 
 
 def test_the_sentences():
     pairs = [bias_of(1.0, 256), bias_of(12.4), bias_of(0.0, 256, False), bias_of(0.0, 8192, False)]
-    assert report.conclusions(pairs, None) == [
+    assert bias.conclusions(pairs, None) == [
         "bf16 policy, bf16 reference with FP8 weights: safe up to beta 0.004 at 8,192 tokens (the paper's, scaled to "
         "that: 0.0014, is safe)",
         "bf16 policy, bf16 reference: exactly 0, safe at any beta",
     ]
-    assert report.conclusions(pairs, 0.0041)[0].endswith("(0.0041 is not safe)")
-    assert report.conclusions(pairs, 0.004)[0].endswith("(0.004 is safe)")
+    assert bias.conclusions(pairs, 0.0041)[0].endswith("(0.0041 is not safe)")
+    assert bias.conclusions(pairs, 0.004)[0].endswith("(0.004 is safe)")
     uneven = [bias_of(0.1, 256, False), bias_of(0.0, 8192, False)]
-    assert report.conclusions(uneven, None)[0].endswith("not deterministic here")
-    lines = report.table(pairs).splitlines()
+    assert bias.conclusions(uneven, None)[0].endswith("not deterministic here")
+    lines = bias.table(pairs).splitlines()
     assert lines[2] == "| bf16 | bf16 with FP8 weights | 256 | 0.6 | 0.8 | 1 | 3 | 0.05 |"
     assert lines[4].count("exactly 0") == 4
     assert len(lines) == 5
@@ -199,7 +198,7 @@ def test_the_sentences():
 def test_the_picture_has_each_two_once_and_no_zeros():
     other = bias_of(3.0, policy="fp32", fp8_param=False)
     mirrored = replace(other, policy=other.reference, reference=other.policy)
-    drawn = report._lines([bias_of(2.0), bias_of(0.0, fp8_param=False), other, mirrored])
+    drawn = bias._lines([bias_of(2.0), bias_of(0.0, fp8_param=False), other, mirrored])
     assert drawn == [[other], [bias_of(2.0)]]
 
 

@@ -73,7 +73,7 @@ def test_missing_steps_are_named(cache):
     message = refused(found.check_steps, "training", 10, 2 * BLOCK + 3)
     assert message == (
         f"reference.cache: {cache} holds training steps 0 to 129, this run needs 10 to 130; "
-        "compute the rest with tools/cache_reference.py --steps 130:131"
+        "compute the rest with megatron-cca cache-reference --steps 130:131"
     )
     (cache / "training_000000064_000000127.npz").unlink()
     assert "holds training steps 0 to 63, 128 to 129, this" in refused(found.check_steps, "training", 0, 130)

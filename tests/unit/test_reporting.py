@@ -13,7 +13,7 @@ from megatron_cca import reporting
 REFUSING = """
 from megatron_cca.errors import UserError
 from megatron_cca.reporting import reported_tool_errors
-with reported_tool_errors((), ""):
+with reported_tool_errors(()):
     print("refusing", flush=True)
     raise UserError("--prompts: no such file")
 """
@@ -77,7 +77,7 @@ def test_a_rank_that_lost_another_waits_as_long_as_it_is_told(end, monkeypatch, 
 WAITING = """
 import time
 from megatron_cca.reporting import reported_tool_errors
-with reported_tool_errors((), ""):
+with reported_tool_errors(()):
     print("waiting", flush=True)
     time.sleep(2)
     print("done", flush=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, SafetensorsFolder, write_safetensors
-from megatron_cca.checkpoint.streamed_save import row_ranges
+from megatron_cca.checkpoint.stored_tensors import row_ranges
 from megatron_cca.errors import UserError, shortened
 
 TENSORS = {

@@ -14,13 +14,13 @@ from megatron_cca.lab.scaling.measure import ideal_bubble
 from megatron_cca.lab.scaling.report import plot
 from megatron_cca.lab.scaling.sweep import (
     RESULTS,
-    Row,
+    PointRecord,
     forget_failed,
     open_sweep,
+    point_named,
     read_record,
     record_path,
     rows_of,
-    task_named,
     write_failed,
     write_finished,
 )
@@ -81,16 +81,16 @@ def finished(speed=100.0, **changes):
     }
 
 
-def rows(tasks, *found):
+def rows(points, *found):
     return [
-        Row(task, {"num_gpus": task.num_gpus, "status": "finished", **one})
-        for task, one in zip(tasks, found, strict=True)
+        PointRecord(point, {"num_gpus": point.num_gpus, "status": "finished", **one})
+        for point, one in zip(points, found, strict=True)
     ]
 
 
 def test_points_are_modes_by_layouts_by_sizes_that_divide(tmp_path):
     sweep = opened(tmp_path)
-    assert [task.title for task in sweep.measured] == [
+    assert [point.title for point in sweep.measured] == [
         "weak-1-dp",
         "weak-2-dp",
         "weak-2-pp2",
@@ -98,13 +98,13 @@ def test_points_are_modes_by_layouts_by_sizes_that_divide(tmp_path):
         "strong-2-dp",
         "strong-2-pp2",
     ]
-    assert [task.config.training.global_batch_size for task in sweep.measured] == [16, 32, 32, 32, 32, 32]
+    assert [point.config.training.global_batch_size for point in sweep.measured] == [16, 32, 32, 32, 32, 32]
     assert opened(tmp_path, mode="strong", global_batch_size=None).measured[0].config.training.global_batch_size == 64
 
 
 def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
     sweep = opened(tmp_path, set={"objective.name": "next_token", "objective.normalization": "image"})
-    assert {task.config.objective for task in sweep.measured} == {OBJECTIVES["next_token"](normalization="image")}
+    assert {point.config.objective for point in sweep.measured} == {OBJECTIVES["next_token"](normalization="image")}
     with pytest.raises(UserError, match=r"set: objective\.beta: next_token has no such key"):
         opened(tmp_path, set={"objective.name": "next_token", "objective.beta": 0.1})
 
@@ -112,19 +112,19 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
 def test_auto_goes_as_far_as_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_cca.platform.num_devices", lambda choice: ("cuda", 6))
     sweep = opened(tmp_path, world_sizes="auto", layouts=[{}], mode="weak")
-    assert [task.num_gpus for task in sweep.measured] == [1, 2, 4]
+    assert [point.num_gpus for point in sweep.measured] == [1, 2, 4]
 
 
 def test_planned_points_take_the_sweeps_run_where_they_name_none(tmp_path):
     sweep = opened(tmp_path, planned={"gpu": "h200", "world_sizes": [16, 8], "layouts": [PP2]}, mode="weak")
-    assert [task.num_gpus for task in sweep.planned] == [8, 16]
+    assert [point.num_gpus for point in sweep.planned] == [8, 16]
     assert sweep.planned[0].images == sweep.measured[0].images
-    assert [task.config.training.global_batch_size for task in sweep.planned] == [128, 256]
+    assert [point.config.training.global_batch_size for point in sweep.planned] == [128, 256]
 
 
 def test_keys_are_of_what_determines_the_result(tmp_path):
     def keys(**changes):
-        return {task.title: task.key for task in opened(tmp_path, **changes).measured}
+        return {point.title: point.key for point in opened(tmp_path, **changes).measured}
 
     base = keys()
     assert keys() == keys(name="other", timeout_seconds=5, mode="both") == base
@@ -160,23 +160,23 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, changes, says):
 
 def test_points_of_a_cluster_are_not_held_against_this_machine(tmp_path):
     sweep = opened(tmp_path, world_sizes=[999], layouts=[{}], oversubscribe=False, is_elsewhere=True)
-    assert task_named(sweep, "weak-999-dp", 999).num_gpus == 999
+    assert point_named(sweep, "weak-999-dp", 999).num_gpus == 999
 
 
 def test_a_job_finds_its_point(tmp_path):
     # Both modes have it: one run.
-    assert task_named(opened(tmp_path, layouts=[{}], world_sizes=[2]), None, 2).num_gpus == 2
+    assert point_named(opened(tmp_path, layouts=[{}], world_sizes=[2]), None, 2).num_gpus == 2
     sweep = opened(tmp_path)
     with pytest.raises(UserError, match=r"is missing; of 2 processes .* has weak-2-dp, weak-2-pp2"):
-        task_named(sweep, None, 2)
+        point_named(sweep, None, 2)
     with pytest.raises(UserError, match=r"weak-4-dp: .* has weak-1-dp"):
-        task_named(sweep, "weak-4-dp", 4)
+        point_named(sweep, "weak-4-dp", 4)
 
 
 def test_a_job_of_another_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"weak-2-dp is of 2 processes, this job has 1"):
-        program.point(written(tmp_path), tmp_path / "out", "weak-2-dp", "cpu")
+        program.measure_point(written(tmp_path), tmp_path / "out", "weak-2-dp", "cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -226,8 +226,8 @@ def test_nccl_kernels_in_a_trace():
 
 
 def test_the_even_bubble_is_the_textbooks(tmp_path):
-    task = opened(tmp_path).measured[2]
-    config = laid_out(task.config, measure.layout_of(task.layout, task))
+    point = opened(tmp_path).measured[2]
+    config = laid_out(point.config, measure.layout_of(point.layout, point))
     assert ideal_bubble(config, 2) == pytest.approx(1 / (8 + 1))
 
 
@@ -241,7 +241,7 @@ def test_records_are_kept_by_key_and_failures_once(tmp_path):
     assert read_record(out, one)["reason"] == "out of memory"
     assert [row.is_finished for row in rows_of(out, [one, two])] == [False, True]
     forget_failed(out, [one, two])
-    assert [row.task for row in rows_of(out, [one, two])] == [two]
+    assert [row.point for row in rows_of(out, [one, two])] == [two]
     record_path(out, two).write_text('{"status": "finished"}')
     with pytest.raises(UserError, match="is damaged"):
         read_record(out, two)
@@ -262,9 +262,9 @@ def test_a_jobs_log_says_why_it_failed(tmp_path, log, reason):
 
 def test_planned_points_that_cannot_be_do_not_end_the_sweep(tmp_path):
     layouts = [{}, {"tensor_model_parallel_size": 16}]
-    tasks = opened(tmp_path, planned={**PLANNED, "layouts": layouts}, mode="weak").planned
-    measure.plan_all(tmp_path / "out", tasks)
-    found = {row.task.title: row for row in rows_of(tmp_path / "out", tasks)}
+    points = opened(tmp_path, planned={**PLANNED, "layouts": layouts}, mode="weak").planned
+    measure.plan_all(tmp_path / "out", points)
+    found = {row.point.title: row for row in rows_of(tmp_path / "out", points)}
     assert found["weak-16-dp"].is_finished and not found["weak-16-tp16"].is_finished
     record = found["weak-16-dp"].record
     assert record["low"] < record["tokens_per_second_per_gpu"] < record["high"]
@@ -272,9 +272,9 @@ def test_planned_points_that_cannot_be_do_not_end_the_sweep(tmp_path):
 
 
 def test_a_cpu_plans_its_layouts_only_with_a_calibration(tmp_path):
-    task = opened(tmp_path, layouts="planned").measured[0]
+    point = opened(tmp_path, layouts="planned").measured[0]
     with pytest.raises(UserError, match="needs calibration"):
-        measure.planned_candidate(task)
+        measure.planned_candidate(point)
 
 
 def test_measured_and_planned_share_axes_only_on_the_same_gpu(tmp_path):
@@ -282,10 +282,10 @@ def test_measured_and_planned_share_axes_only_on_the_same_gpu(tmp_path):
     theirs = rows(sweep.planned, finished(device="h100-80gb"), finished(device="h100-80gb"))
     on_cpu = rows(sweep.measured, finished(), finished())
     on_gpu = rows(sweep.measured, *[finished(device="NVIDIA H100 80GB HBM3")] * 2)
-    assert [group.kinds for group in report.groups_of(on_cpu, theirs)] == [["measured"], ["planned"]]
-    assert [group.kinds for group in report.groups_of(on_gpu, theirs)] == [["measured", "planned"]]
+    assert [group.kinds for group in report.diagrams_of(on_cpu, theirs)] == [["measured"], ["planned"]]
+    assert [group.kinds for group in report.diagrams_of(on_gpu, theirs)] == [["measured", "planned"]]
     other = opened(tmp_path / "other", planned={**PLANNED, "image_grid": [8, 8]}, layouts=[{}], mode="weak")
-    assert len(report.groups_of(on_gpu, rows(other.planned, *[row.record for row in theirs]))) == 2
+    assert len(report.diagrams_of(on_gpu, rows(other.planned, *[row.record for row in theirs]))) == 2
 
 
 def test_efficiency_is_of_the_smallest_point_of_the_mode(tmp_path):
@@ -303,7 +303,7 @@ def test_mfu_is_of_the_best_peak_that_was_measured(tmp_path):
 def test_table_and_picture(tmp_path):
     sweep = opened(tmp_path, planned=PLANNED, layouts=[{}], mode="weak")
     measured = rows(sweep.measured[:1], finished())
-    measured.append(Row(sweep.measured[1], {"num_gpus": 2, "status": "failed", "reason": "not enough memory"}))
+    measured.append(PointRecord(sweep.measured[1], {"num_gpus": 2, "status": "failed", "reason": "not enough memory"}))
     theirs = rows(sweep.planned, *[finished(device="h100-80gb")] * 2)
     text = report.table(sweep, measured, theirs)
     assert "## Measured" in text and "host here; 2026-01-02; torch 2" in text
@@ -315,8 +315,8 @@ def test_table_and_picture(tmp_path):
 
 def test_points_of_two_machines_are_not_drawn_as_one_curve(tmp_path):
     sweep = opened(tmp_path, layouts=[{}], mode="weak")
-    for task, device in zip(sweep.measured, ("CPU (1 threads)", "NVIDIA H100 80GB HBM3"), strict=True):
-        write_finished(tmp_path / "out", task, finished(device=device))
+    for point, device in zip(sweep.measured, ("CPU (1 threads)", "NVIDIA H100 80GB HBM3"), strict=True):
+        write_finished(tmp_path / "out", point, finished(device=device))
     settings = program.RunSettings(tmp_path / "sweep.yaml", tmp_path / "out", Path("run.py"), "cpu", False, True)
     with pytest.raises(UserError, match=r"holds points of CPU .* and of NVIDIA"):
         program.run_sweep(settings)
@@ -345,4 +345,4 @@ def test_collecting_takes_what_jobs_have_left(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tiny.yaml", "emu3_8b.yaml"])
 def test_the_examples_can_be_read(name):
     sweep = open_sweep(EXAMPLES / "scaling" / name, "cpu", is_elsewhere=True)
-    assert sweep.measured and max(task.num_gpus for task in sweep.planned) == 4096
+    assert sweep.measured and max(point.num_gpus for point in sweep.planned) == 4096

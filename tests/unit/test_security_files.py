@@ -19,13 +19,14 @@ import yaml
 
 from megatron_cca.checkpoint.distributed import plain_data_only
 from megatron_cca.checkpoint.huggingface import import_checkpoint
-from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors
+from megatron_cca.checkpoint.integrity import INDEX
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config.load import load_config
-from megatron_cca.data.image_tokenizers import open_image_tokenizer
 from megatron_cca.data.manifest import open_table
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.sources import open_source
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
 from megatron_cca.lab.evaluation.extractors import open_extractor

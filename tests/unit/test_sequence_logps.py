@@ -286,7 +286,7 @@ def test_the_logits_are_never_held():
         ({"weight": torch.zeros(V, H + 1)}, r"weight: shape \(4133, 17\), must be \[V_local, 16\] to fit hidden"),
         ({"bias": torch.zeros(V - 1)}, r"bias: shape \(4132,\), must be \[V_local\] = \(4133,\) to fit weight"),
         ({"weight": torch.zeros(V, H).bfloat16()}, r"weight: torch.bfloat16, must be hidden's torch.float32"),
-        ({"weight": torch.zeros(V - 1, H)}, r"weight: 4132 rows on each of 1 rank\(s\) are 4132 words, must be at"),
+        ({"weight": torch.zeros(V - 1, H)}, r"weight: 4132 rows on each of 1 rank\(s\) are 4132 ids, must be at"),
         (
             {"targets": torch.zeros(S, B, dtype=torch.int64)},
             r"targets: shape \(7, 3\), must be \[B, S\] = \(3, 7\) to fit hidden",

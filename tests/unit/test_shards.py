@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_cca.data.digits import captions_of, ensure_digit_shards, load_scans
-from megatron_cca.data.image_tokenizers import PatchCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import TOKEN_FILES, check_files, read_manifest
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
 from megatron_cca.data.shards import TokenData, TokenShards
-from megatron_cca.data.text_tokenizers import load_tokenizer
+from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3 import EMU3_VOCABULARY, tiny_vocabulary
 from tests.references.token_shards import encode_text, random_samples, write
@@ -121,7 +121,7 @@ def test_the_digits_carry_their_own_conditions_and_readers(digit_shards):
     of_label = {int(label): shards.table["condition"][train.labels == label] for label in range(10)}
     assert len({int(ids[0]) for ids in of_label.values()}) == 10
     assert all((ids == ids[0]).all() for ids in of_label.values())
-    tokenizer = load_tokenizer(digit_shards)
+    tokenizer = Tokenizer.from_file(str(digit_shards / TOKENIZER_FILE))
     assert tokenizer.decode(shards.caption(0).tolist()) in captions_of(int(train.labels[0]))
     codebook = PatchCodebook.load(digit_shards)
     assert (shards.codes(5)[0] == codebook.encode(train.images[5:6])[0]).all()
@@ -137,7 +137,7 @@ def test_digits_of_an_earlier_format_are_tokenised_again(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "sept écrit à la main", "手写的七", "<|image start|><|extra_203|>", "🙂"])
 def test_any_caption_encodes_as_text_and_comes_back(digit_shards, text):
-    tokenizer = load_tokenizer(digit_shards)
+    tokenizer = Tokenizer.from_file(str(digit_shards / TOKENIZER_FILE))
     ids = tokenizer.encode(text).ids
     assert all(0 <= token < tiny_vocabulary().text_size for token in ids)
     assert tokenizer.decode(ids) == text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cca.data.sources import LAYOUTS, open_source
+from megatron_cca.data.sources import SOURCE_LAYOUTS, open_source
 from megatron_cca.data.sources.external_text import unique_names
 from tests.references.sources import PAIRS, A, lines, notices, refused, tar, write, write_all, zipped
 
@@ -35,7 +35,7 @@ def test_a_list_beside_images_in_sub_folders_says_that_they_are_no_classes(name,
     assert open_source(tmp_path)[0].caption == "a picture"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SOURCE_LAYOUTS)
 def test_an_empty_folder_and_a_foreign_file_are_refused(layout, tmp_path):
     name = "line\nbreak"
     (tmp_path / name).mkdir()

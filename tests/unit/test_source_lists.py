@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_cca.data.sources import Record, open_source
 from megatron_cca.data.sources.external_text import JsonLines
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of
+from megatron_cca.io.file_contents import kind_of
 from tests.references.sources import LFS, PAIRS, SCRIPTS, A, everything, lines, refused, write, write_all, zipped
 
 

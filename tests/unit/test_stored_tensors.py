@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_cca.checkpoint.stored_tensors import INDEX, StoredTensors, read_index
-from megatron_cca.checkpoint.streamed_save import Piece, save_pieces
+from megatron_cca.checkpoint.integrity import INDEX, read_index
+from megatron_cca.checkpoint.stored_tensors import Piece, StoredTensors, save_pieces
 from megatron_cca.errors import UserError
 
 STACKED = torch.randn(3, 6, 4)

@@ -9,7 +9,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.study import grid, open_study, run_units
+from megatron_cca.lab.studies.study import grid, open_study, passes_of_run
 from megatron_cca.objectives import OBJECTIVES
 from tests.references.small_study import BETA, CONFIGS, GONE, LAMBDA, LR, SCALE, STUDY, checkpoint, opened
 
@@ -19,10 +19,10 @@ def test_the_file_is_read(tmp_path):
     assert list(study.methods) == ["base", "cfg", "control", "cca"]
     assert study.methods["cca"].trials == [{LR: 0.001}, {LR: 0.002}]
     assert study.methods["cca"].sweep[:2] == [{BETA: 0.1, LAMBDA: 1.0}, {BETA: 0.1, LAMBDA: 1000.0}]
-    point = study.methods["cca"].point({LR: 0.002, LAMBDA: 10.0, SCALE: 0.5})
-    assert (point.config.optimizer.lr, point.config.objective.negative_weight) == (0.002, 10.0)
-    assert (point.sampling.guidance_scale, point.sampling.forwards_per_token) == (0.5, 2)
-    assert study.methods["cfg"].point({SCALE: 0.5}).config is None
+    run = study.methods["cca"].configured({LR: 0.002, LAMBDA: 10.0, SCALE: 0.5})
+    assert (run.config.optimizer.lr, run.config.objective.negative_weight) == (0.002, 10.0)
+    assert (run.sampling.guidance_scale, run.sampling.forwards_per_token) == (0.5, 2)
+    assert study.methods["cfg"].configured({SCALE: 0.5}).config is None
 
 
 def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
@@ -36,8 +36,8 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
 def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
     own = {"set": {"objective.name": "dpo"}, "sweep": {BETA: [0.2]}}
     study = opened(tmp_path, **{"methods/cca": {**STUDY["methods"]["cca"], **own}, "plots": [{"kind": "comparison"}]})
-    points = [study.methods["cca"].point(values).config.objective for values in ({}, {BETA: 0.2})]
-    assert points == [OBJECTIVES["dpo"](0.1), OBJECTIVES["dpo"](0.2)]
+    objectives = [study.methods["cca"].configured(values).config.objective for values in ({}, {BETA: 0.2})]
+    assert objectives == [OBJECTIVES["dpo"](0.1), OBJECTIVES["dpo"](0.2)]
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"methods/Big one": {}}, "methods.Big one: must be of a-z, 0-9, _ and -, found 'Big one'"),
         ({"sampling": {"hight": 4}}, "sampling.hight: unknown key; did you mean sampling.height?"),
         ({"seeds": GONE}, "seeds: is missing"),
-        ({"seeds": [1]}, "seeds: list should have at least 2 items"),
+        ({"seeds": [1]}, "seeds: must be a list of 2 or more"),
         ({"seeds": [1, 1]}, "seeds: [1, 1] has one twice"),
         ({"seeds": [1, 7]}, "tuning_seed: 7 is one of seeds"),
         ({"trials": 3}, "methods.cfg.tune: 2 settings, but trials is 3"),
         ({"methods/cca/tune": {}}, "methods.cca.tune: 1 settings, but trials is 2"),
         ({"methods/cca/tune": {LR: [0.001, 0.001]}}, "methods.cca.tune: a value is given twice"),
-        ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: list should have at least 1 item"),
+        ({"methods/cca/sweep": {BETA: []}}, "methods.cca.sweep.objective.beta: must be a list of 1 or more"),
         ({"methods/control": GONE}, "methods.control: every study needs it"),
         ({"metrics": ["fid"]}, "plots.0: kind: frontier draws inception_score; add it to metrics"),
         ({"samples": 64}, "samples: 64 images are too few for FID on 64 features; it wants 65 or more"),
@@ -78,7 +78,7 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
             {"methods/cfg/tune": {"sampling.scale": [1, 2]}},
             "methods.cfg: sampling.scale: unknown key; known here: height",
         ),
-        ({"methods/cfg/tune": {SCALE: [1, -2]}}, "sampling.guidance_scale: input should be greater than or equal to 0"),
+        ({"methods/cfg/tune": {SCALE: [1, -2]}}, "sampling.guidance_scale: must be 0 or more"),
         (
             {"methods/cfg/set": {"sampling.contrastive_top_k": 5}},
             "sampling.contrastive_top_k: does not go with a guidance",
@@ -176,9 +176,9 @@ def test_another_run_in_a_configurations_own_folder_does_not_matter(tmp_path, mo
 def test_compute_is_counted_in_passes():
     pair = config_from_dict({"objective": {"name": "dpo"}, "training": {"train_iters": 60, "global_batch_size": 256}})
     control = config_from_dict({"objective": {"name": "next_token"}, "training": {"train_iters": 160}})
-    assert run_units(pair) == 60 * 256 * 8 == 122880
-    assert run_units(control) == 160 * 256 * 3 == 122880
-    assert run_units(None) == 0
+    assert passes_of_run(pair) == 60 * 256 * 8 == 122880
+    assert passes_of_run(control) == 160 * 256 * 3 == 122880
+    assert passes_of_run(None) == 0
 
 
 def test_a_grid_changes_its_last_key_fastest():

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.config.load import config_from_dict
-from megatron_cca.lab.studies.plan import Planner, best, digest, make_plan, mark, training_contents
-from megatron_cca.lab.studies.running import Board, Progress
+from megatron_cca.lab.studies.running import TaskBar, TaskQueue
+from megatron_cca.lab.studies.schedule import TaskFactory, best, digest, file_stamp, make_schedule, training_contents
 from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
 from tests.references.small_study import (
     BETA,
@@ -52,8 +52,8 @@ def test_what_determines_a_run_is_in_its_key_and_nothing_else():
 
 def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_same(tmp_path):
     def folder(method="cca", values=None, seed=1, count=100, **changes):
-        planner = Planner(opened(tmp_path, **changes), tmp_path / "out")
-        return planner.sampling(planner.study.methods[method], values or {LR: 0.001}, seed, count).folder
+        factory = TaskFactory(opened(tmp_path, **changes), tmp_path / "out")
+        return factory.sampling(factory.study.methods[method], values or {LR: 0.001}, seed, count).folder
 
     first = folder()
     assert folder(**{"title": "Another", "sampling": {"batch_size": 7}, "trials": 2}) == first
@@ -77,56 +77,56 @@ def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_sa
 
 
 def test_a_given_checkpoint_is_the_base_of_every_seed(tmp_path):
-    planner = Planner(opened(tmp_path, **checkpoint(tmp_path / "given")), tmp_path / "out")
-    base, cca = (planner.study.methods[name] for name in ("base", "cca"))
-    first, second = (planner.sampling(base, {}, seed, 100) for seed in (1, 2))
+    factory = TaskFactory(opened(tmp_path, **checkpoint(tmp_path / "given")), tmp_path / "out")
+    base, cca = (factory.study.methods[name] for name in ("base", "cca"))
+    first, second = (factory.sampling(base, {}, seed, 100) for seed in (1, 2))
     assert (first.after, first.checkpoint) == (None, str(tmp_path / "given"))
     assert first.folder != second.folder
-    run = planner.sampling(cca, {LR: 0.001}, 1, 100).after
+    run = factory.sampling(cca, {LR: 0.001}, 1, 100).after
     assert (run.after, run.config.training.pretrained_checkpoint) == (None, str(tmp_path / "given"))
     before = run.folder
     (tmp_path / "given" / "checkpoint.json").write_text(sealed({"config": CONFIGS["base"], "files": {}}))
-    again = Planner(planner.study, tmp_path / "out").sampling(cca, {LR: 0.001}, 1, 100).after
+    again = TaskFactory(factory.study, tmp_path / "out").sampling(cca, {LR: 0.001}, 1, 100).after
     assert again.folder != before
 
 
 def test_methods_share_what_is_the_same(tmp_path):
-    planner = Planner(opened(tmp_path), tmp_path / "out")
-    base, cfg = (planner.study.methods[name] for name in ("base", "cfg"))
-    assert planner.sampling(base, {}, 1, 100) == planner.sampling(cfg, {SCALE: 0.0}, 1, 100)
+    factory = TaskFactory(opened(tmp_path), tmp_path / "out")
+    base, cfg = (factory.study.methods[name] for name in ("base", "cfg"))
+    assert factory.sampling(base, {}, 1, 100) == factory.sampling(cfg, {SCALE: 0.0}, 1, 100)
 
 
 def test_a_mark_changes_with_its_file(tmp_path):
     file = tmp_path / "judge.py"
     file.write_text("1")
-    before = mark(f"{file}:function")
+    before = file_stamp(f"{file}:function")
     file.write_text("12")
-    assert mark(f"{file}:function") != before
-    assert mark("digits") == ["digits"]
+    assert file_stamp(f"{file}:function") != before
+    assert file_stamp("digits") == ["digits"]
 
 
 def test_every_task_comes_after_what_it_needs(tmp_path):
-    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
-    first = board.ready()
+    queue = TaskQueue(TaskFactory(opened(tmp_path), tmp_path / "out"))
+    first = queue.ready()
     assert {task.title for task in first} == {f"pretrain the base, seed {seed}" for seed in (7, 1, 2, 3)}
-    tasks = board.plan.tasks
+    tasks = queue.schedule.tasks
     for index, task in enumerate(tasks):
         assert task.after is None or task.after in tasks[:index]
     assert len({task.folder for task in tasks}) == len(tasks)
     write_outcome(first[0], {"status": "finished"})
-    ready = board.ready()
+    ready = queue.ready()
     assert {task.after for task in ready} - {None} == {first[0]}
-    assert board.ready([task.folder for task in ready]) == []
+    assert queue.ready([task.folder for task in ready]) == []
     trained = next(task for task in ready if isinstance(task, Training) and task.after)
     assert trained.config.training.pretrained_checkpoint == first[0].config.training.output_dir == str(first[0].folder)
     assert trained.config.training.seed == 7
 
 
 def test_nothing_is_reported_before_its_settings_are_chosen(tmp_path):
-    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
-    assert {row.method.name for row in board.plan.rows} == {"base"}
-    board = settled(tmp_path, lambda task: numbers(10.0))
-    assert [row.method.name for row in board.plan.rows] == ["base", *["cfg"] * 4, "control", *["cca"] * 5]
+    queue = TaskQueue(TaskFactory(opened(tmp_path), tmp_path / "out"))
+    assert {row.method.name for row in queue.schedule.rows} == {"base"}
+    queue = settled(tmp_path, lambda task: numbers(10.0))
+    assert [row.method.name for row in queue.schedule.rows] == ["base", *["cfg"] * 4, "control", *["cca"] * 5]
 
 
 def test_settings_are_chosen_on_the_tuning_seed_alone(tmp_path):
@@ -139,17 +139,17 @@ def test_settings_are_chosen_on_the_tuning_seed_alone(tmp_path):
     def every(task):
         return numbers(9.0) if task.after.folder.name.startswith("base") else outcome(task)
 
-    board = settled(tmp_path, every)
-    assert board.plan.chosen["cca"] == {LR: 0.002} == board.plan.chosen["control"]
+    queue = settled(tmp_path, every)
+    assert queue.schedule.chosen["cca"] == {LR: 0.002} == queue.schedule.chosen["control"]
 
     def only_tuning(task):
         assert task.seed == 7
-        return board.outcome(task)
+        return queue.outcome(task)
 
-    assert make_plan(board.planner, only_tuning).chosen == board.plan.chosen
-    rows = [row for row in board.plan.rows if row.method.name == "cca"]
+    assert make_schedule(queue.factory, only_tuning).chosen == queue.schedule.chosen
+    rows = [row for row in queue.schedule.rows if row.method.name == "cca"]
     assert [row.values for row in rows[:2]] == [{LR: 0.002}, {LR: 0.002, BETA: 0.1, LAMBDA: 1.0}]
-    assert {sampling.seed for row in board.plan.rows for sampling in row.samplings} == {1, 2, 3}
+    assert {sampling.seed for row in queue.schedule.rows for sampling in row.samplings} == {1, 2, 3}
 
 
 def test_the_best_is_the_lowest_fid_or_the_highest_of_others():
@@ -161,23 +161,23 @@ def test_the_best_is_the_lowest_fid_or_the_highest_of_others():
 
 
 def test_progress_counts_what_is_done(tmp_path, capsys):
-    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
-    progress = Progress(board)
-    task = board.ready()[0]
+    queue = TaskQueue(TaskFactory(opened(tmp_path), tmp_path / "out"))
+    progress = TaskBar(queue)
+    task = queue.ready()[0]
     write_outcome(task, {"status": "finished", "seconds": 2.5})
-    progress.ended(task, board.outcome(task))
+    progress.ended(task, queue.outcome(task))
     # Bases; trials and reported runs of CCA and the control; and what is drawn.
     runs = 4 + (2 + 3) + (2 + 3 + 9)
     drawn = (2 + 3 + 6) + (2 + 3) + (2 + 3 + 9)
     assert capsys.readouterr().out == f"1/{runs + drawn} pretrain the base, seed 7: 2.5 s\n"
     settled(tmp_path, graded, logged)
-    assert len(settled(tmp_path, graded, logged).plan.tasks) == runs + drawn
+    assert len(settled(tmp_path, graded, logged).schedule.tasks) == runs + drawn
 
 
 def test_half_written_results_do_not_count(tmp_path):
-    board = Board(Planner(opened(tmp_path), tmp_path / "out"))
-    task = board.ready()[0]
+    queue = TaskQueue(TaskFactory(opened(tmp_path), tmp_path / "out"))
+    task = queue.ready()[0]
     task.folder.mkdir(parents=True)
     (task.folder / ".result.json").write_text("{")
-    assert board.outcome(task) is None
-    assert isinstance(board.plan.rows[0].samplings[0], Sampling)
+    assert queue.outcome(task) is None
+    assert isinstance(queue.schedule.rows[0].samplings[0], Sampling)

@@ -114,8 +114,8 @@ def test_plots_open_and_change_with_the_data(tmp_path):
     assert sorted(first) == ["against", "comparison", "frontier", "heatmap"]
     assert all(min(image.shape[:2]) > 300 for image in first.values())
     (tmp_path / "again").mkdir()
-    board = settled(tmp_path / "again", guided_worse, logged)
-    second = pictures(tmp_path / "second", results_of(board))
+    queue = settled(tmp_path / "again", guided_worse, logged)
+    second = pictures(tmp_path / "second", results_of(queue))
     for name, image in first.items():
         assert image.shape != second[name].shape or (image != second[name]).any(), name
 
@@ -136,7 +136,7 @@ BORDER = (214, 39, 40)
 def test_the_heatmap_outlines_the_collapse_region_only(tmp_path):
     lost = pictures(tmp_path / "lost", results_of(settled(tmp_path, graded, logged)))
     (tmp_path / "well").mkdir()
-    board = settled(tmp_path / "well", lambda task: numbers(10.0 + task.sampling.guidance_scale), logged)
-    well = pictures(tmp_path / "plots", results_of(board))
+    queue = settled(tmp_path / "well", lambda task: numbers(10.0 + task.sampling.guidance_scale), logged)
+    well = pictures(tmp_path / "plots", results_of(queue))
     assert pixels(lost["heatmap"], BORDER) > 500
     assert pixels(well["heatmap"], BORDER) == 0

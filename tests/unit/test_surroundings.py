@@ -12,7 +12,8 @@ from megatron_cca.data import digits
 from megatron_cca.data.sources import SourceOptions, open_source
 from megatron_cca.errors import SurroundingsError, UserError, error_context
 from megatron_cca.io import paths
-from megatron_cca.io.outputs import check_writable, claimed, file_system_errors, remove_beside_others
+from megatron_cca.io.output_folders import claimed, remove_beside_others
+from megatron_cca.io.outputs import check_writable, file_system_errors
 from megatron_cca.io.paths import check_cache, check_surroundings, refusal, surroundings_fault
 from megatron_cca.lab.scaling import program
 from megatron_cca.models.emu3 import PRESETS
@@ -175,7 +176,7 @@ class Ended(BaseException):
     """In place of the process's end."""
 
 
-@pytest.mark.parametrize("reported", [reporting.reported_errors, lambda: reporting.reported_tool_errors((), "")])
+@pytest.mark.parametrize("reported", [reporting.reported_errors, lambda: reporting.reported_tool_errors(())])
 def test_programs_end_with_one_line_and_status_2(reported, monkeypatch, capsys):
     def leave(status):
         raise Ended(status)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_cca.data.text_tokenizers import MAX_CHARACTERS, open_text_tokenizer, train_tokenizer
+from megatron_cca.data.tokenizers import MAX_CHARACTERS, open_text_tokenizer, train_tokenizer
 from megatron_cca.errors import UserError
 
 # As tokenization_emu3.py writes it.

@@ -11,14 +11,13 @@ import pytest
 from PIL import Image
 
 from megatron_cca.data import shard_writing
-from megatron_cca.data.image_tokenizers import PatchCodebook, PatchImageTokenizer, open_image_tokenizer
 from megatron_cca.data.manifest import TOKEN_FILES
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.text_tokenizers import open_text_tokenizer
+from megatron_cca.data.tokenizers import PatchCodebook, PatchImageTokenizer, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing import parts
 from megatron_cca.errors import UserError
-from megatron_cca.io import outputs
+from megatron_cca.io import output_folders
 from tests.references.scan_jobs import NUMBER, VOCABULARY, tokenize
 from tests.references.scans import write_scans
 
@@ -162,7 +161,7 @@ def test_too_many_skipped_end_the_job_and_a_higher_limit_goes_on(scan_job, scan_
 
 def test_two_jobs_on_one_output_are_kept_apart(scan_job):
     busy = pytest.raises(UserError, match=r"--output: another process is writing into .*shards\.parts/rank0")
-    with outputs.claimed(parts.PartsFolder(scan_job.output, NUMBER, 40).scratch(0)), busy:
+    with output_folders.claimed(parts.PartsFolder(scan_job.output, NUMBER, 40).scratch(0)), busy:
         tokenize(scan_job)
     tokenize(scan_job)
     with pytest.raises(UserError, match=r"--output: .*shards exists already; give another folder, or remove it"):

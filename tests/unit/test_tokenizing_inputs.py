@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data.image_tokenizers import PatchCodebook, open_image_tokenizer
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.text_tokenizers import open_text_tokenizer
+from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError
 from tests.references.scan_jobs import NUMBER, VOCABULARY, tokenize
 from tests.references.scans import bad_images, encoded
@@ -171,7 +170,7 @@ def test_input_that_cannot_work_is_refused_before_anything_is_written(scan_job, 
         ({"image_tokenizer": tmp_path / "nowhere"}, "--image-tokenizer: .*nowhere"),
         ({"text_tokenizer": tmp_path / "nowhere"}, "--text-tokenizer: .*nowhere"),
         ({"model": "emu4"}, "--model: .*unknown preset 'emu4'"),
-        ({"model": "emu3-8b"}, "--text-tokenizer: .* has 320 words, model emu3-8b 151643; give the folder of that"),
+        ({"model": "emu3-8b"}, "--text-tokenizer: .* has 320 ids, model emu3-8b 151643; give the folder of that"),
         ({"image_tokenizer": small_codebook}, "--image-tokenizer: .* has a codebook of 7, model emu3-tiny one of 128"),
         ({"clip_meta": "{seconds}"}, "the fields of a clip's meta text"),
         ({"output": scan_job.source / "inside"}, "in each other's way"),

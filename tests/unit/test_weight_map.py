@@ -7,7 +7,7 @@ import torch
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.weight_map import MappedTensor, Rows, sources
+from megatron_cca.models.weight_map import MappedTensor, Rows, rows_in_megatron
 
 WEIGHTS = FAMILIES["emu3"].huggingface.weights
 
@@ -48,7 +48,7 @@ def test_the_map_backwards_undoes_it():
     weights = {name: torch.randn(shape) for name, shape in WEIGHTS.huggingface_shapes(sizes).items()}
     tensors = WEIGHTS.tensors(sizes)
     ours = {(tensor.key, tensor.layer): rows_of(tensor, weights) for tensor in tensors}
-    back = sources(tensors)
+    back = rows_in_megatron(tensors)
     assert back.keys() == weights.keys()
     for name, whole in weights.items():
         parts = [ours[s.tensor.key, s.tensor.layer][s.megatron_start : s.megatron_start + s.count] for s in back[name]]
@@ -70,7 +70,7 @@ def test_rows_may_lie_in_any_order_but_none_may_be_left_out():
     def tensor(*parts):
         return MappedTensor("merged", None, parts, columns=4, padded=False)
 
-    found = sources([tensor(Rows("a", 2, 3), Rows("b", 0, 1), Rows("a", 0, 2))])["a"]
+    found = rows_in_megatron([tensor(Rows("a", 2, 3), Rows("b", 0, 1), Rows("a", 0, 2))])["a"]
     assert [(source.start, source.count, source.megatron_start) for source in found] == [(0, 2, 4), (2, 3, 0)]
     with pytest.raises(AssertionError, match="leaves rows of a out"):
-        sources([tensor(Rows("a", 2, 3), Rows("a", 0, 1))])
+        rows_in_megatron([tensor(Rows("a", 2, 3), Rows("a", 0, 1))])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
-from megatron_cca.checkpoint.huggingface.source import Reading
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors
@@ -48,7 +48,7 @@ def refused(path, folder, **options):
 def weights_of(path, folder, **options):
     """What came in, by the family's own names: in through the import and out through the export."""
     imported(path, folder / "out", **options)
-    source, target = open_both(path, folder / "out", Reading(KEYS if path.is_file() else {}, **options))
+    source, target = open_both(path, folder / "out", WeightsDescription(KEYS if path.is_file() else {}, **options))
     assert compare_tensors(source, target, progress_bar=False).identical
     if path.is_file():
         return torch.load(export_checkpoint(folder / "out", folder / "a.pt", progress_bar=False))["model"]
@@ -185,7 +185,7 @@ def test_an_image_tokenizers_names_are_unwrapped_too(tmp_path):
 
 HALF = {name: value.half() for name, value in STATE.items()}
 MIXED = STATE | {name: value.bfloat16() for name, value in STATE.items() if value.dim() == 2}
-ADVICE = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+ADVICE = "megatron-cca convert import --dtype fp32 widens them, which loses nothing"
 
 
 @pytest.mark.parametrize(

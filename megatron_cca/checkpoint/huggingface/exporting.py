@@ -1,40 +1,50 @@
-"""Export a Megatron checkpoint to a Hugging Face folder, piece by piece, all or nothing.
+"""Export a Megatron checkpoint to a Hugging Face folder, or to a file of a family's authors, all or nothing.
 
-Every export lists its files in a hidden file beside them. A later export replaces only these. ``config.json`` is
-removed first and written last: no program loads a folder without it as a model.
+A folder is written piece by piece. Every export lists its files in a hidden file beside them. A later export replaces
+only these. ``config.json`` is removed first and written last: no program loads a folder without it as a model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_cca import __version__
-from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import CHECKPOINT, CONFIG, FORMAT, HF_TEMPLATE, check_shape
-from megatron_cca.checkpoint.huggingface.target import (
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
+    CHECKPOINT,
+    FORMAT,
+    HF_TEMPLATE,
+    check_shape,
+)
+from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
+    ExportTemplate,
     MegatronCheckpoint,
-    Template,
-    export_weights_file,
     template_from_checkpoint,
     template_from_folder,
 )
-from megatron_cca.checkpoint.streamed_save import ByteProgress, row_ranges
+from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, row_ranges
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
-from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.io.output_folders import check_apart, check_file, check_output, check_space, claimed, staging
+from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
 from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.weight_files import CONFIG
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
 _UNFINISHED = frozenset({_PARTIAL, _FORMER})
-_FIRST_AND_LAST = ("config.json", _RECORD)
+_FIRST_AND_LAST = (CONFIG, _RECORD)
+# Names that a file of weights may end in, as torch.save writes it.
+_SUFFIXES = (".pt", ".pth")
 
 
 def export_checkpoint(
@@ -75,13 +85,13 @@ def export_checkpoint(
                 raise UserError(f"{option}: means nothing to {source.config.model.name}, whose weights are one file")
         return export_weights_file(source, output, overwrite=overwrite, progress_bar=progress_bar)
     if template is None:
-        along = template_from_checkpoint(source.folder, CHECKPOINT)
+        copied = template_from_checkpoint(source.folder, CHECKPOINT)
     else:
         check_apart(output, Path(template), HF_TEMPLATE)
-        along = template_from_folder(Path(template), source.format, HF_TEMPLATE)
-    naming = _naming(source, along, form)
-    config = _config(source, along, naming)
-    tensors = [*_companions(along, naming, source.format, config), *_decoder(source, naming)]
+        copied = template_from_folder(Path(template), source.format, HF_TEMPLATE)
+    naming = _naming(source, copied, form)
+    config = _config(source, copied, naming)
+    tensors = [*_companions(copied, naming, source.format, config), *_decoder(source, naming)]
     total = sum(tensor.num_bytes for tensor in tensors)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
@@ -90,25 +100,47 @@ def export_checkpoint(
         partial = output / _PARTIAL
         stack.enter_context(staging(partial, total))
         progress = stack.enter_context(ByteProgress("exporting", total, shown=progress_bar))
-        write_safetensors(partial, [replace(t, pieces=progress.watch(t.pieces)) for t in tensors])
-        for path in along.files:
+        watched = [replace(tensor, pieces=progress.watch(tensor.pieces)) for tensor in tensors]
+        write_safetensors(partial, watched)
+        for path in copied.files:
             shutil.copyfile(path, partial / path.name)
-        _write_config(partial / CONFIG, config, along)
+        _write_config(partial / CONFIG, config, copied)
         _list_files(partial)
         _move_into_place(output)
     return output
 
 
-def _naming(source: MegatronCheckpoint, along: Template, form: str | None) -> Naming:
+def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: bool, progress_bar: bool) -> Path:
+    """Write a checkpoint as a file that the programs of the family's authors load. The file is whole or does not exist.
+
+    All weights are in memory during the export.
+
+    Raises:
+        UserError: the name does not end in .pt or .pth, the file exists, the disk is full, or another error of the
+            file system.
+    """
+    if output.suffix not in _SUFFIXES:
+        raise UserError(f"{OPTION}: {output}: this family's weights are one file; give a name that ends in .pt")
+    check_file(output, overwrite=overwrite)
+    total = source.dtype.itemsize * sum(map(math.prod, source.shapes.values()))
+    with file_system_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_space(output.parent, total)
+        with whole_file(output) as partial:
+            _save({source.format.sections[0]: _state(source, total, progress_bar)}, partial)
+    return output
+
+
+def _naming(source: MegatronCheckpoint, copied: ExportTemplate, form: str | None) -> Naming:
     if form is None:
-        form = source.format.form(along.config) if along.config is not None else source.format.namings[0].form
+        form = source.format.form(copied.config) if copied.config is not None else source.format.namings[0].form
     return next(naming for naming in source.format.namings if naming.form == form)
 
 
-def _config(source: MegatronCheckpoint, along: Template, naming: Naming) -> Json:
+def _config(source: MegatronCheckpoint, copied: ExportTemplate, naming: Naming) -> Json:
     dtype = str(source.dtype).removeprefix("torch.")
     try:
-        return source.format.write_config(along.config, source.architecture, dtype, naming.form)
+        return source.format.write_config(copied.config, source.architecture, dtype, naming.form)
     except UserError as error:
         raise UserError(f"{FORMAT} {naming.form}: {error} ({HF_TEMPLATE})") from None
 
@@ -122,32 +154,34 @@ def _pieces(source: MegatronCheckpoint, name: str) -> Iterator[Tensor]:
     return (source.read(name, start, stop) for start, stop in row_ranges(source.shapes[name], source.dtype))
 
 
-def _companions(along: Template, naming: Naming, format: HuggingFaceFormat, config: Json) -> list[OutgoingTensor]:
-    with error_context(f"{along.option}: {along.config_file}"):
+def _companions(
+    copied: ExportTemplate, naming: Naming, format: HuggingFaceFormat, config: Json
+) -> list[OutgoingTensor]:
+    with error_context(f"{copied.option}: {copied.config_file}"):
         wanted = format.companion_shapes(config) or {}
-    missing = sorted(wanted.keys() - along.names.keys())
+    missing = sorted(wanted.keys() - copied.names.keys())
     if missing:
         raise UserError(
             f"{FORMAT} {naming.form}: tensor {naming.companion_prefix}{missing[0]} (and {len(missing) - 1} "
             f"more) is neither in the checkpoint nor in a template; give {HF_TEMPLATE} with a folder that has "
             "it"
         )
-    extra = sorted(along.names.keys() - wanted.keys()) if wanted else []
+    extra = sorted(copied.names.keys() - wanted.keys()) if wanted else []
     if extra:
-        raise UserError(f"{along.option}: tensor {along.names[extra[0]]} belongs to no part of {along.config_file}")
-    return [_companion(along, bare, shape, f"{naming.companion_prefix}{bare}") for bare, shape in wanted.items()]
+        raise UserError(f"{copied.option}: tensor {copied.names[extra[0]]} belongs to no part of {copied.config_file}")
+    return [_companion(copied, bare, shape, f"{naming.companion_prefix}{bare}") for bare, shape in wanted.items()]
 
 
-def _companion(along: Template, bare: str, shape: tuple[int, ...], on_disk: str) -> OutgoingTensor:
-    name = along.names[bare]
-    info = along.tensors.tensors[name]
-    check_shape(name, info, shape, along.option)
-    return OutgoingTensor(on_disk, shape, info.dtype, along.tensors.pieces(name))
+def _companion(copied: ExportTemplate, bare: str, shape: tuple[int, ...], on_disk: str) -> OutgoingTensor:
+    name = copied.names[bare]
+    info = copied.tensors.tensors[name]
+    check_shape(name, info, shape, copied.option)
+    return OutgoingTensor(on_disk, shape, info.dtype, copied.tensors.pieces(name))
 
 
-def _write_config(path: Path, config: Json, along: Template) -> None:
-    if config == along.config:
-        shutil.copyfile(along.config_file, path)
+def _write_config(path: Path, config: Json, copied: ExportTemplate) -> None:
+    if config == copied.config:
+        shutil.copyfile(copied.config_file, path)
     else:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -206,4 +240,23 @@ def _move(names: list[str], source: Path, target: Path, *, first: bool) -> None:
             _replace(source / name, target / name)
 
 
+# A name of its own, so that tests can let a move fail.
 _replace = Path.replace
+
+
+def _save(contents: dict[str, dict[str, Tensor]], path: Path) -> None:
+    try:
+        # Given a path instead of an open file, torch.save hides the error of the file system.
+        with path.open("wb") as file:
+            torch.save(contents, file)
+    except RuntimeError as error:
+        # torch reports a failed write only as a file that is too short.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _state(source: MegatronCheckpoint, total_bytes: int, progress_bar: bool) -> dict[str, Tensor]:
+    with ByteProgress("exporting", total_bytes, shown=progress_bar) as progress:
+        read = (source.read(name, 0, shape[0]).contiguous() for name, shape in source.shapes.items())
+        return dict(zip(source.shapes, progress.watch(read), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,19 +14,39 @@ import torch
 from torch import Tensor
 
 from megatron_cca.checkpoint import layout, summary
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
+    HF,
+    UNDESCRIBED,
+    HuggingFaceCheckpoint,
+    WeightsDescription,
+    one_dtype,
+)
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CONFIG, HF, HuggingFaceCheckpoint, Reading
-from megatron_cca.checkpoint.huggingface.target import READABLE, WeightsFile
-from megatron_cca.checkpoint.streamed_save import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
-from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import check_apart, check_output, claimed, staging
+from megatron_cca.config.load import config_from_dict
+from megatron_cca.errors import UserError, error_context
+from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
+from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_vocab_size
+from megatron_cca.models.formats import Naming, WeightsFileFormat
+from megatron_cca.models.weight_files import (
+    CONFIG,
+    SAFETENSORS,
+    chosen_set,
+    contents_of,
+    equal_tensors,
+    is_recomputed,
+    same_tensors,
+    sets_in,
+    tensors_under,
+)
 from megatron_cca.models.weight_map import MappedTensor
 
-PublicCheckpoint = HuggingFaceCheckpoint | WeightsFile
+# Names that a file of weights may end in.
+_SUFFIXES = (".pt", ".pth", SAFETENSORS)
 
 
 def import_checkpoint(
@@ -67,7 +87,7 @@ def import_checkpoint(
     sizes = dict(sizes or {})
     if max_position_embeddings is not None:
         sizes["max_position_embeddings"] = max_position_embeddings
-    source = open_public(Path(hf), HF, Reading(sizes, section=section, dtype=dtype))
+    source = open_public(Path(hf), HF, WeightsDescription(sizes, section=section, dtype=dtype))
     output = Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
@@ -78,7 +98,8 @@ def import_checkpoint(
         for bare, name in sorted(source.companions.items())
         for info in [source.files.tensors[name]]
     ]
-    total = sum(num_bytes(p.sizes, p.dtype) for p in pieces) + sum(tensor.num_bytes for tensor in companions)
+    total = sum(num_bytes(piece.sizes, piece.dtype) for piece in pieces)
+    total += sum(tensor.num_bytes for tensor in companions)
     with ExitStack() as stack:
         stack.enter_context(claimed(output))
         unfinished = layout.own_names(output, 0) - {layout.LATEST, final.name}
@@ -91,9 +112,95 @@ def import_checkpoint(
         if companions:
             folder = partial_folder / layout.COMPANION_TENSORS
             folder.mkdir()
-            write_safetensors(folder, [replace(c, pieces=progress.watch(c.pieces)) for c in companions])
+            write_safetensors(folder, [replace(one, pieces=progress.watch(one.pieces)) for one in companions])
         layout.finalize(partial_folder, output, 0, _summary(source))
     return final
+
+
+def open_public(path: Path, option: str, description: WeightsDescription = UNDESCRIBED) -> PublicCheckpoint:
+    """Recognise and check a folder or file of published weights.
+
+    Args:
+        path: the folder or file.
+        option: the command-line option that named it, for messages.
+        description: what the user said about it.
+
+    Raises:
+        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; also if ``path`` is a folder and
+            ``description`` has sizes.
+    """
+    if path.is_file():
+        return WeightsFile(path, option, description)
+    if path.suffix in _SUFFIXES and not path.exists():
+        raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
+    if description.sizes:
+        raise UserError(f"model.{next(iter(description.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
+    return HuggingFaceCheckpoint(path, option, description)
+
+
+class WeightsFile:
+    """A weights file of a known family.
+
+    Attributes:
+        folder: path of the file. It has this name so that folder and file have the same interface.
+        format, form, naming, model, architecture, dtype, companions: as in :class:`HuggingFaceCheckpoint`.
+
+    Raises:
+        UserError: the file is damaged, the family or a size is not known, there are several sets of weights, tensors
+            are missing, unexpected or of another shape, or dtypes are mixed or not supported. Names the file and the
+            tensor.
+    """
+
+    form = "a file of its authors"
+    naming = Naming("file", {"": ""})
+
+    def __init__(self, path: Path, option: str, description: WeightsDescription = UNDESCRIBED) -> None:
+        self.folder, self.option, self.companions = path, option, {}
+        with error_context(f"{option}: {path}"):
+            # Check types and ranges of the given sizes as keys of a configuration.
+            config_from_dict({"model": dict(description.sizes)})
+            self.format, found = _recognised(path, description.section)
+            shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+            self.model = self.format.read_model_config(shapes, description.sizes, description.assumed)
+            self.architecture = resolve_architecture(self.model)
+            self._tensors = {name: tensor for name, tensor in found.items() if not is_recomputed(name)}
+            self._check_shapes()
+            dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+            self.dtype = one_dtype(dtypes, description.dtype)
+
+    precision = HuggingFaceCheckpoint.precision
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows ``start .. stop`` of a tensor, in :attr:`dtype`. ``name`` is from the weight map."""
+        return self._tensors[name][start:stop].to(self.dtype).contiguous()
+
+    def companion_files(self) -> list[Path]:
+        """Return no files. A file has none beside it."""
+        return []
+
+    def _check_shapes(self) -> None:
+        wanted = self.format.weights.huggingface_shapes(self.architecture)
+        for name in sorted(wanted.keys() - self._tensors.keys()):
+            raise UserError(f"tensor {name} is missing")
+        for name in sorted(self._tensors.keys() - wanted.keys()):
+            raise UserError(f"tensor {name} belongs to no {self.model.name}")
+        for name, shape in wanted.items():
+            if tuple(self._tensors[name].shape) != shape:
+                found = list(self._tensors[name].shape)
+                raise UserError(f"tensor {name} has shape {found}, {self.model.name} has {list(shape)}")
+
+
+PublicCheckpoint = HuggingFaceCheckpoint | WeightsFile
+
+
+def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
+    """Return rows ``start .. stop`` of a Megatron tensor. Rows after its last one are padding: zeros."""
+    parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
+    padding = stop - start - sum(part.size(0) for part in parts)
+    if padding:
+        shape = (padding,) if tensor.columns is None else (padding, tensor.columns)
+        parts.append(torch.zeros(shape, dtype=source.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
@@ -111,16 +218,6 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
         )
 
 
-def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, stop: int) -> Tensor:
-    """Return rows ``start .. stop`` of a Megatron tensor. Rows after its last one are padding: zeros."""
-    parts = [source.read(rows.name, rows.start, rows.start + rows.count) for rows in tensor.cut(start, stop)]
-    padding = stop - start - sum(part.size(0) for part in parts)
-    if padding:
-        shape = (padding,) if tensor.columns is None else (padding, tensor.columns)
-        parts.append(torch.zeros(shape, dtype=source.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _copy_files(files: list[Path], to: Path) -> None:
     to.mkdir()
     for path in files:
@@ -135,26 +232,36 @@ def _objects(source: PublicCheckpoint) -> dict:
 
 def _summary(source: PublicCheckpoint) -> dict:
     # No run wrote these weights: of a configuration only what they say is known.
-    summary = summarize(config_of_weights(source.model, source.precision))
-    return {**summary, IMPORTED_FROM: {"folder": str(source.folder), "form": source.form}}
+    facts = summarize(config_of_weights(source.model, source.precision))
+    return {**facts, IMPORTED_FROM: {"folder": str(source.folder), "form": source.form}}
 
 
-def open_public(path: Path, option: str, reading: Reading = AS_IT_IS) -> PublicCheckpoint:
-    """Recognise and check a folder or file of published weights.
+def _recognised(path: Path, section: str | None) -> tuple[WeightsFileFormat, dict[str, Tensor]]:
+    formats = {name: family.weights_file for name, family in FAMILIES.items() if family.weights_file}
+    content, size = contents_of(path), path.stat().st_size
+    for one in formats.values():
+        sets = [found for found in sets_in(content, (one.marker,), size) if one.knows(found.weights)]
+        if not sets:
+            continue
+        chosen = chosen_set(
+            sets, section, are_alike=len(sets) > 1 and section is None and same_tensors(sets, equal_tensors)
+        )
+        if section is None and chosen.beside:
+            raise UserError(
+                f"tensor {chosen.beside[0]} is none of the weights under {chosen.place!r}; --section {chosen.place} "
+                "takes those alone"
+            )
+        return one, chosen.weights
+    sections = tuple(dict.fromkeys(section for one in formats.values() for section in one.sections))
+    found = tensors_under(content, sections, size)
+    raise UserError(f"is of no family known here ({', '.join(formats)}); it {_looks_like(found)}")
 
-    Args:
-        path: the folder or file.
-        option: the command-line option that named it, for messages.
-        reading: what the user said about it.
 
-    Raises:
-        UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; also if ``path`` is a folder and
-            ``reading`` has sizes.
-    """
-    if path.is_file():
-        return WeightsFile(path, option, reading)
-    if path.suffix in READABLE and not path.exists():
-        raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
-    if reading.sizes:
-        raise UserError(f"model.{next(iter(reading.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
-    return HuggingFaceCheckpoint(path, option, reading)
+def _looks_like(found: Collection[str]) -> str:
+    if not found:
+        return "holds no tensors"
+    if "quantize.embedding.weight" in found:
+        return "looks like an image tokenizer, which is given as --image-tokenizer"
+    if any(name.endswith("self_attn.q_proj.weight") for name in found):
+        return "looks like a decoder as transformers names it; give its folder with config.json and safetensors"
+    return f"holds {len(found)} tensors such as {next(iter(found))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_cca.checkpoint.streamed_save import num_bytes, row_ranges
-from megatron_cca.errors import UserError, error_context, shortened
-from megatron_cca.io.external_files import UTF_16, is_file_name, kind_hint
-from megatron_cca.models.weight_files import WeightSet, unwrapped
+from megatron_cca.checkpoint.stored_tensors import num_bytes, row_ranges
+from megatron_cca.errors import UserError, error_context, first_line, shortened
+from megatron_cca.io.external_files import is_file_name
+from megatron_cca.io.file_contents import UTF_16, kind_hint
+from megatron_cca.models.weight_files import INDEX, SINGLE, unwrapped
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {
@@ -91,6 +91,13 @@ class SafetensorsFolder:
         info = self.tensors[name]
         return (self.read(name, start, stop) for start, stop in row_ranges(info.shape, info.dtype))
 
+    def equal(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Return whether two tensors have the same dtype, shape and numbers."""
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return False
+        ranges = row_ranges(one.shape, one.dtype)
+        return all(torch.equal(self.read_info(one, *rows), self.read_info(other, *rows)) for rows in ranges)
+
     def _scan_single(self, folder: Path) -> dict[str, TensorInfo]:
         if not (folder / SINGLE).is_file():
             raise UserError(f"{self.option}: {folder} has neither {SINGLE} nor {INDEX}{_what_else(folder)}")
@@ -140,25 +147,9 @@ class SafetensorsFolder:
                     found[name] = TensorInfo(path, name, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
             # A header's length looks like UTF-16.
-            why = kind_hint(path, but=[UTF_16]) or f": {str(error).splitlines()[0]}"
+            why = kind_hint(path, but=[UTF_16]) or f": {first_line(error)}"
             raise UserError(f"{self.option}: {path} is truncated or not a safetensors file{why}") from None
         return found
-
-
-def same_tensors(files: SafetensorsFolder, sets: Sequence[WeightSet[TensorInfo]]) -> bool:
-    """Return whether all sets have the same names and the same numbers in every tensor."""
-    first, *others = (one.weights for one in sets)
-    return all(
-        first.keys() == other.keys() and all(_same(files, first[name], other[name]) for name in first)
-        for other in others
-    )
-
-
-def _same(files: SafetensorsFolder, one: TensorInfo, other: TensorInfo) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    ranges = row_ranges(one.shape, one.dtype)
-    return all(torch.equal(files.read_info(one, *rows), files.read_info(other, *rows)) for rows in ranges)
 
 
 def _what_else(folder: Path) -> str:

@@ -1,25 +1,52 @@
-"""Prove that a Hugging Face folder and a Megatron checkpoint are the same model."""
+"""Prove that a Hugging Face folder and a Megatron checkpoint are the same model: by their bits, and by their logits.
+
+The logits, in fp32, are also those of models that do not fit in memory. The models of transformers and of Megatron are
+built without weights. Each part gets its weights just before it runs, and loses them afterwards. Megatron's sharding
+tells which block of a global tensor a weight is.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_cca import platform
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
+    CHECKPOINT,
+    HF,
+    UNDESCRIBED,
+    HuggingFaceCheckpoint,
+    WeightsDescription,
+)
 from megatron_cca.checkpoint.huggingface.importing import PublicCheckpoint, open_public
-from megatron_cca.checkpoint.huggingface.source import AS_IT_IS, CHECKPOINT, HF, HuggingFaceCheckpoint, Reading
-from megatron_cca.checkpoint.huggingface.target import MegatronCheckpoint, Template, template_from_checkpoint
-from megatron_cca.checkpoint.streamed_save import ByteProgress, num_bytes, row_ranges
-from megatron_cca.errors import UserError
+from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
+    ExportTemplate,
+    MegatronCheckpoint,
+    template_from_checkpoint,
+)
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors, num_bytes, row_ranges
+from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import check_layout
 
-Read = Callable[[int, int], Tensor]
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+# Returns rows from the first number up to the second.
+ReadRows = Callable[[int, int], Tensor]
+# Fills the parameters of the part of a model that has this name.
+FillPart = Callable[[str, torch.nn.Module], None]
 
 # Relative to the largest logit. Correct fp32 implementations add thousands of products in different orders.
 RELATIVE_TOLERANCE = 1e-4
@@ -64,31 +91,31 @@ class LogitComparison:
 
 
 def open_both(
-    hf: str | Path, checkpoint: str | Path, reading: Reading = AS_IT_IS
+    hf: str | Path, checkpoint: str | Path, description: WeightsDescription = UNDESCRIBED
 ) -> tuple[PublicCheckpoint, MegatronCheckpoint]:
     """Recognise and check both checkpoints, and refuse them if their sizes differ.
 
     Args:
         hf: a Hugging Face folder, or a file of a family's authors.
         checkpoint: a Megatron checkpoint.
-        reading: what the user said about ``hf``. Sizes that are still unknown are taken from ``checkpoint``.
+        description: what the user said about ``hf``. Sizes that are still unknown are taken from ``checkpoint``.
 
     Raises:
         UserError: see :func:`open_public` and :class:`MegatronCheckpoint`; also if sizes differ.
     """
     hf = Path(hf)
-    source = None if hf.is_file() else open_public(hf, HF, reading)
+    source = None if hf.is_file() else open_public(hf, HF, description)
     target = MegatronCheckpoint(checkpoint, CHECKPOINT)
     if source is None:
-        unsaid = getattr(target.format, "unsaid", ())
-        assumed = {name: getattr(target.architecture, name) for name in unsaid}
-        source = open_public(hf, HF, replace(reading, assumed=assumed))
+        not_in_shapes = getattr(target.format, "not_in_shapes", ())
+        assumed = {name: getattr(target.architecture, name) for name in not_in_shapes}
+        source = open_public(hf, HF, replace(description, assumed=assumed))
     ours, theirs = vars(target.architecture), vars(source.architecture)
     for name in ours:
         if name == "vocabulary":
             if ours[name].size != theirs[name].size:
                 raise UserError(
-                    f"{CHECKPOINT}: {target.folder} has {ours[name].size} words, {source.folder} {theirs[name].size}"
+                    f"{CHECKPOINT}: {target.folder} has {ours[name].size} ids, {source.folder} {theirs[name].size}"
                 )
         elif ours[name] != theirs[name]:
             raise UserError(f"{CHECKPOINT}: {target.folder} has {name} {ours[name]}, {source.folder} {theirs[name]}")
@@ -108,44 +135,6 @@ def compare_tensors(
             *(_companion_difference(source, kept, bare, progress) for bare in source.companions),
         ]
     return TensorComparison(len(found), tuple(difference for difference in found if difference))
-
-
-def _decoder_difference(
-    source: PublicCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
-) -> str | None:
-    shape, on_disk = target.shapes[name], source.naming.on_disk(name)
-    if source.dtype != target.dtype:
-        return f"{on_disk}: {source.dtype} there, {target.dtype} in the checkpoint"
-    theirs, ours = partial(source.read, name), partial(target.read, name)
-    return _difference(on_disk, shape, source.dtype, theirs, ours, progress)
-
-
-def _companion_difference(source: PublicCheckpoint, kept: Template, bare: str, progress: ByteProgress) -> str | None:
-    name = source.companions[bare]
-    if bare not in kept.names:
-        return f"{name}: not in the checkpoint"
-    theirs, ours = source.files.tensors[name], kept.tensors.tensors[kept.names[bare]]
-    if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
-        there, here = (f"{info.dtype} {list(info.shape)}" for info in (theirs, ours))
-        return f"{name}: {there} there, {here} in the checkpoint"
-    read, read_kept = partial(source.files.read, name), partial(kept.tensors.read, kept.names[bare])
-    return _difference(name, theirs.shape, theirs.dtype, read, read_kept, progress)
-
-
-def _difference(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, theirs: Read, ours: Read, progress: ByteProgress
-) -> str | None:
-    # Compare as integers, so that NaNs with the same bits are equal.
-    integer = _SAME_WIDTH_INTEGERS[dtype.itemsize]
-    count, first_row = 0, None
-    for start, stop in row_ranges(shape, dtype):
-        piece = theirs(start, stop)
-        unequal = (piece.contiguous().view(integer) != ours(start, stop).contiguous().view(integer)).flatten()
-        progress.count(piece)
-        if first_row is None and unequal.any():
-            first_row = start + int(unequal.nonzero()[0]) // math.prod(shape[1:])
-        count += int(unequal.sum())
-    return f"{name}: {count} of {math.prod(shape)} elements differ, the first in row {first_row}" if count else None
 
 
 def compare_logits(
@@ -176,9 +165,6 @@ def compare_logits(
     """
     platform.current()
     # Imported late: Megatron-Core must not be imported before the platform is installed.
-    import torch.distributed as dist
-
-    from megatron_cca.checkpoint.huggingface.loading import megatron_logits, transformers_logits, verification_config
     from megatron_cca.parallel.ranks import initialize_distributed
 
     config = verification_config(target)
@@ -196,3 +182,145 @@ def compare_logits(
     finite = bool(ours.isfinite().all() and theirs.isfinite().all())
     relative = worst / largest if largest else math.inf
     return LogitComparison(worst, relative if worst else 0.0, same_top, finite, tuple(theirs.shape))
+
+
+@torch.no_grad()
+def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
+    """Return float32 logits ``[B, S, V]`` of transformers' decoder on the CPU, for int64 ``tokens`` ``[B, S]``."""
+    with error_context(f"{source.option}: {source.folder}"):
+        model = source.format.transformers_model(source.config)
+
+    def fill(prefix: str, module: torch.nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            whole = f"{prefix}.{name}"
+            parameter.copy_(source.read(whole, 0, parameter.size(0)))
+
+    parts = _parts(model, "model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    with _streamed(model, parts, fill, "cpu", "transformers' logits", progress_bar):
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
+    """Return float32 logits ``[B, S, V]`` of Megatron's GPTModel for int64 ``tokens`` ``[B, S]``.
+
+    The model is tensor-parallel over all ranks. Process groups must have the layout of :func:`verification_config`.
+    """
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from megatron_cca.models.gpt import build_gpt, sharded_tensors
+
+    config = verification_config(checkpoint)
+    with torch.device("meta"):
+        (model,) = build_gpt(checkpoint.architecture, config.model, config.parallel, config.training)
+
+    def fill(prefix: str, module: torch.nn.Module) -> None:
+        state = {name: value for name, value in model.sharded_state_dict().items() if name.startswith(f"{prefix}.")}
+        for shard in sharded_tensors(state):
+            _fill_shard(shard, checkpoint.stored)
+
+    parts = _parts(model, "embedding", "decoder.layers", "decoder.final_layernorm", "output_layer")
+    tokens = tokens.to(platform.device())
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    shown = progress_bar and dist.get_rank() == 0
+    with _streamed(model.eval(), parts, fill, platform.device(), "Megatron's logits", shown):
+        logits = model(tokens, positions, None)
+    return gather_from_tensor_model_parallel_region(logits)[..., : checkpoint.architecture.vocabulary.size].cpu()
+
+
+def verification_config(checkpoint: MegatronCheckpoint) -> Config:
+    """Return a configuration of the checkpoint's model in fp32, without dropout, tensor-parallel over all ranks.
+
+    It uses Megatron's local layers. Transformer Engine multiplies float32 in TF32, which can hide a wrong weight.
+    """
+    saved, ranks = checkpoint.config, int(os.environ.get("WORLD_SIZE", "1"))
+    return replace(
+        saved,
+        model=replace(saved.model, transformer_impl="local", hidden_dropout=0.0, attention_dropout=0.0),
+        parallel=ParallelConfig(tensor_model_parallel_size=ranks),
+        # The other ranks wait while rank 0 compares tensors.
+        training=replace(saved.training, precision="fp32", recompute_granularity=None, distributed_timeout_minutes=60),
+    )
+
+
+def _decoder_difference(
+    source: PublicCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
+) -> str | None:
+    shape, on_disk = target.shapes[name], source.naming.on_disk(name)
+    if source.dtype != target.dtype:
+        return f"{on_disk}: {source.dtype} there, {target.dtype} in the checkpoint"
+    theirs, ours = partial(source.read, name), partial(target.read, name)
+    return _difference(on_disk, shape, source.dtype, theirs, ours, progress)
+
+
+def _companion_difference(
+    source: PublicCheckpoint, kept: ExportTemplate, bare: str, progress: ByteProgress
+) -> str | None:
+    name = source.companions[bare]
+    if bare not in kept.names:
+        return f"{name}: not in the checkpoint"
+    theirs, ours = source.files.tensors[name], kept.tensors.tensors[kept.names[bare]]
+    if (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
+        there, here = (f"{info.dtype} {list(info.shape)}" for info in (theirs, ours))
+        return f"{name}: {there} there, {here} in the checkpoint"
+    read, read_kept = partial(source.files.read, name), partial(kept.tensors.read, kept.names[bare])
+    return _difference(name, theirs.shape, theirs.dtype, read, read_kept, progress)
+
+
+def _difference(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, theirs: ReadRows, ours: ReadRows, progress: ByteProgress
+) -> str | None:
+    # Compare as integers, so that NaNs with the same bits are equal.
+    integer = _SAME_WIDTH_INTEGERS[dtype.itemsize]
+    count, first_row = 0, None
+    for start, stop in row_ranges(shape, dtype):
+        piece = theirs(start, stop)
+        unequal = (piece.contiguous().view(integer) != ours(start, stop).contiguous().view(integer)).flatten()
+        progress.count(piece)
+        if first_row is None and unequal.any():
+            first_row = start + int(unequal.nonzero()[0]) // math.prod(shape[1:])
+        count += int(unequal.sum())
+    return f"{name}: {count} of {math.prod(shape)} elements differ, the first in row {first_row}" if count else None
+
+
+def _fill_shard(shard: ShardedTensor, stored: StoredTensors) -> None:
+    """Load this rank's part of a global tensor into a weight. Rows after the stored vocabulary padding become zeros."""
+    sizes = (*(1 for _ in range(shard.prepend_axis_num)), *shard.local_shape)
+    low, ends = shard.global_offset, stored.shape(shard.key)
+    high = [max(start, min(start + size, end)) for start, size, end in zip(low, sizes, ends, strict=True)]
+    shard.data.zero_()
+    lengths = [stop - start for start, stop in zip(low, high, strict=True)]
+    if all(lengths):
+        inside = tuple(slice(0, length) for length in lengths)
+        shard.data.view(sizes)[inside] = stored.read_block(shard.key, low, high).to(shard.data.device)
+
+
+def _parts(model: torch.nn.Module, *names: str) -> list[str]:
+    parts = []
+    for name in names:
+        module = model.get_submodule(name)
+        is_list = isinstance(module, torch.nn.ModuleList)
+        parts += [f"{name}.{index}" for index in range(len(module))] if is_list else [name]
+    return parts
+
+
+@contextmanager
+def _streamed(
+    model: torch.nn.Module, parts: list[str], fill: FillPart, device: torch.device | str, what: str, progress_bar: bool
+) -> Iterator[None]:
+    """Load each part just before it runs, and empty it just after, within the block. A bar counts the parts."""
+    with tqdm(total=len(parts), desc=what, unit="part", disable=None if progress_bar else True) as bar:
+        for name in parts:
+            module = model.get_submodule(name)
+
+            def fill_it(module: torch.nn.Module, *_unused, name: str = name) -> None:
+                module.to_empty(device=device)
+                fill(name, module)
+
+            def empty_it(module: torch.nn.Module, *_unused) -> None:
+                module.to("meta")
+                bar.update()
+
+            module.register_forward_pre_hook(fill_it)
+            module.register_forward_hook(empty_it)
+        yield

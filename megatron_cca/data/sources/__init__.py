@@ -1,4 +1,4 @@
-"""Sources of images with captions: one file per layout on disk."""
+"""Sources of images with captions. Every layout on disk has a module, and an entry in :data:`SOURCE_LAYOUTS`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,30 @@ from megatron_cca.data.sources.external_text import OF_LIST, printable, split_of
 from megatron_cca.data.sources.folders import is_file, is_folder, is_image, names_in, real_folder, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 
-__all__ = ["AUTO", "DEFAULTS", "LAYOUTS", "Layout", "Record", "Source", "SourceOptions", "Unreadable", "open_source"]
+__all__ = [
+    "AUTO",
+    "DEFAULTS",
+    "SOURCE_LAYOUTS",
+    "Record",
+    "Source",
+    "SourceLayout",
+    "SourceOptions",
+    "Unreadable",
+    "open_source",
+]
 
 AUTO = "auto"
 DEFAULTS = SourceOptions()
+# How many files of a folder with no known layout are listed, since a tree may have millions.
+_FILES_CHECKED = 100_000
+_PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Layout:
+class SourceLayout:
     """One layout of images and captions on disk.
 
     Attributes:
@@ -36,16 +50,17 @@ class Layout:
     options: frozenset[str] = frozenset()
 
 
-_CAPTIONS = frozenset({"caption_field", "caption_of_list"})
-LAYOUTS: dict[str, Layout] = {
-    "captions": Layout(captions.recognises, captions.open_captions, _CAPTIONS),
-    "classes": Layout(classes.recognises, classes.open_classes),
-    "journeydb": Layout(journeydb.recognises, journeydb.open_journeydb, frozenset({"caption_field", "split"})),
-    "webdataset": Layout(webdataset.recognises, webdataset.open_webdataset, _CAPTIONS),
-    "datasets": Layout(hf_rows.recognises, hf_rows.open_huggingface, _CAPTIONS | {"image_field", "split"}),
-    "emu3": Layout(emu3.recognises, emu3.open_emu3),
-    "llamagen": Layout(llamagen.recognises, llamagen.open_llamagen),
+_CAPTION_OPTIONS = frozenset({"caption_field", "caption_of_list"})
+SOURCE_LAYOUTS: dict[str, SourceLayout] = {
+    "captions": SourceLayout(captions.recognises, captions.open_captions, _CAPTION_OPTIONS),
+    "classes": SourceLayout(classes.recognises, classes.open_classes),
+    "journeydb": SourceLayout(journeydb.recognises, journeydb.open_journeydb, frozenset({"caption_field", "split"})),
+    "webdataset": SourceLayout(webdataset.recognises, webdataset.open_webdataset, _CAPTION_OPTIONS),
+    "datasets": SourceLayout(hf_rows.recognises, hf_rows.open_huggingface, _CAPTION_OPTIONS | {"image_field", "split"}),
+    "emu3": SourceLayout(emu3.recognises, emu3.open_emu3),
+    "llamagen": SourceLayout(llamagen.recognises, llamagen.open_llamagen),
 }
+_CHOOSE = f"set the layout to one of {', '.join(SOURCE_LAYOUTS)}"
 
 
 def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULTS) -> Source:
@@ -54,7 +69,7 @@ def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULT
     Args:
         path: a folder. For webdataset also a tar, for emu3 also a list. Nothing outside it is read, except for the
             folder in a list of Emu3's, the contents of a snapshot in the hub's cache, and ``allow_outside``.
-        layout: a key of :data:`LAYOUTS`, or "auto".
+        layout: a key of :data:`SOURCE_LAYOUTS`, or "auto".
         options: what differs from the layout's defaults.
 
     Raises:
@@ -62,18 +77,18 @@ def open_source(path: Path, layout: str = AUTO, options: SourceOptions = DEFAULT
             use, or what the layout refuses.
     """
     path = Path(path)
-    if layout not in (AUTO, *LAYOUTS):
-        raise UserError(f"layout: {printable(layout)!r} is unknown; choose one of {', '.join((AUTO, *LAYOUTS))}")
+    if layout not in (AUTO, *SOURCE_LAYOUTS):
+        raise UserError(f"layout: {printable(layout)!r} is unknown; choose one of {', '.join((AUTO, *SOURCE_LAYOUTS))}")
     _check_path(path)
     _check_options(options)
     if layout == AUTO:
         layout = _recognised(path, options)
     for option in fields(options):
-        meant = option.name == "allow_outside" or option.name in LAYOUTS[layout].options
+        meant = option.name == "allow_outside" or option.name in SOURCE_LAYOUTS[layout].options
         if getattr(options, option.name) is not None and not meant:
             raise UserError(f"{option.name}: means nothing to the layout {layout}; leave it out")
     try:
-        return LAYOUTS[layout].opens(path, options)
+        return SOURCE_LAYOUTS[layout].opens(path, options)
     except UserError as error:
         raise UserError(f"layout {layout}: {_on_one_line(str(error))}") from None
 
@@ -101,7 +116,7 @@ def _check_options(options: SourceOptions) -> None:
 
 
 def _recognised(path: Path, options: SourceOptions) -> str:
-    found = [name for name, layout in LAYOUTS.items() if layout.recognises(path, options)]
+    found = [name for name, layout in SOURCE_LAYOUTS.items() if layout.recognises(path, options)]
     if len(found) > 1:
         # Images in sub-folders are classes only where there is no list beside them.
         found = [name for name in found if name != "classes"]
@@ -110,12 +125,6 @@ def _recognised(path: Path, options: SourceOptions) -> str:
     if not found:
         raise UserError(f"{printable(str(path))} has no layout known here; {_advice(path, options)}")
     return found[0]
-
-
-_CHOOSE = f"set the layout to one of {', '.join(LAYOUTS)}"
-_LOOKED_AT = 100_000
-_PACKED = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
-_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".yaml", ".yml")
 
 
 def _advice(path: Path, options: SourceOptions) -> str:
@@ -128,7 +137,7 @@ def _advice(path: Path, options: SourceOptions) -> str:
         kind = kind_of_file(path)
         found = f"it is {kind}" if kind else "it is one file"
         return f"{found}; give the folder that it lies in, a tar, or a list of Emu3's"
-    for _ in islice(walk_files(real_folder(path, options.allow_outside)), _LOOKED_AT):
+    for _ in islice(walk_files(real_folder(path, options.allow_outside)), _FILES_CHECKED):
         pass
     names = names_in(path)
     folders = [name for name in names if is_folder(path / name)]

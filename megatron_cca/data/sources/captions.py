@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from megatron_cca.data.sources.external_text import (
     JsonLines,
     PackedStrings,
     caption_in,
+    clean_text,
     decoded,
+    option_entry,
     printable,
     short_hash,
-    tidy,
     unique_names,
 )
 from megatron_cca.data.sources.folders import (
@@ -28,9 +28,11 @@ from megatron_cca.data.sources.folders import (
     ImageTree,
     Root,
     UnreadFiles,
+    checked_file,
+    count_missing,
+    first_images,
     is_folder,
     is_image,
-    layout_file,
     name_hashes,
     outside_hint,
     read_below,
@@ -42,8 +44,8 @@ from megatron_cca.data.sources.source_protocol import Record, Source, SourceOpti
 from megatron_cca.errors import UserError
 
 LIST = "captions.jsonl"
-# How many images are enough to recognise a tree, which may have millions.
-_LOOKED_AT = 1000
+# Of this many references outside the folder the common place is searched for the message.
+_OUTSIDE_CHECKED = 1000
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
@@ -51,11 +53,6 @@ def recognises(path: Path, options: SourceOptions) -> bool:
     if not is_folder(path):
         return False
     return os.path.lexists(path / LIST) or _has_texts(real_folder(path, options.allow_outside))
-
-
-def _has_texts(root: Root) -> bool:
-    images = islice((name for name in walk_files(root, strict=False) if is_image(name)), _LOOKED_AT)
-    return any(text_beside(root, name) is not None for name in images)
 
 
 def open_captions(path: Path, options: SourceOptions) -> Source:
@@ -84,7 +81,7 @@ class CaptionLines:
     def __init__(self, root: Root, options: SourceOptions) -> None:
         self._root, self._options = root, options
         # JsonLines refuses files of another kind.
-        self._lines = JsonLines(layout_file(root, LIST, kinds=None))
+        self._lines = JsonLines(checked_file(root, LIST, kinds=None))
         self._has_field = options.caption_field is None
         self._listed, self._outside = array("q"), []
         self._names = PackedStrings(unique_names(self._first_names()))
@@ -102,14 +99,13 @@ class CaptionLines:
         index = checked_index(index, len(self))
         name = self._names[index]
         found = self._lines.object(index)
-        caption, condition = caption_in(found, self._options, name), tidy(found.get("condition"), "condition", name)
+        caption = caption_in(found, self._options, name)
+        condition = clean_text(found.get("condition"), "condition", name)
         return Record(name, caption, condition, self._frames(_references(found, name), name))
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
-        return short_hash(
-            self._lines.digest, self._options.caption_field, *_option_entry(self._options.caption_of_list)
-        )
+        return short_hash(self._lines.digest, self._options.caption_field, *option_entry(self._options.caption_of_list))
 
     def notices(self) -> list[str]:
         """See :class:`Source`. Walks through the folder."""
@@ -120,7 +116,7 @@ class CaptionLines:
             lines.append(f"{LIST} names {repeats} images again that it has named before; each line is a sample")
         unread = UnreadFiles()
         images = name_hashes(_images_in(self._root, unread))
-        if unlisted := int((~np.isin(images, listed)).sum()):
+        if unlisted := count_missing(images, listed):
             lines.append(f"{unlisted} of {len(images)} images that lie there are not in {LIST} and are not read")
         return lines + ([line] if (line := unread.line()) else [])
 
@@ -155,7 +151,7 @@ class CaptionLines:
 
     def _outside_line(self) -> str:
         first = self._outside[0]
-        targets = [os.path.join(self._root, name) for name in self._outside[:_LOOKED_AT]]  # noqa: PTH118
+        targets = [os.path.join(self._root, name) for name in self._outside[:_OUTSIDE_CHECKED]]  # noqa: PTH118
         return (
             f"{len(self._outside)} of {len(self)} lines of {printable(str(self._root / LIST))} name files outside the "
             f"folder, such as {printable(first)}; {outside_hint(targets)}"
@@ -169,12 +165,61 @@ class CaptionLines:
         return tuple(frames)
 
 
-def _option_entry(option: str | None) -> tuple[str, ...]:
-    """Return the option for the fingerprint.
+class CaptionTree:
+    """A tree of images with a text (``.txt``, ``.caption``) beside each. An image without text has no caption."""
 
-    It has no entry by default, so that fingerprints of earlier versions stay.
-    """
-    return () if option is None else (option,)
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._images = ImageTree(root, wants_texts=True)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name, path = self._images.names[index], self._images.paths[index]
+        beside = text_beside(self._root, path)
+        text = self._text(beside, name)
+        what = f"the {Path(beside).suffix} beside it" if beside else ""
+        caption = None if text is None else clean_text(decoded(text, what, name), "caption", name)
+        return Record(name, caption, None, (read_below(self._root, path, name),))
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`. Reads every text."""
+        digest = self._images.digest()
+        for index in range(len(self)):
+            try:
+                text = self._text(text_beside(self._root, self._images.paths[index]), "")
+                digest.update(b"none" if text is None else b"%d\0" % len(text) + text)
+            except Unreadable as error:
+                digest.update(str(error).encode())
+        return digest.hexdigest()[:16]
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`."""
+        images, texts = (name_hashes(map(_stem, _all(names))) for names in (self._images.paths, self._images.texts))
+        lines = self._images.notices()
+        mute = count_missing(images, texts)
+        if mute == len(images):
+            lines.insert(0, f"none of {mute} images has a text (.txt) beside it, and there is no {LIST}")
+        elif mute:
+            lines.insert(0, f"{mute} of {len(images)} images have no text (.txt) beside them")
+        orphans = np.flatnonzero(~np.isin(texts, images))
+        if len(orphans):
+            name = printable(self._images.texts[int(orphans[0])])
+            lines.append(f"{len(orphans)} texts have no image beside them ({name})")
+        if shared := len(images) - len(np.unique(images)):
+            lines.append(f"{shared} images share the text of another one whose name differs in its suffix alone")
+        if second := len(texts) - len(np.unique(texts)):
+            lines.append(f"{second} texts are second ones of an image; of several the first of .txt, .caption is read")
+        return lines
+
+    def _text(self, beside: str | None, name: str) -> bytes | None:
+        return None if beside is None else read_below(self._root, beside, name, MAX_TEXT_BYTES, may_be_empty=True)
+
+
+def _has_texts(root: Root) -> bool:
+    return any(text_beside(root, name) is not None for name in first_images(root))
 
 
 def _images_in(root: Root, unread: UnreadFiles) -> Iterator[str]:
@@ -200,59 +245,6 @@ def _references(found: dict[str, Any], name: str) -> list[str]:
     if not references:
         raise Unreadable(name, '"frames" names no files')
     return references
-
-
-class CaptionTree:
-    """A tree of images with a text (``.txt``, ``.caption``) beside each. An image without text has no caption."""
-
-    def __init__(self, root: Root) -> None:
-        self._root = root
-        self._images = ImageTree(root, wants_texts=True)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> Record:
-        index = checked_index(index, len(self))
-        name, path = self._images.names[index], self._images.paths[index]
-        beside = text_beside(self._root, path)
-        text = self._text(beside, name)
-        what = f"the {Path(beside).suffix} beside it" if beside else ""
-        caption = None if text is None else tidy(decoded(text, what, name), "caption", name)
-        return Record(name, caption, None, (read_below(self._root, path, name),))
-
-    def fingerprint(self) -> str:
-        """See :class:`Source`. Reads every text."""
-        digest = self._images.digest()
-        for index in range(len(self)):
-            try:
-                text = self._text(text_beside(self._root, self._images.paths[index]), "")
-                digest.update(b"none" if text is None else b"%d\0" % len(text) + text)
-            except Unreadable as error:
-                digest.update(str(error).encode())
-        return digest.hexdigest()[:16]
-
-    def notices(self) -> list[str]:
-        """See :class:`Source`."""
-        images, texts = (name_hashes(map(_stem, _all(names))) for names in (self._images.paths, self._images.texts))
-        lines = self._images.notices()
-        mute = int((~np.isin(images, texts)).sum())
-        if mute == len(images):
-            lines.insert(0, f"none of {mute} images has a text (.txt) beside it, and there is no {LIST}")
-        elif mute:
-            lines.insert(0, f"{mute} of {len(images)} images have no text (.txt) beside them")
-        orphans = np.flatnonzero(~np.isin(texts, images))
-        if len(orphans):
-            name = printable(self._images.texts[int(orphans[0])])
-            lines.append(f"{len(orphans)} texts have no image beside them ({name})")
-        if shared := len(images) - len(np.unique(images)):
-            lines.append(f"{shared} images share the text of another one whose name differs in its suffix alone")
-        if second := len(texts) - len(np.unique(texts)):
-            lines.append(f"{second} texts are second ones of an image; of several the first of .txt, .caption is read")
-        return lines
-
-    def _text(self, beside: str | None, name: str) -> bytes | None:
-        return None if beside is None else read_below(self._root, beside, name, MAX_TEXT_BYTES, may_be_empty=True)
 
 
 def _stem(name: str) -> str:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from megatron_cca.data.sources.external_text import decoded, parsed_object, printable, split_of, tidy
+from megatron_cca.data.sources.external_text import clean_text, decoded, parsed_object, printable, split_of
 from megatron_cca.data.sources.folders import (
     MAX_TEXT_BYTES,
     ImageTree,
     Root,
+    checked_file,
+    first_images,
     is_file,
     is_folder,
-    is_image,
-    layout_file,
     names_in,
     read_below,
     real_folder,
     text_beside,
-    walk_files,
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
 
 NAMES = "classes.json"
 SYNSETS = "LOC_synset_mapping.txt"
-_LOOKED_AT = 1000
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
@@ -35,7 +32,7 @@ def recognises(path: Path, options: SourceOptions) -> bool:
     if not is_folder(path):
         return False
     root = real_folder(path, options.allow_outside)
-    images = list(islice((name for name in walk_files(root, strict=False) if is_image(name)), _LOOKED_AT))
+    images = first_images(root)
     in_classes = all(len(PurePosixPath(name).parts) == 2 for name in images)
     return bool(images) and in_classes and not any(text_beside(path, name) for name in images)
 
@@ -86,10 +83,10 @@ class ClassFolders:
         folder = PurePosixPath(path).parts[0]
         if folder == path:
             raise Unreadable(name, "lies in no class's folder")
-        condition = tidy(folder, "the class's folder", name)
+        condition = clean_text(folder, "the class's folder", name)
         caption = self._captions.get(folder, folder.replace("_", " "))
         content = read_below(self._root, path, name)
-        return Record(name, tidy(caption, "caption", name), condition, (content,), label=self._labels[folder])
+        return Record(name, clean_text(caption, "caption", name), condition, (content,), label=self._labels[folder])
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
@@ -152,7 +149,7 @@ def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
     """Return the file that names classes, and the captions by folder."""
     for file, parse in ((NAMES, _parsed_names), (SYNSETS, _parsed_synsets)):
         if is_file(root / file):
-            layout_file(root, file)
+            checked_file(root, file)
             try:
                 return file, parse(read_below(root, file, file, MAX_TEXT_BYTES))
             except Unreadable as error:
@@ -163,7 +160,7 @@ def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
 def _parsed_names(content: bytes) -> dict[str, str]:
     found = parsed_object(content, NAMES, NAMES)
     for folder, caption in found.items():
-        if tidy(caption, f"{NAMES}: the name of {printable(folder)}", NAMES) is None:
+        if clean_text(caption, f"{NAMES}: the name of {printable(folder)}", NAMES) is None:
             raise Unreadable(NAMES, f"{NAMES}: {printable(folder)} has no name")
     return found
 

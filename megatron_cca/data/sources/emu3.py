@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_cca.data.sources.external_text import PackedStrings, printable, tidy, unique_names
+from megatron_cca.data.sources.external_text import PackedStrings, clean_text, printable, unique_names
 from megatron_cca.data.sources.folders import (
     Root,
+    checked_file,
+    count_missing,
     is_file,
     is_folder,
-    layout_file,
     name_hashes,
     names_in,
     opened_below,
@@ -32,46 +33,82 @@ from megatron_cca.data.sources.folders import (
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 from megatron_cca.io.pickles import NotPlainError, load_tensors
 
+# numpy's codes of integer types, and the names of its function that restores arrays.
 _INTEGERS = frozenset(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))
 _RECONSTRUCT = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
+# The folder where Emu3's programs write the files.
+FEATURES = "feature"
+# More than any image has: 4,096 x 4,096 codes. A forged tensor of a few bytes may claim any size.
+_MAX_CODES = 1 << 24
+_MAX_PTH_BYTES = 1 << 28
+# Of a file, to recognise a list.
+_START_BYTES = 1 << 12
 
 
-class _Type:
-    """A stand-in for ``numpy.dtype``, for integers only."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if code not in _INTEGERS:
-            raise NotPlainError(f"an array of type {code!r:.20} instead of integers")
-        self.code = code
-        self.order = "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        order = state[1]
-        if order not in ("<", ">", "|"):
-            raise NotPlainError("an array of unknown byte order")
-        self.order = order
+def recognises(path: Path, options: SourceOptions) -> bool:
+    """Return whether a path is a list, or a folder with one in it or in its ``list``."""
+    return bool(_lists(path))
 
 
-class _Array:
-    """A stand-in for ``numpy.ndarray``. :attr:`values` is the array once its state is known."""
+def open_emu3(path: Path, options: SourceOptions) -> Source:
+    """Open the source of a list, or of the only list in a folder.
 
-    values: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, is_fortran, content = state
-        if type(kind) is not _Type or type(content) is not bytes or not all(type(size) is int for size in shape):
-            raise NotPlainError("an array of another kind than numpy writes")
-        flat = np.frombuffer(content, dtype=kind.order + kind.code)
-        if min(shape, default=0) < 0 or math.prod(shape) != len(flat):
-            raise NotPlainError("an array whose size is not that of its contents")
-        self.values = flat.reshape(shape, order="F" if is_fortran else "C")
+    Raises:
+        UserError: no list or several, a damaged or empty one, or a ``prefix`` that leads nowhere.
+    """
+    path = path if is_file(path) else _only_list(path, options)
+    prefix, names = _read_list(path)
+    return TokenizedFiles(real_folder(_found_folder(path, prefix), options.allow_outside), names)
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+class TokenizedFiles:
+    """One ``.pth`` per record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
+
+    def __init__(self, root: Root, names: list[str]) -> None:
+        self._root = root
+        self._paths = PackedStrings(names)
+        self._names = PackedStrings(unique_names(names))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        index = checked_index(index, len(self))
+        name = self._names[index]
+        content = read_below(self._root, self._paths[index], name, _MAX_PTH_BYTES)
+        try:
+            found = load_plain(content)
+        # The file is untrusted, and torch's reader can raise anything.
+        except Exception as error:
+            raise Unreadable(name, f"not a .pth of plain data: {_reason(error)}") from None
+        if not isinstance(found, dict) or "images" not in found:
+            raise Unreadable(name, 'not one of Emu3\'s files: it has no "images"')
+        return Record(name, clean_text(found.get("texts"), "texts", name), None, (), _codes(found["images"], name))
+
+    def notices(self) -> list[str]:
+        """See :class:`Source`. Lists the folder."""
+        lines = []
+        listed = name_hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
+        if repeats := len(listed) - len(np.unique(listed)):
+            lines.append(f"the list names {repeats} files again that it has named before; each is a sample")
+        there = name_hashes(name for name in walk_files(self._root, strict=False) if name.endswith(".pth"))
+        if unlisted := count_missing(there, listed):
+            lines.append(f"{unlisted} of {len(there)} .pth files that lie there are not in the list and are not read")
+        return lines
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`. Reads the checksums in each file, not its codes."""
+        digest = hashlib.sha256(self._paths.blob)
+        for index in range(len(self)):
+            try:
+                with opened_below(self._root, self._paths[index], "") as file:
+                    digest.update(_check_sums(file))
+            except Unreadable as error:
+                digest.update(str(error).encode())
+        return digest.hexdigest()[:16]
 
 
 def load_plain(content: bytes) -> Any:
@@ -89,18 +126,6 @@ def load_plain(content: bytes) -> Any:
     if isinstance(found, dict):
         return {key: value.values if type(value) is _Array else value for key, value in found.items()}
     return found
-
-
-FEATURES = "feature"
-# More than any image has: 4,096 x 4,096 codes. A forged tensor of a few bytes may claim any size.
-_MAX_CODES = 1 << 24
-_MAX_PTH_BYTES = 1 << 28
-_START_BYTES = 1 << 12
-
-
-def recognises(path: Path, options: SourceOptions) -> bool:
-    """Return whether a path is a list, or a folder with one in it or in its ``list``."""
-    return bool(_lists(path))
 
 
 def _lists(path: Path) -> list[Path]:
@@ -125,23 +150,12 @@ def _looks_like_a_list(path: Path) -> bool:
     return b'"prefix"' in start or b'"path_list"' in start
 
 
-def open_emu3(path: Path, options: SourceOptions) -> Source:
-    """Open the source of a list, or of the only list in a folder.
-
-    Raises:
-        UserError: no list or several, a damaged or empty one, or a ``prefix`` that leads nowhere.
-    """
-    path = path if is_file(path) else _only_list(path, options)
-    prefix, names = _read_list(path)
-    return TokenizedFiles(real_folder(_found_folder(path, prefix), options.allow_outside), names)
-
-
 def _only_list(folder: Path, options: SourceOptions) -> Path:
     lists = _lists(folder)
     if len(lists) != 1:
         found = f"several lists ({', '.join(printable(path.name) for path in lists)})" if lists else "no list"
         raise UserError(f'{folder} holds {found}; give one JSON file with "prefix" and "path_list"')
-    return layout_file(real_folder(folder, options.allow_outside), str(lists[0].relative_to(folder)))
+    return checked_file(real_folder(folder, options.allow_outside), str(lists[0].relative_to(folder)))
 
 
 def _read_list(path: Path) -> tuple[str, list[str]]:
@@ -166,53 +180,6 @@ def _found_folder(path: Path, prefix: str) -> Path:
         if is_folder(folder):
             return folder
     raise UserError(f'{path}: neither its "prefix" {printable(prefix)} nor {path.parent.parent / FEATURES} is a folder')
-
-
-class TokenizedFiles:
-    """One ``.pth`` per record: {"name": ..., "images": int [H, W] array or tensor, "texts": caption}."""
-
-    def __init__(self, root: Root, names: list[str]) -> None:
-        self._root = root
-        self._paths = PackedStrings(names)
-        self._names = PackedStrings(unique_names(names))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Record:
-        index = checked_index(index, len(self))
-        name = self._names[index]
-        content = read_below(self._root, self._paths[index], name, _MAX_PTH_BYTES)
-        try:
-            found = load_plain(content)
-        # The file is foreign, and torch's reader can raise anything.
-        except Exception as error:
-            raise Unreadable(name, f"not a .pth of plain data: {_reason(error)}") from None
-        if not isinstance(found, dict) or "images" not in found:
-            raise Unreadable(name, 'not one of Emu3\'s files: it has no "images"')
-        return Record(name, tidy(found.get("texts"), "texts", name), None, (), _codes(found["images"], name))
-
-    def notices(self) -> list[str]:
-        """See :class:`Source`. Lists the folder."""
-        lines = []
-        listed = name_hashes(os.path.normpath(self._paths[index]) for index in range(len(self)))
-        if repeats := len(listed) - len(np.unique(listed)):
-            lines.append(f"the list names {repeats} files again that it has named before; each is a sample")
-        there = name_hashes(name for name in walk_files(self._root, strict=False) if name.endswith(".pth"))
-        if unlisted := int((~np.isin(there, listed)).sum()):
-            lines.append(f"{unlisted} of {len(there)} .pth files that lie there are not in the list and are not read")
-        return lines
-
-    def fingerprint(self) -> str:
-        """See :class:`Source`. Reads the checksums in each file, not its codes."""
-        digest = hashlib.sha256(self._paths.blob)
-        for index in range(len(self)):
-            try:
-                with opened_below(self._root, self._paths[index], "") as file:
-                    digest.update(_check_sums(file))
-            except Unreadable as error:
-                digest.update(str(error).encode())
-        return digest.hexdigest()[:16]
 
 
 def _check_sums(file: BinaryIO) -> bytes:
@@ -255,3 +222,38 @@ def _array_of(tensor: Any, name: str) -> np.ndarray:
             name, f'"images" is a {tensor.dtype} tensor of shape {list(tensor.shape)}, not [height, width]'
         )
     return tensor.detach().numpy()
+
+
+class _Type:
+    """A stand-in for ``numpy.dtype``, for integers only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in _INTEGERS:
+            raise NotPlainError(f"an array of type {code!r:.20} instead of integers")
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        order = state[1]
+        if order not in ("<", ">", "|"):
+            raise NotPlainError("an array of unknown byte order")
+        self.order = order
+
+
+class _Array:
+    """A stand-in for ``numpy.ndarray``. :attr:`values` is the array once its state is known."""
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, is_fortran, content = state
+        if type(kind) is not _Type or type(content) is not bytes or not all(type(size) is int for size in shape):
+            raise NotPlainError("an array of another kind than numpy writes")
+        flat = np.frombuffer(content, dtype=kind.order + kind.code)
+        if min(shape, default=0) < 0 or math.prod(shape) != len(flat):
+            raise NotPlainError("an array whose size is not that of its contents")
+        self.values = flat.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()

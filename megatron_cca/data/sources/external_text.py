@@ -13,10 +13,11 @@ import numpy as np
 
 from megatron_cca.data.sources.source_protocol import SourceOptions, Unreadable
 from megatron_cca.errors import UserError, one_line, shortened
-from megatron_cca.io.external_files import BOM, KIND_BYTES, kind_of
+from megatron_cca.io.file_contents import BOM, KIND_BYTES, kind_of
 
 # The keys and columns that hold a caption unless the user names one.
 CAPTION_FIELDS = ("caption", "text")
+# Which caption of a list is taken.
 OF_LIST = ("first", "random")
 OF_LIST_HINT = "choose one of each list with --caption-of-list first or random"
 # The words in a folder's or file's name by which ``datasets`` recognises splits.
@@ -26,7 +27,17 @@ _SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+# Characters of a text in a message.
 _MAX_SHOWN = 200
+# Bytes of a file of JSON lines that are searched for line breaks at a time.
+_CHUNK = 1 << 24
+_MAX_LINE_BYTES = 1 << 26
+_NEWLINE = 10
+_IS_SPACE = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
+# Of this many lines one must begin as a JSON object does.
+_LINES_CHECKED = 100
+_ARRAY = "one JSON array"
+_WANTED = "write one JSON object a line, in UTF-8"
 
 
 def printable(text: str) -> str:
@@ -50,29 +61,30 @@ def unique_names(names: Iterable[str]) -> Iterator[str]:
         yield candidate
 
 
-class PackedStrings:
-    """Many strings in little memory: their bytes, and where each begins. Lone surrogates are kept."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        blob, ends = bytearray(), [0]
-        for string in strings:
-            blob += string.encode("utf-8", "surrogatepass")
-            ends.append(len(blob))
-        self.blob = bytes(blob)
-        self._ends = np.array(ends, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return self.blob[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+def short_hash(*parts: object) -> str:
+    """Return 16 hexadecimal digits that change with the ``repr`` of any of the parts."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def tidy(value: Any, what: str, name: str) -> str | None:
+def option_entry(option: str | None) -> tuple[str, ...]:
+    """Return an option as a part of a source's fingerprint.
+
+    It has no entry by default, so that fingerprints of earlier versions stay.
+    """
+    return () if option is None else (option,)
+
+
+def split_of(name: str) -> str:
+    """Return the split in a folder's or file's name: "train", "validation" or "test". It is "" where there is none."""
+    words = set(_BETWEEN_WORDS.split(name))
+    return next((split for split, known in _SPLIT_WORDS.items() if words & known), "")
+
+
+def clean_text(value: Any, what: str, name: str) -> str | None:
     """Return a caption or condition without surrounding whitespace. None for null and for an empty text.
 
     Args:
-        value: foreign input.
+        value: untrusted input.
         what: "caption" or "condition", for the message.
         name: the record's.
 
@@ -88,18 +100,6 @@ def tidy(value: Any, what: str, name: str) -> str | None:
     except UnicodeEncodeError:
         raise Unreadable(name, f"{what} is not valid Unicode") from None
     return value.strip() or None
-
-
-def _shown(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 def decoded(content: bytes, what: str, name: str) -> str:
@@ -148,42 +148,40 @@ def caption_of(value: Any, of_list: str | None, name: str) -> str | None:
     """Return a caption, which may be one of a list.
 
     Args:
-        value: foreign input. Only captions of a list that hold text count.
+        value: untrusted input. Only captions of a list that hold text count.
         of_list: "first", or "random", which depends on the record's name. None accepts no list.
         name: the record's.
 
     Raises:
-        Unreadable: a list where none is accepted, or what :func:`tidy` refuses.
+        Unreadable: a list where none is accepted, or what :func:`clean_text` refuses.
     """
     if not isinstance(value, list):
-        return tidy(value, "caption", name)
+        return clean_text(value, "caption", name)
     if of_list is None:
         raise Unreadable(name, f"caption must be a string, found a list of {len(value)}; {OF_LIST_HINT}")
-    texts = [text for one in value if (text := tidy(one, "a caption of the list", name)) is not None]
+    texts = [text for one in value if (text := clean_text(one, "a caption of the list", name)) is not None]
     if not texts:
         return None
     place = 0 if of_list == OF_LIST[0] else int(short_hash(name), 16) % len(texts)
     return texts[place]
 
 
-def split_of(name: str) -> str:
-    """Return the split in a folder's or file's name: "train", "validation" or "test". It is "" where there is none."""
-    words = set(_BETWEEN_WORDS.split(name))
-    return next((split for split, known in _SPLIT_WORDS.items() if words & known), "")
+class PackedStrings:
+    """Many strings in little memory: their bytes, and where each begins. Lone surrogates are kept."""
 
+    def __init__(self, strings: Iterable[str]) -> None:
+        blob, ends = bytearray(), [0]
+        for string in strings:
+            blob += string.encode("utf-8", "surrogatepass")
+            ends.append(len(blob))
+        self.blob = bytes(blob)
+        self._ends = np.array(ends, dtype=np.int64)
 
-def short_hash(*parts: object) -> str:
-    """Return 16 hexadecimal digits that change with the ``repr`` of any of the parts."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-
-_CHUNK = 1 << 24
-_MAX_LINE_BYTES = 1 << 26
-_NEWLINE = 10
-_IS_SPACE = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
-_LOOKED_AT = 100
-_ARRAY = "one JSON array"
-_WANTED = "write one JSON object a line, in UTF-8"
+    def __getitem__(self, index: int) -> str:
+        return self.blob[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
 class JsonLines:
@@ -202,7 +200,7 @@ class JsonLines:
             with path.open("rb") as file:
                 kind = kind_of(file.read(KIND_BYTES))
                 if kind is None:
-                    self._offsets, self._lines, self.digest = _scanned(file)
+                    self._offsets, self._lines, self.digest = _scan_lines(file)
                     kind = self._other_kind(file)
         except OSError as error:
             raise UserError(f"{printable(str(path))}: {error.strerror}") from None
@@ -214,7 +212,7 @@ class JsonLines:
     def _other_kind(self, file: BinaryIO) -> str | None:
         """Return the kind of the file if none of its first lines begins as a JSON object does."""
         first = None
-        for line in self._lines[:_LOOKED_AT].tolist():
+        for line in self._lines[:_LINES_CHECKED].tolist():
             file.seek(int(self._offsets[line]))
             start = file.read(min(KIND_BYTES, int(self._offsets[line + 1] - self._offsets[line])))
             start = start.removeprefix(BOM).strip()
@@ -266,6 +264,18 @@ class JsonLines:
         return parsed_object(file.read(end - start), "the line", name)
 
 
+def _shown(value: Any) -> str:
+    names = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
@@ -274,7 +284,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _scanned(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, str]:
+def _scan_lines(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, str]:
     """Return where lines begin, which lines are not blank, and the sha256 of the file.
 
     The first array is int64 ``[lines + 1]``, with the end of the last line.

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,12 +20,25 @@ import numpy as np
 from megatron_cca.data.sources.external_text import PackedStrings, printable, unique_names
 from megatron_cca.data.sources.source_protocol import Unreadable
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import LFS_POINTER, hub_blobs, kind_of, kind_of_file
+from megatron_cca.io.external_files import hub_blobs
+from megatron_cca.io.file_contents import LFS_POINTER, kind_of, kind_of_file
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # More than any image has. A forged size must not fill the memory.
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# Suffixes of the texts beside images, in the order of the search.
+TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
+# Files of downloads and version control.
+_NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
+# Of unread files, in one line.
+_SHOWN_KINDS = 6
+# The kind of folders that are not entered.
+LINKED = "linked folders"
+# How many links that lead outside are kept for the message about them.
+_EXAMPLES = 20
+_IMAGES_TO_RECOGNISE = 1000
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ def outside_hint(targets: Sequence[str]) -> str:
     Args:
         targets: absolute names of some of these files.
     """
-    there = [os.path.realpath(target) for target in targets if os.path.exists(target)]  # noqa: PTH110 - foreign names
+    there = [os.path.realpath(target) for target in targets if os.path.exists(target)]  # noqa: PTH110 - untrusted names
     if not there:
         return "no such files are there; write their names relative to the folder"
     place = os.path.commonpath([target if is_folder(Path(target)) else os.path.dirname(target) for target in there])  # noqa: PTH120
@@ -91,7 +105,7 @@ def read_below(
 
     Args:
         root: a result of :func:`real_folder`.
-        reference: relative to it, foreign input.
+        reference: relative to it, untrusted input.
         name: the record's, for the message.
         limit: in bytes.
         may_be_empty: whether an empty file is accepted.
@@ -136,8 +150,8 @@ def opened_below(root: Root, reference: str, name: str) -> Iterator[BinaryIO]:
         raise Unreadable(name, f"{shown} is not a file name") from None
 
 
-def layout_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
-    """Return the path of a file of the layout itself (a list, an archive), free of symbolic links.
+def checked_file(root: Root, name: str, kinds: Collection[str] | None = ()) -> Path:
+    """Check a file that a source layout itself needs (a list, an archive), and return its path without symbolic links.
 
     Args:
         root: a result of :func:`real_folder`.
@@ -184,16 +198,6 @@ def names_in(folder: Path, *, hidden: bool = False) -> list[str]:
         raise UserError(f"{printable(str(folder))}: {error.strerror}; give a folder that may be read") from None
 
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-# Suffixes of the texts beside images, in the order of the search.
-TEXT_SUFFIXES = (".txt", ".TXT", ".caption", ".CAPTION")
-# Files of downloads and version control.
-_NOT_WORTH_SAYING = frozenset({".cache", ".git", ".gitattributes", ".gitignore", ".DS_Store"})
-_SHOWN_KINDS = 6
-LINKED = "linked folders"
-_EXAMPLES = 20
-
-
 def is_image(name: str) -> bool:
     """Return whether a file's name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - called for every file
@@ -203,6 +207,38 @@ def text_beside(root: Root | Path, image: str) -> str | None:
     """Return the text of an image, relative to ``root``. None where there is none."""
     stem = os.path.splitext(image)[0]  # noqa: PTH122
     return next((stem + suffix for suffix in TEXT_SUFFIXES if os.path.lexists(root / (stem + suffix))), None)
+
+
+def walk_files(root: Root | Path, unread: UnreadFiles | None = None, *, strict: bool = True) -> Iterator[str]:
+    """Yield the files below a folder in any order, relative to it, with "/" between folders. Hidden ones are left out.
+
+    Args:
+        root: the folder.
+        unread: counts hidden files.
+        strict: whether to refuse a folder that may not be read, or a link that leads outside. Otherwise such a folder
+            is counted as unread, and the link is yielded with a "/" at its end.
+
+    Raises:
+        UserError: a folder that may not be read, or a symbolic link to a folder outside of the allowed places.
+            Following it might lead anywhere, and ignoring it would lose its images without notice.
+    """
+    return (name for name, _ in _walk(root if isinstance(root, Root) else real_folder(root), unread, strict))
+
+
+def first_images(root: Root) -> list[str]:
+    """Return some images below a folder, enough to recognise its layout. A tree may have millions."""
+    images = (name for name in walk_files(root, strict=False) if is_image(name))
+    return list(islice(images, _IMAGES_TO_RECOGNISE))
+
+
+def name_hashes(names: Iterable[str]) -> np.ndarray:
+    """Return a number for each name, int64 ``[N]``. Equal names have equal numbers within this process."""
+    return np.array(array("q", map(hash, names)), dtype=np.int64)
+
+
+def count_missing(names: np.ndarray, listed: np.ndarray) -> int:
+    """Return how many names are not listed. Both are results of :func:`name_hashes`."""
+    return int((~np.isin(names, listed)).sum())
 
 
 class UnreadFiles:
@@ -234,73 +270,6 @@ class UnreadFiles:
         if len(kinds) > _SHOWN_KINDS:
             parts.append(f"{sum(count for _, count in kinds[_SHOWN_KINDS:])} of {len(kinds) - _SHOWN_KINDS} more kinds")
         return f"not read: {', '.join(parts)}"
-
-
-def walk_files(root: Root | Path, unread: UnreadFiles | None = None, *, strict: bool = True) -> Iterator[str]:
-    """Yield the files below a folder in any order, relative to it, with "/" between folders. Hidden ones are left out.
-
-    Args:
-        root: the folder.
-        passed: counts hidden files.
-        strict: whether to refuse a folder that may not be read, or a link that leads outside. Otherwise such a folder
-            is counted as unread, and the link is yielded with a "/" at its end.
-
-    Raises:
-        UserError: a folder that may not be read, or a symbolic link to a folder outside of the allowed places.
-            Following it might lead anywhere, and ignoring it would lose its images without notice.
-    """
-    return (name for name, _ in _walk(root if isinstance(root, Root) else real_folder(root), unread, strict))
-
-
-def _walk(root: Root, unread: UnreadFiles | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
-    """Yield each file, and whether it is a symbolic link."""
-    waiting, followed = [""], set()
-    while waiting:
-        here = waiting.pop()
-        for entry in _entries(root / here, None if strict else unread or UnreadFiles()):
-            name = f"{here}{entry.name}"
-            is_folder = _is_folder(entry)
-            if entry.name.startswith("."):
-                if unread is not None:
-                    unread.add(f"{name}/" if is_folder else name)
-            elif not is_folder:
-                yield name, entry.is_symlink()
-            elif not entry.is_symlink() or (reason := _why_not_entered(root, name, followed)) is None:
-                waiting.append(f"{name}/")
-            elif strict:
-                raise UserError(reason)
-            else:
-                yield f"{name}/", True
-
-
-def _entries(folder: Path, unread: UnreadFiles | None) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        if unread is not None:
-            unread.add(f"{folder}/", "folders that may not be read")
-            return []
-        raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read") from None
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a loop of links
-        return False
-
-
-def _why_not_entered(root: Root, name: str, followed: set[str]) -> str | None:
-    """Return why a link to a folder is not followed. None where it leads to an allowed place, for the first time."""
-    target = os.path.realpath(root / name)
-    shown = f"{printable(str(root / name))} is a symbolic link to a folder"
-    if target in followed:
-        return f"{shown} that is linked twice; remove one of the links"
-    if Path(target).is_relative_to(root.path) or not root.holds(name):
-        return f"{shown}, which is not followed; {outside_hint([target])}"
-    followed.add(target)
-    return None
 
 
 class ImageTree:
@@ -370,6 +339,52 @@ class ImageTree:
         )
 
 
-def name_hashes(names: Iterable[str]) -> np.ndarray:
-    """Return a number for each name, int64 ``[N]``. Equal names have equal numbers within this process."""
-    return np.array(array("q", map(hash, names)), dtype=np.int64)
+def _walk(root: Root, unread: UnreadFiles | None, strict: bool = True) -> Iterator[tuple[str, bool]]:
+    """Yield each file, and whether it is a symbolic link."""
+    waiting, followed = [""], set()
+    while waiting:
+        here = waiting.pop()
+        for entry in _entries(root / here, None if strict else unread or UnreadFiles()):
+            name = f"{here}{entry.name}"
+            is_folder = _is_folder(entry)
+            if entry.name.startswith("."):
+                if unread is not None:
+                    unread.add(f"{name}/" if is_folder else name)
+            elif not is_folder:
+                yield name, entry.is_symlink()
+            elif not entry.is_symlink() or (reason := _why_not_entered(root, name, followed)) is None:
+                waiting.append(f"{name}/")
+            elif strict:
+                raise UserError(reason)
+            else:
+                yield f"{name}/", True
+
+
+def _entries(folder: Path, unread: UnreadFiles | None) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        if unread is not None:
+            unread.add(f"{folder}/", "folders that may not be read")
+            return []
+        raise UserError(f"{printable(str(error.filename))}: {error.strerror}; give a folder that may be read") from None
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def _why_not_entered(root: Root, name: str, followed: set[str]) -> str | None:
+    """Return why a link to a folder is not followed. None where it leads to an allowed place, for the first time."""
+    target = os.path.realpath(root / name)
+    shown = f"{printable(str(root / name))} is a symbolic link to a folder"
+    if target in followed:
+        return f"{shown} that is linked twice; remove one of the links"
+    if Path(target).is_relative_to(root.path) or not root.holds(name):
+        return f"{shown}, which is not followed; {outside_hint([target])}"
+    followed.add(target)
+    return None

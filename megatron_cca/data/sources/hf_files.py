@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from megatron_cca.data.sources.external_text import printable, split_of
-from megatron_cca.data.sources.folders import Root, UnreadFiles, is_file, is_image, layout_file, walk_files
+from megatron_cca.data.sources.folders import Root, UnreadFiles, checked_file, is_file, is_image, walk_files
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import check_cache, surroundings_fault
 
@@ -91,14 +91,14 @@ def _open_saved(root: Root, split: str | None) -> Opened:
     elif split is not None:
         raise UserError(f"split: {printable(str(root))} has no splits; leave it out")
     for file in SAVED:
-        layout_file(root, f"{folder}/{file}".lstrip("/"))
+        checked_file(root, f"{folder}/{file}".lstrip("/"))
     for file in _json(root, f"{folder}/{SAVED[1]}".lstrip("/"))["_data_files"]:
-        layout_file(root, f"{folder}/{file['filename']}".lstrip("/"), KINDS)
+        checked_file(root, f"{folder}/{file['filename']}".lstrip("/"), KINDS)
     return Opened(Dataset.load_from_disk(str(root / folder)).with_format(None), folder or _DEFAULT_SPLIT, notices)
 
 
 def _json(root: Root, name: str) -> dict:
-    return json.loads(layout_file(root, name).read_bytes())
+    return json.loads(checked_file(root, name).read_bytes())
 
 
 def _open_files(root: Root, split: str | None) -> Opened:
@@ -111,7 +111,7 @@ def _open_files(root: Root, split: str | None) -> Opened:
     name = _chosen(list(splits), split, root)
     for file in splits[name]:
         _refuse_chain(root / file)
-        _refuse_chain(layout_file(root, file, KINDS))
+        _refuse_chain(checked_file(root, file, KINDS))
     # The names of links, in the hub's cache, since the names of their contents have neither kind nor folder.
     paths = [root / file for file in splits[name]]
     # Not as patterns, in which a bracket of a folder's name would have a meaning. The cache is keyed by sizes and
@@ -217,7 +217,7 @@ def _refusing(root: Root) -> Iterator[None]:
         yield
     except (SurroundingsError, UserError):
         raise
-    # A large library reads foreign files: it can raise nearly anything.
+    # A large library reads untrusted files: it can raise nearly anything.
     except Exception as error:
         fault = surroundings_fault(error, _CACHE)
         if fault is not None:

@@ -30,7 +30,7 @@ from megatron_cca.data.sources.folders import (
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import array_in
+from megatron_cca.io.file_contents import array_in
 
 _CODES, _LABELS, _SECOND = "_codes", "_labels", "_105"
 # The factor of the authors' VQ-16.
@@ -38,15 +38,8 @@ _PIXELS_PER_CODE = 16
 # Far more than any image has: 10 crops of 128 x 128 codes in int64 are 1.3 MB.
 _MAX_BYTES = 1 << 24
 _MAX_LABEL = 1 << 31
-_LOOKED_AT = 1024
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two folders of one extraction, relative to the source's."""
-
-    codes: str
-    labels: str
+# The codes of so many images count for the fingerprint.
+_IMAGES_IN_FINGERPRINT = 1024
 
 
 def recognises(path: Path, options: SourceOptions) -> bool:
@@ -69,33 +62,6 @@ def open_llamagen(path: Path, options: SourceOptions) -> Source:
         names = ", ".join(printable(pair.codes) for pair in extractions)
         raise UserError(f"{printable(str(path))} holds several extractions ({names}); give a folder that holds one")
     return CodeFolders(real_folder(path, options.allow_outside), extractions)
-
-
-def _extractions(path: Path) -> list[_Pair]:
-    own = _pairs(path, "")
-    if own:
-        return own
-    names = set(names_in(path))
-    twins = sorted(name for name in names if f"{name}{_SECOND}" in names)
-    folders = [folder for name in twins for folder in (name, f"{name}{_SECOND}") if is_folder(path / folder)]
-    return [pair for folder in folders for pair in _pairs(path / folder, f"{folder}/")]
-
-
-def _pairs(folder: Path, prefix: str) -> list[_Pair]:
-    names = set(names_in(folder))
-    stems = sorted(name.removesuffix(_CODES) for name in names if name.endswith(_CODES))
-    return [
-        _Pair(f"{prefix}{stem}{_CODES}", f"{prefix}{stem}{_LABELS}")
-        for stem in stems
-        if f"{stem}{_LABELS}" in names
-        and is_folder(folder / f"{stem}{_CODES}")
-        and is_folder(folder / f"{stem}{_LABELS}")
-    ]
-
-
-def _are_first_and_second(pairs: list[_Pair]) -> bool:
-    folders = [pair.codes.rpartition("/")[0] for pair in pairs]
-    return len(folders) == 2 and all(folders) and f"{folders[0]}{_SECOND}" == folders[1]
 
 
 class CodeFolders:
@@ -157,7 +123,7 @@ class CodeFolders:
         It covers the number of images, and the codes and labels of 1,024 from all over the list.
         """
         digest = hashlib.sha256(repr((self._count, self._pairs)).encode())
-        for index in np.unique(np.linspace(0, self._count - 1, _LOOKED_AT).astype(int)).tolist():
+        for index in np.unique(np.linspace(0, self._count - 1, _IMAGES_IN_FINGERPRINT).astype(int)).tolist():
             for pair in self._pairs:
                 for folder in (pair.codes, pair.labels):
                     try:
@@ -192,6 +158,41 @@ class CodeFolders:
         if found.dtype.kind not in "iu":
             raise Unreadable(name, f"{printable(reference)} holds {found.dtype} numbers, not whole ones")
         return found
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two folders of one extraction, relative to the source's."""
+
+    codes: str
+    labels: str
+
+
+def _extractions(path: Path) -> list[_Pair]:
+    own = _pairs(path, "")
+    if own:
+        return own
+    names = set(names_in(path))
+    twins = sorted(name for name in names if f"{name}{_SECOND}" in names)
+    folders = [folder for name in twins for folder in (name, f"{name}{_SECOND}") if is_folder(path / folder)]
+    return [pair for folder in folders for pair in _pairs(path / folder, f"{folder}/")]
+
+
+def _pairs(folder: Path, prefix: str) -> list[_Pair]:
+    names = set(names_in(folder))
+    stems = sorted(name.removesuffix(_CODES) for name in names if name.endswith(_CODES))
+    return [
+        _Pair(f"{prefix}{stem}{_CODES}", f"{prefix}{stem}{_LABELS}")
+        for stem in stems
+        if f"{stem}{_LABELS}" in names
+        and is_folder(folder / f"{stem}{_CODES}")
+        and is_folder(folder / f"{stem}{_LABELS}")
+    ]
+
+
+def _are_first_and_second(pairs: list[_Pair]) -> bool:
+    folders = [pair.codes.rpartition("/")[0] for pair in pairs]
+    return len(folders) == 2 and all(folders) and f"{folders[0]}{_SECOND}" == folders[1]
 
 
 def _count(root: Root, folder: str) -> int:

@@ -15,6 +15,9 @@ import numpy as np
 
 from megatron_cca.io.options import Folder, Option, options
 
+_NAMES_AND_NUMBERS = re.compile(r"\S*[\d/]\S*|\S+\.[A-Za-z]{2,5}\b")
+_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class Record:
@@ -111,10 +114,6 @@ def checked_index(index: int, size: int) -> int:
     if not -size <= found < size:
         raise IndexError(f"record {found} of {size}")
     return found % size
-
-
-_NAMES_AND_NUMBERS = re.compile(r"\S*[\d/]\S*|\S+\.[A-Za-z]{2,5}\b")
-_SHOWN = 4
 
 
 class SkipReasons:

@@ -16,100 +16,29 @@ import numpy as np
 from megatron_cca.data.sources.external_text import (
     PackedStrings,
     caption_in,
+    clean_text,
     decoded,
     parsed_object,
     printable,
-    tidy,
     unique_names,
 )
 from megatron_cca.data.sources.folders import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     UnreadFiles,
+    checked_file,
     is_file,
     is_folder,
-    layout_file,
     names_in,
     real_folder,
 )
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable, checked_index
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 
 _BLOCK = tarfile.BLOCKSIZE
+# What compressed files begin with.
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-
-class Member(NamedTuple):
-    """A file in a tar: its name, and the place of its bytes."""
-
-    name: str
-    offset: int
-    size: int
-
-
-def tar_members(path: Path) -> Iterator[Member]:
-    """Yield the files in a tar, in its order.
-
-    Raises:
-        UserError: a compressed, damaged or truncated tar, or a member that is a link, a device or sparse, or whose name
-            is absolute or has "..". The message names the tar and the member.
-    """
-    shown = printable(str(path))
-    try:
-        _refuse_compressed(path, shown)
-        with tarfile.open(path, "r:") as tar:
-            yield from _checked(tar, shown)
-            _refuse_truncated(tar, shown)
-    except UserError:
-        raise
-    # A forged header can make tarfile raise nearly anything.
-    except Exception as error:
-        kind = kind_of_file(path)
-        if kind not in (None, "a tar"):
-            raise UserError(f"{shown} is no tar but {kind}; give it the name of what it is") from None
-        raise UserError(
-            f"{shown} is truncated, damaged or not a tar ({printable(str(error))}); copy it again"
-        ) from None
-
-
-def _checked(tar: tarfile.TarFile, shown: str) -> Iterator[Member]:
-    end = os.fstat(tar.fileobj.fileno()).st_size
-    while (member := tar.next()) is not None:
-        # The tar would keep every header that it has read.
-        tar.members = []
-        _refuse_unsafe(member, shown)
-        if not 0 <= member.size <= end - member.offset_data:
-            raise UserError(f"{shown} is truncated or damaged in member {printable(member.name)}; copy it again")
-        if member.isfile():
-            yield Member(member.name.removeprefix("./"), member.offset_data, member.size)
-
-
-def _refuse_compressed(path: Path, shown: str) -> None:
-    with path.open("rb") as file:
-        start = file.read(8)
-    for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise UserError(f"{shown} is compressed ({name}), which allows no random access; decompress it")
-
-
-def _refuse_unsafe(member: tarfile.TarInfo, shown: str) -> None:
-    where = f"{shown}: member {printable(member.name)}"
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
-        raise UserError(f"{where} points outside the tar; make the tar again with relative names")
-    if member.issparse() or not (member.isfile() or member.isdir()):
-        raise UserError(f"{where} is a link, a device or sparse; make the tar again with plain files")
-
-
-def _refuse_truncated(tar: tarfile.TarFile, shown: str) -> None:
-    """Refuse a tar without an end, or with a damaged header. ``tarfile`` takes both for its end."""
-    tar.fileobj.seek(tar.offset)
-    found = tar.fileobj.read(_BLOCK)
-    if len(found) < _BLOCK or found.strip(b"\0"):
-        raise UserError(f"{shown} is truncated or damaged after {tar.offset} bytes; copy it again")
-
-
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "caption")
 # The columns of the index. If a record has several images or texts, the first kind is used.
@@ -117,8 +46,11 @@ _KINDS = (*_IMAGES, "txt", "json", "cls", "caption")
 _COLUMN = {kind: column for column, kind in enumerate(_KINDS)}
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _DOTTED = "images with a second dot in their names, behind which webdataset ends a record's name"
+# The offset of a member that a record does not have.
 _ABSENT = -1
-_LOOKED_AT = 100
+# How many records are searched for the field of captions.
+_RECORDS_CHECKED = 100
+# The number at the end of a tar's name.
 _NUMBER = re.compile(r"[0-9]{1,12}$")
 
 
@@ -144,7 +76,7 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
         if packed:
             raise UserError(f"{path / packed[0]} is compressed, which allows no random access; decompress it")
         root = real_folder(path, options.allow_outside)
-        tars = [layout_file(root, name, kinds=None) for name in names if _is_tar(name)]
+        tars = [checked_file(root, name, kinds=None) for name in names if _is_tar(name)]
         for name in names:
             if not _is_tar(name):
                 unread.add(f"{name}/" if is_folder(path / name) else name)
@@ -155,28 +87,6 @@ def open_webdataset(path: Path, options: SourceOptions) -> Source:
     source = TarRecords(tars, options, unread)
     source.check_caption_field()
     return source
-
-
-def _gap(names: Iterable[str]) -> str | None:
-    """Return which numbers are missing among numbered tars, as after an incomplete download."""
-    series: dict[tuple[str, int], set[int]] = {}
-    for name in names:
-        stem = name[: -len(".tar")]
-        digits = _NUMBER.search(stem)
-        if digits is not None:
-            series.setdefault((stem[: digits.start()], len(digits[0])), set()).add(int(digits[0]))
-    for (prefix, width), numbers in sorted(series.items()):
-        count = max(numbers) - min(numbers) + 1
-        # Larger gaps mean dates and the like, which are no count.
-        if len(numbers) < count < 2 * len(numbers):
-            first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
-            missing = printable(f"{prefix}{first:0{width}d}.tar")
-            return f"{count - len(numbers)} of {count} tars that are numbered through are missing ({missing})"
-    return None
-
-
-def _is_tar(name: str) -> bool:
-    return name.lower().endswith(".tar")
 
 
 class TarRecords:
@@ -248,7 +158,7 @@ class TarRecords:
         """
         if self._field is None:
             return
-        rows = np.flatnonzero(self._places[:, _COLUMN["json"], 0] != _ABSENT)[:_LOOKED_AT]
+        rows = np.flatnonzero(self._places[:, _COLUMN["json"], 0] != _ABSENT)[:_RECORDS_CHECKED]
         if not any(self._field in self._object(int(row), missing_is_empty=True) for row in rows):
             raise UserError(f"caption_field: no .json in {self._tars[0]} has {self._field!r}; choose a key that it has")
 
@@ -294,7 +204,7 @@ class TarRecords:
         if has_json and (text is None or self._field is not None):
             caption = caption_in(self._object(index), self._options, name)
         else:
-            caption = None if text is None else tidy(decoded(text, f"its .{kind}", name), "caption", name)
+            caption = None if text is None else clean_text(decoded(text, f"its .{kind}", name), "caption", name)
         return caption, self._class(index)
 
     def _class(self, index: int) -> str | None:
@@ -307,6 +217,61 @@ class TarRecords:
         return f"class {int(digits)}"
 
 
+class _TarMember(NamedTuple):
+    """A file in a tar: its name, and the place of its bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def _tar_members(path: Path) -> Iterator[_TarMember]:
+    """Yield the files in a tar, in its order.
+
+    Raises:
+        UserError: a compressed, damaged or truncated tar, or a member that is a link, a device or sparse, or whose name
+            is absolute or has "..". The message names the tar and the member.
+    """
+    shown = printable(str(path))
+    try:
+        _refuse_compressed(path, shown)
+        with tarfile.open(path, "r:") as tar:
+            yield from _checked(tar, shown)
+            _refuse_truncated(tar, shown)
+    except UserError:
+        raise
+    # A forged header can make tarfile raise nearly anything.
+    except Exception as error:
+        kind = kind_of_file(path)
+        if kind not in (None, "a tar"):
+            raise UserError(f"{shown} is no tar but {kind}; give it the name of what it is") from None
+        raise UserError(
+            f"{shown} is truncated, damaged or not a tar ({printable(str(error))}); copy it again"
+        ) from None
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _gap(names: Iterable[str]) -> str | None:
+    """Return which numbers are missing among numbered tars, as after an incomplete download."""
+    series: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        stem = name[: -len(".tar")]
+        digits = _NUMBER.search(stem)
+        if digits is not None:
+            series.setdefault((stem[: digits.start()], len(digits[0])), set()).add(int(digits[0]))
+    for (prefix, width), numbers in sorted(series.items()):
+        count = max(numbers) - min(numbers) + 1
+        # Larger gaps mean dates and the like, which are no count.
+        if len(numbers) < count < 2 * len(numbers):
+            first = next(number for number in range(min(numbers), max(numbers)) if number not in numbers)
+            missing = printable(f"{prefix}{first:0{width}d}.tar")
+            return f"{count - len(numbers)} of {count} tars that are numbered through are missing ({missing})"
+    return None
+
+
 def _grouped(tar: Path, unread: UnreadFiles) -> tuple[list[str], np.ndarray]:
     """Return the keys of a tar in its order, and the places of their members, int64 ``[N, kinds, 2]``.
 
@@ -314,13 +279,13 @@ def _grouped(tar: Path, unread: UnreadFiles) -> tuple[list[str], np.ndarray]:
 
     Args:
         tar: the file.
-        passed: counts members that are not read.
+        unread: counts members that are not read.
     """
     keys: list[str] = []
     rows: dict[str, int] = {}
     flat = array("q")
     taken: set[int] = set()
-    for name, offset, size in tar_members(tar):
+    for name, offset, size in _tar_members(tar):
         folder, _, base = name.rpartition("/")
         stem, _, kind = base.partition(".")
         column = _COLUMN.get(kind.lower())
@@ -338,3 +303,40 @@ def _grouped(tar: Path, unread: UnreadFiles) -> tuple[list[str], np.ndarray]:
     found = np.array(flat, dtype=np.int64).reshape(-1, 4)
     places[found[:, 0], found[:, 1]] = found[:, 2:]
     return keys, places
+
+
+def _checked(tar: tarfile.TarFile, shown: str) -> Iterator[_TarMember]:
+    end = os.fstat(tar.fileobj.fileno()).st_size
+    while (member := tar.next()) is not None:
+        # The tar would keep every header that it has read.
+        tar.members = []
+        _refuse_unsafe(member, shown)
+        if not 0 <= member.size <= end - member.offset_data:
+            raise UserError(f"{shown} is truncated or damaged in member {printable(member.name)}; copy it again")
+        if member.isfile():
+            yield _TarMember(member.name.removeprefix("./"), member.offset_data, member.size)
+
+
+def _refuse_compressed(path: Path, shown: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(f"{shown} is compressed ({name}), which allows no random access; decompress it")
+
+
+def _refuse_unsafe(member: tarfile.TarInfo, shown: str) -> None:
+    where = f"{shown}: member {printable(member.name)}"
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"{where} points outside the tar; make the tar again with relative names")
+    if member.issparse() or not (member.isfile() or member.isdir()):
+        raise UserError(f"{where} is a link, a device or sparse; make the tar again with plain files")
+
+
+def _refuse_truncated(tar: tarfile.TarFile, shown: str) -> None:
+    """Refuse a tar without an end, or with a damaged header. ``tarfile`` takes both for its end."""
+    tar.fileobj.seek(tar.offset)
+    found = tar.fileobj.read(_BLOCK)
+    if len(found) < _BLOCK or found.strip(b"\0"):
+        raise UserError(f"{shown} is truncated or damaged after {tar.offset} bytes; copy it again")

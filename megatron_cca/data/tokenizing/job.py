@@ -14,21 +14,61 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.image_tokenizers import CODEBOOK_FILE, open_image_tokenizer
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
-from megatron_cca.data.text_tokenizers import TextTokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import CODEBOOK_FILE, TextTokenizer, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
-from megatron_cca.io.outputs import OPTION, check_apart, claimed, file_system_errors, remove_beside_others
+from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
+from megatron_cca.io.outputs import OPTION, file_system_errors
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+
+# Records that are decoded together, while those before them are encoded.
+_CHUNK = 64
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TokenizingResult:
+    """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
+
+    samples: int
+    skipped: int
+    images_per_second: float
+    reasons: str = ""
+
+
+def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
+    """Do this process's share. Process 0 then waits for the others and merges all parts into the shard folder.
+
+    The same call continues an interrupted job, on any number of processes. The result depends on neither.
+
+    Args:
+        settings: the same on every process.
+        rank, world_size: of the job. The processes share only the file system.
+        device: of the image tokenizer.
+
+    Returns:
+        The result on process 0, None elsewhere.
+
+    Raises:
+        UserError: bad input, too many skipped records, a full disk, or another job on the same output.
+    """
+    try:
+        return _tokenize_share(settings, rank, world_size, device)
+    except UserError:
+        # Process 0 has finished and removed the parts. It finishes only after this process's share is done. If the
+        # output were an older one, process 0 would refuse it.
+        if rank != 0 and settings.output.exists():
+            return None
+        raise
 
 
 @dataclass(frozen=True)
@@ -119,54 +159,15 @@ def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextT
     text = open_text_tokenizer(settings.text_tokenizer)
     if text.size != vocabulary.caption_size:
         raise UserError(
-            f"{settings.text_tokenizer} has {text.size} words, model {settings.model} {vocabulary.caption_size}; give "
+            f"{settings.text_tokenizer} has {text.size} ids, model {settings.model} {vocabulary.caption_size}; give "
             "the folder of that model's checkpoint"
         )
     return text
 
 
-# Records that are decoded together, while those before them are encoded.
-_CHUNK = 64
-_POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class TokenizingResult:
-    """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
-
-    samples: int
-    skipped: int
-    images_per_second: float
-    reasons: str = ""
-
-
-def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
-    """Do this process's share. Process 0 then waits for the others and merges all parts into the shard folder.
-
-    The same call continues an interrupted job, on any number of processes. The result depends on neither.
-
-    Args:
-        settings: the same on every process.
-        rank, world_size: of the job. The processes share only the file system.
-        device: of the image tokenizer.
-
-    Returns:
-        The result on process 0, None elsewhere.
-
-    Raises:
-        UserError: bad input, too many skipped records, a full disk, or another job on the same output.
-    """
-    try:
-        return _share(settings, rank, world_size, device)
-    except UserError:
-        # Process 0 has finished and removed the parts. It finishes only after this process's share is done. If the
-        # output were an older one, process 0 would refuse it.
-        if rank != 0 and settings.output.exists():
-            return None
-        raise
-
-
-def _share(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
+def _tokenize_share(
+    settings: TokenizeSettings, rank: int, world_size: int, device: torch.device
+) -> TokenizingResult | None:
     job = open_job(settings, device)
     with (
         file_system_errors(settings.output),
@@ -202,7 +203,7 @@ def _description(job: TokenizingJob) -> dict:
         "image_tokenizer": job.images.fingerprint() if job.images is not None else None,
         "text_tokenizer": job.text.fingerprint() if job.text is not None else None,
         "area": settings.area,
-        **_of_choices(job),
+        **_optional_facts(job),
         "max_caption_tokens": settings.max_caption_tokens,
         "max_pixels": settings.limits.max_pixels,
         "block": settings.block,
@@ -210,7 +211,7 @@ def _description(job: TokenizingJob) -> dict:
     }
 
 
-def _of_choices(job: TokenizingJob) -> dict:
+def _optional_facts(job: TokenizingJob) -> dict:
     """Return the facts that have no entry by default, so that older jobs and shards without them still match."""
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
@@ -232,11 +233,11 @@ def _write_parts(
                 for prepared in _prepared(maker, span, ahead):
                     outcomes = maker.encode(prepared)
                     writer.add(outcomes)
-                    skips = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-                    progress.count(len(outcomes), len(skips))
-                    for skip in skips:
-                        reasons.add(skip.reason)
-                    _check_skips(job, progress.skipped, skips, reasons)
+                    skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
+                    progress.count(len(outcomes), len(skipped))
+                    for record in skipped:
+                        reasons.add(record.reason)
+                    _check_skip_limit(job, progress.skipped, skipped, reasons)
             progress.refresh()
 
 
@@ -252,7 +253,7 @@ def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iter
         yield prepared
 
 
-def _check_skips(job: TokenizingJob, skipped: int, latest: list[Skipped], reasons: SkipReasons) -> None:
+def _check_skip_limit(job: TokenizingJob, skipped: int, latest: list[Skipped], reasons: SkipReasons) -> None:
     if skipped > job.skip_limit:
         last = f"; the last, {latest[-1].name}: {latest[-1].reason}" if latest else ""
         if len(reasons) > 1:
@@ -265,7 +266,7 @@ def _check_skips(job: TokenizingJob, skipped: int, latest: list[Skipped], reason
 
 def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
     skipped = sum(part.skipped for part in parts)
-    _check_skips(job, skipped, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
+    _check_skip_limit(job, skipped, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
     if skipped == len(job.source):
         raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
 
@@ -294,14 +295,6 @@ def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
     )
 
 
-def _notices_entry(notices: list[str]) -> dict:
-    """Return the notices of the source's reader.
-
-    There is no entry without notices, as in shards of earlier versions.
-    """
-    return {"notices": [one_line(notice) for notice in notices]} if notices else {}
-
-
 def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
     """Return the facts in the manifest about the origin of the tokens."""
     settings, images = job.settings, None
@@ -314,6 +307,14 @@ def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
         "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
         "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_notices_entry(notices)},
         "area": settings.area,
-        **_of_choices(job),
+        **_optional_facts(job),
         "version": __version__,
     }
+
+
+def _notices_entry(notices: list[str]) -> dict:
+    """Return the notices of the source's reader.
+
+    There is no entry without notices, as in shards of earlier versions.
+    """
+    return {"notices": [one_line(notice) for notice in notices]} if notices else {}

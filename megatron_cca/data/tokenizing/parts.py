@@ -22,13 +22,12 @@ from tqdm import tqdm
 from megatron_cca.data.shard_writing import Sample, TokenWriter
 from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import OPTION
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 SKIPPED, _JOB, _PART = "skipped.jsonl", "job.json", "part.json"
 _WAIT_SECONDS = 120.0
-
 Span = tuple[int, int]
 
 
@@ -41,14 +40,6 @@ class Part:
     stop: int
     samples: int
     skipped: int
-
-
-def _part(path: Path) -> Part:
-    facts = json_object(path)
-    names = ("start", "stop", "samples", "skipped")
-    if facts.keys() != set(names) or not all(type(facts[name]) is int for name in names):
-        raise UserError(f"{path} is damaged; remove the folder that it lies in")
-    return Part(path.parent, **facts)
 
 
 class PartsFolder:
@@ -111,7 +102,7 @@ class PartsFolder:
         """Return the finished parts, in order."""
         for path in self.folder.glob(f"*-*/{_PART}"):
             if path.parent.name not in self._read:
-                self._read[path.parent.name] = _part(path)
+                self._read[path.parent.name] = _read_part(path)
         return sorted(self._read.values(), key=lambda part: part.start)
 
     def todo(self, rank: int, world_size: int) -> Iterator[Span]:
@@ -163,7 +154,7 @@ class PartWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
         self._tokens = TokenWriter(self._partial, vocabulary)
-        self._skips = (self._partial / SKIPPED).open("w", encoding="utf-8")
+        self._skipped_records = (self._partial / SKIPPED).open("w", encoding="utf-8")
 
     def add(self, outcomes: Sequence[Sample | Skipped]) -> None:
         """Add the outcomes of the next records, in order."""
@@ -172,7 +163,7 @@ class PartWriter:
             if isinstance(outcome, Skipped):
                 record = self._start + sum(self._counts.values())
                 line = {"record": record, "name": outcome.name, "reason": outcome.reason}
-                self._skips.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._skipped_records.write(json.dumps(line, ensure_ascii=False) + "\n")
                 self._counts["skipped"] += 1
             else:
                 self._tokens.add(outcome)
@@ -185,7 +176,7 @@ class PartWriter:
     def __exit__(self, kind, error, trace) -> None:
         keeps = self._is_whole and (error is None or isinstance(error, KeyboardInterrupt))
         try:
-            with self._skips:
+            with self._skipped_records:
                 self._tokens.__exit__(None if keeps else kind, None if keeps else error, trace)
             if keeps:
                 self._finish()
@@ -252,3 +243,11 @@ class TokenizingProgress:
 
     def _covered(self) -> int:
         return sum(part.stop - part.start for part in self._parts.done())
+
+
+def _read_part(path: Path) -> Part:
+    facts = json_object(path)
+    names = ("start", "stop", "samples", "skipped")
+    if facts.keys() != set(names) or not all(type(facts[name]) is int for name in names):
+        raise UserError(f"{path} is damaged; remove the folder that it lies in")
+    return Part(path.parent, **facts)

@@ -1,9 +1,7 @@
-"""Turn records into tokenised samples: read, check that they fit the model, decode, encode.
+"""Turn records into tokenised samples: read them, check that they fit the model, decode and encode their images.
 
-The source for a model of classes, or of one grid, is made for that model. If one record does not fit, no record does,
-or their labels mean something else. That ends the job. A record that is damaged or unusual is skipped instead.
-
-A record that does not fit is skipped with a reason.
+A record that is damaged or unusual is skipped with a reason. The source for a model of classes, or of one grid, is made
+for that model: if one record does not fit, no record does, or their labels mean something else. That ends the job.
 """
 
 from __future__ import annotations
@@ -17,15 +15,232 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
-from megatron_cca.data.resizing import DALI, RESIZINGS, ResizePlan, centre
+from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.sources.classes import ClassFolders
-from megatron_cca.data.text_tokenizers import TextTokenizer
+from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+
+# How many records are checked before the job begins, and the share of skipped records from which on none is.
+_RECORDS_CHECKED = 32
+_TOLERANT = 0.5
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A skipped record."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Captioned:
+    """A record whose caption and image headers are valid."""
+
+    record: Record
+    caption: np.ndarray
+    resizing: ResizeSteps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A record whose images are decoded. ``pixels`` is uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` for a clip."""
+
+    record: Record
+    caption: np.ndarray
+    pixels: Tensor | None
+
+
+class SampleMaker:
+    """A maker of samples from a source's records. :meth:`prepare` and :meth:`encode` may run in different threads.
+
+    Args:
+        source: the records.
+        vocabulary: the model's.
+        image_tokenizer: None where the source holds codes.
+        text_tokenizer: for captions. None where captions are classes.
+        device: of decoded images.
+        settings: of the job.
+        grid: height and width of the only grid that the model takes. None where it takes any.
+
+    Raises:
+        UserError: DALI is wanted and not installed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        vocabulary: ImageVocabulary,
+        image_tokenizer: ImageTokenizer | None,
+        text_tokenizer: TextTokenizer | None,
+        device: torch.device,
+        settings: TokenizeSettings,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        self._source, self._vocabulary, self._settings, self._grid = source, vocabulary, settings, grid
+        self._images, self._text = image_tokenizer, text_tokenizer
+        self._pool = ThreadPoolExecutor(settings.num_threads)
+        self._resizing = None
+        if image_tokenizer is not None:
+            self._resizing = RESIZINGS[settings.resize](device, settings.num_threads, settings.limits)
+
+    def check_some(self, share: float) -> None:
+        """Check some records from all over the source, and refuse a source in which none can be used.
+
+        Args:
+            share: the share of records that may be skipped. Where it is large, nothing is checked: by chance, all may
+                be bad.
+
+        Raises:
+            UserError: none of them can be used; names the first, with the reason.
+        """
+        count = len(self._source)
+        if share > _TOLERANT and count > _RECORDS_CHECKED:
+            return
+        looked = np.unique(np.linspace(0, count - 1, min(count, _RECORDS_CHECKED)).round().astype(int)).tolist()
+        first = None
+        for index in looked:
+            found = self._captioned(index)
+            if not isinstance(found, Skipped):
+                return
+            first = first or found
+        leaves = first.reason.endswith("leaves the folder")
+        hint = "; copy the files there, or allow the folder where they are by --allow-outside" if leaves else ""
+        of = f"the {count} records" if len(looked) == count else f"{len(looked)} records from all of {count}"
+        raise UserError(
+            f"--source: none of {of} can be used, --max-skipped {share:g} allows {int(share * count)} to be skipped; "
+            f"the first, {first.name}: {first.reason}{hint}"
+        )
+
+    def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
+        """Read, check and decode records, and return one outcome per index.
+
+        Raises:
+            UserError: codes or a class of another model. What is wrong in a whole source is not skipped.
+        """
+        found = list(self._pool.map(self._captioned, records))
+        wanted = [one for one in found if isinstance(one, _Captioned)]
+        frames = [frame for one in wanted for frame in one.record.frames]
+        steps = [one.resizing for one in wanted for _ in one.record.frames]
+        decoded = iter(self._resizing.decode(frames, steps) if frames else ())
+        return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
+
+    def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
+        """Encode all images. Images of one size go through the tokenizer together."""
+        by_shape: dict[tuple, list[int]] = {}
+        for place, one in enumerate(prepared):
+            if isinstance(one, Prepared) and one.pixels is not None:
+                by_shape.setdefault(tuple(one.pixels.shape), []).append(place)
+        codes: dict[int, np.ndarray] = {}
+        for places in by_shape.values():
+            for start in range(0, len(places), self._settings.batch_size):
+                batch = places[start : start + self._settings.batch_size]
+                pixels = torch.stack([prepared[place].pixels for place in batch])
+                codes |= zip(batch, self._encoded(pixels).cpu().numpy(), strict=True)
+        return [
+            one if isinstance(one, Skipped) else self._sample(one, codes.get(place))
+            for place, one in enumerate(prepared)
+        ]
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Return the codes of images, or ``[N, 2, T, h, w]`` of the images and their mirror images."""
+        codes = self._images.encode(pixels)
+        if not self._settings.flips:
+            return codes
+        both = torch.stack([codes, self._images.encode(pixels.flip(-2))], dim=1)
+        return both[:, :, None] if both.dim() == 4 else both
+
+    def _captioned(self, index: int) -> _Captioned | Skipped:
+        try:
+            record = self._source[index]
+        except Unreadable as error:
+            return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
+        try:
+            return _Captioned(record, self._caption(record), self._resize_steps(record))
+        except Rejected as error:
+            return Skipped(record.name, str(error))
+
+    def _caption(self, record: Record) -> np.ndarray:
+        if self._text is None:
+            return np.array([class_of(record, self._vocabulary)], dtype=np.int32)
+        caption = record.caption
+        if caption is None:
+            raise Rejected("it has no caption")
+        try:
+            ids = self._text.encode(caption)
+        except UserError as error:
+            raise Rejected(f"its caption: {error}") from None
+        if not ids:
+            raise Rejected("its caption is empty")
+        if len(ids) > self._settings.max_caption_tokens:
+            raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
+        return np.array(ids, dtype=np.int32)
+
+    def _resize_steps(self, record: Record) -> ResizeSteps:
+        """Return the sizes that the record's images pass through."""
+        if record.codes is not None:
+            self._check_needs_no_pixels(record.name)
+            check_codes(record, self._vocabulary, self._grid)
+            return ()
+        if self._images is None:
+            raise Rejected("it is an image; an image tokenizer is needed for it")
+        self._check_clip(len(record.frames))
+        sizes = {self._resizing.check_image(frame) for frame in record.frames}
+        if len(sizes) > 1:
+            raise Rejected(f"its frames differ in size: {sorted(sizes)}")
+        if self._grid is not None:
+            return self._covering(*sizes.pop())
+        try:
+            return self._resizing.to_area(*sizes.pop(), self._settings.area, self._images.spatial_factor)
+        except ValueError as error:
+            raise Rejected(str(error)) from None
+
+    def _covering(self, height: int, width: int) -> ResizeSteps:
+        plan = self._resizing.to_cover(height, width, self._side())
+        if plan[-1].height * plan[-1].width > DEFAULT_LIMITS.max_pixels:
+            raise Rejected(f"it is {width} x {height}, too long to be cut to a square of {self._side()}")
+        return plan
+
+    def _check_needs_no_pixels(self, name: str) -> None:
+        if self._settings.flips:
+            raise UserError(f"--flips: {name} holds codes, which cannot be mirrored; leave it out")
+        if self._settings.resize != DALI:
+            raise UserError(f"--resize: {name} holds codes, which nobody resizes; leave it out")
+
+    def _side(self) -> int:
+        """Return height and width, in pixels, of the model's only grid, which is square."""
+        height, width = self._grid
+        assert height == width
+        return height * self._images.spatial_factor
+
+    def _check_clip(self, frames: int) -> None:
+        if frames == 1:
+            return
+        if not self._images.temporal_factor:
+            raise Rejected(f"a clip of {frames} frames; this image tokenizer takes single images")
+        if not frames or frames % self._images.temporal_factor:
+            raise Rejected(
+                f"a clip of {frames} frames; frames are tokenised in groups of {self._images.temporal_factor}"
+            )
+
+    def _with_pixels(self, one: _Captioned, decoded) -> Prepared | Skipped:
+        frames = [next(decoded) for _ in one.record.frames]
+        for frame in frames:
+            if isinstance(frame, Rejected):
+                return Skipped(one.record.name, str(frame))
+        if not frames:
+            return Prepared(one.record, one.caption, None)
+        if self._grid is not None:
+            frames = [centre(frame, self._side(), self._side()) for frame in frames]
+        return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
+
+    def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:
+        return Sample(one.record.codes if codes is None else codes, one.caption, one.record.condition)
 
 
 def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
@@ -90,220 +305,3 @@ def _grid_text(grid: tuple[int, int], pixels_per_code: int | None) -> str:
     if pixels_per_code is None:
         return text
     return f"{text} ({grid[0] * pixels_per_code} x {grid[1] * pixels_per_code} pixels)"
-
-
-_LOOKED_AT = 32
-_TOLERANT = 0.5
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A skipped record."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Captioned:
-    """A record whose caption and image headers are valid."""
-
-    record: Record
-    caption: np.ndarray
-    plan: ResizePlan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A record whose images are decoded. ``pixels`` is uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` for a clip."""
-
-    record: Record
-    caption: np.ndarray
-    pixels: Tensor | None
-
-
-class SampleMaker:
-    """A maker of samples from a source's records. :meth:`prepare` and :meth:`encode` may run in different threads.
-
-    Args:
-        source: the records.
-        vocabulary: the model's.
-        image_tokenizer: None where the source holds codes.
-        text_tokenizer: for captions. None where captions are classes.
-        device: of decoded images.
-        settings: of the job.
-        grid: height and width of the only grid that the model takes. None where it takes any.
-
-    Raises:
-        UserError: DALI is wanted and not installed.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        vocabulary: ImageVocabulary,
-        image_tokenizer: ImageTokenizer | None,
-        text_tokenizer: TextTokenizer | None,
-        device: torch.device,
-        settings: TokenizeSettings,
-        grid: tuple[int, int] | None = None,
-    ) -> None:
-        self._source, self._vocabulary, self._settings, self._grid = source, vocabulary, settings, grid
-        self._images, self._text = image_tokenizer, text_tokenizer
-        self._pool = ThreadPoolExecutor(settings.num_threads)
-        self._resizing = None
-        if image_tokenizer is not None:
-            self._resizing = RESIZINGS[settings.resize](device, settings.num_threads, settings.limits)
-
-    def check_some(self, share: float) -> None:
-        """Check some records from all over the source, and refuse a source in which none can be used.
-
-        Args:
-            share: the share of records that may be skipped. Where it is large, nothing is checked: by chance, all may
-                be bad.
-
-        Raises:
-            UserError: none of them can be used; names the first, with the reason.
-        """
-        count = len(self._source)
-        if share > _TOLERANT and count > _LOOKED_AT:
-            return
-        looked = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).round().astype(int)).tolist()
-        first = None
-        for index in looked:
-            found = self._captioned(index)
-            if not isinstance(found, Skipped):
-                return
-            first = first or found
-        leaves = first.reason.endswith("leaves the folder")
-        hint = "; copy the files there, or allow the folder where they are by --allow-outside" if leaves else ""
-        of = f"the {count} records" if len(looked) == count else f"{len(looked)} records from all of {count}"
-        raise UserError(
-            f"--source: none of {of} can be used, --max-skipped {share:g} allows {int(share * count)} to be skipped; "
-            f"the first, {first.name}: {first.reason}{hint}"
-        )
-
-    def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
-        """Read, check and decode records, and return one outcome per index.
-
-        Raises:
-            UserError: codes or a class of another model. What is wrong in a whole source is not skipped.
-        """
-        found = list(self._pool.map(self._captioned, records))
-        wanted = [one for one in found if isinstance(one, _Captioned)]
-        frames = [frame for one in wanted for frame in one.record.frames]
-        plans = [one.plan for one in wanted for _ in one.record.frames]
-        decoded = iter(self._resizing.decode(frames, plans) if frames else ())
-        return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
-
-    def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
-        """Encode all images. Images of one size go through the tokenizer together."""
-        by_shape: dict[tuple, list[int]] = {}
-        for place, one in enumerate(prepared):
-            if isinstance(one, Prepared) and one.pixels is not None:
-                by_shape.setdefault(tuple(one.pixels.shape), []).append(place)
-        codes: dict[int, np.ndarray] = {}
-        for places in by_shape.values():
-            for start in range(0, len(places), self._settings.batch_size):
-                batch = places[start : start + self._settings.batch_size]
-                pixels = torch.stack([prepared[place].pixels for place in batch])
-                codes |= zip(batch, self._encoded(pixels).cpu().numpy(), strict=True)
-        return [
-            one if isinstance(one, Skipped) else self._sample(one, codes.get(place))
-            for place, one in enumerate(prepared)
-        ]
-
-    def _encoded(self, pixels: Tensor) -> Tensor:
-        """Return the codes of images, or ``[N, 2, T, h, w]`` of the images and their mirror images."""
-        codes = self._images.encode(pixels)
-        if not self._settings.flips:
-            return codes
-        both = torch.stack([codes, self._images.encode(pixels.flip(-2))], dim=1)
-        return both[:, :, None] if both.dim() == 4 else both
-
-    def _captioned(self, index: int) -> _Captioned | Skipped:
-        try:
-            record = self._source[index]
-        except Unreadable as error:
-            return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
-        try:
-            return _Captioned(record, self._caption(record), self._plan(record))
-        except Rejected as error:
-            return Skipped(record.name, str(error))
-
-    def _caption(self, record: Record) -> np.ndarray:
-        if self._text is None:
-            return np.array([class_of(record, self._vocabulary)], dtype=np.int32)
-        caption = record.caption
-        if caption is None:
-            raise Rejected("it has no caption")
-        try:
-            ids = self._text.encode(caption)
-        except UserError as error:
-            raise Rejected(f"its caption: {error}") from None
-        if not ids:
-            raise Rejected("its caption is empty")
-        if len(ids) > self._settings.max_caption_tokens:
-            raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
-        return np.array(ids, dtype=np.int32)
-
-    def _plan(self, record: Record) -> ResizePlan:
-        """Return the sizes that the record's images pass through."""
-        if record.codes is not None:
-            self._check_needs_no_pixels(record.name)
-            check_codes(record, self._vocabulary, self._grid)
-            return ()
-        if self._images is None:
-            raise Rejected("it is an image; an image tokenizer is needed for it")
-        self._check_clip(len(record.frames))
-        sizes = {self._resizing.check_image(frame) for frame in record.frames}
-        if len(sizes) > 1:
-            raise Rejected(f"its frames differ in size: {sorted(sizes)}")
-        if self._grid is not None:
-            return self._covering(*sizes.pop())
-        try:
-            return self._resizing.to_area(*sizes.pop(), self._settings.area, self._images.spatial_factor)
-        except ValueError as error:
-            raise Rejected(str(error)) from None
-
-    def _covering(self, height: int, width: int) -> ResizePlan:
-        plan = self._resizing.to_cover(height, width, self._side())
-        if plan[-1].height * plan[-1].width > DEFAULT_LIMITS.max_pixels:
-            raise Rejected(f"it is {width} x {height}, too long to be cut to a square of {self._side()}")
-        return plan
-
-    def _check_needs_no_pixels(self, name: str) -> None:
-        if self._settings.flips:
-            raise UserError(f"--flips: {name} holds codes, which cannot be mirrored; leave it out")
-        if self._settings.resize != DALI:
-            raise UserError(f"--resize: {name} holds codes, which nobody resizes; leave it out")
-
-    def _side(self) -> int:
-        """Return height and width, in pixels, of the model's only grid, which is square."""
-        height, width = self._grid
-        assert height == width
-        return height * self._images.spatial_factor
-
-    def _check_clip(self, frames: int) -> None:
-        if frames == 1:
-            return
-        if not self._images.temporal_factor:
-            raise Rejected(f"a clip of {frames} frames; this image tokenizer takes single images")
-        if not frames or frames % self._images.temporal_factor:
-            raise Rejected(
-                f"a clip of {frames} frames; frames are tokenised in groups of {self._images.temporal_factor}"
-            )
-
-    def _with_pixels(self, one: _Captioned, decoded) -> Prepared | Skipped:
-        frames = [next(decoded) for _ in one.record.frames]
-        for frame in frames:
-            if isinstance(frame, Rejected):
-                return Skipped(one.record.name, str(frame))
-        if not frames:
-            return Prepared(one.record, one.caption, None)
-        if self._grid is not None:
-            frames = [centre(frame, self._side(), self._side()) for frame in frames]
-        return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
-
-    def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:
-        return Sample(one.record.codes if codes is None else codes, one.caption, one.record.condition)

@@ -1,15 +1,21 @@
-"""Evaluation of samples. Here: the metrics, their settings, and the number of images that each needs.
+"""Evaluation of samples. Here: its options, the metrics, and the number of images that each needs.
 
 Nothing here imports torch or torch-fidelity.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from megatron_cca.errors import UserError
-from megatron_cca.io.options import Option, options
+from pydantic import AfterValidator, Field
+
+from megatron_cca.errors import UserError, error_context
+from megatron_cca.io.options import Count, DeviceChoice, File, Folder, Option, PathOrWord, options
+from megatron_cca.io.paths import typed_path
 
 METRICS: tuple[str, ...] = ("fid", "inception_score", "kid", "precision", "recall", "sfid")
 TITLES = {
@@ -30,10 +36,18 @@ PART_OF: dict[str, Part] = {
     "recall": "features",
     "sfid": "spatial",
 }
-
-
 # Metrics that need only a mean and a covariance of the reference.
 MOMENT_METRICS = ("fid", "sfid")
+# Words in place of a path: scikit-learn's scans for training, and the others.
+DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
+
+
+def _known_metrics(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the names, each once."""
+    for name in names or ():
+        if name not in METRICS:
+            raise UserError(f"metrics: {name!r} is unknown; known: {', '.join(METRICS)}")
+    return None if names is None else tuple(dict.fromkeys(names))
 
 
 @options
@@ -41,36 +55,105 @@ class FidelitySettings:
     """How samples are held against a reference.
 
     Raises:
-        UserError: an unknown metric, a number that is too small.
+        UserError: an unknown metric, or a number that is too small.
     """
 
-    metrics: Annotated[tuple[str, ...], Option(hidden=True)] = ("fid", "inception_score")
+    metrics: Annotated[tuple[str, ...], Option(hidden=True), AfterValidator(_known_metrics)] = (
+        "fid",
+        "inception_score",
+    )
     """of ``METRICS``"""
-    kid_subsets: int = 100
+    kid_subsets: Count = 100
     """KID is the mean over so many random subsets"""
-    kid_subset_size: int = 1000
+    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
     """images in each; both sets must have as many"""
-    neighborhood: int = 3
+    neighborhood: Count = 3
     """k of the k-th nearest neighbour in precision and recall"""
-    inception_score_splits: int = 1
-    """papers take 10 with 50,000 images; with few images that biases the score"""
-    batch_size: int = 64
+    inception_score_splits: Count = 1
+    """the Inception Score is the mean over so many parts of the samples; papers take 10 with 50,000 images, with few
+    images that biases the score"""
+    batch_size: Count = 64
     """images that the extractor sees together"""
 
+
+@options
+class EvaluateOptions:
+    """The sets that are compared, and where the report goes.
+
+    Raises:
+        UserError: two sets have one name, or a metric is unknown.
+    """
+
+    samples: Annotated[tuple[str, ...], Option(metavar="[NAME=]PATH")]
+    """a set of samples; may be repeated, and is a row of the table each time (default name: that of the file or
+    folder)"""
+    reference: PathOrWord
+    """the set of real images"""
+    output: Folder
+    """an empty or new folder"""
+    overwrite: bool = False
+    """replace a former report in --output, nothing else"""
+    extractor: Annotated[str, Option(metavar="NAME")] | None = None
+    """the network behind the metrics: inception, as in papers; digits, the demo's classifier, trained on the spot; or
+    FILE.py:FUNCTION, a function that returns a torch module from uint8 [N, 3, H, W] to features and logits (default:
+    digits where the reference is the digits, else inception)"""
+    inception_weights: File | None = None
+    """torch-fidelity's file of Inception's weights, which --extractor inception needs; never downloaded"""
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Option(metavar="NAME", values="*"),
+        AfterValidator(_known_metrics),
+        Field(
+            description=f"of {' '.join(METRICS)} (default: all that the images and the extractor allow, with a line "
+            "for each that is left out); without a NAME: none of them, only class accuracy and CLIP score"
+        ),
+    ] = None
+    numbers: FidelitySettings = field(default_factory=FidelitySettings)
+    classifier: Annotated[str, Option(metavar="NAME")] | None = None
+    """says which class an image shows: digits, the demo's SVM, or FILE.py:FUNCTION from uint8 [N, H, W, 3] to int64 [N]
+    (default: digits where the reference is the digits and samples of their size have labels)"""
+    clip: Annotated[Folder, Option(metavar="FOLDER")] | None = None
+    """a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts"""
+    device: DeviceChoice = "auto"
+    """auto takes a GPU where there is one"""
+
     def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise UserError(f"metrics: {metric!r} is unknown; known: {', '.join(METRICS)}")
-        least = {
-            "kid_subsets": 1,
-            "kid_subset_size": 2,
-            "neighborhood": 1,
-            "inception_score_splits": 1,
-            "batch_size": 1,
-        }
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise UserError(f"{name}: must be {bound} or more, found {getattr(self, name)}")
+        # Two sets of one name are refused now.
+        _ = self.sets
+
+    @cached_property
+    def sets(self) -> dict[str, str]:
+        """Path of each set of samples by its name."""
+        return named_sets(self.samples)
+
+    @property
+    def network(self) -> str:
+        """Name of the extractor."""
+        return self.extractor or ("digits" if self.reference in WORDS else "inception")
+
+
+def named_sets(samples: Sequence[str]) -> dict[str, str]:
+    """Return the path of each set by its name.
+
+    Args:
+        samples: values of ``--samples``.
+
+    Raises:
+        UserError: a value of another form, or two sets of one name.
+    """
+    found: dict[str, str] = {}
+    for text in samples:
+        name, separator, path = text.partition("=")
+        is_path = not separator or "/" in name or Path(text).exists()
+        with error_context("--samples"):
+            path = typed_path(text) if is_path else path and typed_path(path)
+        name = Path(path).resolve().name.removesuffix(".npz") if is_path else name
+        if not name or not path:
+            raise UserError(f"--samples: {text!r} is not of the form [NAME=]PATH")
+        if name in found:
+            raise UserError(f"--samples: two sets are called {name}; tell them apart with NAME=PATH")
+        found[name] = path
+    return found
 
 
 @dataclass(frozen=True)

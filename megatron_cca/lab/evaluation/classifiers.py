@@ -1,4 +1,7 @@
-"""Class accuracy: the share of samples that show the requested class. Functions of the user can judge it."""
+"""Class accuracy: the share of samples in which a classifier sees the requested class.
+
+The classifier is an SVM for the digits, or a function of the user. Here is also what runs such functions.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,124 @@ import numpy as np
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.paths import typed_path
+
+CLASSIFIER = "--classifier"
+# Height and width of the digits' scans.
+DIGIT_SIZE = (8, 8)
+
+Classifier = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """The share of images whose label a classifier finds.
+
+    ``overall`` is over all images, ``per_class`` over those of each label.
+    """
+
+    overall: float
+    per_class: dict[int, float]
+
+
+def open_classifier(name: str) -> Classifier:
+    """Open a classifier that maps images uint8 ``[N, H, W, 3]`` to classes int64 ``[N]``.
+
+    Args:
+        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, or ``FILE.py:FUNCTION``
+            for a user's function.
+
+    Raises:
+        UserError: another name, or a function that cannot be loaded.
+    """
+    check_classifier(name)
+    return _classify_digits if name == "digits" else load_function(name, CLASSIFIER)
+
+
+def check_classifier(name: str) -> None:
+    """Refuse a name that is no classifier.
+
+    Nothing is loaded.
+
+    Raises:
+        UserError: names the possible classifiers.
+    """
+    if name != "digits" and not is_function_spec(name):
+        raise UserError(f"{CLASSIFIER}: {name!r} is neither digits nor FILE.py:FUNCTION")
+
+
+def class_accuracy(images: np.ndarray, labels: np.ndarray, classifier: Classifier) -> ClassAccuracy:
+    """Return how often the classifier's answer equals the label.
+
+    Args:
+        images: uint8 ``[N, H, W, 3]``, at least one.
+        labels: int64 ``[N]``.
+        classifier: a classifier from :func:`open_classifier`.
+
+    Raises:
+        UserError: the classifier does not return ``N`` integers.
+    """
+    guesses = np.asarray(classifier(images))
+    if guesses.shape != labels.shape or not np.issubdtype(guesses.dtype, np.integer):
+        raise UserError(
+            f"{CLASSIFIER}: must answer {len(labels)} whole numbers for {len(labels)} images, found {guesses.dtype} "
+            f"{list(guesses.shape)}"
+        )
+    right = guesses == labels
+    return ClassAccuracy(
+        float(right.mean()), {int(one): float(right[labels == one].mean()) for one in np.unique(labels)}
+    )
+
+
+class DigitSvm:
+    """A support vector machine that was trained on real scans of digits.
+
+    Args:
+        images: the scans, uint8 ``[N, 8, 8]``.
+        labels: the digits, int64 ``[N]``.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        # Imported late: its import takes a second, and only the digits need it.
+        from sklearn.svm import SVC
+
+        self._svm = SVC(gamma=0.001, C=10.0).fit(_grey_levels(images), labels)
+
+    def classify(self, images: np.ndarray) -> np.ndarray:
+        """Return the digits that it sees in images uint8 ``[N, 8, 8]``, int64 ``[N]``."""
+        return self._svm.predict(_grey_levels(images)).astype(np.int64)
+
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Return the share of images uint8 ``[N, 8, 8]`` in which it sees the requested digit."""
+        return float(self._svm.score(_grey_levels(images), labels))
+
+
+def check_digit_size(size: tuple[int, ...]) -> None:
+    """Refuse images whose height and width differ from the scans'.
+
+    Raises:
+        UserError: names the size found.
+    """
+    if tuple(size) != DIGIT_SIZE:
+        raise UserError(f"the digits' networks take images of 8 x 8 pixels, found {' x '.join(map(str, size))}")
+
+
+def _grey_levels(images: np.ndarray) -> np.ndarray:
+    """Return the SVM's inputs: grey levels 0 to 16, as in scikit-learn."""
+    return images.reshape(len(images), -1) * (16 / 255)
+
+
+@functools.cache
+def _standard_svm() -> DigitSvm:
+    """Return the SVM of the 1,437 training scans. Each process trains it once."""
+    from megatron_cca.data.digits import load_scans
+
+    train, _ = load_scans()
+    return DigitSvm(train.images, train.labels)
+
+
+def _classify_digits(images: np.ndarray) -> np.ndarray:
+    check_digit_size(images.shape[1:3])
+    return _standard_svm().classify(images[..., 0])
 
 
 def is_function_spec(spec: str) -> bool:
@@ -98,74 +219,3 @@ def _run(file: Path, option: str) -> object:
         reason = " ".join(str(error).split())
         raise UserError(f"{option}: {file} cannot be run: {type(error).__name__}: {reason}") from None
     return module
-
-
-CLASSIFIER = "--classifier"
-Classifier = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class ClassAccuracy:
-    """The share of images whose label a classifier finds.
-
-    ``overall`` is over all images, ``per_class`` over those of each label.
-    """
-
-    overall: float
-    per_class: dict[int, float]
-
-
-def open_classifier(name: str) -> Classifier:
-    """Open a classifier that maps images uint8 ``[N, H, W, 3]`` to classes int64 ``[N]``.
-
-    Args:
-        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, or ``FILE.py:FUNCTION``
-            for a user's function.
-
-    Raises:
-        UserError: another name, or a function that cannot be loaded.
-    """
-    check_classifier(name)
-    return _digits if name == "digits" else load_function(name, CLASSIFIER)
-
-
-def check_classifier(name: str) -> None:
-    """Refuse a name that is no classifier.
-
-    Nothing is loaded.
-
-    Raises:
-        UserError: names the possible classifiers.
-    """
-    if name != "digits" and not is_function_spec(name):
-        raise UserError(f"{CLASSIFIER}: {name!r} is neither digits nor FILE.py:FUNCTION")
-
-
-def _digits(images: np.ndarray) -> np.ndarray:
-    from megatron_cca.lab.evaluation.digit_judges import check_size, standard_judges
-
-    check_size(images.shape[1:3])
-    return standard_judges().classify(images[..., 0])
-
-
-def class_accuracy(images: np.ndarray, labels: np.ndarray, classifier: Classifier) -> ClassAccuracy:
-    """Return how often the classifier's answer equals the label.
-
-    Args:
-        images: uint8 ``[N, H, W, 3]``, at least one.
-        labels: int64 ``[N]``.
-        classifier: a classifier from :func:`open_classifier`.
-
-    Raises:
-        UserError: the classifier does not return ``N`` integers.
-    """
-    guesses = np.asarray(classifier(images))
-    if guesses.shape != labels.shape or not np.issubdtype(guesses.dtype, np.integer):
-        raise UserError(
-            f"{CLASSIFIER}: must answer {len(labels)} whole numbers for {len(labels)} images, found {guesses.dtype} "
-            f"{list(guesses.shape)}"
-        )
-    right = guesses == labels
-    return ClassAccuracy(
-        float(right.mean()), {int(one): float(right[labels == one].mean()) for one in np.unique(labels)}
-    )

@@ -15,10 +15,11 @@ from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation.classifiers import is_function_spec, load_function
 
 CLIP = "--clip"
+_CLIP_PREFIX = "clip:"
 
 
 @dataclass(frozen=True)
-class Cut:
+class TruncatedPrompts:
     """The number of prompts, of ``count``, that the model reads only in part.
 
     The model reads ``tokens`` tokens.
@@ -93,14 +94,14 @@ class ClipScorer:
 
     __call__ = scores
 
-    def cut(self, prompts: Sequence[str]) -> Cut:
+    def cut(self, prompts: Sequence[str]) -> TruncatedPrompts:
         """Count the prompts that are cut before they are scored."""
         long = 0
         for start in range(0, len(prompts), self.batch_size):
             batch = list(prompts[start : start + self.batch_size])
             ids = self.processor.tokenizer(batch, truncation=False, verbose=False)["input_ids"]
             long += sum(len(one) > self._length for one in ids)
-        return Cut(long, len(prompts), self._length)
+        return TruncatedPrompts(long, len(prompts), self._length)
 
     @property
     def _length(self) -> int:
@@ -132,9 +133,6 @@ def check_clip(folder: str | Path) -> None:
             f"{CLIP}: {folder} has no config.json; give the folder of a CLIP in transformers' form, such as a copy of "
             "openai/clip-vit-large-patch14"
         )
-
-
-_CLIP_PREFIX = "clip:"
 
 
 def check_scorer(spec: str) -> None:

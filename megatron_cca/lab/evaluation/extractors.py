@@ -1,20 +1,25 @@
-"""The networks whose features FID and similar metrics compare, and the extraction of these features in batches."""
+"""The networks whose features FID and similar metrics compare, and the extraction of these features in batches.
+
+They are Inception, a small network for the digits, which is trained here on real scans, and networks of the user.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from megatron_cca.errors import UserError
 from megatron_cca.io.paths import typed_path
 from megatron_cca.io.pickles import load_tensors
-from megatron_cca.lab.evaluation.classifiers import failures_said, is_function_spec, load_function
+from megatron_cca.lab.evaluation.classifiers import check_digit_size, failures_said, is_function_spec, load_function
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -27,6 +32,15 @@ WIDTHS = {
     "digits": {"features": 64, "logits": 10, "spatial": 256},
     "inception": {"features": 2048, "logits": 1008, "spatial": 2023},
 }
+_PARTS = ("features", "logits", "spatial")
+# The digits' network: the number of channels, of the last convolution's 64, in the spatial features. As with Inception,
+# few channels are enough to show positions. Their FID then needs fewer images.
+_SPATIAL_CHANNELS = 4
+_CONVOLUTIONS = 4
+_EPOCHS = 30
+_BATCH = 64
+
+OnProgress = Callable[[int], object]
 
 
 class Extractor(nn.Module):
@@ -68,9 +82,7 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
     """
     check_extractor(name, weights)
     if name == "digits":
-        from megatron_cca.lab.evaluation.digit_judges import standard_judges
-
-        return Extractor(standard_judges().cnn, name, {"trained_on": "digits"})
+        return Extractor(standard_digit_cnn(), name, {"trained_on": "digits"})
     if name == "inception":
         return _inception(Path(weights))
     network = load_function(name, EXTRACTOR)()
@@ -124,11 +136,6 @@ def _inception(weights: Path) -> Extractor:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_PARTS = ("features", "logits", "spatial")
-
-OnProgress = Callable[[int], object]
 
 
 def widths(extractor: nn.Module, images: np.ndarray) -> dict[str, int]:
@@ -210,3 +217,67 @@ def _run(extractor: nn.Module, batch: Tensor) -> dict[str, Tensor]:
             "or 3 tensors or a dict with the keys features, logits and spatial"
         )
     return {name: part.flatten(1) for name, part in answer.items()}
+
+
+class DigitCnn(nn.Module):
+    """A CNN for uint8 images ``[N, 1 or 3, 8, 8]``.
+
+    Its outputs are features ``[N, 64]``, class logits ``[N, 10]`` and spatial features ``[N, 256]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 16, WIDTHS["digits"]["features"]),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(WIDTHS["digits"]["features"], 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the features of grey levels 0 to 255; of three equal channels only the first is read.
+
+        Raises:
+            UserError: images of another size.
+        """
+        check_digit_size(images.shape[2:])
+        maps = self.trunk[:_CONVOLUTIONS](images[:, :1].float() / 255)
+        features = self.trunk[_CONVOLUTIONS:](maps)
+        return features, self.head(features), maps[:, :_SPATIAL_CHANNELS].flatten(1)
+
+
+def train_digit_cnn(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> DigitCnn:
+    """Train a network on real scans of digits, uint8 ``[N, 8, 8]``, with labels int64 ``[N]``.
+
+    The result depends only on the scans and on ``seed``. The caller's random state does not change.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cnn = _trained(torch.from_numpy(images)[:, None], torch.from_numpy(labels))
+    return cnn.eval().requires_grad_(False)
+
+
+@cache
+def standard_digit_cnn() -> DigitCnn:
+    """Return the network of the 1,437 training scans with seed 0. Each process trains it once."""
+    # Imported late: only the digits need scikit-learn.
+    from megatron_cca.data.digits import load_scans
+
+    train, _ = load_scans()
+    return train_digit_cnn(train.images, train.labels)
+
+
+def _trained(images: Tensor, labels: Tensor) -> DigitCnn:
+    cnn = DigitCnn()
+    optimizer = torch.optim.Adam(cnn.parameters(), lr=1e-3)
+    for _ in range(_EPOCHS):
+        for rows in torch.randperm(len(images)).split(_BATCH):
+            optimizer.zero_grad()
+            cross_entropy(cnn(images[rows])[1], labels[rows]).backward()
+            optimizer.step()
+    return cnn

@@ -28,7 +28,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation import (
-    METRICS,
     MOMENT_METRICS,
     PART_OF,
     Counts,
@@ -37,15 +36,13 @@ from megatron_cca.lab.evaluation import (
 )
 from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
 
-__all__ = ["METRICS", "FidelitySettings", "InceptionV3", "Reference", "fidelity"]
-
 _DEFAULTS = FidelitySettings()
 _SFID_CHANNELS = 7
 # The number of rows of the distance matrix that precision and recall hold at the same time.
 _DISTANCE_ROWS = 1000
 
 
-class Reference:
+class ReferenceImages:
     """Real images with the extractor's features.
 
     The features are kept, so that many sample sets use them.
@@ -99,7 +96,7 @@ class Reference:
 
 def fidelity(
     samples: np.ndarray,
-    reference: np.ndarray | Reference,
+    reference: np.ndarray | ReferenceImages,
     extractor: nn.Module,
     settings: FidelitySettings = _DEFAULTS,
     on_progress: OnProgress | None = None,
@@ -111,7 +108,7 @@ def fidelity(
 
     Args:
         samples: uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, grey levels or RGB from 0 to 255.
-        reference: the same for real images, or a :class:`Reference` of the same extractor.
+        reference: the same for real images, or a :class:`ReferenceImages` of the same extractor.
         extractor: maps uint8 ``[N, 3, H, W]`` to features ``[N, D]``, class logits ``[N, C]`` and, for sFID, spatial
             features ``[N, S]``. Its output is a tuple in this order or a dict with these keys. It runs on the device of
             its parameters.
@@ -126,8 +123,8 @@ def fidelity(
             with values that are not finite.
     """
     check_images("samples", samples)
-    if not isinstance(reference, Reference):
-        reference = Reference(reference, extractor)
+    if not isinstance(reference, ReferenceImages):
+        reference = ReferenceImages(reference, extractor)
     assert reference.extractor is extractor, "the reference remembers another extractor's answers"
     counts = Counts(len(samples), len(reference), reference.given)
     found = widths(extractor, samples if len(samples) else reference.images)
@@ -153,7 +150,7 @@ def _wanted_of_reference(settings: FidelitySettings, given: frozenset[str]) -> s
     return {PART_OF[name] for name in binary if not (name in MOMENT_METRICS and PART_OF[name] in given)}
 
 
-def _compute(ours: dict[str, Tensor], reference: Reference, settings: FidelitySettings) -> dict[str, float]:
+def _compute(ours: dict[str, Tensor], reference: ReferenceImages, settings: FidelitySettings) -> dict[str, float]:
     found: dict[str, float] = {}
     if "inception_score" in settings.metrics:
         splits = settings.inception_score_splits

@@ -1,4 +1,4 @@
-"""Sets of images for evaluation: a folder, an .npz, tools/generate.py's output, or the digits.
+"""Sets of images for evaluation: a folder, an .npz, megatron-cca generate's output, or the digits.
 
 The format of an .npz is that of OpenAI's evaluator and of the CCA paper's authors.
 """
@@ -20,13 +20,19 @@ from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.data.sources.external_text import printable, split_of
 from megatron_cca.data.sources.folders import LINKED, UnreadFiles, real_folder, walk_files
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.external_files import ZIP, archived_arrays, archived_names, file_below, kind_of_file
+from megatron_cca.io.external_files import file_below
+from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
 from megatron_cca.io.paths import typed_path
+from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-# Words in place of a path: scikit-learn's scans for training, and the others.
-DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
+# Arrays of an .npz.
+IMAGES, LABELS = "arr_0", "arr_1"
+_MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_OPAQUE = 255
+
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -172,11 +178,6 @@ def _record(line: bytes) -> dict:
     return record
 
 
-IMAGES, LABELS = "arr_0", "arr_1"
-_MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-Moments = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
 def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments, tuple[str, ...]]:
     """Read images, labels, moments and notices from an .npz.
 
@@ -235,9 +236,6 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
     return found
 
 
-_OPAQUE = 255
-
-
 @dataclass(frozen=True)
 class ImageSet:
     """Images with their labels, prompts, moments and notices.
@@ -265,10 +263,9 @@ def read_images(path: str | Path) -> ImageSet:
 
     Args:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
-            ``prompts.jsonl`` from tools/generate.py, in its order; an ``.npz`` with ``arr_0`` uint8 ``[N, H, W, 3]``
-            and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and ``digits-held-out``.
-
-    Raises:
+            ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
+            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and
+            ``digits-held-out``.
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
@@ -322,7 +319,7 @@ def _decode(file: Path) -> tuple[np.ndarray, bool]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise UserError("reading images needs Pillow; pip install -e '.[data]'") from None
+        raise UserError("reading images needs Pillow; pip install 'megatron-cca[data]'") from None
     try:
         data = file.read_bytes()
         header = read_header(data)

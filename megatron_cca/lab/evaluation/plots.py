@@ -14,6 +14,10 @@ from matplotlib.figure import Figure
 
 from megatron_cca.io.figures import BLUE, COLOURS, GREEN, GREY, INK, LEGEND, RED, TITLE, save, style_axes
 
+# With more classes, a sorted curve replaces the bars. They would be thinner than a line.
+_MAX_BARS = 30
+_ACROSS = 8
+
 
 @dataclass(frozen=True)
 class SampleColumn:
@@ -87,11 +91,6 @@ def _curve(axis: Axes, metrics: Sequence[dict[str, float]], name: str, label: st
     # A step without the number leaves a gap.
     values = [math.nan if row.get(name) is None else row[name] for row in metrics]
     axis.plot([row["step"] for row in metrics], values, color=colour, label=label, linewidth=1.6)
-
-
-# With more classes, a sorted curve replaces the bars. They would be thinner than a line.
-_MAX_BARS = 30
-_ACROSS = 8
 
 
 def fid_is_plane(path: Path, points: Mapping[str, tuple[float, float]]) -> None:

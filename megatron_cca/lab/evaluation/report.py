@@ -1,11 +1,9 @@
-"""The work of tools/evaluate.py between its options and its end: numbers, metrics.json, table.md and plots."""
+"""The work of megatron-cca evaluate between its options and its end: numbers, metrics.json, table.md and plots."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,24 +14,41 @@ from tqdm import tqdm
 from megatron_cca import __version__
 from megatron_cca.errors import error_context
 from megatron_cca.io.figures import contact_sheet
-from megatron_cca.io.outputs import check_output, claimed, replacing
-from megatron_cca.lab import markdown_table
-from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, Cut
-from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
-from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
-from megatron_cca.lab.evaluation.planning import (
+from megatron_cca.io.output_folders import replacing
+from megatron_cca.lab import PARTIAL, markdown_table
+from megatron_cca.lab.evaluation import EvaluateOptions
+from megatron_cca.lab.evaluation.checks import (
     REFERENCE,
     SAMPLES,
-    EvaluationSettings,
-    Plan,
+    ChosenMetrics,
     check_annotations,
+    choose_metrics,
     classifier_of,
-    plan,
     usable_moments,
 )
+from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts
+from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
+from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.version import installed_versions
+
+METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
+PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
+# The number of images on a sheet.
+_WITH_PROMPTS, _WITHOUT = 16, 48
+_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
+# Key, heading with the direction of improvement, and whether more is better.
+_COLUMNS = (
+    ("fid", "FID ↓", False),
+    ("sfid", "sFID ↓", False),
+    ("inception_score", "IS ↑", True),
+    ("kid", "KID ↓", False),
+    ("precision", "precision ↑", True),
+    ("recall", "recall ↑", True),
+    ("class_accuracy", "accuracy ↑", True),
+    ("clip_score", "CLIP score ↑", True),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class SetResult:
     left_out: dict[str, str]
     accuracy: ClassAccuracy | None = None
     clip_scores: np.ndarray | None = None
-    clip_cut: Cut | None = None
+    clip_cut: TruncatedPrompts | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,13 @@ class Evaluation:
     ``extractor_origin`` names the source of the extractor's weights.
     """
 
-    settings: EvaluationSettings
+    settings: EvaluateOptions
     reference: ImageSet
     extractor_origin: dict[str, str]
     sets: list[SetResult]
 
 
-def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
+def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     """Read the images, decide what can be computed, and compute it.
 
     Progress bars go to standard error.
@@ -79,28 +94,28 @@ def evaluate(settings: EvaluationSettings, device: torch.device) -> Evaluation:
         UserError: images that cannot be read; too few images for a metric that was asked for by name; no labels for a
             classifier or no prompts for CLIP; nothing that can be computed.
     """
-    sets = {name: _read(SAMPLES, path) for name, path in settings.samples.items()}
+    sets = {name: _read(SAMPLES, path) for name, path in settings.sets.items()}
     reference = _read(REFERENCE, settings.reference)
     check_annotations(settings, sets)
     extractor = None
-    if settings.metrics != () and settings.extractor not in WIDTHS:
+    if settings.metrics != () and settings.network not in WIDTHS:
         # The outputs of a user's network show only when it runs.
         extractor = _open(settings, device)
-    known = WIDTHS.get(settings.extractor, {}) if extractor is None else widths(extractor, reference.images)
-    plans = plan(settings, sets, reference, known)
-    if extractor is None and any(one.metrics for one in plans.values()):
+    known = WIDTHS.get(settings.network, {}) if extractor is None else widths(extractor, reference.images)
+    chosen = choose_metrics(settings, sets, reference, known)
+    if extractor is None and any(one.metrics for one in chosen.values()):
         extractor = _open(settings, device)
     # Open both before the long computation. Errors in them appear early.
     name_of_classifier = classifier_of(settings, sets)
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
-    metrics = _fidelities(settings, sets, reference, extractor, plans)
+    metrics = _fidelities(settings, sets, reference, extractor, chosen)
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
     cuts = _cuts(sets, scorer) if scorer is not None else {}
     scores = _clip_scores(sets, scorer) if scorer is not None else {}
     results = [
         SetResult(
-            name, images, metrics[name], plans[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
+            name, images, metrics[name], chosen[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
         )
         for name, images in sets.items()
     ]
@@ -116,7 +131,7 @@ def _read(option: str, path: str) -> ImageSet:
     return found
 
 
-def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, Cut]:
+def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, TruncatedPrompts]:
     found = {name: scorer.cut(one.prompts) for name, one in sets.items() if one.prompts is not None}
     for name, cut in found.items():
         if (line := cut.line()) is not None:
@@ -124,9 +139,9 @@ def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, Cut]:
     return found
 
 
-def _open(settings: EvaluationSettings, device: torch.device) -> Extractor:
-    extractor = open_extractor(settings.extractor, settings.inception_weights).to(device)
-    if settings.extractor == "inception" and not extractor.origin["sha256"].startswith(PUBLISHED_SHA256):
+def _open(settings: EvaluateOptions, device: torch.device) -> Extractor:
+    extractor = open_extractor(settings.network, settings.inception_weights).to(device)
+    if settings.network == "inception" and not extractor.origin["sha256"].startswith(PUBLISHED_SHA256):
         print(
             f"{WEIGHTS}: the SHA-256 of {settings.inception_weights} does not begin with {PUBLISHED_SHA256}, as the "
             "published file's name says it does; do not compare these numbers with papers'",
@@ -136,23 +151,23 @@ def _open(settings: EvaluationSettings, device: torch.device) -> Extractor:
 
 
 def _fidelities(
-    settings: EvaluationSettings,
+    settings: EvaluateOptions,
     sets: dict[str, ImageSet],
     reference: ImageSet,
     extractor: Extractor | None,
-    plans: dict[str, Plan],
+    chosen: dict[str, ChosenMetrics],
 ) -> dict[str, dict[str, float]]:
     if extractor is None:
         return {name: {} for name in sets}
     # Imported late: the import of torch-fidelity takes seconds.
-    from megatron_cca.lab.evaluation.fidelity import Reference, fidelity
+    from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 
-    real = Reference(reference.images, extractor, usable_moments(settings, reference))
+    real = ReferenceImages(reference.images, extractor, usable_moments(settings, reference))
     found = {}
     for name, images in sets.items():
         total = len(images.images) + (0 if found else len(real))
         with _bar(f"features of {name}", total) as bar:
-            numbers = replace(settings.numbers, metrics=plans[name].metrics)
+            numbers = replace(settings.numbers, metrics=chosen[name].metrics)
             with error_context(f"{SAMPLES} {name}"):
                 found[name] = fidelity(images.images, real, extractor, numbers, bar.update)
     return found
@@ -177,46 +192,14 @@ def _bar(description: str, total: int) -> tqdm:
     return tqdm(total=total, unit="image", desc=description, disable=None)
 
 
-METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
-PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
-_PARTIAL = ".partial"
-# The number of images on a sheet.
-_WITH_PROMPTS, _WITHOUT = 16, 48
-_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
-# Key, heading with the direction of improvement, and whether more is better.
-_COLUMNS = (
-    ("fid", "FID ↓", False),
-    ("sfid", "sFID ↓", False),
-    ("inception_score", "IS ↑", True),
-    ("kid", "KID ↓", False),
-    ("precision", "precision ↑", True),
-    ("recall", "recall ↑", True),
-    ("class_accuracy", "accuracy ↑", True),
-    ("clip_score", "CLIP score ↑", True),
-)
-
-
-@contextmanager
-def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Reserve the folder for a report while the context is open.
-
-    It opens before the work and closes after the last file.
-
-    Raises:
-        UserError: the folder holds something that must not be replaced, or another process writes there.
-    """
-    with claimed(output):
-        check_output(output, _former(output), {_PARTIAL}, overwrite=overwrite)
-        yield
-
-
-def _former(output: Path) -> set[str]:
+def former_files(output: Path) -> set[str]:
+    """Return the names of the files that a former report in the folder may have."""
     sheets = {path.name for path in output.glob(SAMPLES_FILE.format("*"))}
     return {METRICS_FILE, TABLE_FILE, PLANE_FILE, BARS_FILE, *sheets}
 
 
 def write_report(output: Path, evaluation: Evaluation) -> list[str]:
-    """Write all files into a :func:`reserved` folder, or none.
+    """Write all files into a :func:`reserved_folder`, or none.
 
     They replace those of a former report.
 
@@ -226,7 +209,7 @@ def write_report(output: Path, evaluation: Evaluation) -> list[str]:
     Raises:
         UserError: the file system reports an error.
     """
-    with replacing(output, _former(output), _PARTIAL, METRICS_FILE) as partial:
+    with replacing(output, former_files(output), PARTIAL, METRICS_FILE) as partial:
         (partial / TABLE_FILE).write_text(table(evaluation) + "\n")
         _draw(partial, evaluation)
         (partial / METRICS_FILE).write_text(json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n")
@@ -241,7 +224,7 @@ def as_json(evaluation: Evaluation) -> dict:
     return {
         "version": __version__,
         "packages": installed_versions(_PACKAGES),
-        "extractor": {"name": settings.extractor, **evaluation.extractor_origin},
+        "extractor": {"name": settings.network, **evaluation.extractor_origin},
         "settings": {
             "metrics": settings.metrics,  # null: all that could be computed
             **numbers,
@@ -255,7 +238,7 @@ def as_json(evaluation: Evaluation) -> dict:
             "brings_moments_of": sorted(evaluation.reference.moments or ()),
             **_notices(evaluation.reference),
         },
-        "sets": [_set_as_json(settings.samples[one.name], one) for one in evaluation.sets],
+        "sets": [_set_as_json(settings.sets[one.name], one) for one in evaluation.sets],
     }
 
 
@@ -306,7 +289,7 @@ def table(evaluation: Evaluation) -> str:
     ]
     settings, reference = evaluation.settings, evaluation.reference.images
     lines = [markdown_table(header, cells, first_number=1), ""]
-    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.extractor}."]
+    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     return "\n".join(lines)

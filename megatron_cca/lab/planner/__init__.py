@@ -16,7 +16,7 @@ MAX_GPUS = 16_384
 
 @options
 class RunOptions:
-    """Whose run it is about, and how long its rows are."""
+    """The run, and the length of its rows."""
 
     _: KW_ONLY
     config: ConfigFile
@@ -24,37 +24,37 @@ class RunOptions:
     overrides: Overrides = ()
     """override a key of the configuration; may be repeated"""
     image_grid: Annotated[str, Option(metavar="HxW")] | None = None
-    """visual tokens of an image (default: the model's own grid, or 90x90, 720 x 720 pixels of Emu3)"""
+    """grid of visual tokens of an image (default: the one that the model has; for Emu3, which has many, 90x90, which is
+    720 x 720 pixels)"""
     caption_tokens: Annotated[int, Field(ge=0)] = 128
-    """of the longest caption"""
+    """tokens of the longest caption"""
 
 
 @options
 class PlanSettings(RunOptions):
     """Rank all layouts of a configuration on a cluster."""
 
-    epilog: ClassVar[
-        str
-    ] = """Written to the output folder: plan.yaml, the best run's configuration, which training takes as
-it is; table.md; plan.png, memory and seconds of the layouts by what they go to; plan.json, every number.
-
-Predictions come from a model of the GPU whose error is stated beside them (±, two standard deviations). It was held
-against published runs, none of them of this program: measure your own with tools/plan.py calibrate.
-"""
+    epilog: ClassVar[str] = (
+        "Written to the output folder: plan.yaml, the best run's configuration, which training takes as it is; "
+        "table.md; plan.png, the memory and the seconds of the layouts by what they go to; plan.json, every number.\n\n"
+        "Predictions come from a model of the GPU. Their error is printed beside them (±, two standard deviations). It "
+        "was found on published runs, none of them of this program: measure your device with megatron-cca plan "
+        "calibrate."
+    )
     _: KW_ONLY
     gpus: Count
     """GPUs of the whole job"""
     gpu: Annotated[str, Option(metavar="NAME")]
-    """their kind, such as h100-80gb"""
+    """kind of these GPUs, such as h100-80gb"""
     gpus_per_node: Annotated[Count, Option(name="--nodes-of")] | None = None
-    """GPUs that NVLink connects (default 8)"""
+    """GPUs of a node, which NVLink connects (default: as many as is usual for the kind, which is 8)"""
     vary: Annotated[str, Option(metavar="NAME,...")] | None = None
     """what may be changed beside the layout: micro_batch, recompute, optimizer, reference, precision, cached (default:
     the first four)"""
     calibration: File | None = None
-    """what tools/plan.py calibrate wrote"""
+    """the file that megatron-cca plan calibrate wrote (default: shares of the data sheets that published runs reach)"""
     top: Count = 10
-    """layouts to show"""
+    """number of layouts to show, the fastest first"""
     output: Folder | None = None
     """an empty or new folder (default: print only)"""
     overwrite: bool = False
@@ -73,11 +73,11 @@ class DryRunSettings(RunOptions):
     gpus: Annotated[int, Field(ge=1, le=MAX_GPUS)]
     """GPUs of the whole job, up to 16,384"""
     gpu: Annotated[str, Option(metavar="NAME")] | None = None
-    """their kind (default: count as a run on CPUs would)"""
+    """kind of these GPUs, such as h100-80gb (default: count as on CPUs)"""
     rank: Annotated[int, Option(metavar="R")] | None = None
-    """which to be (default: the one that should hold most)"""
+    """the rank to build, from 0 on (default: the one that should hold most)"""
     output: File | None = None
-    """a JSON file with all numbers"""
+    """a JSON file to write all numbers to (default: print only)"""
     overwrite: bool = False
     """replace the file"""
 
@@ -92,12 +92,12 @@ class CalibrateSettings(RunOptions):
     )
     _: KW_ONLY
     gpu: Annotated[str, Option(metavar="NAME")] | None = None
-    """what the device is nearest to (default: it says so itself)"""
+    """the known GPU that the device is nearest to, such as h100-80gb (default: told from the driver's name for it)"""
     steps: Count = 5
-    """of each short run"""
+    """steps to measure in each short run"""
     device: DeviceChoice = "auto"
-    """what to measure; auto takes a GPU where there is one"""
+    """the device to measure; auto takes a GPU where there is one"""
     output: File
-    """a JSON file, for --calibration"""
+    """the JSON file to write, which --calibration reads"""
     overwrite: bool = False
     """replace the file"""

@@ -18,7 +18,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import measuring
 from megatron_cca.lab.planner.hardware import CPU, DEFAULT, GPUS, Calibration, Cluster, Gpu, gpu_named, name_of_device
-from megatron_cca.lab.planner.measuring import Observation, observe, short_configs
+from megatron_cca.lab.planner.measuring import Observation, measure_short_run, short_configs
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload, products
 from megatron_cca.models import resolve_architecture
@@ -82,7 +82,7 @@ def calibrate(
     with TemporaryDirectory() as folder:
         bar = tqdm(configs, desc="short runs", unit="run", disable=None)
         observations = [
-            observe(one, images, steps, Path(folder) / str(index), initialize=initialize)
+            measure_short_run(one, images, steps, Path(folder) / str(index), initialize=initialize)
             for index, one in enumerate(bar)
         ]
     calibration, errors = fit(observations, device, base)

@@ -35,6 +35,10 @@ _RECOMPUTE: tuple[dict, ...] = (
     {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
+# The share of a GPU's memory that a plan may fill. The rest is for fragmentation and for what no formula covers.
+MEMORY_SHARE = 0.92
+# A saving of memory counts from this ratio on.
+_WORTHWHILE = 1.01
 
 
 @dataclass(frozen=True)
@@ -212,20 +216,14 @@ def _powers_of_two(largest: int) -> Iterator[int]:
         size *= 2
 
 
-# The share of a GPU's memory that a plan may fill. The rest is for fragmentation and for what no formula covers.
-MEMORY_SHARE = 0.92
-# A saving of memory counts from this ratio on.
-_WORTHWHILE = 1.01
-
-
 @dataclass(frozen=True)
-class Wishes:
+class SearchInputs:
     """The input of a search.
 
     Attributes:
         cluster: the cluster.
         images: the shape of the images.
-        vary: members of ``candidates.VARIABLES`` that may change beside the layout.
+        vary: members of :data:`VARIABLES` that may change beside the layout.
         calibration: calibration of the GPU.
     """
 
@@ -262,29 +260,29 @@ class Candidate:
         return predict_memory(self.config, self.num_gpus, self.workload)
 
 
-def misfit(candidate: Candidate, wishes: Wishes) -> str | None:
+def misfit(candidate: Candidate, inputs: SearchInputs) -> str | None:
     """Return why the candidate does not fit into memory; None if it does."""
-    needed, limit = candidate.memory.total, wishes.memory_limit
+    needed, limit = candidate.memory.total, inputs.memory_limit
     return None if needed <= limit else f"does not fit: {needed / GIB:.1f} GiB, {limit / GIB:.1f} may be filled"
 
 
-def candidate_of(config: Config, wishes: Wishes) -> Candidate:
+def candidate_of(config: Config, inputs: SearchInputs) -> Candidate:
     """Return the configuration with its cost.
 
     Raises:
         UserError: training or the GPU's data sheet refuses the configuration.
     """
-    cluster = wishes.cluster
+    cluster = inputs.cluster
     check_candidate(config, cluster.num_gpus)
-    return _timed(config, wishes, image_workload(config, wishes.images))
+    return _timed(config, inputs, image_workload(config, inputs.images))
 
 
-def _timed(config: Config, wishes: Wishes, workload: Workload) -> Candidate:
-    step = predict_step(config, wishes.cluster, workload, wishes.calibration)
-    return Candidate(config, workload, step, wishes.cluster.num_gpus)
+def _timed(config: Config, inputs: SearchInputs, workload: Workload) -> Candidate:
+    step = predict_step(config, inputs.cluster, workload, inputs.calibration)
+    return Candidate(config, workload, step, inputs.cluster.num_gpus)
 
 
-def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
+def candidates(config: Config, inputs: SearchInputs) -> Iterator[Candidate]:
     """Yield all candidates, in no order.
 
     Some of them may not fit.
@@ -293,22 +291,22 @@ def candidates(config: Config, wishes: Wishes) -> Iterator[Candidate]:
         UserError: the rows are too long for the model on all layouts.
     """
     problem, is_possible = None, False
-    for layout in layouts(config, wishes.cluster, vary_micro_batch="micro_batch" in wishes.vary):
+    for layout in layouts(config, inputs.cluster, vary_micro_batch="micro_batch" in inputs.vary):
         workloads: dict[int, Workload] = {}
-        for one in options(config, layout, wishes.cluster, wishes.vary):
+        for one in options(config, layout, inputs.cluster, inputs.vary):
             padded = one.data.pad_to_multiple_of
             try:
-                workloads[padded] = workloads.get(padded) or image_workload(one, wishes.images)
+                workloads[padded] = workloads.get(padded) or image_workload(one, inputs.images)
             except UserError as error:
                 problem = error
                 continue
             is_possible = True
-            yield _timed(one, wishes, workloads[padded])
+            yield _timed(one, inputs, workloads[padded])
     if problem is not None and not is_possible:
         raise problem
 
 
-def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candidate]:
+def fitting(found: Sequence[Candidate], inputs: SearchInputs, top: int) -> list[Candidate]:
     """Return the first ``top`` candidates that training accepts, that fit into memory, and that are useful.
 
     A candidate with recomputation is not useful if a faster one has the same layout and needs hardly more memory.
@@ -317,7 +315,7 @@ def fitting(found: Sequence[Candidate], wishes: Wishes, top: int) -> list[Candid
     for candidate in found:
         if len(best) == top:
             break
-        fits = _training_accepts(candidate) and candidate.memory.total <= wishes.memory_limit
+        fits = _training_accepts(candidate) and candidate.memory.total <= inputs.memory_limit
         if fits and not any(_makes_pointless(other, candidate) for other in best):
             best.append(candidate)
     return best

@@ -20,7 +20,7 @@ from megatron_cca.training import rows_per_microbatch
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
 from megatron_cca.training.setup import Run, build_run
 from megatron_cca.training.step import train_step
-from megatron_cca.training.watchdog import Progress
+from megatron_cca.training.watchdog import PhaseTracker
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _groups() -> dict[str, torch.distributed.ProcessGroup]:
     }
 
 
-class _Phases(Progress):
+class _Phases(PhaseTracker):
     def __init__(self, observer: Observer) -> None:
         super().__init__()
         self._observer = observer

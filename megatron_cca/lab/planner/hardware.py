@@ -1,8 +1,8 @@
-"""Clusters: what their GPUs and networks can do, and the loss to stragglers, congestion and slow links.
+"""Clusters: the peaks of GPUs and links, the shares of them that are reached, and what a growing cluster loses.
 
 Published runs of one model on a growing number of GPUs show the share of a GPU's speed that remains. The planner
-explains a part of the loss. The rest is fitted as one number: the share lost at each doubling of the nodes. Its spread
-is the difference between the runs.
+explains a part of the loss. The rest goes to stragglers, congestion and slow links. It is fitted as one number: the
+share lost at each doubling of the nodes. Its spread is the difference between the runs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError, error_context, shortened
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 
 _MIB = 2**20
+_MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def gpu_named(name: str) -> Gpu:
         UserError: an unknown GPU; lists the known ones.
     """
     if name == CPU:
-        raise UserError("--gpu: cpu needs --calibration with what tools/plan.py calibrate measured on it")
+        raise UserError("--gpu: cpu needs --calibration with what megatron-cca plan calibrate measured on it")
     if name not in GPUS:
         raise UserError(f"--gpu: {name!r} is unknown; known: {', '.join(GPUS)}")
     return GPUS[name]
@@ -127,7 +128,7 @@ class Calibration:
 
     The defaults are round numbers. They were chosen on ten published runs on H100, B200 and A100. On these, the
     predictions have no bias, and ``relative_error`` covers their scatter. ``tests/unit/test_planner_anchors.py`` has
-    the runs and their sources, and checks this. ``tools/plan.py calibrate`` measures another machine.
+    the runs and their sources, and checks this. ``megatron-cca plan calibrate`` measures another machine.
 
     Attributes:
         matmul_efficiency: share of the bf16 or fp32 peak that products with long sides reach.
@@ -178,7 +179,7 @@ DEFAULT = Calibration()
 
 
 def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
-    """Read the file of ``tools/plan.py calibrate``: the calibration, and the device that it belongs to.
+    """Read the file of ``megatron-cca plan calibrate``: the calibration, and the device that it belongs to.
 
     Args:
         path: the JSON file.
@@ -200,7 +201,21 @@ def read_calibration(path: Path, gpu: str) -> tuple[Calibration, Gpu]:
     return calibration, Gpu(**device)
 
 
-_MAY_BE_ZERO = ("_seconds", "_overlap", "_half_size", "_error")
+def calibrated_device(name: str, calibration: Path | None) -> tuple[Gpu, Calibration]:
+    """Return the device to plan for, and its calibration.
+
+    Args:
+        name: name of the GPU, or :data:`CPU`.
+        calibration: the file of ``megatron-cca plan calibrate``; None means the defaults.
+
+    Raises:
+        UserError: an unknown GPU, a processor without a calibration, or a file of another device.
+    """
+    if calibration is None:
+        return gpu_named(name), DEFAULT
+    found, measured = read_calibration(calibration, name)
+    # The project has no data sheet of a processor. Its measurement replaces one.
+    return (measured if name == CPU else gpu_named(name)), found
 
 
 def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str, Any]:
@@ -210,7 +225,7 @@ def _checked(values: Any, kind: type, may_be_zero: tuple[str, ...]) -> dict[str,
     """
     names = {field.name: field.type for field in fields(kind)}
     if not isinstance(values, dict) or set(values) != set(names):
-        raise UserError("not what tools/plan.py calibrate writes; measure again")
+        raise UserError("not what megatron-cca plan calibrate writes; measure again")
     for name, value in values.items():
         if names[name] not in ("int", "float"):
             continue
@@ -236,7 +251,7 @@ def calibration_json(calibration: Calibration, device: Gpu, **about: object) -> 
 
 
 @dataclass(frozen=True)
-class Series:
+class PublishedSpeeds:
     """Published speeds of one program and model on a growing number of GPUs.
 
     Attributes:
@@ -273,51 +288,33 @@ _TORCHTITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 _FOUNDRY = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
 _README = "NVIDIA/Megatron-LM, README.md"
 _LLAMA = "Llama 3, arXiv 2407.21783, table 4"
-# The modelled speed of a program whose work and layout on a GPU stay the same.
+# Columns of several series: numbers of GPUs, and modelled speeds. These are 1 where a GPU's work and layout stay alike.
 _SAME2, _SAME3, _SAME4 = (1.0,) * 2, (1.0,) * 3, (1.0,) * 4
+_GPUS_530B, _USUAL, _LARGE = (2240, 4480, 11200), (256, 512, 768, 1024), (3072, 6144, 8192, 12288)
+_USUAL_MODELLED, _LARGE_MODELLED = (158, 154, 151, 147), (155, 150, 147, 140)
 
-SERIES = (
-    Series("torchtitan 8B, H100, bf16, weak", _TORCHTITAN, (8, 128), (6667, 6514), (8173, 8232)),
-    Series("torchtitan 8B, H100, FP8, weak", _TORCHTITAN, (8, 128), (8532, 8380), (9990, 10078)),
-    Series("llm-foundry 13B, H100, weak", _FOUNDRY, (8, 16, 32, 64), (4792, 4767, 4811, 4800), _SAME4),
-    Series("llm-foundry 1B, H100, weak", _FOUNDRY, (16, 32, 64), (46037, 45130, 44402), _SAME3),
-    Series("llm-foundry 3B, H100, weak", _FOUNDRY, (32, 64), (23021, 22525), _SAME2),
-    Series("Megatron-LM 530B, A100, weak", _WEAK_530B, (2240, 4480, 11200), (49.2, 48.8, 48.2), _SAME3),
-    Series("MegaScale 530B, A100, weak", _WEAK_530B, (2240, 4480, 11200), (54.3, 54.1, 54.3), _SAME3),
-    Series("Megatron-LM 175B, H100, strong", _README, (96, 4608), (47, 42), (441, 379)),
-    Series(
-        "Megatron-LM 175B, A100, strong",
-        _MEGASCALE,
-        (256, 512, 768, 1024),
-        (53.0, 49.9, 46.7, 44.7),
-        (158, 154, 151, 147),
+PUBLISHED = (
+    PublishedSpeeds("torchtitan 8B, H100, bf16, weak", _TORCHTITAN, (8, 128), (6667, 6514), (8173, 8232)),
+    PublishedSpeeds("torchtitan 8B, H100, FP8, weak", _TORCHTITAN, (8, 128), (8532, 8380), (9990, 10078)),
+    PublishedSpeeds("llm-foundry 13B, H100, weak", _FOUNDRY, (8, 16, 32, 64), (4792, 4767, 4811, 4800), _SAME4),
+    PublishedSpeeds("llm-foundry 1B, H100, weak", _FOUNDRY, (16, 32, 64), (46037, 45130, 44402), _SAME3),
+    PublishedSpeeds("llm-foundry 3B, H100, weak", _FOUNDRY, (32, 64), (23021, 22525), _SAME2),
+    PublishedSpeeds("Megatron-LM 530B, A100, weak", _WEAK_530B, _GPUS_530B, (49.2, 48.8, 48.2), _SAME3),
+    PublishedSpeeds("MegaScale 530B, A100, weak", _WEAK_530B, _GPUS_530B, (54.3, 54.1, 54.3), _SAME3),
+    PublishedSpeeds("Megatron-LM 175B, H100, strong", _README, (96, 4608), (47, 42), (441, 379)),
+    PublishedSpeeds("Megatron-LM 175B, A100, strong", _MEGASCALE, _USUAL, (53.0, 49.9, 46.7, 44.7), _USUAL_MODELLED),
+    PublishedSpeeds(
+        "Megatron-LM 175B, A100, strong, large batch", _MEGASCALE, _LARGE, (48.7, 47.8, 43.3, 41.2), _LARGE_MODELLED
     ),
-    Series(
-        "Megatron-LM 175B, A100, strong, large batch",
-        _MEGASCALE,
-        (3072, 6144, 8192, 12288),
-        (48.7, 47.8, 43.3, 41.2),
-        (155, 150, 147, 140),
+    PublishedSpeeds("MegaScale 175B, A100, strong", _MEGASCALE, _USUAL, (65.3, 63.5, 61.3, 59.0), _USUAL_MODELLED),
+    PublishedSpeeds(
+        "MegaScale 175B, A100, strong, large batch", _MEGASCALE, _LARGE, (59.1, 57.3, 54.9, 55.2), _LARGE_MODELLED
     ),
-    Series(
-        "MegaScale 175B, A100, strong",
-        _MEGASCALE,
-        (256, 512, 768, 1024),
-        (65.3, 63.5, 61.3, 59.0),
-        (158, 154, 151, 147),
-    ),
-    Series(
-        "MegaScale 175B, A100, strong, large batch",
-        _MEGASCALE,
-        (3072, 6144, 8192, 12288),
-        (59.1, 57.3, 54.9, 55.2),
-        (155, 150, 147, 140),
-    ),
-    Series("Llama 3 405B, H100, strong", _LLAMA, (8192, 16384), (430, 400), (194, 180)),
+    PublishedSpeeds("Llama 3 405B, H100, strong", _LLAMA, (8192, 16384), (430, 400), (194, 180)),
 )
 
 
-def fit(series: Sequence[Series]) -> tuple[float, float]:
+def fit(series: Sequence[PublishedSpeeds]) -> tuple[float, float]:
     """Fit the loss of a doubling and its spread to the series.
 
     Returns:
@@ -330,7 +327,7 @@ def fit(series: Sequence[Series]) -> tuple[float, float]:
     return loss, math.sqrt(variance)
 
 
-LOSS, SPREAD = fit(SERIES)
+LOSS, SPREAD = fit(PUBLISHED)
 
 
 def doublings_beyond_a_node(cluster: Cluster) -> float:

@@ -31,6 +31,8 @@ from megatron_cca.training.step import StepReport, train_step
 # The least duration of a measurement in seconds, and its least number of repetitions.
 _ENOUGH_SECONDS = 0.2
 _ENOUGH_REPEATS = 20
+# A bound that no run reaches. The gate does not concern random weights.
+_NO_GATE = 1e9
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -112,10 +114,6 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-# A bound that no run reaches. The gate does not concern random weights.
-_NO_GATE = 1e9
-
-
 @dataclass(frozen=True)
 class Observation:
     """The measurement of a short run.
@@ -155,7 +153,7 @@ def short_configs(config: Config) -> list[Config]:
     ]
 
 
-def observe(
+def measure_short_run(
     config: Config,
     images: ImageShape,
     steps: int,

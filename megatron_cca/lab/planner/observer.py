@@ -16,6 +16,24 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Names of c10d's operators in torch.distributed.
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "recv",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "barrier": "barrier",
+}
+
 
 class LiveBytes(TorchDispatchMode):
     """A counter of the storages that operations create inside the context, as long as they live.
@@ -65,25 +83,6 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-# Names of c10d's operators in torch.distributed.
-_NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "_allgather_base_": "all_gather",
-    "allgather_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "broadcast_": "broadcast",
-    "send": "send",
-    "recv_": "recv",
-    "alltoall_base_": "all_to_all",
-    "alltoall_": "all_to_all",
-    "barrier": "barrier",
-}
 
 
 @dataclass(frozen=True)

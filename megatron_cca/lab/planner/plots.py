@@ -40,10 +40,10 @@ def plot(path: Path, plan: Plan) -> None:
     names = [_name(candidate) for candidate in plan.best]
     figure = Figure(figsize=(13.5, 1.5 + 0.52 * len(names)), dpi=150)
     memory, time = figure.subplots(1, 2, sharey=True)
-    gpu = plan.wishes.cluster.gpu
+    gpu = plan.inputs.cluster.gpu
     _bars(memory, [{k: v / GIB for k, v in memory_groups(one.memory).items()} for one in plan.best], _MEMORY)
     memory.axvline(gpu.memory_bytes / GIB, color=INK, linewidth=1.2)
-    memory.axvline(plan.wishes.memory_limit / GIB, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    memory.axvline(plan.inputs.memory_limit / GIB, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
     memory.set_xlim(0, 1.06 * gpu.memory_bytes / GIB)
     _style(memory, f"GiB on the fullest GPU; lines: what may be filled, and all of {gpu.name}")
     _bars(time, [_time_groups(one.step) for one in plan.best], _TIME)
@@ -55,7 +55,7 @@ def plot(path: Path, plan: Plan) -> None:
     memory.set_yticks(range(len(names)), names, fontsize=7.5, color=INK)
     memory.invert_yaxis()
     figure.suptitle(
-        f"{plan.wishes.cluster.num_gpus} x {gpu.name}: the fastest layouts that fit, predicted", fontsize=11, color=INK
+        f"{plan.inputs.cluster.num_gpus} x {gpu.name}: the fastest layouts that fit, predicted", fontsize=11, color=INK
     )
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     save(figure, path)

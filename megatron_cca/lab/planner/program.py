@@ -1,4 +1,4 @@
-"""The two commands of ``megatron-cca plan``: search for layouts, and run any rank of one without its cluster."""
+"""The commands of ``megatron-cca plan``: search for layouts, calibrate on a device, and run any rank of a layout."""
 
 from __future__ import annotations
 
@@ -14,23 +14,15 @@ from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import check_file, file_system_errors, write_json, write_text
-from megatron_cca.lab import padded_table
+from megatron_cca.io.output_folders import check_file
+from megatron_cca.io.outputs import file_system_errors, write_json, write_text
+from megatron_cca.lab import padded_table, reserved_folder
 from megatron_cca.lab.planner import CalibrateSettings, DryRunSettings, PlanSettings
-from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES, Wishes, check_candidate
-from megatron_cca.lab.planner.hardware import (
-    CPU,
-    DEFAULT,
-    Calibration,
-    Cluster,
-    Gpu,
-    calibration_json,
-    gpu_named,
-    read_calibration,
-)
+from megatron_cca.lab.planner.candidates import DEFAULT_VARIABLES, VARIABLES, SearchInputs, check_candidate
+from megatron_cca.lab.planner.hardware import Cluster, Gpu, calibrated_device, calibration_json, gpu_named
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate, predict_memory
-from megatron_cca.lab.planner.report import Report, reserved, text, write_report
-from megatron_cca.lab.planner.search import obvious_others, search
+from megatron_cca.lab.planner.report import FILES, Report, text, write_report
+from megatron_cca.lab.planner.search import search, usual_alternatives
 from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import only_grid
@@ -41,6 +33,8 @@ if TYPE_CHECKING:
     from megatron_cca.lab.planner.calibrate import Measured
 
 _USUAL_GRID = "90x90"
+# Packages whose versions change the times.
+PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def run_search(settings: PlanSettings) -> None:
@@ -50,11 +44,14 @@ def run_search(settings: PlanSettings) -> None:
         UserError: an invalid option, weights of another model, or a cluster that does not suit the model.
     """
     config = load_config(settings.config, settings.overrides)
-    wishes = _wishes(settings, config)
+    inputs = _search_inputs(settings, config)
     check_known_weights(config)
-    with reserved(settings.output, overwrite=settings.overwrite) if settings.output else nullcontext():
-        plan = search(config, wishes, settings.top)
-        report = Report(plan, config, obvious_others(plan.best[0], wishes))
+    if settings.output:
+        # Needed only at the end. If it is missing, fail before the search.
+        import matplotlib  # noqa: F401
+    with reserved_folder(settings.output, FILES, overwrite=settings.overwrite) if settings.output else nullcontext():
+        plan = search(config, inputs, settings.top)
+        report = Report(plan, config, usual_alternatives(plan.best[0], inputs))
         print(text(report))
         if settings.output:
             print(f"\nwrote {', '.join(write_report(settings.output, report))} to {settings.output}")
@@ -90,19 +87,11 @@ def check_known_weights(config: Config) -> None:
             check_weights(config, path, key)
 
 
-def _wishes(settings: PlanSettings, config: Config) -> Wishes:
-    gpu, calibration = _device(settings)
+def _search_inputs(settings: PlanSettings, config: Config) -> SearchInputs:
+    gpu, calibration = calibrated_device(settings.gpu, settings.calibration)
     per_node = gpu.gpus_per_node if settings.gpus_per_node is None else settings.gpus_per_node
     shape = image_shape(config, settings.image_grid, settings.caption_tokens)
-    return Wishes(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
-
-
-def _device(settings: PlanSettings) -> tuple[Gpu, Calibration]:
-    if settings.calibration is None:
-        return gpu_named(settings.gpu), DEFAULT
-    calibration, measured = read_calibration(settings.calibration, settings.gpu)
-    # The project has no data sheet of a processor. Its measurement replaces one.
-    return (measured if settings.gpu == CPU else gpu_named(settings.gpu)), calibration
+    return SearchInputs(Cluster(gpu, settings.gpus, per_node), shape, _variables(settings.vary), calibration)
 
 
 def _variables(text: str | None) -> tuple[str, ...]:
@@ -113,10 +102,6 @@ def _variables(text: str | None) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"--vary: {unknown[0]!r} is unknown; known: {', '.join(VARIABLES)}")
     return names
-
-
-# Packages whose versions change the times.
-PACKAGES = ("torch", "megatron-core", "transformer-engine")
 
 
 def run_calibrate(settings: CalibrateSettings) -> None:
@@ -265,7 +250,7 @@ def _check_fits(needed: int, gpu: Gpu, rank: int) -> None:
     if needed > gpu.memory_bytes:
         raise UserError(
             f"--gpu: rank {rank} needs {needed / GIB:.1f} GiB, {gpu.name} has {gpu.memory_bytes / GIB:.1f}; "
-            "tools/plan.py search says which layouts fit"
+            "megatron-cca plan search says which layouts fit"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import yaml
 from megatron_cca import __version__
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_to_dict
-from megatron_cca.io.outputs import check_output, claimed, replacing
-from megatron_cca.lab import padded_table
+from megatron_cca.io.output_folders import replacing
+from megatron_cca.lab import PARTIAL, padded_table
 from megatron_cca.lab.planner.candidates import MEMORY_SHARE, Candidate
 from megatron_cca.lab.planner.hardware import DEFAULT
 from megatron_cca.lab.planner.memory import GIB, MemoryEstimate
-from megatron_cca.lab.planner.search import Other, Plan
+from megatron_cca.lab.planner.search import Alternative, Plan
 from megatron_cca.lab.planner.sizes import sizes_of
 from megatron_cca.lab.planner.workload import MFU_MEANS
 from megatron_cca.models import resolve_architecture
@@ -41,6 +40,10 @@ HEADER = (
     "bubble",
     "comm.",
 )
+_WIDTH = 118
+YAML_FILE = "plan.yaml"
+TABLE_FILE, JSON_FILE, PLOT_FILE = "table.md", "plan.json", "plan.png"
+FILES = (TABLE_FILE, YAML_FILE, PLOT_FILE, JSON_FILE)
 
 
 def layout_name(config: Config, num_gpus: int) -> str:
@@ -110,9 +113,6 @@ def memory_groups(memory: MemoryEstimate) -> dict[str, int]:
     }
 
 
-_WIDTH = 118
-
-
 def as_yaml(config: Config, before: Config, head: Sequence[str]) -> str:
     """Return the configuration as YAML text.
 
@@ -151,11 +151,8 @@ def _mark(section: str, key: str, is_planned: bool) -> str:
     if not is_planned or section == "model":
         return ""
     if (section, key) == ("reference", "cache"):
-        return "  # compute it beforehand: tools/cache_reference.py"
+        return "  # compute it beforehand: megatron-cca cache-reference"
     return "  # planned"
-
-
-YAML_FILE = "plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -165,12 +162,12 @@ class Report:
     Attributes:
         plan: the result of the search.
         before: the configuration that the search started from.
-        others: the obvious layouts, and why they are not the best.
+        alternatives: the usual layouts, and why they are not the best.
     """
 
     plan: Plan
     before: Config
-    others: list[Other]
+    alternatives: list[Alternative]
 
     @property
     def best(self) -> Candidate:
@@ -180,14 +177,14 @@ class Report:
 
 def text(report: Report) -> str:
     """Return the printed text: the best layouts, then remarks."""
-    plan, wishes = report.plan, report.plan.wishes
-    cluster, best = wishes.cluster, report.best
+    plan, inputs = report.plan, report.plan.inputs
+    cluster, best = inputs.cluster, report.best
     rows = "a row" if rows_per_sample(best.config) == 1 else "two rows"
     lines = [
         f"{cluster.num_gpus} x {cluster.gpu.name}, {cluster.gpus_per_node} a node. A sample is {rows} of "
         f"{best.workload.seq_length:,} tokens, {best.workload.image_tokens:,} of them the image's; the global batch is "
         f"{best.config.training.global_batch_size}.",
-        f"{plan.considered:,} candidates; the fastest of those within {wishes.memory_limit / GIB:.1f} GiB, "
+        f"{plan.considered:,} candidates; the fastest of those within {inputs.memory_limit / GIB:.1f} GiB, "
         f"{MEMORY_SHARE:.0%} of a GPU's memory:",
         "",
         padded_table(HEADER, [row(candidate) for candidate in plan.best]),
@@ -196,8 +193,8 @@ def text(report: Report) -> str:
         MFU_MEANS,
         *_remarks(report),
     ]
-    if report.others:
-        lines += ["", "Why not:", *(f"- {other.name}: {other.verdict}" for other in report.others)]
+    if report.alternatives:
+        lines += ["", "Why not:", *(f"- {one.name}: {one.verdict}" for one in report.alternatives)]
     return "\n".join(lines)
 
 
@@ -210,12 +207,12 @@ def _samples(candidate: Candidate) -> int:
 
 
 def _trust(report: Report) -> str:
-    calibration = report.plan.wishes.calibration
+    calibration = report.plan.inputs.calibration
     error = f"± is two standard deviations, {report.best.step.error:.0%}"
     if report.best.step.cluster_spread:
         error += ", with what clusters differ in (docs/scaling.md)"
     if calibration == DEFAULT:
-        return f"{error}: how far the model is off published runs. Measure yours with tools/plan.py calibrate."
+        return f"{error}: how far the model is off published runs. Measure yours with megatron-cca plan calibrate."
     return f"{error}: how far the model is off the steps that were measured for the calibration."
 
 
@@ -224,7 +221,7 @@ def _remarks(report: Report) -> Iterator[str]:
     if cached is not None:
         faster = cached.step.samples_per_second / best.step.samples_per_second
         yield (
-            f"With reference.strategy cached, after tools/cache_reference.py has passed over the data once: "
+            f"With reference.strategy cached, after megatron-cca cache-reference has passed over the data once: "
             f"{_layout(cached)}, micro batch {_samples(cached)}, recompute {recompute_name(cached.config)}: "
             f"{cached.step.samples_per_second:.3g} samples/s, {faster:.2f} times as many."
         )
@@ -235,19 +232,19 @@ def _remarks(report: Report) -> Iterator[str]:
 
 
 def _per_node(report: Report) -> int:
-    cluster = report.plan.wishes.cluster
+    cluster = report.plan.inputs.cluster
     return min(cluster.num_gpus, cluster.gpus_per_node)
 
 
 def yaml_of(report: Report) -> str:
     """Return the best run's configuration as YAML text."""
-    best, cluster = report.best, report.plan.wishes.cluster
+    best, cluster = report.best, report.plan.inputs.cluster
     per_node = _per_node(report)
     nodes = cluster.num_gpus // per_node
     launch = f"--nnodes {nodes} --nproc_per_node {per_node}" if nodes > 1 else f"--nproc_per_node {per_node}"
     step = best.step
     head = [
-        f"Planned by tools/plan.py for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
+        f"Planned by megatron-cca plan for {cluster.num_gpus} x {cluster.gpu.name}: {_layout(best)}.",
         f"Predicted: {step.total:.3g} s/step ({step.low:.3g} to {step.high:.3g}), {step.samples_per_second:.3g} "
         f"samples/s, {best.memory.total / GIB:.1f} of {cluster.gpu.memory_bytes / GIB:.1f} GiB.",
         f"torchrun {launch} examples/pretrain_cca_emu3.sh --config {YAML_FILE}",
@@ -255,27 +252,8 @@ def yaml_of(report: Report) -> str:
     return as_yaml(best.config, report.before, head)
 
 
-TABLE_FILE, JSON_FILE, PLOT_FILE = "table.md", "plan.json", "plan.png"
-_FILES = (TABLE_FILE, YAML_FILE, PLOT_FILE, JSON_FILE)
-_PARTIAL = ".partial"
-
-
-@contextmanager
-def reserved(output: Path, *, overwrite: bool) -> Iterator[None]:
-    """Reserve the folder for a plan while the context is open.
-
-    It opens before the search and closes after the last file.
-
-    Raises:
-        UserError: the folder holds something that must not be replaced, or another process writes there.
-    """
-    with claimed(output):
-        check_output(output, _FILES, {_PARTIAL}, overwrite=overwrite)
-        yield
-
-
 def write_report(output: Path, report: Report) -> list[str]:
-    """Write all files into a :func:`reserved` folder, or none.
+    """Write all files into a :func:`reserved_folder`, or none.
 
     They replace those of a former plan.
 
@@ -288,34 +266,34 @@ def write_report(output: Path, report: Report) -> list[str]:
     # Imported late: the import of matplotlib takes a second. A plan without a folder does not need it.
     from megatron_cca.lab.planner.plots import plot
 
-    with replacing(output, _FILES, _PARTIAL, JSON_FILE) as partial:
+    with replacing(output, FILES, PARTIAL, JSON_FILE) as partial:
         (partial / TABLE_FILE).write_text(text(report) + "\n", encoding="utf-8")
         (partial / YAML_FILE).write_text(yaml_of(report), encoding="utf-8")
         plot(partial / PLOT_FILE, report.plan)
         contents = json.dumps(as_json(report), indent=1, ensure_ascii=False)
         (partial / JSON_FILE).write_text(contents + "\n", encoding="utf-8")
-    return list(_FILES)
+    return list(FILES)
 
 
 def as_json(report: Report) -> dict:
     """Return all numbers of the plan as plain data."""
-    plan, wishes = report.plan, report.plan.wishes
+    plan, inputs = report.plan, report.plan.inputs
     architecture = asdict(resolve_architecture(report.best.config.model))
     architecture["vocabulary"] = {"size": architecture["vocabulary"]["size"]}
     return {
         "version": __version__,
-        "gpu": asdict(wishes.cluster.gpu),
-        "num_gpus": wishes.cluster.num_gpus,
-        "gpus_per_node": wishes.cluster.gpus_per_node,
-        "images": asdict(wishes.images),
-        "vary": list(wishes.vary),
-        "memory_limit_bytes": wishes.memory_limit,
-        "calibration": asdict(wishes.calibration),
+        "gpu": asdict(inputs.cluster.gpu),
+        "num_gpus": inputs.cluster.num_gpus,
+        "gpus_per_node": inputs.cluster.gpus_per_node,
+        "images": asdict(inputs.images),
+        "vary": list(inputs.vary),
+        "memory_limit_bytes": inputs.memory_limit,
+        "calibration": asdict(inputs.calibration),
         "model": architecture,
         "considered": plan.considered,
         "best": [_candidate(one) for one in plan.best],
         "cached": None if plan.cached is None else _candidate(plan.cached),
-        "others": [asdict(other) for other in report.others],
+        "others": [asdict(one) for one in report.alternatives],
         "config": config_to_dict(report.best.config),
     }
 

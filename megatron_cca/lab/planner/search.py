@@ -14,7 +14,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.candidates import (
     Candidate,
     Layout,
-    Wishes,
+    SearchInputs,
     candidate_of,
     candidates,
     check_fp8,
@@ -28,31 +28,33 @@ from megatron_cca.lab.planner.memory import GIB
 from megatron_cca.models import explicit
 from megatron_cca.training import reference_settings
 
+_MOST_NODES = 64
+
 
 @dataclass(frozen=True)
 class Plan:
     """The result of a search.
 
     Attributes:
-        wishes: the input of the search.
+        inputs: the input of the search.
         best: candidates that fit, fastest first.
         cached: the fastest that fits if the reference's log-probabilities are cached beforehand; None where a cache is
             no option.
         considered: number of candidates.
     """
 
-    wishes: Wishes
+    inputs: SearchInputs
     best: list[Candidate]
     cached: Candidate | None
     considered: int
 
 
-def search(config: Config, wishes: Wishes, top: int) -> Plan:
+def search(config: Config, inputs: SearchInputs, top: int) -> Plan:
     """Search all candidates for the fastest ones that fit.
 
     Args:
-        config: the run; the layout and whatever ``wishes.vary`` names may change; some layout must be acceptable.
-        wishes: the cluster, the data, and what may vary.
+        config: the run; the layout and whatever ``inputs.vary`` names may change; some layout must be acceptable.
+        inputs: the cluster, the data, and what may vary.
         top: number of layouts to return.
 
     Raises:
@@ -60,21 +62,21 @@ def search(config: Config, wishes: Wishes, top: int) -> Plan:
             memory.
     """
     config = explicit(config)
-    _check_precisions(config, wishes)
-    check_cluster(config, wishes)
-    offers_cache = _offers_cache(config, wishes)
-    vary = (*wishes.vary, "cached") if offers_cache else wishes.vary
-    everything = sorted(candidates(config, replace(wishes, vary=vary)), key=_rank)
+    _check_precisions(config, inputs)
+    check_cluster(config, inputs)
+    offers_cache = _offers_cache(config, inputs)
+    vary = (*inputs.vary, "cached") if offers_cache else inputs.vary
+    everything = sorted(candidates(config, replace(inputs, vary=vary)), key=_rank)
     cached = [one for one in everything if one.config.reference.strategy == "cached"] if offers_cache else []
     found = [one for one in everything if one.config.reference.strategy != "cached"] if offers_cache else everything
-    best = fitting(found, wishes, top)
+    best = fitting(found, inputs, top)
     if not best:
-        refuse_too_small(config, wishes, found)
-    return Plan(wishes, best, next(iter(fitting(cached, wishes, 1)), None), len(found))
+        refuse_too_small(config, inputs, found)
+    return Plan(inputs, best, next(iter(fitting(cached, inputs, 1)), None), len(found))
 
 
-def _check_precisions(config: Config, wishes: Wishes) -> None:
-    gpu = wishes.cluster.gpu
+def _check_precisions(config: Config, inputs: SearchInputs) -> None:
+    gpu = inputs.cluster.gpu
     gpu.peak_flops(config.training.precision)
     if config.objective.needs_reference:
         gpu.peak_flops(reference_settings(config).precision, "reference.precision")
@@ -96,29 +98,26 @@ def _rank(candidate: Candidate) -> tuple:
     return (candidate.step.total, *sizes)
 
 
-def _offers_cache(config: Config, wishes: Wishes) -> bool:
+def _offers_cache(config: Config, inputs: SearchInputs) -> bool:
     """Check whether to report the gain of a cache of the reference's log-probabilities.
 
     The plan itself does not use one then.
     """
     uses_pairs = config.objective.needs_reference
-    return uses_pairs and "reference" in wishes.vary and "cached" not in wishes.vary and not _has_cache(config)
+    return uses_pairs and "reference" in inputs.vary and "cached" not in inputs.vary and not _has_cache(config)
 
 
 def _has_cache(config: Config) -> bool:
     return config.reference.strategy == "cached"
 
 
-_MOST_NODES = 64
-
-
-def check_cluster(config: Config, wishes: Wishes) -> None:
+def check_cluster(config: Config, inputs: SearchInputs) -> None:
     """Refuse a number of GPUs for which no layout exists.
 
     Raises:
         UserError: names the number and the nearest possible ones.
     """
-    cluster = wishes.cluster
+    cluster = inputs.cluster
     node, gpus = cluster.gpus_per_node, cluster.num_gpus
     if gpus > node and gpus % node:
         lower = gpus // node * node
@@ -126,10 +125,10 @@ def check_cluster(config: Config, wishes: Wishes) -> None:
             f"--gpus: {gpus} is no whole number of nodes of {node}; the nearest are {lower} and {lower + node}, "
             "or give another --nodes-of"
         )
-    if _has_layout(config, wishes, gpus):
+    if _has_layout(config, inputs, gpus):
         return
-    advice = [f"{n} GPUs" for n in _nearest(config, wishes)]
-    batch = _nearest_batch(config, wishes)
+    advice = [f"{n} GPUs" for n in _nearest(config, inputs)]
+    batch = _nearest_batch(config, inputs)
     advice += [f"training.global_batch_size {batch}"] if batch else []
     raise UserError(
         f"--gpus: {gpus} cannot be divided into tensor, pipeline, context and data parallelism for this model and "
@@ -137,86 +136,86 @@ def check_cluster(config: Config, wishes: Wishes) -> None:
     )
 
 
-def _has_layout(config: Config, wishes: Wishes, gpus: int) -> bool:
-    cluster = replace(wishes.cluster, num_gpus=gpus)
-    return any(True for _ in layouts(config, cluster, vary_micro_batch="micro_batch" in wishes.vary))
+def _has_layout(config: Config, inputs: SearchInputs, gpus: int) -> bool:
+    cluster = replace(inputs.cluster, num_gpus=gpus)
+    return any(True for _ in layouts(config, cluster, vary_micro_batch="micro_batch" in inputs.vary))
 
 
-def _nearest(config: Config, wishes: Wishes) -> list[int]:
+def _nearest(config: Config, inputs: SearchInputs) -> list[int]:
     """Return the largest possible number of GPUs below, and the smallest above."""
-    gpus, node = wishes.cluster.num_gpus, wishes.cluster.gpus_per_node
+    gpus, node = inputs.cluster.num_gpus, inputs.cluster.gpus_per_node
     step = node if gpus > node else 1
-    below = next((n for n in range(gpus - step, 0, -step) if _has_layout(config, wishes, n)), None)
+    below = next((n for n in range(gpus - step, 0, -step) if _has_layout(config, inputs, n)), None)
     above = range(gpus + step, 2 * gpus + 1, step) if gpus > node else [*range(gpus + 1, node + 1), 2 * node]
-    return [n for n in (below, next((n for n in above if _has_layout(config, wishes, n)), None)) if n]
+    return [n for n in (below, next((n for n in above if _has_layout(config, inputs, n)), None)) if n]
 
 
-def _nearest_batch(config: Config, wishes: Wishes) -> int | None:
+def _nearest_batch(config: Config, inputs: SearchInputs) -> int | None:
     """Return the next larger global batch size for which the GPUs have a layout."""
-    gpus, batch = wishes.cluster.num_gpus, config.training.global_batch_size
+    gpus, batch = inputs.cluster.num_gpus, config.training.global_batch_size
     for size in range(batch + 1, batch + gpus + 1):
-        if _has_layout(replace(config, training=replace(config.training, global_batch_size=size)), wishes, gpus):
+        if _has_layout(replace(config, training=replace(config.training, global_batch_size=size)), inputs, gpus):
             return size
     return None
 
 
-def refuse_too_small(config: Config, wishes: Wishes, found: Sequence[Candidate]) -> NoReturn:
+def refuse_too_small(config: Config, inputs: SearchInputs, found: Sequence[Candidate]) -> NoReturn:
     """Refuse a cluster with too little memory; say how much is missing at least, and what would fit.
 
     Raises:
         UserError: always.
     """
     least = min((one.memory.total for one in found), default=0)
-    cluster = wishes.cluster
+    cluster = inputs.cluster
     where = f"{cluster.num_gpus} x {cluster.gpu.name}"
     problem = f"--gpus: {where} are too little for this model: the best layout needs {least / GIB:.1f} GiB on a GPU"
-    raise UserError(f"{problem}, of which {wishes.memory_limit / GIB:.1f} may be filled; {_advice(config, wishes)}")
+    raise UserError(f"{problem}, of which {inputs.memory_limit / GIB:.1f} may be filled; {_advice(config, inputs)}")
 
 
-def _advice(config: Config, wishes: Wishes) -> str:
-    would_do = [text for text in (_more_gpus(config, wishes), _other_gpus(config, wishes)) if text]
-    if config.lora.dim is None and _fits(replace(config, lora=replace(config.lora, dim=16)), wishes):
+def _advice(config: Config, inputs: SearchInputs) -> str:
+    would_do = [text for text in (_more_gpus(config, inputs), _other_gpus(config, inputs)) if text]
+    if config.lora.dim is None and _fits(replace(config, lora=replace(config.lora, dim=16)), inputs):
         would_do.append("lora.dim=16 on these")
     return f"would do: {', or '.join(would_do)}" if would_do else "nothing known here would do"
 
 
-def _more_gpus(config: Config, wishes: Wishes) -> str | None:
-    cluster = wishes.cluster
+def _more_gpus(config: Config, inputs: SearchInputs) -> str | None:
+    cluster = inputs.cluster
     sizes = [n for n in range(cluster.num_gpus + 1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0]
     nodes = max(1, cluster.num_gpus // cluster.gpus_per_node)
     while nodes < _MOST_NODES:
         nodes *= 2
         sizes.append(nodes * cluster.gpus_per_node)
     for size in sizes:
-        if _fits(config, replace(wishes, cluster=replace(cluster, num_gpus=size))):
+        if _fits(config, replace(inputs, cluster=replace(cluster, num_gpus=size))):
             return f"{size} of them"
     return None
 
 
-def _other_gpus(config: Config, wishes: Wishes) -> str | None:
-    cluster = wishes.cluster
+def _other_gpus(config: Config, inputs: SearchInputs) -> str | None:
+    cluster = inputs.cluster
     larger = sorted(
         (gpu for gpu in GPUS.values() if gpu.memory_bytes > cluster.gpu.memory_bytes), key=lambda gpu: gpu.memory_bytes
     )
     for gpu in larger:
         # Take its data sheet. A calibration is valid for one GPU.
-        elsewhere = Wishes(Cluster(gpu, cluster.num_gpus, cluster.gpus_per_node), wishes.images, wishes.vary)
+        elsewhere = SearchInputs(Cluster(gpu, cluster.num_gpus, cluster.gpus_per_node), inputs.images, inputs.vary)
         if config.training.precision in gpu.flops and _fits(config, elsewhere):
             return f"{cluster.num_gpus} x {gpu.name}"
     return None
 
 
-def _fits(config: Config, wishes: Wishes) -> bool:
+def _fits(config: Config, inputs: SearchInputs) -> bool:
     try:
-        found = sorted(candidates(config, wishes), key=lambda one: -one.step.recompute)
+        found = sorted(candidates(config, inputs), key=lambda one: -one.step.recompute)
     except UserError:
         return False
-    return bool(fitting(found, wishes, 1))
+    return bool(fitting(found, inputs, 1))
 
 
 @dataclass(frozen=True)
-class Other:
-    """An obvious layout that is not the best.
+class Alternative:
+    """A usual layout that is not the best.
 
     Attributes:
         name: its description.
@@ -227,26 +226,26 @@ class Other:
     verdict: str
 
 
-def obvious_others(best: Candidate, wishes: Wishes) -> list[Other]:
+def usual_alternatives(best: Candidate, inputs: SearchInputs) -> list[Alternative]:
     """Return the usual layouts, and the best layout with one change each, with their verdicts.
 
     Args:
         best: the first candidate of the plan.
-        wishes: the input of the search.
+        inputs: the input of the search.
     """
     return [
-        Other(name, _verdict(config, best, wishes))
-        for name, config in [*_usual(best.config, wishes), *_neighbours(best.config)]
+        Alternative(name, _verdict(config, best, inputs))
+        for name, config in [*_usual(best.config, inputs), *_neighbours(best.config)]
         if config != best.config
     ]
 
 
-def _usual(config: Config, wishes: Wishes) -> Iterator[tuple[str, Config]]:
-    node = min(wishes.cluster.gpus_per_node, wishes.cluster.num_gpus)
+def _usual(config: Config, inputs: SearchInputs) -> Iterator[tuple[str, Config]]:
+    node = min(inputs.cluster.gpus_per_node, inputs.cluster.num_gpus)
     yield "data parallelism alone", laid_out(config, Layout())
     yield f"TP {node} alone", laid_out(config, Layout(tensor=node))
     yield f"PP {node} alone", laid_out(config, Layout(pipeline=node))
-    if wishes.cluster.num_gpus > node:
+    if inputs.cluster.num_gpus > node:
         yield f"TP {node} x PP 2", laid_out(config, Layout(tensor=node, pipeline=2))
 
 
@@ -272,12 +271,12 @@ def _neighbours(config: Config) -> Iterator[tuple[str, Config]]:
         yield "the best, not interleaved", replace(config, parallel=single)
 
 
-def _verdict(config: Config, best: Candidate, wishes: Wishes) -> str:
+def _verdict(config: Config, best: Candidate, inputs: SearchInputs) -> str:
     try:
-        candidate = candidate_of(config, wishes)
+        candidate = candidate_of(config, inputs)
     except UserError as error:
         return f"refused: {error}"
-    problem = misfit(candidate, wishes)
+    problem = misfit(candidate, inputs)
     if problem is not None:
         return problem
     slower = candidate.step.total / best.step.total - 1

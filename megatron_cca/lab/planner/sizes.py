@@ -19,6 +19,15 @@ from megatron_cca.parallel.tiles import own_part
 from megatron_cca.training import head_support, rows_per_sample
 from megatron_cca.training.checks import data_parallel_size
 
+_ADAPTER = "adapter."
+# Megatron's constants, in elements. Parameters begin at multiples of the first. Buckets end at multiples of the second
+# and of the number of ranks that share them (megatron/core/optimizer/param_layout.py). The third is for wide NCCL
+# transfers.
+_ALIGNMENT, _BUCKET_MULTIPLE, _BUS_MULTIPLE = 64, 128, 2**16
+# The least number of elements in a bucket, and the number for each rank
+# (megatron/core/distributed/distributed_data_parallel.py).
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -149,9 +158,6 @@ def reference_parameters(config: Config, pipeline_rank: int) -> list[Parameter]:
     return [parameter for chunk in chunks for parameter in chunk if not parameter.name.startswith(_ADAPTER)]
 
 
-_ADAPTER = "adapter."
-
-
 def _chunk(config: Config, pipeline_rank: int, chunk: int, chunks: int) -> Iterator[Parameter]:
     architecture, parallel = architecture_of(config.model), config.parallel
     hidden, stages = architecture.hidden_size, parallel.pipeline_model_parallel_size
@@ -194,15 +200,6 @@ def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
     if product.splits_outputs:
         return product.inputs, product.outputs // tensor
     return product.inputs // tensor, product.outputs
-
-
-# Megatron's constants, in elements. Parameters begin at multiples of the first. Buckets end at multiples of the second
-# and of the number of ranks that share them (megatron/core/optimizer/param_layout.py). The third is for wide NCCL
-# transfers.
-_ALIGNMENT, _BUCKET_MULTIPLE, _BUS_MULTIPLE = 64, 128, 2**16
-# The least number of elements in a bucket, and the number for each rank
-# (megatron/core/distributed/distributed_data_parallel.py).
-_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)

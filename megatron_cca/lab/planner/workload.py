@@ -12,6 +12,16 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, sequence_multiple
 from megatron_cca.training import head_support, reference_settings, rows_per_sample, uses_reference_pass
 
+# Printed beside every MFU.
+MFU_MEANS = (
+    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
+    "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
+    "FP8 the layers' products; attention and LM head are bf16)."
+)
+# A flash kernel does not keep the scores. Backward computes them again and then four products. Forward has two
+# products.
+ATTENTION_BACKWARD = 2.5
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -66,18 +76,6 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
             f"{seq_length} positions, model.max_position_embeddings is {limit}; raise that, or give smaller images"
         )
     return Workload(seq_length, shape.height * shape.width)
-
-
-# Printed beside every MFU.
-MFU_MEANS = (
-    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
-    "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
-    "FP8 the layers' products; attention and LM head are bf16)."
-)
-
-# A flash kernel does not keep the scores. Backward computes them again and then four products. Forward has two
-# products.
-ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True)

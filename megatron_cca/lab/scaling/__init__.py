@@ -41,7 +41,7 @@ class PlannedSettings:
     """Section ``planned``: points that nobody ran, from the planner's model."""
 
     gpu: str
-    """As ``tools/plan.py --gpu`` names it."""
+    """As ``megatron-cca plan --gpu`` names it."""
     world_sizes: WorldSizes
     config: PathText | None = None
     """A training configuration beside the sweep's file; null means the sweep's own."""
@@ -50,7 +50,7 @@ class PlannedSettings:
     gpus_per_node: PositiveInt | None = None
     """Null means what is usual."""
     calibration: PathText | None = None
-    """What ``tools/plan.py calibrate`` wrote, beside the sweep's file."""
+    """What ``megatron-cca plan calibrate`` wrote, beside the sweep's file."""
     layouts: Layouts = "planned"
     """``planned`` takes the fastest that fits, at every world size anew."""
     samples_per_gpu: PositiveInt | None = None
@@ -97,7 +97,7 @@ class SweepSettings:
     gpu: str | None = None
     """What the GPU at hand is nearest to, for its peak; null lets it say so itself."""
     calibration: PathText | None = None
-    """For ``layouts: planned``: what ``tools/plan.py calibrate`` wrote, beside this file. A CPU needs one."""
+    """For ``layouts: planned``: what ``megatron-cca plan calibrate`` wrote, beside this file. A CPU needs one."""
     planned: PlannedSettings | None = None
 
     @property

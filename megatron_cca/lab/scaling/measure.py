@@ -20,16 +20,15 @@ from tqdm import tqdm
 from megatron_cca import platform
 from megatron_cca.config import Config, Precision
 from megatron_cca.errors import UserError
-from megatron_cca.lab.planner.candidates import Candidate, Layout, Wishes, candidate_of, laid_out, misfit
+from megatron_cca.lab.planner.candidates import Candidate, Layout, SearchInputs, candidate_of, laid_out, misfit
 from megatron_cca.lab.planner.hardware import (
     CPU,
-    DEFAULT,
     Calibration,
     Cluster,
     Gpu,
+    calibrated_device,
     gpu_named,
     name_of_device,
-    read_calibration,
 )
 from megatron_cca.lab.planner.measuring import (
     measurable,
@@ -44,7 +43,7 @@ from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.planner.search import search
 from megatron_cca.lab.planner.workload import average_peak, flops_by_precision, image_workload, mfu
 from megatron_cca.lab.scaling import LayoutSettings
-from megatron_cca.lab.scaling.sweep import MEASURED, Record, Task, read_record, write_failed, write_finished
+from megatron_cca.lab.scaling.sweep import MEASURED, Point, Record, read_record, write_failed, write_finished
 from megatron_cca.lab.scaling.waiting import Span, Waiting, merged, shortest, timed_collectives, traced_kernels, waiting
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.ranks import initialize_distributed
@@ -54,18 +53,18 @@ from megatron_cca.training.kernel_checks import check_devices
 from megatron_cca.training.setup import Run
 
 
-def gpu_of(task: Task) -> str:
-    """Return the name of a task's device.
+def gpu_of(point: Point) -> str:
+    """Return the name of a point's device.
 
-    A measured task runs on this machine's device.
+    A measured point runs on this machine's device.
 
     Raises:
         UserError: this machine's GPU is unknown, and the sweep does not name one.
     """
-    if task.kind == MEASURED and not platform.current().is_cuda:
+    if point.kind == MEASURED and not platform.current().is_cuda:
         return CPU
-    if task.how["gpu"] is not None:
-        return task.how["gpu"]
+    if point.how["gpu"] is not None:
+        return point.how["gpu"]
     called = platform.device_name()
     name = name_of_device(called)
     if name is None:
@@ -73,47 +72,44 @@ def gpu_of(task: Task) -> str:
     return name
 
 
-def planned_candidate(task: Task) -> Candidate:
-    """Return the task's run with its predicted cost.
+def planned_candidate(point: Point) -> Candidate:
+    """Return the point's run with its predicted cost.
 
     Raises:
         UserError: an unknown GPU, or a run that training would refuse or that does not fit; one line.
     """
-    wishes = _wishes(task)
-    if task.layout is None:
-        return search(task.config, wishes, 1).best[0]
-    candidate = candidate_of(laid_out(task.config, layout_of(task.layout, task)), wishes)
-    problem = misfit(candidate, wishes)
+    inputs = _search_inputs(point)
+    if point.layout is None:
+        return search(point.config, inputs, 1).best[0]
+    candidate = candidate_of(laid_out(point.config, layout_of(point.layout, point)), inputs)
+    problem = misfit(candidate, inputs)
     if problem is not None:
         raise UserError(problem)
     return candidate
 
 
-def layout_of(settings: LayoutSettings, task: Task) -> Layout:
+def layout_of(settings: LayoutSettings, point: Point) -> Layout:
     """Return the planner's form of a layout in a sweep's file."""
     return Layout(
         tensor=settings.tensor_model_parallel_size,
         pipeline=settings.pipeline_model_parallel_size,
         virtual=settings.virtual_pipeline_model_parallel_size,
         context=settings.context_parallel_size,
-        micro_batch=settings.micro_batch_size or task.config.training.micro_batch_size,
+        micro_batch=settings.micro_batch_size or point.config.training.micro_batch_size,
     )
 
 
-def _wishes(task: Task) -> Wishes:
-    gpu, calibration = _device(task)
-    per_node = task.how.get("gpus_per_node") or gpu.gpus_per_node
-    return Wishes(Cluster(gpu, task.num_gpus, per_node), task.images, calibration=calibration)
+def _search_inputs(point: Point) -> SearchInputs:
+    gpu, calibration = _device(point)
+    per_node = point.how.get("gpus_per_node") or gpu.gpus_per_node
+    return SearchInputs(Cluster(gpu, point.num_gpus, per_node), point.images, calibration=calibration)
 
 
-def _device(task: Task) -> tuple[Gpu, Calibration]:
-    name = gpu_of(task)
-    if task.how["calibration"] is None:
-        if name == CPU:
-            raise UserError("layouts: planned on a CPU needs calibration, what tools/plan.py calibrate measured on it")
-        return gpu_named(name), DEFAULT
-    calibration, measured = read_calibration(Path(task.how["calibration"].partition("\n")[0]), name)
-    return (measured if name == CPU else gpu_named(name)), calibration
+def _device(point: Point) -> tuple[Gpu, Calibration]:
+    name, calibration = gpu_of(point), point.how["calibration"]
+    if calibration is None and name == CPU:
+        raise UserError("layouts: planned on a CPU needs calibration, what megatron-cca plan calibrate measured on it")
+    return calibrated_device(name, None if calibration is None else Path(calibration.partition("\n")[0]))
 
 
 def ideal_bubble(config: Config, num_gpus: int) -> float:
@@ -127,23 +123,23 @@ def ideal_bubble(config: Config, num_gpus: int) -> float:
     return (stages - 1) / (microbatches * chunks + stages - 1)
 
 
-def plan_all(output: Path, tasks: Sequence[Task]) -> None:
-    """Write a record for each task that has none."""
-    missing = [task for task in tasks if read_record(output, task) is None]
-    for task in tqdm(missing, desc="planning", unit="point", disable=None, dynamic_ncols=True):
+def plan_all(output: Path, points: Sequence[Point]) -> None:
+    """Write a record for each point that has none."""
+    missing = [point for point in points if read_record(output, point) is None]
+    for point in tqdm(missing, desc="planning", unit="point", disable=None, dynamic_ncols=True):
         try:
-            write_finished(output, task, plan(task))
+            write_finished(output, point, plan(point))
         except UserError as error:
-            write_failed(output, task, str(error))
+            write_failed(output, point, str(error))
 
 
-def plan(task: Task) -> Record:
-    """Return the planner's record of a task.
+def plan(point: Point) -> Record:
+    """Return the planner's record of a point.
 
     Raises:
-        UserError: :func:`planned_candidate` refuses the task.
+        UserError: :func:`planned_candidate` refuses the point.
     """
-    candidate = planned_candidate(task)
+    candidate = planned_candidate(point)
     step, training = candidate.step, candidate.config.training
     return {
         "step_seconds": [step.total],
@@ -159,16 +155,16 @@ def plan(task: Task) -> Record:
         "layout": layout_name(candidate.config, candidate.num_gpus),
         "micro_batch_size": training.micro_batch_size,
         "global_batch_size": training.global_batch_size,
-        "ideal_bubble": ideal_bubble(candidate.config, task.num_gpus),
-        "device": task.how["gpu"],
+        "ideal_bubble": ideal_bubble(candidate.config, point.num_gpus),
+        "device": point.how["gpu"],
     }
 
 
-def measure(task: Task, config: Config) -> dict[str, Any]:
+def measure(point: Point, config: Config) -> dict[str, Any]:
     """Measure the point on this job.
 
     Args:
-        task: the point.
+        point: the point of the sweep.
         config: the configuration on its layout.
 
     Returns:
@@ -182,27 +178,27 @@ def measure(task: Task, config: Config) -> dict[str, Any]:
     config = measurable(config)
     check_devices(config)
     initialize_distributed(config)
-    peaks = _peak_flops(task, config)
+    peaks = _peak_flops(point, config)
     with _folder_of_this_node() as (folder, writes):
         if writes:
-            write_random_shards(config, task.images, folder)
+            write_random_shards(config, point.images, folder)
         dist.barrier()
-        steps = [task.how[name] for name in ("warmup_steps", "steps", "profiled_steps")]
+        steps = [point.how[name] for name in ("warmup_steps", "steps", "profiled_steps")]
         config = on_random_shards(config, folder, sum(steps))
         platform.reset_peak_memory()
         with started(config) as run:
             seconds = _timed(run, steps[0], steps[1])
             memory = _all(platform.peak_memory_bytes())
             shares = _all(_profiled(run, steps[2]))
-    return {**_speed(task, config, seconds, peaks), **_about_ranks(memory, shares), **_about_layout(task, config)}
+    return {**_speed(point, config, seconds, peaks), **_about_ranks(memory, shares), **_about_layout(point, config)}
 
 
-def _peak_flops(task: Task, config: Config) -> dict[Precision, float]:
+def _peak_flops(point: Point, config: Config) -> dict[Precision, float]:
     """Return the peak FLOP/s of the device by precision.
 
     A GPU's come from its data sheet. A processor's are those of a product on one rank, while the other ranks are idle.
     """
-    name = gpu_of(task)
+    name = gpu_of(point)
     if name != CPU:
         return gpu_named(name).flops
     found = [_processor_peaks(config) if dist.get_rank() == 0 else None]
@@ -266,9 +262,9 @@ def _profiled(run: Run, steps: int) -> Waiting:
     return waiting(spans, merged(_all(shortest(spans))), seconds)
 
 
-def _speed(task: Task, config: Config, seconds: list[float], peaks: dict[Precision, float]) -> dict[str, Any]:
-    workload, batch = image_workload(config, task.images), config.training.global_batch_size
-    tokens = rows_per_sample(config) * workload.seq_length * batch / task.num_gpus
+def _speed(point: Point, config: Config, seconds: list[float], peaks: dict[Precision, float]) -> dict[str, Any]:
+    workload, batch = image_workload(config, point.images), config.training.global_batch_size
+    tokens = rows_per_sample(config) * workload.seq_length * batch / point.num_gpus
     flops = flops_by_precision(config, resolve_architecture(config.model), workload)
     peak = average_peak(flops, peaks.__getitem__)
     typical = statistics.median(seconds)
@@ -277,7 +273,7 @@ def _speed(task: Task, config: Config, seconds: list[float], peaks: dict[Precisi
         "tokens_per_second_per_gpu": tokens / typical,
         "low": tokens / max(seconds),
         "high": tokens / min(seconds),
-        "mfu": mfu(sum(flops.values()) * batch / task.num_gpus, typical, peak),
+        "mfu": mfu(sum(flops.values()) * batch / point.num_gpus, typical, peak),
         "peak_flops": peak,
         "seq_length": workload.seq_length,
     }
@@ -296,10 +292,10 @@ def _about_ranks(memory: list[int], shares: list[Waiting]) -> dict[str, Any]:
     }
 
 
-def _about_layout(task: Task, config: Config) -> dict[str, Any]:
+def _about_layout(point: Point, config: Config) -> dict[str, Any]:
     return {
-        "layout": layout_name(config, task.num_gpus),
+        "layout": layout_name(config, point.num_gpus),
         "micro_batch_size": config.training.micro_batch_size,
         "global_batch_size": config.training.global_batch_size,
-        "ideal_bubble": ideal_bubble(config, task.num_gpus),
+        "ideal_bubble": ideal_bubble(config, point.num_gpus),
     }

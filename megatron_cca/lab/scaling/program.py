@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.errors import UserError
-from megatron_cca.io.outputs import claimed, file_system_errors, write_text
+from megatron_cca.io.output_folders import claimed
+from megatron_cca.io.outputs import file_system_errors, write_text
 from megatron_cca.io.paths import retyped
 from megatron_cca.lab.scaling import OPTION
 from megatron_cca.lab.scaling.sweep import (
@@ -29,15 +30,15 @@ from megatron_cca.lab.scaling.sweep import (
     PLOT,
     RESULTS,
     TABLE,
+    Point,
+    PointRecord,
     Record,
-    Row,
     Sweep,
-    Task,
     forget_failed,
     open_sweep,
+    point_named,
     read_record,
     rows_of,
-    task_named,
     write_failed,
     write_finished,
     write_results,
@@ -49,26 +50,26 @@ PARENT = "MEGATRON_CCA_SWEEP_PROCESS"
 _TOLD = re.compile(r"megatron_cca: error: (.*)|.*?(\w*OutOfMemoryError: .*)")
 
 
-def run_point(
-    task: Task, sweep: Path, output: Path, script: Path, device: platform.DeviceChoice, timeout: float
+def launch_point(
+    point: Point, sweep: Path, output: Path, script: Path, device: platform.DeviceChoice, timeout: float
 ) -> None:
     """Start the job and wait until it ends.
 
-    The task has a record afterwards in any case.
+    The point has a record afterwards in any case.
 
     Args:
-        task: a task of the sweep.
+        point: the point.
         sweep: the sweep's file.
         output: the sweep's folder.
         script: the program whose command ``point`` measures the point.
         device: auto, cpu or cuda.
         timeout: the longest duration of the job in seconds.
     """
-    log = output / LOGS / f"{task.key}.log"
+    log = output / LOGS / f"{point.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={task.num_gpus}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.num_gpus}"]
     command += [str(script), "point", OPTION, retyped(sweep), "--output", retyped(output)]
-    command += ["--point", task.title, "--device", device]
+    command += ["--point", point.title, "--device", device]
     # The folder takes all temporary files of a killed job with it.
     with TemporaryDirectory(prefix="megatron_cca_sweep_") as scratch, log.open("wb") as file:
         job = subprocess.Popen(  # noqa: S603 - our own program, no shell
@@ -77,12 +78,12 @@ def run_point(
         try:
             status = job.wait(timeout)
         except subprocess.TimeoutExpired:
-            write_failed(output, task, f"not done after {timeout:.0f} s; the sweep's timeout_seconds")
+            write_failed(output, point, f"not done after {timeout:.0f} s; the sweep's timeout_seconds")
             return
         finally:
             _end(job)
     reason = _reason(log)
-    write_failed(output, task, f"{reason}; see {log}" if reason else f"ended with status {status}; see {log}")
+    write_failed(output, point, f"{reason}; see {log}" if reason else f"ended with status {status}; see {log}")
 
 
 def _environment(scratch: str) -> dict[str, str]:
@@ -196,27 +197,27 @@ def _check_this_device(sweep: Sweep, settings: RunSettings) -> None:
 
 
 def _measure_all(sweep: Sweep, settings: RunSettings) -> None:
-    tasks, output = sweep.measured, settings.output
-    done = [task for task in tasks if read_record(output, task) is not None]
-    with tqdm(total=len(tasks), initial=len(done), desc=sweep.settings.name, unit="point", disable=None) as bar:
-        for task in tasks:
+    points, output = sweep.measured, settings.output
+    done = [point for point in points if read_record(output, point) is not None]
+    with tqdm(total=len(points), initial=len(done), desc=sweep.settings.name, unit="point", disable=None) as bar:
+        for point in points:
             # A point of each mode may be the same run.
-            if task in done:
+            if point in done:
                 continue
-            bar.set_postfix_str(task.title)
-            if read_record(output, task) is None:
+            bar.set_postfix_str(point.title)
+            if read_record(output, point) is None:
                 seconds = sweep.settings.timeout_seconds
-                run_point(task, settings.sweep, output, settings.script, settings.device, seconds)
+                launch_point(point, settings.sweep, output, settings.script, settings.device, seconds)
             bar.update()
-            _tell(bar, Row(task, read_record(output, task)))
-            write_results(output, rows_of(output, tasks))
+            _tell(bar, PointRecord(point, read_record(output, point)))
+            write_results(output, rows_of(output, points))
 
 
-def _tell(bar: tqdm, row: Row) -> None:
+def _tell(bar: tqdm, row: PointRecord) -> None:
     record = row.record
     how = _speed(record) if row.is_finished else f"failed: {record['reason']}"
     if bar.disable or not row.is_finished:
-        bar.write(f"{row.task.title}: {how}", file=sys.stdout)
+        bar.write(f"{row.point.title}: {how}", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -243,7 +244,7 @@ def _write(sweep: Sweep, output: Path) -> None:
         print(f"{missing} of {len(sweep.measured)} points have not been run; run.py list names them")
 
 
-def _check_one_device(output: Path, rows: Sequence[Row]) -> None:
+def _check_one_device(output: Path, rows: Sequence[PointRecord]) -> None:
     devices = sorted({row.record["device"] for row in rows if row.is_finished})
     if len(devices) > 1:
         raise UserError(f"--output: {output} holds points of {' and of '.join(devices)}; give each a folder of its own")
@@ -255,12 +256,12 @@ def list_points(path: Path, output: Path, device: platform.DeviceChoice) -> None
     Raises:
         UserError: see :func:`open_sweep`.
     """
-    for task in open_sweep(path, device, is_elsewhere=True).measured:
-        record = read_record(output, task)
-        print(f"{task.title:32} {task.num_gpus:5} processes  {'not run' if record is None else record['status']}")
+    for point in open_sweep(path, device, is_elsewhere=True).measured:
+        record = read_record(output, point)
+        print(f"{point.title:32} {point.num_gpus:5} processes  {'not run' if record is None else record['status']}")
 
 
-def point(path: Path, output: Path, title: str | None, device: platform.DeviceChoice) -> None:
+def measure_point(path: Path, output: Path, title: str | None, device: platform.DeviceChoice) -> None:
     """Measure one point inside a job that torchrun, Slurm or Kubernetes has started.
 
     Rank 0 writes its record.
@@ -271,25 +272,25 @@ def point(path: Path, output: Path, title: str | None, device: platform.DeviceCh
     """
     leave_with_the_sweep()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    task = task_named(open_sweep(path, device, is_elsewhere=True), title, world_size)
-    if task.num_gpus != world_size:
-        raise UserError(f"--point: {task.title} is of {task.num_gpus} processes, this job has {world_size}")
+    point = point_named(open_sweep(path, device, is_elsewhere=True), title, world_size)
+    if point.num_gpus != world_size:
+        raise UserError(f"--point: {point.title} is of {point.num_gpus} processes, this job has {world_size}")
     try:
         platform.install(device)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
     try:
-        found = _measured(task)
+        found = _measured(point)
     except Exception as error:
         # The record keeps the reason of the rank that fails first. Later errors of other ranks follow from it.
-        write_failed(output, task, f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}")
+        write_failed(output, point, f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}")
         raise
     if os.environ.get("RANK", "0") == "0":
-        write_finished(output, task, found)
-        print(f"{task.title}: {_speed(found)}")
+        write_finished(output, point, found)
+        print(f"{point.title}: {_speed(found)}")
 
 
-def _measured(task: Task) -> dict:
+def _measured(point: Point) -> dict:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     import torch.distributed as dist
 
@@ -298,12 +299,12 @@ def _measured(task: Task) -> dict:
     from megatron_cca.lab.scaling.measure import layout_of, measure, planned_candidate
     from megatron_cca.version import code_version, installed_versions
 
-    if task.layout is None:
-        config = planned_candidate(task).config
+    if point.layout is None:
+        config = planned_candidate(point).config
     else:
-        config = laid_out(task.config, layout_of(task.layout, task))
-        check_candidate(config, task.num_gpus)
-    found = measure(task, config)
+        config = laid_out(point.config, layout_of(point.layout, point))
+        check_candidate(config, point.num_gpus)
+    found = measure(point, config)
     dist.destroy_process_group()
     return {
         **found,

@@ -15,7 +15,29 @@ from megatron_cca.io.figures import BLUE, COLOURS, GREY, INK, LEGEND, RED, TITLE
 from megatron_cca.lab import padded_table
 from megatron_cca.lab.planner.hardware import name_of_device
 from megatron_cca.lab.planner.workload import MFU_MEANS
-from megatron_cca.lab.scaling.sweep import MEASURED, Row, Sweep
+from megatron_cca.lab.scaling.sweep import MEASURED, PointRecord, Sweep
+
+_HEADER = (
+    "mode",
+    "{units}",
+    "layout",
+    "global batch",
+    "s/step",
+    "tokens/s/{unit}",
+    "of the smallest",
+    "MFU",
+    "GiB",
+    "communication",
+    "bubble",
+    "even bubble",
+)
+_MARKERS = {"weak": "o", "strong": "s"}
+_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
+_WIDTH, _HEIGHT = 13.5, 4.3
+# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
+_MARGIN, _SHIFT = 1.4, 0.008
+# The least number of bars that fill the axis. Fewer bars do not become wider.
+_FEWEST_BARS = 6
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,7 @@ class Series:
     kind: str
     mode: str
     name: str
-    rows: list[Row]
+    rows: list[PointRecord]
 
     @property
     def label(self) -> str:
@@ -59,7 +81,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Group:
+class Diagram:
     """Series that may share axes.
 
     They have the same model, data and device.
@@ -95,37 +117,37 @@ def units(unit: str) -> str:
     return {"process": "processes", "GPU": "GPUs"}[unit]
 
 
-def groups_of(measured: Sequence[Row], planned: Sequence[Row]) -> list[Group]:
-    """Return the finished points in groups.
+def diagrams_of(measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> list[Diagram]:
+    """Return the finished points by the diagram that shows them.
 
     A planned point joins measured ones only if the model, the data and the GPU are the same.
     """
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[PointRecord]] = {}
     for row in (*measured, *planned):
         if row.is_finished:
             found.setdefault(_what(row), []).append(row)
-    return [_group(rows) for rows in found.values()]
+    return [_diagram(rows) for rows in found.values()]
 
 
-def _what(row: Row) -> tuple:
+def _what(row: PointRecord) -> tuple:
     device = row.record["device"]
-    if row.task.kind == MEASURED:
-        device = row.task.how["gpu"] or name_of_device(device) or device
-    return device, row.task.config.model, row.task.config.objective.name, row.task.images
+    if row.point.kind == MEASURED:
+        device = row.point.how["gpu"] or name_of_device(device) or device
+    return device, row.point.config.model, row.point.config.objective.name, row.point.images
 
 
-def _group(rows: Sequence[Row]) -> Group:
-    found: dict[tuple, list[Row]] = {}
+def _diagram(rows: Sequence[PointRecord]) -> Diagram:
+    found: dict[tuple, list[PointRecord]] = {}
     for row in rows:
-        found.setdefault((row.task.kind, row.task.mode, row.task.series), []).append(row)
+        found.setdefault((row.point.kind, row.point.mode, row.point.series), []).append(row)
     series = [Series(*key, sorted(some, key=lambda row: row.record["num_gpus"])) for key, some in found.items()]
-    device, task = rows[0].record["device"], rows[0].task
-    height, width = task.images.height, task.images.width
-    title = f"{task.config.model.name} ({task.config.objective.name}), {height}x{width} tokens, on {device}"
-    return Group(title, device, series)
+    device, point = rows[0].record["device"], rows[0].point
+    height, width = point.images.height, point.images.width
+    title = f"{point.config.model.name} ({point.config.objective.name}), {height}x{width} tokens, on {device}"
+    return Diagram(title, device, series)
 
 
-def efficiency(row: Row, rows: Sequence[Row]) -> float:
+def efficiency(row: PointRecord, rows: Sequence[PointRecord]) -> float:
     """Return the tokens/s of a GPU as a share of those at the smallest world size in the same mode.
 
     It compares with the same layout if that world size has it.
@@ -134,15 +156,15 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float:
         row: a finished point.
         rows: all finished points.
     """
-    alike = [one for one in rows if (one.task.kind, one.task.mode) == (row.task.kind, row.task.mode)]
+    alike = [one for one in rows if (one.point.kind, one.point.mode) == (row.point.kind, row.point.mode)]
     fewest = min(one.record["num_gpus"] for one in alike)
     smallest = [one for one in alike if one.record["num_gpus"] == fewest]
-    same = [one for one in smallest if one.task.series == row.task.series]
+    same = [one for one in smallest if one.point.series == row.point.series]
     best = max(one.record["tokens_per_second_per_gpu"] for one in same or smallest)
     return row.record["tokens_per_second_per_gpu"] / best
 
 
-def with_one_peak(rows: Sequence[Row]) -> list[Row]:
+def with_one_peak(rows: Sequence[PointRecord]) -> list[PointRecord]:
     """Return the same points with the MFU against the largest measured peak.
 
     Other processes on the machine can only make a measured peak too low.
@@ -158,23 +180,7 @@ def with_one_peak(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-_HEADER = (
-    "mode",
-    "{units}",
-    "layout",
-    "global batch",
-    "s/step",
-    "tokens/s/{unit}",
-    "of the smallest",
-    "MFU",
-    "GiB",
-    "communication",
-    "bubble",
-    "even bubble",
-)
-
-
-def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
+def table(sweep: Sweep, measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> str:
     """Return the text of ``table.md``.
 
     It has the measured points with their machine, the planned ones with the model's error, and the failed ones.
@@ -186,12 +192,12 @@ def table(sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> str:
         parts.append(f"## Planned, not run\n\n{_planned_on(planned)}\n\n{_table(planned)}")
     failed = [row for row in (*measured, *planned) if not row.is_finished]
     if failed:
-        lines = [f"- {row.task.kind} {row.task.title}: {row.record['reason']}" for row in failed]
+        lines = [f"- {row.point.kind} {row.point.title}: {row.record['reason']}" for row in failed]
         parts.append("## Without numbers\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _measured_on(rows: Sequence[Row]) -> str:
+def _measured_on(rows: Sequence[PointRecord]) -> str:
     finished = [row.record for row in rows if row.is_finished]
     if not finished:
         return "No point finished."
@@ -213,15 +219,15 @@ def _device(record: dict) -> str:
     return f"{record['device']}, MFU of {peak / 1e3:,.0f} TFLOP/s"
 
 
-def _planned_on(rows: Sequence[Row]) -> str:
+def _planned_on(rows: Sequence[PointRecord]) -> str:
     return (
-        f"{rows[0].task.how['gpu']}, by the planner's model (tools/plan.py); in brackets two standard deviations of "
-        f"its error. {MFU_MEANS} Nobody ran these; what a cluster "
+        f"{rows[0].point.how['gpu']}, by the planner's model (megatron-cca plan); in brackets two standard deviations "
+        f"of its error. {MFU_MEANS} Nobody ran these; what a cluster "
         "adds (stragglers, congestion) and its spread are those of published runs, docs/scaling.md."
     )
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[PointRecord]) -> str:
     finished = [row for row in rows if row.is_finished]
     if not finished:
         return ""
@@ -230,10 +236,10 @@ def _table(rows: Sequence[Row]) -> str:
     return padded_table(header, [_line(row, finished) for row in finished]) + "\n"
 
 
-def _line(row: Row, rows: Sequence[Row]) -> list[str]:
+def _line(row: PointRecord, rows: Sequence[PointRecord]) -> list[str]:
     record = row.record
     return [
-        row.task.mode,
+        row.point.mode,
         str(record["num_gpus"]),
         record["layout"],
         f"{record['global_batch_size']:,}",
@@ -241,65 +247,56 @@ def _line(row: Row, rows: Sequence[Row]) -> list[str]:
         f"{record['tokens_per_second_per_gpu']:,.0f} ({record['low']:,.0f} to {record['high']:,.0f})",
         f"{efficiency(row, rows):.0%}",
         f"{record['mfu']:.1%}",
-        f"{record['memory_gib']:.2f}" if row.task.kind == MEASURED else f"{record['memory_gib']:.1f}",
+        f"{record['memory_gib']:.2f}" if row.point.kind == MEASURED else f"{record['memory_gib']:.1f}",
         f"{record['communication']:.1%}",
         f"{record['bubble']:.1%}",
         f"{record['ideal_bubble']:.1%}",
     ]
 
 
-_MARKERS = {"weak": "o", "strong": "s"}
-_SHARES = {"computing and the rest": BLUE, "communication": YELLOW, "pipeline bubble": RED}
-_WIDTH, _HEIGHT = 13.5, 4.3
-# The margin beside the points, as a factor. The distance between neighbours of the same size, as a share of the axis.
-_MARGIN, _SHIFT = 1.4, 0.008
-# The least number of bars that fill the axis. Fewer bars do not become wider.
-_FEWEST_BARS = 6
-
-
-def plot(path: Path, sweep: Sweep, measured: Sequence[Row], planned: Sequence[Row]) -> None:
-    """Draw one row of panels for each group of comparable series.
+def plot(path: Path, sweep: Sweep, measured: Sequence[PointRecord], planned: Sequence[PointRecord]) -> None:
+    """Draw one row of panels for each diagram of comparable series.
 
     Filled markers are measured. Hollow ones are planned.
     """
-    groups = groups_of(measured, planned)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(groups)), dpi=110)
-    rows = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(1, 1.15))
-    for (speed, shares), group in zip(rows, groups, strict=True):
-        _draw_speed(speed, group)
-        _draw_shares(shares, group)
+    diagrams = diagrams_of(measured, planned)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT * len(diagrams)), dpi=110)
+    rows = figure.subplots(len(diagrams), 2, squeeze=False, width_ratios=(1, 1.15))
+    for (speed, shares), diagram in zip(rows, diagrams, strict=True):
+        _draw_speed(speed, diagram)
+        _draw_shares(shares, diagram)
     figure.tight_layout(h_pad=2.0, w_pad=2.0)
     save(figure, path)
 
 
-def _draw_speed(axes: Axes, group: Group) -> None:
-    sizes = sorted({size for one in group.series for size in one.sizes})
+def _draw_speed(axes: Axes, diagram: Diagram) -> None:
+    sizes = sorted({size for one in diagram.series for size in one.sizes})
     # With a single layout, colours distinguish modes. With several, they distinguish layouts.
-    by = "name" if len({one.name for one in group.series}) > 1 else "mode"
-    names = list(dict.fromkeys(getattr(one, by) for one in group.series))
+    by = "name" if len({one.name for one in diagram.series}) > 1 else "mode"
+    names = list(dict.fromkeys(getattr(one, by) for one in diagram.series))
     shift = (sizes[-1] / sizes[0] * _MARGIN**2) ** _SHIFT
-    for index, one in enumerate(group.series):
+    for index, one in enumerate(diagram.series):
         colour = COLOURS[names.index(getattr(one, by)) % len(COLOURS)]
-        _draw_series(axes, one, colour, shift ** (index - (len(group.series) - 1) / 2))
-    _draw_ideal(axes, group)
+        _draw_series(axes, one, colour, shift ** (index - (len(diagram.series) - 1) / 2))
+    _draw_ideal(axes, diagram)
     # Leave room for the legend.
-    axes.set_ylim(0, (1.1 + 0.045 * (len(group.series) + 1)) * axes.get_ylim()[1])
-    axes.set_title(f"{' and '.join(group.kinds)}: {group.title}", loc="left", **TITLE)
+    axes.set_ylim(0, (1.1 + 0.045 * (len(diagram.series) + 1)) * axes.get_ylim()[1])
+    axes.set_title(f"{' and '.join(diagram.kinds)}: {diagram.title}", loc="left", **TITLE)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(sizes[0] / _MARGIN, sizes[-1] * _MARGIN)
     axes.legend(loc="upper center", ncols=2, **LEGEND)
-    style_axes(axes, across=_x_label(group), up=f"tokens/s/{group.unit}", grid="y")
+    style_axes(axes, across=_x_label(diagram), up=f"tokens/s/{diagram.unit}", grid="y")
 
 
-def _x_label(group: Group) -> str:
+def _x_label(diagram: Diagram) -> str:
     bars = {
         MEASURED: "measured bars: slowest and fastest step",
         "planned": "planned bars: two standard deviations of the model's error and of clusters' losses",
     }
-    return f"{units(group.unit)}; {'; '.join(bars[kind] for kind in group.kinds)}"
+    return f"{units(diagram.unit)}; {'; '.join(bars[kind] for kind in diagram.kinds)}"
 
 
 def _draw_series(axes: Axes, series: Series, colour: str, shift: float) -> None:
@@ -320,19 +317,19 @@ def _draw_series(axes: Axes, series: Series, colour: str, shift: float) -> None:
     )
 
 
-def _draw_ideal(axes: Axes, group: Group) -> None:
+def _draw_ideal(axes: Axes, diagram: Diagram) -> None:
     """Draw the ideal line of each mode and kind.
 
     It keeps the speed of the smallest point.
     """
-    firsts = {(one.kind, one.mode): one.speeds[0] for one in reversed(group.series)}
+    firsts = {(one.kind, one.mode): one.speeds[0] for one in reversed(diagram.series)}
     for index, speed in enumerate(firsts.values()):
         label = "ideal: as fast as the smallest" if index == 0 else None
         axes.axhline(speed, color=GREY, linewidth=0.9, linestyle=(0, (6, 3)), zorder=0, label=label)
 
 
-def _draw_shares(axes: Axes, group: Group) -> None:
-    bars = [(one, row) for one in group.series for row in one.rows]
+def _draw_shares(axes: Axes, diagram: Diagram) -> None:
+    bars = [(one, row) for one in diagram.series for row in one.rows]
     edges = {MEASURED: {}, "planned": {"alpha": 0.45, "edgecolor": INK, "linewidth": 0.6, "linestyle": ":"}}
     for position, (one, row) in enumerate(bars):
         bottom = 0.0
@@ -346,16 +343,16 @@ def _draw_shares(axes: Axes, group: Group) -> None:
     axes.set_xlim(-0.6, max(len(bars), _FEWEST_BARS) - 0.4)
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if value <= 1 else ""))
-    axes.set_title(f"where a step's time goes, {' and '.join(group.kinds)}", loc="left", **TITLE)
+    axes.set_title(f"where a step's time goes, {' and '.join(diagram.kinds)}", loc="left", **TITLE)
     axes.legend(loc="upper center", ncols=3, **LEGEND)
     style_axes(axes, grid="y")
     axes.tick_params(axis="x", labelsize=size)
 
 
-def _short(row: Row) -> str:
+def _short(row: PointRecord) -> str:
     return row.record["layout"].replace(" x ", ", ")
 
 
-def _shares(row: Row) -> tuple[float, float, float]:
+def _shares(row: PointRecord) -> tuple[float, float, float]:
     communication, bubble = row.record["communication"], row.record["bubble"]
     return max(0.0, 1 - communication - bubble), communication, bubble

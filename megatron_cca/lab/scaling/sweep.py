@@ -13,7 +13,7 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context, one_line, shortened
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.planner.workload import ImageShape
 from megatron_cca.lab.scaling import OPTION, Keys, Layouts, LayoutSettings, Mode, SweepSettings, read_sweep
@@ -23,17 +23,22 @@ from megatron_cca.objectives.base import inherited
 from megatron_cca.version import code_version
 
 MEASURED, PLANNED = "measured", "planned"
+RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "scaling.png"
+FOLDER, LOGS = "points", "logs"
+_REASON_LENGTH = 300
+_NUMBERS = ("tokens_per_second_per_gpu", "low", "high", "mfu", "memory_gib", "communication", "bubble", "ideal_bubble")
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Task:
+class Point:
     """One world size on one layout in one mode.
 
     Attributes:
         kind: :data:`MEASURED` or :data:`PLANNED`.
         mode: weak or strong.
         num_gpus: number of processes.
-        config: the configuration with the task's global batch size, before its layout.
+        config: the configuration with the point's global batch size, before its layout.
         layout: the layout; None lets the planner choose.
         images: the shape of the images.
         how: all other inputs of the result, as plain data.
@@ -87,22 +92,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file and its tasks.
+    """A sweep's file and its points.
 
     Attributes:
         path: the file.
         settings: the settings in the file.
-        measured, planned: the tasks.
+        measured, planned: the points.
     """
 
     path: Path
     settings: SweepSettings
-    measured: list[Task]
-    planned: list[Task]
+    measured: list[Point]
+    planned: list[Point]
 
 
 def open_sweep(path: Path, device: platform.DeviceChoice, *, is_elsewhere: bool) -> Sweep:
-    """Read a sweep and create its tasks.
+    """Read a sweep and create its points.
 
     Args:
         path: the sweep's file.
@@ -125,7 +130,7 @@ def open_sweep(path: Path, device: platform.DeviceChoice, *, is_elsewhere: bool)
         batches = settings.samples_per_gpu, settings.global_batch_size or config.training.global_batch_size
         images = ImageShape(*settings.image_grid, settings.caption_tokens)
         measured = [
-            Task(MEASURED, mode, size, _with_batch(config, mode, size, *batches), layout, images, how)
+            Point(MEASURED, mode, size, _with_batch(config, mode, size, *batches), layout, images, how)
             for mode in settings.modes
             for layout in _layouts(settings.layouts)
             for size in sizes
@@ -157,7 +162,7 @@ def _world_sizes(settings: SweepSettings, device: platform.DeviceChoice, *, is_e
     )
 
 
-def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Task]:
+def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Point]:
     section = settings.planned
     own = section.config is None
     base = config if own and not section.set else _planned_config(path, settings)
@@ -177,7 +182,7 @@ def _planned(path: Path, settings: SweepSettings, config: Config) -> list[Task]:
         "code": code_version(),
     }
     return [
-        Task(PLANNED, mode, size, _with_batch(base, mode, size, *batches), layout, images, how)
+        Point(PLANNED, mode, size, _with_batch(base, mode, size, *batches), layout, images, how)
         for mode in settings.modes
         for layout in _layouts(section.layouts)
         for size in sorted(set(section.world_sizes))
@@ -238,36 +243,28 @@ def _with_batch(config: Config, mode: Mode, size: int, per_gpu: int, whole: int)
     return replace(config, training=replace(config.training, global_batch_size=batch))
 
 
-def task_named(sweep: Sweep, title: str | None, world_size: int) -> Task:
-    """Return the measured task of this name; without a name, the only one of this world size.
+def point_named(sweep: Sweep, title: str | None, world_size: int) -> Point:
+    """Return the measured point of this name; without a name, the only one of this world size.
 
     Raises:
-        UserError: no such task, or several ones.
+        UserError: no such point, or several ones.
     """
-    found = [task for task in sweep.measured if title in (None, task.title)]
+    found = [point for point in sweep.measured if title in (None, point.title)]
     if title is None:
-        found = [task for task in found if task.num_gpus == world_size]
-    if len({task.key for task in found}) == 1:
+        found = [point for point in found if point.num_gpus == world_size]
+    if len({point.key for point in found}) == 1:
         return found[0]
-    names = ", ".join(task.title for task in (found or sweep.measured))
+    names = ", ".join(point.title for point in (found or sweep.measured))
     if not found:
         raise UserError(f"--point: {title or f'none of {world_size} processes'}: {OPTION} {sweep.path} has {names}")
     raise UserError(f"--point: is missing; of {world_size} processes {OPTION} {sweep.path} has {names}")
 
 
-RESULTS, TABLE, PLOT = "results.jsonl", "table.md", "scaling.png"
-FOLDER, LOGS = "points", "logs"
-_REASON_LENGTH = 300
-_NUMBERS = ("tokens_per_second_per_gpu", "low", "high", "mfu", "memory_gib", "communication", "bubble", "ideal_bubble")
-
-Record = dict[str, Any]
-
-
 @dataclass(frozen=True)
-class Row:
-    """A task and its record."""
+class PointRecord:
+    """A point and its record."""
 
-    task: Task
+    point: Point
     record: Record
 
     @property
@@ -276,18 +273,18 @@ class Row:
         return self.record["status"] == FINISHED
 
 
-def record_path(output: Path, task: Task) -> Path:
-    """Return the path of a task's record."""
-    return output / FOLDER / f"{task.key}.json"
+def record_path(output: Path, point: Point) -> Path:
+    """Return the path of a point's record."""
+    return output / FOLDER / f"{point.key}.json"
 
 
-def read_record(output: Path, task: Task) -> Record | None:
-    """Read a task's record; return None before the task has ended.
+def read_record(output: Path, point: Point) -> Record | None:
+    """Read a point's record; return None before the point has ended.
 
     Raises:
         UserError: the file is damaged; names it.
     """
-    path = record_path(output, task)
+    path = record_path(output, point)
     if not path.is_file():
         return None
     record = json_object(path)
@@ -298,50 +295,50 @@ def read_record(output: Path, task: Task) -> Record | None:
     return record
 
 
-def write_finished(output: Path, task: Task, found: Record) -> None:
+def write_finished(output: Path, point: Point, found: Record) -> None:
     """Write the result of a point.
 
     The file is complete or does not exist.
     """
-    _write(output, task, {"status": FINISHED, **found})
+    _write(output, point, {"status": FINISHED, **found})
 
 
-def write_failed(output: Path, task: Task, reason: str) -> None:
+def write_failed(output: Path, point: Point, reason: str) -> None:
     """Write why a point has no numbers.
 
     An existing record stays.
     """
-    if not record_path(output, task).exists():
+    if not record_path(output, point).exists():
         _write(
-            output, task, {"status": FAILED, "reason": shortened(one_line(" ".join(reason.split())), _REASON_LENGTH)}
+            output, point, {"status": FAILED, "reason": shortened(one_line(" ".join(reason.split())), _REASON_LENGTH)}
         )
 
 
-def _write(output: Path, task: Task, record: Record) -> None:
-    write_json(record_path(output, task), {"key": task.key, "kind": task.kind, "num_gpus": task.num_gpus, **record})
+def _write(output: Path, point: Point, record: Record) -> None:
+    write_json(record_path(output, point), {"key": point.key, "kind": point.kind, "num_gpus": point.num_gpus, **record})
 
 
-def forget_failed(output: Path, tasks: Sequence[Task]) -> None:
+def forget_failed(output: Path, points: Sequence[Point]) -> None:
     """Delete the records of failed points, so that these run again."""
-    for task in tasks:
-        record = read_record(output, task)
+    for point in points:
+        record = read_record(output, point)
         if record is not None and record["status"] == FAILED:
-            record_path(output, task).unlink()
+            record_path(output, point).unlink()
 
 
-def rows_of(output: Path, tasks: Sequence[Task]) -> list[Row]:
-    """Return the tasks that have ended, in order."""
-    found = [(task, read_record(output, task)) for task in tasks]
-    return [Row(task, record) for task, record in found if record is not None]
+def rows_of(output: Path, points: Sequence[Point]) -> list[PointRecord]:
+    """Return the points that have ended, in order."""
+    found = [(point, read_record(output, point)) for point in points]
+    return [PointRecord(point, record) for point, record in found if record is not None]
 
 
-def write_results(output: Path, rows: Sequence[Row]) -> None:
+def write_results(output: Path, rows: Sequence[PointRecord]) -> None:
     """Write ``results.jsonl``, one object for each point.
 
     The file is complete or unchanged.
     """
     lines = [
-        json.dumps({"point": row.task.title, "mode": row.task.mode, "series": row.task.series, **row.record})
+        json.dumps({"point": row.point.title, "mode": row.point.mode, "series": row.point.series, **row.record})
         for row in rows
     ]
     write_text(output / RESULTS, "".join(f"{line}\n" for line in lines))

@@ -27,6 +27,14 @@ from megatron_cca.errors import UserError
 Interval = tuple[float, float]
 # Maps a rank of the job to its pipeline stage.
 StageOf = Callable[[int], int]
+_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+# NCCL's kernels, and those of Transformer Engine's user buffers.
+_COMMUNICATION_KERNELS = re.compile(r"nccl|userbuffers", re.IGNORECASE)
+_MESSAGE = re.compile(r"sendrecv", re.IGNORECASE)
+_SECONDS = 1e-6
+# The methods of ProcessGroup that communicate. Each function of torch.distributed calls one of them.
+_COMMUNICATION_METHODS = re.compile(r"_?(all|reduce|broadcast|gather|scatter|send|recv|barrier|monitored_barrier)")
+_METHODS = [name for name in vars(dist.ProcessGroup) if _COMMUNICATION_METHODS.match(name)]
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,6 @@ def exposed_parts(intervals: Sequence[Interval], busy: Sequence[Interval]) -> li
     return answer
 
 
-_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-# NCCL's kernels, and those of Transformer Engine's user buffers.
-_COMMUNICATION_KERNELS = re.compile(r"nccl|userbuffers", re.IGNORECASE)
-_MESSAGE = re.compile(r"sendrecv", re.IGNORECASE)
-_SECONDS = 1e-6
-
-
 class KernelTrace:
     """The spans of :func:`traced_kernels`, available after its block."""
 
@@ -212,11 +213,6 @@ def _crosses_stages(event: dict[str, Any], stage_of: StageOf) -> bool:
         ranks = "" if None in (start, stride, size) else f"{start} {start + stride * (size - 1)}"
     found = {stage_of(int(rank)) for rank in re.findall(r"\d+", ranks)}
     return len(found) > 1 if found else bool(_MESSAGE.search(event["name"]))
-
-
-# The methods of ProcessGroup that communicate. Each function of torch.distributed calls one of them.
-_COMMUNICATION_METHODS = re.compile(r"_?(all|reduce|broadcast|gather|scatter|send|recv|barrier|monitored_barrier)")
-_METHODS = [name for name in vars(dist.ProcessGroup) if _COMMUNICATION_METHODS.match(name)]
 
 
 @dataclass

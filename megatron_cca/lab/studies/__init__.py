@@ -14,6 +14,7 @@ from megatron_cca.config import Config
 from megatron_cca.config.load import NULL, KeysOf, as_json, read_yaml
 from megatron_cca.config.schema import TYPED, PathText
 from megatron_cca.errors import UserError, error_context
+from megatron_cca.io.options import wanted
 from megatron_cca.keys import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 
 OPTION = "--study"
@@ -127,7 +128,7 @@ class StudySettings:
     metrics: list[Metric] = dataclasses.field(default_factory=lambda: ["fid", "inception_score", "precision", "recall"])
     inception_score_splits: PositiveInt = 1
     keep_images: bool = True
-    """Leave what was drawn as images.npz beside its judgement."""
+    """Leave what was drawn as images.npz beside its numbers."""
     collapse: PositiveFloat = 3.0
     """A run has collapsed if its FID is more than this many times its base's, guidance-free, on the same seed."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -197,7 +198,7 @@ def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -
         return f"{key}: {error['ctx']['error']}"
     if error["type"] == "string_type" and error["input"] is None:
         return f"{key}: {NULL}"
-    return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{key}: {wanted(error)}, found {error['input']!r}"
 
 
 def _suggestion(location: list[str], kind: type) -> str:

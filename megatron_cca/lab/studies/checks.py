@@ -13,12 +13,12 @@ from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import check_conditions, read_prompts
-from megatron_cca.lab.evaluation import Counts, FidelitySettings, obstacle
+from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
-from megatron_cca.lab.evaluation.image_sets import WORDS, check_path, list_folder
+from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
 from megatron_cca.lab.studies import Keys, PlotSettings, SamplingConfig, StudySettings
-from megatron_cca.lab.studies.study import BASE, Method, Study, run_units, units_per_sample
+from megatron_cca.lab.studies.study import BASE, Method, Study, passes_of_run, passes_per_sample
 from megatron_cca.models import resolve_architecture, tiny_architecture
 from megatron_cca.models.architecture import grid_misfit, only_grid
 from megatron_cca.objectives import OBJECTIVES
@@ -43,7 +43,7 @@ def check_study(study: Study, world_size: int) -> None:
         _check_seeds(study.settings)
         _check_control(study)
         _check_trials(study)
-        _check_judging(study.settings)
+        _check_evaluation(study.settings)
     _check_runs(study, world_size)
     with error_context(study.path):
         _check_conditions(study)
@@ -92,7 +92,7 @@ def _check_trials(study: Study) -> None:
                 raise UserError(f"methods.{method.name}.{part}: a value is given twice; leave one of them out")
 
 
-def _check_judging(settings: StudySettings) -> None:
+def _check_evaluation(settings: StudySettings) -> None:
     if "fid" not in settings.metrics:
         raise UserError("metrics: fid is missing, by which a collapse is told")
     if settings.tune_by not in (*settings.metrics, "accuracy"):
@@ -169,7 +169,7 @@ def _configs(study: Study) -> Iterator[tuple[str, Config]]:
         yield f"{study.path}: base", study.base
     for method in study.tuned:
         for values in variants(method):
-            config = method.point(values).config
+            config = method.configured(values).config
             if config is not None:
                 yield method.where, config
 
@@ -200,7 +200,7 @@ def _check_grids(study: Study) -> None:
     # A model with one grid refuses all others below.
     takes_any = only_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
     for method in study.methods.values():
-        for sampling in (method.point(values).sampling for values in variants(method)):
+        for sampling in (method.configured(values).sampling for values in variants(method)):
             if takes_any and (sampling.height, sampling.width) == (digits.height, digits.width):
                 raise UserError(
                     f"sampling: {digits.height} x {digits.width} is the grid of the digits; give this model's height "
@@ -229,14 +229,14 @@ def _check_model(study: Study, model: ModelConfig) -> None:
 
 def _check_equal_compute(study: Study) -> None:
     costs = [
-        (run_units(config), method.name, config)
+        (passes_of_run(config), method.name, config)
         for method in study.tuned
-        for config in (method.point(values).config for values in variants(method))
+        for config in (method.configured(values).config for values in variants(method))
         if config is not None
     ]
     (least, one, cheapest), (most, other, dearest) = (pick(costs, key=lambda cost: cost[0]) for pick in (min, max))
     if most > (1 + TOLERANCE) * least:
-        steps = round(least / (dearest.training.global_batch_size * units_per_sample(dearest)))
+        steps = round(least / (dearest.training.global_batch_size * passes_per_sample(dearest)))
         raise UserError(
             f"methods.{other}: costs {_cost(dearest)}, methods.{one} {_cost(cheapest)}; all training must cost the "
             f"same within {TOLERANCE:.0%}: {steps} steps would"
@@ -246,8 +246,8 @@ def _check_equal_compute(study: Study) -> None:
 def _cost(config: Config) -> str:
     training = config.training
     return (
-        f"{training.train_iters} steps x {training.global_batch_size} samples x {units_per_sample(config)} passes = "
-        f"{run_units(config)}"
+        f"{training.train_iters} steps x {training.global_batch_size} samples x {passes_per_sample(config)} passes = "
+        f"{passes_of_run(config)}"
     )
 
 

@@ -28,6 +28,8 @@ _LOG_RATIO = 6.0
 # The legend lies over curves. Its background keeps the text readable.
 _LEGEND = {**LEGEND, "frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
 _TICKS = [factor * 10.0**power for power in range(-1, 5) for factor in (1, 1.5, 2, 3, 5, 7)]
+_BORDER = "#d62728"
+Cells = Mapping[tuple[int, int], Result]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _comparison(results: Results, methods: Sequence[Method], settings: PlotSetti
 
 
 def _passes(result: Result) -> str:
-    passes = result.row.point.sampling.forwards_per_token
+    passes = result.row.run.sampling.forwards_per_token
     name = "base" if result.row.method.name == BASE else result.row.method.label
     return f"{name}, {passes} pass{'es' if passes > 1 else ''} a token"
 
@@ -210,10 +212,6 @@ def _fid_axis(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(FixedLocator(_TICKS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-_BORDER = "#d62728"
-Cells = Mapping[tuple[int, int], Result]
 
 
 def heatmap(path: Path, title: str, results: Results, method: Method, x: str, y: str) -> None:

@@ -9,11 +9,35 @@ from typing import Any
 
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.studies import Keys
-from megatron_cca.lab.studies.plan import Outcomes, Plan, Row
-from megatron_cca.lab.studies.study import BASE, Study, run_units, units_per_sample
+from megatron_cca.lab.studies.schedule import Outcomes, Schedule, TableRow
+from megatron_cca.lab.studies.study import BASE, Study, passes_of_run, passes_per_sample
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
 _DIAGNOSTIC = "positive_log_ratio"
+_KEYS = {
+    "objective.beta": "β",
+    "objective.negative_weight": "λ",
+    "sampling.guidance_scale": "s",
+    "sampling.temperature": "T",
+}
+_AXES = {
+    "objective.beta": "β",
+    "objective.negative_weight": "λ (negative_weight)",
+    "sampling.guidance_scale": "guidance scale s",
+    "sampling.temperature": "temperature",
+    "optimizer.lr": "learning rate",
+}
+# name -> (heading, decimals), in the order of the tables.
+METRICS = {
+    "accuracy": ("accuracy", 3),
+    "inception_score": ("IS", 2),
+    "fid": ("FID", 2),
+    "sfid": ("sFID", 2),
+    "kid": ("KID", 4),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "positive_log_ratio": ("log-ratio", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -32,20 +56,20 @@ class Result:
     """A row of the results with its numbers.
 
     Attributes:
-        row: the row of the plan.
+        row: the row of the schedule.
         seeds: metrics of each seed that finished; ``positive_log_ratio`` is the mean over a run's last ten steps.
         statistics: mean and standard deviation of each metric over those seeds.
         failed: seed -> reason, for the seeds that did not finish.
         collapsed: seeds whose FID is more than ``collapse`` times their base's.
-        units: cost of its training in passes.
+        passes: cost of its training.
     """
 
-    row: Row
+    row: TableRow
     seeds: dict[int, dict[str, float]]
     statistics: dict[str, Statistic]
     failed: dict[int, str]
     collapsed: list[int]
-    units: int
+    passes: int
 
     @property
     def lost(self) -> int:
@@ -92,20 +116,20 @@ class Results:
         return [result for result in self.rows if result.row.method.name == method]
 
 
-def collect(study: Study, plan: Plan, outcomes: Outcomes) -> Results:
+def collect(study: Study, schedule: Schedule, outcomes: Outcomes) -> Results:
     """Collect the results of a finished study.
 
     Args:
         study: the study.
-        plan: the plan with all settings chosen.
+        schedule: the schedule with all settings chosen.
         outcomes: the outcome of each task.
     """
-    base = next(row for row in plan.rows if row.method.name == BASE)
+    base = next(row for row in schedule.rows if row.method.name == BASE)
     base_fid = {one.seed: _metrics(outcomes, one).get("fid") for one in base.samplings}
-    rows = [_result(study, row, outcomes, base_fid) for row in plan.rows]
+    rows = [_result(study, row, outcomes, base_fid) for row in schedule.rows]
     trials = {
-        name: [_trial(outcomes, values, sampling, plan.chosen.get(name)) for values, sampling in tried]
-        for name, tried in plan.trials.items()
+        name: [_trial(outcomes, values, sampling, schedule.chosen.get(name)) for values, sampling in tried]
+        for name, tried in schedule.trials.items()
     }
     return Results(study, rows, trials)
 
@@ -119,7 +143,7 @@ def _metrics(outcomes: Outcomes, sampling: Sampling) -> dict[str, float]:
     return numbers if logged is None else {**numbers, _DIAGNOSTIC: logged}
 
 
-def _result(study: Study, row: Row, outcomes: Outcomes, base_fid: Mapping[int, float | None]) -> Result:
+def _result(study: Study, row: TableRow, outcomes: Outcomes, base_fid: Mapping[int, float | None]) -> Result:
     seeds = {one.seed: _metrics(outcomes, one) for one in row.samplings}
     finished = {seed: metrics for seed, metrics in seeds.items() if metrics}
     limit = study.settings.collapse
@@ -129,7 +153,7 @@ def _result(study: Study, row: Row, outcomes: Outcomes, base_fid: Mapping[int, f
         statistics=over_seeds(list(finished.values())),
         failed={one.seed: outcomes(one)["reason"] for one in row.samplings if not seeds[one.seed]},
         collapsed=[seed for seed, one in finished.items() if one["fid"] > limit * (base_fid[seed] or float("inf"))],
-        units=run_units(row.point.config),
+        passes=passes_of_run(row.run.config),
     )
 
 
@@ -174,40 +198,14 @@ def _row_json(result: Result) -> dict[str, Any]:
         "method": result.row.method.name,
         "settings": result.row.values,
         "chosen": result.row.is_chosen,
-        "forwards_per_token": result.row.point.sampling.forwards_per_token,
-        "training_passes": result.units,
+        "forwards_per_token": result.row.run.sampling.forwards_per_token,
+        "training_passes": result.passes,
         "seeds": result.seeds,
         "mean": {name: one.mean for name, one in result.statistics.items()},
         "std": {name: one.std for name, one in result.statistics.items()},
         "failed": result.failed,
         "collapsed": result.collapsed,
     }
-
-
-_KEYS = {
-    "objective.beta": "β",
-    "objective.negative_weight": "λ",
-    "sampling.guidance_scale": "s",
-    "sampling.temperature": "T",
-}
-_AXES = {
-    "objective.beta": "β",
-    "objective.negative_weight": "λ (negative_weight)",
-    "sampling.guidance_scale": "guidance scale s",
-    "sampling.temperature": "temperature",
-    "optimizer.lr": "learning rate",
-}
-# name -> (heading, decimals), in the order of the tables.
-METRICS = {
-    "accuracy": ("accuracy", 3),
-    "inception_score": ("IS", 2),
-    "fid": ("FID", 2),
-    "sfid": ("sFID", 2),
-    "kid": ("KID", 4),
-    "precision": ("precision", 3),
-    "recall": ("recall", 3),
-    "positive_log_ratio": ("log-ratio", 2),
-}
 
 
 def key_name(key: str) -> str:
@@ -264,7 +262,7 @@ def _costs(study: Study) -> str:
     trained = [method for method in study.tuned if method.config is not None]
     runs = "; ".join(
         f"{method.label}: {method.config.training.train_iters} x {method.config.training.global_batch_size} x "
-        f"{units_per_sample(method.config)}"
+        f"{passes_per_sample(method.config)}"
         for method in trained
     )
     return f"Training costs the same for all, in steps x samples x passes (forward 1, forward and backward 3): {runs}."
@@ -278,8 +276,8 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
         [
             "base, guidance-free" if result.row.method.name == BASE else result.row.method.label,
             settings_name(result.row.values),
-            str(result.row.point.sampling.forwards_per_token),
-            f"{result.units / unit:.2f}",
+            str(result.row.run.sampling.forwards_per_token),
+            f"{result.passes / unit:.2f}",
             *(_cell(result.statistics.get(name), METRICS[name][1]) for name in names),
             _lost(result),
         ]
@@ -293,9 +291,9 @@ def _unit(results: Results) -> int:
 
     They are those of the first training with a contrast, or else of the first training.
     """
-    trained = [result for result in results.rows if result.units]
-    contrasting = [result for result in trained if result.row.point.config.objective.contrasts is not None]
-    return (contrasting or trained)[0].units if trained else 1
+    trained = [result for result in results.rows if result.passes]
+    contrasting = [result for result in trained if result.row.run.config.objective.contrasts is not None]
+    return (contrasting or trained)[0].passes if trained else 1
 
 
 def _cell(statistic: Statistic | None, decimals: int) -> str:

@@ -28,16 +28,17 @@ from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
 from megatron_cca.io.outputs import whole_file
+from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.fidelity import FidelitySettings, Reference, fidelity
+from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 from megatron_cca.lab.evaluation.image_sets import read_images
-from megatron_cca.lab.studies.plan import Plan, Planner, expected_tasks, make_plan
+from megatron_cca.lab.studies.schedule import Schedule, TaskFactory, expected_tasks, make_schedule
 from megatron_cca.lab.studies.tasks import (
     FAILED,
     FINISHED,
     LOG,
-    Judging,
+    EvaluationInputs,
     Outcome,
     Sampling,
     Task,
@@ -68,7 +69,7 @@ def perform(task: Task) -> Outcome:
         The contents of the result file. A training that ends in NaN or infinity has ``status`` failed and a ``reason``.
 
     Raises:
-        UserError: anything that training, drawing or judging refuses; then there is no result.
+        UserError: anything that training, drawing or evaluation refuses; then there is no result.
     """
     # A thread reads ahead. With the default of 5 ms, this thread would wait as long for the interpreter each time.
     sys.setswitchinterval(1e-4)
@@ -127,13 +128,13 @@ def _failed(reason: str) -> Outcome:
 
 
 def _sampled(task: Sampling) -> Outcome:
-    prompts = _prompts(task.judging.prompts, task.count, task.seed)
+    prompts = _prompts(task.evaluation.prompts, task.count, task.seed)
     images = draw(task, prompts)
     if dist.get_rank() != 0:
         return {}
     if task.keep_images:
         _keep(task.folder / IMAGES, images, prompts)
-    found = judge(task.judging, images, prompts)
+    found = evaluated(task.evaluation, images, prompts)
     bad = [name for name, value in found.items() if not math.isfinite(value)]
     return _failed(f"{bad[0]} is {found[bad[0]]}") if bad else {"status": FINISHED, **found}
 
@@ -163,37 +164,37 @@ def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def judge(judging: Judging, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
+def evaluated(inputs: EvaluationInputs, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Return the requested metrics, and ``accuracy`` if there is a classifier.
 
     Args:
-        judging: the classifier, the extractor, the reference and the metrics.
+        inputs: the classifier, the extractor, the reference and the metrics.
         images: uint8 ``[N, H, W, 3]``.
         prompts: as many prompts, with labels if there is a classifier.
     """
     found = {}
-    if judging.classifier is not None:
+    if inputs.classifier is not None:
         labels = np.array([prompt.label for prompt in prompts], dtype=np.int64)
-        found["accuracy"] = class_accuracy(images, labels, open_classifier(judging.classifier)).overall
-    reference = _reference(judging.reference, judging.extractor, judging.inception_weights)
-    settings = FidelitySettings(metrics=judging.metrics, inception_score_splits=judging.inception_score_splits)
+        found["accuracy"] = class_accuracy(images, labels, open_classifier(inputs.classifier)).overall
+    reference = _reference(inputs.reference, inputs.extractor, inputs.inception_weights)
+    settings = FidelitySettings(metrics=inputs.metrics, inception_score_splits=inputs.inception_score_splits)
     return found | fidelity(images, reference, reference.extractor, settings)
 
 
 @cache
-def _reference(reference: str, extractor: str, weights: str | None) -> Reference:
+def _reference(reference: str, extractor: str, weights: str | None) -> ReferenceImages:
     network = open_extractor(extractor, weights and Path(weights)).to(platform.device())
     images = read_images(reference)
     for notice in images.notices:
         print(f"reference {reference}: {notice}", file=sys.stderr)
-    return Reference(images.images, network, images.moments if extractor == "inception" else None)
+    return ReferenceImages(images.images, network, images.moments if extractor == "inception" else None)
 
 
-class Board:
+class TaskQueue:
     """The outcomes of a study's tasks, and the tasks that can start next."""
 
-    def __init__(self, planner: Planner) -> None:
-        self.planner = planner
+    def __init__(self, factory: TaskFactory) -> None:
+        self.factory = factory
         self._known: dict[Path, Outcome] = {}
 
     def outcome(self, task: Task) -> Outcome | None:
@@ -206,42 +207,42 @@ class Board:
         return self._known[task.folder]
 
     @property
-    def plan(self) -> Plan:
-        """The plan with all tasks that are known by now."""
-        return make_plan(self.planner, self.outcome)
+    def schedule(self) -> Schedule:
+        """The schedule with all tasks that are known by now."""
+        return make_schedule(self.factory, self.outcome)
 
     def ready(self, running: Collection[Path] = ()) -> list[Task]:
-        """Return the tasks that can start, in the order of the plan.
+        """Return the tasks that can start, in the order of the schedule.
 
         ``running`` has the folders of the tasks that run already.
         """
         return [
             task
-            for task in self.plan.tasks
+            for task in self.schedule.tasks
             if task.folder not in running
             and self.outcome(task) is None
             and (task.after is None or self.outcome(task.after) is not None)
         ]
 
 
-class Progress:
+class TaskBar:
     """A bar over tasks on a terminal; otherwise one line for each task that has ended."""
 
-    def __init__(self, board: Board, *, is_shown: bool = True) -> None:
-        self.board, self.is_shown = board, is_shown
-        self.expected = expected_tasks(board.planner)
+    def __init__(self, queue: TaskQueue, *, is_shown: bool = True) -> None:
+        self.queue, self.is_shown = queue, is_shown
+        self.expected = expected_tasks(queue.factory)
         self.bar = tqdm(
             total=self.expected,
             initial=self._count()[0],
             unit="task",
-            desc=board.planner.study.settings.name,
+            desc=queue.factory.study.settings.name,
             disable=None if is_shown else True,
             dynamic_ncols=True,
         )
 
     def _count(self) -> tuple[int, int]:
-        tasks = self.board.plan.tasks
-        return sum(self.board.outcome(task) is not None for task in tasks), len(tasks)
+        tasks = self.queue.schedule.tasks
+        return sum(self.queue.outcome(task) is not None for task in tasks), len(tasks)
 
     def ended(self, task: Task, outcome: Outcome) -> None:
         """Count a task that has ended."""
@@ -256,7 +257,7 @@ class Progress:
             sys.stdout.flush()
 
 
-def run_in_pool(board: Board, workers: int) -> None:
+def run_in_pool(queue: TaskQueue, workers: int) -> None:
     """Do all tasks with ``workers`` processes.
 
     Each process takes a ready task, on one device with one thread, until none is left.
@@ -272,11 +273,11 @@ def run_in_pool(board: Board, workers: int) -> None:
         "initargs": (platform.current().device_type, context.Value("i")),
     }
     pool = ProcessPoolExecutor(workers, **options)
-    progress, running = Progress(board), {}
+    progress, running = TaskBar(queue), {}
     try:
         while True:
             folders = {task.folder for task in running.values()}
-            for task in board.ready(folders)[: workers - len(running)]:
+            for task in queue.ready(folders)[: workers - len(running)]:
                 running[pool.submit(do, task)] = task
             if not running:
                 break
@@ -290,17 +291,17 @@ def run_in_pool(board: Board, workers: int) -> None:
     pool.shutdown()
 
 
-def run_together(board: Board) -> None:
+def run_together(queue: TaskQueue) -> None:
     """Do all tasks one after another, each with all ranks of the job.
 
     Raises:
         UserError: anything that a task refuses; finished tasks keep their results.
     """
-    initialize_distributed(board.planner.layout)
+    initialize_distributed(queue.factory.layout)
     is_first = dist.get_rank() == 0
-    progress = Progress(board, is_shown=is_first)
+    progress = TaskBar(queue, is_shown=is_first)
     try:
-        while (task := _agreed(board.ready()[:1] if is_first else [])) is not None:
+        while (task := _agreed(queue.ready()[:1] if is_first else [])) is not None:
             outcome = do(task)
             if is_first:
                 progress.ended(task, outcome)

@@ -14,7 +14,8 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.outputs import claimed, write_json, write_text
+from megatron_cca.io.output_folders import claimed
+from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.studies import (
     SAMPLING,
     Keys,
@@ -27,7 +28,7 @@ from megatron_cca.lab.studies import (
 from megatron_cca.objectives.base import inherited
 
 if TYPE_CHECKING:
-    from megatron_cca.lab.studies.running import Board
+    from megatron_cca.lab.studies.running import TaskQueue
 
 BASE, OBJECTIVE = "base", "objective.name"
 # These keys differ from run to run. The study sets them.
@@ -38,11 +39,13 @@ _OWN_KEYS = (
     "reference.checkpoint",
     "reference.cache",
 )
+_FORWARD, _FORWARD_BACKWARD = 1, 3
+TABLE, RESULTS = "table.md", "results.json"
 
 
 @dataclass(frozen=True)
-class Point:
-    """A run without its seed.
+class ConfiguredRun:
+    """A run without its seed: the values of a method's keys, put in.
 
     ``config`` is the configuration of the training, or None for the base. ``sampling`` is how its images are drawn.
     """
@@ -68,19 +71,19 @@ class Method:
     trials: list[Keys]
     sweep: list[Keys]
     where: str = ""
-    _points: dict[tuple, Point] = field(default_factory=dict, compare=False, repr=False)
+    _configured: dict[tuple, ConfiguredRun] = field(default_factory=dict, compare=False, repr=False)
 
-    def point(self, values: Mapping[str, Any]) -> Point:
+    def configured(self, values: Mapping[str, Any]) -> ConfiguredRun:
         """Return the run of settings.
 
         Raises:
             UserError: a key that does not apply to the method, or an invalid value; names file and key.
         """
         key = tuple((name, repr(value)) for name, value in values.items())
-        if key not in self._points:
+        if key not in self._configured:
             with error_context(self.where):
-                self._points[key] = Point(*with_keys(self.config, self.sampling, values))
-        return self._points[key]
+                self._configured[key] = ConfiguredRun(*with_keys(self.config, self.sampling, values))
+        return self._configured[key]
 
 
 @dataclass(frozen=True)
@@ -209,10 +212,7 @@ def grid(values: Mapping[str, Sequence[Any]]) -> list[Keys]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-_FORWARD, _FORWARD_BACKWARD = 1, 3
-
-
-def units_per_sample(config: Config) -> int:
+def passes_per_sample(config: Config) -> int:
     """Return the passes that training needs for one sample.
 
     They are 3 for plain likelihood. They are 8 for an objective that compares pairs with a reference. Each row passes
@@ -222,14 +222,11 @@ def units_per_sample(config: Config) -> int:
     return objective.rows_per_sample * (_FORWARD_BACKWARD + _FORWARD * objective.needs_reference)
 
 
-def run_units(config: Config | None) -> int:
+def passes_of_run(config: Config | None) -> int:
     """Return the passes of a whole run; 0 if nothing is trained."""
     if config is None:
         return 0
-    return config.training.train_iters * config.training.global_batch_size * units_per_sample(config)
-
-
-TABLE, RESULTS = "table.md", "results.json"
+    return config.training.train_iters * config.training.global_batch_size * passes_per_sample(config)
 
 
 def run_study(path: Path, output: Path, workers: int, device: platform.DeviceChoice) -> None:
@@ -258,26 +255,26 @@ def run_study(path: Path, output: Path, workers: int, device: platform.DeviceCho
 def _run(study: Study, output: Path, workers: int, world_size: int) -> None:
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.lab.studies.checks import check_study
-    from megatron_cca.lab.studies.plan import Planner
-    from megatron_cca.lab.studies.running import Board, run_in_pool, run_together
+    from megatron_cca.lab.studies.running import TaskQueue, run_in_pool, run_together
+    from megatron_cca.lab.studies.schedule import TaskFactory
 
     check_study(study, world_size)
     is_first = os.environ.get("RANK", "0") == "0"
     with claimed(output) if is_first else nullcontext():
-        board = Board(Planner(study, output.resolve()))
-        if world_size > 1 or board.ready():
-            run_in_pool(board, workers) if workers > 1 else run_together(board)
+        queue = TaskQueue(TaskFactory(study, output.resolve()))
+        if world_size > 1 or queue.ready():
+            run_in_pool(queue, workers) if workers > 1 else run_together(queue)
         if is_first:
-            _write(study, board)
+            _write(study, queue)
 
 
-def _write(study: Study, board: Board) -> None:
+def _write(study: Study, queue: TaskQueue) -> None:
     # Imported late: the import of matplotlib takes a second. A mistyped file name must fail faster.
     from megatron_cca.lab.studies.plots import plot
     from megatron_cca.lab.studies.results import as_json, collect, table
 
-    results = collect(study, board.plan, board.outcome)
-    folder = board.planner.output / study.settings.name
+    results = collect(study, queue.schedule, queue.outcome)
+    folder = queue.factory.output / study.settings.name
     folder.mkdir(parents=True, exist_ok=True)
     for one in study.settings.plots:
         plot(folder, results, one)

@@ -1,4 +1,4 @@
-"""The tasks of a study: training runs, and samples to draw and judge. Each task has a folder.
+"""The tasks of a study: training runs, and samples to draw and evaluate. Each task has a folder.
 
 The module also starts the processes that do tasks in parallel. Nothing here imports Megatron-Core before the platform
 is installed.
@@ -22,22 +22,20 @@ from typing import Any
 from megatron_cca import __version__, platform
 from megatron_cca.config import Config
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import json_object
+from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json
 from megatron_cca.lab.studies import SamplingConfig
+
+RESULT = "result.json"
+LOG = "log.txt"
+FINISHED, FAILED = "finished", "failed"
+Outcome = dict[str, Any]
 
 
 def digest(contents: Mapping[str, Any]) -> str:
     """Return a hash of plain data and this package's version, 12 hexadecimal digits."""
     text = json.dumps({"version": __version__, **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-RESULT = "result.json"
-LOG = "log.txt"
-FINISHED, FAILED = "finished", "failed"
-
-Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Judging:
-    """The prompts, the reference and the judges of samples; see :class:`StudySettings`."""
+class EvaluationInputs:
+    """The prompts of samples, and what they are evaluated with; see :class:`StudySettings`."""
 
     prompts: str
     reference: str
@@ -90,7 +88,7 @@ class Sampling:
     after: Training | None
     layout: Config = field(hash=False)
     sampling: SamplingConfig
-    judging: Judging
+    evaluation: EvaluationInputs
     count: int
     seed: int
     keep_images: bool = field(compare=False)

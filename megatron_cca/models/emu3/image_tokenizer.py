@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.emu3.vq_files import (
-    CONFIG,
     IGNORED,
     VqForm,
     normalisation,
@@ -21,11 +20,52 @@ from megatron_cca.models.emu3.vq_files import (
     recognise,
     sizes_in,
     stored_tensors,
+    transformers_refusals,
 )
 from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.weight_files import CONFIG
 
 # transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.
 _UNCROPPED = (2**31, 2**31)
+
+
+def open_emu3_vq(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: str | Path | None = None,
+) -> Emu3ImageTokenizer:
+    """Open the image tokenizer in ``folder``, in any of its three forms.
+
+    Pixels are normalised by the ``image_mean`` and ``image_std`` of the folder's image processor. If these are missing,
+    they are 0.5 in every form. These are the defaults of the original processor, with which the released weights were
+    trained. The defaults of transformers' processor are CLIP's.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        device: where it runs.
+        dtype: in which it runs. In bfloat16 some codes differ.
+        weights: a separate folder with the tensors, whose names then have no prefix. An import keeps them so.
+
+    Raises:
+        UserError: a missing or damaged file, or a configuration or tensor that is not this model's; names it.
+    """
+    folder = Path(folder)
+    with error_context(folder / CONFIG):
+        form, section = recognise(read_json(folder / CONFIG))
+    files = folder if weights is None else Path(weights)
+    with error_context(files):
+        stored = stored_tensors(files, form if weights is None else VqForm(("",)))
+    with error_context(folder / CONFIG):
+        sizes = sizes_in(section, form, len(stored))
+        model = _build(sizes)
+    mean, std = normalisation(folder)
+    with error_context(files):
+        state = read_tensors(model, stored)
+    found = fingerprint([sizes, [mean, std]], state)
+    counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}
+    model.load_state_dict(state | counters, assign=True)
+    return Emu3ImageTokenizer(moved_to(model, device, dtype), mean, std, found)
 
 
 class Emu3ImageTokenizer:
@@ -47,7 +87,7 @@ class Emu3ImageTokenizer:
         self.codebook_size = model.config.codebook_size
         self._fingerprint = fingerprint
         device = next(model.parameters()).device
-        self._mean, self._std = (_per_channel(values, device) for values in (mean, std))
+        self._mean, self._std = (_channel_tensor(values, device) for values in (mean, std))
         self._normalisation = mean, std
 
     @torch.no_grad()
@@ -121,53 +161,14 @@ def uint8_pixels(values: Tensor, mean: Sequence[float], std: Sequence[float]) ->
     """
     # The authors normalise again, by -mean / std and 1 / std. In float32, x * std + mean gives another result, unless
     # std is a power of 2.
-    offset = _per_channel([-of / by for of, by in zip(mean, std, strict=True)], values.device)
-    scale = _per_channel([1 / by for by in std], values.device)
+    offset = _channel_tensor([-of / by for of, by in zip(mean, std, strict=True)], values.device)
+    scale = _channel_tensor([1 / by for by in std], values.device)
     levels = (values - offset) / scale * 255
     return levels.clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
 
 
-def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+def _channel_tensor(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(3, 1, 1)
-
-
-def open_emu3_vq(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    weights: str | Path | None = None,
-) -> Emu3ImageTokenizer:
-    """Open the image tokenizer in ``folder``, in any of its three forms.
-
-    Pixels are normalised by the ``image_mean`` and ``image_std`` of the folder's image processor. If these are missing,
-    they are 0.5 in every form. These are the defaults of the original processor, with which the released weights were
-    trained. The defaults of transformers' processor are CLIP's.
-
-    Args:
-        folder: with ``config.json`` and safetensors.
-        device: where it runs.
-        dtype: in which it runs. In bfloat16 some codes differ.
-        weights: a separate folder with the tensors, whose names then have no prefix. An import keeps them so.
-
-    Raises:
-        UserError: a missing or damaged file, or a configuration or tensor that is not this model's; names it.
-    """
-    folder = Path(folder)
-    with error_context(folder / CONFIG):
-        form, section = recognise(read_json(folder / CONFIG))
-    files = folder if weights is None else Path(weights)
-    with error_context(files):
-        stored = stored_tensors(files, form if weights is None else VqForm(("",)))
-    with error_context(folder / CONFIG):
-        sizes = sizes_in(section, form, len(stored))
-        model = _build(sizes)
-    mean, std = normalisation(folder)
-    with error_context(files):
-        state = read_tensors(model, stored)
-    found = fingerprint([sizes, [mean, std]], state)
-    counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(IGNORED)}
-    model.load_state_dict(state | counters, assign=True)
-    return Emu3ImageTokenizer(moved_to(model, device, dtype), mean, std, found)
 
 
 @contextmanager
@@ -203,9 +204,5 @@ def _build(sizes: dict[str, Any]) -> torch.nn.Module:
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
     except ImportError:
         raise UserError("needs transformers; pip install 'megatron-cca[hf]'") from None
-    try:
-        with torch.device("meta"):
-            return Emu3VQVAE(Emu3VQVAEConfig(**sizes))
-    except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers does not take it: {why}") from None
+    with transformers_refusals(), torch.device("meta"):
+        return Emu3VQVAE(Emu3VQVAEConfig(**sizes))

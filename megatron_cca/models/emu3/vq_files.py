@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_cca.errors import UserError, error_context
+from megatron_cca.errors import UserError, error_context, first_line
+from megatron_cca.models.formats import float32_copy
+from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_cca.models.emu3.image_tokenizer import Emu3ImageTokenizer
-
-CONFIG = "config.json"
 
 # Sizes under transformers' names with the released model's values, and the original's names where they differ.
 _RELEASED = {
@@ -49,7 +47,6 @@ _ORIGINAL_KEYS = {
     "base_channels": "ch",
     "channel_multiplier": "ch_mult",
 }
-
 # From the original's tensor names to transformers', applied one after the other.
 _RENAMED = (
     (r"^encoder\.down\.", "encoder.down_block.down."),
@@ -60,6 +57,11 @@ _RENAMED = (
     (r"\.(attn\.\d+|attn_1)\.([qkv])\.", r".\1.\2_proj."),
     (r"\.(attn\.\d+|attn_1)\.proj_out\.", r".\1.out_proj."),
 )
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Linear layers in transformers, 1 x 1 convolutions in the original.
+_LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
+# Counts training batches. Evaluation does not read it.
+IGNORED = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -80,21 +82,20 @@ class VqForm:
         return name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+class Emu3VqFiles:
+    """See :class:`megatron_cca.models.formats.ImageTokenizerFiles`."""
 
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError("is not valid JSON") from None
-    if not isinstance(found, dict):
-        raise UserError("must hold a JSON object")
-    return found
+    description = f"the {CONFIG} and safetensors of Emu3's"
+
+    def recognises(self, path: Path) -> bool:
+        """See the protocol."""
+        return (path / CONFIG).is_file()
+
+    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> Emu3ImageTokenizer:
+        """See the protocol."""
+        from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
+
+        return open_emu3_vq(path, device, weights=weights)
 
 
 def recognise(config: dict[str, Any]) -> tuple[VqForm, dict[str, Any]]:
@@ -113,6 +114,23 @@ def recognise(config: dict[str, Any]) -> tuple[VqForm, dict[str, Any]]:
     if not isinstance(section, dict):
         raise UserError(f"vq_config: must be an object, found {repr(section)[:60]}")
     return VqForm(("vqmodel.", "model.vqmodel.")), section
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise UserError("must hold a JSON object")
+    return found
 
 
 def sizes_in(section: Mapping[str, Any], form: VqForm, num_tensors: int) -> dict[str, Any]:
@@ -135,6 +153,66 @@ def sizes_in(section: Mapping[str, Any], form: VqForm, num_tensors: int) -> dict
     if factor.bit_length() + len(levels) * sizes["num_res_blocks"] > num_tensors:
         raise UserError(f"wants more layers than the {num_tensors} tensors beside it make up")
     return sizes | _attention(section, form, sizes)
+
+
+def normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation, from the first of transformers' two files that has them."""
+    for name, section_key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = folder / name
+        if path.is_file():
+            with error_context(path):
+                found = read_json(path)
+                if section_key is None or section_key in found:
+                    return _mean_and_std(found if section_key is None else found[section_key])
+    return [0.5] * 3, [0.5] * 3
+
+
+def stored_tensors(folder: Path, form: VqForm) -> dict[str, tuple[str, Path]]:
+    """Return the tensors of a form: for each of transformers' names the name on disk and the file."""
+    files = _files(folder)
+    prefix = next((start for start in form.prefixes if any(name.startswith(start) for name in files)), None)
+    if prefix is None:
+        raise UserError(
+            "has no tensors" + (f" that begin with {' or '.join(form.prefixes)}" if all(form.prefixes) else "")
+        )
+    stored: dict[str, tuple[str, Path]] = {}
+    for name, file in files.items():
+        if name.startswith(prefix):
+            if not name.isprintable():
+                raise UserError(f"tensor {name!r} has a name that is not one line of text")
+            ours = form.transformers_name(name.removeprefix(prefix))
+            if ours in stored:
+                raise UserError(f"tensor {name} is there twice, also as {stored[ours][0]}")
+            stored[ours] = name, file
+    return stored
+
+
+def read_tensors(model: torch.nn.Module, stored: Mapping[str, tuple[str, Path]]) -> dict[str, Tensor]:
+    """Return the model's tensors in float32."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(IGNORED)}
+    for name in sorted(state.keys() - stored.keys()):
+        raise UserError(f"tensor {name} (by transformers' name) is missing")
+    for name in sorted(stored.keys() - model.state_dict().keys()):
+        raise UserError(f"tensor {stored[name][0]} is not one of this model's")
+    for file in sorted({stored[name][1] for name in state}):
+        with _opened(file) as tensors:
+            present = set(tensors.keys())
+            for ours in (name for name in state if stored[name][1] == file):
+                name = stored[ours][0]
+                if name not in present:
+                    raise UserError(f"tensor {name} is not in {file.name}, where {INDEX} says it is")
+                _check_tensor(name, tensors.get_slice(name), tuple(state[ours].shape), bool(_LINEAR.search(ours)))
+                state[ours] = float32_copy(name, tensors.get_tensor(name)).reshape(state[ours].shape)
+    return state
+
+
+@contextmanager
+def transformers_refusals() -> Iterator[None]:
+    """Turn whatever transformers raises while it builds something into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"transformers does not take it: {first_line(error)}") from None
 
 
 def _check_type(key: str, value: object, released: object) -> None:
@@ -177,18 +255,6 @@ def _attention(section: Mapping[str, Any], form: VqForm, sizes: Mapping[str, Any
     return given
 
 
-def normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation, from the first of transformers' two files that has them."""
-    for name, section_key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-        path = folder / name
-        if path.is_file():
-            with error_context(path):
-                found = read_json(path)
-                if section_key is None or section_key in found:
-                    return _mean_and_std(found if section_key is None else found[section_key])
-    return [0.5] * 3, [0.5] * 3
-
-
 def _mean_and_std(section: Any) -> tuple[list[float], list[float]]:
     if not isinstance(section, dict):
         raise UserError(f"image_processor: must be an object, found {repr(section)[:60]}")
@@ -196,10 +262,10 @@ def _mean_and_std(section: Any) -> tuple[list[float], list[float]]:
         found = section.get(key, value)
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-6):
             raise UserError(f"{key}: {repr(found)[:60]} is not what Emu3 has, {value}")
-    return _per_channel(section, "image_mean", -math.inf), _per_channel(section, "image_std", 0.0)
+    return _numbers_per_channel(section, "image_mean", -math.inf), _numbers_per_channel(section, "image_std", 0.0)
 
 
-def _per_channel(section: Mapping[str, Any], key: str, above: float) -> list[float]:
+def _numbers_per_channel(section: Mapping[str, Any], key: str, above: float) -> list[float]:
     found = section.get(key)
     numbers = found if isinstance(found, list) else [0.5 if found is None else found] * 3
     for number in numbers if len(numbers) == 3 else [None]:
@@ -209,47 +275,17 @@ def _per_channel(section: Mapping[str, Any], key: str, above: float) -> list[flo
     return [float(number) for number in numbers]
 
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-# Linear layers in transformers, 1 x 1 convolutions in the original.
-_LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
-
-# Counts training batches. Evaluation does not read it.
-IGNORED = "num_batches_tracked"
-
-
-def stored_tensors(folder: Path, form: VqForm) -> dict[str, tuple[str, Path]]:
-    """Return the tensors of a form: for each of transformers' names the name on disk and the file."""
-    files = _files(folder)
-    prefix = next((start for start in form.prefixes if any(name.startswith(start) for name in files)), None)
-    if prefix is None:
-        raise UserError(
-            "has no tensors" + (f" that begin with {' or '.join(form.prefixes)}" if all(form.prefixes) else "")
-        )
-    stored: dict[str, tuple[str, Path]] = {}
-    for name, file in files.items():
-        if name.startswith(prefix):
-            if not name.isprintable():
-                raise UserError(f"tensor {name!r} has a name that is not one line of text")
-            ours = form.transformers_name(name.removeprefix(prefix))
-            if ours in stored:
-                raise UserError(f"tensor {name} is there twice, also as {stored[ours][0]}")
-            stored[ours] = name, file
-    return stored
-
-
 def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor."""
-    if (folder / _SINGLE).is_file():
-        with _opened(folder / _SINGLE) as tensors:
-            return dict.fromkeys(tensors.keys(), folder / _SINGLE)
-    if not (folder / _INDEX).is_file():
+    if (folder / SINGLE).is_file():
+        with _opened(folder / SINGLE) as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE)
+    if not (folder / INDEX).is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         hint = f" ({pickles[0]} is a pickle, which is not read; save it as safetensors)" if pickles else ""
-        raise UserError(f"has neither {_SINGLE} nor {_INDEX}{hint}")
-    with error_context(_INDEX):
-        places = read_json(folder / _INDEX).get("weight_map")
+        raise UserError(f"has neither {SINGLE} nor {INDEX}{hint}")
+    with error_context(INDEX):
+        places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise UserError("must hold a weight_map from tensors to files")
         for file in set(places.values()):
@@ -271,27 +307,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path.name} is missing, or may not be read") from None
     except (SafetensorError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path.name} is truncated or not a safetensors file: {why}") from None
-
-
-def read_tensors(model: torch.nn.Module, stored: Mapping[str, tuple[str, Path]]) -> dict[str, Tensor]:
-    """Return the model's tensors in float32."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(IGNORED)}
-    for name in sorted(state.keys() - stored.keys()):
-        raise UserError(f"tensor {name} (by transformers' name) is missing")
-    for name in sorted(stored.keys() - model.state_dict().keys()):
-        raise UserError(f"tensor {stored[name][0]} is not one of this model's")
-    for file in sorted({stored[name][1] for name in state}):
-        with _opened(file) as tensors:
-            present = set(tensors.keys())
-            for ours in (name for name in state if stored[name][1] == file):
-                name = stored[ours][0]
-                if name not in present:
-                    raise UserError(f"tensor {name} is not in {file.name}, where {_INDEX} says it is")
-                _check_tensor(name, tensors.get_slice(name), tuple(state[ours].shape), bool(_LINEAR.search(ours)))
-                state[ours] = _in_float32(name, tensors.get_tensor(name)).reshape(state[ours].shape)
-    return state
+        raise UserError(f"{path.name} is truncated or not a safetensors file: {first_line(error)}") from None
 
 
 def _check_tensor(name: str, found: Any, wanted: tuple[int, ...], is_linear: bool) -> None:
@@ -300,27 +316,3 @@ def _check_tensor(name: str, found: Any, wanted: tuple[int, ...], is_linear: boo
         raise UserError(f"tensor {name} has shape {list(shape)}, {CONFIG} wants {list(wanted)}")
     if dtype not in _FLOATS:
         raise UserError(f"tensor {name} has dtype {dtype}, which is none of {', '.join(_FLOATS)}")
-
-
-def _in_float32(name: str, tensor: Tensor) -> Tensor:
-    # A copy: safetensors may return a memory map, and the file may change.
-    tensor = tensor.to(torch.float32, copy=True)
-    if not tensor.isfinite().all():
-        raise UserError(f"tensor {name} holds numbers that are not finite")
-    return tensor
-
-
-class Emu3VqFiles:
-    """See :class:`megatron_cca.models.formats.ImageTokenizerFiles`."""
-
-    description = f"the {CONFIG} and safetensors of Emu3's"
-
-    def recognises(self, path: Path) -> bool:
-        """See the protocol."""
-        return (path / CONFIG).is_file()
-
-    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> Emu3ImageTokenizer:
-        """See the protocol."""
-        from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
-
-        return open_emu3_vq(path, device, weights=weights)

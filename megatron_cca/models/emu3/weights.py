@@ -9,40 +9,50 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from megatron_cca.config import ModelConfig
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.emu3 import PRESETS, Emu3Vocabulary
-from megatron_cca.models.emu3.vq_files import recognise, sizes_in
+from megatron_cca.models.emu3.vq_files import recognise, sizes_in, transformers_refusals
 from megatron_cca.models.formats import Json, Naming
+from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import GatedMLP, GroupedQueryQKV, OneToOne, WeightMap
 
-_OURS = "decoder.layers."
-_THEIRS = "model.layers.{layer}."
+_MEGATRON = "decoder.layers."
+_TRANSFORMERS = "model.layers.{layer}."
 
 EMU3_WEIGHTS = WeightMap(
     rules=[
         OneToOne("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
         OneToOne(
-            f"{_OURS}self_attention.linear_qkv.layer_norm_weight", f"{_THEIRS}input_layernorm.weight", ("hidden",)
+            f"{_MEGATRON}self_attention.linear_qkv.layer_norm_weight",
+            f"{_TRANSFORMERS}input_layernorm.weight",
+            ("hidden",),
         ),
         GroupedQueryQKV(
-            f"{_OURS}self_attention.linear_qkv.weight",
-            query=f"{_THEIRS}self_attn.q_proj.weight",
-            key=f"{_THEIRS}self_attn.k_proj.weight",
-            value=f"{_THEIRS}self_attn.v_proj.weight",
+            f"{_MEGATRON}self_attention.linear_qkv.weight",
+            query=f"{_TRANSFORMERS}self_attn.q_proj.weight",
+            key=f"{_TRANSFORMERS}self_attn.k_proj.weight",
+            value=f"{_TRANSFORMERS}self_attn.v_proj.weight",
         ),
-        OneToOne(f"{_OURS}self_attention.linear_proj.weight", f"{_THEIRS}self_attn.o_proj.weight", ("hidden", "query")),
-        OneToOne(f"{_OURS}mlp.linear_fc1.layer_norm_weight", f"{_THEIRS}post_attention_layernorm.weight", ("hidden",)),
+        OneToOne(
+            f"{_MEGATRON}self_attention.linear_proj.weight",
+            f"{_TRANSFORMERS}self_attn.o_proj.weight",
+            ("hidden", "query"),
+        ),
+        OneToOne(
+            f"{_MEGATRON}mlp.linear_fc1.layer_norm_weight",
+            f"{_TRANSFORMERS}post_attention_layernorm.weight",
+            ("hidden",),
+        ),
         GatedMLP(
-            f"{_OURS}mlp.linear_fc1.weight",
-            gate=f"{_THEIRS}mlp.gate_proj.weight",
-            up=f"{_THEIRS}mlp.up_proj.weight",
+            f"{_MEGATRON}mlp.linear_fc1.weight",
+            gate=f"{_TRANSFORMERS}mlp.gate_proj.weight",
+            up=f"{_TRANSFORMERS}mlp.up_proj.weight",
         ),
-        OneToOne(f"{_OURS}mlp.linear_fc2.weight", f"{_THEIRS}mlp.down_proj.weight", ("hidden", "ffn")),
+        OneToOne(f"{_MEGATRON}mlp.linear_fc2.weight", f"{_TRANSFORMERS}mlp.down_proj.weight", ("hidden", "ffn")),
         OneToOne("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
         OneToOne("output_layer.weight", "lm_head.weight", ("vocab", "hidden")),
     ]
@@ -152,7 +162,7 @@ class Emu3HuggingFace:
 
         form, section = recognise(config)
         sizes = sizes_in(section, form, _MOST_TENSORS)
-        with _naming_the_key("vq_config"), torch.device("meta"):
+        with error_context("vq_config"), transformers_refusals(), torch.device("meta"):
             tokenizer = Emu3VQVAE(Emu3VQVAEConfig(**sizes))
         return {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
 
@@ -165,7 +175,7 @@ class Emu3HuggingFace:
         left_out = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
         text = _text_section(config)
         kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
-        with _naming_the_key("config.json"):
+        with error_context(CONFIG), transformers_refusals():
             # JSON has one kind of number. transformers needs a float here.
             epsilon = float(text.get("rms_norm_eps", _RELEASED.layernorm_epsilon))
             settings = Emu3TextConfig(**kept | {"rms_norm_eps": epsilon})
@@ -173,16 +183,6 @@ class Emu3HuggingFace:
                 model = Emu3ForCausalLM(settings)
             model.model.rotary_emb = type(model.model.rotary_emb)(settings)
         return model.eval()
-
-
-@contextmanager
-def _naming_the_key(key: str) -> Iterator[None]:
-    """Turn whatever transformers raises while it builds something into one line."""
-    try:
-        yield
-    except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{key}: transformers does not take it: {why}") from None
 
 
 def _text_section(config: Json) -> Json:

@@ -50,6 +50,12 @@ class VqSizes:
         return 2 ** (len(self.channels) - 1)
 
 
+def network_on_meta(sizes: VqSizes) -> VqNetwork:
+    """Build the network on the meta device, without weights of whatever size."""
+    with torch.device("meta"):
+        return VqNetwork(sizes)
+
+
 class VqNetwork(nn.Module):
     """The network that encodes pixels to vectors and decodes codes to pixels, see :class:`VqSizes`."""
 
@@ -248,9 +254,3 @@ def _run(half: Encoder | Decoder, layers: Sequence[nn.Module], given: Tensor) ->
     for layer in layers:
         hidden = layer(hidden)
     return half.conv_out(_activated(half.norm_out(hidden)))
-
-
-def network_on_meta(sizes: VqSizes) -> VqNetwork:
-    """Build the network on the meta device, without weights of whatever size."""
-    with torch.device("meta"):
-        return VqNetwork(sizes)

@@ -12,8 +12,8 @@ from megatron_cca.models.formats import Shapes, Sizes
 from megatron_cca.models.llamagen import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
 
-_OURS = "decoder.layers."
-_THEIRS = "layers.{layer}."
+_MEGATRON = "decoder.layers."
+_AUTHORS = "layers.{layer}."
 _CODES, _CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
 _FIRST_GATE, _FIRST_QKV = "layers.0.feed_forward.w1.weight", "layers.0.attention.wqkv.weight"
 _FREQUENCIES = "freqs_cis"
@@ -23,16 +23,20 @@ _ANY = PRESETS[RELEASED[0]]
 LLAMAGEN_WEIGHTS = WeightMap(
     rules=[
         StackedVocabulary("embedding.word_embeddings.weight", output=_CODES, input_only=_CLASSES),
-        OneToOne(f"{_OURS}self_attention.linear_qkv.layer_norm_weight", f"{_THEIRS}attention_norm.weight", ("hidden",)),
-        StackedQKV(f"{_OURS}self_attention.linear_qkv.weight", f"{_THEIRS}attention.wqkv.weight"),
-        OneToOne(f"{_OURS}self_attention.linear_proj.weight", f"{_THEIRS}attention.wo.weight", ("hidden", "query")),
-        OneToOne(f"{_OURS}mlp.linear_fc1.layer_norm_weight", f"{_THEIRS}ffn_norm.weight", ("hidden",)),
-        GatedMLP(
-            f"{_OURS}mlp.linear_fc1.weight",
-            gate=f"{_THEIRS}feed_forward.w1.weight",
-            up=f"{_THEIRS}feed_forward.w3.weight",
+        OneToOne(
+            f"{_MEGATRON}self_attention.linear_qkv.layer_norm_weight", f"{_AUTHORS}attention_norm.weight", ("hidden",)
         ),
-        OneToOne(f"{_OURS}mlp.linear_fc2.weight", f"{_THEIRS}feed_forward.w2.weight", ("hidden", "ffn")),
+        StackedQKV(f"{_MEGATRON}self_attention.linear_qkv.weight", f"{_AUTHORS}attention.wqkv.weight"),
+        OneToOne(
+            f"{_MEGATRON}self_attention.linear_proj.weight", f"{_AUTHORS}attention.wo.weight", ("hidden", "query")
+        ),
+        OneToOne(f"{_MEGATRON}mlp.linear_fc1.layer_norm_weight", f"{_AUTHORS}ffn_norm.weight", ("hidden",)),
+        GatedMLP(
+            f"{_MEGATRON}mlp.linear_fc1.weight",
+            gate=f"{_AUTHORS}feed_forward.w1.weight",
+            up=f"{_AUTHORS}feed_forward.w3.weight",
+        ),
+        OneToOne(f"{_MEGATRON}mlp.linear_fc2.weight", f"{_AUTHORS}feed_forward.w2.weight", ("hidden", "ffn")),
         OneToOne("decoder.final_layernorm.weight", "norm.weight", ("hidden",)),
         OneToOne("output_layer.weight", "output.weight", ("output", "hidden")),
     ]
@@ -46,7 +50,7 @@ class LlamaGenWeightsFile:
     # Keys that the authors' and CCA's samplers look for, in their order. A file of an FSDP run has none of them.
     sections = ("model", "module", "state_dict")
     marker = _CODES
-    unsaid = ("num_attention_heads", "max_position_embeddings", "rotary_base", "layernorm_epsilon")
+    not_in_shapes = ("num_attention_heads", "max_position_embeddings", "rotary_base", "layernorm_epsilon")
 
     def knows(self, names: Collection[str]) -> bool:
         """Return whether the table of codes is there. Text-to-image models have it, too."""
@@ -63,14 +67,14 @@ class LlamaGenWeightsFile:
         for name in (_CODES, _CLASSES, _FIRST_GATE, _FIRST_QKV):
             if len(shapes.get(name, ())) != 2:
                 raise UserError(f"looks like LlamaGen, but tensor {name} is missing or no matrix")
-        told = _told_by_shapes(shapes)
-        if min(told.values()) < 1:
-            raise UserError(f"looks like LlamaGen, but of {_in_words(told)}")
-        name, preset = _known(told)
-        sizes = told | self._not_told_by_weights(shapes, given, assumed, preset)
-        missing = [key for key in self.unsaid if sizes[key] is None]
+        known = _sizes_in_shapes(shapes)
+        if min(known.values()) < 1:
+            raise UserError(f"looks like LlamaGen, but of {_in_words(known)}")
+        name, preset = _name_and_preset(known)
+        sizes = known | self._sizes_not_in_shapes(shapes, given, assumed, preset)
+        missing = [key for key in self.not_in_shapes if sizes[key] is None]
         if missing:
-            raise UserError(_asked_for(told, missing))
+            raise UserError(_request_for(known, missing))
         sizes["num_query_groups"] = _query_groups(shapes, sizes["num_attention_heads"])
         for key, value in given.items():
             if key not in sizes:
@@ -79,12 +83,12 @@ class LlamaGenWeightsFile:
                 raise UserError(f"model.{key}: {value}, but the tensors have {sizes[key]}; leave it out")
         return ModelConfig(name=name, vocab_size=sizes["codebook_size"] + sizes["num_classes"] + 1, **sizes)
 
-    def _not_told_by_weights(
+    def _sizes_not_in_shapes(
         self, shapes: Shapes, given: Sizes, assumed: Sizes, preset: Architecture | None
     ) -> dict[str, float | None]:
-        """Return the sizes in ``unsaid``. None where nothing gives a size."""
-        usual = {} if preset is None else {key: getattr(preset, key) for key in self.unsaid}
-        buffer = _told_by_frequencies(shapes)
+        """Return the sizes in ``not_in_shapes``. None where nothing gives a size."""
+        usual = {} if preset is None else {key: getattr(preset, key) for key in self.not_in_shapes}
+        buffer = _sizes_in_frequencies(shapes)
         places = {
             "num_attention_heads": (buffer, given, usual, assumed),
             # A released decoder may have either size of images, so its default comes last.
@@ -92,10 +96,10 @@ class LlamaGenWeightsFile:
             "rotary_base": (given, assumed, vars(_ANY)),
             "layernorm_epsilon": (given, assumed, vars(_ANY)),
         }
-        return {key: next((place[key] for place in places[key] if key in place), None) for key in self.unsaid}
+        return {key: next((place[key] for place in places[key] if key in place), None) for key in self.not_in_shapes}
 
 
-def _told_by_shapes(shapes: Shapes) -> dict[str, int]:
+def _sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
     layers = {int(match[1]) for name in shapes if (match := re.match(r"layers\.(\d{1,6})\.", name))}
     return {
         "num_layers": len(layers),
@@ -106,7 +110,7 @@ def _told_by_shapes(shapes: Shapes) -> dict[str, int]:
     }
 
 
-def _told_by_frequencies(shapes: Shapes) -> dict[str, int]:
+def _sizes_in_frequencies(shapes: Shapes) -> dict[str, int]:
     """Return the sizes in ``freqs_cis``, ``[positions, channels of a head / 2, 2]``, which some programs save."""
     shape, hidden = shapes.get(_FREQUENCIES, ()), shapes[_CODES][1]
     if len(shape) != 3 or shape[2] != 2 or not shape[1] or hidden % (2 * shape[1]):
@@ -114,13 +118,13 @@ def _told_by_frequencies(shapes: Shapes) -> dict[str, int]:
     return {"max_position_embeddings": shape[0], "num_attention_heads": hidden // (2 * shape[1])}
 
 
-def _known(told: Mapping[str, int]) -> tuple[str, Architecture | None]:
+def _name_and_preset(known: Mapping[str, int]) -> tuple[str, Architecture | None]:
     """Return name and preset of these sizes, or of a released decoder, or the family's first name and None."""
     for name, preset in PRESETS.items():
-        if _sizes_of(preset) == told:
+        if _sizes_of(preset) == known:
             return name, preset
     for name in RELEASED:
-        if all(getattr(PRESETS[name], key) == told[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size")):
+        if all(getattr(PRESETS[name], key) == known[key] for key in ("num_layers", "hidden_size", "ffn_hidden_size")):
             return name, PRESETS[name]
     return RELEASED[0], None
 
@@ -140,11 +144,11 @@ def _query_groups(shapes: Shapes, heads: float) -> int:
     return groups
 
 
-def _asked_for(told: Mapping[str, int], missing: Collection[str]) -> str:
+def _request_for(known: Mapping[str, int], missing: Collection[str]) -> str:
     examples = {"num_attention_heads": "N", "max_position_embeddings": "577 (the class and 24 x 24 codes)"}
     said = " ".join(f"--set model.{key}={examples[key]}" for key in missing)
     return (
-        f"looks like a LlamaGen of {_in_words(told)}, which is none of those known here ({', '.join(PRESETS)}), and "
+        f"looks like a LlamaGen of {_in_words(known)}, which is none of those known here ({', '.join(PRESETS)}), and "
         f"its tensors do not tell {' and '.join(missing)}; give {said}"
     )
 

@@ -36,7 +36,7 @@ def shares(weights: dict[str, float], seconds: float) -> dict[str, float]:
 
 
 @dataclass
-class Conductor:
+class Runner:
     """One call of the program.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The plan of a study: which runs and samples its settings ask for, and which of them are the same.
+"""The schedule of a study: which runs and samples its settings ask for, and which of them are the same.
 
 The layout of the ranks is not among them. It changes only rounding.
 
@@ -20,9 +20,12 @@ from megatron_cca.data import DIGITS
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.keys import effects
 from megatron_cca.lab.studies import SAMPLING, Keys
-from megatron_cca.lab.studies.study import BASE, Method, Point, Study
-from megatron_cca.lab.studies.tasks import FINISHED, Judging, Outcome, Sampling, Task, Training, digest
+from megatron_cca.lab.studies.study import BASE, ConfiguredRun, Method, Study
+from megatron_cca.lab.studies.tasks import FINISHED, EvaluationInputs, Outcome, Sampling, Task, Training, digest
 from megatron_cca.models import explicit
+
+TRAINED, SAMPLED = "trained", "sampled"
+Outcomes = Callable[[Task], Outcome | None]
 
 
 def training_contents(config: Config, base: str | None) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def checkpoint_key(checkpoint: str, option: str) -> str:
     return digest({"folder": str(folder.resolve()), "summary": layout.read_summary(folder, option)})
 
 
-def mark(name: str | Path) -> list[Any]:
+def file_stamp(name: str | Path) -> list[Any]:
     """Return a name with the size and the time of its file or folder, which show a change.
 
     Of FILE.py:FUNCTION it is the file. The time of a folder changes with the names in it. Without a file or folder it
@@ -79,12 +82,8 @@ def mark(name: str | Path) -> list[Any]:
     return [str(name), str(path.resolve()), status.st_size if path.is_file() else None, status.st_mtime_ns]
 
 
-TRAINED, SAMPLED = "trained", "sampled"
-Outcomes = Callable[[Task], Outcome | None]
-
-
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of the results: a method with its settings, and its samples on each seed.
 
     Attributes:
@@ -98,13 +97,13 @@ class Row:
     samplings: list[Sampling]
 
     @property
-    def point(self) -> Point:
+    def run(self) -> ConfiguredRun:
         """The run of the settings."""
-        return self.method.point(self.values)
+        return self.method.configured(self.values)
 
 
-class Planner:
-    """The source of a study's tasks.
+class TaskFactory:
+    """The maker of a study's tasks.
 
     Args:
         study: a study that :func:`check_study` accepted.
@@ -114,7 +113,7 @@ class Planner:
     def __init__(self, study: Study, output: Path) -> None:
         self.study, self.output = study, output
         settings = study.settings
-        self.judging = Judging(
+        self.evaluation = EvaluationInputs(
             prompts=settings.prompts,
             reference=settings.reference,
             extractor=settings.extractor,
@@ -123,13 +122,13 @@ class Planner:
             metrics=tuple(settings.metrics),
             inception_score_splits=settings.inception_score_splits,
         )
-        self._marks = [mark(name) for name in asdict(self.judging).values() if isinstance(name, str)]
+        self._stamps = [file_stamp(name) for name in asdict(self.evaluation).values() if isinstance(name, str)]
         given = settings.base.checkpoint
         self._given_key = None if given is None else checkpoint_key(given, "base.checkpoint")
         self.layout = study.base or _layout_of(study)
-        # Each task that ends makes a new plan. The keys take some time to compute.
+        # Each task that ends makes a new schedule. The keys take some time to compute.
         self._trials: dict[str, list[tuple[Keys, Sampling]]] = {}
-        self._rows: dict[tuple[str, str], list[Row]] = {}
+        self._rows: dict[tuple[str, str], list[TableRow]] = {}
 
     def trials(self, method: Method) -> list[tuple[Keys, Sampling]]:
         """Return the settings to try for a method, each with the samples that judge them."""
@@ -141,12 +140,14 @@ class Planner:
             ]
         return self._trials[method.name]
 
-    def rows(self, method: Method, chosen: Keys) -> list[Row]:
+    def rows(self, method: Method, chosen: Keys) -> list[TableRow]:
         """Return the reported rows of a method: the chosen settings, then the sweep around them."""
         key = method.name, repr(chosen)
         if key not in self._rows:
             rows = [(chosen, True), *(({**chosen, **swept}, False) for swept in method.sweep)]
-            self._rows[key] = [Row(method, values, is_it, self._samplings(method, values)) for values, is_it in rows]
+            self._rows[key] = [
+                TableRow(method, values, is_it, self._samplings(method, values)) for values, is_it in rows
+            ]
         return self._rows[key]
 
     def _samplings(self, method: Method, values: Keys) -> list[Sampling]:
@@ -155,25 +156,26 @@ class Planner:
 
     def sampling(self, method: Method, values: Keys, seed: int, count: int) -> Sampling:
         """Return the task that samples a method with settings on one seed."""
-        point = method.point(values)
-        run = self.training(method, values, point.config, seed)
+        configured = method.configured(values)
+        run = self.training(method, values, configured.config, seed)
         key = self._given_key if run is None else run.folder.name
+        # Names of former versions, whose finished samples are found by these keys.
         contents = {
             "model": key,
-            "sampling": asdict(point.sampling) | {"batch_size": None},
-            "judging": asdict(self.judging),
-            "marks": self._marks,
+            "sampling": asdict(configured.sampling) | {"batch_size": None},
+            "judging": asdict(self.evaluation),
+            "marks": self._stamps,
             "count": count,
             "seed": seed,
         }
         return Sampling(
             title=f"draw {_title(method, values)}, seed {seed}",
-            folder=self.output / SAMPLED / f"{_kind(point.config)}-{digest(contents)}",
+            folder=self.output / SAMPLED / f"{_kind(configured.config)}-{digest(contents)}",
             checkpoint=self.study.settings.base.checkpoint if run is None else str(run.folder),
             after=run,
             layout=self.layout,
-            sampling=point.sampling,
-            judging=self.judging,
+            sampling=configured.sampling,
+            evaluation=self.evaluation,
             count=count,
             seed=seed,
             keep_images=self.study.settings.keep_images,
@@ -209,7 +211,7 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """The known tasks of a study.
 
     Attributes:
@@ -220,7 +222,7 @@ class Plan:
 
     trials: dict[str, list[tuple[Keys, Sampling]]]
     chosen: dict[str, Keys | None]
-    rows: list[Row]
+    rows: list[TableRow]
 
     @property
     def tasks(self) -> list[Task]:
@@ -234,15 +236,15 @@ class Plan:
         return list(found.values())
 
 
-def make_plan(planner: Planner, outcomes: Outcomes) -> Plan:
-    """Return the plan that follows from the outcomes of tasks.
+def make_schedule(factory: TaskFactory, outcomes: Outcomes) -> Schedule:
+    """Return the schedule that follows from the outcomes of tasks.
 
     Args:
-        planner: the planner of the study.
+        factory: makes the tasks of the study.
         outcomes: returns a task's result, or None if there is none; called for trials only.
     """
-    study = planner.study
-    trials = {method.name: planner.trials(method) for method in study.tuned}
+    study = factory.study
+    trials = {method.name: factory.trials(method) for method in study.tuned}
     chosen: dict[str, Keys | None] = {BASE: {}}
     for name, tried in trials.items():
         results = [(values, outcomes(sampling)) for values, sampling in tried]
@@ -252,9 +254,9 @@ def make_plan(planner: Planner, outcomes: Outcomes) -> Plan:
         row
         for name, values in chosen.items()
         if values is not None
-        for row in planner.rows(study.methods[name], values)
+        for row in factory.rows(study.methods[name], values)
     ]
-    return Plan(trials, chosen, rows)
+    return Schedule(trials, chosen, rows)
 
 
 def best(results: list[tuple[Keys, Outcome]], metric: str) -> Keys | None:
@@ -272,11 +274,11 @@ def best(results: list[tuple[Keys, Outcome]], metric: str) -> Keys | None:
     return min(finished, key=lambda one: sign * one[1])[0]
 
 
-def expected_tasks(planner: Planner) -> int:
+def expected_tasks(factory: TaskFactory) -> int:
     """Estimate the number of tasks of the study before the settings are chosen."""
-    first = {method.name: method.trials[0] for method in planner.study.methods.values()}
-    rows = [row for name, values in first.items() for row in planner.rows(planner.study.methods[name], values)]
-    return len(Plan({method.name: planner.trials(method) for method in planner.study.tuned}, {}, rows).tasks)
+    first = {method.name: method.trials[0] for method in factory.study.methods.values()}
+    rows = [row for name, values in first.items() for row in factory.rows(factory.study.methods[name], values)]
+    return len(Schedule({method.name: factory.trials(method) for method in factory.study.tuned}, {}, rows).tasks)
 
 
 def _before(task: Task) -> Iterator[Task]:

@@ -12,24 +12,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo, same_tensors
+from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
-from megatron_cca.models.weight_files import check_frequencies, chosen_set, is_recomputed, weight_sets
+from megatron_cca.models.weight_files import (
+    CONFIG,
+    check_frequencies,
+    chosen_set,
+    is_recomputed,
+    same_tensors,
+    weight_sets,
+)
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # float32 holds every number of these dtypes exactly.
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
-_REMEDY = "tools/convert_checkpoint.py import --dtype fp32 widens them, which loses nothing"
+_REMEDY = "megatron-cca convert import --dtype fp32 widens them, which loses nothing"
+# Files of weights in any format. They are not copied.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class WeightsDescription:
     """What the user says about weights, because the files do not say it.
 
     Attributes:
@@ -45,49 +54,7 @@ class Reading:
     dtype: Literal["fp32"] | None = None
 
 
-AS_IT_IS = Reading()
-
-
-def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
-    """Return the dtype of all tensors, or float32 if ``asked`` wants it.
-
-    Nothing is rounded: float16 and bfloat16 become float32 only if asked, and nothing becomes bfloat16.
-
-    Args:
-        dtypes: dtype of each tensor, by the name for messages.
-        asked: ``fp32``, or None to keep the dtype.
-
-    Raises:
-        UserError: dtypes differ, or a dtype is not supported. Does not name the file.
-    """
-    (first, dtype), *others = dtypes.items()
-    if asked == "fp32":
-        wrong = [f"tensor {name} is {found}" for name, found in dtypes.items() if found not in _WIDENED]
-        if wrong:
-            raise UserError(f"{wrong[0]}, which float32 cannot hold without rounding")
-        return torch.float32
-    for name, other in others:
-        if other != dtype:
-            remedy = f"; {_REMEDY}" if {dtype, other} <= set(_WIDENED) else ""
-            raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike{remedy}")
-    check_dtype(dtype, f"; {_REMEDY}" if dtype in _WIDENED else "")
-    return dtype
-
-
-def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
-    """Refuse weights in a dtype that is not supported.
-
-    Raises:
-        UserError: the dtype is neither float32 nor bfloat16. Does not name the file.
-    """
-    if dtype not in PRECISIONS:
-        raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")
-
-
-CONFIG = "config.json"
-
-# Files of weights in any format. They are not copied.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
+UNDESCRIBED = WeightsDescription()
 
 
 class HuggingFaceCheckpoint:
@@ -109,7 +76,7 @@ class HuggingFaceCheckpoint:
             key, tensor or file.
     """
 
-    def __init__(self, folder: Path, option: str, reading: Reading = AS_IT_IS) -> None:
+    def __init__(self, folder: Path, option: str, description: WeightsDescription = UNDESCRIBED) -> None:
         self.folder, self.option = folder, option
         self.config = read_config(folder, option)
         self.format = recognise(self.config, folder, option)
@@ -117,7 +84,7 @@ class HuggingFaceCheckpoint:
         self.model, self.architecture = self._sizes()
         self.files = SafetensorsFolder(folder, option)
         with error_context(f"{option}: {folder}"):
-            self.files.tensors = self._own_tensors(reading.section)
+            self.files.tensors = self._own_tensors(description.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
         self._check_form()
         self._check_tensors()
@@ -126,7 +93,7 @@ class HuggingFaceCheckpoint:
         }
         self._check_companions()
         with error_context(f"{option}: {folder}"):
-            self.dtype = self._one_dtype(reading)
+            self.dtype = self._one_dtype(description)
 
     @property
     def precision(self) -> str:
@@ -147,7 +114,7 @@ class HuggingFaceCheckpoint:
         markers = {naming.on_disk(self.format.marker) for naming in self.format.namings}
         sets = weight_sets(found, markers)
         if sets:
-            are_alike = len(sets) > 1 and section is None and same_tensors(self.files, sets)
+            are_alike = len(sets) > 1 and section is None and same_tensors(sets, self.files.equal)
             chosen = chosen_set(sets, section, are_alike=are_alike)
             found = chosen.weights | {name: found[name] for name in chosen.beside if section is None}
         computed = {name: info for name, info in found.items() if is_recomputed(name)}
@@ -174,7 +141,7 @@ class HuggingFaceCheckpoint:
     def _check_tensors(self) -> None:
         shapes = self.format.weights.huggingface_shapes(self.architecture)
         wanted = {self.naming.on_disk(name): shape for name, shape in shapes.items()}
-        extra = [n for n in self.files.tensors if n not in wanted and self.naming.companion(n) is None]
+        extra = [name for name in self.files.tensors if name not in wanted and self.naming.companion(name) is None]
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
@@ -201,25 +168,9 @@ class HuggingFaceCheckpoint:
         for name, shape in wanted.items():
             check_shape(name, found[name], shape, self.option)
 
-    def _one_dtype(self, reading: Reading) -> torch.dtype:
+    def _one_dtype(self, description: WeightsDescription) -> torch.dtype:
         names = [self.naming.on_disk(name) for name in self.format.weights.huggingface_shapes(self.architecture)]
-        return one_dtype({name: self.files.tensors[name].dtype for name in names}, reading.dtype)
-
-
-def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
-    """Refuse a tensor of another shape than ``config.json`` requires.
-
-    Raises:
-        UserError: the shapes differ.
-    """
-    if found.shape != shape:
-        raise UserError(
-            f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
-        )
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        return one_dtype({name: self.files.tensors[name].dtype for name in names}, description.dtype)
 
 
 def read_config(folder: Path, option: str) -> Json:
@@ -285,3 +236,55 @@ def companion_files(folder: Path) -> list[Path]:
         if path.is_symlink() and path.exists() and not os.path.realpath(path).startswith(places):
             raise UserError(f"{path} is a symbolic link that leaves the folder; copy the file there")
     return files
+
+
+def check_shape(name: str, found: TensorInfo, shape: tuple[int, ...], option: str) -> None:
+    """Refuse a tensor of another shape than ``config.json`` requires.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    if found.shape != shape:
+        raise UserError(
+            f"{option}: tensor {name} in {found.file} has shape {list(found.shape)}, {CONFIG} wants {list(shape)}"
+        )
+
+
+def one_dtype(dtypes: Mapping[str, torch.dtype], asked: Literal["fp32"] | None = None) -> torch.dtype:
+    """Return the dtype of all tensors, or float32 if ``asked`` wants it.
+
+    Nothing is rounded: float16 and bfloat16 become float32 only if asked, and nothing becomes bfloat16.
+
+    Args:
+        dtypes: dtype of each tensor, by the name for messages.
+        asked: ``fp32``, or None to keep the dtype.
+
+    Raises:
+        UserError: dtypes differ, or a dtype is not supported. Does not name the file.
+    """
+    (first, dtype), *others = dtypes.items()
+    if asked == "fp32":
+        wrong = [f"tensor {name} is {found}" for name, found in dtypes.items() if found not in _WIDENED]
+        if wrong:
+            raise UserError(f"{wrong[0]}, which float32 cannot hold without rounding")
+        return torch.float32
+    for name, other in others:
+        if other != dtype:
+            remedy = f"; {_REMEDY}" if {dtype, other} <= set(_WIDENED) else ""
+            raise UserError(f"tensor {name} is {other}, {first} is {dtype}; they must be alike{remedy}")
+    check_dtype(dtype, f"; {_REMEDY}" if dtype in _WIDENED else "")
+    return dtype
+
+
+def check_dtype(dtype: torch.dtype, remedy: str = "") -> None:
+    """Refuse weights in a dtype that is not supported.
+
+    Raises:
+        UserError: the dtype is neither float32 nor bfloat16. Does not name the file.
+    """
+    if dtype not in PRECISIONS:
+        raise UserError(f"is in {dtype}; models here are in float32 or bfloat16{remedy}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,71 +1,42 @@
-"""The plan of an evaluation: its inputs, its checks, and the metrics that the images and the extractor allow."""
+"""The checks of an evaluation before its networks run, and the metrics that the images and the extractor allow."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.lab.evaluation import METRICS, TITLES, Counts, FidelitySettings, Obstacle, obstacle
-from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, check_classifier
+from megatron_cca.lab.evaluation import DIGITS, METRICS, TITLES, WORDS, Counts, EvaluateOptions, Obstacle, obstacle
+from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, DIGIT_SIZE, check_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, check_clip
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
-from megatron_cca.lab.evaluation.image_sets import DIGITS, WORDS, ImageSet, check_path
+from megatron_cca.lab.evaluation.image_sets import ImageSet, check_path
 
 SAMPLES, REFERENCE = "--samples", "--reference"
-_DIGIT_SIZE = (8, 8)
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """The inputs of an evaluation.
-
-    Attributes:
-        samples: name -> path of each set for :func:`megatron_cca.lab.evaluation.image_sets.read_images`.
-        reference: path of the real images.
-        extractor: see :func:`megatron_cca.lab.evaluation.extractors.open_extractor`.
-        inception_weights: the file of Inception's weights.
-        metrics: members of ``METRICS``; None means all that the images and the extractor allow.
-        numbers: subsets, neighbourhood, splits and batch size; its metrics are not used.
-        classifier: see :func:`megatron_cca.lab.evaluation.classifiers.open_classifier`; None means the choice of
-            :func:`classifier_of`.
-        clip: folder of a CLIP; None means no CLIP score.
-    """
-
-    samples: dict[str, str]
-    reference: str
-    extractor: str
-    inception_weights: Path | None = None
-    metrics: tuple[str, ...] | None = None
-    numbers: FidelitySettings = field(default_factory=FidelitySettings)
-    classifier: str | None = None
-    clip: Path | None = None
-
-
-class Plan(NamedTuple):
+class ChosenMetrics(NamedTuple):
     """The metrics of a set that will be computed, and why others will not."""
 
     metrics: tuple[str, ...]
     left_out: dict[str, str]
 
 
-def check(settings: EvaluationSettings) -> None:
+def check(settings: EvaluateOptions) -> None:
     """Refuse invalid settings before an image is read or a network is loaded.
 
     Raises:
         UserError: names the option.
     """
-    for option, path in ((SAMPLES, one) for one in settings.samples.values()):
+    for option, path in ((SAMPLES, one) for one in settings.sets.values()):
         with error_context(option):
             check_path(path)
     with error_context(REFERENCE):
         check_path(settings.reference)
     if settings.metrics is None or settings.metrics:
-        check_extractor(settings.extractor, settings.inception_weights)
+        check_extractor(settings.network, settings.inception_weights)
     if settings.classifier is not None:
         check_classifier(settings.classifier)
     if settings.clip is not None:
@@ -74,7 +45,7 @@ def check(settings: EvaluationSettings) -> None:
         raise UserError(f"--metrics: names none, and neither {CLASSIFIER} nor {CLIP} is given: nothing to do")
 
 
-def check_annotations(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> None:
+def check_annotations(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> None:
     """Refuse a classifier if no set has labels, and CLIP if no set has prompts.
 
     Raises:
@@ -84,11 +55,11 @@ def check_annotations(settings: EvaluationSettings, sets: dict[str, ImageSet]) -
         raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
     if settings.clip is not None and all(images.prompts is None for images in sets.values()):
         raise UserError(
-            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as tools/generate.py writes it"
+            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as megatron-cca generate writes it"
         )
 
 
-def classifier_of(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> str | None:
+def classifier_of(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> str | None:
     """Return the requested classifier, or the digits' own.
 
     The latter applies if the reference is the digits and the samples have labels.
@@ -96,13 +67,13 @@ def classifier_of(settings: EvaluationSettings, sets: dict[str, ImageSet]) -> st
     labelled = [images for images in sets.values() if images.labels is not None]
     if settings.classifier is not None or settings.reference not in WORDS:
         return settings.classifier
-    fit = labelled and all(images.images.shape[1:3] == _DIGIT_SIZE for images in labelled)
+    fit = labelled and all(images.images.shape[1:3] == DIGIT_SIZE for images in labelled)
     return DIGITS if fit else None
 
 
-def plan(
-    settings: EvaluationSettings, sets: dict[str, ImageSet], reference: ImageSet, widths: dict[str, int]
-) -> dict[str, Plan]:
+def choose_metrics(
+    settings: EvaluateOptions, sets: dict[str, ImageSet], reference: ImageSet, widths: dict[str, int]
+) -> dict[str, ChosenMetrics]:
     """Return the computable metrics of each set.
 
     It names the others on standard error.
@@ -117,27 +88,27 @@ def plan(
             the digits' network does not accept.
     """
     if settings.metrics == ():
-        return {name: Plan((), {}) for name in sets}
-    if settings.extractor == "digits":
+        return {name: ChosenMetrics((), {}) for name in sets}
+    if settings.network == "digits":
         _check_digit_sizes(sets, reference)
     moments = frozenset(usable_moments(settings, reference))
-    plans = {}
+    chosen = {}
     for name, images in sets.items():
         counts = Counts(len(images.images), len(reference.images), moments)
-        plans[name] = _plan(settings, name, counts, widths)
-    if not any(one.metrics for one in plans.values()) and classifier_of(settings, sets) is None and not settings.clip:
-        raise UserError(next(reason for one in plans.values() for reason in one.left_out.values()))
+        chosen[name] = _chosen(settings, name, counts, widths)
+    if not any(one.metrics for one in chosen.values()) and classifier_of(settings, sets) is None and not settings.clip:
+        raise UserError(next(reason for one in chosen.values() for reason in one.left_out.values()))
     real = reference.images.shape[1:3]
-    for name, one in plans.items():
+    for name, one in chosen.items():
         size = sets[name].images.shape[1:3]
         if size != real:
             print(f"{name}: its images are {_by(size)} pixels, the reference's {_by(real)}", file=sys.stderr)
         for metric, reason in one.left_out.items():
             print(f"{name}: {TITLES[metric]} is left out ({reason})", file=sys.stderr)
-    return plans
+    return chosen
 
 
-def _plan(settings: EvaluationSettings, name: str, counts: Counts, widths: dict[str, int]) -> Plan:
+def _chosen(settings: EvaluateOptions, name: str, counts: Counts, widths: dict[str, int]) -> ChosenMetrics:
     asked, left_out = settings.metrics or METRICS, {}
     for metric in asked:
         problem = obstacle(metric, counts, widths, settings.numbers)
@@ -145,21 +116,21 @@ def _plan(settings: EvaluationSettings, name: str, counts: Counts, widths: dict[
             left_out[metric] = _said(settings, name, problem)
             if settings.metrics is not None:
                 raise UserError(left_out[metric])
-    return Plan(tuple(metric for metric in asked if metric not in left_out), left_out)
+    return ChosenMetrics(tuple(metric for metric in asked if metric not in left_out), left_out)
 
 
-def usable_moments(settings: EvaluationSettings, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def usable_moments(settings: EvaluateOptions, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return mean and covariance from the reference's file for this extractor.
 
     They are always Inception's.
     """
-    return dict(reference.moments or {}) if settings.extractor == "inception" else {}
+    return dict(reference.moments or {}) if settings.network == "inception" else {}
 
 
 def _check_digit_sizes(sets: dict[str, ImageSet], reference: ImageSet) -> None:
     for option, images in (*((f"{SAMPLES} {name}", one) for name, one in sets.items()), (REFERENCE, reference)):
         size = images.images.shape[1:3]
-        if size != _DIGIT_SIZE:
+        if size != DIGIT_SIZE:
             raise UserError(
                 f"{option}: {EXTRACTOR} digits takes images of 8 x 8 pixels, found {_by(size)}; give another "
                 f"{EXTRACTOR}"
@@ -170,10 +141,10 @@ def _by(size: tuple[int, ...]) -> str:
     return " x ".join(map(str, size))
 
 
-def _said(settings: EvaluationSettings, name: str, problem: Obstacle) -> str:
+def _said(settings: EvaluateOptions, name: str, problem: Obstacle) -> str:
     where = {
         "samples": f"{SAMPLES} {name}",
         "reference": f"{REFERENCE} {settings.reference}",
-        "extractor": f"{EXTRACTOR} {settings.extractor}",
+        "extractor": f"{EXTRACTOR} {settings.network}",
     }
     return f"{where[problem.side]}: {problem.reason}"

@@ -2,7 +2,7 @@
 
 The errors of all tokens of an image add up. The objective takes their sum, times beta, for something that the policy
 learnt. :mod:`megatron_cca.training.log_ratio_gate` stops a run if the sum is too large. This module measures it before
-a run.
+a run. Its results are a table, sentences, JSON and a plot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from megatron_cca.data import DIGITS, digits
 from megatron_cca.data.microbatches import Microbatch
 from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
-from megatron_cca.lab.reference_bias_settings import BiasSettings
+from megatron_cca.io.outputs import write_json
+from megatron_cca.lab import markdown_table
+from megatron_cca.lab.reference_bias import IN_FP8, PRECISIONS, BiasSettings, ModelPrecision
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import image_token_logps
 from megatron_cca.models.layers import check_fp8_device
@@ -39,43 +41,19 @@ from megatron_cca.training.log_ratio_gate import DEFAULT_ALLOWED, LogRatioSpread
 from megatron_cca.training.reference import head_options
 from megatron_cca.training.setup import build_chunks, frozen_chunks
 
-# Each precision with the multiple that it needs for the length of a row; see check_fp8_sizes.
-PRECISIONS = {"fp32": 1, "bf16": 1, "fp8-tensorwise": 16, "fp8-blockwise": 128}
-
 DEFAULT_LENGTHS = tuple(2**power for power in range(8, 14))
 
-IN_FP8 = " with FP8 weights"
-
 CHECKPOINT, DATA = "--checkpoint", "--data"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The precision of a model's computation.
-
-    Attributes:
-        precision: one of ``PRECISIONS``.
-        fp8_param: whether the weights are kept in FP8, as with ``reference.fp8_param``.
-    """
-
-    precision: str
-    fp8_param: bool = False
-
-    def __str__(self) -> str:
-        return self.precision.replace("-", " ") + (IN_FP8 if self.fp8_param else "")
-
-    def keys(self) -> dict[str, str]:
-        """Return the keys of the precision in the sections ``training`` and ``reference``."""
-        precision, _, recipe = self.precision.partition("-")
-        return {"precision": precision, **({"fp8_recipe": recipe} if recipe else {})}
+# The CCA paper (arXiv 2410.09347) uses beta 0.02 for images of 576 tokens.
+_PAPER_BETA_TIMES_TOKENS = 0.02 * 576
 
 
 @dataclass(frozen=True)
 class PairBias:
     """The log-ratio of a policy and a reference over the first ``tokens`` image tokens of each row."""
 
-    policy: Variant
-    reference: Variant
+    policy: ModelPrecision
+    reference: ModelPrecision
     tokens: int
     spread: LogRatioSpread
 
@@ -110,14 +88,14 @@ def measure(settings: BiasSettings) -> list[PairBias]:
     rows = training_rows(config, data)
     lengths = _lengths(settings.lengths, min(int(row.mask.sum()) for row in rows))
     initialize_distributed(config)
-    policies = [Variant(name) for name in precisions]
-    references = [Variant(name, fp8_param) for fp8_param in (False, True) for name in precisions]
-    runs = [(variant, _policy) for variant in policies] + [(variant, _reference) for variant in references]
+    policies = [ModelPrecision(name) for name in precisions]
+    references = [ModelPrecision(name, fp8_param) for fp8_param in (False, True) for name in precisions]
+    runs = [(precision, _policy) for precision in policies] + [(precision, _reference) for precision in references]
     found, head = [], head_options(config, resolve_architecture(config.model).vocabulary)
     with tqdm(total=len(runs) * len(rows), unit="row", file=sys.stderr) as bar:
-        for variant, build in runs:
-            bar.set_description(f"{build.__name__[1:]} {variant}")
-            found.append(prefix_logps(build(config, variant), rows, lengths, head, bar))
+        for precision, build in runs:
+            bar.set_description(f"{build.__name__[1:]} {precision}")
+            found.append(prefix_logps(build(config, precision), rows, lengths, head, bar))
             # Modules may hold each other in cycles. The next model needs their memory.
             gc.collect()
     ours, theirs = found[: len(policies)], found[len(policies) :]
@@ -125,8 +103,6 @@ def measure(settings: BiasSettings) -> list[PairBias]:
 
 
 def _config(settings: BiasSettings) -> Config:
-    if settings.rows < 2 or settings.rows % 2:
-        raise UserError(f"--rows: {settings.rows}, must be even and 2 or more: every positive has a negative beside it")
     folder = layout.resolve(settings.checkpoint, CHECKPOINT)
     model, config = saved_config(folder, CHECKPOINT).model, Config()
     # The layers of a checkpoint from a GPU may not exist here.
@@ -172,7 +148,7 @@ def _check_precision(config: Config, name: str) -> None:
         raise UserError(f"unknown; known: {', '.join(PRECISIONS)}")
     if not name.startswith("fp8"):
         return
-    keys = Variant(name).keys()
+    keys = ModelPrecision(name).keys()
     check_fp8_device(keys["fp8_recipe"])
     data = replace(config.data, pad_to_multiple_of=PRECISIONS[name])
     check_fp8_sizes(replace(config, data=data), replace(config.training, **keys), "training.precision")
@@ -217,14 +193,14 @@ def _lengths(asked: Sequence[int] | None, shortest: int) -> list[int]:
     return sorted(set(asked))
 
 
-def _policy(config: Config, variant: Variant) -> list[torch.nn.Module]:
-    training = replace(config.training, **variant.keys())
+def _policy(config: Config, precision: ModelPrecision) -> list[torch.nn.Module]:
+    training = replace(config.training, **precision.keys())
     architecture = resolve_architecture(config.model)
     return build_chunks(config, architecture, training, training.pretrained_checkpoint, CHECKPOINT)
 
 
-def _reference(config: Config, variant: Variant) -> list[torch.nn.Module]:
-    own = ReferenceConfig(fp8_param=variant.fp8_param, **variant.keys())
+def _reference(config: Config, precision: ModelPrecision) -> list[torch.nn.Module]:
+    own = ReferenceConfig(fp8_param=precision.fp8_param, **precision.keys())
     return frozen_chunks(replace(config, reference=own), resolve_architecture(config.model))
 
 
@@ -258,7 +234,9 @@ def prefix_logps(
     return torch.stack(found)
 
 
-def _pairs(policies: dict[Variant, Tensor], references: dict[Variant, Tensor], lengths: list[int]) -> list[PairBias]:
+def _pairs(
+    policies: dict[ModelPrecision, Tensor], references: dict[ModelPrecision, Tensor], lengths: list[int]
+) -> list[PairBias]:
     return [
         PairBias(policy, reference, tokens, _spread(ours[:, column], theirs[:, column]))
         for policy, ours in policies.items()
@@ -270,3 +248,140 @@ def _pairs(policies: dict[Variant, Tensor], references: dict[Variant, Tensor], l
 def _spread(policy: Tensor, reference: Tensor) -> LogRatioSpread:
     rows = (policy[::2], policy[1::2], reference[::2], reference[1::2])
     return log_ratio_spread(PairLogps(*rows, torch.zeros(len(rows[0]), dtype=torch.bool)))
+
+
+def table(pairs: Sequence[PairBias]) -> str:
+    """Return all numbers as a Markdown table.
+
+    A pair that is 0 at all lengths has one line.
+    """
+    header = ("policy", "reference", "tokens", "mean", "sd", "rms", "worst", "safe beta")
+    lines = []
+    for group in _by_pair(pairs):
+        names = (str(group[0].policy), str(group[0].reference))
+        if not any(pair.spread.worst for pair in group):
+            lines.append((*names, "all", *("exactly 0",) * 4, "any"))
+            continue
+        lines += [(*names, f"{pair.tokens:,}", *_numbers(pair.spread), _beta(pair.safe_beta)) for pair in group]
+    return markdown_table(header, lines)
+
+
+def _numbers(spread: LogRatioSpread) -> tuple[str, ...]:
+    return tuple(f"{value:.3g}" for value in (spread.mean, spread.std, spread.root_mean_square, spread.worst))
+
+
+def _by_pair(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
+    groups: dict[tuple[ModelPrecision, ModelPrecision], list[PairBias]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.policy, pair.reference), []).append(pair)
+    return list(groups.values())
+
+
+def _beta(value: float) -> str:
+    """Format beta with two digits, rounded down.
+
+    It is an upper limit.
+    """
+    if math.isinf(value):
+        return "any"
+    scale = 10.0 ** (1 - math.floor(math.log10(value)))
+    return f"{math.floor(value * scale) / scale:.2g}"
+
+
+def conclusions(pairs: Sequence[PairBias], beta: float | None) -> list[str]:
+    """Return a sentence for each policy and reference, about the longest measured images.
+
+    Args:
+        pairs: the result of :func:`measure`.
+        beta: beta of the objective; None takes the paper's beta, scaled with 1 / tokens.
+    """
+    return [_conclusion(group[-1], beta, all(not pair.spread.worst for pair in group)) for group in _by_pair(pairs)]
+
+
+def _conclusion(pair: PairBias, beta: float | None, is_zero: bool) -> str:
+    reference = f"{ModelPrecision(pair.reference.precision)} reference" + (IN_FP8 if pair.reference.fp8_param else "")
+    who = f"{pair.policy} policy, {reference}"
+    if is_zero:
+        return f"{who}: exactly 0, safe at any beta"
+    mine = _PAPER_BETA_TIMES_TOKENS / pair.tokens if beta is None else beta
+    name = f"the paper's, scaled to that: {mine:.2g}," if beta is None else f"{mine:g}"
+    verdict = f"{name} is {'safe' if mine <= pair.safe_beta else 'not safe'}"
+    line = f"{who}: safe up to beta {_beta(pair.safe_beta)} at {pair.tokens:,} tokens ({verdict})"
+    if pair.policy == pair.reference:
+        line += "; not 0 although both are the same: the layers are not deterministic here"
+    return line
+
+
+def write(path: Path, settings: BiasSettings, pairs: Sequence[PairBias]) -> None:
+    """Write all numbers as JSON, and a plot of them.
+
+    The plot lies beside the JSON file. It has the same name with ``.png``.
+    """
+    found = [
+        {
+            "policy": str(pair.policy),
+            "reference": str(pair.reference),
+            "tokens": pair.tokens,
+            **asdict(pair.spread),
+            "root_mean_square": pair.spread.root_mean_square,
+            "safe_beta": None if math.isinf(pair.safe_beta) else pair.safe_beta,
+        }
+        for pair in pairs
+    ]
+    facts = {**asdict(settings), "device": platform.device_name(), "torch": torch.__version__}
+    write_json(path, {**facts, "allowed": DEFAULT_ALLOWED, "pairs": found})
+    _draw(path.with_suffix(".png"), _lines(pairs))
+
+
+def _lines(pairs: Sequence[PairBias]) -> list[list[PairBias]]:
+    """Return the pairs to draw, the largest first.
+
+    Zeros are left out, because a logarithmic axis has none. Of two pairs with exchanged precisions, one is left out.
+    """
+    found: dict[frozenset[ModelPrecision], list[PairBias]] = {}
+    for group in _by_pair(pairs):
+        if all(pair.spread.worst for pair in group):
+            found.setdefault(frozenset((group[0].policy, group[0].reference)), group)
+    return sorted(found.values(), key=lambda group: -group[-1].spread.root_mean_square)
+
+
+def _draw(path: Path, groups: Sequence[Sequence[PairBias]]) -> None:
+    # Imported late: the measurement needs no matplotlib.
+    from matplotlib.figure import Figure
+
+    from megatron_cca.io.figures import COLOURS, LEGEND, TITLE, save, style_axes
+
+    figure = Figure(figsize=(9, 4.6), dpi=150)
+    axis = figure.subplots()
+    axis.set_prop_cycle(color=COLOURS)
+    for group in groups:
+        errors = [pair.spread.root_mean_square for pair in group]
+        line = "--" if group[0].reference.fp8_param else "-"
+        label = f"{group[0].policy} / {group[0].reference}"
+        axis.plot([pair.tokens for pair in group], errors, line, marker="o", markersize=3.5, linewidth=1.5, label=label)
+    if groups:
+        _guides(axis, groups)
+        axis.legend(title="policy / reference", loc="center left", bbox_to_anchor=(1, 0.5), **LEGEND)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    tokens = [pair.tokens for pair in groups[0]] if groups else []
+    axis.set_xticks(tokens, [f"{number:,}" for number in tokens])
+    axis.minorticks_off()
+    axis.set_title("log-ratio of models with the same weights", **TITLE)
+    style_axes(axis, across="image tokens", up="root mean square, nats per image")
+    save(figure, path)
+
+
+def _guides(axis, groups: Sequence[Sequence[PairBias]]) -> None:
+    """Draw the growth of independent errors, and of errors that all have the same sign."""
+    from megatron_cca.io.figures import GREY
+
+    first, last = groups[0][0].tokens, groups[0][-1].tokens
+    if first == last:
+        return
+    logs = [math.log(group[0].spread.root_mean_square) for group in groups]
+    start = math.exp(sum(logs) / len(logs))
+    for power, name in ((0.5, "√n"), (1.0, "n")):
+        end = start * (last / first) ** power
+        axis.plot([first, last], [start, end], color=GREY, linewidth=0.7, zorder=0)
+        axis.annotate(name, (last, end), xytext=(3, 0), textcoords="offset points", fontsize=8, color=GREY)
