@@ -115,7 +115,7 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     images = None
     if settings.image_tokenizer is not None:
         with error_context("--image-tokenizer"):
-            images = open_image_tokenizer(settings.image_tokenizer, device)
+            images = open_image_tokenizer(settings.image_tokenizer, device, architecture.scales)
             if images.codebook_size != vocabulary.codebook_size:
                 raise UserError(
                     f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "

@@ -43,7 +43,7 @@ class LlamaGenVqFiles(VqFiles):
         path: Path,
         device: str | torch.device,
         weights: Path | None = None,
-        scales: tuple[int, ...] | None = None,
+        scales: tuple[int, ...] = (),
     ) -> LlamaGenImageTokenizer:
         """See the protocol."""
         assert weights is None, "LlamaGen's checkpoints carry no image tokenizer"

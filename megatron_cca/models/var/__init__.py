@@ -91,8 +91,8 @@ def pyramid_vocabulary(codebook_size: int, num_classes: int, scales: tuple[int, 
 
 
 # Of 256 pixels, by a tokenizer of 16 pixels per code.
-_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-_IMAGENET = pyramid_vocabulary(codebook_size=4096, num_classes=1000, scales=_SCALES)
+RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_IMAGENET = pyramid_vocabulary(codebook_size=4096, num_classes=1000, scales=RELEASED_SCALES)
 
 
 def _sized(
