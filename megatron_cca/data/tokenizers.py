@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_cca.errors import UserError, error_context, first_line
 from megatron_cca.io.external_files import mapped_array
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.formats import ImageTokenizer, check_codes, check_pixels
+from megatron_cca.models.formats import ImageTokenizer, ImageTokenizerFiles, check_codes, check_pixels
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "emu3.tiktoken"
@@ -164,13 +164,26 @@ def open_image_tokenizer(
         if (path / CODEBOOK_FILE).is_file():
             return PatchImageTokenizer(PatchCodebook.load(path))
         if found := [files for files in families if files.recognises(path)]:
-            # If none knows it, the first one says why not.
-            chosen = next((files for files in found if files.knows(path)), found[0])
-            return chosen.open(path, device, scales=scales)
+            known = [files for files in found if files.knows(path)] if len(found) > 1 else found
+            return _opened_by(known or found, path, device, scales)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     described = " nor ".join([CODEBOOK_FILE, *(files.description for files in families)])
     raise UserError(f"{path} holds no image tokenizer: neither {described}")
+
+
+def _opened_by(
+    families: Sequence[ImageTokenizerFiles], path: Path, device: str | torch.device, scales: tuple[int, ...]
+) -> ImageTokenizer:
+    """Open a path by the first family that takes it. If none does, say why each does not."""
+    refusals: list[str] = []
+    for files in families:
+        try:
+            return files.open(path, device, scales=scales)
+        except UserError as error:
+            refusals.append(str(error))
+    first, *others = dict.fromkeys(refusals)
+    raise UserError("; ".join([first, *(one.removeprefix(f"{path}: ") for one in others)]))
 
 
 @dataclass(frozen=True)
