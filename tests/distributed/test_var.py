@@ -89,3 +89,33 @@ def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     }
     for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
         assert first == 0.0 < second, name
+
+
+DRAWN = {
+    ranks: {
+        f"{layout}, guidance {scale}": {"overrides": [*TINY, *overrides], "guidance_scale": scale}
+        for layout, overrides in layouts.items()
+        if layout != "DP 2"
+        for scale in (0.0, 1.5)
+    }
+    for ranks, layouts in BY_RANKS.items()
+}
+
+
+def test_images_are_drawn_scale_by_scale_alike_on_every_layout(tmp_path_factory):
+    found = answers("drawn_pyramids", DRAWN, tmp_path_factory)
+    assert {name: missed for name, (missed, _) in found.items() if missed} == {}
+    for name, (_, codes) in found.items():
+        assert codes == found[f"one process, {name.partition(', ')[2]}"][1], name
+    assert found["one process, guidance 0.0"][1] != found["one process, guidance 1.5"][1]
+
+
+def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
+    images = 2000
+    counts, probabilities = run_workers(
+        1, "class_model_workers.first_codes", {"overrides": TINY, "images": images}, tmp_path
+    )
+    expected = [images * one for one in probabilities]
+    statistic = sum((count - wanted) ** 2 / wanted for count, wanted in zip(counts, expected, strict=True))
+    # 39 degrees of freedom: chi-square is below 73 with probability 0.999.
+    assert sum(counts) == images and statistic < 73
