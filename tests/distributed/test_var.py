@@ -2,6 +2,10 @@
 
 import pytest
 
+from megatron_cca.config.load import load_config
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import check_layout
 from tests.distributed.launch import run_workers
 from tests.selection import mostly_full
 
@@ -119,3 +123,34 @@ def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
     statistic = sum((count - wanted) ** 2 / wanted for count, wanted in zip(counts, expected, strict=True))
     # 39 degrees of freedom: chi-square is below 73 with probability 0.999.
     assert sum(counts) == images and statistic < 73
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "parallel.pipeline_model_parallel_size=3",
+            "parallel.pipeline_model_parallel_size: 3, but in var-tiny every layer takes the class, which a pipeline "
+            "does not send; use 1",
+        ),
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size: 2, but in var-tiny the positions of a sca",
+        ),
+        (
+            "parallel.tensor_model_parallel_size=3",
+            "parallel.tensor_model_parallel_size: 3 does not divide num_attention",
+        ),
+        ("model.hidden_dropout=0.1", "model.hidden_dropout: 0.1, but the layers of var-tiny have none; use 0"),
+        (
+            "model.max_position_embeddings=40",
+            "model.max_position_embeddings: 40, but the class and the codes of grids of",
+        ),
+        ("model.num_query_groups=2", "model.num_query_groups: 2, but every head has keys of its own here; use 4"),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused(override, message):
+    config = load_config(None, ["model.name=var-tiny", override])
+    with pytest.raises(UserError) as refusal:
+        check_layout(resolve_architecture(config.model), config.model, config.parallel)
+    assert str(refusal.value).startswith(message)
