@@ -264,16 +264,20 @@ class ScaleEmbedding(MegatronModule):
         places = self.positions[end - rows.size(1) : end] + self.levels[number]
         return (rows + places).transpose(0, 1).contiguous()
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_unused) -> Tensor:
-        """Return the inputs of all positions ``[S, B, H]``. Those after the last scale are zero."""
-        first = self.condition(input_ids)[:, None] + self.start
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs of all positions ``[S, B, H]``, and the classes' vectors ``[B, H]``.
+
+        Positions after the last scale are zero. Under sequence parallelism, S is this rank's part.
+        """
+        condition = self.condition(input_ids)
+        first = condition[:, None] + self.start
         length = min(input_ids.size(1), len(self.positions))
         features = self.features(input_ids[:, 1:length]).to(self.feature_weight.dtype)
         others = linear(features, self.feature_weight, self.feature_bias)
         levels = torch.cat([self.levels[k].expand(side**2, -1) for k, side in enumerate(self.scales)])
         rows = torch.cat([first, others], 1) + (levels + self.positions)[:length]
         rows = torch.nn.functional.pad(rows, (0, 0, 0, input_ids.size(1) - length)).transpose(0, 1).contiguous()
-        return scatter_to_sequence_parallel_region(rows) if self.scatter_to_sequence_parallel else rows
+        return (scatter_to_sequence_parallel_region(rows) if self.scatter_to_sequence_parallel else rows), condition
 
 
 class NextScaleModel(GPTModel):
@@ -298,16 +302,14 @@ class NextScaleModel(GPTModel):
         **more: Any,
     ) -> Tensor:
         """Do what GPTModel does. The class of each row goes to all layers and to the head."""
-        condition = self.embedding.condition(input_ids)
+        rows, condition = self.embedding(input_ids)
 
         def head(*, hidden_states: Tensor, **rest: Any) -> Tensor:
             hidden_states = self.modulated_for_head(hidden_states, condition)
             return (output_processor or _logits)(hidden_states=hidden_states, **rest)
 
-        context = {"context": condition}
-        return super().forward(
-            input_ids, position_ids, attention_mask, extra_block_kwargs=context, output_processor=head, **more
-        )
+        more |= {"decoder_input": rows, "extra_block_kwargs": {"context": condition}, "output_processor": head}
+        return super().forward(input_ids, position_ids, attention_mask, **more)
 
     def modulated_for_head(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """Return what the head multiplies, for hidden states ``[S, B, H]`` and the classes' vectors ``[B, H]``."""

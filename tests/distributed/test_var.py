@@ -82,7 +82,12 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
 
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
-    kinds = {"fp32": [], "bf16, full recomputation": ["training.precision=bf16", *FULL]}
+    kinds = {
+        "fp32": [],
+        "bf16, full recomputation": ["training.precision=bf16", *FULL],
+        "offloaded reference": ["reference.strategy=offload"],
+        "shared reference": ["reference.strategy=shared", "lora.dim=4"],
+    }
     cases = {
         ranks: {
             f"{layout}, {kind}": [*TINY, *large, *overrides, *more]
