@@ -113,7 +113,8 @@ def _sized(
         num_query_groups=num_attention_heads,
         max_position_embeddings=PREFIX_TOKENS + num_codes(vocabulary.scales),
         layernorm_epsilon=1e-6,
-        rotary_base=0,
+        # Not used: positions are learned.
+        rotary_base=10_000,
         vocabulary=vocabulary,
         position_embedding="learned",
         prefix_tokens=PREFIX_TOKENS,
