@@ -133,13 +133,13 @@ class SharpQueries(MegatronModule):
     def __init__(self, hidden_size: int, config: TransformerConfig, eps: float = 1e-5) -> None:
         super().__init__(config)
         heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.log_sharpness = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        self.log_sharpness = torch.nn.Parameter(torch.empty(heads, 1, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.log_sharpness, True, 0, 1)
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise ``[S, B, heads, D]`` over the last dimension, and multiply."""
         sharpness = self.log_sharpness.clamp(max=_LARGEST_LOG_SHARPNESS).exp()
-        return normalize(query, dim=-1) * sharpness[:, None]
+        return normalize(query, dim=-1) * sharpness
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return this rank's heads of the sharpness, as Megatron's modules do."""

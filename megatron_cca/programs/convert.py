@@ -58,6 +58,9 @@ class ImportOptions(ReadingOptions):
     """an empty or new folder"""
     overwrite: bool = False
     """replace a former import in --output"""
+    image_tokenizer: Annotated[Folder, Option(metavar="FILE")] | None = None
+    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: vae_ch160v4096z32.pth beside
+    the weights)"""
     max_position_embeddings: Count | None = None
     """positions of the model in a .pt, which does not contain their number: 257 for 256 px, 577 for 384 px (default:
     the preset's)"""
@@ -163,6 +166,7 @@ def _import(given: ImportOptions) -> int:
         sizes=said,
         section=given.section,
         dtype=given.dtype,
+        image_tokenizer=given.image_tokenizer,
     )
     model = saved_config(folder, "--output").model
     if given.hf.is_file():

@@ -33,7 +33,7 @@ def whole_tensors(weights, quantizer, sizes, padded_vocab_size):
         parts = {
             "modulation.linear.weight": weights[f"{own}ada_lin.1.weight"],
             "modulation.linear.bias": weights[f"{own}ada_lin.1.bias"],
-            "self_attention.q_layernorm.log_sharpness": weights[f"{own}attn.scale_mul_1H11"].flatten(),
+            "self_attention.q_layernorm.log_sharpness": weights[f"{own}attn.scale_mul_1H11"].view(sizes.heads, 1),
             "self_attention.linear_qkv.weight": by_head(weights[f"{own}attn.mat_qkv.weight"], sizes),
             "self_attention.linear_qkv.bias": by_head(torch.cat(bias), sizes),
             "self_attention.linear_proj.weight": weights[f"{own}attn.proj.weight"],
