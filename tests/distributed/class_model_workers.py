@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
@@ -29,6 +31,7 @@ class LlamaGen:
     # Rows filled up behind the grid of 16, to a multiple of every layout.
     filled_up = 24
     oracle = llamagen
+    initialize = staticmethod(gpt.initialize_by_name)
 
     def __init__(self, architecture):
         self.sizes = llamagen.Sizes(
@@ -64,6 +67,8 @@ class Var:
 
     def __init__(self, architecture):
         self.quantizer = var.random_quantizer(self.sizes)
+        frozen = var_in_megatron.frozen_tensors(self.quantizer, self.sizes)
+        self.initialize = partial(gpt.initialize_by_name, frozen=frozen)
 
     def weights(self, seed=0):
         return var.random_weights(self.sizes, seed, STD)
@@ -220,7 +225,7 @@ def _cca_step(overrides, is_filled_up):
     loss = plain.cca_loss(trained, frozen, rows, codes, **objective)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
-    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=plain.initialize)
     padded = _padded(config, architecture)
     fill(run.policy_chunks, plain.whole(trained, padded))
     fill(run.reference.chunks, plain.whole(frozen, padded))
@@ -243,7 +248,7 @@ def _first_log_ratios(overrides):
     classes, codes = _rows(plain.sizes)
     rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
     reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
-    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=plain.initialize)
     return [train_step(run).log_ratio.worst for _ in range(2)]
 
 
