@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_cca.config import former
 from megatron_cca.config.schema import TYPED, Config
 from megatron_cca.errors import UserError
+from megatron_cca.io.options import wanted
 from megatron_cca.objectives.base import inherited
 
 NULL = "must be text, found null; an unquoted ~ is null in YAML, the home folder is ~/"
@@ -263,7 +264,7 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):
         return f"{key}: expected keys below this section, found {first['input']!r}"
     # A union adds the branch that it tried to the location. The user knows only section, key, and what is below.
-    return f"{'.'.join(location[:2] + location[3:])}: {_lower_first(first['msg'])}, found {first['input']!r}"
+    return f"{'.'.join(location[:2] + location[3:])}: {wanted(first)}, found {first['input']!r}"
 
 
 def _unknown(location: list[str]) -> str:
@@ -283,10 +284,6 @@ def _suggestion(location: list[str]) -> str:
     if close:
         return f"did you mean {prefix}{close[0]}?"
     return f"known here: {', '.join(known)}"
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _pair_as_typed(key: yaml.Node, value: yaml.Node, kind: Any) -> tuple[yaml.Node, yaml.Node]:

@@ -8,8 +8,10 @@ for the rounding of logits: a random number within a rounding error of the borde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,13 +112,28 @@ def sample_codes(
     """
     assert settings.forwards_per_token == 1 or unconditional is not None
     codes = np.empty((len(requests), settings.height, settings.width), dtype=np.int64)
-    with decoding(chunks, vocabulary) as decoder:
+    opened = _token_by_token
+    if vocabulary.scales:
+        from megatron_cca.generation.next_scale import scale_by_scale as opened
+    second = unconditional if settings.forwards_per_token == 2 else None
+    with opened(chunks, vocabulary) as draw:
         for batch in _batches(requests, settings.batch_size):
-            drawn = _sample_batch(
-                decoder, vocabulary, [requests[index] for index in batch], settings, unconditional, on_tokens
-            )
+            drawn = draw([requests[index] for index in batch], settings, second, on_tokens)
+            if (drawn == NO_CODE).any():
+                raise UserError(
+                    "the model's logits are not finite numbers: its weights are damaged, or guidance scale or "
+                    "temperature lead beyond what float32 holds"
+                )
             codes[batch] = drawn.reshape(-1, settings.height, settings.width)
     return codes
+
+
+@contextmanager
+def _token_by_token(
+    chunks: Sequence[torch.nn.Module], vocabulary: ImageVocabulary
+) -> Iterator[Callable[..., np.ndarray]]:
+    with decoding(chunks, vocabulary) as decoder:
+        yield partial(_sample_batch, decoder, vocabulary)
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
@@ -266,10 +283,9 @@ def _sample_batch(
     """Draw a batch of requests, and return codes int64 ``[B, height * width]``."""
     forced = vocabulary.forced_tokens(settings.height, settings.width)
     last_visual = int(np.flatnonzero(forced < 0)[-1])
-    second = unconditional if settings.forwards_per_token == 2 else None
     # One group per pipeline stage, so that all stages work at the same time.
     parts = np.array_split(np.arange(len(requests)), min(len(requests), _pipeline_size()))
-    groups = [_RequestGroup(decoder, [requests[index] for index in part], second, last_visual) for part in parts]
+    groups = [_RequestGroup(decoder, [requests[index] for index in part], unconditional, last_visual) for part in parts]
     for group in groups:
         group.feed_prompts()
     drawn = []
@@ -284,13 +300,7 @@ def _sample_batch(
         if position < last_visual:
             for group, part in zip(groups, tokens.tensor_split([indices[0] for indices in parts[1:]]), strict=True):
                 group.feed(part)
-    codes = torch.stack(drawn, dim=1).cpu().numpy()
-    if (codes == NO_CODE).any():
-        raise UserError(
-            "the model's logits are not finite numbers: its weights are damaged, or guidance scale or temperature lead "
-            "beyond what float32 holds"
-        )
-    return codes
+    return torch.stack(drawn, dim=1).cpu().numpy()
 
 
 def _pipeline_size() -> int:
@@ -302,7 +312,7 @@ def _agreed_codes(
 ) -> Tensor:
     """Return codes of all groups, int64 ``[B]``. The last pipeline stage draws them and sends them to the others."""
     if decoder.is_last_stage:
-        codes = torch.cat([_next_codes(group.logits, group.uniforms[:, position], settings) for group in groups])
+        codes = torch.cat([next_codes(group.logits, group.uniforms[:, position], settings) for group in groups])
     else:
         codes = torch.empty(sum(len(group.uniforms) for group in groups), dtype=torch.int64, device=platform.device())
     if _pipeline_size() > 1:
@@ -311,7 +321,8 @@ def _agreed_codes(
     return codes
 
 
-def _next_codes(logits: Sequence[Tensor], uniforms: Tensor, settings: SamplingSettings) -> Tensor:
+def next_codes(logits: Sequence[Tensor], uniforms: Tensor, settings: SamplingSettings) -> Tensor:
+    """Return codes int64 ``[B]``, drawn from the logits ``[B, K]`` of one or two streams, with ``uniforms`` ``[B]``."""
     if settings.contrastive_top_k > 0:
         scores = contrastive_logits(*logits, settings.contrastive_top_k, settings.contrastive_alpha)
     elif settings.guidance_scale > 0:

@@ -233,13 +233,21 @@ def _run(gpt: GPTModel, tokens: Tensor, last: Tensor, vocabulary: ImageVocabular
 def _visual_logits(*, hidden_states: Tensor, output_layer, context: dict, **_unused) -> Tensor:
     """Return the logits of the visual tokens alone. Nothing else can be drawn, and they are a fifth of Emu3's."""
     last, vocabulary = context["last"], context["vocabulary"]
-    hidden = hidden_states[last, torch.arange(len(last), device=last.device)]
-    group, weight = parallel_state.get_tensor_model_parallel_group(), output_layer.weight
+    return visual_logits(hidden_states[last, torch.arange(len(last), device=last.device)], output_layer, vocabulary)
+
+
+def visual_logits(hidden: Tensor, output_layer: torch.nn.Module, vocabulary: ImageVocabulary) -> Tensor:
+    """Return the logits of the visual tokens alone, float32 ``[N, codebook_size]``, of hidden states ``[N, H]``.
+
+    Collective over the tensor-parallel ranks.
+    """
+    group, weight, bias = parallel_state.get_tensor_model_parallel_group(), output_layer.weight, output_layer.bias
     first = group.rank() * weight.size(0) - vocabulary.visual_start
     low, high = max(0, first), min(vocabulary.codebook_size, first + weight.size(0))
     logits = hidden.new_zeros(len(hidden), vocabulary.codebook_size, dtype=torch.float32)
     if low < high:
-        logits[:, low:high] = linear(hidden, weight[low - first : high - first])
+        own = slice(low - first, high - first)
+        logits[:, low:high] = linear(hidden, weight[own], None if bias is None else bias[own])
     if group.size() > 1:
         dist.all_reduce(logits, group=group)
     return logits

@@ -72,7 +72,9 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
         "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
     )
     channels = architecture.kv_channels
-    if channels % 2:
+    if architecture.scales:
+        _check_pyramid(architecture)
+    elif channels % 2:
         raise UserError(
             f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
             "rotary embedding needs an even number"
@@ -175,12 +177,30 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
         )
     per_rank = architecture.num_layers // pp
     _must_divide("parallel.virtual_pipeline_model_parallel_size", chunks, "the layers of a pipeline rank,", per_rank)
+    if architecture.scales:
+        _check_next_scale_layout(model, parallel)
     if parallel.sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size of 2 or more, found 1")
 
 
+def _check_next_scale_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    for key, why in (
+        ("pipeline_model_parallel_size", "every layer takes the class, which a pipeline does not send"),
+        ("context_parallel_size", "the positions of a scale see each other, which no part of a row can"),
+    ):
+        if getattr(parallel, key) > 1:
+            raise UserError(f"parallel.{key}: {getattr(parallel, key)}, but in {model.name} {why}; use 1")
+    if model.hidden_dropout:
+        raise UserError(
+            f"model.hidden_dropout: {model.hidden_dropout}, but the layers of {model.name} have none; use 0"
+        )
+
+
 def only_grid(architecture: Architecture) -> tuple[int, int] | None:
     """Return height and width of the only grid that a model has positions for. None where it takes any grid."""
+    if architecture.scales:
+        # The codes of a pyramid are one row, scale by scale.
+        return 1, sum(side**2 for side in architecture.scales)
     if architecture.position_embedding != "rope_2d":
         return None
     side = grid_side(architecture)
@@ -193,6 +213,10 @@ def grid_misfit(architecture: Architecture, frames: int, height: int, width: int
     if own is None or (frames, height, width) == (1, *own):
         return None
     found = f"{height} x {width} codes" if frames == 1 else f"{frames} frames of {height} x {width} codes"
+    if architecture.scales:
+        return (
+            f"{found}, the model takes the {own[1]} codes of grids of {', '.join(map(str, architecture.scales))} alone"
+        )
     wanted = f"{found}, the model takes {own[0]} x {own[1]} alone"
     if frames == 1 and height == width:
         return f"{wanted}; model.max_position_embeddings {architecture.prefix_tokens + height * width} is for such"
@@ -239,7 +263,8 @@ def _num_parameters_of_pyramid(architecture: Architecture) -> int:
     layer = attention + feed_forward + 6 * modulation
     vocabulary, scales = architecture.vocabulary, architecture.scales
     # Of the first scale, of all positions, of the scales, of the features with their bias.
-    inputs = scales[0] ** 2 + architecture.max_position_embeddings + len(scales) + architecture.feature_channels + 1
+    positions = architecture.max_position_embeddings - architecture.prefix_tokens
+    inputs = scales[0] ** 2 + positions + len(scales) + architecture.feature_channels + 1
     rows = inputs + vocabulary.size - vocabulary.output_size
     head = vocabulary.output_size * (hidden + 1) + 2 * modulation
     return architecture.num_layers * layer + rows * hidden + head
@@ -255,6 +280,21 @@ def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
             f"{vocabulary.size}; leave it out"
         )
     return vocabulary
+
+
+def _check_pyramid(architecture: Architecture) -> None:
+    wanted = architecture.prefix_tokens + sum(side**2 for side in architecture.scales)
+    if architecture.max_position_embeddings != wanted:
+        sides = ", ".join(map(str, architecture.scales))
+        raise UserError(
+            f"model.max_position_embeddings: {architecture.max_position_embeddings}, but the class and the codes of "
+            f"grids of {sides} are {wanted}; leave it out"
+        )
+    if architecture.num_query_groups != architecture.num_attention_heads:
+        raise UserError(
+            f"model.num_query_groups: {architecture.num_query_groups}, but every head has keys of its own here; use "
+            f"{architecture.num_attention_heads}"
+        )
 
 
 def _check_grid(architecture: Architecture, channels: int) -> None:

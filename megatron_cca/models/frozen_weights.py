@@ -106,9 +106,10 @@ class _StreamedChunk:
         for layer in gpt.decoder.layers:
             self._add(_StreamedPart([layer], fetcher), layer, layer)
         if gpt.post_process:
-            # The head's forward does not run. Its weight is used from the final norm to the end of the model's forward.
-            norm = gpt.decoder.final_layernorm
-            self._add(_StreamedPart([norm, gpt.output_layer], fetcher), norm, gpt)
+            # The head's forward does not run. Its weight is used from what comes before it to the end of the model's
+            # forward.
+            before = gpt.decoder.final_layernorm or gpt.final_modulation
+            self._add(_StreamedPart([before, gpt.output_layer], fetcher), before, gpt)
 
     def _add(self, part: _StreamedPart, first: torch.nn.Module, last: torch.nn.Module) -> None:
         place = len(self._parts)

@@ -61,6 +61,8 @@ class ImageVocabulary(Vocabulary, ABC):
         caption_size: ids of captions are below it. A caption is text, or the number of one class.
         num_classes: how many classes there are. None where captions are text. A class's caption is its number alone.
             The empty caption is the dropped condition, as everywhere.
+        scales: sides of the grids of a pyramid, smallest first, if an image is one. Its codes are one row then, scale
+            by scale, of height 1. Empty for images of one grid.
     """
 
     codebook_size: int
@@ -68,6 +70,7 @@ class ImageVocabulary(Vocabulary, ABC):
     pad: int
     caption_size: int
     num_classes: int | None
+    scales: tuple[int, ...] = ()
 
     @property
     def released_grid(self) -> tuple[int, int] | None:

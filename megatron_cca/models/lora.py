@@ -215,7 +215,10 @@ def _keep_gradients_flowing(embedding: torch.nn.Module, attachment: _Attachment)
     """
 
     def need_gradient(_module: torch.nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        return output.requires_grad_() if attachment.is_on else output
+        if attachment.is_on:
+            # Next-scale prediction's embedding also returns the classes' vectors.
+            (output[0] if isinstance(output, tuple) else output).requires_grad_()
+        return output
 
     return embedding.register_forward_hook(need_gradient)
 

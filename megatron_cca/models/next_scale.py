@@ -53,7 +53,8 @@ def block_options() -> dict[str, Any]:
         "gated_linear_unit": False,
         "activation_func": _gelu_tanh,
         "add_bias_linear": True,
-        "qk_layernorm": True,
+        # With qk_layernorm, Megatron would sum the gradient of the sharpness over ranks that have different heads.
+        "qk_l2_norm": True,
         # The keys and queries have unit length, and the queries' learned sharpness.
         "softmax_scale": 1.0,
     }
@@ -245,16 +246,40 @@ class ScaleEmbedding(MegatronModule):
         """Return the classes' vectors ``[B, H]`` of rows int64 ``[B, S]``."""
         return self.classes[ids[:, 0] - self.first_class]
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_unused) -> Tensor:
-        """Return the inputs of all positions ``[S, B, H]``. Those after the last scale are zero."""
-        first = self.condition(input_ids)[:, None] + self.start
+    def first_scale(self, condition: Tensor) -> Tensor:
+        """Return the inputs of the first scale, ``[N, B, H]``, for the classes' vectors ``[B, H]``."""
+        return self._placed(condition[:, None] + self.start, 0)
+
+    def later_scale(self, picture: Tensor, number: int) -> Tensor:
+        """Return the inputs of a later scale, ``[N, B, H]``.
+
+        Args:
+            picture: of all codes of smaller scales, float32 ``[B, channels, last, last]``, see :class:`ScaleFeatures`.
+            number: of the scale, from 1 on.
+        """
+        features = self.features.at_size(picture, self.scales[number]).flatten(2).transpose(1, 2)
+        features = features.to(self.feature_weight.dtype)
+        return self._placed(linear(features, self.feature_weight, self.feature_bias), number)
+
+    def _placed(self, rows: Tensor, number: int) -> Tensor:
+        end = _ends(self.scales)[number]
+        places = self.positions[end - rows.size(1) : end] + self.levels[number]
+        return (rows + places).transpose(0, 1).contiguous()
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs of all positions ``[S, B, H]``, and the classes' vectors ``[B, H]``.
+
+        Positions after the last scale are zero. Under sequence parallelism, S is this rank's part.
+        """
+        condition = self.condition(input_ids)
+        first = condition[:, None] + self.start
         length = min(input_ids.size(1), len(self.positions))
         features = self.features(input_ids[:, 1:length]).to(self.feature_weight.dtype)
         others = linear(features, self.feature_weight, self.feature_bias)
         levels = torch.cat([self.levels[k].expand(side**2, -1) for k, side in enumerate(self.scales)])
         rows = torch.cat([first, others], 1) + (levels + self.positions)[:length]
         rows = torch.nn.functional.pad(rows, (0, 0, 0, input_ids.size(1) - length)).transpose(0, 1).contiguous()
-        return scatter_to_sequence_parallel_region(rows) if self.scatter_to_sequence_parallel else rows
+        return (scatter_to_sequence_parallel_region(rows) if self.scatter_to_sequence_parallel else rows), condition
 
 
 def _weak_gates(weights: Tensor) -> Tensor:
@@ -296,17 +321,18 @@ class NextScaleModel(GPTModel):
         **more: Any,
     ) -> Tensor:
         """Do what GPTModel does. The class of each row goes to all layers and to the head."""
-        condition = self.embedding.condition(input_ids)
+        rows, condition = self.embedding(input_ids)
 
         def head(*, hidden_states: Tensor, **rest: Any) -> Tensor:
-            scale, shift = self.final_modulation(condition)
-            hidden_states = modulated(hidden_states, scale, shift, self.config.layernorm_epsilon)
+            hidden_states = self.modulated_for_head(hidden_states, condition)
             return (output_processor or _logits)(hidden_states=hidden_states, **rest)
 
-        context = {"context": condition}
-        return super().forward(
-            input_ids, position_ids, attention_mask, extra_block_kwargs=context, output_processor=head, **more
-        )
+        more |= {"decoder_input": rows, "extra_block_kwargs": {"context": condition}, "output_processor": head}
+        return super().forward(input_ids, position_ids, attention_mask, **more)
+
+    def modulated_for_head(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """Return what the head multiplies, for hidden states ``[S, B, H]`` and the classes' vectors ``[B, H]``."""
+        return modulated(hidden, *self.final_modulation(condition), self.config.layernorm_epsilon)
 
 
 def _logits(*, hidden_states: Tensor, output_layer: torch.nn.Module, **_unused: Any) -> Tensor:

@@ -36,8 +36,8 @@ _DIMENSIONS = {
     "query": lambda sizes: sizes.hidden_size,
     "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
     "heads": lambda sizes: sizes.num_attention_heads,
-    "positions": lambda sizes: sizes.max_position_embeddings,
-    # Of next-scale prediction: scales, positions of the first scale, channels of the features.
+    # Of next-scale prediction: codes of an image, scales, positions of the first scale, channels of the features.
+    "positions": lambda sizes: sizes.max_position_embeddings - sizes.prefix_tokens,
     "levels": lambda sizes: len(sizes.scales),
     "first": lambda sizes: sizes.scales[0] ** 2,
     "features": lambda sizes: sizes.feature_channels,

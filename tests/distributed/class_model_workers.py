@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_cca.config.load import load_config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
+from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
@@ -269,3 +271,47 @@ def _gradient_errors(run, gradients, plain, padded):
         f"{name}{list(part.shape)}": ((own - part).abs().max() / full.abs().max()).item()
         for name, own, part, full in parts
     }
+
+
+def drawn_pyramids(settings):
+    """By case: how many greedy codes of :func:`_greedy` are missed, and all codes of a random drawing."""
+    return {name: _drawn_pyramids(**case) for name, case in settings["cases"].items()}
+
+
+@torch.no_grad()
+def _drawn_pyramids(overrides, guidance_scale):
+    architecture, plain, weights, chunks = _filled(overrides)
+    sizes = plain.sizes
+    classes = torch.tensor([3, 7, sizes.classes, 1, 3])
+    requests = [ImageRequest(np.array([sizes.codebook + int(one)]), seed) for seed, one in enumerate(classes)]
+    null = np.array([sizes.codebook + sizes.classes])
+    common = {"height": 1, "width": sizes.tokens, "guidance_scale": guidance_scale}
+    greedy = SamplingSettings(**common, temperature=0)
+    found = torch.from_numpy(sample_codes(chunks, architecture.vocabulary, requests, greedy, null)[:, 0])
+    missed = int((found != _greedy(plain, weights, classes, guidance_scale)).sum())
+    at_random = SamplingSettings(**common, temperature=1, top_k=30, top_p=0.9, batch_size=2)
+    return missed, sample_codes(chunks, architecture.vocabulary, requests, at_random, null)[:, 0].tolist()
+
+
+def _greedy(plain, weights, classes, guidance_scale):
+    """The likeliest codes by the plain model, scale by scale. Guidance grows with the scale."""
+    sizes = plain.sizes
+    codes, start = torch.zeros(len(classes), sizes.tokens, dtype=torch.int64), 0
+    for number, side in enumerate(sizes.scales):
+        own, null = (plain.logits(weights, each, codes) for each in (classes, torch.full_like(classes, sizes.classes)))
+        strength = guidance_scale * number / (len(sizes.scales) - 1)
+        best = ((1 + strength) * own - strength * null).argmax(-1)
+        codes[:, start : start + side**2] = best[:, start : start + side**2]
+        start += side**2
+    return codes
+
+
+def first_codes(settings):
+    """How often each code was drawn for the first scale of one class, and its probability by the plain model."""
+    architecture, plain, weights, chunks = _filled(settings["overrides"])
+    sizes, label = plain.sizes, 4
+    requests = [ImageRequest(np.array([sizes.codebook + label]), seed) for seed in range(settings["images"])]
+    at_random = SamplingSettings(height=1, width=sizes.tokens, temperature=1)
+    drawn = sample_codes(chunks, architecture.vocabulary, requests, at_random)[:, 0, 0]
+    logits = plain.logits(weights, torch.tensor([label]), torch.zeros(1, sizes.tokens, dtype=torch.int64))[0, 0]
+    return np.bincount(drawn, minlength=sizes.codebook).tolist(), logits.softmax(-1).tolist()

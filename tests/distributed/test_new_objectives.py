@@ -162,8 +162,8 @@ def test_yaml_chooses_it_and_knows_its_keys(tmp_path, digit_shards):
     for override, message in (
         ("objective.beta=1", "objective.beta: ipo has no such key; it has tau, normalization"),
         ("objective.taw=1", "objective.taw: ipo has no such key; did you mean objective.tau?"),
-        ("objective.tau=-1", "objective.tau: input should be greater than 0, found -1"),
-        ("objective.name=ip", "objective.name: input should be 'next_token', 'row_likelihood', 'cca', 'dpo', "),
+        ("objective.tau=-1", "objective.tau: must be greater than 0, found -1"),
+        ("objective.name=ip", "objective.name: must be next_token, row_likelihood, cca, dpo, "),
     ):
         with pytest.raises(UserError) as error:
             load_config(file, [override])

@@ -2,6 +2,10 @@
 
 import pytest
 
+from megatron_cca.config.load import load_config
+from megatron_cca.errors import UserError
+from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import check_layout
 from tests.distributed.launch import run_workers
 from tests.selection import mostly_full
 
@@ -78,7 +82,12 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
 
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
-    kinds = {"fp32": [], "bf16, full recomputation": ["training.precision=bf16", *FULL]}
+    kinds = {
+        "fp32": [],
+        "bf16, full recomputation": ["training.precision=bf16", *FULL],
+        "offloaded reference": ["reference.strategy=offload"],
+        "shared reference": ["reference.strategy=shared", "lora.dim=4"],
+    }
     cases = {
         ranks: {
             f"{layout}, {kind}": [*TINY, *large, *overrides, *more]
@@ -89,3 +98,64 @@ def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     }
     for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
         assert first == 0.0 < second, name
+
+
+DRAWN = {
+    ranks: {
+        f"{layout}, guidance {scale}": {"overrides": [*TINY, *overrides], "guidance_scale": scale}
+        for layout, overrides in layouts.items()
+        if layout != "DP 2"
+        for scale in (0.0, 1.5)
+    }
+    for ranks, layouts in BY_RANKS.items()
+}
+
+
+def test_images_are_drawn_scale_by_scale_alike_on_every_layout(tmp_path_factory):
+    found = answers("drawn_pyramids", DRAWN, tmp_path_factory)
+    assert {name: missed for name, (missed, _) in found.items() if missed} == {}
+    for name, (_, codes) in found.items():
+        assert codes == found[f"one process, {name.partition(', ')[2]}"][1], name
+    assert found["one process, guidance 0.0"][1] != found["one process, guidance 1.5"][1]
+
+
+def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
+    images = 2000
+    counts, probabilities = run_workers(
+        1, "class_model_workers.first_codes", {"overrides": TINY, "images": images}, tmp_path
+    )
+    expected = [images * one for one in probabilities]
+    statistic = sum((count - wanted) ** 2 / wanted for count, wanted in zip(counts, expected, strict=True))
+    # 39 degrees of freedom: chi-square is below 73 with probability 0.999.
+    assert sum(counts) == images and statistic < 73
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "parallel.pipeline_model_parallel_size=3",
+            "parallel.pipeline_model_parallel_size: 3, but in var-tiny every layer takes the class, which a pipeline "
+            "does not send; use 1",
+        ),
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size: 2, but in var-tiny the positions of a sca",
+        ),
+        (
+            "parallel.tensor_model_parallel_size=3",
+            "parallel.tensor_model_parallel_size: 3 does not divide num_attention",
+        ),
+        ("model.hidden_dropout=0.1", "model.hidden_dropout: 0.1, but the layers of var-tiny have none; use 0"),
+        (
+            "model.max_position_embeddings=40",
+            "model.max_position_embeddings: 40, but the class and the codes of grids of",
+        ),
+        ("model.num_query_groups=2", "model.num_query_groups: 2, but every head has keys of its own here; use 4"),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused(override, message):
+    config = load_config(None, ["model.name=var-tiny", override])
+    with pytest.raises(UserError) as refusal:
+        check_layout(resolve_architecture(config.model), config.model, config.parallel)
+    assert str(refusal.value).startswith(message)

@@ -187,7 +187,7 @@ def _offloaded_layers(chunk):
 def offload_occupancy(settings):
     """While an offloaded reference ran: the most of its parts that were on the device at once, and how many it has."""
     run = start(settings["overrides"])
-    parts = [part for ring in run.reference.streamed._rings for part in ring._parts]
+    parts = [part for chunk in run.reference.streamed._streamed for part in chunk._parts]
     occupancy, original = [], Fetcher.start
 
     def is_here(part):

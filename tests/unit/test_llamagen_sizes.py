@@ -102,7 +102,7 @@ def test_verify_takes_the_checkpoints_word_unless_told_otherwise(small, tmp_path
         ({"num_classes": 1000}, "model.num_classes: 1000, but the tensors have 7; leave it out"),
         ({"transformer_impl": "local"}, "model.transformer_impl: is no size of the weights; leave it out"),
         ({"num_attention_heads": 3}, "model.num_attention_heads: 3 does not divide hidden_size 128"),
-        ({"num_attention_heads": 0}, "model.num_attention_heads: input should be greater than or equal to 1"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads: must be 1 or more"),
         ({"max_position_embeddings": 27}, "model.max_position_embeddings: 27 is not 1 and a square"),
         ({"heads": 4}, "model.heads: unknown key"),
     ],

@@ -71,7 +71,7 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"methods/cca/set": {"objective.name": "dpo"}}, "methods.cca: objective.negative_weight: dpo has no such key"),
         ({"methods/control/set": {BETA: 0.1}}, "methods.control.set: objective.beta: next_token has no such key"),
         ({"methods/cca/tune": {"optimizer.lrr": [1, 2]}}, "methods.cca: optimizer.lrr: unknown key; did you mean"),
-        ({"methods/cca/tune": {LR: [0.1, "much"]}}, "methods.cca: optimizer.lr: input should be a valid number"),
+        ({"methods/cca/tune": {LR: [0.1, "much"]}}, "methods.cca: optimizer.lr: must be a number"),
         ({"methods/cca/tune": {"lr": [0.1, 0.2]}}, "methods.cca: lr: expected section.key, such as optimizer.lr"),
         ({"methods/cca/tune": {"training.seed": [5, 6]}}, "methods.cca: training.seed: is the study's own to set"),
         (

@@ -90,6 +90,8 @@ def pyramid_vocabulary(codebook_size: int, num_classes: int, scales: tuple[int, 
     return VarVocabulary(codebook_size + num_classes + 1, codebook_size, num_classes, scales)
 
 
+# The class, then the codes.
+PREFIX_TOKENS = 1
 # Of 256 pixels, by a tokenizer of 16 pixels per code.
 _SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 _IMAGENET = pyramid_vocabulary(codebook_size=4096, num_classes=1000, scales=_SCALES)
@@ -109,11 +111,12 @@ def _sized(
         ffn_hidden_size=4 * hidden_size,
         num_attention_heads=num_attention_heads,
         num_query_groups=num_attention_heads,
-        max_position_embeddings=num_codes(vocabulary.scales),
+        max_position_embeddings=PREFIX_TOKENS + num_codes(vocabulary.scales),
         layernorm_epsilon=1e-6,
         rotary_base=0,
         vocabulary=vocabulary,
         position_embedding="learned",
+        prefix_tokens=PREFIX_TOKENS,
         scales=vocabulary.scales,
         feature_channels=feature_channels,
     )

@@ -17,7 +17,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import FrozenFile, Shapes, Sizes, WeightsFileFormat, check_given_sizes, float32_copy
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS
-from megatron_cca.models.var import PRESETS, RELEASED
+from megatron_cca.models.var import PREFIX_TOKENS, PRESETS, RELEASED, num_codes
 from megatron_cca.models.weight_files import contents_of, equal_tensors, same_tensors, sets_in
 from megatron_cca.models.weight_map import GroupedQueryQKV, OneToOne, StackedQKV, WeightMap
 
@@ -168,7 +168,7 @@ def _sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
         "ffn_hidden_size": shapes[_FIRST_FFN][0],
         "num_attention_heads": heads,
         "num_query_groups": heads,
-        "max_position_embeddings": shapes[_POSITIONS][1],
+        "max_position_embeddings": PREFIX_TOKENS + shapes[_POSITIONS][1],
         "codebook_size": shapes[_HEAD][0],
         "num_classes": shapes[_CLASSES][0] - 1,
     }
@@ -176,7 +176,7 @@ def _sizes_in_shapes(shapes: Shapes) -> dict[str, int]:
 
 def _name_of(known: Mapping[str, int], shapes: Shapes) -> str:
     """Return the name of the preset of these sizes, or of the first preset with the same pyramid."""
-    pyramid = (shapes[_LEVELS][0], known["max_position_embeddings"], shapes[_FEATURES][1])
+    pyramid = (shapes[_LEVELS][0], shapes[_POSITIONS][1], shapes[_FEATURES][1])
     alike = {name: preset for name, preset in PRESETS.items() if _pyramid_of(preset) == pyramid}
     if not alike:
         released = "{} scales, {} codes, {} channels".format(*_pyramid_of(_ANY))
@@ -188,7 +188,7 @@ def _name_of(known: Mapping[str, int], shapes: Shapes) -> str:
 
 
 def _pyramid_of(preset: Architecture) -> tuple[int, int, int]:
-    return len(preset.scales), preset.max_position_embeddings, preset.feature_channels
+    return len(preset.scales), num_codes(preset.scales), preset.feature_channels
 
 
 def _sizes_of(preset: Architecture) -> dict[str, int]:
@@ -205,5 +205,5 @@ def _in_words(sizes: Mapping[str, int]) -> str:
     return (
         f"{sizes['num_layers']} layers of {sizes['hidden_size']} (FFN {sizes['ffn_hidden_size']}), "
         f"{sizes['num_attention_heads']} heads, {sizes['codebook_size']} codes, {sizes['num_classes']} classes, "
-        f"{sizes['max_position_embeddings']} codes an image"
+        f"{sizes['max_position_embeddings'] - PREFIX_TOKENS} codes an image"
     )
