@@ -99,9 +99,15 @@ def _presets() -> str:
     sizes = [field.name for field in dataclasses.fields(next(iter(presets.values()))) if field.name != "vocabulary"]
     for size in sizes:
         values = (getattr(one, size) for one in presets.values())
-        rows.append(f"| `{size}` | {' | '.join(one if isinstance(one, str) else f'{one:,}' for one in values)} |")
+        rows.append(f"| `{size}` | {' | '.join(map(_size, values))} |")
     rows.append(f"| `vocab_size` | {' | '.join(f'{one.vocabulary.size:,}' for one in presets.values())} |")
     return "## Presets\n\n" + "\n".join(rows) + "\n"
+
+
+def _size(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _objective(name: str) -> str:

@@ -31,8 +31,9 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, check_layout, only_grid
 from megatron_cca.models.formats import ImageTokenizer
-from megatron_cca.models.gpt import build_gpt, sharded_tensors
+from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.image_vocabulary import ImageVocabulary
+from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import MappedTensor
 

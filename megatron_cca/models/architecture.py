@@ -73,7 +73,9 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     )
     channels = architecture.kv_channels
     if architecture.scales:
-        _check_pyramid(architecture)
+        from megatron_cca.models.pyramid import check_sizes
+
+        check_sizes(architecture)
     elif channels % 2:
         raise UserError(
             f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
@@ -140,7 +142,9 @@ def num_parameters(architecture: Architecture) -> int:
     that are never trained.
     """
     if architecture.scales:
-        return _num_parameters_of_pyramid(architecture)
+        from megatron_cca.models.pyramid import num_parameters_of_pyramid
+
+        return num_parameters_of_pyramid(architecture)
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = hidden // architecture.num_attention_heads
     attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
@@ -178,22 +182,11 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
     per_rank = architecture.num_layers // pp
     _must_divide("parallel.virtual_pipeline_model_parallel_size", chunks, "the layers of a pipeline rank,", per_rank)
     if architecture.scales:
-        _check_next_scale_layout(model, parallel)
+        from megatron_cca.models.pyramid import check_next_scale_layout
+
+        check_next_scale_layout(model, parallel)
     if parallel.sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size of 2 or more, found 1")
-
-
-def _check_next_scale_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    for key, why in (
-        ("pipeline_model_parallel_size", "every layer takes the class, which a pipeline does not send"),
-        ("context_parallel_size", "the positions of a scale see each other, which no part of a row can"),
-    ):
-        if getattr(parallel, key) > 1:
-            raise UserError(f"parallel.{key}: {getattr(parallel, key)}, but in {model.name} {why}; use 1")
-    if model.hidden_dropout:
-        raise UserError(
-            f"model.hidden_dropout: {model.hidden_dropout}, but the layers of {model.name} have none; use 0"
-        )
 
 
 def only_grid(architecture: Architecture) -> tuple[int, int] | None:
@@ -254,22 +247,6 @@ def keeps_scores(model: ModelConfig, architecture: Architecture, precision: Prec
     return is_unfused and has_engine_attention(model.transformer_impl, channels, precision)
 
 
-def _num_parameters_of_pyramid(architecture: Architecture) -> int:
-    """Return the number of trained weights of next-scale prediction: the keys have no bias."""
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    attention = 4 * hidden**2 + 3 * hidden + architecture.num_attention_heads
-    feed_forward = 2 * hidden * ffn + ffn + hidden
-    modulation = hidden * (hidden + 1)
-    layer = attention + feed_forward + 6 * modulation
-    vocabulary, scales = architecture.vocabulary, architecture.scales
-    # Of the first scale, of all positions, of the scales, of the features with their bias.
-    positions = architecture.max_position_embeddings - architecture.prefix_tokens
-    inputs = scales[0] ** 2 + positions + len(scales) + architecture.feature_channels + 1
-    rows = inputs + vocabulary.size - vocabulary.output_size
-    head = vocabulary.output_size * (hidden + 1) + 2 * modulation
-    return architecture.num_layers * layer + rows * hidden + head
-
-
 def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
     if config.codebook_size is None and config.num_classes is None:
         return preset if config.vocab_size in (None, preset.size) else Vocabulary(config.vocab_size)
@@ -280,21 +257,6 @@ def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
             f"{vocabulary.size}; leave it out"
         )
     return vocabulary
-
-
-def _check_pyramid(architecture: Architecture) -> None:
-    wanted = architecture.prefix_tokens + sum(side**2 for side in architecture.scales)
-    if architecture.max_position_embeddings != wanted:
-        sides = ", ".join(map(str, architecture.scales))
-        raise UserError(
-            f"model.max_position_embeddings: {architecture.max_position_embeddings}, but the class and the codes of "
-            f"grids of {sides} are {wanted}; leave it out"
-        )
-    if architecture.num_query_groups != architecture.num_attention_heads:
-        raise UserError(
-            f"model.num_query_groups: {architecture.num_query_groups}, but every head has keys of its own here; use "
-            f"{architecture.num_attention_heads}"
-        )
 
 
 def _check_grid(architecture: Architecture, channels: int) -> None:

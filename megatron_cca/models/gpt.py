@@ -1,19 +1,11 @@
-"""Megatron-Core's GPTModel for an :class:`Architecture`, its log-probability head, and its random weights.
-
-Megatron's own initialisation depends on the pipeline and tensor layout. Runs on different layouts would not be
-comparable.
-"""
+"""Megatron-Core's GPTModel for an :class:`Architecture`, and its log-probability head."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -27,17 +19,11 @@ from torch.nn.functional import silu
 
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.layers import await_parameters
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.layers import check_fp8_device, fuse_weight_gradients, kernel_options, layer_spec
 from megatron_cca.parallel import sequence_logps, token_logps
 
-# Weights that write into the residual stream start smaller by sqrt(2 * num_layers), as in GPT-2 and Megatron.
-_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-
-# A function that fills a chunk with random weights. It has the parameters of initialize_by_name.
-Initialize = Callable[..., None]
 _DEFAULT_KERNELS = KernelsConfig()
 
 
@@ -130,7 +116,7 @@ def transformer_config(
         fp8_amax_compute_algo=training.fp8_amax_compute_algo,
         # For a frozen model, Transformer Engine would permanently keep an FP8 copy of every weight.
         disable_parameter_transpose_cache=is_frozen,
-        # The weights are filled by name later (checkpoint or :func:`initialize_by_name`), identically for every layout.
+        # The weights are filled by name later (checkpoint or initialization.py), identically for every layout.
         perform_initialization=False,
         # Otherwise Megatron creates weights on the GPU by name, and ignores torch.device("meta").
         use_cpu_initialization=not on_gpu or torch.get_default_device().type == "meta",
@@ -186,110 +172,6 @@ def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, m
     """
     assert parallel_state.get_context_parallel_group().size() == 1
     return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
-
-
-@torch.no_grad()
-def initialize_by_name(
-    model: torch.nn.Module,
-    *,
-    seed: int,
-    std: float,
-    num_layers: int,
-    vocab_size: int,
-    output_size: int | None = None,
-    frozen: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
-
-    A model's class may say otherwise: ``first_values`` has functions by the end of a tensor's key. Each takes the whole
-    tensor of N(0, std) and returns the values to begin with. The first end that fits counts. Tensors whose keys begin
-    with ``frozen_prefix`` are given, not drawn.
-
-    Args:
-        model: the chunk.
-        seed: seed of all tensors.
-        std: standard deviation of weights. Weights that write into the residual stream have a smaller one.
-        num_layers: number of layers of the whole model.
-        vocab_size: number of ids of the embedding. Later rows are padding.
-        output_size: number of ids of the LM head. None means ``vocab_size``.
-        frozen: whole tensors by their keys, which are never trained.
-
-    Raises:
-        UserError: the model has frozen tensors, and they are not given.
-    """
-    true_rows = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
-    gpt = unwrapped_gpt(model)
-    first_values, frozen_prefix = getattr(gpt, "first_values", {}), getattr(gpt, "frozen_prefix", None)
-    for shard in sharded_tensors(model.sharded_state_dict()):
-        own = next((values for end, values in first_values.items() if shard.key.endswith(end)), None)
-        if frozen_prefix is not None and shard.key.startswith(frozen_prefix):
-            shard.data.copy_(_frozen(shard, frozen or {}))
-            continue
-        if own is None and ("layernorm" in shard.key or "layer_norm" in shard.key):
-            shard.data.fill_(1.0)
-            continue
-        scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
-        rows = next((size for name, size in true_rows.items() if name in shard.key), None)
-        if own is None:
-            part = scale * standard_normal(shard, seed, rows)
-        else:
-            part = _own_part(shard, own(scale * _whole_normal(shard, seed, rows)))
-        shard.data.copy_(part.view_as(shard.data))
-
-
-def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
-    """Draw a tensor of N(0, 1) from seed and name, and return this rank's part of it.
-
-    If layers are stacked, each layer is a tensor of its own.
-
-    Args:
-        shard: the tensor and this rank's part of it.
-        seed: seed of all tensors. Each name gives other numbers.
-        rows: number of rows to draw. Later rows are zero. None means all rows.
-
-    Returns:
-        float32, in the ``local_shape`` of ``shard``, on the CPU.
-    """
-    return _own_part(shard, _whole_normal(shard, seed, rows))
-
-
-def sharded_tensors(tree) -> list[ShardedTensor]:
-    """Return every sharded tensor in a sharded state. Their data are views of the parameters."""
-    if isinstance(tree, ShardedTensor):
-        return [tree]
-    if isinstance(tree, ShardedTensorFactory):
-        return sharded_tensors(tree.build())
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
-
-
-def _whole_normal(shard: ShardedTensor, seed: int, rows: int | None) -> Tensor:
-    stacked = shard.prepend_axis_num
-    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
-    whole = torch.zeros(shard.global_shape[stacked:])
-    whole[:rows].normal_(generator=_generator(name, seed))
-    return whole
-
-
-def _own_part(shard: ShardedTensor, whole: Tensor) -> Tensor:
-    offset = shard.global_offset[shard.prepend_axis_num :]
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
-
-
-def _frozen(shard: ShardedTensor, given: Mapping[str, Tensor]) -> Tensor:
-    if shard.key not in given:
-        raise UserError(
-            f"training.pretrained_checkpoint: none, and this model has tensors of an image tokenizer ({shard.key}), "
-            "which are not drawn; name a checkpoint from megatron-cca convert import"
-        )
-    assert given[shard.key].shape == shard.global_shape, f"{shard.key} has another shape"
-    return _own_part(shard, given[shard.key])
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _build_chunk(

@@ -35,7 +35,8 @@ from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.decoding import mix_in, normed_input, take_out
 from megatron_cca.megatron_compat.layers import await_parameters
-from megatron_cca.models.gpt import sharded_tensors, standard_normal, unwrapped_gpt
+from megatron_cca.models.gpt import unwrapped_gpt
+from megatron_cca.models.initialization import sharded_tensors, standard_normal
 from megatron_cca.models.weight_map import LINEAR_IN, merged_weight, scale_of
 
 _ROW_PARALLEL = ("linear_proj", "linear_fc2")

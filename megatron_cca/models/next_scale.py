@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import TESpecProvider
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
+    RowParallelLinear,
     checkpoint,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -68,17 +68,17 @@ def block_spec(num_layers: int, scales: tuple[int, ...], *, is_local: bool) -> T
         scales: sides of the pyramid's grids.
         is_local: whether the products are Megatron's own.
     """
-    provider = LocalSpecProvider() if is_local else TESpecProvider()
+    columns, rows = (
+        (ColumnParallelLinear, RowParallelLinear) if is_local else (TEColumnParallelLinear, TERowParallelLinear)
+    )
     attention = SelfAttentionSubmodules(
-        linear_qkv=provider.column_parallel_linear(),
+        linear_qkv=columns,
         core_attention=partial(ScaleAttention, scales=scales),
-        linear_proj=provider.row_parallel_linear(),
+        linear_proj=rows,
         q_layernorm=SharpQueries,
         k_layernorm=UnitKeys,
     )
-    feed_forward = MLPSubmodules(
-        linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()
-    )
+    feed_forward = MLPSubmodules(linear_fc1=columns, linear_fc2=rows)
     layer = TransformerLayerSubmodules(
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
@@ -196,10 +196,11 @@ class ModulatedLayer(TransformerLayer):
         attended, bias = self.self_attention(modulated(hidden_states, scale1, shift1, epsilon), attention_mask)
         hidden_states = hidden_states + gamma1 * (attended + bias)
         inner = modulated(hidden_states, scale2, shift2, epsilon)
-        result = checkpoint(self._feed_forward, False, inner) if self.recompute_mlp else self._feed_forward(inner)
+        result = checkpoint(self.feed_forward, False, inner) if self.recompute_mlp else self.feed_forward(inner)
         return hidden_states + gamma2 * result, context
 
-    def _feed_forward(self, hidden: Tensor) -> Tensor:
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """Return the MLP's result with its bias, ``[S, B, H]``."""
         # The sum of both. Megatron's checkpoint may return no bias: autograd would take the parameter for a result of
         # the checkpoint, and recompute without end.
         result, bias = self.mlp(hidden)
@@ -248,7 +249,7 @@ class ScaleEmbedding(MegatronModule):
 
     def first_scale(self, condition: Tensor) -> Tensor:
         """Return the inputs of the first scale, ``[N, B, H]``, for the classes' vectors ``[B, H]``."""
-        return self._placed(condition[:, None] + self.start, 0)
+        return self.placed(condition[:, None] + self.start, 0)
 
     def later_scale(self, picture: Tensor, number: int) -> Tensor:
         """Return the inputs of a later scale, ``[N, B, H]``.
@@ -259,9 +260,10 @@ class ScaleEmbedding(MegatronModule):
         """
         features = self.features.at_size(picture, self.scales[number]).flatten(2).transpose(1, 2)
         features = features.to(self.feature_weight.dtype)
-        return self._placed(linear(features, self.feature_weight, self.feature_bias), number)
+        return self.placed(linear(features, self.feature_weight, self.feature_bias), number)
 
-    def _placed(self, rows: Tensor, number: int) -> Tensor:
+    def placed(self, rows: Tensor, number: int) -> Tensor:
+        """Add the vectors of positions and of a scale to its rows ``[B, N, H]``, and return ``[N, B, H]``."""
         end = _ends(self.scales)[number]
         places = self.positions[end - rows.size(1) : end] + self.levels[number]
         return (rows + places).transpose(0, 1).contiguous()
@@ -292,7 +294,7 @@ def _weak_gates(weights: Tensor) -> Tensor:
 class NextScaleModel(GPTModel):
     """Megatron's GPTModel with the inputs, the layers and the biased head of next-scale prediction."""
 
-    # See gpt.initialize_by_name. A truncation at 2, as in the authors' code, is more than 50 standard deviations away.
+    # See initialization.py. A truncation at 2, as in the authors' code, is more than 50 standard deviations away.
     first_values: ClassVar[Mapping[str, Callable[[Tensor], Tensor]]] = {
         "bias": torch.zeros_like,
         "log_sharpness": partial(torch.full_like, fill_value=math.log(4)),

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -26,7 +26,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.optimizer_state import release
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.gpt import Initialize, build_gpt, initialize_by_name, num_model_chunks
+from megatron_cca.models.gpt import build_gpt, num_model_chunks
 from megatron_cca.training import checks, has_own_weights, reference_settings
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
 from megatron_cca.training.reference import LogpsPass, Reference, borrowed_reference, head_options, own_reference
@@ -34,6 +34,7 @@ from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
 from megatron_cca.training.watchdog import PhaseTracker
 
 if TYPE_CHECKING:
+    from megatron_cca.models.initialization import Initialize
     from megatron_cca.training.engine import GraphCapture
 
 # Megatron's spelling of an FP8 state is uint8.
@@ -94,7 +95,15 @@ class Run:
         return _checkpoints(self.config)
 
 
-def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize_by_name) -> Run:
+def initialize_at_random(chunk: torch.nn.Module, **facts: Any) -> None:
+    """Draw the weights of a model chunk, see :func:`initialization.initialize_by_name`."""
+    # Imported late: most runs begin with a checkpoint.
+    from megatron_cca.models.initialization import initialize_by_name
+
+    initialize_by_name(chunk, **facts)
+
+
+def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize_at_random) -> Run:
     """Build the run. Continue from the newest checkpoint in its folder, if there is one. Collective over all ranks.
 
     Args:
@@ -123,7 +132,7 @@ def build_run(
     validation: Validation | None,
     progress: PhaseTracker,
     *,
-    initialize: Initialize | None = initialize_by_name,
+    initialize: Initialize | None = initialize_at_random,
 ) -> Run:
     """Build the models, the optimizer and the rest of a run, but read none of the run's own checkpoints. Collective.
 
@@ -175,7 +184,7 @@ def build_chunks(
     key: str,
     *,
     is_frozen: bool = False,
-    initialize: Initialize | None = initialize_by_name,
+    initialize: Initialize | None = initialize_at_random,
 ) -> list[torch.nn.Module]:
     """Build this rank's model chunks with weights from a checkpoint, or drawn from the seed.
 
@@ -207,7 +216,7 @@ def build_chunks(
 
 
 def frozen_chunks(
-    config: Config, architecture: Architecture, initialize: Initialize | None = initialize_by_name
+    config: Config, architecture: Architecture, initialize: Initialize | None = initialize_at_random
 ) -> list[torch.nn.Module]:
     """Build the frozen model chunks of the reference. ``initialize`` is as in :func:`build_chunks`."""
     own = config.reference.checkpoint

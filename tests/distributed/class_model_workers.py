@@ -16,6 +16,7 @@ from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, 
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
+from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.training.setup import build_run
 from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import PhaseTracker
@@ -279,7 +280,7 @@ def _trained_checkpoint(common, overrides, output):
     found = [
         (shard.key, shard.data)
         for chunk in (*run.policy_chunks, *reference)
-        for shard in gpt.sharded_tensors(chunk.sharded_state_dict())
+        for shard in sharded_tensors(chunk.sharded_state_dict())
         if shard.key in frozen
     ]
     assert {key for key, _ in found} == frozen.keys()

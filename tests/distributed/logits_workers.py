@@ -18,7 +18,7 @@ from megatron_cca.config.load import load_config
 from megatron_cca.lab.reference_bias import BiasSettings
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.frozen_weights import dequantize_rows, quantize_rows
-from megatron_cca.models.gpt import sharded_tensors
+from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.parallel import sequence_logps
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data, training_batches

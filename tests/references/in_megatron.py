@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_cca.models.gpt import sharded_tensors
+from megatron_cca.models.initialization import sharded_tensors
 
 # Rows of no word hold this: whoever looks at them is seen.
 JUNK = 3.0

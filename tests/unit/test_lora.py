@@ -13,7 +13,8 @@ from megatron_cca.config.load import load_config
 from megatron_cca.config.schema import LORA_TARGETS
 from megatron_cca.errors import UserError
 from megatron_cca.models import lora, resolve_architecture
-from megatron_cca.models.gpt import build_gpt, image_logps, initialize_by_name
+from megatron_cca.models.gpt import build_gpt, image_logps
+from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.models.weight_map import merged_weight
 from megatron_cca.parallel.ranks import initialize_distributed
 

@@ -20,7 +20,8 @@ from megatron_cca.lab.planner.workload import (
     products_forward,
 )
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import build_gpt, image_logps, initialize_by_name
+from megatron_cca.models.gpt import build_gpt, image_logps
+from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.ranks import initialize_distributed
 
 ROWS = 2

@@ -208,7 +208,8 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_
     """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_cca.models.gpt import build_gpt, sharded_tensors
+    from megatron_cca.models.gpt import build_gpt
+    from megatron_cca.models.initialization import sharded_tensors
 
     config = verification_config(checkpoint)
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from megatron_cca.lab.planner.measuring import Observation, measure_short_run, s
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload, products
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import Initialize, initialize_by_name
+from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.training import rows_per_sample
 from megatron_cca.training.kernel_checks import check_devices
 

@@ -14,7 +14,7 @@ from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
 from megatron_cca.lab.planner.observer import Observer, Traffic
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import initialize_by_name
+from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training import rows_per_microbatch
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size

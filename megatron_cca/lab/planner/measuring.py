@@ -22,7 +22,7 @@ from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
 from megatron_cca.lab.planner.workload import ImageShape, Product, Workload, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import Initialize, initialize_by_name
+from megatron_cca.models.initialization import Initialize, initialize_by_name
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.setup import Run, set_up

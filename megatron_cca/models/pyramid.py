@@ -1,0 +1,61 @@
+"""The sizes and layouts of models of next-scale prediction, whose images are pyramids of code grids. Needs no torch."""
+
+from __future__ import annotations
+
+from megatron_cca.config import ModelConfig, ParallelConfig
+from megatron_cca.errors import UserError
+from megatron_cca.models.architecture import Architecture
+
+
+def check_sizes(architecture: Architecture) -> None:
+    """Refuse sizes that do not fit the scales.
+
+    Raises:
+        UserError: another number of positions, or heads that share keys. Names the key.
+    """
+    wanted = architecture.prefix_tokens + sum(side**2 for side in architecture.scales)
+    if architecture.max_position_embeddings != wanted:
+        sides = ", ".join(map(str, architecture.scales))
+        raise UserError(
+            f"model.max_position_embeddings: {architecture.max_position_embeddings}, but the class and the codes of "
+            f"grids of {sides} are {wanted}; leave it out"
+        )
+    if architecture.num_query_groups != architecture.num_attention_heads:
+        raise UserError(
+            f"model.num_query_groups: {architecture.num_query_groups}, but every head has keys of its own here; use "
+            f"{architecture.num_attention_heads}"
+        )
+
+
+def check_next_scale_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout that such a model cannot have.
+
+    Raises:
+        UserError: a pipeline, context parallelism, or dropout of hidden states. Names the key.
+    """
+    for key, why in (
+        ("pipeline_model_parallel_size", "every layer takes the class, which a pipeline does not send"),
+        ("context_parallel_size", "the positions of a scale see each other, which no part of a row can"),
+    ):
+        if getattr(parallel, key) > 1:
+            raise UserError(f"parallel.{key}: {getattr(parallel, key)}, but in {model.name} {why}; use 1")
+    if model.hidden_dropout:
+        raise UserError(
+            f"model.hidden_dropout: {model.hidden_dropout}, but the layers of {model.name} have none; use 0"
+        )
+
+
+def num_parameters_of_pyramid(architecture: Architecture) -> int:
+    """Return the number of trained weights of next-scale prediction: the keys have no bias."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    attention = 4 * hidden**2 + 3 * hidden + architecture.num_attention_heads
+    feed_forward = 2 * hidden * ffn + ffn + hidden
+    modulation = hidden * (hidden + 1)
+    layer = attention + feed_forward + 6 * modulation
+    vocabulary, scales = architecture.vocabulary, architecture.scales
+    # Of the first scale, of all positions, of the scales, of the features with their bias.
+    positions = architecture.max_position_embeddings - architecture.prefix_tokens
+    inputs = scales[0] ** 2 + positions + len(scales) + architecture.feature_channels + 1
+    rows = inputs + vocabulary.size - vocabulary.output_size
+    head = vocabulary.output_size * (hidden + 1) + 2 * modulation
+    return architecture.num_layers * layer + rows * hidden + head
