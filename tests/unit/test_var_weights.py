@@ -1,6 +1,8 @@
 """VAR's .pth in and out: bit for bit, each row in its place, with the image tokenizer's tensors; how weights begin."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -141,6 +143,20 @@ def test_the_number_of_parameters_is_the_plain_models():
     }
     for depth, sizes in var.PUBLISHED.items():
         assert counts[f"var-{depth}"] == var.num_parameters(sizes)
+
+
+def test_neither_import_nor_export_needs_megatron(tmp_path):
+    state = weights()
+    path = saved(tmp_path / "a", state)
+    code = """
+import sys
+from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+import_checkpoint(sys.argv[1], "checkpoint")
+export_checkpoint("checkpoint", "again.pth")
+assert not {"transformers", "megatron.core"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=tmp_path, check=True, timeout=120)
+    assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == state.keys()
 
 
 def test_a_changed_weight_is_found(tmp_path):
