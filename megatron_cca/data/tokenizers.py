@@ -1,7 +1,8 @@
 """The tokenizers that a checkpoint or a shard folder comes with: of captions, and of images.
 
 A text tokenizer is a file of the ``tokenizers`` library or of tiktoken. An image tokenizer is that of a model family,
-or the demo's codebook of patches. The names of files decide which one a path holds.
+or the demo's codebook of patches. The names of files decide which one a path holds. Where two families' have the same
+names, their tensors' names decide.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from megatron_cca.errors import UserError, error_context, first_line
 from megatron_cca.io.external_files import mapped_array
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.formats import ImageTokenizer, check_codes, check_pixels
+from megatron_cca.models.formats import ImageTokenizer, ImageTokenizerFiles, check_codes, check_pixels
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "emu3.tiktoken"
@@ -142,12 +143,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def open_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
+def open_image_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu", scales: tuple[int, ...] = ()
+) -> ImageTokenizer:
     """Open the image tokenizer in a folder or file: the demo's ``codebook.npy``, or that of a model family.
 
     Args:
         path: on disk. Nothing is downloaded.
         device: where a family's model runs. A patch codebook always runs on the CPU.
+        scales: of the model that the codes are for, where it is known and has some.
 
     Raises:
         UserError: nothing there, no tokenizer in it, or a damaged one; names the file.
@@ -159,13 +163,27 @@ def open_image_tokenizer(path: str | Path, device: str | torch.device = "cpu") -
             raise UserError(f"no file or folder at {path}; nothing is fetched from a hub here, download it first")
         if (path / CODEBOOK_FILE).is_file():
             return PatchImageTokenizer(PatchCodebook.load(path))
-        for files in families:
-            if files.recognises(path):
-                return files.open(path, device)
+        if found := [files for files in families if files.recognises(path)]:
+            known = [files for files in found if files.knows(path)] if len(found) > 1 else found
+            return _opened_by(known or found, path, device, scales)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     described = " nor ".join([CODEBOOK_FILE, *(files.description for files in families)])
     raise UserError(f"{path} holds no image tokenizer: neither {described}")
+
+
+def _opened_by(
+    families: Sequence[ImageTokenizerFiles], path: Path, device: str | torch.device, scales: tuple[int, ...]
+) -> ImageTokenizer:
+    """Open a path by the first family that takes it. If none does, say why each does not."""
+    refusals: list[str] = []
+    for files in families:
+        try:
+            return files.open(path, device, scales=scales)
+        except UserError as error:
+            refusals.append(str(error))
+    first, *others = dict.fromkeys(refusals)
+    raise UserError("; ".join([first, *(one.removeprefix(f"{path}: ") for one in others)]))
 
 
 @dataclass(frozen=True)

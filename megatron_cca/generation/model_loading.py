@@ -186,9 +186,10 @@ def open_tokenizers(
     """
     with error_context(options[0]):
         text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
+    scales = resolve_architecture(config.model).scales
     with error_context(options[1]):
-        given = None if images is None else open_image_tokenizer(images, device)
-        tokenizer = given or _own_image_tokenizer(checkpoint, config, device)
+        given = None if images is None else open_image_tokenizer(images, device, scales)
+        tokenizer = given or _own_image_tokenizer(checkpoint, config, device, scales)
         if tokenizer.codebook_size != vocabulary.codebook_size:
             raise UserError(
                 f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
@@ -277,14 +278,16 @@ def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
     raise UserError(f"{lacking}; give a folder with {TOKENIZER_FILE} or {TIKTOKEN_FILE}")
 
 
-def _own_image_tokenizer(checkpoint: Path, config: Config, device: str | torch.device) -> ImageTokenizer:
+def _own_image_tokenizer(
+    checkpoint: Path, config: Config, device: str | torch.device, scales: tuple[int, ...]
+) -> ImageTokenizer:
     kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
     files = family_of(config.model).image_tokenizer
     if weights.is_dir():
         return files.open(kept, device, weights)
     if files is not None and not layout.is_checkpoint(checkpoint) and files.recognises(checkpoint):
         try:
-            return files.open(checkpoint, device)
+            return files.open(checkpoint, device, scales=scales)
         except UserError:
             pass  # a folder of the decoder alone; its image tokenizer is elsewhere
     for folder in _data_folders(config):

@@ -195,15 +195,29 @@ class ImageTokenizerFiles(Protocol):
     description: str
 
     def recognises(self, path: Path) -> bool:
-        """Return whether a file or folder looks like one, by names alone."""
+        """Return whether a file or folder looks like one, by names of files alone."""
 
-    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> ImageTokenizer:
+    def knows(self, path: Path) -> bool:
+        """Return whether a path that was recognised holds files of this family, by what is cheap to read of them.
+
+        It is asked where the files of several families have the same names.
+        """
+
+    def open(
+        self,
+        path: Path,
+        device: str | torch.device,
+        weights: Path | None = None,
+        scales: tuple[int, ...] = (),
+    ) -> ImageTokenizer:
         """Return the image tokenizer in a file or folder that was recognised.
 
         Args:
             path: the file or folder.
             device: the device that it runs on.
             weights: the folder of its tensors, for the files in a checkpoint. None means that they are in ``path``.
+            scales: sides of the grids of codes that an image of the model consists of. Without any, the model has one
+                grid of any size, or is not known.
 
         Raises:
             UserError: a file is missing or damaged, or is of another model. Names the file.

@@ -56,6 +56,7 @@ CASES = {
     "huggingface config": 150,
     "image tokenizer config": 50,
     "vq file": 300,
+    "var's vq file": 150,
     "weights file": 200,
     "tokenizer json": 350,
     "tokenizer tiktoken": 300,

@@ -79,9 +79,14 @@ def shapes(first: int, widths: tuple[int, ...], blocks: int, latent: int, codebo
 
 def random_vq(sizes: Mapping = TINY, seed: int = 0) -> dict[str, Tensor]:
     """float32 tensors that keep activations near one, codes spread, and no bias, norm or shortcut idle."""
+    return random_tensors(shapes(**sizes), seed)
+
+
+def random_tensors(wanted: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """As random_vq, of any names and shapes of such a network."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, shape in shapes(**sizes).items():
+    for name, shape in wanted.items():
         tensor = torch.randn(shape, generator=generator)
         if len(shape) == 4:
             tensor *= math.prod(shape[1:]) ** -0.5
@@ -134,9 +139,13 @@ def nearest(state: Tensors, latent: Tensor) -> Tensor:
 
 def decoded(state: Tensors, codes: Tensor) -> Tensor:
     """int64 ``[N, h, w]`` -> float64 ``[N, H, W, 3]``, about -1 to 1."""
+    codebook = state["quantize.embedding.weight"].double()
+    return drawn(state, (codebook / codebook.norm(dim=1, keepdim=True))[codes].permute(0, 3, 1, 2))
+
+
+def drawn(state: Tensors, hidden: Tensor) -> Tensor:
+    """float64 vectors ``[N, D, h, w]`` -> float64 ``[N, H, W, 3]``, about -1 to 1."""
     state = {name: tensor.double() for name, tensor in state.items()}
-    codebook = state["quantize.embedding.weight"]
-    hidden = (codebook / codebook.norm(dim=1, keepdim=True))[codes].permute(0, 3, 1, 2)
     hidden = _conv(state, "decoder.conv_in", _conv(state, "post_quant_conv", hidden))
     hidden = _middle(state, "decoder", hidden)
     hidden = _levels(state, "decoder", hidden, "upsample", _doubled)

@@ -81,6 +81,36 @@ def test_pictures_are_cropped_labelled_and_mirrored(pictures, shards, flips, tmp
     )
 
 
+@pytest.mark.parametrize("flips", [False, True])
+def test_random_crops_become_variants(shards, flips, tmp_path):
+    """Of pictures of 9 x 9, of which a crop of 8 x 8 can be four: the four at random, the same in every run."""
+    scans = [np.pad(scan, [(0, 1), (0, 1)], mode="edge") for scan in load_scans()[0].images[:6]]
+    for place, scan in enumerate(scans):
+        (tmp_path / "pictures" / str(place % 3)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.repeat(scan[..., None], 3, 2)).save(tmp_path / f"pictures/{place % 3}/{place}.png")
+    for output in ("made", "again"):
+        run(tmp_path / "pictures", shards, tmp_path / output, flips=flips, crops=5, resize="authors")
+    made, again = (TokenShards(tmp_path / output, TINY) for output in ("made", "again"))
+    codebook, chosen = PatchCodebook.load(shards), set()
+    assert made.variants.tolist() == [5 * (1 + flips)] * 6
+    for index, place in enumerate((0, 3, 1, 4, 2, 5)):
+        windows = {(top, left): scans[place][top : top + 8, left : left + 8] for top in (0, 1) for left in (0, 1)}
+        codes = {where: codebook.encode(window[None])[0].tolist() for where, window in windows.items()}
+        mirrored = {where: codebook.encode(window[None, :, ::-1])[0].tolist() for where, window in windows.items()}
+        for variant in range(5 * (1 + flips)):
+            found, of = made.codes(index, variant)[0].tolist(), mirrored if variant >= 5 else codes
+            assert found in of.values()
+            assert found == again.codes(index, variant)[0].tolist()
+            chosen |= {where for where, wanted in of.items() if wanted == found}
+    assert len(chosen) == 4
+    assert json.loads((tmp_path / "made/manifest.json").read_text())["crops"] == 5
+
+
+def test_crops_are_for_models_of_one_size(digit_shards, tmp_path, pictures):
+    with pytest.raises(UserError, match="--crops: model emu3-tiny takes images of any size, as they are; leave it out"):
+        run(pictures[0], digit_shards, tmp_path / "made", model="emu3-tiny", crops=2, text_tokenizer=digit_shards)
+
+
 def test_sources_without_classes_are_refused(pictures, shards, tmp_path):
     (tmp_path / "flat").mkdir()
     picture = next(pictures[0].rglob("*.png")).read_bytes()

@@ -115,7 +115,7 @@ def test_an_image_does_not_depend_on_its_batch(tokenizer, monkeypatch):
     drawn = torch.cat([tokenizer.decode(one[None]) for one in codes_of((5, 6, 10), 40)])
     assert (drawn.int() - images.int()).abs().max() <= 1
     # In parts of two, as a batch that is too large.
-    monkeypatch.setattr("megatron_cca.models.llamagen.image_tokenizer._PIXELS_AT_ONCE", 2 * 24 * 40)
+    monkeypatch.setattr("megatron_cca.models.vq_network._PIXELS_AT_ONCE", 2 * 24 * 40)
     seen = []
     hook = tokenizer._network.encoder.register_forward_hook(lambda _, given, found: seen.append(len(found)))
     assert torch.equal(tokenizer.encode(pixels(IMAGES)), codes)

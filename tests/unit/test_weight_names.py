@@ -179,8 +179,8 @@ def test_frequencies_of_another_base_are_another_model(tmp_path):
 
 def test_an_image_tokenizers_names_are_unwrapped_too(tmp_path):
     state = random_vq()
-    sizes, found = read_vq(saved(tmp_path / "vq.pt", {"model": prefixed("module._orig_mod.", state)}))
-    assert (sizes.codebook_size, found.keys()) == (40, state.keys())
+    found = read_vq(saved(tmp_path / "vq.pt", {"model": prefixed("module._orig_mod.", state)}))
+    assert (found.sizes.codebook_size, found.tensors.keys()) == (40, state.keys())
 
 
 HALF = {name: value.half() for name, value in STATE.items()}

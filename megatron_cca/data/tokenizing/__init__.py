@@ -48,6 +48,9 @@ class TokenizeSettings:
     """codes of an image, for a model that has one size only (default: the preset's); images are cropped to it"""
     flips: bool = False
     """tokenize each image mirrored, too: a step sees one of the two"""
+    crops: Annotated[int, Field(ge=0, lt=2**15), Option(metavar="N")] = 0
+    """tokenize so many random crops of each image, of which a step sees one, for a model that has one size only; the
+    shorter side is 9/8 of a crop's, as in VAR's training (default 0: the middle alone)"""
     area: Annotated[Count, Option(metavar="PIXELS")] = 518_400
     """target area, aspect ratio kept (default 720*720)"""
     resize: Literal["dali", "authors"] = "dali"

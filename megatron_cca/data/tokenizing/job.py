@@ -112,10 +112,12 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     with error_context("--text-tokenizer"):
         text = _open_text(settings, vocabulary)
     grid = _grid(settings, architecture)
+    if settings.crops and grid is None:
+        raise UserError(f"--crops: model {settings.model} takes images of any size, as they are; leave it out")
     images = None
     if settings.image_tokenizer is not None:
         with error_context("--image-tokenizer"):
-            images = open_image_tokenizer(settings.image_tokenizer, device)
+            images = open_image_tokenizer(settings.image_tokenizer, device, architecture.scales)
             if images.codebook_size != vocabulary.codebook_size:
                 raise UserError(
                     f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
@@ -133,6 +135,8 @@ def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, 
         return own
     if own is None:
         raise UserError(f"--grid: model {settings.model} takes any, which follows from --area; leave it out")
+    if architecture.scales:
+        raise UserError(f"--grid: model {settings.model} takes the codes of one pyramid of grids alone; leave it out")
     height, width = settings.grid
     if height != width:
         raise UserError(f"--grid: model {settings.model} takes square images alone, found {height} {width}")
@@ -215,6 +219,7 @@ def _optional_facts(job: TokenizingJob) -> dict:
     """Return the facts that have no entry by default, so that older jobs and shards without them still match."""
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
+    facts["crops"] = job.settings.crops or None
     return {name: value for name, value in facts.items() if value is not None}
 
 

@@ -28,6 +28,8 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 # How many records are checked before the job begins, and the share of skipped records from which on none is.
 _RECORDS_CHECKED = 32
 _TOLERANT = 0.5
+# Of the side of a crop: FoundationVision/VAR resizes to 288 pixels and crops 256.
+_CROPPED_FROM = 9 / 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class _Captioned:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A record whose images are decoded. ``pixels`` is uint8 ``[H, W, 3]``, or ``[T, H, W, 3]`` for a clip."""
+    """A record whose images are decoded.
+
+    ``pixels`` is uint8 ``[H, W, 3]``, ``[T, H, W, 3]`` for a clip, or ``[C, H, W, 3]`` for C random crops.
+    """
 
     record: Record
     caption: np.ndarray
@@ -148,12 +153,14 @@ class SampleMaker:
         ]
 
     def _encoded(self, pixels: Tensor) -> Tensor:
-        """Return the codes of images, or ``[N, 2, T, h, w]`` of the images and their mirror images."""
-        codes = self._images.encode(pixels)
-        if not self._settings.flips:
-            return codes
-        both = torch.stack([codes, self._images.encode(pixels.flip(-2))], dim=1)
-        return both[:, :, None] if both.dim() == 4 else both
+        """Return the codes of images, or ``[N, V, T, h, w]`` of their variants: crops, and then mirror images."""
+        crops, flips = self._settings.crops, self._settings.flips
+        if not crops and not flips:
+            return self._images.encode(pixels)
+        views = pixels.unbind(1) if crops else [pixels]
+        views = [*views, *(view.flip(-2) for view in views if flips)]
+        variants = torch.stack([self._images.encode(view) for view in views], dim=1)
+        return variants[:, :, None] if variants.dim() == 4 else variants
 
     def _captioned(self, index: int) -> _Captioned | Skipped:
         try:
@@ -201,7 +208,8 @@ class SampleMaker:
             raise Rejected(str(error)) from None
 
     def _covering(self, height: int, width: int) -> ResizeSteps:
-        plan = self._resizing.to_cover(height, width, self._side())
+        side = round(_CROPPED_FROM * self._side()) if self._settings.crops else self._side()
+        plan = self._resizing.to_cover(height, width, side)
         if plan[-1].height * plan[-1].width > DEFAULT_LIMITS.max_pixels:
             raise Rejected(f"it is {width} x {height}, too long to be cut to a square of {self._side()}")
         return plan
@@ -209,11 +217,15 @@ class SampleMaker:
     def _check_needs_no_pixels(self, name: str) -> None:
         if self._settings.flips:
             raise UserError(f"--flips: {name} holds codes, which cannot be mirrored; leave it out")
+        if self._settings.crops:
+            raise UserError(f"--crops: {name} holds codes, which cannot be cropped; leave it out")
         if self._settings.resize != DALI:
             raise UserError(f"--resize: {name} holds codes, which nobody resizes; leave it out")
 
     def _side(self) -> int:
-        """Return height and width, in pixels, of the model's only grid, which is square."""
+        """Return height and width, in pixels, of the model's only images, which are square."""
+        if self._vocabulary.scales:
+            return self._vocabulary.scales[-1] * self._images.spatial_factor
         height, width = self._grid
         assert height == width
         return height * self._images.spatial_factor
@@ -235,9 +247,19 @@ class SampleMaker:
                 return Skipped(one.record.name, str(frame))
         if not frames:
             return Prepared(one.record, one.caption, None)
+        if self._settings.crops:
+            return Prepared(one.record, one.caption, self._crops(one.record.name, frames[0]))
         if self._grid is not None:
             frames = [centre(frame, self._side(), self._side()) for frame in frames]
         return Prepared(one.record, one.caption, frames[0] if len(frames) == 1 else torch.stack(frames))
+
+    def _crops(self, name: str, pixels: Tensor) -> Tensor:
+        """Return random crops ``[C, side, side, 3]``. The record's name decides where they are, on any machine."""
+        generator = np.random.default_rng([*name.encode("utf-8", "surrogateescape")])
+        side, count = self._side(), self._settings.crops
+        rooms = np.array(pixels.shape[:2]) - side
+        places = generator.integers(0, rooms + 1, size=(count, 2)).tolist()
+        return torch.stack([pixels[top : top + side, left : left + side] for top, left in places])
 
     def _sample(self, one: Prepared, codes: np.ndarray | None) -> Sample:
         return Sample(one.record.codes if codes is None else codes, one.caption, one.record.condition)

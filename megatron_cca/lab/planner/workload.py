@@ -56,9 +56,15 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
     The layout and ``data.pad_to_multiple_of`` decide the padding.
 
     Raises:
-        UserError: more positions than the model has, or a grid that does not suit the model's positions.
+        UserError: more positions than the model has, a grid that does not suit the model's positions, or a model of
+            next-scale prediction, for which there are no formulas.
     """
     architecture = resolve_architecture(config.model)
+    if architecture.scales:
+        raise UserError(
+            f"model.name: {config.model.name} predicts scales, for whose layers the planner has no formulas yet; train "
+            "without a plan, or plan for an Emu3 or a LlamaGen"
+        )
     misfit = grid_misfit(architecture, 1, shape.height, shape.width)
     if misfit is not None:
         raise UserError(f"--image-grid: {misfit}")

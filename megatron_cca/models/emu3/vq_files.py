@@ -91,7 +91,17 @@ class Emu3VqFiles:
         """See the protocol."""
         return (path / CONFIG).is_file()
 
-    def open(self, path: Path, device: str | torch.device, weights: Path | None = None) -> Emu3ImageTokenizer:
+    def knows(self, path: Path) -> bool:
+        """See the protocol. No other family's files have this name."""
+        return True
+
+    def open(
+        self,
+        path: Path,
+        device: str | torch.device,
+        weights: Path | None = None,
+        scales: tuple[int, ...] = (),
+    ) -> Emu3ImageTokenizer:
         """See the protocol."""
         from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 

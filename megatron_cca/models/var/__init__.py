@@ -93,8 +93,8 @@ def pyramid_vocabulary(codebook_size: int, num_classes: int, scales: tuple[int, 
 # The class, then the codes.
 PREFIX_TOKENS = 1
 # Of 256 pixels, by a tokenizer of 16 pixels per code.
-_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-_IMAGENET = pyramid_vocabulary(codebook_size=4096, num_classes=1000, scales=_SCALES)
+RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_IMAGENET = pyramid_vocabulary(codebook_size=4096, num_classes=1000, scales=RELEASED_SCALES)
 
 
 def _sized(
@@ -113,7 +113,8 @@ def _sized(
         num_query_groups=num_attention_heads,
         max_position_embeddings=PREFIX_TOKENS + num_codes(vocabulary.scales),
         layernorm_epsilon=1e-6,
-        rotary_base=0,
+        # Not used: positions are learned.
+        rotary_base=10_000,
         vocabulary=vocabulary,
         position_embedding="learned",
         prefix_tokens=PREFIX_TOKENS,

@@ -1,13 +1,12 @@
-"""The network of LlamaGen's image tokenizer (arXiv 2406.06525; FoundationVision/LlamaGen, ``vq_model.py``).
+"""VQGAN's network (arXiv 2012.09841), of which several families' image tokenizers are made, and how it is run.
 
-It is VQGAN's network (arXiv 2012.09841) with attention only at the lowest resolution, and a codebook of unit vectors.
-Modules and tensors have the authors' names, so that their files load as they are. It is for inference alone, without
-dropout and losses.
+Attention is only at the lowest resolution. Modules and tensors have the names of LlamaGen's authors
+(FoundationVision/LlamaGen, ``vq_model.py``). It is for inference alone, without dropout and losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
@@ -15,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megatron_cca.models.formats import check_pixels, full_float32
+
 # VQGAN's number of groups. Channels must be a multiple of it.
 NORM_GROUPS = 32
 _NORM_EPSILON = 1e-6
-# Cosines that differ by less are equal up to rounding in float64.
-_EQUAL = 1e-12
+# Pixels that pass through the network together: 7 images of 384 x 384 or 16 of 256 x 256. VQ-16 takes 2.6 GB for them.
+_PIXELS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class VqSizes:
     """The sizes of a network.
 
-    The authors' VQ-16 has 128; 128, 128, 256, 256, 512; 2; 256; 16,384; 8. VQ-8 has one level of 128 fewer.
+    LlamaGen's VQ-16 has 128; 128, 128, 256, 256, 512; 2; 256; 16,384; 8. VQ-8 has one level of 128 fewer. VAR's has
+    160; 160, 160, 320, 320, 640; 2; 32; 4,096; 32.
 
     Attributes:
         first_channels: of the convolution that sees the pixels.
@@ -50,52 +52,88 @@ class VqSizes:
         return 2 ** (len(self.channels) - 1)
 
 
-def network_on_meta(sizes: VqSizes) -> VqNetwork:
-    """Build the network on the meta device, without weights of whatever size."""
-    with torch.device("meta"):
-        return VqNetwork(sizes)
-
-
 class VqNetwork(nn.Module):
-    """The network that encodes pixels to vectors and decodes codes to pixels, see :class:`VqSizes`."""
+    """The network that encodes pixels to vectors and decodes vectors to pixels, see :class:`VqSizes`.
 
-    def __init__(self, sizes: VqSizes) -> None:
+    Args:
+        sizes: of the network.
+        quant_kernel: side of the kernels of the two convolutions beside the codebook.
+    """
+
+    def __init__(self, sizes: VqSizes, quant_kernel: int = 1) -> None:
         super().__init__()
         self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
-        self.quantize = Codebook(sizes)
-        self.quant_conv = nn.Conv2d(sizes.latent_channels, sizes.embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(sizes.embed_dim, sizes.latent_channels, 1)
+        inner, outer, padding = sizes.embed_dim, sizes.latent_channels, quant_kernel // 2
+        self.quant_conv = nn.Conv2d(outer, inner, quant_kernel, padding=padding)
+        self.post_quant_conv = nn.Conv2d(inner, outer, quant_kernel, padding=padding)
 
     def vectors(self, pixels: Tensor) -> Tensor:
         """Encode pixels ``[N, 3, H, W]`` between -1 and 1 to vectors ``[N, D, H / f, W / f]`` of any length."""
         return self.quant_conv(self.encoder(pixels))
 
-    def pixels(self, codes: Tensor) -> Tensor:
-        """Decode codes int64 ``[N, h, w]`` to pixels ``[N, 3, h f, w f]``, about -1 to 1."""
-        return self.decoder(self.post_quant_conv(self.quantize.unit_vectors()[codes].movedim(-1, 1)))
+    def pixels(self, vectors: Tensor) -> Tensor:
+        """Decode vectors ``[N, D, h, w]`` to pixels ``[N, 3, h f, w f]``, about -1 to 1."""
+        return self.decoder(self.post_quant_conv(vectors))
 
 
-class Codebook(nn.Module):
-    """Vectors that are compared by their direction."""
+class VqTokenizer:
+    """What image tokenizers of this network have in common. A subclass says how vectors and codes belong together.
 
-    def __init__(self, sizes: VqSizes) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(sizes.codebook_size, sizes.embed_dim)
+    Everything runs in full float32, and batches in parts of bounded size.
 
-    def unit_vectors(self) -> Tensor:
-        """Return the vectors with unit length, ``[K, D]``."""
-        return functional.normalize(self.embedding.weight, dim=-1)
+    Args:
+        network: on its device.
+        sizes: of the network.
+        fingerprint: of everything that the meaning of codes depends on.
+    """
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Return the codes int64 ``[M]`` with the nearest direction to vectors ``[M, D]``. Ties go to the first.
+    temporal_factor = 0
 
-        The comparison is in float64. In the authors' float32, rounding decides between near neighbours.
+    def __init__(self, network: VqNetwork, sizes: VqSizes, fingerprint: str) -> None:
+        self._network = network.eval().requires_grad_(False)
+        self.spatial_factor, self.codebook_size = sizes.spatial_factor, sizes.codebook_size
+        self._embed_dim, self._fingerprint = sizes.embed_dim, fingerprint
+        self._device = next(network.parameters()).device
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Encode images uint8 ``[N, H, W, 3]`` to the vectors that are quantised, float32 ``[N, D, H / f, W / f]``.
+
+        Raises:
+            UserError: pixels of another dtype or shape, or sides that the factor does not divide.
         """
-        directions = functional.normalize(self.embedding.weight.double(), dim=-1)
-        cosines = functional.normalize(vectors.double(), dim=-1) @ directions.T
-        # A matrix product rounds equal columns differently, depending on their place.
-        best = cosines.amax(-1, keepdim=True) - _EQUAL
-        return (cosines >= best).byte().argmax(-1)
+        check_pixels(pixels, self.spatial_factor, self.temporal_factor)
+        number, height, width, _ = pixels.shape
+        shape = number, self._embed_dim, height // self.spatial_factor, width // self.spatial_factor
+        found = torch.empty(shape, device=self._device)
+        with full_float32(self._device.type):
+            for part in self._parts(number, height * width):
+                planes = pixels[part].to(self._device).movedim(-1, 1).contiguous()
+                found[part] = self._network.vectors((planes.float() / 255 - 0.5) / 0.5)
+        return found
+
+    def fingerprint(self) -> str:
+        """Return a short hash of weights and sizes. It is the same for every form of the file and every device."""
+        return self._fingerprint
+
+    @torch.no_grad()
+    def _decoded(self, codes: Tensor, height: int, width: int, look_up: Callable[[Tensor], Tensor]) -> Tensor:
+        """Decode codes ``[N, ...]`` to float32 ``[N, height, width, 3]``, about -1 to 1, on the network's device.
+
+        Args:
+            codes: which were checked.
+            height, width: of the images.
+            look_up: returns the vectors ``[M, D, height / f, width / f]`` of some of the codes.
+        """
+        found = torch.empty((len(codes), height, width, 3), device=self._device)
+        with full_float32(self._device.type):
+            for part in self._parts(len(codes), height * width):
+                found[part] = self._network.pixels(look_up(codes[part].to(self._device))).movedim(1, -1)
+        return found
+
+    def _parts(self, number: int, pixels: int) -> list[slice]:
+        at_once = max(1, _PIXELS_AT_ONCE // pixels)
+        return [slice(start, start + at_once) for start in range(0, number, at_once)]
 
 
 class Encoder(nn.Module):
