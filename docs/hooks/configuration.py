@@ -99,15 +99,15 @@ def _presets() -> str:
     sizes = [field.name for field in dataclasses.fields(next(iter(presets.values()))) if field.name != "vocabulary"]
     for size in sizes:
         values = (getattr(one, size) for one in presets.values())
-        rows.append(f"| `{size}` | {' | '.join(map(_size, values))} |")
+        rows.append(f"| `{size}` | {' | '.join(map(_written, values))} |")
     rows.append(f"| `vocab_size` | {' | '.join(f'{one.vocabulary.size:,}' for one in presets.values())} |")
     return "## Presets\n\n" + "\n".join(rows) + "\n"
 
 
-def _size(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else f"{value:,}"
+def _written(size: str | float | tuple[int, ...]) -> str:
+    if isinstance(size, tuple):
+        return ", ".join(map(str, size)) or "none"
+    return size if isinstance(size, str) else f"{size:,}"
 
 
 def _objective(name: str) -> str:

@@ -94,8 +94,6 @@ def grid_side(architecture: Architecture) -> int:
 def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
     """Return the same model with every size written out. Then a later change of the preset does not change it."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
-    if architecture.position_embedding == "learned":
-        shared.remove("rotary_base")
     sizes = {name: getattr(architecture, name) for name in shared}
     vocabulary = architecture.vocabulary
     if getattr(vocabulary, "num_classes", None) is not None:

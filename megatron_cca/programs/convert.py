@@ -48,6 +48,9 @@ class ReadingOptions:
     dtype: Literal["fp32"] | None = None
     """widen weights in float16, bfloat16 or several types to float32, which loses nothing (default: keep the bits;
     weights in float16 or of several types are refused)"""
+    image_tokenizer: Annotated[Folder, Option(metavar="FILE")] | None = None
+    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: vae_ch160v4096z32.pth beside
+    the weights)"""
 
 
 @options
@@ -59,9 +62,6 @@ class ImportOptions(ReadingOptions):
     """an empty or new folder"""
     overwrite: bool = False
     """replace a former import in --output"""
-    image_tokenizer: Annotated[Folder, Option(metavar="FILE")] | None = None
-    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: vae_ch160v4096z32.pth beside
-    the weights)"""
     max_position_embeddings: Count | None = None
     """positions of the model in a .pt, which does not contain their number: 257 for 256 px, 577 for 384 px (default:
     the preset's)"""
@@ -208,7 +208,9 @@ def _verify(given: VerifyOptions) -> int:
     from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 
     platform.install_option(given.device)
-    description = WeightsDescription(_sizes(given.overrides), section=given.section, dtype=given.dtype)
+    description = WeightsDescription(
+        _sizes(given.overrides), section=given.section, dtype=given.dtype, image_tokenizer=given.image_tokenizer
+    )
     source, target = open_both(given.hf, given.checkpoint, description)
     is_first = os.environ.get("RANK", "0") == "0"
     identical = is_first and _say_tensors(compare_tensors(source, target))

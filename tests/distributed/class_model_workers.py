@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, 
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
-from megatron_cca.models.initialization import sharded_tensors
-from megatron_cca.training.setup import build_run
+from megatron_cca.models.initialization import initialize_by_name, sharded_tensors
+from megatron_cca.training.setup import build_chunks, build_run
 from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import PhaseTracker
 from tests.distributed.forwards import scheduled_logits
@@ -258,6 +259,15 @@ def _first_log_ratios(overrides):
 
     run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=initialize)
     return [train_step(run).log_ratio.worst for _ in range(2)]
+
+
+def new_model(settings):
+    """Save a model with its first values."""
+    config, architecture, plain = _started(settings["overrides"])
+    frozen = var_in_megatron.frozen_tensors(plain.quantizer, plain.sizes)
+    initialize = partial(initialize_by_name, frozen=frozen)
+    chunks = build_chunks(config, architecture, config.training, None, "", initialize=initialize)
+    saver.save(Path(settings["output"]), 0, chunks, None, summarize(config))
 
 
 def trained_checkpoints(settings):

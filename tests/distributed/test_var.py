@@ -105,6 +105,20 @@ def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
         assert first == 0.0 < second, name
 
 
+def test_a_new_model_begins_alike_on_every_layout(tmp_path):
+    stored = []
+    for ranks, layout_of in ((1, []), (2, TP2)):
+        output = tmp_path / str(ranks)
+        settings = {"overrides": [*TINY, *layout_of], "output": str(output)}
+        run_workers(ranks, "class_model_workers.new_model", settings, tmp_path / "job")
+        stored.append(StoredTensors(layout.resolve(output, ""), ""))
+    one, two = stored
+    assert set(one.names()) == set(two.names())
+    for name in one.names():
+        whole = [[0] * len(one.shape(name)), list(one.shape(name))]
+        assert torch.equal(one.read_block(name, *whole), two.read_block(name, *whole)), name
+
+
 def test_frozen_tensors_come_with_a_checkpoint_and_stay_as_they_are(tmp_path):
     state = var.random_weights(var.TINY, std=0.1) | var.buffers(var.TINY)
     torch.save({"trainer": state}, tmp_path / "var.pth")

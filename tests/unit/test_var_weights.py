@@ -1,12 +1,15 @@
 """VAR's .pth in and out: bit for bit, each row in its place, with the image tokenizer's tensors; how weights begin."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_cca.checkpoint.huggingface import compare_tensors, export_checkpoint, import_checkpoint, open_both
+from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import WeightsDescription
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config.load import load_config
@@ -18,7 +21,7 @@ from megatron_cca.models.initialization import initialize_by_name, sharded_tenso
 from megatron_cca.models.var import PRESETS
 from megatron_cca.models.var.weights import VAR_WEIGHTS, VarWeightsFile, read_features
 from megatron_cca.parallel.ranks import initialize_distributed
-from tests.references import huggingface, var
+from tests.references import huggingface, llamagen, var
 from tests.references.var_in_megatron import frozen_tensors, whole_tensors
 
 TINY = var.TINY
@@ -79,7 +82,8 @@ def test_what_goes_in_comes_out_bit_for_bit(wrapped, dtype, sizes, tmp_path):
     source, target = open_both(path, tmp_path / "checkpoint")
     comparison = compare_tensors(source, target, progress_bar=False)
     assert comparison.identical
-    assert comparison.compared == len(state) - 2
+    # The authors' two buffers are not stored, the image tokenizer's three tensors are.
+    assert comparison.compared == len(state) - 2 + 3
     output = export_checkpoint(tmp_path / "checkpoint", tmp_path / "again.pth", progress_bar=False)
     found = torch.load(output, weights_only=True)
     assert found.keys() == state.keys()
@@ -142,6 +146,20 @@ def test_the_number_of_parameters_is_the_plain_models():
         assert counts[f"var-{depth}"] == var.num_parameters(sizes)
 
 
+def test_neither_import_nor_export_needs_megatron(tmp_path):
+    state = weights()
+    path = saved(tmp_path / "a", state)
+    code = """
+import sys
+from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+import_checkpoint(sys.argv[1], "checkpoint")
+export_checkpoint("checkpoint", "again.pth")
+assert not {"transformers", "megatron.core"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=tmp_path, check=True, timeout=120)
+    assert torch.load(tmp_path / "again.pth", weights_only=True).keys() == state.keys()
+
+
 def test_a_changed_weight_is_found(tmp_path):
     imported(saved(tmp_path / "a", weights()), tmp_path / "checkpoint")
     other = weights()
@@ -150,6 +168,19 @@ def test_a_changed_weight_is_found(tmp_path):
     source, target = open_both(saved(tmp_path / "b", other), tmp_path / "checkpoint")
     (difference,) = compare_tensors(source, target, progress_bar=False).differences
     assert difference == "pos_1LC: 1 of 1008 elements differ, the first in row 20"
+
+
+def test_a_changed_image_tokenizer_is_found(tmp_path):
+    path = saved(tmp_path / "a", weights())
+    imported(path, tmp_path / "checkpoint")
+    other = var.random_quantizer(TINY)
+    other["quantize.quant_resi.qresi_ls.2.bias"][3] += 1
+    torch.save(other, tmp_path / "other.pth")
+    source, target = open_both(
+        path, tmp_path / "checkpoint", WeightsDescription(image_tokenizer=tmp_path / "other.pth")
+    )
+    (difference,) = compare_tensors(source, target, progress_bar=False).differences
+    assert difference == f"{FEATURES}convolution_biases: 1 of 24 elements differ, the first in row 2"
 
 
 def without(name):
@@ -236,8 +267,12 @@ def test_a_wrong_image_tokenizer_is_refused(quantizer, message, tmp_path):
 
 
 def test_who_needs_no_image_tokenizer_takes_none(hf, tmp_path):
-    with pytest.raises(UserError, match=r"--image-tokenizer: emu3-\w+ reads nothing of it; leave it out"):
+    with pytest.raises(UserError, match=r"--image-tokenizer: a folder's model has no tensors of it; leave it out"):
         imported(hf, tmp_path / "out", image_tokenizer=tmp_path)
+    sizes = llamagen.Sizes(4, 64, 4, grid=4, codebook=128, classes=10, ffn=176)
+    torch.save(llamagen.random_weights(sizes), tmp_path / "c2i.pt")
+    with pytest.raises(UserError, match=r"--image-tokenizer: llamagen-tiny has no tensors of it; leave it out"):
+        imported(tmp_path / "c2i.pt", tmp_path / "out", image_tokenizer=tmp_path)
 
 
 STD = 0.1

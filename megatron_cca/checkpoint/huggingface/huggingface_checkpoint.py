@@ -46,12 +46,15 @@ class WeightsDescription:
         assumed: the same keys, used if neither the file nor ``sizes`` has them.
         section: which of several sets of weights to take. The error message lists them.
         dtype: ``fp32`` converts bf16, fp16 or mixed weights to fp32. None keeps their dtype.
+        image_tokenizer: the image tokenizer's file, for a family whose models have tensors of it. None means the file
+            beside the weights that has the usual name.
     """
 
     sizes: Mapping[str, float] = field(default_factory=dict)
     assumed: Mapping[str, float] = field(default_factory=dict)
     section: str | None = None
     dtype: Literal["fp32"] | None = None
+    image_tokenizer: Path | None = None
 
 
 UNDESCRIBED = WeightsDescription()
@@ -103,6 +106,10 @@ class HuggingFaceCheckpoint:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows ``start .. stop`` of a decoder tensor, in :attr:`dtype`. ``name`` is from the weight map."""
         return self.files.read(self.naming.on_disk(name), start, stop).to(self.dtype)
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Return no tensors. Models in a folder have all of their own."""
+        return {}
 
     def companion_files(self) -> list[Path]:
         """Return the files to copy, see :func:`companion_files`."""

@@ -78,8 +78,7 @@ def import_checkpoint(
         sizes: keys of the ``model`` section that a file's tensors do not tell, such as ``num_attention_heads``.
         section: which set of weights to take if several differ. The error message lists them.
         dtype: ``fp32`` converts bf16, fp16 or mixed weights to fp32, without loss. None keeps their bits.
-        image_tokenizer: the image tokenizer's file, for a family whose models read its tensors. None means the file
-            beside ``hf`` that has the usual name.
+        image_tokenizer: see :class:`WeightsDescription`.
         progress_bar: show a progress bar on a terminal.
 
     Returns:
@@ -91,12 +90,14 @@ def import_checkpoint(
     sizes = dict(sizes or {})
     if max_position_embeddings is not None:
         sizes["max_position_embeddings"] = max_position_embeddings
-    source = open_public(Path(hf), HF, WeightsDescription(sizes, section=section, dtype=dtype))
+    tokenizer = None if image_tokenizer is None else Path(image_tokenizer)
+    description = WeightsDescription(sizes, section=section, dtype=dtype, image_tokenizer=tokenizer)
+    source = open_public(Path(hf), HF, description)
     output = Path(output)
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
     check_apart(output, source.folder, HF)
-    frozen = _frozen_tensors(source, None if image_tokenizer is None else Path(image_tokenizer))
+    frozen = source.frozen_tensors()
     pieces = [piece for tensor in source.format.weights.tensors(source.architecture) for piece in _cut(source, tensor)]
     pieces += [_whole(key, tensor) for key, tensor in frozen.items()]
     companions = [
@@ -133,7 +134,7 @@ def open_public(path: Path, option: str, description: WeightsDescription = UNDES
 
     Raises:
         UserError: see :class:`HuggingFaceCheckpoint` and :class:`WeightsFile`; also if ``path`` is a folder and
-            ``description`` has sizes.
+            ``description`` has sizes or an image tokenizer.
     """
     if path.is_file():
         return WeightsFile(path, option, description)
@@ -141,6 +142,8 @@ def open_public(path: Path, option: str, description: WeightsDescription = UNDES
         raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
     if description.sizes:
         raise UserError(f"model.{next(iter(description.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
+    if description.image_tokenizer is not None:
+        raise UserError(f"{IMAGE_TOKENIZER}: a folder's model has no tensors of it; leave it out")
     return HuggingFaceCheckpoint(path, option, description)
 
 
@@ -162,6 +165,7 @@ class WeightsFile:
 
     def __init__(self, path: Path, option: str, description: WeightsDescription = UNDESCRIBED) -> None:
         self.folder, self.option, self.companions = path, option, {}
+        self._image_tokenizer = description.image_tokenizer
         with error_context(f"{option}: {path}"):
             # Check types and ranges of the given sizes as keys of a configuration.
             config_from_dict({"model": dict(description.sizes)})
@@ -182,6 +186,26 @@ class WeightsFile:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows ``start .. stop`` of a tensor, in :attr:`dtype`. ``name`` is from the weight map."""
         return self._tensors[name][start:stop].to(self.dtype).contiguous()
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the image tokenizer that the model has, by Megatron's keys. Most families have none.
+
+        Raises:
+            UserError: the file is missing, damaged or of other sizes, or the family needs none. Names the option.
+        """
+        wanted, path = self.format.frozen, self._image_tokenizer
+        if wanted is None:
+            if path is not None:
+                raise UserError(f"{IMAGE_TOKENIZER}: {self.model.name} has no tensors of it; leave it out")
+            return {}
+        path = self.folder.with_name(wanted.name) if path is None else path
+        if not path.is_file():
+            raise UserError(
+                f"{IMAGE_TOKENIZER}: no file at {path}; {self.model.name} has frozen tensors of {wanted.name}, which "
+                f"{wanted.published} has; put it there or name it"
+            )
+        with error_context(f"{IMAGE_TOKENIZER}: {path}"):
+            return wanted.read(path, self.architecture)
 
     def companion_files(self) -> list[Path]:
         """Return no files. A file has none beside it."""
@@ -243,23 +267,6 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
 def _whole(key: str, tensor: Tensor) -> Piece:
     shape, start = tuple(tensor.shape), (0,) * tensor.dim()
     return Piece(key, shape, start, shape, tensor.dtype, read=lambda: tensor)
-
-
-def _frozen_tensors(source: PublicCheckpoint, path: Path | None) -> dict[str, Tensor]:
-    """Return the tensors that the model reads from another model's file, by Megatron's keys. None for most families."""
-    wanted = source.format.frozen if isinstance(source, WeightsFile) else None
-    if wanted is None:
-        if path is not None:
-            raise UserError(f"{IMAGE_TOKENIZER}: {source.model.name} reads nothing of it; leave it out")
-        return {}
-    path = source.folder.with_name(wanted.name) if path is None else path
-    if not path.is_file():
-        raise UserError(
-            f"{IMAGE_TOKENIZER}: no file at {path}; {source.model.name} has frozen tensors of {wanted.name}, which "
-            f"{wanted.published} has; put it there or name it"
-        )
-    with error_context(f"{IMAGE_TOKENIZER}: {path}"):
-        return wanted.read(path, source.architecture)
 
 
 def _copy_files(files: list[Path], to: Path) -> None:

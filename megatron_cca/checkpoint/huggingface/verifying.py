@@ -125,14 +125,17 @@ def open_both(
 def compare_tensors(
     source: PublicCheckpoint, target: MegatronCheckpoint, *, progress_bar: bool = True
 ) -> TensorComparison:
-    """Compare every tensor bit by bit, also the image tokenizer's tensors if the Hugging Face folder has them."""
+    """Compare every tensor bit by bit, also the image tokenizer's tensors if folder or model have them."""
+    frozen = source.frozen_tensors()
     kept = template_from_checkpoint(target.folder, target.option)
     total = sum(num_bytes(shape, source.dtype) for shape in target.shapes.values())
     total += sum(source.files.tensors[name].num_bytes for name in source.companions.values())
+    total += sum(tensor.nbytes for tensor in frozen.values())
     with ByteProgress("comparing", total, shown=progress_bar) as progress:
         found = [
             *(_decoder_difference(source, target, name, progress) for name in target.shapes),
             *(_companion_difference(source, kept, bare, progress) for bare in source.companions),
+            *(_frozen_difference(tensor, target, key, progress) for key, tensor in frozen.items()),
         ]
     return TensorComparison(len(found), tuple(difference for difference in found if difference))
 
@@ -266,6 +269,17 @@ def _companion_difference(
         return f"{name}: {there} there, {here} in the checkpoint"
     read, read_kept = partial(source.files.read, name), partial(kept.tensors.read, kept.names[bare])
     return _difference(name, theirs.shape, theirs.dtype, read, read_kept, progress)
+
+
+def _frozen_difference(theirs: Tensor, target: MegatronCheckpoint, key: str, progress: ByteProgress) -> str | None:
+    if key not in target.stored:
+        return f"{key}: not in the checkpoint"
+    shape, dtype = target.stored.shape(key), target.stored.dtype(key)
+    if (tuple(theirs.shape), theirs.dtype) != (shape, dtype):
+        return f"{key}: {theirs.dtype} {list(theirs.shape)} there, {dtype} {list(shape)} in the checkpoint"
+    return _difference(
+        key, shape, dtype, lambda *rows: theirs[slice(*rows)], partial(target.stored.read, key, None), progress
+    )
 
 
 def _difference(
