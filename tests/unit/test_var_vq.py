@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from megatron_cca.data.tokenizers import open_image_tokenizer
+from megatron_cca.data.inspection import decoded_samples
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.tokenizers import check_scales, open_image_tokenizer
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
 from megatron_cca.models.scale_features import ScaleFeatures
+from megatron_cca.models.var import PRESETS
 from megatron_cca.models.var.image_tokenizer import open_var_vq, read_feature_weights
 from tests.references import llamagen_vq, var
 from tests.references.image_tokenizers import pixels, refused
@@ -285,6 +291,38 @@ def test_a_file_of_no_family_is_refused_for_each(tmp_path):
     path = save_var_vq({"weight": torch.ones(4, 2)}, tmp_path / "other.pth")
     missing = "image tokenizer: tensor encoder.conv_in.weight is missing"
     assert refused(path) == f"{path}: is not LlamaGen's {missing}; is not VAR's {missing}"
+
+
+def tokenizing(vae, folder):
+    pictures, shards = folder / "pictures", folder / "shards"
+    return TokenizeSettings(pictures, shards, image_tokenizer=vae, model="var-tiny", resize="authors", layout="classes")
+
+
+def test_pictures_become_shards_and_shards_pictures(tmp_path):
+    state = random_var_vq(scales=len(FEW))
+    images = pixels((2, 8, 8, 3))
+    for number, image in enumerate(images):
+        (tmp_path / f"pictures/{number}").mkdir(parents=True)
+        Image.fromarray(image.numpy()).save(tmp_path / f"pictures/{number}/a.png")
+    settings = tokenizing(save_var_vq(state, tmp_path / "vae.pth"), tmp_path)
+    assert tokenize(settings, 0, 1, torch.device("cpu")).samples == 2
+    shards = TokenShards(settings.output, PRESETS["var-tiny"].vocabulary)
+    codes = torch.stack([torch.from_numpy(shards.codes(sample)[0].astype("int64")) for sample in range(2)])
+    assert torch.equal(codes, encoded(state, images, FEW))
+    found, captions = decoded_samples(shards, 2, 0, None, torch.device("cpu"))
+    assert captions == ["class 0", "class 1"]
+    exact = levels(decoded(state, codes, FEW)).int()
+    assert (torch.stack([torch.from_numpy(one) for one in found]).int() - exact).abs().max() <= 1
+
+
+def test_a_tokenizer_of_other_grids_than_the_models_is_refused(file, tmp_path):
+    llamagen = llamagen_vq.save_vq(llamagen_vq.random_vq(), tmp_path / "vq.pt")
+    (tmp_path / "pictures").mkdir()
+    said = "makes one grid of codes of an image, and the model takes grids of codes of side 1, 2, 4"
+    refused_by_job = refusal(tokenize, tokenizing(llamagen, tmp_path), 0, 1, torch.device("cpu"))
+    assert refused_by_job == f"--image-tokenizer: {llamagen}: {said}; give the model's own"
+    said = refusal(check_scales, open_image_tokenizer(file, scales=FEW), ())
+    assert said.startswith("makes grids of codes of side 1, 2, 4 of an image, and the model takes one grid of codes;")
 
 
 def test_damaged_files_are_named(file, tmp_path):
