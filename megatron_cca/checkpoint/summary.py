@@ -114,7 +114,7 @@ def _no_run_wrote(summary: dict[str, Any]) -> bool:
 
 def _model_arguments(config: Config) -> dict:
     model, architecture = config.model, resolve_architecture(config.model)
-    base = architecture.rotary_base
+    base, is_pyramid = architecture.rotary_base, bool(architecture.scales)
     return {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -125,21 +125,21 @@ def _model_arguments(config: Config) -> dict:
         "kv_channels": architecture.kv_channels,
         "seq_length": architecture.max_position_embeddings,
         "max_position_embeddings": architecture.max_position_embeddings,
-        # Megatron-LM has no name for rotation over a grid; see docs/checkpoints.md.
+        # Megatron-LM has no name for rotation over a grid, and no model of next-scale prediction; docs/checkpoints.md.
         "position_embedding_type": architecture.position_embedding,
         # Megatron-LM's default, also with rotary positions.
         "add_position_embedding": True,
         "rotary_base": int(base) if base == int(base) else base,
         "rotary_percent": 1.0,
         "rotary_interleaved": architecture.position_embedding == "rope_2d",
-        "normalization": "RMSNorm",
+        "normalization": "LayerNorm" if is_pyramid else "RMSNorm",
         "norm_epsilon": architecture.layernorm_epsilon,
         "apply_layernorm_1p": False,
         "apply_query_key_layer_scaling": False,
-        "swiglu": True,
+        "swiglu": not is_pyramid,
         "squared_relu": False,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_bias_linear": is_pyramid,
+        "add_qkv_bias": is_pyramid,
         "untie_embeddings_and_output_weights": True,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,

@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     "llamagen": Family(
         "llamagen:PRESETS", None, "llamagen.image_tokenizer:LlamaGenVqFiles", "llamagen.weights:LlamaGenWeightsFile"
     ),
-    "var": Family("var:PRESETS", None, "var.image_tokenizer:VarVqFiles"),
+    "var": Family("var:PRESETS", None, "var.image_tokenizer:VarVqFiles", "var.weights:VarWeightsFile"),
 }
 
 

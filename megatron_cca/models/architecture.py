@@ -92,6 +92,8 @@ def grid_side(architecture: Architecture) -> int:
 def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> ModelConfig:
     """Return the same model with every size written out. Then a later change of the preset does not change it."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
+    if architecture.position_embedding == "learned":
+        shared.remove("rotary_base")
     sizes = {name: getattr(architecture, name) for name in shared}
     vocabulary = architecture.vocabulary
     if getattr(vocabulary, "num_classes", None) is not None:
@@ -134,8 +136,11 @@ def longest_row(architecture: Architecture, multiple: int) -> int:
 def num_parameters(architecture: Architecture) -> int:
     """Return the number of weights of the whole model.
 
-    Rows that pad the vocabulary do not count, nor rows of the LM head for ids that are never predicted.
+    Rows that pad the vocabulary do not count, nor rows of the LM head for ids that are never predicted, nor tensors
+    that are never trained.
     """
+    if architecture.scales:
+        return _num_parameters_of_pyramid(architecture)
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = hidden // architecture.num_attention_heads
     attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
@@ -247,6 +252,22 @@ def keeps_scores(model: ModelConfig, architecture: Architecture, precision: Prec
     channels = architecture.kv_channels
     is_unfused = unfused_because(channels, precision) is not None
     return is_unfused and has_engine_attention(model.transformer_impl, channels, precision)
+
+
+def _num_parameters_of_pyramid(architecture: Architecture) -> int:
+    """Return the number of trained weights of next-scale prediction: the keys have no bias."""
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    attention = 4 * hidden**2 + 3 * hidden + architecture.num_attention_heads
+    feed_forward = 2 * hidden * ffn + ffn + hidden
+    modulation = hidden * (hidden + 1)
+    layer = attention + feed_forward + 6 * modulation
+    vocabulary, scales = architecture.vocabulary, architecture.scales
+    # Of the first scale, of all positions, of the scales, of the features with their bias.
+    positions = architecture.max_position_embeddings - architecture.prefix_tokens
+    inputs = scales[0] ** 2 + positions + len(scales) + architecture.feature_channels + 1
+    rows = inputs + vocabulary.size - vocabulary.output_size
+    head = vocabulary.output_size * (hidden + 1) + 2 * modulation
+    return architecture.num_layers * layer + rows * hidden + head
 
 
 def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,21 +126,39 @@ class HuggingFaceFormat(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class FrozenFile:
+    """A file of another model, whose tensors a family's models have, too. They are float32 and never trained.
+
+    Attributes:
+        name: its usual name, under which it is looked for beside the weights.
+        published: where it is published.
+        read: returns its tensors by their keys in Megatron's checkpoint. Refuses a file that does not fit the sizes,
+            and does not name the file.
+    """
+
+    name: str
+    published: str
+    read: Callable[[Path, Architecture], dict[str, Tensor]]
+
+
 class WeightsFileFormat(Protocol):
     """A family's weights in one file.
 
     Attributes:
         weights: the weight map. It maps Megatron's names to the authors'.
         sections: keys that the authors' programs use for the tensors, beside what else they save. Exports use the
-            first.
+            first. Without any, an export holds the tensors alone.
         marker: the name of a tensor that every model of the family has. Sets of weights in a file are found by it.
         not_in_shapes: keys of the ``model`` section that do not always follow from shapes.
+        frozen: the file that an import needs besides. None for most families.
     """
 
     weights: WeightMap
     sections: Sequence[str]
     marker: str
     not_in_shapes: Collection[str]
+    frozen: FrozenFile | None = None
 
     def knows(self, names: Collection[str]) -> bool:
         """Return whether tensors of these names look like any model of the family."""
@@ -157,6 +175,14 @@ class WeightsFileFormat(Protocol):
             UserError: an unsupported model of this family, a size that nothing gives, or a given size that is wrong.
                 The message says what the model looks like.
         """
+
+    def buffers(self, architecture: Architecture) -> dict[str, Tensor]:
+        """Return the tensors in the authors' files that follow from the sizes. Exports have them, imports need none."""
+        return {}
+
+    def must_be_zero(self, name: str) -> bool:
+        """Return whether a tensor of the weight map holds zeros in every model of the family."""
+        return False
 
 
 class ImageTokenizerFiles(Protocol):
@@ -244,6 +270,19 @@ class ImageTokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """Return a short hash of weights and configuration. Equal hashes mean that codes have the same meaning."""
+
+
+def check_given_sizes(given: Sizes, found: Sizes) -> None:
+    """Refuse sizes that the user gave and the tensors do not have.
+
+    Raises:
+        UserError: a key is no size of weights, or has another value. Names the key.
+    """
+    for key, value in given.items():
+        if key not in found:
+            raise UserError(f"model.{key}: is no size of the weights; leave it out")
+        if found[key] != value:
+            raise UserError(f"model.{key}: {value}, but the tensors have {found[key]}; leave it out")
 
 
 def check_pixels(pixels: Tensor, spatial_factor: int, temporal_factor: int) -> None:

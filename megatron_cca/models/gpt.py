@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.functional import silu
 
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat.layers import await_parameters
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.models.layers import check_fp8_device, fuse_weight_gradients, kernel_options, layer_spec
@@ -189,9 +190,20 @@ def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, m
 
 @torch.no_grad()
 def initialize_by_name(
-    model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int, output_size: int | None = None
+    model: torch.nn.Module,
+    *,
+    seed: int,
+    std: float,
+    num_layers: int,
+    vocab_size: int,
+    output_size: int | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
+
+    A model's class may say otherwise: ``first_values`` has functions by the end of a tensor's key. Each takes the whole
+    tensor of N(0, std) and returns the values to begin with. The first end that fits counts. Tensors whose keys begin
+    with ``frozen_prefix`` are given, not drawn.
 
     Args:
         model: the chunk.
@@ -200,16 +212,29 @@ def initialize_by_name(
         num_layers: number of layers of the whole model.
         vocab_size: number of ids of the embedding. Later rows are padding.
         output_size: number of ids of the LM head. None means ``vocab_size``.
+        frozen: whole tensors by their keys, which are never trained.
+
+    Raises:
+        UserError: the model has frozen tensors, and they are not given.
     """
     true_rows = {"word_embeddings": vocab_size, "output_layer": output_size or vocab_size}
-    shards = sharded_tensors(model.sharded_state_dict())
-    for shard in shards:
-        if "layernorm" in shard.key or "layer_norm" in shard.key:
+    gpt = unwrapped_gpt(model)
+    first_values, frozen_prefix = getattr(gpt, "first_values", {}), getattr(gpt, "frozen_prefix", None)
+    for shard in sharded_tensors(model.sharded_state_dict()):
+        own = next((values for end, values in first_values.items() if shard.key.endswith(end)), None)
+        if frozen_prefix is not None and shard.key.startswith(frozen_prefix):
+            shard.data.copy_(_frozen(shard, frozen or {}))
+            continue
+        if own is None and ("layernorm" in shard.key or "layer_norm" in shard.key):
             shard.data.fill_(1.0)
             continue
         scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
         rows = next((size for name, size in true_rows.items() if name in shard.key), None)
-        shard.data.copy_(scale * standard_normal(shard, seed, rows).view_as(shard.data))
+        if own is None:
+            part = scale * standard_normal(shard, seed, rows)
+        else:
+            part = _own_part(shard, own(scale * _whole_normal(shard, seed, rows)))
+        shard.data.copy_(part.view_as(shard.data))
 
 
 def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) -> Tensor:
@@ -225,12 +250,7 @@ def standard_normal(shard: ShardedTensor, seed: int, rows: int | None = None) ->
     Returns:
         float32, in the ``local_shape`` of ``shard``, on the CPU.
     """
-    stacked = shard.prepend_axis_num
-    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
-    shape, offset = list(shard.global_shape[stacked:]), shard.global_offset[stacked:]
-    whole = torch.zeros(shape)
-    whole[:rows].normal_(generator=_generator(name, seed))
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
+    return _own_part(shard, _whole_normal(shard, seed, rows))
 
 
 def sharded_tensors(tree) -> list[ShardedTensor]:
@@ -242,6 +262,29 @@ def sharded_tensors(tree) -> list[ShardedTensor]:
     if isinstance(tree, dict):
         tree = list(tree.values())
     return [shard for item in tree for shard in sharded_tensors(item)] if isinstance(tree, list) else []
+
+
+def _whole_normal(shard: ShardedTensor, seed: int, rows: int | None) -> Tensor:
+    stacked = shard.prepend_axis_num
+    name = ".".join([shard.key, *map(str, shard.global_offset[:stacked])])
+    whole = torch.zeros(shard.global_shape[stacked:])
+    whole[:rows].normal_(generator=_generator(name, seed))
+    return whole
+
+
+def _own_part(shard: ShardedTensor, whole: Tensor) -> Tensor:
+    offset = shard.global_offset[shard.prepend_axis_num :]
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape, strict=True))]
+
+
+def _frozen(shard: ShardedTensor, given: Mapping[str, Tensor]) -> Tensor:
+    if shard.key not in given:
+        raise UserError(
+            f"training.pretrained_checkpoint: none, and this model has tensors of an image tokenizer ({shard.key}), "
+            "which are not drawn; name a checkpoint from megatron-cca convert import"
+        )
+    assert given[shard.key].shape == shard.global_shape, f"{shard.key} has another shape"
+    return _own_part(shard, given[shard.key])
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
@@ -42,6 +42,8 @@ from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.scale_features import ScaleFeatures
 
 _LARGEST_LOG_SHARPNESS = math.log(100)
+# Factors of weights at the beginning of training, the authors' defaults (``VAR.init_weights``).
+_MODULATION, _GATE, _HEAD = 0.5, 1e-5, 0.02
 
 
 def block_options() -> dict[str, Any]:
@@ -134,13 +136,13 @@ class SharpQueries(MegatronModule):
     def __init__(self, hidden_size: int, config: TransformerConfig, eps: float = 1e-5) -> None:
         super().__init__(config)
         heads = config.num_attention_heads // config.tensor_model_parallel_size
-        self.log_sharpness = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        self.log_sharpness = torch.nn.Parameter(torch.empty(heads, 1, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.log_sharpness, True, 0, 1)
 
     def forward(self, query: Tensor) -> Tensor:
         """Normalise ``[S, B, heads, D]`` over the last dimension, and multiply."""
         sharpness = self.log_sharpness.clamp(max=_LARGEST_LOG_SHARPNESS).exp()
-        return normalize(query, dim=-1) * sharpness[:, None]
+        return normalize(query, dim=-1) * sharpness
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return this rank's heads of the sharpness, as Megatron's modules do."""
@@ -280,8 +282,25 @@ class ScaleEmbedding(MegatronModule):
         return (scatter_to_sequence_parallel_region(rows) if self.scatter_to_sequence_parallel else rows), condition
 
 
+def _weak_gates(weights: Tensor) -> Tensor:
+    """Make a layer add almost nothing to the residual stream: gamma1 and gamma2 are the first third of the rows."""
+    factors = torch.full((len(weights), 1), _MODULATION)
+    factors[: len(weights) // 3] = _GATE
+    return weights * factors
+
+
 class NextScaleModel(GPTModel):
     """Megatron's GPTModel with the inputs, the layers and the biased head of next-scale prediction."""
+
+    # See gpt.initialize_by_name. A truncation at 2, as in the authors' code, is more than 50 standard deviations away.
+    first_values: ClassVar[Mapping[str, Callable[[Tensor], Tensor]]] = {
+        "bias": torch.zeros_like,
+        "log_sharpness": partial(torch.full_like, fill_value=math.log(4)),
+        "final_modulation.linear.weight": partial(torch.mul, other=_MODULATION),
+        "modulation.linear.weight": _weak_gates,
+        "output_layer.weight": partial(torch.mul, other=_HEAD),
+    }
+    frozen_prefix = "embedding.features."
 
     def prepare(self, architecture: Architecture) -> None:
         """Replace the embedding, and add the head's modulation and bias. Call it once, after the construction."""

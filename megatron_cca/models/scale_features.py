@@ -25,12 +25,14 @@ class ScaleFeatures(torch.nn.Module):
         super().__init__()
         self.scales = scales
 
-        def frozen(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.empty(*shape, dtype=torch.float32), requires_grad=False)
-
-        self.codebook = frozen(codebook_size, channels)
-        self.convolutions = frozen(NUM_CONVOLUTIONS, channels, channels, 3, 3)
-        self.convolution_biases = frozen(NUM_CONVOLUTIONS, channels)
+        shapes = {
+            "codebook": (codebook_size, channels),
+            "convolutions": (NUM_CONVOLUTIONS, channels, channels, 3, 3),
+            "convolution_biases": (NUM_CONVOLUTIONS, channels),
+        }
+        # Buffers, so that no optimizer and no requires_grad_ of the whole model reaches them.
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.empty(*shape, dtype=torch.float32))
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the picture so far at the size of each scale but the first, float32.

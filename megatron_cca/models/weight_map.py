@@ -24,6 +24,9 @@ from megatron_cca.models.architecture import Architecture
 LINEAR_IN, LINEAR_OUT = "adapter.linear_in.weight", "adapter.linear_out.weight"
 _MERGED_AT_A_TIME = 1024
 
+# A dimension of one. In front of the rows, only Hugging Face's shape has it.
+_ONE = "one"
+
 _DIMENSIONS = {
     "vocab": lambda sizes: sizes.vocabulary.size,
     "output": lambda sizes: sizes.vocabulary.output_size,
@@ -32,6 +35,16 @@ _DIMENSIONS = {
     "ffn": lambda sizes: sizes.ffn_hidden_size,
     "query": lambda sizes: sizes.hidden_size,
     "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
+    "heads": lambda sizes: sizes.num_attention_heads,
+    # Of next-scale prediction: codes of an image, scales, positions of the first scale, channels of the features.
+    "positions": lambda sizes: sizes.max_position_embeddings - sizes.prefix_tokens,
+    "levels": lambda sizes: len(sizes.scales),
+    "first": lambda sizes: sizes.scales[0] ** 2,
+    "features": lambda sizes: sizes.feature_channels,
+    # Vectors of AdaLN for the head, and for a layer.
+    "two_hidden": lambda sizes: 2 * sizes.hidden_size,
+    "six_hidden": lambda sizes: 6 * sizes.hidden_size,
+    _ONE: lambda sizes: 1,
 }
 
 
@@ -108,7 +121,10 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class OneToOne:
-    """The same tensor under two names. ``shape`` names its dimensions, which are keys of ``_DIMENSIONS``."""
+    """The same tensor under two names. ``shape`` names its dimensions, which are keys of ``_DIMENSIONS``.
+
+    Rows are along the first dimension that is not called ``one``.
+    """
 
     megatron: str
     huggingface: str
@@ -117,7 +133,7 @@ class OneToOne:
     @property
     def padded(self) -> bool:
         """See :class:`Rule`."""
-        return self.shape[0] in ("vocab", "output")
+        return self._rows in ("vocab", "output")
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""
@@ -125,7 +141,11 @@ class OneToOne:
 
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
-        return [Rows(self.huggingface, 0, self.shapes(architecture)[self.huggingface][0])]
+        return [Rows(self.huggingface, 0, _DIMENSIONS[self._rows](architecture))]
+
+    @property
+    def _rows(self) -> str:
+        return next(name for name in self.shape if name != _ONE)
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,7 @@ class StackedQKV:
 
 @dataclass(frozen=True)
 class GroupedQueryQKV:
-    """Separate query, key and value projections.
+    """Separate query, key and value projections, or their biases.
 
     Megatron stores, per query group, its query heads, key head and value head.
     """
@@ -179,12 +199,14 @@ class GroupedQueryQKV:
     query: str
     key: str
     value: str
+    are_biases: bool = False
     padded = False
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""
         hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
-        return {self.query: (hidden, hidden), self.key: (key, hidden), self.value: (key, hidden)}
+        columns = () if self.are_biases else (hidden,)
+        return {self.query: (hidden, *columns), self.key: (key, *columns), self.value: (key, *columns)}
 
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
@@ -245,6 +267,14 @@ class WeightMap:
             for name, shape in rule.shapes(architecture).items()
         }
 
+    def row_shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every Hugging Face tensor as rows: ``[rows, columns]``, or ``[rows]`` of a vector."""
+        rows: dict[str, int] = {}
+        for tensor in self.tensors(architecture):
+            for part in tensor.parts:
+                rows[part.name] = rows.get(part.name, 0) + part.count
+        return {name: _as_rows(shape, rows[name]) for name, shape in self.huggingface_shapes(architecture).items()}
+
     def _stages(self, architecture: Architecture) -> Iterator[tuple[list[Rule], int | None]]:
         stacked = [index for index, rule in enumerate(self.rules) if _is_stacked(rule)]
         first, last = stacked[0], stacked[-1] + 1
@@ -299,12 +329,17 @@ def _is_stacked(rule: Rule) -> bool:
 
 
 def _mapped(rule: Rule, architecture: Architecture, layer: int | None) -> MappedTensor:
-    shape = next(iter(rule.shapes(architecture).values()))
-    parts = (Rows(part.name.format(layer=layer), part.start, part.count) for part in rule.parts(architecture))
+    parts = rule.parts(architecture)
+    name, shape = next(iter(rule.shapes(architecture).items()))
+    _, *columns = _as_rows(shape, sum(part.count for part in parts if part.name == name))
     return MappedTensor(
         key=rule.megatron,
         layer=layer,
-        parts=tuple(parts),
-        columns=math.prod(shape[1:]) if len(shape) > 1 else None,
+        parts=tuple(Rows(part.name.format(layer=layer), part.start, part.count) for part in parts),
+        columns=columns[0] if columns else None,
         padded=rule.padded,
     )
+
+
+def _as_rows(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    return (rows,) if len(shape) == 1 else (rows, math.prod(shape) // rows)

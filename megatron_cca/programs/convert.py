@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   megatron-cca convert verify --hf Emu3-Gen --checkpoint checkpoints/emu3_8b
   megatron-cca convert export --checkpoint runs/emu3_8b_cca --output Emu3-Gen-CCA
   megatron-cca convert import --hf c2i_L_256.pt --max-position-embeddings 257 --output checkpoints/l_256
+  megatron-cca convert import --hf var_d16.pth --image-tokenizer vae_ch160v4096z32.pth --output checkpoints/var_d16
   megatron-cca convert import --hf mine.pt --set model.num_attention_heads=8 \\
       --set model.max_position_embeddings=257 --section ema --output checkpoints/mine
 """
@@ -58,6 +59,9 @@ class ImportOptions(ReadingOptions):
     """an empty or new folder"""
     overwrite: bool = False
     """replace a former import in --output"""
+    image_tokenizer: Annotated[Folder, Option(metavar="FILE")] | None = None
+    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: vae_ch160v4096z32.pth beside
+    the weights)"""
     max_position_embeddings: Count | None = None
     """positions of the model in a .pt, which does not contain their number: 257 for 256 px, 577 for 384 px (default:
     the preset's)"""
@@ -146,7 +150,7 @@ def _import(given: ImportOptions) -> int:
     from megatron_cca.checkpoint.huggingface import import_checkpoint
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config.load import load_config
-    from megatron_cca.models import sizes_beside_preset
+    from megatron_cca.models import family_of, sizes_beside_preset
 
     sizes = {f"parallel.{name}": getattr(given, name) for name in _LAYOUT}
     parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel
@@ -163,11 +167,14 @@ def _import(given: ImportOptions) -> int:
         sizes=said,
         section=given.section,
         dtype=given.dtype,
+        image_tokenizer=given.image_tokenizer,
     )
     model = saved_config(folder, "--output").model
     if given.hf.is_file():
         is_said = positions is not None or "max_position_embeddings" in said
-        more = "as said" if is_said else "the preset's or the file's; --max-position-embeddings says another"
+        is_open = "max_position_embeddings" in family_of(model).weights_file.not_in_shapes
+        more = "the preset's or the file's; --max-position-embeddings says another" if is_open else "the file's"
+        more = "as said" if is_said else more
         print(
             f"{model.name}, model.num_attention_heads {model.num_attention_heads}, model.max_position_embeddings "
             f"{model.max_position_embeddings} ({more})"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_cca.checkpoint import saver
+from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config.load import load_config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
@@ -222,7 +226,7 @@ def _cca_step(overrides, is_filled_up):
     loss = plain.cca_loss(trained, frozen, rows, codes, **objective)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
-    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=None)
     padded = _padded(config, architecture)
     fill(run.policy_chunks, plain.whole(trained, padded))
     fill(run.reference.chunks, plain.whole(frozen, padded))
@@ -245,8 +249,41 @@ def _first_log_ratios(overrides):
     classes, codes = _rows(plain.sizes)
     rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
     reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
-    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
+    whole = plain.whole(plain.weights(), _padded(config, architecture))
+
+    def initialize(chunk, **_unused):
+        # The authors' first values are so small that adapters change no bit in a step.
+        fill([chunk], whole)
+
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=initialize)
     return [train_step(run).log_ratio.worst for _ in range(2)]
+
+
+def trained_checkpoints(settings):
+    """By case: which frozen tensors are not the plain tokenizer's after two steps. It saves a checkpoint of each."""
+    return {name: _trained_checkpoint(settings["common"], **case) for name, case in settings["cases"].items()}
+
+
+def _trained_checkpoint(common, overrides, output):
+    config, architecture, plain = _started(common + overrides)
+    classes, codes = _rows(plain.sizes)
+    rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
+    reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
+    run = build_run(config, architecture, reader, reader, None, PhaseTracker())
+    for _ in range(2):
+        assert train_step(run).problem is None
+    run.gather_parameters()
+    saver.save(Path(output), 2, run.policy_chunks, run.optimizer, summarize(config))
+    frozen = var_in_megatron.frozen_tensors(plain.quantizer, plain.sizes)
+    reference = run.reference.chunks if hasattr(run.reference, "chunks") else []
+    found = [
+        (shard.key, shard.data)
+        for chunk in (*run.policy_chunks, *reference)
+        for shard in gpt.sharded_tensors(chunk.sharded_state_dict())
+        if shard.key in frozen
+    ]
+    assert {key for key, _ in found} == frozen.keys()
+    return [key for key, data in found if not torch.equal(data.view_as(frozen[key]), frozen[key])]
 
 
 def _gradient_errors(run, gradients, plain, padded):

@@ -1,12 +1,18 @@
 """The model that VAR's weights are for, against a plain one: logits and a CCA step on every layout."""
 
 import pytest
+import torch
 
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
 from tests.distributed.launch import run_workers
+from tests.references import var
+from tests.references.var_in_megatron import frozen_tensors
 from tests.selection import mostly_full
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
@@ -81,7 +87,6 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
 
 
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
-    large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
     kinds = {
         "fp32": [],
         "bf16, full recomputation": ["training.precision=bf16", *FULL],
@@ -90,7 +95,7 @@ def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     }
     cases = {
         ranks: {
-            f"{layout}, {kind}": [*TINY, *large, *overrides, *more]
+            f"{layout}, {kind}": [*TINY, "optimizer.lr=1e-2", *overrides, *more]
             for layout, overrides in own.items()
             for kind, more in kinds.items()
         }
@@ -98,6 +103,38 @@ def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     }
     for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
         assert first == 0.0 < second, name
+
+
+def test_frozen_tensors_come_with_a_checkpoint_and_stay_as_they_are(tmp_path):
+    state = var.random_weights(var.TINY, std=0.1) | var.buffers(var.TINY)
+    torch.save({"trainer": state}, tmp_path / "var.pth")
+    torch.save(var.random_quantizer(var.TINY), tmp_path / "vae_ch160v4096z32.pth")
+    import_checkpoint(tmp_path / "var.pth", tmp_path / "imported", progress_bar=False)
+    first, second = tmp_path / "TP 2", tmp_path / "one process"
+    runs = [
+        (2, [*TP2_SP, "optimizer.use_distributed_optimizer=true", *FULL], tmp_path / "imported", first),
+        (1, ["training.precision=bf16"], first, second),
+        # Its adapters leave nothing of the model itself to train.
+        (1, ["lora.dim=4", "reference.strategy=shared"], second, tmp_path / "adapters"),
+    ]
+    for ranks, overrides, start, output in runs:
+        settings = [*TINY, "optimizer.lr=1e-2", f"training.pretrained_checkpoint={start}", *overrides]
+        case = {"case": {"overrides": settings, "output": str(output)}}
+        job = {"cases": case, "common": STEP}
+        answer = run_workers(ranks, "class_model_workers.trained_checkpoints", job, tmp_path / "job")
+        assert answer == {"case": []}
+    frozen = frozen_tensors(var.random_quantizer(var.TINY), var.TINY)
+    for folder in (first, second, tmp_path / "adapters"):
+        stored = StoredTensors(layout.resolve(folder, ""), "")
+        for name, value in frozen.items():
+            assert stored.dtype(name) == torch.float32
+            assert torch.equal(stored.read(name, None, 0, len(value)), value), name
+        names = [name for name in stored.names() if "embedding.features" in name]
+        assert sorted(names) == sorted(frozen)
+    exported = torch.load(export_checkpoint(first, tmp_path / "out.pth", progress_bar=False), weights_only=True)
+    assert exported.keys() == state.keys()
+    same = {name for name, value in state.items() if torch.equal(exported[name], value)}
+    assert same == var.buffers(var.TINY).keys()
 
 
 DRAWN = {

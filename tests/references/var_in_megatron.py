@@ -9,19 +9,25 @@ from tests.references.in_megatron import filled_up
 PHI = "quantize.quant_resi.qresi_ls"
 
 
+def frozen_tensors(quantizer, sizes):
+    """The image tokenizer's part, under the names of Megatron's model for VAR."""
+    phis = range(sizes.phis)
+    return {
+        "embedding.features.codebook": quantizer["quantize.embedding.weight"],
+        "embedding.features.convolutions": torch.stack([quantizer[f"{PHI}.{phi}.weight"] for phi in phis]),
+        "embedding.features.convolution_biases": torch.stack([quantizer[f"{PHI}.{phi}.bias"] for phi in phis]),
+    }
+
+
 def whole_tensors(weights, quantizer, sizes, padded_vocab_size):
     """Under the names of Megatron's model for VAR."""
-    phis = range(sizes.phis)
-    answer = {
+    answer = frozen_tensors(quantizer, sizes) | {
         "embedding.classes": weights["class_emb.weight"],
         "embedding.start": weights["pos_start"][0],
         "embedding.positions": weights["pos_1LC"][0],
         "embedding.levels": weights["lvl_embed.weight"],
         "embedding.feature_weight": weights["word_embed.weight"],
         "embedding.feature_bias": weights["word_embed.bias"],
-        "embedding.features.codebook": quantizer["quantize.embedding.weight"],
-        "embedding.features.convolutions": torch.stack([quantizer[f"{PHI}.{phi}.weight"] for phi in phis]),
-        "embedding.features.convolution_biases": torch.stack([quantizer[f"{PHI}.{phi}.bias"] for phi in phis]),
         "final_modulation.linear.weight": weights["head_nm.ada_lin.1.weight"],
         "final_modulation.linear.bias": weights["head_nm.ada_lin.1.bias"],
         "output_layer.weight": filled_up(weights["head.weight"], padded_vocab_size),
@@ -33,7 +39,7 @@ def whole_tensors(weights, quantizer, sizes, padded_vocab_size):
         parts = {
             "modulation.linear.weight": weights[f"{own}ada_lin.1.weight"],
             "modulation.linear.bias": weights[f"{own}ada_lin.1.bias"],
-            "self_attention.q_layernorm.log_sharpness": weights[f"{own}attn.scale_mul_1H11"].flatten(),
+            "self_attention.q_layernorm.log_sharpness": weights[f"{own}attn.scale_mul_1H11"].view(sizes.heads, 1),
             "self_attention.linear_qkv.weight": by_head(weights[f"{own}attn.mat_qkv.weight"], sizes),
             "self_attention.linear_qkv.bias": by_head(torch.cat(bias), sizes),
             "self_attention.linear_proj.weight": weights[f"{own}attn.proj.weight"],

@@ -111,7 +111,7 @@ def without(name):
         ),
         (
             {"fc.weight": torch.zeros(4, 2)},
-            "is of no family known here (llamagen); it holds 1 tensors such as fc.weight",
+            "is of no family known here (llamagen, var); it holds 1 tensors such as fc.weight",
         ),
         ({}, "it holds no tensors"),
         (

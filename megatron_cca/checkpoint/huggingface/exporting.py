@@ -122,12 +122,16 @@ def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: 
     if output.suffix not in _SUFFIXES:
         raise UserError(f"{OPTION}: {output}: this family's weights are one file; give a name that ends in .pt")
     check_file(output, overwrite=overwrite)
+    buffers = source.format.buffers(source.architecture)
     total = source.dtype.itemsize * sum(map(math.prod, source.shapes.values()))
+    total += sum(buffer.nbytes for buffer in buffers.values())
     with file_system_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         check_space(output.parent, total)
         with whole_file(output) as partial:
-            _save({source.format.sections[0]: _state(source, total, progress_bar)}, partial)
+            state = _state(source, total, progress_bar) | buffers
+            sections = source.format.sections
+            _save({sections[0]: state} if sections else state, partial)
     return output
 
 
@@ -244,7 +248,7 @@ def _move(names: list[str], source: Path, target: Path, *, first: bool) -> None:
 _replace = Path.replace
 
 
-def _save(contents: dict[str, dict[str, Tensor]], path: Path) -> None:
+def _save(contents: dict[str, Tensor | dict[str, Tensor]], path: Path) -> None:
     try:
         # Given a path instead of an open file, torch.save hides the error of the file system.
         with path.open("wb") as file:
@@ -258,5 +262,6 @@ def _save(contents: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 def _state(source: MegatronCheckpoint, total_bytes: int, progress_bar: bool) -> dict[str, Tensor]:
     with ByteProgress("exporting", total_bytes, shown=progress_bar) as progress:
-        read = (source.read(name, 0, shape[0]).contiguous() for name, shape in source.shapes.items())
-        return dict(zip(source.shapes, progress.watch(read), strict=True))
+        read = (source.read(name, 0, shape[0]).contiguous() for name, shape in source.row_shapes.items())
+        state = dict(zip(source.shapes, progress.watch(read), strict=True))
+    return {name: state[name].view(shape) for name, shape in source.shapes.items()}

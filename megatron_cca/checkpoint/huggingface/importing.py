@@ -45,6 +45,7 @@ from megatron_cca.models.weight_files import (
 )
 from megatron_cca.models.weight_map import MappedTensor
 
+IMAGE_TOKENIZER = "--image-tokenizer"
 # Names that a file of weights may end in.
 _SUFFIXES = (".pt", ".pth", SAFETENSORS)
 
@@ -59,6 +60,7 @@ def import_checkpoint(
     sizes: Mapping[str, float] | None = None,
     section: str | None = None,
     dtype: Literal["fp32"] | None = None,
+    image_tokenizer: str | Path | None = None,
     progress_bar: bool = True,
 ) -> Path:
     """Convert a Hugging Face folder, or a file of a family's authors, to a Megatron distributed checkpoint, bit-exact.
@@ -76,6 +78,8 @@ def import_checkpoint(
         sizes: keys of the ``model`` section that a file's tensors do not tell, such as ``num_attention_heads``.
         section: which set of weights to take if several differ. The error message lists them.
         dtype: ``fp32`` converts bf16, fp16 or mixed weights to fp32, without loss. None keeps their bits.
+        image_tokenizer: the image tokenizer's file, for a family whose models read its tensors. None means the file
+            beside ``hf`` that has the usual name.
         progress_bar: show a progress bar on a terminal.
 
     Returns:
@@ -92,7 +96,9 @@ def import_checkpoint(
     check_layout(source.architecture, source.model, parallel or ParallelConfig())
     partial_folder, final = layout.partial_folder(output, 0), layout.iteration_folder(output, 0)
     check_apart(output, source.folder, HF)
+    frozen = _frozen_tensors(source, None if image_tokenizer is None else Path(image_tokenizer))
     pieces = [piece for tensor in source.format.weights.tensors(source.architecture) for piece in _cut(source, tensor)]
+    pieces += [_whole(key, tensor) for key, tensor in frozen.items()]
     companions = [
         OutgoingTensor(bare, info.shape, info.dtype, source.files.pieces(name))
         for bare, name in sorted(source.companions.items())
@@ -167,6 +173,9 @@ class WeightsFile:
             self._check_shapes()
             dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
             self.dtype = one_dtype(dtypes, description.dtype)
+            self._check_zeros()
+            rows = self.format.weights.row_shapes(self.architecture)
+            self._tensors = {name: tensor.reshape(rows[name]) for name, tensor in self._tensors.items()}
 
     precision = HuggingFaceCheckpoint.precision
 
@@ -180,6 +189,14 @@ class WeightsFile:
 
     def _check_shapes(self) -> None:
         wanted = self.format.weights.huggingface_shapes(self.architecture)
+        for name, buffer in self.format.buffers(self.architecture).items():
+            found = self._tensors.pop(name, buffer)
+            if found.shape != buffer.shape:
+                raise UserError(
+                    f"tensor {name} has shape {list(found.shape)}, {self.model.name} has {list(buffer.shape)}"
+                )
+            if not torch.equal(found.to(buffer.dtype), buffer):
+                raise UserError(f"tensor {name} is not that of {self.model.name}; the scales differ")
         for name in sorted(wanted.keys() - self._tensors.keys()):
             raise UserError(f"tensor {name} is missing")
         for name in sorted(self._tensors.keys() - wanted.keys()):
@@ -188,6 +205,11 @@ class WeightsFile:
             if tuple(self._tensors[name].shape) != shape:
                 found = list(self._tensors[name].shape)
                 raise UserError(f"tensor {name} has shape {found}, {self.model.name} has {list(shape)}")
+
+    def _check_zeros(self) -> None:
+        for name, tensor in self._tensors.items():
+            if self.format.must_be_zero(name) and tensor.any():
+                raise UserError(f"tensor {name} is not zero, as it is in every {self.model.name}")
 
 
 PublicCheckpoint = HuggingFaceCheckpoint | WeightsFile
@@ -216,6 +238,28 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
             dtype=source.dtype,
             read=partial(gathered_rows, source, tensor, start, stop),
         )
+
+
+def _whole(key: str, tensor: Tensor) -> Piece:
+    shape, start = tuple(tensor.shape), (0,) * tensor.dim()
+    return Piece(key, shape, start, shape, tensor.dtype, read=lambda: tensor)
+
+
+def _frozen_tensors(source: PublicCheckpoint, path: Path | None) -> dict[str, Tensor]:
+    """Return the tensors that the model reads from another model's file, by Megatron's keys. None for most families."""
+    wanted = source.format.frozen if isinstance(source, WeightsFile) else None
+    if wanted is None:
+        if path is not None:
+            raise UserError(f"{IMAGE_TOKENIZER}: {source.model.name} reads nothing of it; leave it out")
+        return {}
+    path = source.folder.with_name(wanted.name) if path is None else path
+    if not path.is_file():
+        raise UserError(
+            f"{IMAGE_TOKENIZER}: no file at {path}; {source.model.name} has frozen tensors of {wanted.name}, which "
+            f"{wanted.published} has; put it there or name it"
+        )
+    with error_context(f"{IMAGE_TOKENIZER}: {path}"):
+        return wanted.read(path, source.architecture)
 
 
 def _copy_files(files: list[Path], to: Path) -> None:

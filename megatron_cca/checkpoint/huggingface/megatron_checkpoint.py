@@ -45,6 +45,7 @@ class MegatronCheckpoint:
         format: the family's format on Hugging Face, or that of its authors' own files.
         stored: tensors by Megatron's names. Adapters of a LoRA run are merged into the weights.
         shapes: shape of every Hugging Face tensor of the decoder, by the weight map's name.
+        row_shapes: the same as rows, ``[rows, columns]`` or ``[rows]``.
         dtype: dtype of all these tensors.
 
     Raises:
@@ -61,6 +62,7 @@ class MegatronCheckpoint:
         family = family_of(self.config.model)
         self.format = family.huggingface or family.weights_file
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
+        self.row_shapes = self.format.weights.row_shapes(self.architecture)
         self.stored = self._open()
         self._tensors = self.format.weights.tensors(self.architecture)
         self._rows: Mapping[str, list[RowsInMegatron]] = rows_in_megatron(self._tensors)

@@ -246,7 +246,7 @@ def verification_config(checkpoint: MegatronCheckpoint) -> Config:
 def _decoder_difference(
     source: PublicCheckpoint, target: MegatronCheckpoint, name: str, progress: ByteProgress
 ) -> str | None:
-    shape, on_disk = target.shapes[name], source.naming.on_disk(name)
+    shape, on_disk = target.row_shapes[name], source.naming.on_disk(name)
     if source.dtype != target.dtype:
         return f"{on_disk}: {source.dtype} there, {target.dtype} in the checkpoint"
     theirs, ours = partial(source.read, name), partial(target.read, name)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.formats import Shapes, Sizes
+from megatron_cca.models.formats import Shapes, Sizes, WeightsFileFormat, check_given_sizes
 from megatron_cca.models.llamagen import PRESETS, RELEASED
 from megatron_cca.models.weight_map import GatedMLP, OneToOne, StackedQKV, StackedVocabulary, WeightMap
 
@@ -43,7 +43,7 @@ LLAMAGEN_WEIGHTS = WeightMap(
 )
 
 
-class LlamaGenWeightsFile:
+class LlamaGenWeightsFile(WeightsFileFormat):
     """See :class:`megatron_cca.models.formats.WeightsFileFormat`."""
 
     weights = LLAMAGEN_WEIGHTS
@@ -76,11 +76,7 @@ class LlamaGenWeightsFile:
         if missing:
             raise UserError(_request_for(known, missing))
         sizes["num_query_groups"] = _query_groups(shapes, sizes["num_attention_heads"])
-        for key, value in given.items():
-            if key not in sizes:
-                raise UserError(f"model.{key}: is no size of the weights; leave it out")
-            if sizes[key] != value:
-                raise UserError(f"model.{key}: {value}, but the tensors have {sizes[key]}; leave it out")
+        check_given_sizes(given, sizes)
         return ModelConfig(name=name, vocab_size=sizes["codebook_size"] + sizes["num_classes"] + 1, **sizes)
 
     def _sizes_not_in_shapes(
