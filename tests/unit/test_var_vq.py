@@ -11,9 +11,9 @@ from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
-from megatron_cca.models.scale_features import ScaleFeatures
 from megatron_cca.models.var import PRESETS
-from megatron_cca.models.var.image_tokenizer import open_var_vq, read_feature_weights
+from megatron_cca.models.var.image_tokenizer import open_var_vq
+from megatron_cca.models.var.weights import read_features
 from tests.references import llamagen_vq, var
 from tests.references.image_tokenizers import pixels, refused
 from tests.references.var_vq import RELEASED, TINY, decoded, encoded, levels, random_var_vq, save_var_vq, shapes
@@ -180,11 +180,9 @@ def test_black_and_white_are_reached_but_not_passed(state, tmp_path):
 
 
 def test_the_models_inputs_are_made_of_the_files_features(tokenizer, state, file):
-    found = read_feature_weights(file)
-    assert found.keys() == tokenizer.feature_weights().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tokenizer.feature_weights().items())
-    features = ScaleFeatures(40, 6, var.RELEASED_SCALES)
-    features.load_state_dict(found)
+    found, features = read_features(file, PRESETS["var-tiny"]), tokenizer.features()
+    assert found.keys() == {f"embedding.features.{name}" for name in features.state_dict()}
+    assert all(torch.equal(found[f"embedding.features.{name}"], one) for name, one in features.state_dict().items())
     codes = codes_of(2)[:, 0]
     sizes = var.Sizes(0, 0, 1, codebook=40, channels=6)
     assert torch.allclose(features(codes), var.features(state, codes, sizes), atol=1e-5)
