@@ -155,7 +155,7 @@ def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.dev
     if folder is None and not recorded:
         raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")
     with error_context(_IMAGE_TOKENIZER):
-        tokenizer = open_image_tokenizer(folder or Path(recorded["folder"]), device)
+        tokenizer = open_image_tokenizer(folder or Path(recorded["folder"]), device, shards.vocabulary.scales)
         if recorded and tokenizer.fingerprint() != recorded["fingerprint"]:
             raise UserError(
                 f"{folder or recorded['folder']} is not the one that {shards.folder} was made with; the pictures would "

@@ -172,6 +172,25 @@ def open_image_tokenizer(
     raise UserError(f"{path} holds no image tokenizer: neither {described}")
 
 
+def check_scales(tokenizer: ImageTokenizer, scales: tuple[int, ...]) -> None:
+    """Check that an image tokenizer makes the grids of codes that a model takes.
+
+    Args:
+        tokenizer: any.
+        scales: of the model.
+
+    Raises:
+        UserError: it does not. The message does not name the file.
+    """
+    if tokenizer.scales != scales:
+        found, wanted = (_grids_named(sides) for sides in (tokenizer.scales, scales))
+        raise UserError(f"makes {found} of an image, and the model takes {wanted}; give the model's own")
+
+
+def _grids_named(scales: tuple[int, ...]) -> str:
+    return f"grids of codes of side {', '.join(str(side) for side in scales)}" if scales else "one grid of codes"
+
+
 def _opened_by(
     families: Sequence[ImageTokenizerFiles], path: Path, device: str | torch.device, scales: tuple[int, ...]
 ) -> ImageTokenizer:
@@ -255,6 +274,7 @@ class PatchImageTokenizer:
 
     kind = "patch-codebook"
     temporal_factor = 0
+    scales: tuple[int, ...] = ()
 
     def __init__(self, codebook: PatchCodebook) -> None:
         self._codebook = codebook

@@ -24,6 +24,7 @@ from megatron_cca.data.tokenizers import (
     TIKTOKEN_FILE,
     TOKENIZER_FILE,
     TextTokenizer,
+    check_scales,
     open_image_tokenizer,
     open_text_tokenizer,
 )
@@ -196,6 +197,7 @@ def open_tokenizers(
                 f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
                 "model's own"
             )
+        check_scales(tokenizer, scales)
     return Tokenizers(text_tokenizer, tokenizer)
 
 

@@ -232,12 +232,15 @@ class ImageTokenizer(Protocol):
         spatial_factor: pixels per code along a side.
         temporal_factor: frames of video per frame of codes. 0 if clips are not supported.
         codebook_size: number of codes.
+        scales: sides of the grids of a pyramid, smallest first. The codes of an image are then one row, ``h`` is 1 and
+            ``w`` the number of all codes, and there are images of one size alone. Empty if the codes are one grid.
     """
 
     kind: str
     spatial_factor: int
     temporal_factor: int
     codebook_size: int
+    scales: tuple[int, ...]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the codes of RGB images of one size, or of clips. They are on the device of ``pixels``.

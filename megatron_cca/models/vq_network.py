@@ -88,6 +88,7 @@ class VqTokenizer:
     """
 
     temporal_factor = 0
+    scales: tuple[int, ...] = ()
 
     def __init__(self, network: VqNetwork, sizes: VqSizes, fingerprint: str) -> None:
         self._network = network.eval().requires_grad_(False)

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from megatron_cca.data.tokenizers import open_image_tokenizer
+from megatron_cca.data.inspection import decoded_samples
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.tokenizers import check_scales, open_image_tokenizer
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
-from megatron_cca.models.scale_features import ScaleFeatures
-from megatron_cca.models.var.image_tokenizer import open_var_vq, read_feature_weights
+from megatron_cca.models.var import PRESETS
+from megatron_cca.models.var.image_tokenizer import open_var_vq
+from megatron_cca.models.var.weights import read_features
 from tests.references import llamagen_vq, var
 from tests.references.image_tokenizers import pixels, refused
 from tests.references.var_vq import RELEASED, TINY, decoded, encoded, levels, random_var_vq, save_var_vq, shapes
@@ -174,11 +180,9 @@ def test_black_and_white_are_reached_but_not_passed(state, tmp_path):
 
 
 def test_the_models_inputs_are_made_of_the_files_features(tokenizer, state, file):
-    found = read_feature_weights(file)
-    assert found.keys() == tokenizer.feature_weights().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tokenizer.feature_weights().items())
-    features = ScaleFeatures(40, 6, var.RELEASED_SCALES)
-    features.load_state_dict(found)
+    found, features = read_features(file, PRESETS["var-tiny"]), tokenizer.features()
+    assert found.keys() == {f"embedding.features.{name}" for name in features.state_dict()}
+    assert all(torch.equal(found[f"embedding.features.{name}"], one) for name, one in features.state_dict().items())
     codes = codes_of(2)[:, 0]
     sizes = var.Sizes(0, 0, 1, codebook=40, channels=6)
     assert torch.allclose(features(codes), var.features(state, codes, sizes), atol=1e-5)
@@ -285,6 +289,38 @@ def test_a_file_of_no_family_is_refused_for_each(tmp_path):
     path = save_var_vq({"weight": torch.ones(4, 2)}, tmp_path / "other.pth")
     missing = "image tokenizer: tensor encoder.conv_in.weight is missing"
     assert refused(path) == f"{path}: is not LlamaGen's {missing}; is not VAR's {missing}"
+
+
+def tokenizing(vae, folder):
+    pictures, shards = folder / "pictures", folder / "shards"
+    return TokenizeSettings(pictures, shards, image_tokenizer=vae, model="var-tiny", resize="authors", layout="classes")
+
+
+def test_pictures_become_shards_and_shards_pictures(tmp_path):
+    state = random_var_vq(scales=len(FEW))
+    images = pixels((2, 8, 8, 3))
+    for number, image in enumerate(images):
+        (tmp_path / f"pictures/{number}").mkdir(parents=True)
+        Image.fromarray(image.numpy()).save(tmp_path / f"pictures/{number}/a.png")
+    settings = tokenizing(save_var_vq(state, tmp_path / "vae.pth"), tmp_path)
+    assert tokenize(settings, 0, 1, torch.device("cpu")).samples == 2
+    shards = TokenShards(settings.output, PRESETS["var-tiny"].vocabulary)
+    codes = torch.stack([torch.from_numpy(shards.codes(sample)[0].astype("int64")) for sample in range(2)])
+    assert torch.equal(codes, encoded(state, images, FEW))
+    found, captions = decoded_samples(shards, 2, 0, None, torch.device("cpu"))
+    assert captions == ["class 0", "class 1"]
+    exact = levels(decoded(state, codes, FEW)).int()
+    assert (torch.stack([torch.from_numpy(one) for one in found]).int() - exact).abs().max() <= 1
+
+
+def test_a_tokenizer_of_other_grids_than_the_models_is_refused(file, tmp_path):
+    llamagen = llamagen_vq.save_vq(llamagen_vq.random_vq(), tmp_path / "vq.pt")
+    (tmp_path / "pictures").mkdir()
+    said = "makes one grid of codes of an image, and the model takes grids of codes of side 1, 2, 4"
+    refused_by_job = refusal(tokenize, tokenizing(llamagen, tmp_path), 0, 1, torch.device("cpu"))
+    assert refused_by_job == f"--image-tokenizer: {llamagen}: {said}; give the model's own"
+    said = refusal(check_scales, open_image_tokenizer(file, scales=FEW), ())
+    assert said.startswith("makes grids of codes of side 1, 2, 4 of an image, and the model takes one grid of codes;")
 
 
 def test_damaged_files_are_named(file, tmp_path):

@@ -18,7 +18,13 @@ from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
-from megatron_cca.data.tokenizers import CODEBOOK_FILE, TextTokenizer, open_image_tokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import (
+    CODEBOOK_FILE,
+    TextTokenizer,
+    check_scales,
+    open_image_tokenizer,
+    open_text_tokenizer,
+)
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
@@ -123,6 +129,8 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
                     f"{settings.image_tokenizer} has a codebook of {images.codebook_size}, model {settings.model} one "
                     f"of {vocabulary.codebook_size}"
                 )
+            with error_context(settings.image_tokenizer):
+                check_scales(images, architecture.scales)
     with error_context("--source"):
         source = open_source(settings.source, settings.layout, settings.source_options)
     parts = PartsFolder(settings.output, len(source), settings.block)

@@ -78,6 +78,7 @@ class Emu3ImageTokenizer:
     """
 
     kind = "emu3-vq"
+    scales: tuple[int, ...] = ()
 
     def __init__(self, model: torch.nn.Module, mean: list[float], std: list[float], fingerprint: str) -> None:
         # In training mode batch norms would use, and change, the statistics of the images.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 _PLACES_AT_ONCE = 4096
 # How often each scale used each code. Its rows alone tell the number of scales.
 _HITS = "quantize.ema_vocab_hit_SV"
-_CONVOLUTION = "quantize.quant_resi.qresi_ls.{}.{}"
+CONVOLUTIONS = "quantize.quant_resi.qresi_ls."
 # From the network's names to the file's, applied one after the other.
 _RENAMED = (
     (r"^encoder\.conv_blocks\.", "encoder.down."),
@@ -41,12 +42,26 @@ def _file_name(name: str, num_levels: int) -> str:
     return name
 
 
-def _quantizer_shapes(sizes: VqSizes) -> dict[str, tuple[int, ...]]:
-    channels, shapes = sizes.embed_dim, {CODEBOOK: (sizes.codebook_size, sizes.embed_dim)}
+def quantizer_shapes(codebook_size: int, channels: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the quantiser's tensors by the file's names."""
+    shapes: dict[str, tuple[int, ...]] = {CODEBOOK: (codebook_size, channels)}
     for number in range(NUM_CONVOLUTIONS):
-        shapes[_CONVOLUTION.format(number, "weight")] = channels, channels, 3, 3
-        shapes[_CONVOLUTION.format(number, "bias")] = (channels,)
+        shapes[f"{CONVOLUTIONS}{number}.weight"] = channels, channels, 3, 3
+        shapes[f"{CONVOLUTIONS}{number}.bias"] = (channels,)
     return shapes
+
+
+def feature_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of :class:`ScaleFeatures`, as copies, of a file's tensors by name."""
+
+    def stacked(part: str) -> Tensor:
+        return torch.stack([tensors[f"{CONVOLUTIONS}{number}.{part}"] for number in range(NUM_CONVOLUTIONS)])
+
+    return {
+        "codebook": tensors[CODEBOOK].clone(),
+        "convolutions": stacked("weight"),
+        "convolution_biases": stacked("bias"),
+    }
 
 
 _FORM = VqForm(
@@ -57,7 +72,7 @@ _FORM = VqForm(
     unused=(_HITS,),
     quant_kernel=3,
     file_name=_file_name,
-    quantizer_shapes=_quantizer_shapes,
+    quantizer_shapes=lambda sizes: quantizer_shapes(sizes.codebook_size, sizes.embed_dim),
 )
 
 
@@ -172,9 +187,9 @@ class VarImageTokenizer(VqTokenizer):
             )
         return self._decoded(codes[:, 0], self._side, self._side, self._picture)
 
-    def feature_weights(self) -> dict[str, Tensor]:
-        """Return the tensors of :class:`ScaleFeatures`, which a model has too: float32 copies on the CPU."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._features.state_dict().items()}
+    def features(self) -> ScaleFeatures:
+        """Return codebook and convolutions, on the tokenizer's device. A model's inputs are made of the same."""
+        return self._features
 
     def _picture(self, codes: Tensor) -> Tensor:
         return sum(self._features.added_by_scales(codes))
@@ -201,32 +216,10 @@ class VarImageTokenizer(VqTokenizer):
         return torch.cat([torch.cdist(part, codebook, compute_mode=exactly).argmin(-1) for part in parts])
 
 
-def read_feature_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of :class:`ScaleFeatures` in an image tokenizer's file, float32 copies by name.
-
-    Raises:
-        UserError: as :func:`open_var_vq`. Names the file.
-    """
-    with error_context(path):
-        return _feature_weights(read_vq_file(path, _FORM))
-
-
-def _feature_weights(contents: VqContents) -> dict[str, Tensor]:
-    def stacked(part: str) -> Tensor:
-        names = [_CONVOLUTION.format(number, part) for number in range(NUM_CONVOLUTIONS)]
-        return torch.stack([contents.tensors[name] for name in names])
-
-    return {
-        "codebook": contents.tensors[CODEBOOK].clone(),
-        "convolutions": stacked("weight"),
-        "convolution_biases": stacked("bias"),
-    }
-
-
 def _features(contents: VqContents, scales: tuple[int, ...]) -> ScaleFeatures:
     with torch.device("meta"):
         features = ScaleFeatures(contents.sizes.codebook_size, contents.sizes.embed_dim, scales)
-    features.load_state_dict(_feature_weights(contents), assign=True)
+    features.load_state_dict(feature_weights(contents.tensors), assign=True)
     return features.requires_grad_(False)
 
 

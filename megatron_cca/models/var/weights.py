@@ -18,6 +18,8 @@ from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import FrozenFile, Shapes, Sizes, WeightsFileFormat, check_given_sizes, float32_copy
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS
 from megatron_cca.models.var import PREFIX_TOKENS, PRESETS, RELEASED, num_codes
+from megatron_cca.models.var.image_tokenizer import CONVOLUTIONS, feature_weights, quantizer_shapes
+from megatron_cca.models.vq_files import CODEBOOK
 from megatron_cca.models.weight_files import contents_of, equal_tensors, same_tensors, sets_in
 from megatron_cca.models.weight_map import GroupedQueryQKV, OneToOne, StackedQKV, WeightMap
 
@@ -27,8 +29,6 @@ _POSITIONS, _LEVELS, _FEATURES = "pos_1LC", "lvl_embed.weight", "word_embed.weig
 _CLASSES, _HEAD = "class_emb.weight", "head.weight"
 _FIRST_SHARPNESS, _FIRST_FFN = "blocks.0.attn.scale_mul_1H11", "blocks.0.ffn.fc1.weight"
 _LEVEL_OF_POSITION, _MASK = "lvl_1L", "attn_bias_for_masking"
-# Names in the image tokenizer's file.
-_CODEBOOK, _CONVOLUTION = "quantize.embedding.weight", "quantize.quant_resi.qresi_ls."
 # For values that all sizes have in common.
 _ANY = PRESETS[RELEASED[0]]
 
@@ -75,34 +75,23 @@ def read_features(path: Path, architecture: Architecture) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or one of other sizes. Names the tensor, not the file.
     """
-    sets = sets_in(contents_of(path), (_CODEBOOK,), path.stat().st_size)
+    sets = sets_in(contents_of(path), (CODEBOOK,), path.stat().st_size)
     if not sets:
-        raise UserError(f"holds no tensor {_CODEBOOK}, so that it is no image tokenizer of VAR")
+        raise UserError(f"holds no tensor {CODEBOOK}, so that it is no image tokenizer of VAR")
     if not same_tensors(sets, equal_tensors):
         raise UserError(f"holds {len(sets)} image tokenizers that differ ({', '.join(one.place for one in sets)})")
     found, channels = sets[0].weights, architecture.feature_channels
-    numbers = [str(number) for number in range(NUM_CONVOLUTIONS)]
-    wanted = {_CODEBOOK: (architecture.vocabulary.codebook_size, channels)}
-    wanted |= {f"{_CONVOLUTION}{number}.weight": (channels, channels, 3, 3) for number in numbers}
-    wanted |= {f"{_CONVOLUTION}{number}.bias": (channels,) for number in numbers}
+    wanted = quantizer_shapes(architecture.vocabulary.codebook_size, channels)
     for name, shape in wanted.items():
         if name not in found:
             raise UserError(f"tensor {name} is missing")
         if tuple(found[name].shape) != shape:
             raise UserError(f"tensor {name} has shape {list(found[name].shape)}, the model wants {list(shape)}")
-    more = sorted(name for name in found if name.startswith(_CONVOLUTION) and name not in wanted)
+    more = sorted(name for name in found if name.startswith(CONVOLUTIONS) and name not in wanted)
     if more:
         raise UserError(f"tensor {more[0]} is one too many: VAR's scales share {NUM_CONVOLUTIONS} convolutions")
     taken = {name: float32_copy(name, found[name]) for name in wanted}
-
-    def stacked(part: str) -> Tensor:
-        return torch.stack([taken[f"{_CONVOLUTION}{number}.{part}"] for number in numbers])
-
-    return {
-        "embedding.features.codebook": taken[_CODEBOOK],
-        "embedding.features.convolutions": stacked("weight"),
-        "embedding.features.convolution_biases": stacked("bias"),
-    }
+    return {f"embedding.features.{name}": tensor for name, tensor in feature_weights(taken).items()}
 
 
 class VarWeightsFile(WeightsFileFormat):
