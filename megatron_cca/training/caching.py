@@ -69,6 +69,9 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
         own, key = config.training.pretrained_checkpoint, checks.PRETRAINED
     settings = reference_settings(config)
     architecture = {f"model.{name}": value for name, value in asdict(resolve_architecture(config.model)).items()}
+    # Caches of other models do not have these. JSON has no tuples.
+    scales, channels = list(architecture.pop("model.scales")), architecture.pop("model.feature_channels")
+    architecture |= {"model.scales": scales, "model.feature_channels": channels} if scales else {}
     vocabulary = architecture.pop("model.vocabulary")["size"]
     filled = {
         **architecture,

@@ -304,6 +304,8 @@ def _line(config: Config, precision: str) -> str:
     architecture, impl = resolve_architecture(config.model), config.model.transformer_impl
     if impl == "local":
         return "layers: local; attention: torch's (model.transformer_impl is local)"
+    if architecture.scales:
+        return "layers: Transformer Engine's; attention: torch's, scale by scale"
     channels = architecture.kv_channels
     reason = unfused_because(channels, precision)
     if not has_engine_attention(impl, channels, precision):

@@ -15,7 +15,7 @@ def captured_layers(family, *overrides):
 
     config = load_config(None, [f"model.name={family}-tiny", "model.num_layers=2", *overrides])
     initialize_distributed(config)
-    chunks = build_chunks(config, resolve_architecture(config.model), config.training, None, "")
+    chunks = build_chunks(config, resolve_architecture(config.model), config.training, None, "", initialize=None)
     if config.lora.dim is not None:
         lora.attach(chunks, config.lora, seed=0)
     return [layer for chunk in chunks for layer in chunk.decoder.layers]
