@@ -59,7 +59,8 @@ def parse(
     """
     try:
         return parsed(kinds, argv, description, epilog, default)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        # Checks of options look at paths, which may not be there to be looked at.
         with reported_errors():
             raise error
 
