@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself besides tensors: its ``checkpoint.json``, and the state that Megatron-LM reads.
+"""Write and read what a checkpoint says besides tensors: ``checkpoint.json``, and the state that Megatron-LM reads.
 
 ``load_checkpoint`` of Megatron-LM 0.19 reads from it the iteration, the layout and the arguments that the model was
 built with (``check_checkpoint_args``, ``load_args_from_checkpoint``).

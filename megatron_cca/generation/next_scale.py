@@ -24,6 +24,7 @@ from megatron_cca.megatron_compat.decoding import fed_token_by_token
 from megatron_cca.models.gpt import unwrapped_gpt
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 from megatron_cca.models.next_scale import NextScaleModel
+from megatron_cca.models.pyramid import num_codes
 
 # Logits that are drawn from together: 1 GB.
 _LOGITS_AT_ONCE = 2**28
@@ -88,7 +89,7 @@ def _drawn(
     streams = 1 if unconditional is None else 2
     prompts += [unconditional] * len(requests) * (streams - 1)
     condition = embedding.condition(torch.from_numpy(np.stack(prompts)).to(platform.device()))
-    uniforms = _uniforms(requests, sum(side**2 for side in scales))
+    uniforms = _uniforms(requests, num_codes(scales))
     picture, drawn, start = 0, [], 0
     for number, side in enumerate(scales):
         if number == 0:

@@ -7,13 +7,18 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 
 
+def num_codes(scales: tuple[int, ...]) -> int:
+    """Return the number of codes of an image."""
+    return sum(side**2 for side in scales)
+
+
 def check_sizes(architecture: Architecture) -> None:
     """Refuse sizes that do not fit the scales.
 
     Raises:
         UserError: another number of positions, or heads that share keys. Names the key.
     """
-    wanted = architecture.prefix_tokens + sum(side**2 for side in architecture.scales)
+    wanted = architecture.prefix_tokens + num_codes(architecture.scales)
     if architecture.max_position_embeddings != wanted:
         sides = ", ".join(map(str, architecture.scales))
         raise UserError(

@@ -36,7 +36,6 @@ class LlamaGen:
 
     # Rows filled up behind the grid of 16, to a multiple of every layout.
     filled_up = 24
-    oracle = llamagen
 
     def __init__(self, architecture):
         self.sizes = llamagen.Sizes(
@@ -67,7 +66,6 @@ class Var:
     """The plain VAR of the tiny architecture."""
 
     filled_up = 24
-    oracle = var
     sizes = var.TINY
 
     def __init__(self, architecture):
@@ -220,7 +218,7 @@ def _cca_step(overrides, is_filled_up):
     length = plain.filled_up if is_filled_up else sizes.tokens
     classes, codes = _rows(sizes)
     dropped = torch.arange(ROWS) == 5
-    rows = plain.oracle.conditions(classes, dropped, sizes)
+    rows = llamagen.conditions(classes, dropped, sizes)
     assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
     frozen, moved = (_exact(plain.weights(seed)) for seed in (0, 1))
     trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
@@ -249,7 +247,7 @@ def first_log_ratios(settings):
 def _first_log_ratios(overrides):
     config, architecture, plain = _started(overrides)
     classes, codes = _rows(plain.sizes)
-    rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
+    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
     reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
     whole = plain.whole(plain.weights(), _padded(config, architecture))
 
@@ -278,7 +276,7 @@ def trained_checkpoints(settings):
 def _trained_checkpoint(common, overrides, output):
     config, architecture, plain = _started(common + overrides)
     classes, codes = _rows(plain.sizes)
-    rows = plain.oracle.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
+    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
     reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
     run = build_run(config, architecture, reader, reader, None, PhaseTracker())
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.launch import run_workers
+from tests.distributed.launch import class_model_answers as answers
 from tests.selection import Computed, mostly_full
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
@@ -17,16 +17,6 @@ TINY = ["model.name=llamagen-tiny", "model.make_vocab_size_divisible_by=8"]
 ODD = [*TINY, "model.hidden_size=80", "model.ffn_hidden_size=112"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "PP 2": PP2, "CP 2": CP2}}
 MODELS = {"tiny": TINY, "odd": ODD}
-
-
-def answers(worker, cases, tmp_path_factory, **common):
-    """Of all cases by number of ranks: ``{name: answer}``."""
-    found = {}
-    for ranks, own in cases.items():
-        settings = {"cases": own, **common}
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found |= run_workers(ranks, f"class_model_workers.{worker}", settings, folder)
-    return found
 
 
 def by_model(worker, cases, tmp_path_factory, **common):

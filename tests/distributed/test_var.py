@@ -10,6 +10,7 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from tests.distributed.launch import class_model_answers as answers
 from tests.distributed.launch import run_workers
 from tests.references import var
 from tests.references.var_in_megatron import frozen_tensors
@@ -22,16 +23,6 @@ SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_mod
 # So that the head's 40 rows lie on both of two ranks, and rows of no word behind them.
 TINY = ["model.name=var-tiny", "model.make_vocab_size_divisible_by=8"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "DP 2": []}}
-
-
-def answers(worker, cases, tmp_path_factory, **common):
-    """Of all cases by number of ranks: ``{name: answer}``."""
-    found = {}
-    for ranks, own in cases.items():
-        settings = {"cases": own, **common}
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found |= run_workers(ranks, f"class_model_workers.{worker}", settings, folder)
-    return found
 
 
 LOGITS = {

@@ -208,25 +208,13 @@ def image_logps(weights, quantizer, classes, codes, sizes):
     return logps.gather(-1, codes[..., None]).squeeze(-1).sum(-1)
 
 
-def conditions(classes, dropped, sizes):
-    """The authors' rows: conditions, the negatives' conditions, and which "negatives" count as positives, ``[B]`` each.
-
-    A negative's condition is the next row's. A dropped row has the null class as both; it counts as a positive, and so
-    does a row whose next has its own class.
-    """
-    null = torch.full_like(classes, sizes.classes)
-    negatives = torch.where(dropped, null, classes.roll(-1))
-    classes = torch.where(dropped, null, classes)
-    return classes, negatives, dropped | (negatives == classes)
-
-
 def cca_loss(policy, reference, quantizer, rows, codes, sizes, *, beta, weight):
     """The authors' loss of one batch: means over the rows, the whole divided by max(lambda, 1).
 
     Args:
         policy, reference: weights of the two models.
         quantizer: the tokenizer's part.
-        rows: of :func:`conditions`.
+        rows: of :func:`tests.references.llamagen.conditions`.
         codes: ``[B, tokens]``.
         sizes: of both models.
         beta, weight: theirs; the weight is their lambda.

@@ -39,7 +39,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", "
 
 @dataclass(frozen=True)
 class WeightsDescription:
-    """What the user says about weights, because the files do not say it.
+    """A user's description of weights, because the files do not give it.
 
     Attributes:
         sizes: keys of the ``model`` section, for a file without a configuration.

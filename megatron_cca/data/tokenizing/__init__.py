@@ -76,7 +76,7 @@ class TokenizeSettings:
 
     @property
     def limits(self) -> ImageLimits:
-        """What an image may be at most."""
+        """The limits of an image."""
         return ImageLimits(max_pixels=self.max_pixels)
 
     @property

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.pyramid import num_codes
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS, ScaleFeatures
-from megatron_cca.models.var import RELEASED_SCALES, num_codes
+from megatron_cca.models.var import RELEASED_SCALES
 from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqFiles, VqForm, read_vq_file
 from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 

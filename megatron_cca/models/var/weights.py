@@ -16,8 +16,9 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import FrozenFile, Shapes, Sizes, WeightsFileFormat, check_given_sizes, float32_copy
+from megatron_cca.models.pyramid import num_codes
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS
-from megatron_cca.models.var import PREFIX_TOKENS, PRESETS, RELEASED, num_codes
+from megatron_cca.models.var import PREFIX_TOKENS, PRESETS, RELEASED
 from megatron_cca.models.var.image_tokenizer import CONVOLUTIONS, feature_weights, quantizer_shapes
 from megatron_cca.models.vq_files import CODEBOOK
 from megatron_cca.models.weight_files import contents_of, equal_tensors, same_tensors, sets_in
