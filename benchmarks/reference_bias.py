@@ -86,8 +86,9 @@ def prepare(folder: Path, device: platform.DeviceChoice = "cpu") -> None:
     Existing shards stay.
     """
     platform.install(device)
+    from megatron_cca.data.codebooks import PatchCodebook
     from megatron_cca.data.shard_writing import Sample, write_shards
-    from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook, train_tokenizer
+    from megatron_cca.data.tokenizers import TOKENIZER_FILE, train_tokenizer
     from megatron_cca.models.emu3 import TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, tiny_vocabulary
 
     photographs = _photographs()

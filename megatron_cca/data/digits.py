@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from megatron_cca.config import ModelConfig
+from megatron_cca.config import Config, ModelConfig
+from megatron_cca.data import DIGITS
+from megatron_cca.data.codebooks import PatchCodebook, PyramidCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook, train_tokenizer
+from megatron_cca.data.tokenizers import TOKENIZER_FILE, train_tokenizer
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import refusal
 from megatron_cca.models import tiny_architecture
@@ -21,6 +24,7 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 # The folders of their tokens, below the working directory.
 _WITH_TEXTS, _WITH_CLASSES = Path("runs/data/digits"), Path("runs/data/digits_classes")
+_AS_PYRAMIDS = Path("runs/data/digits_pyramids")
 
 HELD_OUT = 360
 PATCH = 2
@@ -67,6 +71,13 @@ def digit_shards(model: ModelConfig) -> Path:
     return ensure_digit_shards(tiny_architecture(model).vocabulary)
 
 
+def data_folders(config: Config) -> Iterator[Path]:
+    """Yield the folders of shards that ``data.path`` names. The word digits stands for :func:`digit_shards`."""
+    path = config.data.path
+    for name in [path] if isinstance(path, str) else path or ():
+        yield digit_shards(config.model) if name == DIGITS else Path(name)
+
+
 def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None) -> Path:
     """Tokenise the training split unless that was done before. Many processes may call this at the same time.
 
@@ -78,7 +89,8 @@ def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None)
         SurroundingsError: there are no shards, and the folder cannot be written.
     """
     if folder is None:
-        folder = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
+        by_condition = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
+        folder = _AS_PYRAMIDS if vocabulary.scales else by_condition
     refused = refusal(folder.parent)
     if refused is not None and (not folder.exists() or _is_of_an_earlier_version(folder)):
         raise SurroundingsError(
@@ -107,7 +119,7 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
 
 def _tokenize(folder: Path, vocabulary: ImageVocabulary) -> None:
     train, _ = load_scans()
-    codebook = PatchCodebook.fit(train.images, vocabulary.codebook_size, PATCH)
+    codebook = _fitted(train.images, vocabulary)
     tokenizer = None
     if vocabulary.num_classes is None:
         tokenizer = train_tokenizer(
@@ -132,3 +144,9 @@ def _tokenize(folder: Path, vocabulary: ImageVocabulary) -> None:
         for codes, caption, label in zip(codebook.encode(train.images), captions, train.labels, strict=True)
     )
     write_shards(folder, samples, vocabulary, encode_text, write_extras)
+
+
+def _fitted(images: np.ndarray, vocabulary: ImageVocabulary) -> PatchCodebook | PyramidCodebook:
+    if vocabulary.scales:
+        return PyramidCodebook.fit(images, vocabulary.codebook_size, PATCH, vocabulary.scales)
+    return PatchCodebook.fit(images, vocabulary.codebook_size, PATCH)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_cca.data.codebooks import codebook_file
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, code_lengths, read_manifest
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.source_protocol import read_skip_reasons
-from megatron_cca.data.tokenizers import CODEBOOK_FILE, open_image_tokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.formats import ImageTokenizer
@@ -150,7 +151,7 @@ def _picture(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:
 
 def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.device) -> ImageTokenizer:
     recorded = shards.manifest.get("image_tokenizer") or {}
-    if folder is None and (shards.folder / CODEBOOK_FILE).is_file():
+    if folder is None and codebook_file(shards.folder) is not None:
         folder = shards.folder
     if folder is None and not recorded:
         raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 
+from megatron_cca.data.codebooks import CODEBOOK_FILE, PYRAMID_FILE, codebook_file, open_patch_tokenizer
 from megatron_cca.errors import UserError, error_context, first_line
-from megatron_cca.io.external_files import mapped_array
 from megatron_cca.models import FAMILIES
-from megatron_cca.models.formats import ImageTokenizer, ImageTokenizerFiles, check_codes, check_pixels
+from megatron_cca.models.formats import ImageTokenizer, ImageTokenizerFiles
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "emu3.tiktoken"
-CODEBOOK_FILE = "codebook.npy"
 
 # More than any caption has. Emu3's pattern fails on far longer runs of blanks (a million).
 MAX_CHARACTERS = 100_000
@@ -44,8 +41,6 @@ _EMU3_PATTERN = (
 _ORDINARY = ("normalizer", "pre_tokenizer", "model", "decoder")
 # Added tokens can be removed from the vocabularies of these. A Unigram's is a list whose places are the ids.
 _MODELS = ("BPE", "WordLevel", "WordPiece")
-# ITU-R 601-2 luma in units of 1/65536, as PIL's convert("L") computes it.
-_LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 def open_image_tokenizer(
     path: str | Path, device: str | torch.device = "cpu", scales: tuple[int, ...] = ()
 ) -> ImageTokenizer:
-    """Open the image tokenizer in a folder or file: the demo's ``codebook.npy``, or that of a model family.
+    """Open the image tokenizer in a folder or file: the demo's codebook of patches, or that of a model family.
 
     Args:
         path: on disk. Nothing is downloaded.
@@ -161,14 +156,14 @@ def open_image_tokenizer(
     try:
         if not path.exists():
             raise UserError(f"no file or folder at {path}; nothing is fetched from a hub here, download it first")
-        if (path / CODEBOOK_FILE).is_file():
-            return PatchImageTokenizer(PatchCodebook.load(path))
+        if codebook_file(path) is not None:
+            return open_patch_tokenizer(path)
         if found := [files for files in families if files.recognises(path)]:
             known = [files for files in found if files.knows(path)] if len(found) > 1 else found
             return _opened_by(known or found, path, device, scales)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    described = " nor ".join([CODEBOOK_FILE, *(files.description for files in families)])
+    described = " nor ".join([CODEBOOK_FILE, PYRAMID_FILE, *(files.description for files in families)])
     raise UserError(f"{path} holds no image tokenizer: neither {described}")
 
 
@@ -203,101 +198,6 @@ def _opened_by(
             refusals.append(str(error))
     first, *others = dict.fromkeys(refusals)
     raise UserError("; ".join([first, *(one.removeprefix(f"{path}: ") for one in others)]))
-
-
-@dataclass(frozen=True)
-class PatchCodebook:
-    """A codebook of square patches.
-
-    Attributes:
-        centres: float32 ``[K, P, P]``, grey levels 0 to 255.
-    """
-
-    centres: np.ndarray
-
-    @classmethod
-    def fit(cls, images: np.ndarray, codebook_size: int, patch: int, seed: int = 0) -> PatchCodebook:
-        """Fit ``codebook_size`` patches of ``patch`` x ``patch`` pixels to uint8 images ``[N, H, W]``."""
-        from sklearn.cluster import KMeans
-
-        patches = _patches(images, patch).reshape(-1, patch * patch).astype(np.float32)
-        means = KMeans(codebook_size, n_init=1, random_state=seed).fit(patches)
-        return cls(means.cluster_centers_.astype(np.float32).reshape(-1, patch, patch))
-
-    @classmethod
-    def load(cls, folder: Path) -> PatchCodebook:
-        """Read the codebook of a shard folder.
-
-        Raises:
-            UserError: a damaged file, or one that holds something else; names the file.
-        """
-        with error_context(folder / CODEBOOK_FILE):
-            try:
-                found = mapped_array(folder / CODEBOOK_FILE)
-            except UserError as error:
-                raise UserError(f"is damaged or not a codebook: {error}") from None
-            if found.dtype != np.float32:
-                raise UserError("must hold one float32 array")
-            if found.ndim != 3 or found.shape[1] != found.shape[2] or found.size == 0:
-                raise UserError(f"must have the shape [K, P, P], has {list(found.shape)}")
-            if not np.isfinite(found).all():
-                raise UserError("holds numbers that are not finite")
-            return cls(np.array(found))
-
-    def save(self, folder: Path) -> None:
-        """Write the codebook into a shard folder."""
-        np.save(folder / CODEBOOK_FILE, self.centres)
-
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        """Encode images uint8 ``[N, H, W]`` to the codes of their nearest patches, int64 ``[N, H / P, W / P]``."""
-        patch = self.centres.shape[-1]
-        patches = _patches(images, patch).astype(np.float32)
-        flat = patches.reshape(-1, patch * patch)
-        centres = self.centres.reshape(len(self.centres), -1)
-        distances = (centres**2).sum(1) - 2 * flat @ centres.T
-        return distances.argmin(1).reshape(patches.shape[:3])
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Decode codes int ``[N, h, w]`` to images uint8 ``[N, h * P, w * P]``."""
-        patch = self.centres.shape[-1]
-        n, h, w = codes.shape
-        images = self.centres[codes].transpose(0, 1, 3, 2, 4).reshape(n, h * patch, w * patch)
-        return images.round().clip(0, 255).astype(np.uint8)
-
-
-class PatchImageTokenizer:
-    """A :class:`PatchCodebook` as an :class:`ImageTokenizer`. Colours become grey, and decoded images are grey.
-
-    Args:
-        codebook: with centres float32 ``[K, P, P]``.
-    """
-
-    kind = "patch-codebook"
-    temporal_factor = 0
-    scales: tuple[int, ...] = ()
-
-    def __init__(self, codebook: PatchCodebook) -> None:
-        self._codebook = codebook
-        self.codebook_size, self.spatial_factor, _ = codebook.centres.shape
-        digest = hashlib.sha256(f"{self.kind} {codebook.centres.shape}".encode())
-        digest.update(np.ascontiguousarray(codebook.centres))
-        self._fingerprint = digest.hexdigest()[:16]
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """See :class:`ImageTokenizer`."""
-        check_pixels(pixels, self.spatial_factor, self.temporal_factor)
-        grey = (pixels.cpu().numpy() @ _LUMA + 0x8000) >> 16
-        return torch.from_numpy(self._codebook.encode(grey.astype(np.uint8))).to(pixels.device)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """See :class:`ImageTokenizer`."""
-        check_codes(codes, self.codebook_size, self.temporal_factor)
-        grey = torch.from_numpy(self._codebook.decode(codes.cpu().numpy())).to(codes.device)
-        return grey[..., None].repeat(1, 1, 1, 3)
-
-    def fingerprint(self) -> str:
-        """See :class:`ImageTokenizer`."""
-        return self._fingerprint
 
 
 def _read_json_file(name: str, content: bytes) -> TextTokenizer:
@@ -378,9 +278,3 @@ def _in_one_line(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {first_line(error)}") from None
-
-
-def _patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """Return the patches ``[N, H / P, W / P, P, P]`` of images ``[N, H, W]``."""
-    n, height, width = images.shape
-    return images.reshape(n, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)

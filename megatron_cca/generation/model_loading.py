@@ -15,12 +15,11 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFa
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
-from megatron_cca.data import DIGITS
-from megatron_cca.data.digits import digit_shards
+from megatron_cca.data.codebooks import codebook_file, open_patch_tokenizer
+from megatron_cca.data.digits import data_folders
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.tokenizers import (
-    CODEBOOK_FILE,
     TIKTOKEN_FILE,
     TOKENIZER_FILE,
     TextTokenizer,
@@ -214,7 +213,7 @@ def default_grid(config: Config) -> tuple[int, int]:
     own = only_grid(architecture)
     if own is not None:
         return own
-    grids = {grid for folder in _data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
+    grids = {grid for folder in data_folders(config) if (folder / MANIFEST).is_file() for grid in _grids(folder)}
     if len(grids) == 1:
         return grids.pop()
     released = architecture.vocabulary.released_grid
@@ -272,7 +271,7 @@ def _text_tokenizer(
 
 
 def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
-    for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *_data_folders(config)):
+    for folder in (checkpoint, checkpoint / layout.COMPANION_FILES, *data_folders(config)):
         if (folder / TOKENIZER_FILE).is_file() or (folder / TIKTOKEN_FILE).is_file():
             return open_text_tokenizer(folder)
     lacking = f"{checkpoint} has no text tokenizer with it"
@@ -293,14 +292,8 @@ def _own_image_tokenizer(
             return files.open(checkpoint, device, scales=scales)
         except UserError:
             pass  # a folder of the decoder alone; its image tokenizer is elsewhere
-    for folder in _data_folders(config):
-        if (folder / CODEBOOK_FILE).is_file():
-            return open_image_tokenizer(folder, device)
+    for folder in data_folders(config):
+        if codebook_file(folder) is not None:
+            return open_patch_tokenizer(folder)
     wanted = "its folder" if files is None else files.description
     raise UserError(f"{checkpoint} has no image tokenizer with it; give {wanted}")
-
-
-def _data_folders(config: Config) -> Iterator[Path]:
-    path = config.data.path
-    for name in [path] if isinstance(path, str) else path or ():
-        yield digit_shards(config.model) if name == DIGITS else Path(name)

@@ -75,7 +75,8 @@ class ScaleFeatures(torch.nn.Module):
         convolved = conv2d(maps, self.convolutions[which], self.convolution_biases[which], padding=1)
         return (1 - _CONVOLVED) * maps + _CONVOLVED * convolved
 
-    def at_size(self, picture: Tensor, side: int) -> Tensor:
+    @staticmethod
+    def at_size(picture: Tensor, side: int) -> Tensor:
         """Return a picture ``[B, channels, last, last]`` at the size of a scale, ``[B, channels, side, side]``."""
         return interpolate(picture, size=(side, side), mode="area")
 

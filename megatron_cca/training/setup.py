@@ -211,8 +211,18 @@ def build_chunks(
             num_layers=architecture.num_layers,
             vocab_size=architecture.vocabulary.size,
             output_size=architecture.vocabulary.output_size,
+            frozen=_frozen_features(config, architecture),
         )
     return chunks
+
+
+def _frozen_features(config: Config, architecture: Architecture) -> dict[str, torch.Tensor]:
+    if not architecture.scales:
+        return {}
+    from megatron_cca.data.codebooks import frozen_features
+    from megatron_cca.data.digits import data_folders
+
+    return frozen_features(architecture, data_folders(config))
 
 
 def frozen_chunks(

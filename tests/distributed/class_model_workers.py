@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -263,7 +262,10 @@ def new_model(settings):
     """Save a model with its first values."""
     config, architecture, plain = _started(settings["overrides"])
     frozen = var_in_megatron.frozen_tensors(plain.quantizer, plain.sizes)
-    initialize = partial(initialize_by_name, frozen=frozen)
+
+    def initialize(chunk, **facts):
+        initialize_by_name(chunk, **facts | {"frozen": frozen})
+
     chunks = build_chunks(config, architecture, config.training, None, "", initialize=initialize)
     saver.save(Path(settings["output"]), 0, chunks, None, summarize(config))
 

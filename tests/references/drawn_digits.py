@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.data import digits
-from megatron_cca.data.tokenizers import PatchCodebook, _patches
+from megatron_cca.data.codebooks import PatchCodebook, _patches
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _TRAINING = 1437

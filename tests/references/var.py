@@ -39,7 +39,7 @@ class Sizes:
 
 
 PUBLISHED = {f"d{depth}": Sizes(depth, 64 * depth, depth) for depth in (16, 20, 24, 30)}
-TINY = Sizes(3, 48, 4, scales=(1, 2, 4), codebook=40, channels=6, classes=10)
+TINY = Sizes(3, 48, 4, scales=(1, 2, 4), codebook=256, channels=4, classes=10)
 
 
 def shapes(sizes):

@@ -15,9 +15,16 @@ from torch import Tensor
 
 from tests.references import llamagen_vq
 from tests.references.var import RELEASED_SCALES, Sizes, codes_of, residuals
+from tests.references.var import TINY as CODES
 
 # As llamagen_vq's. The latent channels are the codebook's.
-TINY = {"first": 32, "widths": (32, 64), "blocks": 1, "latent": 6, "codebook": (40, 6)}
+TINY = {
+    "first": 32,
+    "widths": (32, 64),
+    "blocks": 1,
+    "latent": CODES.channels,
+    "codebook": (CODES.codebook, CODES.channels),
+}
 RELEASED = {"first": 160, "widths": (160, 160, 320, 320, 640), "blocks": 2, "latent": 32, "codebook": (4096, 32)}
 _MIDDLE = {"0": "block_1", "1": "attn_1", "2": "block_2"}
 _HITS = "quantize.ema_vocab_hit_SV"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.digits import ensure_digit_shards, load_scans
 from megatron_cca.data.resizing import centre, covering_size
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources import open_source
-from megatron_cca.data.tokenizers import PatchCodebook
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError

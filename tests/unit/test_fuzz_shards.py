@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_cca.data.codebooks import CODEBOOK_FILE as CODEBOOK
 from megatron_cca.data.manifest import FILE_NAME, TABLE, TOKEN_FILES, VARIANTS, read_manifest
 from megatron_cca.data.reference_cache import ReferenceCache, ReferenceCacheWriter
 from megatron_cca.data.shard_writing import Sample, write_manifest
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.tokenizers import CODEBOOK_FILE as CODEBOOK
 from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from tests.references import token_shards

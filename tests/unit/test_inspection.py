@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
-from megatron_cca.data.tokenizers import PatchCodebook, open_text_tokenizer
+from megatron_cca.data.tokenizers import open_text_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.io.figures import contact_sheet
 from tests.references.token_shards import random_samples, write

@@ -1,12 +1,19 @@
-"""The digits' image tokenizer, a codebook of grey patches: it sees grey as PIL does, and damage is named."""
+"""The digits' image tokenizers, codebooks of grey patches: they see grey as PIL does, and damage is named.
+
+A pyramid's oracle is the plain quantiser of VAR, with convolutions that copy.
+"""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer
+from megatron_cca.data.codebooks import PatchCodebook, PyramidCodebook, frozen_features
+from megatron_cca.data.digits import load_scans
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
+from megatron_cca.models.var import PRESETS
+from tests.references import var
 from tests.references.image_tokenizers import pixels, refused
 
 
@@ -81,3 +88,96 @@ def test_a_codebooks_file_that_is_cut_or_boasts_is_named(codebook):
     for damaged in (content[:-1], content[:20], b"", b"PK\3\4", boast):
         path.write_bytes(damaged)
         assert refused(folder).startswith(f"{path}: is damaged or not a codebook: ")
+
+
+SIZES = var.Sizes(0, 0, 1, scales=(1, 3, 4), codebook=16, channels=4)
+
+
+@pytest.fixture
+def pyramid(tmp_path):
+    centres = np.random.default_rng(0).normal(0, 0.5, (SIZES.codebook, 2, 2)).astype(np.float32)
+    PyramidCodebook(centres, SIZES.scales).save(tmp_path)
+    copying = torch.zeros(4, 4, 3, 3)
+    copying[range(4), range(4), 1, 1] = 1
+    quantizer = {"quantize.embedding.weight": torch.from_numpy(centres.reshape(-1, 4))}
+    for phi in range(SIZES.phis):
+        name = f"quantize.quant_resi.qresi_ls.{phi}"
+        quantizer |= {f"{name}.weight": copying, f"{name}.bias": torch.zeros(4)}
+    return quantizer, tmp_path
+
+
+def patches_of(images):
+    """The patches of 2 x 2 grey levels between -1 and 1, as maps ``[N, 4, 4, 4]``."""
+    rows = images.unflatten(1, (4, 2)).unflatten(3, (4, 2))
+    return rows.permute(0, 2, 4, 1, 3).flatten(1, 2).float() / 127.5 - 1
+
+
+def test_a_pyramid_has_the_codes_and_pixels_of_the_plain_quantiser(pyramid):
+    quantizer, folder = pyramid
+    tokenizer = open_image_tokenizer(folder)
+    assert (tokenizer.kind, tokenizer.scales, tokenizer.spatial_factor) == ("patch-pyramid", (1, 3, 4), 2)
+    grey = pixels((20, 8, 8))
+    codes = tokenizer.encode(grey[..., None].repeat(1, 1, 1, 3))
+    expected = var.codes_of(quantizer, patches_of(grey), SIZES)
+    assert torch.equal(codes[:, 0], expected)
+    assert len(expected.unique()) > 10
+    maps = sum(var.residuals(quantizer, expected, SIZES))
+    wanted = ((maps.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2).reshape(20, 8, 8) + 1) * 127.5).round().clip(0, 255)
+    assert all(torch.equal(tokenizer.decode(codes)[..., channel], wanted.to(torch.uint8)) for channel in range(3))
+
+
+def test_a_fitted_pyramid_shows_the_digits_it_has_not_seen():
+    pytest.importorskip("sklearn")
+    train, held_out = load_scans()
+    errors = []
+    for scales in ((1,), (1, 2, 4)):
+        codebook = PyramidCodebook.fit(train.images, 64, 8 // scales[-1], scales)
+        shown = codebook.decode(codebook.encode(held_out.images))
+        errors.append(np.sqrt(((shown - held_out.images.astype(float)) ** 2).mean()))
+    assert errors[1] < min(0.3 * held_out.images.std(), 0.7 * errors[0])
+
+
+def test_a_pyramids_limits(pyramid):
+    quantizer, folder = pyramid
+    tokenizer = open_image_tokenizer(folder)
+    with pytest.raises(UserError, match="pixels: 16 x 8; this tokenizer takes 8 x 8 alone"):
+        tokenizer.encode(pixels((1, 16, 8, 3)))
+    with pytest.raises(UserError, match=r"codes: \[1, 25\] for an image; scales of side 1, 3, 4 have \[1, 26\]"):
+        tokenizer.decode(torch.zeros(1, 1, 25, dtype=torch.int64))
+    with pytest.raises(UserError, match="codes: 16 does not fit a codebook of 16"):
+        tokenizer.decode(torch.full((1, 1, 26), 16))
+    before = tokenizer.fingerprint()
+    PyramidCodebook(quantizer["quantize.embedding.weight"].view(-1, 2, 2).numpy(), (1, 2, 4)).save(folder)
+    assert open_image_tokenizer(folder).fingerprint() != before
+    assert frozen_features(PRESETS["var-tiny"], [folder / "elsewhere"]) == {}
+    with pytest.raises(UserError, match="grids of 1, 2, 4, 16 codes, 4 pixels a patch, the model is for grids"):
+        frozen_features(PRESETS["var-tiny"], [folder])
+
+
+CENTRES, SCALES = np.zeros((4, 2, 2), np.float32), np.array([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"centres": CENTRES}, "must hold centres and scales, holds centres"),
+        ({"centres": CENTRES[0], "scales": SCALES}, "must have the shape [K, P, P], has [2, 2]"),
+        ({"centres": CENTRES, "scales": SCALES * 1.0}, "scales must be 1 to 64 whole numbers, are float64 [2]"),
+        ({"centres": CENTRES, "scales": SCALES[:0]}, "scales must be 1 to 64 whole numbers, are int64 [0]"),
+        ({"centres": CENTRES, "scales": SCALES[::-1]}, "scales must grow from 1 or more, are 2, 1"),
+        ({"centres": CENTRES, "scales": SCALES - 1}, "scales must grow from 1 or more, are 0, 1"),
+        ({"centres": np.array([{}], dtype=object), "scales": SCALES}, "cannot be read as .npz"),
+    ],
+)
+def test_a_damaged_pyramid_is_named(arrays, message, tmp_path):
+    np.savez(tmp_path / "pyramid.npz", **arrays)
+    assert refused(tmp_path).startswith(f"{tmp_path / 'pyramid.npz'}: {message}")
+
+
+def test_a_pyramids_file_that_is_cut_is_named(pyramid):
+    _, folder = pyramid
+    path = folder / "pyramid.npz"
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:100], b""):
+        path.write_bytes(damaged)
+        assert refused(folder).startswith(f"{path}: cannot be read as .npz")

@@ -13,11 +13,12 @@ pytest.importorskip("torchvision")
 
 from PIL import Image
 
+from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.resizing import AuthorsResizing, centre
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.data.tokenizing.parts import PartsFolder

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.digits import captions_of, ensure_digit_shards, load_scans
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import TOKEN_FILES, check_files, read_manifest
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
 from megatron_cca.data.shards import TokenData, TokenShards
-from megatron_cca.data.tokenizers import TOKENIZER_FILE, PatchCodebook
+from megatron_cca.data.tokenizers import TOKENIZER_FILE
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3 import EMU3_VOCABULARY, tiny_vocabulary
 from tests.references.token_shards import encode_text, random_samples, write

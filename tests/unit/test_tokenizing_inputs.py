@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.inspection import open_for_inspection, report
 from megatron_cca.data.shards import TokenShards
-from megatron_cca.data.tokenizers import PatchCodebook, open_image_tokenizer, open_text_tokenizer
+from megatron_cca.data.tokenizers import open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError
 from tests.references.scan_jobs import NUMBER, VOCABULARY, tokenize
 from tests.references.scans import bad_images, encoded

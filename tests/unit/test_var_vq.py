@@ -11,6 +11,7 @@ from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen.image_tokenizer import open_llamagen_vq
+from megatron_cca.models.scale_quantizer import quantized
 from megatron_cca.models.var import PRESETS
 from megatron_cca.models.var.image_tokenizer import open_var_vq
 from megatron_cca.models.var.weights import read_features
@@ -26,7 +27,7 @@ HITS, TABLE = "quantize.ema_vocab_hit_SV", "quantize.embedding.weight"
 
 
 def codes_of(number, codes=NUM_CODES, seed=0):
-    return torch.randint(0, 40, (number, 1, codes), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, TINY["codebook"][0], (number, 1, codes), generator=torch.Generator().manual_seed(seed))
 
 
 def refusal(call, *arguments, **options):
@@ -67,7 +68,7 @@ def test_codes_and_pixels_are_the_references(tokenizer, state):
         "var-vq",
         2,
         0,
-        40,
+        256,
     )
     assert tokenizer.scales == var.RELEASED_SCALES
     codes = tokenizer.encode(pixels(IMAGES))
@@ -123,23 +124,23 @@ def test_vectors_of_the_codebook_come_back(state, tmp_path):
     for phi in range(4):
         changed[f"quantize.quant_resi.qresi_ls.{phi}.bias"].zero_()
         weight = changed[f"quantize.quant_resi.qresi_ls.{phi}.weight"].zero_()
-        weight[range(6), range(6), 1, 1] = 1
+        weight[range(4), range(4), 1, 1] = 1
     tokenizer = open_var_vq(save_var_vq(changed, tmp_path / "vae.pth"), scales=(4,))
     codes = codes_of(2, 16)[:, 0]
     vectors = state[TABLE][codes].movedim(-1, 1).unflatten(2, (4, 4))
     assert torch.equal(tokenizer._picture(codes), vectors)
-    assert torch.equal(tokenizer._quantized(vectors), codes)
+    assert torch.equal(quantized(tokenizer.features(), vectors), codes)
 
 
 def test_of_equal_vectors_the_first_is_taken(state, tmp_path):
     table = state[TABLE].clone()
-    table[20:] = table[:20]
+    table[128:] = table[:128]
     doubled = open_image_tokenizer(save_var_vq(state | {TABLE: table}, tmp_path / "vae.pth"))
     codes = doubled.encode(pixels(IMAGES))
-    assert codes.max() < 20
+    assert codes.max() < 128
     assert torch.equal(codes, encoded(state | {TABLE: table}, pixels(IMAGES)))
-    one = codes_of(2) % 20
-    assert torch.equal(doubled.decode(one), doubled.decode(one + 20))
+    one = codes_of(2) % 128
+    assert torch.equal(doubled.decode(one), doubled.decode(one + 128))
 
 
 def test_an_image_does_not_depend_on_its_batch(tokenizer, monkeypatch):
@@ -149,7 +150,7 @@ def test_an_image_does_not_depend_on_its_batch(tokenizer, monkeypatch):
     assert (drawn.int() - images.int()).abs().max() <= 1
     # In parts of two, as a batch that is too large, and with few places compared at a time.
     monkeypatch.setattr("megatron_cca.models.vq_network._PIXELS_AT_ONCE", 2 * 32 * 32)
-    monkeypatch.setattr("megatron_cca.models.var.image_tokenizer._PLACES_AT_ONCE", 7)
+    monkeypatch.setattr("megatron_cca.models.scale_quantizer._PLACES_AT_ONCE", 7)
     seen = []
     hook = tokenizer._network.encoder.register_forward_hook(lambda _, given, found: seen.append(len(found)))
     assert torch.equal(tokenizer.encode(pixels(IMAGES)), codes)
@@ -184,7 +185,7 @@ def test_the_models_inputs_are_made_of_the_files_features(tokenizer, state, file
     assert found.keys() == {f"embedding.features.{name}" for name in features.state_dict()}
     assert all(torch.equal(found[f"embedding.features.{name}"], one) for name, one in features.state_dict().items())
     codes = codes_of(2)[:, 0]
-    sizes = var.Sizes(0, 0, 1, codebook=40, channels=6)
+    sizes = var.Sizes(0, 0, 1, codebook=var.TINY.codebook, channels=var.TINY.channels)
     assert torch.allclose(features(codes), var.features(state, codes, sizes), atol=1e-5)
 
 
@@ -223,7 +224,7 @@ def test_pixels_that_cannot_be_are_refused(shape, message, tokenizer):
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.full((1, 1, NUM_CODES), 40), "codes: 40 does not fit a codebook of 40"),
+        (torch.full((1, 1, NUM_CODES), 256), "codes: 256 does not fit a codebook of 256"),
         (torch.zeros(1, 1, 679, dtype=torch.int64), "codes: [1, 679] for an image; scales of side 1, 2, 3, 4, 5, 6, 8"),
         (torch.zeros(1, 16, 16, dtype=torch.int64), "codes: [16, 16] for an image; scales of side 1, 2, 3, 4, 5, 6, 8"),
         (torch.zeros(1, NUM_CODES, dtype=torch.int64), "codes: must be int64 [N, h, w], found torch.int64 [1, 680]"),
@@ -243,16 +244,19 @@ QKV, DOWN, PHI = "decoder.mid.attn_1.qkv", "encoder.down.1.block.0.conv1.weight"
         (lambda found: found.pop(f"{PHI}.bias"), f"tensor {PHI}.bias is missing"),
         (lambda found: found.pop(HITS), f"tensor {HITS} is missing, which tells the number of scales"),
         (lambda found: found.pop(TABLE), f"is not VAR's image tokenizer: tensor {TABLE} is missing"),
-        (lambda found: found.update({HITS: torch.ones(10, 39)}), f"tensor {HITS} has shape [10, 39], not a row of 40"),
-        (lambda found: found.update({HITS: torch.ones(10)}), f"tensor {HITS} has shape [10], not a row of 40"),
+        (
+            lambda found: found.update({HITS: torch.ones(10, 255)}),
+            f"tensor {HITS} has shape [10, 255], not a row of 256",
+        ),
+        (lambda found: found.update({HITS: torch.ones(10)}), f"tensor {HITS} has shape [10], not a row of 256"),
         (lambda found: found.update(extra=torch.ones(3)), "tensor extra is not one of VAR's image tokenizer's"),
         (
             lambda found: found.update({f"{QKV}.bias": torch.ones(191)}),
             f"tensor {QKV}.bias has shape [191], [192] would fit the others",
         ),
         (
-            lambda found: found.update({"quant_conv.weight": torch.ones(6, 6, 1, 1)}),
-            "tensor quant_conv.weight has shape [6, 6, 1, 1], [6, 6, 3, 3] would fit the others",
+            lambda found: found.update({"quant_conv.weight": torch.ones(4, 4, 1, 1)}),
+            "tensor quant_conv.weight has shape [4, 4, 1, 1], [4, 4, 3, 3] would fit the others",
         ),
         (lambda found: found.update({DOWN: torch.ones(48, 32, 3, 3)}), f"tensor {DOWN} has 48 channels, not"),
         (lambda found: found.update({DOWN: found[DOWN].to(torch.int8)}), f"tensor {DOWN} has dtype torch.int8, which"),
@@ -314,7 +318,7 @@ def test_pictures_become_shards_and_shards_pictures(tmp_path):
 
 
 def test_a_tokenizer_of_other_grids_than_the_models_is_refused(file, tmp_path):
-    llamagen = llamagen_vq.save_vq(llamagen_vq.random_vq(), tmp_path / "vq.pt")
+    llamagen = llamagen_vq.save_vq(llamagen_vq.random_vq(llamagen_vq.TINY | {"codebook": (256, 8)}), tmp_path / "vq.pt")
     (tmp_path / "pictures").mkdir()
     said = "makes one grid of codes of an image, and the model takes grids of codes of side 1, 2, 4"
     refused_by_job = refusal(tokenize, tokenizing(llamagen, tmp_path), 0, 1, torch.device("cpu"))

@@ -180,7 +180,7 @@ def test_a_changed_image_tokenizer_is_found(tmp_path):
         path, tmp_path / "checkpoint", WeightsDescription(image_tokenizer=tmp_path / "other.pth")
     )
     (difference,) = compare_tensors(source, target, progress_bar=False).differences
-    assert difference == f"{FEATURES}convolution_biases: 1 of 24 elements differ, the first in row 2"
+    assert difference == f"{FEATURES}convolution_biases: 1 of 16 elements differ, the first in row 2"
 
 
 def without(name):
@@ -205,8 +205,8 @@ def without(name):
         (weights(pos_start=torch.zeros(1, 1, 48).half()), "they must be alike"),
         (
             weights(replace(TINY, scales=(1, 2, 3, 4))),
-            "looks like a VAR of 3 layers of 48 (FFN 192), 4 heads, 40 codes, 10 classes, 30 codes an image, with 4 "
-            "scales and features of 6 channels; known here are pyramids of 10 scales, 680 codes, 32 channels",
+            "looks like a VAR of 3 layers of 48 (FFN 192), 4 heads, 256 codes, 10 classes, 30 codes an image, with 4 "
+            "scales and features of 4 channels; known here are pyramids of 10 scales, 680 codes, 32 channels",
         ),
     ],
 )
@@ -244,11 +244,11 @@ def test_the_image_tokenizer_may_have_any_name_if_it_is_said(tmp_path):
     ("quantizer", "message"),
     [
         ({"a": torch.zeros(2)}, "holds no tensor quantize.embedding.weight, so that it is no image tokenizer of VAR"),
-        (var.random_quantizer(replace(TINY, codebook=41)), "weight has shape [41, 6], the model wants [40, 6]"),
+        (var.random_quantizer(replace(TINY, codebook=41)), "weight has shape [41, 4], the model wants [256, 4]"),
         (var.random_quantizer(replace(TINY, phis=3)), "tensor quantize.quant_resi.qresi_ls.3.weight is missing"),
         (var.random_quantizer(replace(TINY, phis=5)), "qresi_ls.4.bias is one too many: VAR's scales share 4 conv"),
         (
-            var.random_quantizer(TINY) | {"quantize.embedding.weight": torch.full((40, 6), torch.nan)},
+            var.random_quantizer(TINY) | {"quantize.embedding.weight": torch.full((256, 4), torch.nan)},
             "tensor quantize.embedding.weight holds numbers that are not finite",
         ),
         (
@@ -287,7 +287,7 @@ def begun(frozen):
     vocabulary = architecture.vocabulary
     sizes = {"num_layers": TINY.layers, "vocab_size": vocabulary.size, "output_size": vocabulary.output_size}
     initialize_by_name(chunk, seed=1, std=STD, frozen=frozen, **sizes)
-    assert padded_vocab_size(architecture, config.model, 1) == 128
+    assert padded_vocab_size(architecture, config.model, 1) == 384
     shards = sharded_tensors(chunk.sharded_state_dict())
     return {(shard.key, *shard.global_offset[: shard.prepend_axis_num]): shard.data.clone() for shard in shards}
 

@@ -14,12 +14,12 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
+from megatron_cca.data.codebooks import codebook_file
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
 from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
 from megatron_cca.data.tokenizers import (
-    CODEBOOK_FILE,
     TextTokenizer,
     check_scales,
     open_image_tokenizer,
@@ -289,9 +289,9 @@ def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
         with (folder / SKIPPED).open("w", encoding="utf-8") as file:
             for part in parts:
                 file.write((part.folder / SKIPPED).read_text(encoding="utf-8"))
-        codebook = job.settings.image_tokenizer and job.settings.image_tokenizer / CODEBOOK_FILE
-        if codebook and codebook.is_file():
-            shutil.copyfile(codebook, folder / CODEBOOK_FILE)
+        given = job.settings.image_tokenizer
+        if given is not None and (codebook := codebook_file(given)) is not None:
+            shutil.copyfile(codebook, folder / codebook.name)
 
     # Inside the folder of parts, so that its remains after a kill are removed with the parts.
     aside = job.parts.scratch(0) / "merged"

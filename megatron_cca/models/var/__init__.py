@@ -67,5 +67,5 @@ def _sized(
 RELEASED = ("var-d16", "var-d20", "var-d24", "var-d30")
 PRESETS = {
     **{f"var-d{depth}": _sized(depth, 64 * depth, depth) for depth in (16, 20, 24, 30)},
-    "var-tiny": _sized(3, 48, 4, feature_channels=6, vocabulary=pyramid_vocabulary(40, 10, (1, 2, 4))),
+    "var-tiny": _sized(3, 48, 4, feature_channels=4, vocabulary=pyramid_vocabulary(256, 10, (1, 2, 4))),
 }

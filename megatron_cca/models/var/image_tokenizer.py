@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
+from megatron_cca.models.formats import fingerprint, full_float32, moved_to
 from megatron_cca.models.pyramid import num_codes
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS, ScaleFeatures
+from megatron_cca.models.scale_quantizer import check_pyramid_codes, check_pyramid_pixels, quantized
 from megatron_cca.models.var import RELEASED_SCALES
 from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqFiles, VqForm, read_vq_file
 from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 
-# Places that are compared with the whole codebook at a time: 0.1 GB in float64 for 4,096 codes.
-_PLACES_AT_ONCE = 4096
 # How often each scale used each code. Its rows alone tell the number of scales.
 _HITS = "quantize.ema_vocab_hit_SV"
 CONVOLUTIONS = "quantize.quant_resi.qresi_ls."
@@ -151,15 +150,12 @@ class VarImageTokenizer(VqTokenizer):
         Raises:
             UserError: pixels of another dtype or shape, or of another side than the tokenizer's.
         """
-        check_pixels(pixels, 1, self.temporal_factor)
-        if pixels.shape[1:3] != (self._side, self._side):
-            height, width = pixels.shape[1:3]
-            raise UserError(f"pixels: {height} x {width}; this tokenizer takes {self._side} x {self._side} alone")
+        check_pyramid_pixels(pixels, self._side)
         vectors = self.latents(pixels)
         codes = torch.empty((len(pixels), 1, num_codes(self.scales)), dtype=torch.int64, device=self._device)
         with full_float32(self._device.type):
             for part in self._parts(len(pixels), self._side**2):
-                codes[part, 0] = self._quantized(vectors[part])
+                codes[part, 0] = quantized(self._features, vectors[part])
         return codes.to(pixels.device)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -179,13 +175,7 @@ class VarImageTokenizer(VqTokenizer):
         Raises:
             UserError: as :meth:`decode`.
         """
-        check_codes(codes, self.codebook_size, self.temporal_factor)
-        if codes.shape[1:] != (1, num_codes(self.scales)):
-            sides = ", ".join(str(side) for side in self.scales)
-            raise UserError(
-                f"codes: {list(codes.shape[1:])} for an image; scales of side {sides} have "
-                f"[1, {num_codes(self.scales)}]"
-            )
+        check_pyramid_codes(codes, self.codebook_size, self.scales)
         return self._decoded(codes[:, 0], self._side, self._side, self._picture)
 
     def features(self) -> ScaleFeatures:
@@ -194,27 +184,6 @@ class VarImageTokenizer(VqTokenizer):
 
     def _picture(self, codes: Tensor) -> Tensor:
         return sum(self._features.added_by_scales(codes))
-
-    @torch.no_grad()
-    def _quantized(self, vectors: Tensor) -> Tensor:
-        """Return the codes int64 ``[N, codes]`` of vectors ``[N, D, s, s]``: each scale takes what others leave."""
-        rest, codes = vectors.clone(), []
-        for number, side in enumerate(self.scales):
-            places = self._features.at_size(rest, side).flatten(2).transpose(1, 2)
-            codes.append(self._nearest(places.flatten(0, 1)).view(places.shape[:2]))
-            rest -= self._features.added(codes[-1], number)
-        return torch.cat(codes, 1)
-
-    def _nearest(self, vectors: Tensor) -> Tensor:
-        """Return the codes int64 ``[M]`` at the smallest distance to vectors ``[M, D]``. Ties go to the first.
-
-        The comparison is in float64. In the authors' float32, rounding decides between near neighbours.
-        """
-        codebook = self._features.codebook.double()
-        # Not by a matrix product, which rounds equal columns differently, depending on their place.
-        exactly = "donot_use_mm_for_euclid_dist"
-        parts = vectors.double().split(_PLACES_AT_ONCE)
-        return torch.cat([torch.cdist(part, codebook, compute_mode=exactly).argmin(-1) for part in parts])
 
 
 def _features(contents: VqContents, scales: tuple[int, ...]) -> ScaleFeatures:
