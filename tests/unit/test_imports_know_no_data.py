@@ -9,13 +9,13 @@ import torch
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import import_checkpoint
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.config import Config, ParallelConfig
+from megatron_cca.config import Config, ModelConfig, ParallelConfig
 from megatron_cca.data.tokenizers import train_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.model_loading import default_grid, inspect_for_sampling, open_tokenizers
 from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies import checks as study_checks
-from megatron_cca.lab.studies.study import Method, Study
+from megatron_cca.lab.studies.study import Method, Study, with_own_grid
 from megatron_cca.models import resolve_architecture
 from megatron_cca.programs import generate as program
 from megatron_cca.programs.parsing import parsed
@@ -152,23 +152,32 @@ def test_what_a_run_wrote_is_believed(imported_llamagen, tmp_path):
     assert (config.data.path, config.objective.beta) == ("digits", 7.0)
 
 
-def test_a_study_does_not_ask_a_model_of_other_things_for_digits(imported_llamagen, monkeypatch):
+def test_a_study_does_not_ask_a_model_of_other_things_for_digits(imported_llamagen):
     settings = type("Settings", (), {"prompts": "digits"})()
-    monkeypatch.setattr(study_checks, "_base_model", lambda study: saved_config(imported_llamagen, "").model)
-    message = refused(study_checks._check_conditions, Study(None, settings, None, {}))
+    study = Study(None, settings, None, saved_config(imported_llamagen, "").model, {})
+    message = refused(study_checks._check_conditions, study)
     assert message == "prompts: digits are for models of the digits; name a file of this model's prompts"
 
 
-def test_a_study_does_not_draw_the_digits_grid_with_another_model(imported_emu3, monkeypatch):
-    monkeypatch.setattr(study_checks, "_base_model", lambda study: saved_config(imported_emu3, "").model)
+def test_a_study_does_not_draw_the_digits_grid_with_another_model(imported_emu3, imported_llamagen):
+    def drawing(checkpoint, **sizes):
+        model = saved_config(checkpoint, "").model
+        method = Method("base", "base", None, with_own_grid(SamplingConfig(**sizes), model), [{}], [])
+        return Study(None, None, None, model, {"base": method})
 
-    def drawing(**sizes):
-        method = Method("base", "base", None, SamplingConfig(**sizes), [{}], [])
-        return Study(None, None, None, {"base": method})
+    wanted = "sampling: emu3-8b has images of any size; give their height and width"
+    assert refused(study_checks._check_grids, drawing(imported_emu3)) == wanted
+    assert refused(study_checks._check_grids, drawing(imported_emu3, height=90)) == wanted
+    study_checks._check_grids(drawing(imported_emu3, height=90, width=90))
+    study_checks._check_grids(drawing(imported_llamagen))
+    other = drawing(imported_llamagen, height=5, width=7)
+    assert refused(study_checks._check_grids, other).startswith("sampling: 5 x 7 codes, the model takes")
 
-    wanted = "sampling: 4 x 4 is the grid of the digits; give this model's height and width"
-    assert refused(study_checks._check_grids, drawing()) == wanted
-    study_checks._check_grids(drawing(height=90, width=90))
+
+def test_a_study_draws_the_grid_that_a_model_of_the_digits_has():
+    for name, grid in (("emu3-tiny", (4, 4)), ("llamagen-tiny", (4, 4)), ("var-tiny", (1, 21)), ("var-d16", (1, 680))):
+        own = with_own_grid(SamplingConfig(), ModelConfig(name=name))
+        assert (own.height, own.width) == grid, name
 
 
 def test_all_1000_classes_are_there(imported_llamagen):

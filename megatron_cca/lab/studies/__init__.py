@@ -30,9 +30,9 @@ Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], KeysOf(Co
 class SamplingConfig:
     """Section ``sampling``: how every model draws, unless a method says otherwise."""
 
-    height: PositiveInt = 4
-    """Rows of the grid of visual tokens."""
-    width: PositiveInt = 4
+    height: PositiveInt | None = None
+    """Rows of the grid of visual tokens; left out: those of the model's only grid, or of the digits' 4 x 4."""
+    width: PositiveInt | None = None
     """Its columns."""
     guidance_scale: NonNegativeFloat = 0.0
     """s in (1 + s) cond - s uncond; 0 is guidance-free."""

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, error_context
@@ -17,10 +15,10 @@ from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacl
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
-from megatron_cca.lab.studies import Keys, PlotSettings, SamplingConfig, StudySettings
+from megatron_cca.lab.studies import Keys, PlotSettings, StudySettings
 from megatron_cca.lab.studies.study import BASE, Method, Study, passes_of_run, passes_per_sample
 from megatron_cca.models import resolve_architecture, tiny_architecture
-from megatron_cca.models.architecture import grid_misfit, only_grid
+from megatron_cca.models.architecture import grid_misfit
 from megatron_cca.objectives import OBJECTIVES
 from megatron_cca.training.checks import check_data, check_new_run
 
@@ -174,15 +172,8 @@ def _configs(study: Study) -> Iterator[tuple[str, Config]]:
                 yield method.where, config
 
 
-def _base_model(study: Study) -> ModelConfig:
-    given = study.settings.base.checkpoint
-    if given is None:
-        return study.base.model
-    return saved_config(layout.resolve(given, "base.checkpoint"), "base.checkpoint").model
-
-
 def _check_conditions(study: Study) -> None:
-    model = _base_model(study)
+    model = study.model
     vocabulary = resolve_architecture(model).vocabulary
     if study.settings.prompts == DIGITS:
         # No caption or class of other models means a digit.
@@ -194,18 +185,12 @@ def _check_conditions(study: Study) -> None:
 
 
 def _check_grids(study: Study) -> None:
-    model, digits = _base_model(study), SamplingConfig()
-    architecture = resolve_architecture(model)
+    architecture = resolve_architecture(study.model)
     positions = architecture.max_position_embeddings
-    # A model with one grid refuses all others below.
-    takes_any = only_grid(architecture) is None and architecture.vocabulary != tiny_architecture(model).vocabulary
     for method in study.methods.values():
         for sampling in (method.configured(values).sampling for values in variants(method)):
-            if takes_any and (sampling.height, sampling.width) == (digits.height, digits.width):
-                raise UserError(
-                    f"sampling: {digits.height} x {digits.width} is the grid of the digits; give this model's height "
-                    "and width"
-                )
+            if sampling.height is None or sampling.width is None:
+                raise UserError(f"sampling: {study.model.name} has images of any size; give their height and width")
             misfit = grid_misfit(architecture, 1, sampling.height, sampling.width)
             if misfit is not None:
                 raise UserError(f"sampling: {misfit}")
@@ -218,7 +203,7 @@ def _check_grids(study: Study) -> None:
 
 
 def _check_model(study: Study, model: ModelConfig) -> None:
-    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, _base_model(study)))
+    ours, theirs = (asdict(resolve_architecture(one)) for one in (model, study.model))
     for name in ours:
         # Rotary positions have no weights. A run may use more positions than its base.
         if name != "max_position_embeddings" and ours[name] != theirs[name]:

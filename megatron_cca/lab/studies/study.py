@@ -6,12 +6,14 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_cca import platform
-from megatron_cca.config import Config
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.summary import saved_config
+from megatron_cca.config import Config, ModelConfig
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.output_folders import claimed
@@ -25,6 +27,8 @@ from megatron_cca.lab.studies import (
     from_plain,
     read_study,
 )
+from megatron_cca.models import resolve_architecture, tiny_architecture
+from megatron_cca.models.architecture import only_grid
 from megatron_cca.objectives.base import inherited
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ _OWN_KEYS = (
     "reference.cache",
 )
 _FORWARD, _FORWARD_BACKWARD = 1, 3
+_DIGITS_GRID = (4, 4)
 TABLE, RESULTS = "table.md", "results.json"
 
 
@@ -94,12 +99,14 @@ class Study:
         path: the file.
         settings: the settings in the file.
         base: configuration of the base's pretraining; None if there is a checkpoint.
+        model: the base's ``model`` section.
         methods: the methods by name; the first is the base without guidance, which each study has.
     """
 
     path: Path
     settings: StudySettings
     base: Config | None
+    model: ModelConfig
     methods: dict[str, Method]
 
     @property
@@ -119,10 +126,25 @@ def open_study(path: Path) -> Study:
     """
     settings = read_study(path)
     base = _base(path, settings)
+    with error_context(path):
+        model = base.model if base is not None else _model_of_checkpoint(settings.base.checkpoint)
+    settings = replace(settings, sampling=with_own_grid(settings.sampling, model))
     methods = {BASE: Method(BASE, "base", None, settings.sampling, [{}], [])}
     for name, method in settings.methods.items():
         methods[name] = _method(path, settings, name, method)
-    return Study(path, settings, base, methods)
+    return Study(path, settings, base, model, methods)
+
+
+def _model_of_checkpoint(checkpoint: str) -> ModelConfig:
+    return saved_config(layout.resolve(checkpoint, "base.checkpoint"), "base.checkpoint").model
+
+
+def with_own_grid(sampling: SamplingConfig, model: ModelConfig) -> SamplingConfig:
+    """Return the settings, with what they leave out of the grid: that of the model's only one, or of the digits'."""
+    architecture = resolve_architecture(model)
+    is_of_digits = architecture.vocabulary == tiny_architecture(model).vocabulary
+    height, width = only_grid(architecture) or (_DIGITS_GRID if is_of_digits else (None, None))
+    return replace(sampling, height=sampling.height or height, width=sampling.width or width)
 
 
 def _base(path: Path, settings: StudySettings) -> Config | None:
