@@ -127,14 +127,17 @@ def _check_fresh(config: Config) -> None:
 
 def _with_data(runs: Sequence[Config]) -> Iterator[tuple[Config, RunData]]:
     """Yield each run with its data. Check what could not be checked before the run in front of it ended."""
+    from megatron_cca.training import computes_plainly
     from megatron_cca.training.batches import open_data
-    from megatron_cca.training.kernel_checks import check_devices
     from megatron_cca.training.resuming import check_resume
 
     # Another thread reads ahead. By default this thread would wait 5 ms each time it takes the interpreter from it.
     sys.setswitchinterval(1e-4)
     for config in runs:
-        check_devices(config)
+        if not computes_plainly(config):
+            from megatron_cca.training.kernel_checks import check_devices
+
+            check_devices(config)
     for config in runs:
         data = open_data(config)
         if config.reference.strategy == "cached":

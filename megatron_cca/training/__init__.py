@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_cca.config import Config, TrainingConfig
+from megatron_cca.keys import Affects, effects, values
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import sequence_multiple
 from megatron_cca.models.image_vocabulary import ImageVocabulary, Vocabulary
+
+_HOW = (Affects.LAST_BITS, Affects.SPEED)
 
 
 def rows_per_sample(config: Config) -> int:
@@ -83,6 +86,19 @@ def reference_settings(config: Config) -> TrainingConfig:
 def uses_reference_pass(config: Config) -> bool:
     """Return whether each step has a forward pass of the frozen model."""
     return config.objective.needs_reference and config.reference.strategy != "cached"
+
+
+def computes_plainly(config: Config) -> bool:
+    """Return whether the keys that change only memory, time or rounding have their defaults, and nothing is in FP8.
+
+    ``kernel_checks.py`` then has nothing to refuse.
+    """
+    own, usual = values(config), values(Config())
+    changed = {name for name, one in effects(config).items() if one.affects in _HOW and own[name] != usual[name]}
+    is_special = config.optimizer.use_precision_aware_optimizer or "fp8" in (
+        one.precision for one in settings_by_key(config).values()
+    )
+    return not is_special and changed <= {"training.micro_batch_size"}
 
 
 def settings_by_key(config: Config) -> dict[str, TrainingConfig]:

@@ -16,8 +16,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout, num_parameters
 from megatron_cca.platform.transfers import available_host_bytes, local_world_size
-from megatron_cca.training import dropout_key, has_own_weights, reference_settings, same_weights
-from megatron_cca.training.kernel_checks import check_attention, check_overlaps
+from megatron_cca.training import computes_plainly, dropout_key, has_own_weights, reference_settings, same_weights
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
 # Keys of ``optimizer`` that need Megatron's precision-aware optimizer.
@@ -46,8 +45,11 @@ def check_new_run(config: Config, world_size: int) -> None:
     _check_schedule(config)
     _check_saving(config)
     _check_optimizer(config)
-    check_overlaps(config, data_parallel)
-    check_attention(config)
+    if not computes_plainly(config):
+        from megatron_cca.training.kernel_checks import check_attention, check_overlaps
+
+        check_overlaps(config, data_parallel)
+        check_attention(config)
     _check_validation(config)
     _check_pictures(config)
     if config.objective.needs_reference:

@@ -1,6 +1,7 @@
 """Refuse kernels, precisions, overlaps and CUDA graphs that a run cannot have, and report what its attention costs.
 
-:func:`check_devices` needs the installed platform. All other checks can run before any process group is made.
+:func:`check_devices` needs the installed platform. All other checks can run before any process group is made. A run
+that computes plainly (:func:`megatron_cca.training.computes_plainly`) needs none of them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from megatron_cca.parallel.ranks import described, initialize_distributed, large
 from megatron_cca.terminal import report_losses_to
 from megatron_cca.training.batches import ContrastWatch, RunData
 from megatron_cca.training.faults import Alarms, check_alarms, skipped_in_a_row, stop_without_data
-from megatron_cca.training.kernel_checks import attention_lines
 from megatron_cca.training.log_ratio_gate import check_log_ratio
 from megatron_cca.training.run_log import MetricsLog, RunLog
 from megatron_cca.training.saving import StopRequest, finish_saves, report_finished_saves, save_checkpoint, warn_of_fork
@@ -104,8 +103,11 @@ def _report_start(run: Run, log: RunLog) -> None:
     began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
     began |= {"loader": run.loader.loader}
     log.event("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
-    for line in attention_lines(run.config, has_engine=engine_is_available()):
-        log.info(line)
+    if engine_is_available():
+        from megatron_cca.training.kernel_checks import attention_lines
+
+        for line in attention_lines(run.config, has_engine=True):
+            log.info(line)
     for line in run.passed_over:
         log.event("passed_over", f"passed over: {line}", reason=line)
     warn_of_fork(run, log)

@@ -9,6 +9,7 @@ from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import layers
+from megatron_cca.training import computes_plainly
 from megatron_cca.training.kernel_checks import check_devices
 
 FP8 = ["training.precision=fp8", "data.pad_to_multiple_of=16"]
@@ -16,8 +17,11 @@ EIGHT_B = ["model.name=emu3-8b", "data.path=x"]
 
 
 def refused(*overrides):
+    config = load_config(None, overrides)
     with pytest.raises(UserError) as error:
-        check_devices(load_config(None, overrides))
+        check_devices(config)
+    # Else a run would not ask.
+    assert not computes_plainly(config)
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -10,7 +10,7 @@ from megatron_cca import platform
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import layers
-from megatron_cca.training import engine, fixed_row_length
+from megatron_cca.training import computes_plainly, engine, fixed_row_length
 from megatron_cca.training.checks import check_run
 from megatron_cca.training.kernel_checks import check_devices
 
@@ -24,8 +24,11 @@ GATHER = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=
 
 
 def refused(check, overrides, *arguments):
+    config = load_config(None, overrides)
     with pytest.raises(UserError) as error:
-        check(load_config(None, overrides), *arguments)
+        check(config, *arguments)
+    # Else a run would not ask.
+    assert not computes_plainly(config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
