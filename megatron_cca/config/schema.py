@@ -38,8 +38,7 @@ from megatron_cca.objectives.base import DEFAULT, objective_of
 NUMBERS, LAST_BITS, SPEED, OUTPUT = Affects
 TAKES_EFFECT, SAME_NUMBERS, REFUSED = OnResume
 
-# The pydantic context of a validation whose input a person typed.
-TYPED = "typed"
+TYPED = "typed"  # the pydantic context of a validation whose input a person typed
 
 
 def _as_typed(text: str, info: ValidationInfo) -> str:
@@ -177,11 +176,14 @@ class DataConfig:
     """Section ``data``: the token shards to train on, how samples are paired, and how they are read."""
 
     path: PathText | Blend | None = key(None, NUMBERS, reference="data")
-    """A folder of token shards, or several with their weights, ``{shards/a: 0.7, shards/b: 0.3}``: their shares of the
-    samples that a run sees. The word ``digits`` stands for scikit-learn's scans, tokenised on first use. Every run must
-    set this key; null means unknown, as in an imported checkpoint."""
+    """A folder of token shards, or several with their shares of the samples, ``{shards/a: 0.7, shards/b: 0.3}``. The
+    word ``digits`` stands for scikit-learn's scans. A run must set this key; null is unknown, as after an import."""
+    pairs: Literal["conditions", "images"] | None = key(None, NUMBERS, reference=True)
+    """A pair's rows: one image under two conditions, or two images for one. Null is what the objective contrasts."""
+    partner_path: PathText | None = key(None, NUMBERS, reference="partner data")
+    """With pairs of images: shards of the second images, matched by condition. Null: ``data.path`` names its pairs."""
     condition_dropout: Probability = key(0.1, NUMBERS, reference=True)
-    """Share of rows whose caption is emptied (the authors' ``uncond_ratio``)."""
+    """Share of rows whose caption is emptied (the authors' ``uncond_ratio``); of both rows of a pair of images."""
     length_bucketing: PositiveInt = key(1, NUMBERS, reference=True)
     """Number of steps whose samples are sorted by length together, to reduce padding; 1 leaves them as drawn."""
     pad_to_multiple_of: PositiveInt = key(1, LAST_BITS, reference=True)
@@ -203,6 +205,8 @@ class ValidationConfig:
     """Share of every folder in ``data.path`` that is held out."""
     path: PathText | Blend | None = key(None, NUMBERS, TAKES_EFFECT, reference="validation data")
     """Separate shards to validate on instead, given as in ``data.path``."""
+    partner_path: PathText | None = key(None, NUMBERS, TAKES_EFFECT, reference="partner validation data")
+    """Partners of ``validation.path``; null: ``data.partner_path``."""
     iters: PositiveInt | None = key(None, NUMBERS, TAKES_EFFECT)
     """Global batches of a validation; null is as many as one pass over the samples fills, but at least one."""
     seed: NonNegativeInt = key(0, NUMBERS, reference=True)

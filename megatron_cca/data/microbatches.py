@@ -56,9 +56,9 @@ class StepPlan:
 
     Attributes:
         batch: the rows.
-        prompt_lengths: int64 ``[1 or 2, B]``, ids in front of the image, positives first.
-        image_lengths: int64 ``[B]``, ids of the image.
-        num_visual: int64 ``[B]``, visual tokens among those.
+        prompt_lengths: int64 ``[1 or 2, B]``, ids in front of the image, first rows of pairs first.
+        image_lengths: int64 ``[1 or 2, B]``, ids of the image.
+        num_visual: int64 ``[1 or 2, B]``, visual tokens among those.
         seq_length: S.
     """
 
@@ -106,12 +106,16 @@ class BatchBuilder:
             UserError: a sample longer than the model's positions; names the sample.
         """
         batch = self.pairing.at(step)
-        table = self.data.rows(batch.sample_ids)
         captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
         caption_lengths = np.where(batch.condition_dropped, 0, np.stack(captions))
-        samples = zip(batch.sample_ids.tolist(), map(tuple, table["grid"].tolist()), strict=True)
-        meta_lengths = np.array([len(self.data.meta_ids(sample, grid)) for sample, grid in samples])
-        frames, heights, widths = table["grid"].astype(np.int64).T
+        grids = [self.data.rows(ids)["grid"].astype(np.int64) for ids, _ in self._images(batch)]
+        meta_lengths = np.array(
+            [
+                [len(self.data.meta_ids(*image)) for image in zip(ids.tolist(), map(tuple, own.tolist()), strict=True)]
+                for (ids, _), own in zip(self._images(batch), grids, strict=True)
+            ]
+        )
+        frames, heights, widths = np.moveaxis(np.stack(grids), -1, 0)
         vocabulary = self.data.vocabulary
         prompts = vocabulary.prompt_length(caption_lengths, meta_lengths)
         images = vocabulary.image_length(frames, heights, widths)
@@ -165,11 +169,17 @@ class BatchBuilder:
     def _caption_ids(self, batch: GlobalBatch) -> list[np.ndarray]:
         return [batch.sample_ids, batch.negative_ids] if self.with_pairs else [batch.sample_ids]
 
+    def _images(self, batch: GlobalBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the samples and variants of the images, of each row of a pair."""
+        rows = [(batch.sample_ids, batch.variants), (batch.second_ids, batch.second_variants)]
+        return rows[: 2 if self.with_pairs else 1]
+
     def _seq_length(self, batch: GlobalBatch, lengths: np.ndarray) -> int:
         # The last token is a target and no input, hence one less.
         seq_length = -(-(int(lengths.max()) - 1) // self.sequence_multiple) * self.sequence_multiple
         if seq_length > self.max_sequence_length:
-            longest = self.data.describe(int(batch.sample_ids[int(lengths.max(axis=0).argmax())]))
+            row, place = np.unravel_index(lengths.argmax(), lengths.shape)
+            longest = self.data.describe(int(self._images(batch)[row][0][place]))
             raise UserError(
                 f"data.path: {longest} needs {seq_length} positions, model.max_position_embeddings is "
                 f"{self.max_sequence_length}; shorten its caption or image, or raise it"
@@ -181,17 +191,17 @@ class BatchBuilder:
 
         Both rows state the grid of their image, whatever their captions are.
         """
-        sample, vocabulary = int(plan.batch.sample_ids[row]), self.data.vocabulary
-        codes = self.data.codes(sample, int(plan.batch.variants[row]))
-        meta_ids = self.data.meta_ids(sample, codes.shape)
-        starts, length = plan.prompt_lengths[:, row].tolist(), int(plan.image_lengths[row])
-        image = ids[0, starts[0] : starts[0] + length]
-        vocabulary.write_image(image, codes)
-        for target, captions, start in zip(ids, self._caption_ids(plan.batch), starts, strict=True):
+        vocabulary, read = self.data.vocabulary, {}
+        captions = self._caption_ids(plan.batch)
+        for place, (samples, variants) in enumerate(self._images(plan.batch)):
+            image = int(samples[row]), int(variants[row])
+            # The two rows of a pair of conditions have the same image. It is read once.
+            codes = read[image] = read[image] if image in read else self.data.codes(*image)
+            start, length = int(plan.prompt_lengths[place, row]), int(plan.image_lengths[place, row])
             dropped = plan.batch.condition_dropped[row]
-            caption = _NO_CAPTION if dropped else self.data.caption(int(captions[row]))
-            vocabulary.write_prompt(target[:start], caption, meta_ids)
-            target[start : start + length] = image
+            caption = _NO_CAPTION if dropped else self.data.caption(int(captions[place][row]))
+            vocabulary.write_prompt(ids[place, :start], caption, self.data.meta_ids(image[0], codes.shape))
+            vocabulary.write_image(ids[place, start : start + length], codes)
 
 
 def _microbatch(vocabulary: ImageVocabulary, ids: Tensor | None, flags: Tensor) -> Microbatch:

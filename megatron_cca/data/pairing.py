@@ -18,9 +18,9 @@ from megatron_cca.errors import UserError
 # A blend keeps its proportions exactly within every block of this many positions.
 BLOCK = 8192
 
-# Separate the random streams of one seed. data/pairing.py uses other numbers.
+# Separate the random streams of one seed. Those of one (seed, step) have other numbers.
 _PERMUTATION, _BLEND, _HELD_OUT = 0, 2, 3
-# Separate the random streams of one (seed, step). data/pairing.py uses other numbers.
+# Separate the random streams of one (seed, step). data/partners.py uses other numbers.
 _DROPOUT, _BUCKETS, _VARIANTS = 1, 4, 5
 RowsOf = Callable[[np.ndarray], np.ndarray]
 
@@ -77,24 +77,34 @@ class SampleOrder:
         return samples
 
 
-def training_order(data: TokenData, seed: int, held_out_fraction: float, split_seed: int) -> SampleOrder:
+def training_order(
+    data: TokenData, seed: int, held_out_fraction: float, split_seed: int, counts: np.ndarray | None = None
+) -> SampleOrder:
     """Return the stream of a run: everything that is not held out.
+
+    Args:
+        data: of the run.
+        seed: of the run.
+        held_out_fraction, split_seed: see :class:`megatron_cca.config.ValidationConfig`.
+        counts: partners of each sample. Samples without any are left out. None means that all are taken.
 
     Raises:
         UserError: a folder with no samples left, or with a weight that is too small to be drawn.
     """
-    split = _split(data, held_out_fraction, split_seed)
+    split = _split(data, held_out_fraction, split_seed, counts)
     _check_weights(data)
     return SampleOrder(tuple(kept for kept, _ in split), tuple(data.weights), seed)
 
 
-def held_out_order(data: TokenData, fraction: float, split_seed: int) -> SampleOrder:
+def held_out_order(data: TokenData, fraction: float, split_seed: int, counts: np.ndarray | None = None) -> SampleOrder:
     """Return the stream of the held-out samples, in the same proportions. It is the same for every run on these data.
+
+    The arguments are those of :func:`training_order`.
 
     Raises:
         UserError: a folder with no held-out samples.
     """
-    split = _split(data, fraction, split_seed)
+    split = _split(data, fraction, split_seed, counts)
     return SampleOrder(tuple(held for _, held in split), tuple(data.weights), split_seed)
 
 
@@ -104,11 +114,12 @@ class GlobalBatch:
 
     Attributes:
         sample_ids: int64. The sample whose image (and own caption) the row holds.
-        negative_ids: int64. The sample whose caption is the row's negative condition.
+        negative_ids: int64. The sample whose caption is the condition of the pair's second row.
         condition_dropped: bool. True where both conditions of the row are the empty caption.
         negative_is_positive: bool. True where the row has no true negative: its condition was dropped, or the batch has
             no other condition of another image.
         variants: int64. The variant of the row's image.
+        second_ids, second_variants: int64. The image of the pair's second row: the same, or its partner.
     """
 
     sample_ids: np.ndarray
@@ -116,6 +127,8 @@ class GlobalBatch:
     condition_dropped: np.ndarray
     negative_is_positive: np.ndarray
     variants: np.ndarray
+    second_ids: np.ndarray
+    second_variants: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -146,16 +159,20 @@ class Pairing:
         table = self.rows(samples)
         # Another caption of the same image is no negative: a photograph can have several true captions.
         negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"], table["codes"])
-        draws = np.random.default_rng((self.seed, _DROPOUT, step)).random(self.global_batch_size)
-        dropped = draws < self.condition_dropout
+        dropped, variants = self._dropped(step), self._variants(samples, step)
         is_positive = dropped | ~has_negative
-        return GlobalBatch(samples, samples[negative_rows], dropped, is_positive, self._variants(samples, step))
+        return GlobalBatch(samples, samples[negative_rows], dropped, is_positive, variants, samples, variants)
 
-    def _variants(self, samples: np.ndarray, step: int) -> np.ndarray:
+    def _draws(self, stream: int, step: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, stream, step)).random(self.global_batch_size)
+
+    def _dropped(self, step: int) -> np.ndarray:
+        return self._draws(_DROPOUT, step) < self.condition_dropout
+
+    def _variants(self, samples: np.ndarray, step: int, stream: int = _VARIANTS) -> np.ndarray:
         if self.num_variants is None:
             return np.zeros(len(samples), dtype=np.int64)
-        draws = np.random.default_rng((self.seed, _VARIANTS, step)).random(len(samples))
-        return (draws * self.num_variants(samples)).astype(np.int64)
+        return (self._draws(stream, step) * self.num_variants(samples)).astype(np.int64)
 
     def _samples(self, step: int) -> np.ndarray:
         size, steps = self.global_batch_size, self.length_bucketing
@@ -215,11 +232,13 @@ def _block_pattern(counts: tuple[int, ...], seed: int, block: int) -> tuple[np.n
     return pattern, earlier
 
 
-def _split(data: TokenData, fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _split(
+    data: TokenData, fraction: float, seed: int, counts: np.ndarray | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return, for each folder, the sample ids that are kept and those that are held out, both in order."""
     parts = []
     for folder, shards in enumerate(data.shards):
-        ids = data.ids(folder)
+        ids = data.ids(folder) if counts is None else data.ids(folder)[counts[data.ids(folder)] > 0]
         held = round(fraction * len(ids))
         if fraction > 0 and not 0 < held < len(ids):
             raise UserError(

@@ -145,16 +145,18 @@ class TokenData:
     Attributes:
         shards: the folders. At least one, all of one vocabulary.
         weights: each folder's share of the samples that a run sees, up to a common factor.
+        partners: folders whose samples are only the second image of pairs. Their ids follow the others'.
     """
 
     shards: Sequence[TokenShards]
     weights: Sequence[float] = (1.0,)
+    partners: Sequence[TokenShards] = ()
 
     def __post_init__(self) -> None:
         assert len(self.shards) == len(self.weights)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[len(self.shards)]
 
     @property
     def vocabulary(self) -> ImageVocabulary:
@@ -163,7 +165,11 @@ class TokenData:
 
     @cached_property
     def _starts(self) -> list[int]:
-        return [0, *accumulate(len(shards) for shards in self.shards)]
+        return [0, *accumulate(len(shards) for shards in self._folders)]
+
+    @cached_property
+    def _folders(self) -> list[TokenShards]:
+        return [*self.shards, *self.partners]
 
     def ids(self, folder: int) -> np.ndarray:
         """Return the sample ids of one folder, int64."""
@@ -211,15 +217,19 @@ class TokenData:
         parts = [(shards.fingerprint(), weight) for shards, weight in zip(self.shards, self.weights, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+    def partners_fingerprint(self) -> str | None:
+        """Return a short hash of the folders of partners. Return None if there are none."""
+        return TokenData(self.partners).fingerprint() if self.partners else None
+
     def _looked_up(
         self, samples: np.ndarray, found: np.ndarray, column: Callable[[TokenShards], np.ndarray]
     ) -> np.ndarray:
         folders = np.searchsorted(self._starts, samples, side="right") - 1
         for folder in np.unique(folders):
             here = folders == folder
-            found[here] = column(self.shards[folder])[samples[here] - self._starts[folder]]
+            found[here] = column(self._folders[folder])[samples[here] - self._starts[folder]]
         return found
 
     def _place(self, sample: int) -> tuple[TokenShards, int]:
         folder = bisect_right(self._starts, sample) - 1
-        return self.shards[folder], sample - self._starts[folder]
+        return self._folders[folder], sample - self._starts[folder]

@@ -27,9 +27,10 @@ class PairLogps:
 
     Attributes:
         policy_positive: log p_theta(x | c), the sample's own condition.
-        policy_negative: log p_theta(x | c'), a condition that does not belong to the sample.
+        policy_negative: log p_theta(x | c'), a condition that does not belong to the sample. In pairs of images it is
+            log p_theta(x' | c), of the sample's partner.
         reference_positive: log p_phi(x | c) of the frozen reference.
-        reference_negative: log p_phi(x | c').
+        reference_negative: log p_phi(x | c'), or log p_phi(x' | c).
         negative_is_positive: bool ``[B]``. True for rows whose "negative" counts as a positive, because the condition
             was dropped or no different condition was found.
     """
@@ -113,9 +114,10 @@ class Objective:
     """The ids that log p(x | c) is normalised over at each visual token: all that the head predicts, as in the authors'
     code, or only those of visual tokens, as in sampling. The latter computes less of the head."""
 
-    contrasts: ClassVar[Literal["conditions"] | None] = None
-    """What the two rows of a sample differ in. Policy and reference compute both rows, and :meth:`loss` takes
-    :class:`PairLogps`. None means one row per sample and no reference: :meth:`loss` takes :class:`SequenceLogps`."""
+    contrasts: ClassVar[tuple[Literal["conditions", "images"], ...]] = ()
+    """What the two rows of a sample may differ in; ``data.pairs`` chooses. Policy and reference compute both rows, and
+    :meth:`loss` takes :class:`PairLogps`. Nothing means one row per sample and no reference: :meth:`loss` takes
+    :class:`SequenceLogps`."""
     is_plain_likelihood: ClassVar[bool] = False
     """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None
@@ -130,12 +132,12 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether the objective compares the policy with a frozen model."""
-        return self.contrasts is not None
+        return bool(self.contrasts)
 
     @property
     def rows_per_sample(self) -> int:
         """The number of rows of a sample: 2 if the objective contrasts, 1 otherwise."""
-        return 1 if self.contrasts is None else 2
+        return 2 if self.contrasts else 1
 
     @property
     def collapse_advice(self) -> str:
@@ -219,7 +221,7 @@ def register(cls: type[Objective]) -> None:
 
 def known_names() -> list[str]:
     """Return the possible values of ``objective.name``. Objectives without a reference come first."""
-    return sorted(OBJECTIVES, key=lambda name: OBJECTIVES[name].contrasts is not None)
+    return sorted(OBJECTIVES, key=lambda name: bool(OBJECTIVES[name].contrasts))
 
 
 def keys_of(name: Any) -> list[str] | None:

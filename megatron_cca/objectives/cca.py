@@ -26,7 +26,7 @@ class CCA(Objective):
     negative_weight: PositiveFloat = 1.0
     """The paper's lambda: larger means more fidelity and less diversity."""
 
-    contrasts = "conditions"
+    contrasts = ("conditions",)
     reward_scale = "beta"
     against_collapse = "lower objective.negative_weight ({negative_weight:g}), raise objective.beta ({beta:g})"
 

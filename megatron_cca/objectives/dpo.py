@@ -24,7 +24,7 @@ class DPO(Objective):
     beta: PositiveFloat = 0.02
     """Scale of the log-ratios; larger keeps the policy closer to the reference."""
 
-    contrasts = "conditions"
+    contrasts = ("conditions", "images")
     reward_scale = "beta"
     against_collapse = "raise objective.beta ({beta:g})"
     without_contrast = "learns nothing, its loss is ln 2"

@@ -24,7 +24,7 @@ class Unlearning(Objective):
     negative_weight: PositiveFloat = 1.0
     """The paper's lambda: weight of the mismatched pairs."""
 
-    contrasts = "conditions"
+    contrasts = ("conditions",)
     against_collapse = "lower objective.negative_weight ({negative_weight:g}),"
 
     def loss(self, pairs: PairLogps) -> Tensor:

@@ -19,6 +19,11 @@ def rows_per_sample(config: Config) -> int:
     return config.objective.rows_per_sample
 
 
+def pairs_of(config: Config) -> str | None:
+    """Return what the rows of a pair are, ``conditions`` or ``images``. Return None if the objective has no pairs."""
+    return config.data.pairs or next(iter(config.objective.contrasts), None)
+
+
 def rows_per_microbatch(config: Config) -> int:
     """Return the number of rows of one forward pass."""
     return config.training.micro_batch_size * rows_per_sample(config)

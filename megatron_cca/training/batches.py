@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from megatron.core import parallel_state
@@ -25,9 +26,10 @@ from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, grid_misfit, longest_row, only_grid, sequence_multiple
+from megatron_cca.training import pairs_of
 from megatron_cca.training.run_log import RunLog
 
-DATA, VALIDATION = "data.path", "validation.path"
+DATA, VALIDATION, PARTNERS = "data.path", "validation.path", "data.partner_path"
 NOTHING, LITTLE = "nothing_to_contrast", "little_to_contrast"
 SHARE = "positive_as_negative"
 # At this share of rows without a negative, as few rows have one as lack one at the paper's condition dropout of 0.1.
@@ -65,10 +67,12 @@ def open_data(config: Config) -> RunData:
     Raises:
         UserError: see :class:`TokenShards`, and :func:`training_order` for the held-out samples.
     """
-    path = config.validation.path
-    data = RunData(_open(config, config.data.path, DATA), None if path is None else _open(config, path, VALIDATION))
-    # Check the held-out samples now, before any process group is made.
-    training_order(data.training, 0, config.validation.fraction, config.validation.seed)
+    path, partners = config.validation.path, config.data.partner_path
+    others = config.validation.partner_path or partners
+    validation = None if path is None else _open(config, path, VALIDATION, others, "validation.partner_path")
+    data = RunData(_open(config, config.data.path, DATA, partners, PARTNERS), validation)
+    # Check the held-out samples and the partners now, before any process group is made.
+    _order(config, data.training, 0, config.validation.fraction, config.validation.seed)
     return data
 
 
@@ -76,7 +80,7 @@ def training_batches(config: Config, data: RunData, with_pairs: bool) -> BatchBu
     """Return the batches that a run trains on."""
     held_out = config.validation.fraction, config.validation.seed
     seed = config.training.seed
-    order = training_order(data.training, seed, *held_out)
+    order = _order(config, data.training, seed, *held_out)
     return _builder(config, data.training, order, seed, with_pairs, config.data.length_bucketing)
 
 
@@ -86,9 +90,10 @@ def validation_batches(config: Config, data: RunData, with_pairs: bool) -> Valid
     if not validation.interval:
         return None
     if data.validation is None:
-        tokens, order = data.training, held_out_order(data.training, validation.fraction, validation.seed)
+        tokens = data.training
+        order = held_out_order(tokens, validation.fraction, validation.seed, _counts(config, tokens))
     else:
-        tokens, order = data.validation, training_order(data.validation, validation.seed, 0.0, validation.seed)
+        tokens, order = data.validation, _order(config, data.validation, validation.seed, 0.0, validation.seed)
     one_pass = sum(len(pool) for pool in order.pools) // config.training.global_batch_size
     builder = _builder(config, tokens, order, validation.seed, with_pairs, length_bucketing=1)
     return Validation(builder, validation.iters or max(1, one_pass))
@@ -149,6 +154,8 @@ class ContrastWatch:
         return is_new
 
     def _why_nothing(self) -> str | None:
+        if pairs_of(self._config) == "images":
+            return None
         if self._config.training.global_batch_size == 1:
             return "training.global_batch_size: 1 has no other row whose condition could be the negative"
         if has_one_condition(self._data):
@@ -167,14 +174,31 @@ def has_one_condition(data: TokenData) -> bool:
     return any(_is_constant(_column(data, name)) for name in ("caption", "condition"))
 
 
-def _open(config: Config, path: str | dict[str, float], key: str) -> TokenData:
+def _open(config: Config, path: str | dict[str, float], key: str, partners: str | None, partners_key: str) -> TokenData:
     blend = {path: 1.0} if isinstance(path, str) else path
+    shards = [_shards(config, name, key) for name in blend]
+    others = [] if partners is None else [_shards(config, partners, partners_key)]
+    return TokenData(shards, list(blend.values()), others)
+
+
+def _shards(config: Config, name: str, key: str) -> TokenShards:
     architecture = resolve_architecture(config.model)
-    folders = [_digits(config) if name == DIGITS else Path(name) for name in blend]
-    shards = [TokenShards(folder, architecture.vocabulary, key) for folder in folders]
-    for one in shards:
-        _check_grids(one, architecture, key)
-    return TokenData(shards, list(blend.values()))
+    shards = TokenShards(_digits(config) if name == DIGITS else Path(name), architecture.vocabulary, key)
+    _check_grids(shards, architecture, key)
+    return shards
+
+
+def _order(config: Config, data: TokenData, seed: int, fraction: float, split_seed: int) -> SampleOrder:
+    return training_order(data, seed, fraction, split_seed, _counts(config, data))
+
+
+def _counts(config: Config, data: TokenData) -> np.ndarray | None:
+    """Return the number of partners of each sample, int64 ``[N]``. Return None without pairs of images."""
+    if pairs_of(config) != "images":
+        return None
+    from megatron_cca.data.partners import find_partners
+
+    return find_partners(data, DATA).count
 
 
 def _digits(config: Config) -> Path:
@@ -198,22 +222,29 @@ def _builder(
     config: Config, data: TokenData, order: SampleOrder, seed: int, with_pairs: bool, length_bucketing: int
 ) -> BatchBuilder:
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)
+    rule = {
+        "order": order,
+        "rows": data.rows,
+        "global_batch_size": config.training.global_batch_size,
+        "condition_dropout": config.data.condition_dropout,
+        "length_bucketing": length_bucketing,
+        "seed": seed,
+        "num_variants": data.num_variants,
+    }
     return BatchBuilder(
         data=data,
-        pairing=Pairing(
-            order=order,
-            rows=data.rows,
-            global_batch_size=config.training.global_batch_size,
-            condition_dropout=config.data.condition_dropout,
-            length_bucketing=length_bucketing,
-            seed=seed,
-            num_variants=data.num_variants,
-        ),
+        pairing=_image_pairing(data, rule) if with_pairs and pairs_of(config) == "images" else Pairing(**rule),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,
         sequence_multiple=multiple,
         max_sequence_length=longest_row(resolve_architecture(config.model), multiple),
     )
+
+
+def _image_pairing(data: TokenData, rule: dict[str, Any]) -> Pairing:
+    from megatron_cca.data.partners import ImagePairing, find_partners
+
+    return ImagePairing(**rule, partners=find_partners(data, DATA))
 
 
 def _this_share() -> RankShare:

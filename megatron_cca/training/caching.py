@@ -33,7 +33,7 @@ from megatron_cca.io.output_folders import claimed
 from megatron_cca.keys import Affects, values, values_of_reference
 from megatron_cca.models import resolve_architecture
 from megatron_cca.parallel.ranks import initialize_distributed
-from megatron_cca.training import checks, reference_settings
+from megatron_cca.training import checks, pairs_of, reference_settings
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
 from megatron_cca.training.engine import initialize_user_buffers
 from megatron_cca.training.log_ratio_gate import numeric_path
@@ -76,6 +76,8 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     filled = {
         **architecture,
         "model.vocab_size": vocabulary,
+        # None also stands for what versions without the key did.
+        "data.pairs": "images" if pairs_of(config) == "images" else None,
         "reference.precision": settings.precision,
         "reference.fp8_recipe": settings.fp8_recipe if settings.precision == "fp8" else None,
     }
@@ -84,6 +86,8 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
         "weights": weights_fingerprint(layout.resolve(own, key), key) if own is not None else _drawn(config),
         "data": data.training.fingerprint(),
         "validation data": data.validation.fingerprint() if data.validation is not None else None,
+        "partner data": data.training.partners_fingerprint(),
+        "partner validation data": data.validation.partners_fingerprint() if data.validation is not None else None,
     }
     # Only if there are some: former versions took another caption of the same image as a negative.
     repeated = data.training.num_repeated_images()

@@ -15,8 +15,16 @@ from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout, num_parameters
+from megatron_cca.objectives.base import OBJECTIVES, known_names
 from megatron_cca.platform.transfers import available_host_bytes, local_world_size
-from megatron_cca.training import computes_plainly, dropout_key, has_own_weights, reference_settings, same_weights
+from megatron_cca.training import (
+    computes_plainly,
+    dropout_key,
+    has_own_weights,
+    pairs_of,
+    reference_settings,
+    same_weights,
+)
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
 # Keys of ``optimizer`` that need Megatron's precision-aware optimizer.
@@ -40,6 +48,7 @@ def check_new_run(config: Config, world_size: int) -> None:
     architecture = resolve_architecture(config.model)
     check_layout(architecture, config.model, config.parallel)
     data_parallel = data_parallel_size(config, world_size)
+    _check_pairs(config)
     _check_batch(config, data_parallel)
     _check_interleaving(config, data_parallel)
     _check_schedule(config)
@@ -58,6 +67,22 @@ def check_new_run(config: Config, world_size: int) -> None:
         check_weights(config, config.training.pretrained_checkpoint, PRETRAINED)
     if config.reference.checkpoint is not None:
         check_weights(config, config.reference.checkpoint, REFERENCE)
+
+
+def _check_pairs(config: Config) -> None:
+    name, possible = config.objective.name, config.objective.contrasts
+    kind = config.data.pairs
+    if kind is not None and kind not in possible:
+        own = f"contrasts {possible[0]}" if possible else "has no pairs"
+        others = ", ".join(other for other in known_names() if kind in OBJECTIVES[other].contrasts)
+        raise UserError(f"data.pairs: {kind}, but {name} {own}; leave it out, or set objective.name to one of {others}")
+    for key in ("data.partner_path", "validation.partner_path"):
+        section, _, one = key.partition(".")
+        path = getattr(getattr(config, section), one)
+        if path is not None and pairs_of(config) != "images":
+            raise UserError(f"{key}: {path}, but this run has no pairs of images; leave it out, or set data.pairs so")
+        if path is not None and path == getattr(config, section).path:
+            raise UserError(f"{key}: {path} is {section}.path; an image is no partner of itself")
 
 
 def check_data(config: Config) -> None:

@@ -28,6 +28,7 @@ SWITCHED_OFF = {
     "io/file_contents.py": "files of other programs",
     "io/output_folders.py": "reference.strategy=cached",
     "training/engine.py": "parallel.tp_comm_overlap or kernels.cuda_graph_impl",
+    "data/partners.py": "data.pairs=images",
     "data/digits.py": "data.path=digits",
     "data/codebooks.py": "data.path=digits",
     "models/scale_quantizer.py": "data.path=digits",

@@ -46,7 +46,7 @@ class IPO(Objective):
     tau: PositiveFloat = 0.1
     """Draws the difference of the two log-ratios to 1 / (2 tau)."""
 
-    contrasts = "conditions"
+    contrasts = ("conditions",)
     reward_scale = "tau"
     against_collapse = "raise objective.tau ({tau:g})"
     without_contrast = "asks for a difference that there cannot be"

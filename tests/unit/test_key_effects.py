@@ -210,8 +210,15 @@ def paths_as_contents(monkeypatch):
 
 
 def identity(config):
-    training = SimpleNamespace(fingerprint=lambda: config.data.path, num_repeated_images=lambda: 0)
-    validation = SimpleNamespace(fingerprint=lambda: config.validation.path)
+    training = SimpleNamespace(
+        fingerprint=lambda: config.data.path,
+        num_repeated_images=lambda: 0,
+        partners_fingerprint=lambda: config.data.partner_path,
+    )
+    validation = SimpleNamespace(
+        fingerprint=lambda: config.validation.path,
+        partners_fingerprint=lambda: config.validation.partner_path,
+    )
     return caching.cache_identity(config, SimpleNamespace(training=training, validation=validation))
 
 

@@ -292,7 +292,7 @@ def _unit(results: Results) -> int:
     They are those of the first training with a contrast, or else of the first training.
     """
     trained = [result for result in results.rows if result.passes]
-    contrasting = [result for result in trained if result.row.run.config.objective.contrasts is not None]
+    contrasting = [result for result in trained if result.row.run.config.objective.contrasts]
     return (contrasting or trained)[0].passes if trained else 1
 
 

@@ -1,0 +1,137 @@
+"""Pairs of images: a sample and its partner, another image for the same condition, which is the pair's second row.
+
+Partners lie in shard folders of their own, matched by condition, such as images that a model drew. Or the sample's own
+folder says who they are, in ``pairs.npy``: int64 ``[P, 2]``, a winner and a loser by their numbers in the folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cca.data.pairing import GlobalBatch, Pairing
+from megatron_cca.data.shards import TokenData, TokenShards
+from megatron_cca.errors import UserError, error_context
+from megatron_cca.io.external_files import mapped_array
+
+PAIRS = "pairs.npy"
+# Separate the random streams of one (seed, step). data/pairing.py uses other numbers.
+_PARTNERS, _PARTNER_VARIANTS = 6, 7
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The partners of all samples: those of sample s are ``ids[first[s] : first[s] + count[s]]``.
+
+    Attributes:
+        first, count: int64 ``[N]``.
+        ids: int64 ``[M]``, sample ids.
+    """
+
+    first: np.ndarray
+    count: np.ndarray
+    ids: np.ndarray
+
+    def drawn(self, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Return a partner of each sample, int64 ``[B]``, for random numbers from 0 to 1."""
+        return self.ids[self.first[samples] + (draws * self.count[samples]).astype(np.int64)]
+
+
+@dataclass(frozen=True)
+class ImagePairing(Pairing):
+    """The rule by which global batches of pairs of images are drawn.
+
+    Both rows have the sample's own condition, or both have none where it is dropped.
+
+    Attributes:
+        partners: of the data.
+    """
+
+    partners: Partners | None = None
+
+    def at(self, step: int) -> GlobalBatch:
+        """Return the batch of a step. Steps are counted from 0."""
+        samples = self._samples(step)
+        partners = self.partners.drawn(samples, self._draws(_PARTNERS, step))
+        return GlobalBatch(
+            sample_ids=samples,
+            negative_ids=samples,
+            condition_dropped=self._dropped(step),
+            negative_is_positive=np.zeros(len(samples), dtype=bool),
+            variants=self._variants(samples, step),
+            second_ids=partners,
+            second_variants=self._variants(partners, step, _PARTNER_VARIANTS),
+        )
+
+
+def find_partners(data: TokenData, key: str) -> Partners:
+    """Return the partners of all samples: in the data's folders of partners if there are some, else in its own.
+
+    Args:
+        data: of the run.
+        key: the option that named it, for messages.
+
+    Raises:
+        UserError: a sample without a partner in folders of partners, a folder that names no pairs, or a damaged file.
+    """
+    if not data.partners:
+        return _within(data, key)
+    captions = data.rows(np.arange(len(data)))["caption"]
+    places = np.arange(len(data), len(data) + sum(map(len, data.partners)))
+    others = data.rows(places)["caption"]
+    order = np.argsort(others, kind="stable")
+    first, end = (np.searchsorted(others[order], captions, side=side) for side in ("left", "right"))
+    lacking = np.flatnonzero(first == end)
+    if lacking.size:
+        raise UserError(
+            f"data.partner_path: no image there has the condition of {data.describe(int(lacking[0]))}"
+            f"{f' and of {lacking.size - 1} more' if lacking.size > 1 else ''}; a pair of images needs two for one "
+            "condition: draw or tokenize some for it"
+        )
+    return Partners(first, end - first, places[order])
+
+
+def _within(data: TokenData, key: str) -> Partners:
+    found, start = [], 0
+    for shards in data.shards:
+        found.append(_pairs(shards, key) + start)
+        start += len(shards)
+    winners, losers = np.concatenate(found).T
+    order = np.argsort(winners, kind="stable")
+    first, end = (np.searchsorted(winners[order], np.arange(start), side=side) for side in ("left", "right"))
+    return Partners(first, end - first, losers[order])
+
+
+def _pairs(shards: TokenShards, key: str) -> np.ndarray:
+    path = shards.folder / PAIRS
+    if PAIRS not in shards.manifest["files"]:
+        raise UserError(
+            f"{key}: {shards.folder} names no pairs of images ({PAIRS}); tokenize preferences, or name the partners' "
+            "folder in data.partner_path"
+        )
+    with error_context(key):
+        return read_pairs(path, shards.table)
+
+
+def read_pairs(path: Path, table: np.ndarray) -> np.ndarray:
+    """Return the pairs of a folder, int64 ``[P, 2]``.
+
+    Args:
+        path: the file.
+        table: of the folder's samples.
+
+    Raises:
+        UserError: damaged, empty, a number that is no sample, or two samples of different conditions; names the file.
+    """
+    with error_context(path):
+        pairs = mapped_array(path)
+        if pairs.dtype != np.int64 or pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+            raise UserError(f"must hold int64 [P, 2], holds {pairs.dtype} {list(pairs.shape)}")
+        if pairs.min() < 0 or pairs.max() >= len(table):
+            raise UserError(f"names sample {pairs.max() if pairs.min() >= 0 else pairs.min()} of {len(table)}")
+        other = np.flatnonzero(table["caption"][pairs[:, 0]] != table["caption"][pairs[:, 1]])
+        if other.size:
+            raise UserError(f"pair {other[0]}, samples {pairs[other[0]].tolist()}, has two conditions; it must be one")
+    return np.array(pairs)
