@@ -191,8 +191,7 @@ class DataConfig:
     prefetch: PositiveInt = key(2, SPEED, study=False)
     """Steps that are read ahead."""
     loader: Literal["dali", "torch"] | None = key(None, SPEED, study=False)
-    """What copies batches to the device: NVIDIA DALI, or torch alone through page-locked memory. Both give the same
-    bytes. Null is DALI where it is installed, torch elsewhere; a run names its loader on its first line."""
+    """What copies batches to the device. Both give the same bytes. Null is DALI where it is installed, else torch."""
 
 
 @strict
