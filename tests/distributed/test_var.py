@@ -10,8 +10,11 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.training.batches import open_data, training_batches
+from tests.distributed.class_model_workers import Var, exact, plain_loss
 from tests.distributed.launch import class_model_answers as answers
 from tests.distributed.launch import run_workers
+from tests.distributed.test_layout_parity import under
 from tests.references import var
 from tests.references.var_in_megatron import frozen_tensors
 from tests.selection import mostly_full
@@ -64,7 +67,7 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return answers("cca_steps", STEPS, tmp_path_factory, common=STEP)
+    return answers("steps", STEPS, tmp_path_factory, common=STEP)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,44 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     assert abs(margin) > 0.02
     assert loss <= 1e-4
     assert gradient <= 1e-4, where
+
+
+def test_a_step_of_every_objective_has_the_plain_models_loss_and_gradients(tmp_path_factory):
+    cases = {
+        ranks: {
+            f"{name}, {layout}": {"overrides": [*TINY, *under(name, STEP), *overrides], "is_filled_up": True}
+            for layout, overrides in layouts.items()
+            for name in ("next_token", "dpo", "unlearning")
+        }
+        for ranks, layouts in BY_RANKS.items()
+    }
+    for case, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=[]).items():
+        assert loss <= 1e-4, case
+        assert gradient <= 1e-4, (case, where)
+
+
+@pytest.mark.parametrize("name", ["cca", "next_token"])
+def test_a_step_on_shards_has_the_plain_models_loss(name, tiny_var, tmp_path):
+    """Conditions are dropped, and the reference has other weights than the policy, so that its part is no zero."""
+    torch.save(var.random_weights(var.TINY, seed=2, std=0.1) | var.buffers(var.TINY), tmp_path / "other.pth")
+    torch.save(var.random_quantizer(var.TINY), tmp_path / "vae_ch160v4096z32.pth")
+    import_checkpoint(tmp_path / "other.pth", tmp_path / "other", progress_bar=False)
+    other = [f"reference.checkpoint={tmp_path}/other"] if name == "cca" else []
+    overrides = [*tiny_var, *under(name, STEP), "data.condition_dropout=0.4", *other]
+    config = load_config(None, [*overrides, "training.micro_batch_size=8"])
+    batches = training_batches(config, open_data(config), with_pairs=name == "cca")
+    (rows,) = batches.build(0, 0, 1).microbatches
+    images, sizes = len(rows.negative_is_positive), var.TINY
+    classes, codes = rows.tokens[:, 0] - sizes.codebook, rows.targets[:images, : sizes.tokens]
+    assert 0 < (classes == sizes.classes).sum() < len(classes)
+    plain = Var(None)
+    policy, reference = (exact(plain.weights(seed)) for seed in (0, 2))
+    conditions = classes[:images], classes[-images:], rows.negative_is_positive
+    expected = plain_loss(config.objective, plain, policy, reference, conditions, codes)
+    for ranks, split in ((1, []), (2, TP2)):
+        settings = {"common": overrides, "layouts": {"one": split}, "steps": 1}
+        (step,) = run_workers(ranks, "traces", settings, tmp_path / "job")["one"]
+        assert step["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
