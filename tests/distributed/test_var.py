@@ -23,6 +23,10 @@ TP2 = ["parallel.tensor_model_parallel_size=2"]
 TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_modules=[core_attn, mlp]"]
+# Three layers: two and one recomputed together, or two recomputed and one not.
+GROUPS = [*FULL, "training.recompute_num_layers=2"]
+SOME = [*GROUPS, "training.recompute_method=block"]
+HOW = {"": [], ", full recomputation": FULL, ", in groups": GROUPS, ", of some": SOME, ", selective": SELECTIVE}
 # So that the head's 256 rows lie on both of two ranks, and rows of no word behind them.
 TINY = ["model.name=var-tiny", "model.make_vocab_size_divisible_by=24"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "DP 2": []}}
@@ -59,7 +63,7 @@ STEPS = {
     ranks: {
         f"{layout}{how}": {"overrides": [*TINY, *overrides, *more], "is_filled_up": True}
         for layout, overrides in layouts.items()
-        for how, more in (("", []), (", full recomputation", FULL), (", selective recomputation", SELECTIVE))
+        for how, more in HOW.items()
     }
     for ranks, layouts in BY_RANKS.items()
 }
@@ -71,7 +75,10 @@ def steps(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "case", mostly_full([name for own in STEPS.values() for name in own], lambda case: "selective" in case)
+    "case",
+    mostly_full(
+        [name for own in STEPS.values() for name in own], lambda case: "selective" in case or "process, of" in case
+    ),
 )
 def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     loss, gradient, where, margin = steps[case]
@@ -234,6 +241,7 @@ def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
             "model.max_position_embeddings=40",
             "model.max_position_embeddings: 40, but the class and the codes of grids of",
         ),
+        ("model.rotary_base=500", "model.rotary_base: 500.0, but positions are learned here; leave it out"),
         ("model.num_query_groups=2", "model.num_query_groups: 2, but every head has keys of its own here; use 4"),
     ],
 )
