@@ -1,5 +1,6 @@
 """The model that VAR's weights are for, against a plain one: logits and a CCA step on every layout."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +8,12 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import load_config
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.models.llamagen import class_vocabulary
+from megatron_cca.models.var import pyramid_vocabulary
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.class_model_workers import Var, exact, plain_loss
 from tests.distributed.launch import class_model_answers as answers
@@ -99,6 +103,28 @@ def test_a_step_of_every_objective_has_the_plain_models_loss_and_gradients(tmp_p
     for case, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=[]).items():
         assert loss <= 1e-4, case
         assert gradient <= 1e-4, (case, where)
+
+
+def test_shards_of_another_model_are_refused(tiny_var, tmp_path):
+    (own,) = [one.partition("=")[2] for one in tiny_var if one.startswith("data.path=")]
+    image, label = np.zeros((4, 4), dtype=np.int64), np.array([1])
+    others = {
+        "one grid": (class_vocabulary(40, 10), image),
+        "other grids": (pyramid_vocabulary(40, 10, (4, 2, 1)), None),
+    }
+    for name, (vocabulary, codes) in others.items():
+        codes = np.zeros((1, 21), dtype=np.int64) if codes is None else codes
+        write_shards(tmp_path / name, [Sample(codes, label)] * 9, vocabulary, None)
+        check_refused([*tiny_var, f"data.path={tmp_path / name}"], tmp_path / name)
+    check_refused(["model.name=llamagen-tiny", "model.codebook_size=40", f"data.path={own}"], own)
+
+
+def check_refused(overrides, folder):
+    with pytest.raises(UserError) as refusal:
+        open_data(load_config(None, overrides))
+    message = str(refusal.value)
+    assert message.startswith(f"data.path: {folder} was tokenized for another vocabulary (")
+    assert message.endswith("); tokenize it again for this model")
 
 
 @pytest.mark.parametrize("name", ["cca", "next_token"])
