@@ -204,7 +204,7 @@ def test_an_export_has_the_merged_weights_and_verifies(trained, tmp_path):
 def test_an_export_of_var_has_the_merged_weights(tiny_var, tmp_path):
     overrides = [*SIZED_BY_PRESET, *tiny_var, *LORA, "optimizer.lr=1e-2", f"training.output_dir={tmp_path}/run"]
     # Rows of the head that fill up are as many as in the import.
-    overrides.append("model.padded_vocab_size=128")
+    overrides.append("model.padded_vocab_size=384")
     settings = {"overrides": [*overrides, *TP2_SP], "steps": BEFORE, "save": True}
     run_workers(2, "checkpoint_workers.resume", settings, tmp_path / "answers")
     exported = torch.load(export_checkpoint(tmp_path / "run", tmp_path / "out.pth", progress_bar=False))
@@ -214,7 +214,7 @@ def test_an_export_of_var_has_the_merged_weights(tiny_var, tmp_path):
     changed = {name for name in merged if not torch.equal(merged[name], whole(before, name))}
     projections = {"linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight"}
     assert {".".join(name.split(".")[-2:]) for name in changed} == projections
-    found = var_in_megatron.whole_tensors(exported, var.random_quantizer(var.TINY), var.TINY, 128)
+    found = var_in_megatron.whole_tensors(exported, var.random_quantizer(var.TINY), var.TINY, 384)
     for name, value in found.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         expected = merged[name] if layer is None else merged[name.replace(layer[0], "layers.")][int(layer[1])]

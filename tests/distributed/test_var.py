@@ -109,14 +109,14 @@ def test_shards_of_another_model_are_refused(tiny_var, tmp_path):
     (own,) = [one.partition("=")[2] for one in tiny_var if one.startswith("data.path=")]
     image, label = np.zeros((4, 4), dtype=np.int64), np.array([1])
     others = {
-        "one grid": (class_vocabulary(40, 10), image),
-        "other grids": (pyramid_vocabulary(40, 10, (4, 2, 1)), None),
+        "one grid": (class_vocabulary(256, 10), image),
+        "other grids": (pyramid_vocabulary(256, 10, (4, 2, 1)), None),
     }
     for name, (vocabulary, codes) in others.items():
         codes = np.zeros((1, 21), dtype=np.int64) if codes is None else codes
         write_shards(tmp_path / name, [Sample(codes, label)] * 9, vocabulary, None)
         check_refused([*tiny_var, f"data.path={tmp_path / name}"], tmp_path / name)
-    check_refused(["model.name=llamagen-tiny", "model.codebook_size=40", f"data.path={own}"], own)
+    check_refused(["model.name=llamagen-tiny", "model.codebook_size=256", f"data.path={own}"], own)
 
 
 def check_refused(overrides, folder):
