@@ -34,3 +34,11 @@ def digit_shards(tmp_path_factory) -> Path:
     from tests.references.drawn_digits import shards_of_digits
 
     return shards_of_digits(tiny_vocabulary(), tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def tiny_var(tmp_path_factory) -> list[str]:
+    """Overrides of a run of VAR's tiny model, with a checkpoint and shards."""
+    from tests.references.tiny_var import settings
+
+    return settings(tmp_path_factory.mktemp("var"))

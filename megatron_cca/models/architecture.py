@@ -75,7 +75,7 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     if architecture.scales:
         from megatron_cca.models.pyramid import check_sizes
 
-        check_sizes(architecture)
+        check_sizes(architecture, preset)
     elif channels % 2:
         raise UserError(
             f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "

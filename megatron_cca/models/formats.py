@@ -133,12 +133,14 @@ class FrozenFile:
     Attributes:
         name: its usual name, under which it is looked for beside the weights.
         published: where it is published.
+        marker: the name of a tensor that it has. A file of weights that has it holds the other model, too.
         read: returns its tensors by their keys in Megatron's checkpoint. Refuses a file that does not fit the sizes,
             and does not name the file.
     """
 
     name: str
     published: str
+    marker: str
     read: Callable[[Path, Architecture], dict[str, Tensor]]
 
 

@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear, te_checkpoint
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     checkpoint,
     gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -53,6 +54,8 @@ def block_options() -> dict[str, Any]:
         "gated_linear_unit": False,
         "activation_func": _gelu_tanh,
         "add_bias_linear": True,
+        # Megatron has no fused kernel for this activation, and refuses to build the layers with one.
+        "bias_activation_fusion": False,
         # With qk_layernorm, Megatron would sum the gradient of the sharpness over ranks that have different heads.
         "qk_l2_norm": True,
         # The keys and queries have unit length, and the queries' learned sharpness.
@@ -196,7 +199,7 @@ class ModulatedLayer(TransformerLayer):
         attended, bias = self.self_attention(modulated(hidden_states, scale1, shift1, epsilon), attention_mask)
         hidden_states = hidden_states + gamma1 * (attended + bias)
         inner = modulated(hidden_states, scale2, shift2, epsilon)
-        result = checkpoint(self.feed_forward, False, inner) if self.recompute_mlp else self.feed_forward(inner)
+        result = self.recomputed_feed_forward(inner) if self.recompute_mlp else self.feed_forward(inner)
         return hidden_states + gamma2 * result, context
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
@@ -205,6 +208,13 @@ class ModulatedLayer(TransformerLayer):
         # the checkpoint, and recompute without end.
         result, bias = self.mlp(hidden)
         return result + bias
+
+    def recomputed_feed_forward(self, hidden: Tensor) -> Tensor:
+        """Return the same. Backward computes it once more, so that nothing in between is kept."""
+        if self.config.fp8:
+            # Megatron's own checkpoint does not know FP8: its second products would be bf16's.
+            return te_checkpoint(self.feed_forward, False, get_cuda_rng_tracker, self.pg_collection.tp, hidden)
+        return checkpoint(self.feed_forward, False, hidden)
 
 
 def _freeze_key_bias(attention: torch.nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_cca.config import ModelConfig, ParallelConfig
+from megatron_cca.config import Config, ModelConfig, ParallelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 
@@ -12,11 +12,15 @@ def num_codes(scales: tuple[int, ...]) -> int:
     return sum(side**2 for side in scales)
 
 
-def check_sizes(architecture: Architecture) -> None:
-    """Refuse sizes that do not fit the scales.
+def check_sizes(architecture: Architecture, preset: Architecture) -> None:
+    """Refuse sizes that do not fit the scales, or that such a model does not have.
+
+    Args:
+        architecture: the preset, with the sizes that the configuration sets.
+        preset: as it is.
 
     Raises:
-        UserError: another number of positions, or heads that share keys. Names the key.
+        UserError: another number of positions, heads that share keys, or a rotary base. Names the key.
     """
     wanted = architecture.prefix_tokens + num_codes(architecture.scales)
     if architecture.max_position_embeddings != wanted:
@@ -30,6 +34,8 @@ def check_sizes(architecture: Architecture) -> None:
             f"model.num_query_groups: {architecture.num_query_groups}, but every head has keys of its own here; use "
             f"{architecture.num_attention_heads}"
         )
+    if architecture.rotary_base != preset.rotary_base:
+        raise UserError(f"model.rotary_base: {architecture.rotary_base}, but positions are learned here; leave it out")
 
 
 def check_next_scale_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -48,6 +54,24 @@ def check_next_scale_layout(model: ModelConfig, parallel: ParallelConfig) -> Non
         raise UserError(
             f"model.hidden_dropout: {model.hidden_dropout}, but the layers of {model.name} have none; use 0"
         )
+
+
+def check_next_scale_kernels(config: Config) -> None:
+    """Refuse kernels, graphs and overlaps of layers that such a model's layers do not have.
+
+    Raises:
+        UserError: one of them is on. Names the key.
+    """
+    kernels = config.kernels
+    for key, is_on in (
+        ("kernels.bias_activation_fusion", kernels.bias_activation_fusion),
+        ("kernels.bias_dropout_fusion", kernels.bias_dropout_fusion),
+        ("kernels.apply_rope_fusion", kernels.apply_rope_fusion),
+        ("kernels.cuda_graph_impl", kernels.cuda_graph_impl != "none"),
+        ("parallel.tp_comm_overlap", config.parallel.tp_comm_overlap),
+    ):
+        if is_on:
+            raise UserError(f"{key}: the layers of {config.model.name} cannot have it; leave it out")
 
 
 def num_parameters_of_pyramid(architecture: Architecture) -> int:

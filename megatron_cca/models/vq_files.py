@@ -16,12 +16,14 @@ from torch import Tensor
 from megatron_cca.errors import UserError
 from megatron_cca.models.formats import float32_copy
 from megatron_cca.models.vq_network import NORM_GROUPS, VqNetwork, VqSizes
-from megatron_cca.models.weight_files import tensors_in
+from megatron_cca.models.weight_files import contents_of, tensors_under
 
 CODEBOOK = "quantize.embedding.weight"
 _FIRST = "encoder.conv_in.weight"
 # In the order of LlamaGen's sampling and code extraction. "ema" is a training checkpoint's average.
 _SECTIONS = ("model", "ema", "state_dict")
+# VAR's trainer saves the image tokenizer beside the model that it trains.
+_TRAINER, _OF_TRAINER = "trainer", "vae_local"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SUFFIXES = (".pt", ".pth")
 
@@ -92,7 +94,7 @@ class VqFiles:
         files = _files(path)
         try:
             # Tensors are memory maps: only their names are read.
-            names = tensors_in(files[0], _SECTIONS) if len(files) == 1 else {}
+            names = _tensors_in(files[0]) if len(files) == 1 else {}
         except UserError:
             return False
         return self.form.decoder in names or any(name.startswith(self.form.own_prefix) for name in names)
@@ -118,7 +120,7 @@ def read_vq_file(path: Path, form: VqForm) -> VqContents:
         UserError: a damaged file, one of another model, or tensors that do not fit each other. The message does not
             name the file.
     """
-    found = tensors_in(path, _SECTIONS)
+    found = _tensors_in(path)
     stored = {name: tensor for name, tensor in found.items() if name not in form.unused}
     if form.decoder in stored:
         raise UserError(
@@ -133,6 +135,13 @@ def read_vq_file(path: Path, form: VqForm) -> VqContents:
     _check_shapes(stored, wanted, form.owner)
     tensors = {name: float32_copy(name, stored[name]) for name in wanted}
     return VqContents(form, sizes, tensors, {name: found[name] for name in form.unused if name in found})
+
+
+def _tensors_in(path: Path) -> dict[str, Tensor]:
+    content = contents_of(path)
+    if isinstance(content, dict) and isinstance(content.get(_TRAINER), dict):
+        content = content[_TRAINER]
+    return tensors_under(content, (_OF_TRAINER, *_SECTIONS), path.stat().st_size)
 
 
 def _files(path: Path) -> list[Path]:

@@ -49,8 +49,8 @@ class ReadingOptions:
     """widen weights in float16, bfloat16 or several types to float32, which loses nothing (default: keep the bits;
     weights in float16 or of several types are refused)"""
     image_tokenizer: Annotated[Folder, Option(metavar="FILE")] | None = None
-    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: vae_ch160v4096z32.pth beside
-    the weights)"""
+    """image tokenizer of a VAR, whose codebook and convolutions its model reads (default: the one in a file of VAR's
+    trainer, else vae_ch160v4096z32.pth beside the weights)"""
 
 
 @options

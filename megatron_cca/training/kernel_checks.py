@@ -33,6 +33,10 @@ def check_overlaps(config: Config, data_parallel: int) -> None:
     Raises:
         UserError: the message names the key and what would be right.
     """
+    if resolve_architecture(config.model).scales:
+        from megatron_cca.models.pyramid import check_next_scale_kernels
+
+        check_next_scale_kernels(config)
     _check_pipeline(config, data_parallel)
     _check_optimizer(config, data_parallel * config.parallel.context_parallel_size)
     if config.parallel.tp_comm_overlap:

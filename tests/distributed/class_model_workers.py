@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import PhaseTracker
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
-from tests.references import llamagen, llamagen_in_megatron, var, var_in_megatron
+from tests.references import class_losses, llamagen, llamagen_in_megatron, var, var_in_megatron
 from tests.references.in_megatron import fill, parts_on_this_rank
 
 ROWS = 8
@@ -57,8 +58,8 @@ class LlamaGen:
         """Of all codes: the last one is predicted, but not fed."""
         return llamagen.logits(weights, classes, codes[:, :-1], self.sizes)
 
-    def cca_loss(self, policy, reference, rows, codes, **objective):
-        return llamagen.cca_loss(policy, reference, rows, codes, self.sizes, **objective)
+    def logps(self, weights, classes, codes):
+        return llamagen.image_logps(weights, classes, codes, self.sizes)
 
 
 class Var:
@@ -80,8 +81,8 @@ class Var:
         quantizer = {name: value.to(weights["head.weight"].dtype) for name, value in self.quantizer.items()}
         return var.logits(weights, quantizer, classes, codes, self.sizes)
 
-    def cca_loss(self, policy, reference, rows, codes, **objective):
-        return var.cca_loss(policy, reference, _exact(self.quantizer), rows, codes, self.sizes, **objective)
+    def logps(self, weights, classes, codes):
+        return var.image_logps(weights, exact(self.quantizer), classes, codes, self.sizes)
 
 
 def _started(overrides):
@@ -116,10 +117,10 @@ def _filled(overrides):
     chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
     weights = plain.weights()
     fill(chunks, plain.whole(weights, _padded(config, architecture)))
-    return architecture, plain, _exact(weights), [chunk.eval() for chunk in chunks]
+    return architecture, plain, exact(weights), [chunk.eval() for chunk in chunks]
 
 
-def _exact(weights):
+def exact(weights):
     """In float64, so that no rounding but Megatron's is seen."""
     return {name: value.double() for name, value in weights.items()}
 
@@ -185,33 +186,35 @@ class _Reader:
     def __init__(self, config, rows, codes, sizes, length):
         self._parts = rows, codes, sizes, length
         self._samples = config.training.micro_batch_size
-        self.rows_per_microbatch = 2 * self._samples
+        self._kinds = 1 if config.objective.is_plain_likelihood else 2
+        self.rows_per_microbatch = self._kinds * self._samples
 
     def get(self, _step):
         (classes, negatives, flags), codes, sizes, length = self._parts
         cut = [part.split(self._samples) for part in (classes, negatives, flags, codes)]
         microbatches = [self._microbatch(*parts, sizes, length) for parts in zip(*cut, strict=True)]
         tokens = sizes.tokens
-        return StepBatch(microbatches, length, mean_num_tokens=float(tokens), num_tokens=2 * ROWS * tokens)
+        return StepBatch(microbatches, length, mean_num_tokens=float(tokens), num_tokens=self._kinds * ROWS * tokens)
 
     def attempt(self, step):
         return self.get(step), None
 
     def _microbatch(self, classes, negatives, flags, codes, sizes, length):
-        tokens = torch.cat([_tokens(labels, codes, sizes, length) for labels in (classes, negatives)])
-        targets = torch.nn.functional.pad(codes.repeat(2, 1), (0, length - sizes.tokens))
+        kinds = (classes, negatives)[: self._kinds]
+        tokens = torch.cat([_tokens(labels, codes, sizes, length) for labels in kinds])
+        targets = torch.nn.functional.pad(codes.repeat(self._kinds, 1), (0, length - sizes.tokens))
         return Microbatch(tokens, targets, torch.arange(length).expand_as(tokens) < sizes.tokens, flags)
 
 
-def cca_steps(settings):
-    """By case: relative errors of the loss and of the worst gradient of a CCA step, and the name of that one."""
+def steps(settings):
+    """By case: relative errors of a step's loss and of its worst gradient, the name of that one, and the margin."""
     return {
-        name: _cca_step(settings["common"] + case["overrides"], case["is_filled_up"])
+        name: _step(settings["common"] + case["overrides"], case["is_filled_up"])
         for name, case in settings["cases"].items()
     }
 
 
-def _cca_step(overrides, is_filled_up):
+def _step(overrides, is_filled_up):
     config, architecture, plain = _started(overrides)
     sizes = plain.sizes
     length = plain.filled_up if is_filled_up else sizes.tokens
@@ -219,23 +222,30 @@ def _cca_step(overrides, is_filled_up):
     dropped = torch.arange(ROWS) == 5
     rows = llamagen.conditions(classes, dropped, sizes)
     assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
-    frozen, moved = (_exact(plain.weights(seed)) for seed in (0, 1))
+    frozen, moved = (exact(plain.weights(seed)) for seed in (0, 1))
     trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
-    objective = {"beta": config.objective.beta, "weight": config.objective.negative_weight}
-    loss = plain.cca_loss(trained, frozen, rows, codes, **objective)
+    loss = plain_loss(config.objective, plain, trained, frozen, rows, codes)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
     run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=None)
     padded = _padded(config, architecture)
     fill(run.policy_chunks, plain.whole(trained, padded))
-    fill(run.reference.chunks, plain.whole(frozen, padded))
+    if run.reference is not None:
+        fill(run.reference.chunks, plain.whole(frozen, padded))
     report = train_step(run)
     assert report.problem is None
     errors = _gradient_errors(run, {name: value.grad for name, value in trained.items()}, plain, padded)
     worst = max(errors, key=errors.get)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (errors[worst], worst))
-    return [abs(report.metrics["loss"] / loss.item() - 1), *max(everyone), report.metrics["margin"]]
+    return [abs(report.metrics["loss"] / loss.item() - 1), *max(everyone), report.metrics.get("margin")]
+
+
+def plain_loss(objective, plain, policy, reference, rows, codes):
+    """The loss of an ``objective`` section by the plain model, for two sets of its weights."""
+    given = {"beta": getattr(objective, "beta", None), "weight": getattr(objective, "negative_weight", None)}
+    models = (partial(plain.logps, weights, codes=codes) for weights in (policy, reference))
+    return class_losses.loss(objective.name, *models, rows, **given, tokens=plain.sizes.tokens)
 
 
 def first_log_ratios(settings):

@@ -108,11 +108,20 @@ def checkpoints(overrides, tmp_path_factory):
     return [layout.resolve(folder / name, "key") for name in ("one", "other")]
 
 
-@pytest.mark.parametrize("start", [run_tool, pytest.param(cold, marks=pytest.mark.full)])
-def test_from_cache_to_run(start, digit_shards, tmp_path):
-    config = ROOT / "examples" / "emu3_tiny_cca.yaml"
-    settings = ["training.train_iters=2", "training.pretrained_checkpoint=null", f"data.path={digit_shards}"]
-    settings += ["training.global_batch_size=8", "training.micro_batch_size=4", f"training.output_dir={tmp_path}/run"]
+@pytest.mark.parametrize(
+    ("start", "example"),
+    [
+        (run_tool, "emu3_tiny_cca"),
+        (run_tool, "var_d16_cca"),
+        pytest.param(cold, "emu3_tiny_cca", marks=pytest.mark.full),
+    ],
+)
+def test_from_cache_to_run(start, example, digit_shards, tiny_var, tmp_path):
+    config = ROOT / "examples" / f"{example}.yaml"
+    of_emu3 = ["training.pretrained_checkpoint=null", f"data.path={digit_shards}"]
+    settings = of_emu3 if example == "emu3_tiny_cca" else tiny_var
+    settings = [*settings, "training.train_iters=2", "training.global_batch_size=8", "training.micro_batch_size=4"]
+    settings += [f"training.output_dir={tmp_path}/run"]
     command = ["--config", str(config), *(word for setting in settings for word in ("--set", setting))]
     done = start(TOOL, *command, "--output", "cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,10 @@ CCA = [
     "training.global_batch_size=8",
     "training.micro_batch_size=4",
 ]
+# For a family whose tiny model has other sizes.
+SIZED_BY_PRESET = [override for override in CCA if override not in SMALL]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
+TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 CP2 = ["parallel.context_parallel_size=2"]
@@ -50,7 +53,7 @@ BY_RANKS = {
     },
     2: {
         "TP 2": TP2,
-        "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"],
+        "TP 2 + SP": TP2_SP,
         "PP 2": PP2,
         "PP 2, micro batch 1": [*PP2, "training.micro_batch_size=1"],
         "DP 2": [],

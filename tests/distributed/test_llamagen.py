@@ -114,7 +114,7 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return by_model("cca_steps", STEPS, tmp_path_factory, common=STEP)
+    return by_model("steps", STEPS, tmp_path_factory, common=STEP)
 
 
 @pytest.mark.parametrize("case", names(STEPS))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, VPP2, column
+from tests.distributed.test_layout_parity import CCA, LOSS_RTOL, NORM_RTOL, PP2, SIZED_BY_PRESET, VPP2, column
 from tests.selection import Computed, mostly_full
 
 STEPS = 2
@@ -29,6 +29,8 @@ SAVED = {
             },
         ),
         "LoRA": (LORA, {"gathered": [*GATHER, "optimizer.ddp_bucket_size=200"]}),
+        # Its model uses weights of the embedding, of the head and of modulations in ways of its own.
+        "VAR": ([], {"gathered": GATHER}),
     },
     4: {
         "DP": ([], {"two instances": INSTANCES, "two instances, gathered": [*INSTANCES, *GATHER]}),
@@ -61,21 +63,24 @@ def runs_of(layouts):
     }
 
 
+SETTINGS = ["training.micro_batch_size=2", "validation.interval=9", "validation.fraction=0.01", "validation.iters=1"]
+
+
 @pytest.fixture(scope="module")
 def common(digit_shards):
-    validation = ["validation.interval=9", "validation.fraction=0.01", "validation.iters=1"]
-    return [*CCA, "training.micro_batch_size=2", *validation, f"data.path={digit_shards}"]
+    return [*CCA, *SETTINGS, f"data.path={digit_shards}"]
 
 
 @pytest.fixture(scope="module")
-def saved(common, tmp_path_factory):
+def saved(common, tiny_var, tmp_path_factory):
     """By ranks and layout: the plain run and its variants."""
 
     def run(case):
         ranks, layout = case
         folder = tmp_path_factory.mktemp("saved")
+        model = [*SIZED_BY_PRESET, *SETTINGS, *tiny_var] if layout == "VAR" else common
         layouts = runs_of({layout: SAVED[ranks][layout]})
-        settings = {"common": common, "layouts": layouts, "steps": STEPS, "folder": str(folder)}
+        settings = {"common": model, "layouts": layouts, "steps": STEPS, "folder": str(folder)}
         return {case: run_workers(ranks, "checkpoint_workers.interrupted", settings, folder)}
 
     return Computed(run)
@@ -93,7 +98,7 @@ def pipelines(common, tmp_path_factory):
 
 
 def in_make_test(case):
-    return case[:2] in [(2, "DP"), (4, "VPP x DP"), (2, "VPP")]
+    return case[:2] in [(2, "DP"), (2, "VAR"), (4, "VPP x DP"), (2, "VPP")]
 
 
 def assert_equal(found, plain):

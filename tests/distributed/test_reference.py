@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, NORM_RTOL, PP2, TP2, VPP2, column
+from tests.distributed.test_layout_parity import (
+    CCA,
+    CP2,
+    LOSS_RTOL,
+    NORM_RTOL,
+    PP2,
+    SIZED_BY_PRESET,
+    TP2,
+    TP2_SP,
+    VPP2,
+    column,
+)
 from tests.selection import Computed, mostly_full
 
 STEPS = 3
@@ -27,19 +38,17 @@ LOWER = {
     "all in bf16 resident": BF16,
     "all in bf16 offload": [*BF16, *OFFLOAD],
 }
-JOBS = {
-    1: ({"one process": []}, {**VARIANTS, **ADAPTED, **LOWER}),
-    2: (
-        {
-            "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"],
-            "PP 2": PP2,
-            "PP 2 x VPP 2": VPP2,
-            "DP 2": [],
-            "CP 2": CP2,
-        },
-        {**VARIANTS, **{name: ADAPTED[name] for name in ("LoRA resident", "LoRA shared")}},
-    ),
+ALONE = {**VARIANTS, **ADAPTED, **LOWER}
+TOGETHER = {**VARIANTS, **{name: ADAPTED[name] for name in ("LoRA resident", "LoRA shared")}}
+LAYOUTS = {
+    "one process": (1, [], ALONE),
+    "TP 2 + SP": (2, TP2_SP, TOGETHER),
+    "PP 2": (2, PP2, TOGETHER),
+    "PP 2 x VPP 2": (2, VPP2, TOGETHER),
+    "DP 2": (2, [], TOGETHER),
+    "CP 2": (2, CP2, TOGETHER),
 }
+MODELS = {"Emu3": LAYOUTS, "VAR": ["one process", "TP 2 + SP", "DP 2"]}
 EXACT = ["resident", "offload", "cached", *ADAPTED, "all in bf16 resident", "all in bf16 offload"]
 
 
@@ -49,43 +58,50 @@ def common(digit_shards):
 
 
 @pytest.fixture(scope="module")
-def answers(common, tmp_path_factory):
-    """By "layout, variant": those of a layout are computed together."""
+def models(common, tiny_var):
+    return {"Emu3": common, "VAR": [*SIZED_BY_PRESET, *tiny_var, *SHORT, *VALIDATION]}
+
+
+@pytest.fixture(scope="module")
+def answers(models, tmp_path_factory):
+    """By family and layout: those of a layout are computed together, by variant."""
 
     def compute(case):
-        layout = case.rpartition(", ")[0]
-        ranks = next(ranks for ranks, (layouts, _) in JOBS.items() if layout in layouts)
-        layouts, variants = JOBS[ranks]
+        family, layout = case
+        ranks, overrides, variants = LAYOUTS[layout]
         folder = tmp_path_factory.mktemp("answers")
-        settings = {"common": common, "layouts": {layout: layouts[layout]}, "variants": variants, "steps": STEPS}
-        return run_workers(ranks, "reference_traces", {**settings, "folder": str(folder), "cache": None}, folder)
+        settings = {"common": models[family], "layouts": {layout: overrides}, "variants": variants, "steps": STEPS}
+        found = run_workers(ranks, "reference_traces", {**settings, "folder": str(folder), "cache": None}, folder)
+        return {case: {variant: found[f"{layout}, {variant}"] for variant in variants}}
 
     return Computed(compute)
 
 
-KEPT = {"one process", "TP 2 + SP", "PP 2 x VPP 2"}
-LAYOUTS = [layout for layouts, _ in JOBS.values() for layout in layouts]
-CASES = [(layout, name) for layouts, variants in JOBS.values() for layout in layouts for name in variants]
+KEPT = {("Emu3", "one process"), ("Emu3", "TP 2 + SP"), ("Emu3", "PP 2 x VPP 2"), ("VAR", "TP 2 + SP")}
+KEPT |= {("VAR", "one process")}
+RUNS = [(family, layout) for family, layouts in MODELS.items() for layout in layouts]
+CASES = [(*run, name) for run in RUNS for name in LAYOUTS[run[1]][2]]
 
 
-@pytest.mark.parametrize(("layout", "variant"), mostly_full(CASES, lambda case: case[0] in KEPT))
-def test_strategies_agree_to_the_last_bit(answers, layout, variant):
+@pytest.mark.parametrize(("family", "layout", "variant"), mostly_full(CASES, lambda case: case[:2] in KEPT))
+def test_strategies_agree_to_the_last_bit(answers, family, layout, variant):
     kind = variant.removesuffix("offload").removesuffix("cached").removesuffix("shared").removesuffix("resident")
-    assert answers[f"{layout}, {variant}"] == answers[f"{layout}, {kind}resident"]
+    found = answers[family, layout]
+    assert found[variant] == found[f"{kind}resident"]
 
 
-@pytest.mark.parametrize(("layout", "variant"), mostly_full(CASES, lambda case: case[0] in KEPT))
-def test_the_log_ratio_of_step_0_is_0_where_weights_and_precision_are_the_same(answers, layout, variant):
-    steps = answers[f"{layout}, {variant}"]["steps"]
+@pytest.mark.parametrize(("family", "layout", "variant"), mostly_full(CASES, lambda case: case[:2] in KEPT))
+def test_the_log_ratio_of_step_0_is_0_where_weights_and_precision_are_the_same(answers, family, layout, variant):
+    steps = answers[family, layout][variant]["steps"]
     assert (steps[0]["worst"] == 0.0) == (variant in EXACT)
     # Weights in FP8 or bf16 are near, not equal.
     assert steps[0]["worst"] < 5.0
     assert steps[1]["worst"] > 0.0
 
 
-@pytest.mark.parametrize("layout", mostly_full(LAYOUTS, KEPT))
-def test_the_log_ratio_of_a_validation_after_training_is_not_0(answers, layout):
-    assert answers[f"{layout}, cached"]["validation"]["positive_log_ratio"] != 0.0
+@pytest.mark.parametrize(("family", "layout"), mostly_full(RUNS, KEPT))
+def test_the_log_ratio_of_a_validation_after_training_is_not_0(answers, family, layout):
+    assert answers[family, layout]["cached"]["validation"]["positive_log_ratio"] != 0.0
 
 
 def test_a_cache_serves_another_layout(common, answers, tmp_path):
@@ -95,7 +111,7 @@ def test_a_cache_serves_another_layout(common, answers, tmp_path):
     layouts = {"one process, micro batch 1": ["training.micro_batch_size=1"]}
     found = run_workers(1, "reference_traces", {**settings, "layouts": layouts}, tmp_path)
     trace = found["one process, micro batch 1, cached"]["steps"]
-    expected = answers["one process, resident"]["steps"]
+    expected = answers["Emu3", "one process"]["resident"]["steps"]
     torch.testing.assert_close(column(trace, "loss"), column(expected, "loss"), rtol=LOSS_RTOL, atol=0)
     torch.testing.assert_close(column(trace, "grad_norm"), column(expected, "grad_norm"), rtol=NORM_RTOL, atol=0)
 
@@ -108,10 +124,12 @@ def test_a_reference_that_fails_leaves_the_policy_alone(common, tmp_path):
     assert answer["broken"] == answer["unbroken"]
 
 
-def test_an_offloaded_reference_has_two_parts_on_the_device_at_most(common, tmp_path):
-    answer = run_workers(1, "offload_occupancy", {"overrides": [*common, *OFFLOAD]}, tmp_path)
-    # The embedding, four layers, the head; two microbatches, and the embedding once in vain.
-    assert answer == {"parts": 6, "most": 2, "copies": 13, "left": 0}
+@pytest.mark.parametrize(("family", "layers"), [("Emu3", 4), ("VAR", 3)])
+def test_an_offloaded_reference_has_two_parts_on_the_device_at_most(family, layers, models, tmp_path):
+    answer = run_workers(1, "offload_occupancy", {"overrides": [*models[family], *OFFLOAD]}, tmp_path)
+    # The embedding, the layers, the head; two microbatches, and the embedding once in vain.
+    parts = layers + 2
+    assert answer == {"parts": parts, "most": 2, "copies": 2 * parts + 1, "left": 0}
 
 
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "reference.allow_bias=9"]

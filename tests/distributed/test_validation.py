@@ -9,9 +9,10 @@ import torch
 from megatron_cca.config.load import load_config
 from megatron_cca.training.batches import open_data, training_batches, validation_batches
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, PP2, TP2, VPP2, under
+from tests.distributed.test_layout_parity import CCA, CP2, LOSS_RTOL, PP2, SIZED_BY_PRESET, TP2, TP2_SP, VPP2, under
 from tests.distributed.test_layout_parity import initial_weights as initial_weights
 from tests.references import emu3
+from tests.selection import Computed
 
 STEPS = 4
 VALIDATION = ["validation.interval=2", "validation.fraction=0.02"]
@@ -21,6 +22,11 @@ BY_RANKS = {
     1: {"one process": [], "micro batch 1": ["training.micro_batch_size=1"]},
     2: {"TP 2": TP2, "PP 2": PP2, "PP 2 x VPP 2": VPP2, "CP 2": CP2, "DP 2": ["training.micro_batch_size=2"]},
 }
+OF_VAR = {
+    1: {name: BY_RANKS[1][name] for name in ("one process", "micro batch 1")},
+    2: {"TP 2 + SP": TP2_SP, "DP 2": BY_RANKS[2]["DP 2"]},
+}
+JOBS = {"Emu3": BY_RANKS, "VAR": OF_VAR}
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +35,31 @@ def common(digit_shards):
 
 
 @pytest.fixture(scope="module")
-def answers(common, tmp_path_factory):
-    found = {}
-    for ranks, layouts in BY_RANKS.items():
-        settings = {"common": common, "layouts": layouts, "steps": STEPS}
-        found |= run_workers(ranks, "validations", settings, tmp_path_factory.mktemp(f"ranks{ranks}"))
-    return found
+def models(common, tiny_var):
+    return {"Emu3": common, "VAR": [*SIZED_BY_PRESET, *tiny_var, *VALIDATION]}
 
 
-@pytest.mark.parametrize("layout", [name for layouts in BY_RANKS.values() for name in layouts])
-def test_every_layout_has_the_same_validation_metrics(answers, layout):
-    found, expected = answers[layout], answers["one process"]
+@pytest.fixture(scope="module")
+def answers(models, tmp_path_factory):
+    """By family: what each layout answers."""
+
+    def compute(family):
+        found = {}
+        for ranks, layouts in JOBS[family].items():
+            settings = {"common": models[family], "layouts": layouts, "steps": STEPS}
+            found |= run_workers(ranks, "validations", settings, tmp_path_factory.mktemp(f"ranks{ranks}"))
+        return {family: found}
+
+    return Computed(compute)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, name) for family, jobs in JOBS.items() for layouts in jobs.values() for name in layouts],
+)
+def test_every_layout_has_the_same_validation_metrics(answers, family, layout):
+    found, expected = answers[family][layout], answers[family]["one process"]
+    assert found["before"]["loss"] != found["after"]["loss"]
     for moment in ("before", "after"):
         assert found[moment].keys() == expected[moment].keys()
         for name, value in expected[moment].items():
@@ -47,21 +67,23 @@ def test_every_layout_has_the_same_validation_metrics(answers, layout):
     torch.testing.assert_close(*(torch.tensor(a["losses"]) for a in (found, expected)), rtol=LOSS_RTOL, atol=0)
 
 
-def test_before_the_first_step_the_loss_is_known(answers, common):
-    config = load_config(None, common)
+@pytest.mark.parametrize("family", JOBS)
+def test_before_the_first_step_the_loss_is_known(answers, models, family):
+    config = load_config(None, models[family])
     validation = validation_batches(config, open_data(config), with_pairs=True)
     assert validation.iters == ITERS
     flags = [validation.batches.pairing.at(step).negative_is_positive for step in range(ITERS)]
     weight, share = config.objective.negative_weight, float(np.concatenate(flags).mean())
-    before = answers["one process"]["before"]
+    before = answers[family]["one process"]["before"]
     assert before["loss"] == pytest.approx(math.log(2) * (1 + share + (1 - share) * weight) / weight, rel=1e-6)
     assert before["positive_log_ratio"] == 0.0
 
 
-def test_validating_changes_nothing_in_training(answers, common, tmp_path):
-    settings = {"common": common, "layouts": {"without": ["validation.interval=0"]}, "steps": STEPS}
+@pytest.mark.parametrize("family", JOBS)
+def test_validating_changes_nothing_in_training(answers, models, family, tmp_path):
+    settings = {"common": models[family], "layouts": {"without": ["validation.interval=0"]}, "steps": STEPS}
     without = run_workers(1, "validations", settings, tmp_path)["without"]
-    assert without["losses"] == answers["one process"]["losses"]
+    assert without["losses"] == answers[family]["one process"]["losses"]
     assert without["before"] is None
 
 

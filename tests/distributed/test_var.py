@@ -1,5 +1,6 @@
 """The model that VAR's weights are for, against a plain one: logits and a CCA step on every layout."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,11 +8,17 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import load_config
+from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.models.llamagen import class_vocabulary
+from megatron_cca.models.var import pyramid_vocabulary
+from megatron_cca.training.batches import open_data, training_batches
+from tests.distributed.class_model_workers import Var, exact, plain_loss
 from tests.distributed.launch import class_model_answers as answers
 from tests.distributed.launch import run_workers
+from tests.distributed.test_layout_parity import under
 from tests.references import var
 from tests.references.var_in_megatron import frozen_tensors
 from tests.selection import mostly_full
@@ -20,6 +27,10 @@ TP2 = ["parallel.tensor_model_parallel_size=2"]
 TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_modules=[core_attn, mlp]"]
+# Three layers: two and one recomputed together, or two recomputed and one not.
+GROUPS = [*FULL, "training.recompute_num_layers=2"]
+SOME = [*GROUPS, "training.recompute_method=block"]
+HOW = {"": [], ", full recomputation": FULL, ", in groups": GROUPS, ", of some": SOME, ", selective": SELECTIVE}
 # So that the head's 256 rows lie on both of two ranks, and rows of no word behind them.
 TINY = ["model.name=var-tiny", "model.make_vocab_size_divisible_by=24"]
 BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "DP 2": []}}
@@ -56,7 +67,7 @@ STEPS = {
     ranks: {
         f"{layout}{how}": {"overrides": [*TINY, *overrides, *more], "is_filled_up": True}
         for layout, overrides in layouts.items()
-        for how, more in (("", []), (", full recomputation", FULL), (", selective recomputation", SELECTIVE))
+        for how, more in HOW.items()
     }
     for ranks, layouts in BY_RANKS.items()
 }
@@ -64,17 +75,80 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    return answers("cca_steps", STEPS, tmp_path_factory, common=STEP)
+    return answers("steps", STEPS, tmp_path_factory, common=STEP)
 
 
 @pytest.mark.parametrize(
-    "case", mostly_full([name for own in STEPS.values() for name in own], lambda case: "selective" in case)
+    "case",
+    mostly_full(
+        [name for own in STEPS.values() for name in own], lambda case: "selective" in case or "process, of" in case
+    ),
 )
 def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     loss, gradient, where, margin = steps[case]
     assert abs(margin) > 0.02
     assert loss <= 1e-4
     assert gradient <= 1e-4, where
+
+
+def test_a_step_of_every_objective_has_the_plain_models_loss_and_gradients(tmp_path_factory):
+    cases = {
+        ranks: {
+            f"{name}, {layout}": {"overrides": [*TINY, *under(name, STEP), *overrides], "is_filled_up": True}
+            for layout, overrides in layouts.items()
+            for name in ("next_token", "dpo", "unlearning")
+        }
+        for ranks, layouts in BY_RANKS.items()
+    }
+    for case, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=[]).items():
+        assert loss <= 1e-4, case
+        assert gradient <= 1e-4, (case, where)
+
+
+def test_shards_of_another_model_are_refused(tiny_var, tmp_path):
+    (own,) = [one.partition("=")[2] for one in tiny_var if one.startswith("data.path=")]
+    image, label = np.zeros((4, 4), dtype=np.int64), np.array([1])
+    others = {
+        "one grid": (class_vocabulary(256, 10), image),
+        "other grids": (pyramid_vocabulary(256, 10, (4, 2, 1)), None),
+    }
+    for name, (vocabulary, codes) in others.items():
+        codes = np.zeros((1, 21), dtype=np.int64) if codes is None else codes
+        write_shards(tmp_path / name, [Sample(codes, label)] * 9, vocabulary, None)
+        check_refused([*tiny_var, f"data.path={tmp_path / name}"], tmp_path / name)
+    check_refused(["model.name=llamagen-tiny", "model.codebook_size=256", f"data.path={own}"], own)
+
+
+def check_refused(overrides, folder):
+    with pytest.raises(UserError) as refusal:
+        open_data(load_config(None, overrides))
+    message = str(refusal.value)
+    assert message.startswith(f"data.path: {folder} was tokenized for another vocabulary (")
+    assert message.endswith("); tokenize it again for this model")
+
+
+@pytest.mark.parametrize("name", ["cca", "next_token"])
+def test_a_step_on_shards_has_the_plain_models_loss(name, tiny_var, tmp_path):
+    """Conditions are dropped, and the reference has other weights than the policy, so that its part is no zero."""
+    torch.save(var.random_weights(var.TINY, seed=2, std=0.1) | var.buffers(var.TINY), tmp_path / "other.pth")
+    torch.save(var.random_quantizer(var.TINY), tmp_path / "vae_ch160v4096z32.pth")
+    import_checkpoint(tmp_path / "other.pth", tmp_path / "other", progress_bar=False)
+    other = [f"reference.checkpoint={tmp_path}/other"] if name == "cca" else []
+    overrides = [*tiny_var, *under(name, STEP), "data.condition_dropout=0.4", *other]
+    config = load_config(None, [*overrides, "training.micro_batch_size=8"])
+    batches = training_batches(config, open_data(config), with_pairs=name == "cca")
+    (rows,) = batches.build(0, 0, 1).microbatches
+    images, sizes = len(rows.negative_is_positive), var.TINY
+    classes, codes = rows.tokens[:, 0] - sizes.codebook, rows.targets[:images, : sizes.tokens]
+    assert 0 < (classes == sizes.classes).sum() < len(classes)
+    plain = Var(None)
+    policy, reference = (exact(plain.weights(seed)) for seed in (0, 2))
+    conditions = classes[:images], classes[-images:], rows.negative_is_positive
+    expected = plain_loss(config.objective, plain, policy, reference, conditions, codes)
+    for ranks, split in ((1, []), (2, TP2)):
+        settings = {"common": overrides, "layouts": {"one": split}, "steps": 1}
+        (step,) = run_workers(ranks, "traces", settings, tmp_path / "job")["one"]
+        assert step["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
@@ -193,6 +267,7 @@ def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
             "model.max_position_embeddings=40",
             "model.max_position_embeddings: 40, but the class and the codes of grids of",
         ),
+        ("model.rotary_base=500", "model.rotary_base: 500.0, but positions are learned here; leave it out"),
         ("model.num_query_groups=2", "model.num_query_groups: 2, but every head has keys of its own here; use 4"),
     ],
 )

@@ -20,11 +20,15 @@ BF16 = "training.precision=bf16"
 
 
 def start(digit_shards, folder, *overrides):
+    return started(*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}", *overrides)
+
+
+def started(*overrides):
     from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up
 
-    config = load_config(None, [*CCA, f"data.path={digit_shards}", f"training.output_dir={folder}", *overrides])
+    config = load_config(None, list(overrides))
     initialize_distributed(config)
     return set_up(config, open_data(config))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import logsigmoid, silu
+from torch.nn.functional import silu
 
 
 @dataclass(frozen=True)
@@ -146,24 +146,3 @@ def conditions(classes, dropped, sizes):
     negatives = torch.where(dropped, null, classes.roll(-1))
     classes = torch.where(dropped, null, classes)
     return classes, negatives, dropped | (negatives == classes)
-
-
-def cca_loss(policy, reference, rows, codes, sizes, *, beta, weight):
-    """The authors' loss of one batch: means over the rows, the whole divided by max(lambda, 1).
-
-    Args:
-        policy, reference: weights.
-        rows: of :func:`conditions`.
-        codes: ``[B, grid * grid]``.
-        sizes: of both models.
-        beta, weight: theirs; the weight is their lambda.
-    """
-    classes, negatives, counts_as_positive = rows
-    with torch.no_grad():
-        base, negative_base = (image_logps(reference, labels, codes, sizes) for labels in (classes, negatives))
-    ratio = image_logps(policy, classes, codes, sizes) - base
-    negative_ratio = image_logps(policy, negatives, codes, sizes) - negative_base
-    weights = torch.where(counts_as_positive, 1.0, weight)
-    sign = torch.where(counts_as_positive, 1.0, -1.0)
-    loss = -logsigmoid(beta * ratio).mean() - (weights * logsigmoid(sign * beta * negative_ratio)).mean()
-    return loss / max(weight, 1.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, logsigmoid, normalize, silu
+from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, normalize, silu
 
 RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 LARGEST_LOG_SCALE = math.log(100)
@@ -206,25 +206,3 @@ def image_logps(weights, quantizer, classes, codes, sizes):
     """log p of each row's codes given its class, ``[B]``."""
     logps = logits(weights, quantizer, classes, codes, sizes).log_softmax(-1)
     return logps.gather(-1, codes[..., None]).squeeze(-1).sum(-1)
-
-
-def cca_loss(policy, reference, quantizer, rows, codes, sizes, *, beta, weight):
-    """The authors' loss of one batch: means over the rows, the whole divided by max(lambda, 1).
-
-    Args:
-        policy, reference: weights of the two models.
-        quantizer: the tokenizer's part.
-        rows: of :func:`tests.references.llamagen.conditions`.
-        codes: ``[B, tokens]``.
-        sizes: of both models.
-        beta, weight: theirs; the weight is their lambda.
-    """
-    classes, negatives, counts_as_positive = rows
-    with torch.no_grad():
-        base, negative_base = (image_logps(reference, quantizer, one, codes, sizes) for one in (classes, negatives))
-    ratio = image_logps(policy, quantizer, classes, codes, sizes) - base
-    negative_ratio = image_logps(policy, quantizer, negatives, codes, sizes) - negative_base
-    weights = torch.where(counts_as_positive, 1.0, weight)
-    sign = torch.where(counts_as_positive, 1.0, -1.0)
-    loss = -logsigmoid(beta * ratio).mean() - (weights * logsigmoid(sign * beta * negative_ratio)).mean()
-    return loss / max(weight, 1.0)

@@ -13,7 +13,8 @@ if not rig.is_running():
 import transformer_engine_torch as tex
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
-from tests.gpu.test_reference_on_a_gpu import start, trace
+from tests.distributed.test_layout_parity import CCA, SIZED_BY_PRESET
+from tests.gpu.test_reference_on_a_gpu import started, trace
 from tests.te.rig import gemm, optimizers, quantization
 from tests.te.runs import COMMON, TENSORWISE
 
@@ -73,8 +74,15 @@ def test_adam_is_torchs(form, random):
     torch.testing.assert_close(parameter.float(), expected.detach(), rtol=2**-8, atol=0)
 
 
-def test_all_products_of_a_layer_are_in_fp8_and_the_heads_are_not(digit_shards, tmp_path, monkeypatch):
+OF_VAR = ["training.micro_batch_size=2", "training.global_batch_size=4", "data.pad_to_multiple_of=8"]
+
+
+@pytest.mark.parametrize("family", ["Emu3", "VAR"])
+def test_all_products_of_a_layer_are_in_fp8_and_the_heads_are_not(
+    family, digit_shards, tiny_var, tmp_path, monkeypatch
+):
     """Of each linear layer one product forward and two backward; the reference has the forward ones alone."""
+    models = {"Emu3": [*CCA, f"data.path={digit_shards}", *COMMON], "VAR": [*SIZED_BY_PRESET, *tiny_var, *OF_VAR]}
     products = Counter()
 
     def spy(a, transpose_a, b, transpose_b, *others, **options):
@@ -82,7 +90,7 @@ def test_all_products_of_a_layer_are_in_fp8_and_the_heads_are_not(digit_shards, 
         return gemm.generic_gemm(a, transpose_a, b, transpose_b, *others, **options)
 
     monkeypatch.setattr(tex, "generic_gemm", spy)
-    run = start(digit_shards, tmp_path, *COMMON, *TENSORWISE)
-    layers, microbatches = 2, 2
+    run = started(*models[family], f"training.output_dir={tmp_path}", "reference.allow_bias=100", *TENSORWISE)
+    layers, microbatches = {"Emu3": 2, "VAR": 3}[family], 2
     trace(run, 1)
     assert products == {(True, True): 4 * layers * microbatches * (1 + 3)}

@@ -12,7 +12,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import layers
 from megatron_cca.training import computes_plainly, engine, fixed_row_length
 from megatron_cca.training.checks import check_run
-from megatron_cca.training.kernel_checks import check_devices
+from megatron_cca.training.kernel_checks import check_devices, check_overlaps
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 VPP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
@@ -254,3 +254,23 @@ def test_user_buffers_hold_a_microbatch_of_every_precision_there_is(monkeypatch)
             "bootstrap_backend": "nccl",
         }
     ]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "kernels.bias_activation_fusion=true",
+        "kernels.bias_dropout_fusion=true",
+        "kernels.apply_rope_fusion=true",
+        "kernels.cuda_graph_impl=local",
+        "kernels.cuda_graph_impl=transformer_engine",
+        "parallel.tp_comm_overlap=true",
+    ],
+)
+def test_kernels_that_layers_of_next_scale_prediction_do_not_have_are_refused(setting):
+    with pytest.raises(UserError) as error:
+        check_overlaps(load_config(None, ["model.name=var-tiny", setting]), 1)
+    key, _, value = setting.partition("=")
+    assert str(error.value) == f"{key}: the layers of var-tiny cannot have it; leave it out"
+    if value == "true":
+        check_overlaps(load_config(None, ["model.name=var-tiny", f"{key}=false"]), 1)

@@ -1,5 +1,7 @@
 """VAR's image tokenizer against an independent one in float64, and everything that it refuses."""
 
+import argparse
+
 import pytest
 import torch
 from PIL import Image
@@ -191,8 +193,16 @@ def test_the_models_inputs_are_made_of_the_files_features(tokenizer, state, file
 
 @pytest.mark.parametrize(
     "found",
-    [lambda state: {"state_dict": state}, lambda state: {f"module.{name}": tensor for name, tensor in state.items()}],
-    ids=["state_dict", "wrapped"],
+    [
+        lambda state: {"state_dict": state},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+        lambda state: {
+            "epoch": 3,
+            "trainer": {"vae_local": state, "var_wo_ddp": var.random_weights(var.TINY), "var_opt": {"state": {}}},
+            "args": argparse.Namespace(depth=3),
+        },
+    ],
+    ids=["state_dict", "wrapped", "VAR's trainer"],
 )
 def test_other_forms_of_the_file(found, state, tokenizer, tmp_path):
     path = save_var_vq(found(state), tmp_path / "vae.pt")
@@ -287,6 +297,16 @@ def test_the_models_own_file_is_no_tokenizer(tmp_path):
     path = save_var_vq(var.random_weights(var.TINY), tmp_path / "var_d16.pth")
     advice = "give the image tokenizer's own, such as vae_ch160v4096z32.pth"
     assert refused(path) == f"{path}: looks like VAR's decoder (word_embed.weight); {advice}"
+
+
+def test_a_trainers_file_without_one_is_called_what_it_is(tmp_path):
+    """CCA's program saves the model alone, under the trainer's key."""
+    path = tmp_path / "var_d16.pth"
+    torch.save({"trainer": var.random_weights(var.TINY), "epoch": 1}, path)
+    assert refusal(open_image_tokenizer, path) == (
+        f"{path}: looks like VAR's decoder (word_embed.weight); give the image tokenizer's own, such as "
+        "vae_ch160v4096z32.pth"
+    )
 
 
 def test_a_file_of_no_family_is_refused_for_each(tmp_path):

@@ -61,14 +61,14 @@ def refused(content, folder, **options):
 @pytest.mark.parametrize(
     "wrapped",
     [
-        lambda state: state,
+        lambda state, _: state,
         # CCA's program, and VAR's own, whose file also holds the image tokenizer.
-        lambda state: {"epoch": 1, "iter": 0, "trainer": state, "args": {"tlr": 1e-5, "patch_nums": (1, 2, 4)}},
-        lambda state: {
+        lambda state, _: {"epoch": 1, "iter": 0, "trainer": state, "args": {"tlr": 1e-5, "patch_nums": (1, 2, 4)}},
+        lambda state, quantizer: {
             "trainer": {
                 "config": {"prog_it": 0},
                 "var_wo_ddp": state,
-                "vae_local": var.random_quantizer(TINY),
+                "vae_local": quantizer,
                 "var_opt": {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}},
             }
         },
@@ -77,7 +77,7 @@ def refused(content, folder, **options):
 )
 def test_what_goes_in_comes_out_bit_for_bit(wrapped, dtype, sizes, tmp_path):
     state = weights(sizes, dtype)
-    path = saved(tmp_path / "authors", wrapped(state), sizes)
+    path = saved(tmp_path / "authors", wrapped(state, var.random_quantizer(sizes)), sizes)
     imported(path, tmp_path / "checkpoint")
     source, target = open_both(path, tmp_path / "checkpoint")
     comparison = compare_tensors(source, target, progress_bar=False)
@@ -90,6 +90,45 @@ def test_what_goes_in_comes_out_bit_for_bit(wrapped, dtype, sizes, tmp_path):
     for name, value in state.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
+
+
+def of_trainer(quantizer):
+    """As VAR's trainer saves: model and image tokenizer in one file."""
+    parts = {"var_wo_ddp": weights(), "vae_local": quantizer, "var_opt": {"optimizer": {"state": {}}}}
+    return {"epoch": 3, "iter": 0, "trainer": parts, "args": {"depth": 3}}
+
+
+@pytest.mark.parametrize("has_another_beside", [False, True])
+def test_a_file_of_the_trainer_brings_its_own_image_tokenizer(has_another_beside, tmp_path):
+    own = var.random_quantizer(TINY, seed=5)
+    if has_another_beside:
+        saved(tmp_path, {})
+    torch.save(of_trainer(own), tmp_path / "ar-ckpt-last.pth")
+    folder = imported(tmp_path / "ar-ckpt-last.pth", tmp_path / "out")
+    stored = StoredTensors(folder, "")
+    for name, value in frozen_tensors(own, TINY).items():
+        assert torch.equal(stored.read(name, None, 0, len(value)), value), name
+    source, target = open_both(tmp_path / "ar-ckpt-last.pth", tmp_path / "out")
+    assert compare_tensors(source, target, progress_bar=False).identical
+
+
+def test_another_image_tokenizer_than_the_trainers_may_be_said(tmp_path):
+    torch.save(of_trainer(var.random_quantizer(TINY, seed=5)), tmp_path / "ar-ckpt-last.pth")
+    saved(tmp_path, {})
+    folder = imported(tmp_path / "ar-ckpt-last.pth", tmp_path / "out", image_tokenizer=tmp_path / TOKENIZER)
+    book = StoredTensors(folder, "").read(f"{FEATURES}codebook", None, 0, TINY.codebook)
+    assert torch.equal(book, var.random_quantizer(TINY)["quantize.embedding.weight"])
+
+
+def test_a_folder_of_files_says_what_it_holds(tmp_path):
+    saved(tmp_path, weights())
+    with pytest.raises(UserError) as caught:
+        imported(tmp_path, tmp_path / "out")
+    assert str(caught.value) == f"--hf: {tmp_path} holds {TOKENIZER}, var.pth; name one of them itself"
+    for number in range(12):
+        (tmp_path / f"var_{number:02}.pth").touch()
+    with pytest.raises(UserError, match=r"holds vae.*, var_07.pth and 4 more; name one of them itself$"):
+        imported(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

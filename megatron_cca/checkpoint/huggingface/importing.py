@@ -47,7 +47,10 @@ from megatron_cca.models.weight_map import MappedTensor
 
 IMAGE_TOKENIZER = "--image-tokenizer"
 # Names that a file of weights may end in.
-_SUFFIXES = (".pt", ".pth", SAFETENSORS)
+_AUTHORS = (".pt", ".pth")
+_SUFFIXES = (*_AUTHORS, SAFETENSORS)
+# Files of a folder that a message lists.
+_LISTED = 10
 
 
 def import_checkpoint(
@@ -140,11 +143,23 @@ def open_public(path: Path, option: str, description: WeightsDescription = UNDES
         return WeightsFile(path, option, description)
     if path.suffix in _SUFFIXES and not path.exists():
         raise UserError(f"{option}: no file at {path}; nothing is fetched from a hub here, download it first")
+    _check_is_no_folder_of_files(path, option)
     if description.sizes:
         raise UserError(f"model.{next(iter(description.sizes))}: a folder says it itself, in {CONFIG}; leave it out")
     if description.image_tokenizer is not None:
         raise UserError(f"{IMAGE_TOKENIZER}: a folder's model has no tensors of it; leave it out")
     return HuggingFaceCheckpoint(path, option, description)
+
+
+def _check_is_no_folder_of_files(path: Path, option: str) -> None:
+    """Refuse a folder that has no configuration, but files of authors: they are named one by one."""
+    if not path.is_dir() or (path / CONFIG).exists():
+        return
+    files = sorted(file.name for file in path.iterdir() if file.suffix in _AUTHORS)
+    if files:
+        others = len(files) - _LISTED
+        more = f" and {others} more" if others > 0 else ""
+        raise UserError(f"{option}: {path} holds {', '.join(files[:_LISTED])}{more}; name one of them itself")
 
 
 class WeightsFile:
@@ -198,7 +213,10 @@ class WeightsFile:
             if path is not None:
                 raise UserError(f"{IMAGE_TOKENIZER}: {self.model.name} has no tensors of it; leave it out")
             return {}
-        path = self.folder.with_name(wanted.name) if path is None else path
+        if path is None:
+            # A file of their trainer holds the image tokenizer that it trained with.
+            own = sets_in(contents_of(self.folder), (wanted.marker,), self.folder.stat().st_size)
+            path = self.folder if own else self.folder.with_name(wanted.name)
         if not path.is_file():
             raise UserError(
                 f"{IMAGE_TOKENIZER}: no file at {path}; {self.model.name} has frozen tensors of {wanted.name}, which "

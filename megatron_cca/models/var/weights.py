@@ -103,7 +103,7 @@ class VarWeightsFile(WeightsFileFormat):
     sections = ()
     marker = _POSITIONS
     not_in_shapes = ("layernorm_epsilon",)
-    frozen = FrozenFile("vae_ch160v4096z32.pth", "FoundationVision/var on Hugging Face", read_features)
+    frozen = FrozenFile("vae_ch160v4096z32.pth", "FoundationVision/var on Hugging Face", CODEBOOK, read_features)
 
     def knows(self, names: Collection[str]) -> bool:
         """Return whether the tables of positions and of scales are there."""

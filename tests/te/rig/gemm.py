@@ -37,15 +37,21 @@ def generic_gemm(
     """Multiply as Transformer Engine's column-major convention says: ``op(b) @ op(a)``, row-major.
 
     Returns:
-        The product, quantised if there is a quantizer; no gradient of a bias, no GELU; ``extra_output``.
+        The product with its bias, quantised if there is a quantizer; in a product for the gradient of weights instead
+        the gradient of the bias; no GELU; ``extra_output``.
     """
-    assert not gelu and bias is None, "the project's layers have neither biases nor GELU"
+    assert not gelu, "the project's layers have no GELU of Transformer Engine's"
     assert alpha == 1.0 and overlap.get("comm_overlap") is None
     left = values_for_a_product(b, needs_transpose=transpose_b)
     right = values_for_a_product(a, needs_transpose=not transpose_a)
     if _is_float32(a) and _is_float32(b):
         left, right = as_tf32(left), as_tf32(right)
     found = _flat(left, transpose_b) @ _flat(right, transpose_a)
+    bias_gradient = None
+    if is_gradient and bias is not None:
+        bias_gradient = _flat(left, transpose_b).sum(1).to(bias.dtype)
+    elif bias is not None:
+        found += bias.float()
     if not transpose_b:
         found = found.reshape(*left.shape[:-1], found.shape[-1])
     if out is not None:
@@ -53,7 +59,7 @@ def generic_gemm(
         found = out.add_(found) if accumulate else out.copy_(found)
     else:
         found = found.to(torch.bfloat16 if out_dtype is None else to_torch(out_dtype))
-    return found if quantizer is None else quantizer(found), None, None, extra_output
+    return found if quantizer is None else quantizer(found), bias_gradient, None, extra_output
 
 
 def as_tf32(values: Tensor) -> Tensor:

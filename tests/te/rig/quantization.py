@@ -40,6 +40,11 @@ def quantize(values: Tensor, quantizer: Any, out: Any = None, noop: Tensor | Non
     return out
 
 
+def bias_gradient_and_quantized(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """Return the gradient of a bias, ``[N]`` for ``[..., N]``, and the gradient itself in FP8."""
+    return gradient.float().flatten(0, -2).sum(0).to(gradient.dtype), quantize(gradient, quantizer)
+
+
 def dequantize(tensor: Any, dtype: Any) -> Tensor:
     """Return the values of an FP8 tensor in ``dtype``."""
     return _values(tensor._data, tensor).to(to_torch(dtype))
@@ -132,6 +137,7 @@ def _values(data: Tensor, tensor: Any) -> Tensor:
 
 KERNELS = {
     "quantize": quantize,
+    "bgrad_quantize": bias_gradient_and_quantized,
     "dequantize": dequantize,
     "fp8_transpose": transposed_bytes,
     "fused_amax_and_scale_update_after_reduction": update_delayed_scales,

@@ -1,0 +1,35 @@
+"""The losses of CCA's paper (arXiv 2410.09347) for models of classes, from a plain model's log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, weight=None, tokens=None) -> Tensor:
+    """The authors' loss of one batch: means over the rows, the whole divided by max(lambda, 1).
+
+    Args:
+        name: of the objective.
+        policy, reference: log p of each row's codes for classes ``[B]``, as ``[B]``.
+        rows: of :func:`tests.references.llamagen.conditions`.
+        beta, weight: theirs; the weight is their lambda.
+        tokens: codes of an image.
+    """
+    classes, negatives, counts_as_positive = rows
+    if name == "next_token":
+        return -policy(classes).mean() / tokens
+    with torch.no_grad():
+        base, negative_base = reference(classes), reference(negatives)
+    ratio, negative_ratio = policy(classes) - base, policy(negatives) - negative_base
+    if name == "dpo":
+        return -logsigmoid(beta * (ratio - negative_ratio)).mean()
+    sign, weights = torch.where(counts_as_positive, 1.0, -1.0), torch.where(counts_as_positive, 1.0, weight)
+    terms = {
+        "cca": lambda: -logsigmoid(beta * ratio) - weights * logsigmoid(sign * beta * negative_ratio),
+        "unlearning": lambda: -ratio - weights * sign * negative_ratio,
+    }
+    return terms[name]().mean() / max(weight, 1.0)
