@@ -200,6 +200,13 @@ def _check_first_step(run: Run, report: StepReport, log: RunLog) -> None:
     if report.log_ratio is None:
         return
     log.info(check_log_ratio(run.config, report.log_ratio))
+    if report.reference_is_frozen is False:
+        raise UserError(
+            "reference: its log-probabilities of step 0 are others after the first update, so that it is not frozen; "
+            "report this, with the configuration"
+        )
+    if report.reference_is_frozen:
+        log.info("reference: frozen; the first update left its log-probabilities as they were, to the last bit")
 
 
 def _row(run: Run, step: int, report: StepReport, seconds: float) -> dict[str, float]:

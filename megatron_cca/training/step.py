@@ -18,7 +18,7 @@ from megatron_cca import platform
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.objectives import PairLogps, SequenceLogps
 from megatron_cca.parallel.ranks import all_finite, any_rank, first_problem
-from megatron_cca.training import dropout_key
+from megatron_cca.training import dropout_key, uses_reference_pass
 from megatron_cca.training.batches import loader
 from megatron_cca.training.log_ratio_gate import LogRatioSpread, log_ratio_spread
 from megatron_cca.training.reference import gathered_rows
@@ -50,6 +50,8 @@ class StepReport:
         image_tokens: image tokens of a row, averaged over the global batch.
         data_wait_seconds: how long this rank waited for the batch.
         problem: why there was no update, in one line. None if there was one.
+        reference_is_frozen: of step 0 with an update: whether the reference has the same log-probabilities after it, to
+            the last bit. None where it was not computed again.
     """
 
     metrics: dict[str, float]
@@ -60,6 +62,7 @@ class StepReport:
     image_tokens: float
     data_wait_seconds: float
     problem: str | None
+    reference_is_frozen: bool | None = None
 
 
 def train_step(run: Run) -> StepReport:
@@ -89,6 +92,7 @@ def train_step(run: Run) -> StepReport:
     if problem is not None:
         _check_read(unread)
     grad_norm = run.optimizer.step()[1] if problem is None else math.nan
+    is_frozen = _is_frozen(run, batch, reference) if step == 0 and problem is None else None
     learning_rate = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step(increment=1)
     run.iteration += 1
@@ -101,7 +105,17 @@ def train_step(run: Run) -> StepReport:
         image_tokens=batch.mean_num_tokens,
         data_wait_seconds=data_wait_seconds,
         problem=problem,
+        reference_is_frozen=is_frozen,
     )
+
+
+def _is_frozen(run: Run, batch: StepBatch, before: dict[int, Tensor]) -> bool | None:
+    # A cache cannot move, and dropout draws other masks.
+    if not uses_reference_pass(run.config) or dropout_key(run.config) is not None:
+        return None
+    run.progress.at("reference pass after the first update")
+    after = run.reference.logps(batch, 0)
+    return not any_rank(any(not torch.equal(after[index], logps) for index, logps in before.items()))
 
 
 def validate(run: Run) -> dict[str, float]:

@@ -44,6 +44,7 @@ def test_torchrun_trains_logs_saves_and_continues(digit_shards, tmp_path):
     lines = first.stdout.splitlines()
     assert lines[0].startswith("cca: emu3-tiny, fp32, TP 1 x PP 1 on 1 process(es)")
     assert lines[1] == "step-0 log-ratio: exactly 0 (policy - reference, 32 rows, nats)"
+    assert lines[2] == "reference: frozen; the first update left its log-probabilities as they were, to the last bit"
     run = tmp_path / "run"
     assert [row["step"] for row in rows(run)] == [0, 1, 2]
     assert set(rows(run)[0]) >= KEYS

@@ -116,6 +116,14 @@ def test_a_cache_serves_another_layout(common, answers, tmp_path):
     torch.testing.assert_close(column(trace, "grad_norm"), column(expected, "grad_norm"), rtol=NORM_RTOL, atol=0)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reference_that_moves_with_the_policy_ends_the_run(common, ranks, tmp_path):
+    settings = {"overrides": [*common, *(TP2 if ranks == 2 else [])]}
+    answer = run_workers(ranks, "references_after_an_update", settings, tmp_path)
+    assert (answer["honest"], answer["moving"], answer["later"]) == (True, False, None)
+    assert answer["message"].startswith("reference: its log-probabilities of step 0 are others after the first update")
+
+
 def test_a_reference_that_fails_leaves_the_policy_alone(common, tmp_path):
     answer = run_workers(1, "broken_offload", {"overrides": [*common, *OFFLOAD]}, tmp_path)
     assert answer["message"] == "out of memory"

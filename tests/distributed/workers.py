@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from megatron.core import parallel_state
 
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import TokenShards
+from megatron_cca.errors import UserError
 from megatron_cca.models import gpt
 from megatron_cca.platform.transfers import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
+from megatron_cca.training.loop import _check_first_step
+from megatron_cca.training.reference import ResidentReference
 from megatron_cca.training.setup import set_up
 from megatron_cca.training.step import train_step, validate
 from tests.distributed.ranks import split_anew
@@ -150,6 +154,21 @@ def _fill_cache(overrides, folder, steps):
     split_anew(config)
     cache_reference(config, open_data(config), Path(folder), 0, steps)
     dist.barrier()
+
+
+def references_after_an_update(settings):
+    """Whether the reference of step 0 is the same after the update: as it is, and if it were the policy itself."""
+    honest = start(settings["overrides"])
+    first, later = (train_step(honest).reference_is_frozen for _ in range(2))
+    moving = start(settings["overrides"])
+    moving.reference = ResidentReference(moving.forward, moving.policy)
+    report = train_step(moving)
+    try:
+        _check_first_step(moving, report, types.SimpleNamespace(info=lambda line: None))
+        message = "no error"
+    except UserError as error:
+        message = str(error)
+    return {"honest": first, "moving": report.reference_is_frozen, "later": later, "message": message}
 
 
 def broken_offload(settings):
