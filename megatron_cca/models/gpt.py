@@ -122,8 +122,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu or torch.get_default_device().type == "meta",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **kernel_options(kernels, is_frozen=is_frozen),
-        **_block_options(architecture),
+        **kernel_options(kernels, is_frozen=is_frozen) | _block_options(architecture),
     )
 
 

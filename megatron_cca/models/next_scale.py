@@ -53,6 +53,8 @@ def block_options() -> dict[str, Any]:
         "gated_linear_unit": False,
         "activation_func": _gelu_tanh,
         "add_bias_linear": True,
+        # Megatron has no fused kernel for this activation, and refuses to build the layers with one.
+        "bias_activation_fusion": False,
         # With qk_layernorm, Megatron would sum the gradient of the sharpness over ranks that have different heads.
         "qk_l2_norm": True,
         # The keys and queries have unit length, and the queries' learned sharpness.
