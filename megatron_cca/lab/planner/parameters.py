@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,8 +55,7 @@ def reference_parameters(config: Config, pipeline_rank: int) -> list[Parameter]:
 
     The frozen copy has no adapters.
     """
-    chunks = rank_parameters(config, pipeline_rank)
-    return [parameter for chunk in chunks for parameter in chunk if not parameter.name.startswith(_ADAPTER)]
+    return [one for chunk in rank_parameters(config, pipeline_rank) for one in _without_adapters(chunk)]
 
 
 def frozen_numbers(architecture: Architecture) -> int:
@@ -100,20 +99,27 @@ def head_parameters(config: Config) -> list[Parameter]:
 
 
 def layer_parameters(config: Config) -> list[Parameter]:
-    """Return the parameters of one layer, adapters included."""
-    is_modulated = architecture_of(config.model).scales
-    return list(_modulated_layer(config) if is_modulated else _decoder_layer(config))
+    """Return the parameters of one layer without adapters."""
+    return _without_adapters(_layer(config))
 
 
 def _chunk(config: Config, pipeline_rank: int, chunk: int, chunks: int) -> Iterator[Parameter]:
     architecture, stages = architecture_of(config.model), config.parallel.pipeline_model_parallel_size
     if pipeline_rank == 0 and chunk == 0:
         yield from embedding_parameters(config)
-    layer = layer_parameters(config)
+    layer = list(_layer(config))
     for _ in range(architecture.num_layers // (stages * chunks)):
         yield from layer
     if pipeline_rank == stages - 1 and chunk == chunks - 1:
         yield from head_parameters(config)
+
+
+def _without_adapters(parameters: Iterable[Parameter]) -> list[Parameter]:
+    return [one for one in parameters if not one.name.startswith(_ADAPTER)]
+
+
+def _layer(config: Config) -> Iterator[Parameter]:
+    return _modulated_layer(config) if architecture_of(config.model).scales else _decoder_layer(config)
 
 
 def _decoder_layer(config: Config) -> Iterator[Parameter]:

@@ -9,8 +9,15 @@ import math
 from dataclasses import dataclass
 
 from megatron_cca.config import Config
-from megatron_cca.lab.planner.parameters import Parameter, architecture_of, embedding_parameters, rank_parameters
-from megatron_cca.lab.planner.workload import Workload, products, row_products
+from megatron_cca.lab.planner.parameters import (
+    Parameter,
+    architecture_of,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+    rank_parameters,
+)
+from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.parallel.tiles import own_part
 from megatron_cca.training import head_support, rows_per_sample
@@ -41,9 +48,8 @@ class Sizes:
         tokens: tokens of a microbatch on one context-parallel rank.
         image_tokens: the tokens among them that pass through the head.
         seq_length: S, the positions of a row.
-        layer_weights: elements of one layer's matrices on one rank.
-        embedding_weights: elements of the embedding on one rank.
-        head_weights: elements of the head's rows on one rank.
+        layer_weights, embedding_weights, head_weights: elements of one layer, of the embedding, and of the head with
+            its norm, on one rank.
         words: ids whose logits are computed, on the tensor-parallel rank that has most.
     """
 
@@ -59,13 +65,13 @@ class Sizes:
     tokens: float
     image_tokens: float
     seq_length: int
-    layer_weights: float
-    embedding_weights: float
-    head_weights: float
+    layer_weights: int
+    embedding_weights: int
+    head_weights: int
     words: float
 
     @property
-    def trained_weights(self) -> float:
+    def trained_weights(self) -> int:
         """Number of trained elements on the rank if all weights are trained.
 
         These are the layers, the head, and the embedding if there is a single stage.
@@ -101,11 +107,15 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         tokens=rows * workload.seq_length / context,
         image_tokens=rows * workload.image_tokens / context,
         seq_length=workload.seq_length,
-        layer_weights=sum(one.weights for one in (*products(architecture), *row_products(architecture))) / tensor,
-        embedding_weights=sum(one.numel for one in embedding_parameters(config)),
-        head_weights=vocabulary * architecture.hidden_size / tensor,
+        layer_weights=_numel(layer_parameters(config)),
+        embedding_weights=_numel(embedding_parameters(config)),
+        head_weights=_numel(head_parameters(config)),
         words=_words(config, architecture, vocabulary // tensor),
     )
+
+
+def _numel(parameters: list[Parameter]) -> int:
+    return sum(one.numel for one in parameters)
 
 
 def _words(config: Config, architecture: Architecture, rows: int) -> float:
