@@ -14,8 +14,8 @@ from megatron_cca.lab import reserved_folder
 from megatron_cca.lab.planner import PlanSettings, candidates
 from megatron_cca.lab.planner.candidates import Layout, SearchInputs, laid_out
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
-from megatron_cca.lab.planner.memory import MemoryEstimate, predict_memory
-from megatron_cca.lab.planner.program import image_shape, run_search
+from megatron_cca.lab.planner.memory import MemoryEstimate
+from megatron_cca.lab.planner.program import run_search
 from megatron_cca.lab.planner.report import FILES, Report, as_json, text, write_report, yaml_of
 from megatron_cca.lab.planner.search import search, usual_alternatives
 from megatron_cca.lab.planner.sizes import sizes_of
@@ -134,26 +134,6 @@ def test_every_candidate_is_a_configuration_that_training_accepts():
         assert one.config.parallel.sequence_parallel == (one.config.parallel.tensor_model_parallel_size > 1)
     totals = [one.step.total for one in plan.best]
     assert totals == sorted(totals)
-
-
-def test_scales_are_neither_in_a_pipeline_nor_shared_by_context_ranks(monkeypatch):
-    monkeypatch.setattr(candidates, "predict_memory", predict_memory)
-    config = load_config(None, ["model.name=var-d16", "training.global_batch_size=64", "training.micro_batch_size=4"])
-    some = replace(inputs(8, vary=()), images=image_shape(config, None, 0))
-    plan = found(config, some)
-    # Of 16 heads, a node takes 1, 2, 4 or 8; the rest are replicas.
-    assert sorted(keys(one.config)[:4] for one in plan.best) == [(tp, 1, 1, 1) for tp in (1, 2, 4, 8)]
-    names = {one.name: one.verdict for one in usual_alternatives(plan.best[0], some)}
-    assert names["PP 8 alone"].startswith("refused: parallel.pipeline_model_parallel_size: 8, but in var-d16 every")
-    # The best is that, with more samples in a microbatch.
-    assert plan.best[0].config.parallel.tensor_model_parallel_size == 1
-    assert "data parallelism alone" not in names
-
-
-def test_what_no_layout_helps_is_refused_as_training_does():
-    config = load_config(None, ["model.name=var-d16", "kernels.bias_activation_fusion=true"])
-    with pytest.raises(UserError, match=r"kernels.bias_activation_fusion: var-d16 has no such kernel; leave it out"):
-        found(config, replace(inputs(8), images=image_shape(config, None, 0)))
 
 
 def test_splitting_the_optimizer_is_never_slower_and_never_more_memory():
