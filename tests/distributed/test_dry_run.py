@@ -22,6 +22,7 @@ from tests.selection import Computed, mostly_full
 
 TINY = ROOT / "examples" / "emu3_tiny_cca.yaml"
 BIG = ROOT / "examples" / "emu3_8b_cca.yaml"
+LARGE_SCALES = ROOT / "examples" / "var_d30_cca.yaml"
 WORKLOAD = Workload(24, 16)
 HELD = {"parameters": "weights", "reference": "reference", "gradients": "gradients", "optimizer": "optimizer"}
 
@@ -30,7 +31,9 @@ PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 BF16 = ["training.precision=bf16"]
 GRID = ["model.name=llamagen-tiny"]
+SCALES = ["model.name=var-tiny"]
 FULL = ["training.recompute_granularity=full"]
+SELECTIVE = ["training.recompute_granularity=selective"]
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 
 REAL = {
@@ -41,6 +44,12 @@ REAL = {
     "pp2": (2, PP2),
     "pp2, positions on a grid": (2, [*GRID, *PP2]),
     "vpp2 x dp2": (4, VPP2),
+    "scales": (1, SCALES),
+    "scales, dp2": (2, [*SCALES, *BF16, *OVERLAP]),
+    "scales, tp2": (2, [*SCALES, *TP2, "parallel.sequence_parallel=true"]),
+    "scales, tp2 without sequence parallelism": (2, [*SCALES, *BF16, *TP2]),
+    "scales, core attention again": (1, [*SCALES, *SELECTIVE, "training.recompute_modules=[core_attn]"]),
+    "scales, fp8 weights": (1, [*SCALES, *BF16, "reference.fp8_param=true"]),
 }
 
 # Ranks, keys, which ranks to be.
@@ -53,11 +62,8 @@ FAKE = {
     "full recomputation, positions on a grid": (1, [*GRID, *FULL], [0]),
     "two layers at a time": (1, [*FULL, "training.recompute_num_layers=2"], [0]),
     "two layers of four": (1, [*FULL, "training.recompute_method=block", "training.recompute_num_layers=2"], [0]),
-    "mlp again": (
-        1,
-        ["training.recompute_granularity=selective", "training.recompute_modules=[mlp]"],
-        [0],
-    ),
+    "mlp again": (1, [*SELECTIVE, "training.recompute_modules=[mlp]"], [0]),
+    "core attention again": (1, [*SELECTIVE, "training.recompute_modules=[core_attn]"], [0]),
     "offloaded": (1, [*FULL, "reference.strategy=offload"], [0]),
     "fp8 weights": (1, [*BF16, "reference.fp8_param=true"], [0]),
     "adapters": (1, ["reference.strategy=shared", "lora.dim=4"], [0]),
@@ -69,6 +75,24 @@ FAKE = {
         [0, 3],
     ),
     "likelihood": (1, ["objective.name=next_token"], [0]),
+    "scales, full recomputation": (1, [*SCALES, *FULL], [0]),
+    "scales, two layers of three": (
+        1,
+        [*SCALES, *FULL, "training.recompute_method=block", "training.recompute_num_layers=2"],
+        [0],
+    ),
+    "scales, mlp again": (1, [*SCALES, *SELECTIVE, "training.recompute_modules=[mlp]"], [0]),
+    "scales, mlp and core attention again": (
+        1,
+        [*SCALES, *BF16, *SELECTIVE, "training.recompute_modules=[mlp,core_attn]"],
+        [0],
+    ),
+    "scales, offloaded": (1, [*SCALES, *FULL, "reference.strategy=offload"], [0]),
+    "scales, adapters": (1, [*SCALES, "reference.strategy=shared", "lora.dim=4"], [0]),
+    "scales, adapters, full recomputation": (1, [*SCALES, *FULL, "reference.strategy=shared", "lora.dim=4"], [0]),
+    "scales, plain optimizer": (2, [*SCALES, *BF16, "optimizer.use_distributed_optimizer=false"], [1]),
+    "scales, buckets": (4, [*SCALES, *OVERLAP, "optimizer.ddp_bucket_size=20000"], [0, 1, 2, 3]),
+    "scales, likelihood": (1, [*SCALES, "objective.name=next_token"], [0]),
 }
 
 # Two of the 8B model's layers, as a GPU would have them.
@@ -82,6 +106,25 @@ LIKE_GPU = {
     "tp4 x cp2": (8, [*WIDE, "parallel.context_parallel_size=2"], [0]),
 }
 WIDE_WORKLOAD = Workload(8448, 8100)
+# Three of the largest VAR's, as a GPU would have them.
+LARGE = ["model.num_layers=3", "training.global_batch_size=32"]
+SHARED = [*TP2, "parallel.sequence_parallel=true"]
+SCALES_LIKE_GPU = {
+    "large scales": (1, LARGE, [0]),
+    "large scales, recomputed": (1, [*LARGE, *FULL], [0]),
+    "large scales, tp2": (2, [*LARGE, *SHARED], [0]),
+    "large scales, tp2, recomputed": (2, [*LARGE, *SHARED, *FULL], [0]),
+    "large scales, offloaded": (1, [*LARGE, *FULL, "reference.strategy=offload"], [0]),
+    "large scales, fp8 reference": (1, [*LARGE, "reference.fp8_param=true"], [0]),
+}
+SCALES_WORKLOAD = Workload(680, 680)
+
+
+def run_of(name):
+    """Return the configuration, the rows, and whether to count as on a GPU."""
+    if name in SCALES_LIKE_GPU:
+        return LARGE_SCALES, SCALES_WORKLOAD, True
+    return (BIG, WIDE_WORKLOAD, True) if name in LIKE_GPU else (TINY, WORKLOAD, False)
 
 
 # One of each kind of formula.
@@ -89,6 +132,8 @@ KEPT = {
     *("tp2", "pp2, positions on a grid", "vpp2 x dp2"),
     *("cp2, positions on a grid", "full recomputation, positions on a grid", "two layers of four", "mlp again"),
     *("offloaded", "fp8 weights", "adapters", "plain optimizer", "buckets", "likelihood", "tp4", "tp4, fp8 reference"),
+    *("scales, dp2", "scales, tp2", "scales, core attention again", "scales, full recomputation", "scales, mlp again"),
+    *("scales, offloaded", "scales, adapters", "scales, buckets", "large scales", "large scales, tp2, recomputed"),
 }
 
 
@@ -162,9 +207,9 @@ def fakes(tmp_path_factory):
 
     def count(case):
         name, microbatches = case
-        ranks, overrides, which = (FAKE | LIKE_GPU)[name]
-        path, workload = (BIG, WIDE_WORKLOAD) if name in LIKE_GPU else (TINY, WORKLOAD)
-        common = overrides_of(path, overrides, ranks, microbatches) | {"ranks": ranks, "like_gpu": name in LIKE_GPU}
+        ranks, overrides, which = (FAKE | LIKE_GPU | SCALES_LIKE_GPU)[name]
+        path, workload, on_gpu = run_of(name)
+        common = overrides_of(path, overrides, ranks, microbatches) | {"ranks": ranks, "like_gpu": on_gpu}
         common["workload"] = [workload.seq_length, workload.image_tokens]
         jobs = [common | {"rank": rank} for rank in which]
         return {case: run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, folder)}
@@ -172,15 +217,14 @@ def fakes(tmp_path_factory):
     return Computed(count)
 
 
-# Those of the 8B model have two in any case.
-CASES = [*itertools.product(FAKE, (TWO, ALL)), *((name, TWO) for name in LIKE_GPU)]
+# Those of the large models have their number in any case.
+CASES = [*itertools.product(FAKE, (TWO, ALL)), *((name, TWO) for name in (*LIKE_GPU, *SCALES_LIKE_GPU))]
 
 
 @pytest.mark.parametrize(("name", "microbatches"), mostly_full(CASES, in_make_test))
 def test_the_formulas_are_the_dry_run_within_a_tenth(fakes, name, microbatches):
-    on_gpu = name in LIKE_GPU
-    ranks, overrides, which = (FAKE | LIKE_GPU)[name]
-    path, workload = (BIG, WIDE_WORKLOAD) if on_gpu else (TINY, WORKLOAD)
+    ranks, overrides, which = (FAKE | LIKE_GPU | SCALES_LIKE_GPU)[name]
+    path, workload, on_gpu = run_of(name)
     for rank, counted in zip(which, fakes[name, microbatches], strict=True):
         assert_agrees(counted, predicted(path, overrides, ranks, rank, workload, on_gpu, microbatches), on_gpu)
 
@@ -195,18 +239,26 @@ def test_collectives_have_the_bytes_of_their_tensors(fakes):
     )
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_a_step_of_many_microbatches_is_continued_from_a_few(layers, tmp_path):
-    # Three are run, then what the last one added is counted again; all eight, and one by one.
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_layers=2"],
+        [*SCALES, *FULL, "reference.strategy=offload"],
+        pytest.param(["model.num_layers=4"], marks=pytest.mark.full),
+    ],
+)
+def test_a_step_of_many_microbatches_is_continued_from_a_few(overrides, tmp_path):
+    # Some are run, then what the last one added is counted again; all eight, and one by one.
     job = {
-        **overrides_of(TINY, [f"model.num_layers={layers}"]),
+        **overrides_of(TINY, overrides),
         "workload": [24, 16],
         "ranks": 1,
         "rank": 0,
         "like_gpu": False,
     }
     few, all_of_them = run_workers(1, "timing_workers.dry_runs", {"jobs": [job, job | {"run_all": True}]}, tmp_path)
-    # But for what the step before has left: a batch is replaced when the next is there.
+    # But for some bytes of numbers that wait for the step's report.
+    assert few["peaks"] == pytest.approx(all_of_them["peaks"], rel=1e-4)
     assert few | {"peaks": None} == all_of_them | {"peaks": None}
 
 

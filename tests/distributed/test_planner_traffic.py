@@ -9,6 +9,7 @@ TENSOR, PIPELINE, CONTEXT = (
     f"parallel.{name}_parallel_size=2" for name in ("tensor_model", "pipeline_model", "context")
 )
 SMALL = ["model.num_layers=2", "training.micro_batch_size=2"]
+SCALES = ["model.name=var-tiny"]
 
 # Name -> overrides, the part of a step's time, Megatron's groups behind it, and how far they may be apart. Of tensor
 # parallelism the model leaves out the embedding's own, and with sequence parallelism what hides behind products.
@@ -16,6 +17,9 @@ CASES = {
     "tensor": ([TENSOR], "tensor_parallel", ("tensor",), 0.15),
     "recomputed": ([TENSOR, "training.recompute_granularity=full"], "tensor_parallel", ("tensor",), 0.15),
     "sequence": ([TENSOR, "parallel.sequence_parallel=true"], "tensor_parallel", ("tensor",), 0.25),
+    "scales": ([*SCALES, TENSOR], "tensor_parallel", ("tensor",), 0.15),
+    "scales, sequence": ([*SCALES, TENSOR, "parallel.sequence_parallel=true"], "tensor_parallel", ("tensor",), 0.25),
+    "scales, data": (SCALES, "data_parallel", ("data and context",), 0.01),
     "pipeline": ([PIPELINE], "pipeline", ("pipeline",), 1e-6),
     "context": ([CONTEXT, "model.transformer_impl=local"], "context_parallel", ("context",), 0.01),
     "data": ([], "data_parallel", ("data and context",), 0.01),

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_cca.config.load import load_config
 from megatron_cca.lab.planner.hardware import GPUS, Cluster
+from megatron_cca.lab.planner.program import image_shape
 from megatron_cca.lab.planner.throughput import predict_step
 from megatron_cca.lab.planner.workload import (
     Workload,
@@ -15,6 +16,7 @@ from megatron_cca.lab.planner.workload import (
     average_peak,
     flops_by_precision,
     head_forward,
+    image_workload,
     mfu,
     model_flops,
     products_forward,
@@ -23,6 +25,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps
 from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.ranks import initialize_distributed
+from tests.references import var
 
 ROWS = 2
 WORKLOAD = Workload(seq_length=96, image_tokens=60)
@@ -100,6 +103,49 @@ def test_causal_attention_is_half(model):
     _, architecture, _ = model
     half = attention_forward(architecture, 96)
     assert attention_forward(architecture, 96, causal=False) == 2 * half
+
+
+SCALES = ["model.name=var-d16", "model.num_layers=1", "model.hidden_size=256", "model.ffn_hidden_size=1024"]
+SCALES += ["model.num_attention_heads=4", "model.num_query_groups=4"]
+
+
+@pytest.fixture(scope="module")
+def pyramid():
+    """The plain model of the tests, and ours of the same sizes."""
+    sizes = var.Sizes(layers=1, width=256, heads=4)
+    weights = {name: tensor.requires_grad_() for name, tensor in var.random_weights(sizes, 0, 0.02).items()}
+    quantizer = var.random_quantizer(sizes)
+    codes, classes = torch.zeros((ROWS, sizes.tokens), dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int64)
+    config = load_config(None, SCALES)
+    return config, resolve_architecture(config.model), lambda: var.logits(weights, quantizer, classes, codes, sizes)
+
+
+def test_scales_forward_and_backward(pyramid):
+    config, architecture, plain = pyramid
+    workload = image_workload(config, image_shape(config, None, 0))
+    assert workload == Workload(680, 680)
+    forward = model_flops(load_config(None, [*SCALES, "objective.name=next_token"]), architecture, workload) / 3
+    with FlopCounterMode(display=False) as counter:
+        logits = plain()
+    # The plain model masks the scores of later scales, where ours does not compute them.
+    masked = 4.0 * 256 * 680**2 - attention_forward(architecture, 680)
+    counts = counter.get_flop_counts()["Global"]
+    # The features of the picture are made in fp32 for every row, and do not count.
+    convolved = counts.pop(torch.ops.aten.convolution)
+    assert sum(counts.values()) == pytest.approx(ROWS * (forward + masked), rel=0.01)
+    assert convolved < 0.05 * forward
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(2 * ROWS * (forward + masked), rel=0.01)
+
+
+def test_scales_see_themselves_and_smaller_ones(pyramid):
+    _, architecture, _ = pyramid
+    sides = architecture.scales
+    scores = sum(side**2 * sum(other**2 for other in sides if other <= side) for side in sides)
+    assert attention_forward(architecture, 680) == 4 * 256 * scores
+    # Rows that are filled up compute no more of them, and there is no causal half.
+    assert attention_forward(architecture, 768, causal=False) == attention_forward(architecture, 680)
 
 
 def test_mfu_is_over_each_precisions_own_peak():

@@ -1,9 +1,8 @@
 """Bytes of a forward and backward pass on one rank: kept tensors and working memory of the layers and the head.
 
-Each term names tensors of Megatron's layers. ``tests/distributed/test_dry_run.py`` compares them with the count of the
-dry run. Attention scores are kept only where Transformer Engine's attention is not fused
-(``models/architecture.py``). The head is ``parallel/sequence_logps.py``: hidden states, three numbers for each token,
-and a tile.
+``tests/distributed/test_dry_run.py`` compares them with the count of the dry run. What one layer keeps depends on its
+kind: ``layers.py``, ``next_scale.py``. The head is ``parallel/sequence_logps.py``: hidden states, three numbers for
+each token, and a tile.
 """
 
 from __future__ import annotations
@@ -12,66 +11,44 @@ import math
 from dataclasses import dataclass
 
 from megatron_cca.config import Config, ModelConfig, Precision
-from megatron_cca.lab.planner.sizes import Sizes, architecture_of
+from megatron_cca.lab.planner.layers import FP32, DecoderLayer, LayerShape
+from megatron_cca.lab.planner.next_scale import ModulatedLayer
+from megatron_cca.lab.planner.parameters import architecture_of
+from megatron_cca.lab.planner.sizes import Sizes
 from megatron_cca.models.architecture import keeps_scores
 from megatron_cca.parallel.tiles import block_width, chunk_size_of, tile_sizes
-
-FP32 = 4
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The sizes of a layer on one rank.
-
-    Attributes:
-        size: bytes of one element in the precision of the computation.
-        tokens: tokens of a microbatch on this rank.
-        shared: tokens of norms and residuals, which sequence parallelism divides.
-        hidden: hidden size of the model.
-        queries, keys: this rank's channels of the queries; of the keys and values together.
-        ffn: this rank's channels between fc1 and fc2.
-        heads: attention heads on this rank.
-        rotary: number of elements in a table of rotary positions.
-        scores: bytes of a layer's attention scores if they are kept for backward; otherwise 0.
-        fuses_norms, fuses_swiglu: whether a fused kernel computes it, which keeps no intermediate results.
-    """
-
-    size: int
-    tokens: float
-    shared: float
-    hidden: int
-    queries: float
-    keys: float
-    ffn: float
-    heads: float
-    rotary: float
-    scores: float
-    fuses_norms: bool
-    fuses_swiglu: bool
-
-    @property
-    def stream(self) -> float:
-        """Bytes of the hidden states between layers."""
-        return self.size * self.shared * self.hidden
 
 
 def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, fuses_swiglu: bool) -> LayerShape:
     """Return the sizes of a layer of the run.
 
-    ``size`` is the bytes of one element.
+    Args:
+        config, sizes: of the run.
+        size: bytes of one element.
+        fuses_norms, fuses_swiglu: whether a fused kernel computes a decoder's norms, and its SwiGLU.
     """
     architecture, tensor = architecture_of(config.model), sizes.tensor
-    channels = architecture.kv_channels
-    return LayerShape(
-        size=size,
-        tokens=sizes.tokens,
-        shared=sizes.tokens / (tensor if config.parallel.sequence_parallel else 1),
-        hidden=architecture.hidden_size,
-        queries=architecture.hidden_size / tensor,
-        keys=2 * architecture.num_query_groups * channels / tensor,
-        ffn=architecture.ffn_hidden_size / tensor,
-        heads=architecture.num_attention_heads / tensor,
-        rotary=sizes.seq_length / sizes.context * channels,
+    common = {
+        "size": size,
+        "tokens": sizes.tokens,
+        "shared": sizes.tokens / (tensor if config.parallel.sequence_parallel else 1),
+        "hidden": architecture.hidden_size,
+        "channels": architecture.hidden_size / tensor,
+        "ffn": architecture.ffn_hidden_size / tensor,
+        "heads": architecture.num_attention_heads / tensor,
+    }
+    if architecture.scales:
+        return ModulatedLayer(
+            **common,
+            rows=sizes.rows,
+            features=architecture.feature_channels,
+            trains_weights=config.lora.dim is None,
+        )
+    return DecoderLayer(
+        **common,
+        keys=2 * architecture.num_query_groups * architecture.kv_channels / tensor,
+        rotary=sizes.seq_length / sizes.context * architecture.kv_channels,
+        context=sizes.context,
         scores=layer_scores(config.model, sizes, "fp32" if size == FP32 else "bf16"),
         fuses_norms=fuses_norms,
         fuses_swiglu=fuses_swiglu,
@@ -81,121 +58,45 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, f
 def layer_scores(model: ModelConfig, sizes: Sizes, precision: Precision) -> float:
     """Return the bytes of the scores ``[rows, heads, S, S]`` that a layer keeps for backward.
 
-    They are 0 where the attention is fused.
+    They are 0 where the attention is fused, and for next-scale prediction, which has an attention of its own.
     """
-    if not keeps_scores(model, sizes.architecture, precision):
+    if sizes.architecture.scales or not keeps_scores(model, sizes.architecture, precision):
         return 0.0
     number = FP32 if precision == "fp32" else FP32 // 2
     return number * sizes.rows * sizes.architecture.num_attention_heads / sizes.tensor * sizes.seq_length**2
 
 
-def norm_kept(shape: LayerShape) -> float:
-    """Return the bytes that an RMSNorm keeps besides its input.
-
-    These are its output and either a number for each token or, without a fused kernel, its intermediate results.
-    """
-    if shape.fuses_norms:
-        return shape.stream + FP32 * shape.shared
-    # In fp32: the normalised input. In bf16: the normalised input in fp32, and again in bf16.
-    inner = 1 if shape.size == FP32 else 3
-    return (1 + inner) * shape.stream + FP32 * shape.shared
-
-
-def attention_kept(shape: LayerShape, context: int) -> float:
-    """Return the bytes that the attention keeps.
-
-    These are the output of linear_qkv (the values are a view of it), the rotated queries and keys, the context, and the
-    logarithms of the softmax.
-    """
-    channels = (shape.queries + shape.keys) + (shape.queries + shape.keys / 2) + shape.queries
-    gathered = shape.keys * context if context > 1 else 0
-    tables = 4 * shape.size * shape.rotary
-    return shape.size * shape.tokens * (channels + gathered) + _softmax_kept(shape) + tables
-
-
-def _softmax_kept(shape: LayerShape) -> float:
-    """Return the bytes that the softmax keeps.
-
-    These are the scores or, with a fused kernel, one logarithm for each head and token.
-    """
-    return shape.scores or FP32 * shape.heads * shape.tokens
-
-
-def mlp_kept(shape: LayerShape) -> float:
-    """Return the bytes that the MLP keeps.
-
-    These are both halves of fc1's output and the output of SwiGLU. Without a fused kernel, the activated half and the
-    other half plus 0 are kept as well.
-    """
-    return shape.size * shape.tokens * shape.ffn * (3 if shape.fuses_swiglu else 5)
-
-
-def layer_kept(shape: LayerShape, context: int) -> float:
-    """Return the bytes that one layer keeps for backward without recomputation: its output, but not its input."""
-    residuals = 2 * shape.stream
-    return residuals + 2 * norm_kept(shape) + attention_kept(shape, context) + mlp_kept(shape)
-
-
-def chunk_kept(shape: LayerShape, config: Config, layers: int, context: int) -> float:
+def chunk_kept(shape: LayerShape, config: Config, layers: int) -> float:
     """Return the bytes that ``layers`` layers and their input keep of a microbatch, with the run's recomputation."""
     training = config.training
-    whole = layer_kept(shape, context)
+    whole, inputs = shape.kept(), shape.stream + shape.inputs_kept()
     if training.recompute_granularity == "full":
         group = training.recompute_num_layers
         if training.recompute_method == "block":
             recomputed = min(group, layers)
-            return shape.stream + recomputed * shape.stream + (layers - recomputed) * whole
-        return shape.stream * (1 + -(-layers // group))
+            return inputs + recomputed * shape.stream + (layers - recomputed) * whole
+        return inputs + shape.stream * -(-layers // group)
     if training.recompute_granularity == "selective":
         whole -= _selectively_recomputed(shape, config)
-    return shape.stream + layers * whole
+    return inputs + layers * whole
 
 
 def _selectively_recomputed(shape: LayerShape, config: Config) -> float:
     modules = config.training.recompute_modules
-    attention = _softmax_kept(shape) if "core_attn" in modules else 0
-    return attention + (mlp_kept(shape) if "mlp" in modules else 0)
+    attention = shape.softmax_kept() if "core_attn" in modules else 0
+    return attention + (shape.mlp_kept() if "mlp" in modules else 0)
 
 
-def recomputed_at_once(shape: LayerShape, config: Config, layers: int, context: int) -> float:
+def recomputed_at_once(shape: LayerShape, config: Config, layers: int) -> float:
     """Return the bytes that recomputation restores during the backward of one of its groups."""
     training = config.training
     if training.recompute_granularity == "full":
         group = min(training.recompute_num_layers, layers)
         if training.recompute_method == "block":
             # The layers without recomputation come last. Their backward runs first.
-            return layer_kept(shape, context) if group == layers else 0
-        return group * layer_kept(shape, context) - shape.stream
+            return shape.kept() if group == layers else 0
+        return group * shape.kept() - shape.stream
     return _selectively_recomputed(shape, config) if training.recompute_granularity == "selective" else 0
-
-
-def layer_backward(shape: LayerShape, config: Config) -> float:
-    """Return the bytes alive in the backward of a layer, besides what it kept.
-
-    The largest of three moments counts: fc2, SwiGLU, and attention without a fused kernel.
-    """
-    whole = shape.size * shape.tokens * shape.hidden
-    gathered = whole if config.parallel.sequence_parallel else 0
-    inner = shape.size * shape.tokens * shape.ffn
-    weight = shape.size * shape.hidden * shape.ffn if config.lora.dim is None else 0
-    at_fc2 = shape.stream + gathered + inner + weight
-    # The gradient from fc2 and the two gradients that SwiGLU computes from it. The input of fc2 is free by now.
-    at_swiglu = shape.stream + 2 * inner
-    # The gradients of the probabilities and of the scores.
-    at_scores = shape.stream + 2 * shape.scores
-    return max(at_fc2, at_swiglu, at_scores)
-
-
-def layer_forward(shape: LayerShape, config: Config) -> float:
-    """Return the bytes alive in a forward pass that keeps nothing.
-
-    The larger of two moments counts: fc1 with SwiGLU, and attention without a fused kernel.
-    """
-    gathered = shape.size * shape.tokens * shape.hidden if config.parallel.sequence_parallel else 0
-    inner = shape.size * shape.tokens * shape.ffn
-    at_mlp = max(gathered + 2 * inner, (3 if shape.fuses_swiglu else 5) * inner)
-    # The scores and the probabilities.
-    return 2 * shape.stream + max(at_mlp, 2 * shape.scores)
 
 
 def microbatches_in_flight(sizes: Sizes, pipeline_rank: int, group: int | None) -> int:
@@ -264,8 +165,8 @@ def head_kept(head: HeadShape) -> float:
     sum.
     """
     layer = head.layer
-    gathered = layer.size * layer.tokens * layer.hidden if head.is_gathered else 0
-    return norm_kept(layer) + gathered + (2 * INT64 + 2 * FP32) * head.selected
+    gathered = layer.whole if head.is_gathered else 0
+    return layer.norm_kept() + gathered + (2 * INT64 + 2 * FP32) * head.selected
 
 
 def head_forward(head: HeadShape) -> float:

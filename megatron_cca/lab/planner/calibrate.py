@@ -19,10 +19,11 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.planner import measuring
 from megatron_cca.lab.planner.hardware import CPU, DEFAULT, GPUS, Calibration, Cluster, Gpu, gpu_named, name_of_device
 from megatron_cca.lab.planner.measuring import Observation, measure_short_run, short_configs
+from megatron_cca.lab.planner.random_weights import draw_everything
 from megatron_cca.lab.planner.throughput import predict_step
-from megatron_cca.lab.planner.workload import ImageShape, Product, image_workload, products
+from megatron_cca.lab.planner.workload import ImageShape, Product, attention_forward, image_workload, products
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import Initialize, initialize_by_name
+from megatron_cca.models.initialization import Initialize
 from megatron_cca.training import rows_per_sample
 from megatron_cca.training.kernel_checks import check_devices
 
@@ -59,7 +60,7 @@ def calibrate(
     gpu: str | None,
     steps: int,
     *,
-    initialize: Initialize = initialize_by_name,
+    initialize: Initialize = draw_everything,
 ) -> Measured:
     """Measure this device with a run's shapes.
 
@@ -139,9 +140,8 @@ def _by_itself(config: Config, images: ImageShape, gpu: Gpu) -> tuple[Calibratio
     shapes = products(architecture)
     seconds = measuring.products_seconds(shapes, tokens, dtype)
     matmul = _ideal_seconds(shapes, tokens, gpu, precision) / seconds
-    heads = architecture.num_attention_heads
-    attention = measuring.attention_seconds(rows, heads, workload.seq_length, architecture.kv_channels, dtype)
-    attention_flops = rows * 2.0 * workload.seq_length**2 * architecture.hidden_size
+    attention = measuring.attention_seconds(rows, architecture, workload.seq_length, dtype)
+    attention_flops = rows * attention_forward(architecture, workload.seq_length)
     fp8 = measured_fp8(shapes, tokens, gpu)
     found = replace(
         DEFAULT,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from megatron_cca.config import Config, TrainingConfig
 from megatron_cca.lab.planner.activations import layer_scores
 from megatron_cca.lab.planner.hardware import Calibration, Cluster, Gpu
+from megatron_cca.lab.planner.next_scale import moved_by_layer
 from megatron_cca.lab.planner.sizes import Sizes
-from megatron_cca.lab.planner.workload import ATTENTION_BACKWARD, attention_forward, products
+from megatron_cca.lab.planner.workload import ATTENTION_BACKWARD, attention_forward, products, row_products
 from megatron_cca.parallel.tiles import GPU, block_width, chunk_size_of
 
 
@@ -102,13 +103,13 @@ class Compute:
 
     def layer_forward(self) -> float:
         """Return the seconds of a layer's forward for a microbatch."""
-        return self._products() + self._attention() + self._elementwise()
+        return self._products() + self._row_products() + self._attention() + self._elementwise()
 
     def layer_backward(self) -> float:
         """Return the seconds of a layer's backward for a microbatch, without recomputation."""
         gradients = 2 if self.trains_weights else 1
         return (
-            gradients * self._products()
+            gradients * (self._products() + self._row_products())
             + ATTENTION_BACKWARD * self._attention()
             + 2 * self._elementwise()
             + (self._accumulation() if self.trains_weights else 0.0)
@@ -127,8 +128,7 @@ class Compute:
             if "core_attn" in settings.recompute_modules:
                 seconds += self._attention()
             if "mlp" in settings.recompute_modules:
-                gate = 3 * sizes.architecture.ffn_hidden_size / sizes.tensor
-                seconds += self._products("linear_fc1", "linear_fc2") + self._moved(sizes.tokens * gate)
+                seconds += self._products("linear_fc1", "linear_fc2") + self._moved(sizes.tokens * self._moved_by_mlp())
         return sizes.layers * seconds
 
     def head_forward(self) -> float:
@@ -185,6 +185,11 @@ class Compute:
             seconds += 2 * sizes.tokens * inputs * outputs / rate
         return seconds
 
+    def _row_products(self) -> float:
+        """Return the seconds of the products with a few rows, which the reading of their weights takes."""
+        weights = sum(product.weights for product in row_products(self.sizes.architecture))
+        return self._moved(weights / self.sizes.tensor)
+
     def _attention(self) -> float:
         sizes = self.sizes
         # Each context-parallel rank of the ring contributes a part of the output. The parts are combined in fp32.
@@ -210,18 +215,33 @@ class Compute:
 
     def _elementwise(self) -> float:
         sizes, architecture = self.sizes, self.sizes.architecture
-        hidden, ffn, tensor = architecture.hidden_size, architecture.ffn_hidden_size, self.sizes.tensor
-        queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
-        # Two norms (read, write) and two residual sums (two reads, a write).
-        moved = 10 * hidden / (tensor if self.config.parallel.sequence_parallel else 1)
-        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times.
-        moved += (2 if self._fuses_rotary() else 8) * queries_and_keys / tensor
-        # SwiGLU: the gate and the value are read. Their product is written.
-        moved += 3 * ffn / tensor
+        sharing = sizes.tensor if self.config.parallel.sequence_parallel else 1
+        hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+        if architecture.scales:
+            moved = moved_by_layer(hidden, sizes.tensor, sharing)
+        else:
+            moved = self._moved_by_decoder(sharing)
+        moved += self._moved_by_mlp()
         if self.settings.precision == "fp8":
             # The input of each product is read. It is written in FP8 twice, once transposed.
-            moved += 2 * (3 * hidden + ffn) / tensor
+            moved += 2 * (3 * hidden + ffn) / sizes.tensor
         return self._moved(sizes.tokens * moved)
+
+    def _moved_by_decoder(self, sharing: int) -> float:
+        """Return how many numbers a token's norms, residual sums and rotary positions read and write."""
+        architecture = self.sizes.architecture
+        hidden = architecture.hidden_size
+        queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
+        # Two norms (read, write) and two residual sums (two reads, a write).
+        moved = 10 * hidden / sharing
+        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times.
+        return moved + (2 if self._fuses_rotary() else 8) * queries_and_keys / self.sizes.tensor
+
+    def _moved_by_mlp(self) -> float:
+        """Return how many numbers a token's activation reads and writes."""
+        # SwiGLU: the gate and the value are read. Their product is written. Else: a bias is added, and GELU.
+        tensors = 4 if self.sizes.architecture.scales else 3
+        return tensors * self.sizes.architecture.ffn_hidden_size / self.sizes.tensor
 
     def _accumulation(self) -> float:
         """Return the seconds to add a microbatch's weight gradients to Megatron's buffer.

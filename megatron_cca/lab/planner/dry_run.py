@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +13,9 @@ from megatron_cca.config import Config, OptimizerConfig
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.lab.planner.fake_cluster import fake_job, fake_tensors
 from megatron_cca.lab.planner.observer import Observer, Traffic
+from megatron_cca.lab.planner.random_weights import draw_everything
 from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import initialize_by_name
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training import rows_per_microbatch
 from megatron_cca.training.checks import STATE_DTYPES, data_parallel_size
@@ -28,7 +29,7 @@ class DryRun:
     """The counted bytes that one rank holds and sends in a step.
 
     Attributes:
-        parameters: bytes of the policy's parameters on this rank.
+        parameters: bytes of the policy's parameters on this rank, and of its frozen tensors.
         reference: bytes of the reference on the device.
         gradients: bytes of Megatron's gradient buffers.
         optimizer: bytes of master weights and Adam's moments.
@@ -84,15 +85,19 @@ def counted_step(
         microbatches: number of this rank's microbatches in the step.
         run_all: whether to run all microbatches, even if there are many.
     """
+    # The rows are made up, so no data has anything to give.
+    config = replace(config, data=replace(config.data, path={}))
     observer.traffic.name_groups(_groups())
     rows = _Rows(config, workload)
-    architecture, initialize = resolve_architecture(config.model), initialize_by_name if observer.has_numbers else None
+    architecture, initialize = resolve_architecture(config.model), draw_everything if observer.has_numbers else None
     run = build_run(config, architecture, rows, rows, None, _Phases(observer), initialize=initialize)
     # The first update creates Adam's moments. The counted step must have them from its start.
     run.optimizer.step()
     # After so many microbatches all stages have their full number of microbatches and chunks in flight.
     stages = config.parallel.pipeline_model_parallel_size
     few = stages * (2 if config.parallel.virtual_pipeline_model_parallel_size else 1)
+    # A step leaves buffers behind, which a later one must not count as its own. From the second on, steps are alike.
+    _one_step(run, observer, rows, few)
     if run_all or microbatches <= few + stages:
         return _one_step(run, observer, rows, microbatches)
     first, second = (_one_step(run, observer, rows, number) for number in (few, few + stages))
@@ -104,8 +109,8 @@ def _one_step(run: Run, observer: Observer, rows: _Rows, microbatches: int) -> D
     rows.microbatches = microbatches
     train_step(run)
     held = {
-        "parameters": sum(parameter.nbytes for chunk in run.policy for parameter in chunk.parameters()),
-        "reference": _reference_bytes(run),
+        "parameters": _weight_bytes(run.policy_chunks),
+        "reference": _weight_bytes(getattr(run.reference, "chunks", [])),
         "gradients": sum(buffer.grad_data.nbytes for chunk in run.policy for buffer in chunk.buffers),
         "optimizer": _optimizer_bytes(run),
     }
@@ -168,8 +173,7 @@ def _optimizer_of_any_machine(options: OptimizerConfig) -> OptimizerConfig:
     return replace(options, **dtypes, **dict.fromkeys(off, False))
 
 
-def _reference_bytes(run: Run) -> int:
-    chunks = getattr(run.reference, "chunks", [])
+def _weight_bytes(chunks: Sequence[torch.nn.Module]) -> int:
     return sum(tensor.nbytes for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
 
 
@@ -216,7 +220,7 @@ class _Phases(PhaseTracker):
 class _Rows:
     """A substitute for the data.
 
-    All tokens of a row are 0. Its first tokens count as image tokens.
+    All tokens of a row are 0, behind the class of models that have classes. Its first tokens count as image tokens.
     """
 
     reads = True
@@ -225,6 +229,7 @@ class _Rows:
         self.microbatches = 1
         self._samples, self._workload = config.training.micro_batch_size, workload
         self.rows_per_microbatch = rows_per_microbatch(config)
+        self._first = getattr(resolve_architecture(config.model).vocabulary, "null_class", 0)
 
     def attempt(self, step: int) -> tuple[StepBatch, None]:
         """Return a step of ``microbatches`` microbatches, and None for the error.
@@ -236,8 +241,10 @@ class _Rows:
         return StepBatch(rows, length, self._workload.image_tokens, num_tokens=length), None
 
     def _microbatch(self) -> Microbatch:
-        shape, device = (self.rows_per_microbatch, self._workload.seq_length), platform.device()
-        tokens, mask = (torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.bool))
-        flags = torch.zeros(self._samples, dtype=torch.bool, device=device)
+        rows, length, device = self.rows_per_microbatch, self._workload.seq_length, platform.device()
+        ids = torch.zeros((rows, length + 1), dtype=torch.int64, device=device)
+        ids[:, 0] = self._first
+        mask = torch.zeros((rows, length), dtype=torch.bool, device=device)
         mask[:, : self._workload.image_tokens] = True
-        return Microbatch(tokens, tokens, mask, flags)
+        flags = torch.zeros(self._samples, dtype=torch.bool, device=device)
+        return Microbatch(ids[:, :-1], ids[:, 1:], mask, flags)

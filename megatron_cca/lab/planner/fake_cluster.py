@@ -215,6 +215,10 @@ class _HealthyStep(Observer):
 
 def _healthy_number(tensor: torch.Tensor) -> bool | int | float:
     """Return the value of a tensor with one element in a healthy step."""
+    constant = getattr(tensor, "constant", None)
+    if constant is not None:
+        # The code wrote the number down, such as the kind of a mask. Recomputation of the attention reads it back.
+        return constant.item()
     if tensor.dtype == torch.bool:
         return not getattr(tensor, _FOUND, False)
     return 1.0 if tensor.is_floating_point() else 0

@@ -20,9 +20,11 @@ from megatron_cca import platform
 from megatron_cca.config import Config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.lab.planner.candidates import Layout, laid_out, without_files
-from megatron_cca.lab.planner.workload import ImageShape, Product, Workload, image_workload
+from megatron_cca.lab.planner.random_weights import draw_everything
+from megatron_cca.lab.planner.workload import ImageShape, Product, Workload, attention_pieces, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.initialization import Initialize, initialize_by_name
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.initialization import Initialize
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.setup import Run, set_up
@@ -92,11 +94,19 @@ def fp8_products_seconds(products: Sequence[Product], tokens: int) -> float:
     return total
 
 
-def attention_seconds(rows: int, heads: int, seq_length: int, channels: int, dtype: torch.dtype) -> float:
-    """Return the seconds of the forward of causal attention."""
+def attention_seconds(rows: int, architecture: Architecture, seq_length: int, dtype: torch.dtype) -> float:
+    """Return the seconds of the forward of a layer's attention, call by call. A single call is causal."""
+    heads, channels = architecture.num_attention_heads, architecture.kv_channels
     shape = (rows, heads, seq_length, channels)
     query, key, value = (torch.randn(shape, device=platform.device()).to(dtype) for _ in range(3))
-    return seconds_of(lambda: scaled_dot_product_attention(query, key, value, is_causal=True))
+    pieces, is_causal = attention_pieces(architecture, seq_length), not architecture.scales
+
+    def attend() -> None:
+        for queries, keys in pieces:
+            seen = (query[:, :, keys - queries : keys], key[:, :, :keys], value[:, :, :keys])
+            scaled_dot_product_attention(*seen, is_causal=is_causal)
+
+    return seconds_of(attend)
 
 
 def memory_bandwidth(num_bytes: int) -> float:
@@ -159,7 +169,7 @@ def measure_short_run(
     steps: int,
     folder: Path,
     *,
-    initialize: Initialize = initialize_by_name,
+    initialize: Initialize = draw_everything,
 ) -> Observation:
     """Train ``steps`` steps and measure them, after one step that does not count.
 
@@ -247,6 +257,6 @@ def _samples(config: Config, images: ImageShape) -> list[Sample]:
     ]
 
 
-def started(config: Config, *, initialize: Initialize = initialize_by_name) -> Run:
+def started(config: Config, *, initialize: Initialize = draw_everything) -> Run:
     """Set up the run for its first step, for use in a ``with``. Collective over all ranks."""
     return set_up(config, open_data(config), initialize=initialize)

@@ -6,17 +6,18 @@ from dataclasses import dataclass, fields
 
 from megatron_cca.config import Config
 from megatron_cca.lab.planner import activations
-from megatron_cca.lab.planner.activations import FP32
-from megatron_cca.lab.planner.sizes import (
+from megatron_cca.lab.planner.layers import FP32, LayerShape
+from megatron_cca.lab.planner.parameters import (
     Parameter,
-    Sizes,
-    gradient_numbers,
-    optimizer_numbers,
+    embedding_parameters,
+    frozen_numbers,
+    head_parameters,
+    layer_parameters,
     rank_parameters,
     reference_parameters,
-    sizes_of,
 )
-from megatron_cca.lab.planner.workload import Workload
+from megatron_cca.lab.planner.sizes import Sizes, gradient_numbers, optimizer_numbers, sizes_of
+from megatron_cca.lab.planner.workload import Workload, products
 from megatron_cca.training import has_own_weights, reference_settings, uses_reference_pass
 
 GIB = 2**30
@@ -37,7 +38,7 @@ class MemoryEstimate:
     """Bytes on one rank at its peak; the parts add up to ``total``.
 
     Attributes:
-        weights: the policy's parameters, in the precision of the computation.
+        weights: the policy's parameters, in the precision of the computation, and its frozen tensors.
         reference: the part of the frozen model that its strategy keeps on the device.
         gradients: Megatron's gradient buffer.
         optimizer: this rank's share of the master weights and of Adam's moments.
@@ -132,8 +133,12 @@ class _Rank:
     def _weights(self) -> float:
         chunks = rank_parameters(self.config, self.pipeline_rank)
         numbers = sum(parameter.numel for chunk in chunks for parameter in chunk)
-        copies = _FP8_COPIES * self.sizes.layers * self.sizes.layer_weights
-        return numbers * self._size + (copies if self.config.training.precision == "fp8" else 0)
+        frozen = FP32 * frozen_numbers(self.sizes.architecture)
+        return numbers * self._size + frozen + (self._fp8_copies() if self.config.training.precision == "fp8" else 0)
+
+    def _fp8_copies(self) -> float:
+        of_a_layer = sum(product.weights for product in products(self.sizes.architecture)) / self.sizes.tensor
+        return _FP8_COPIES * self.sizes.layers * of_a_layer
 
     def _gradients(self) -> float:
         size = FP32 if self.config.optimizer.grad_reduce_in_fp32 else self._size
@@ -159,7 +164,8 @@ class _Rank:
         if self.config.reference.strategy == "offload":
             return 0
         parameters = reference_parameters(self.config, self.pipeline_rank)
-        return sum(self._reference_bytes(parameter) for parameter in parameters)
+        frozen = FP32 * frozen_numbers(self.sizes.architecture)
+        return frozen + sum(self._reference_bytes(parameter) for parameter in parameters)
 
     def _reference_bytes(self, parameter: Parameter) -> float:
         size = _SIZES["fp32" if reference_settings(self.config).precision == "fp32" else "bf16"]
@@ -167,7 +173,7 @@ class _Rank:
             return parameter.numel * size
         return parameter.numel + FP32 * parameter.numel / parameter.columns
 
-    def _layer(self, size: int) -> activations.LayerShape:
+    def _layer(self, size: int) -> LayerShape:
         swiglu = self.config.kernels.bias_activation_fusion
         return activations.layer_shape(
             self.config,
@@ -182,10 +188,8 @@ class _Rank:
         layers = sizes.layers // sizes.chunks
         group = config.parallel.microbatch_group_size_per_vp_stage
         in_flight = activations.microbatches_in_flight(sizes, self.pipeline_rank, group)
-        kept = in_flight * activations.chunk_kept(layer, config, layers, sizes.context)
-        at_layer = activations.recomputed_at_once(layer, config, layers, sizes.context) + activations.layer_backward(
-            layer, config
-        )
+        kept = in_flight * activations.chunk_kept(layer, config, layers)
+        at_layer = activations.recomputed_at_once(layer, config, layers) + layer.backward(config)
         tokens = self._tokens()
         if not self._is_last:
             return {"activations": kept + tokens + at_layer, "head": 0}
@@ -199,27 +203,43 @@ class _Rank:
     def _reference_pass(self, reference: float) -> dict[str, float]:
         size = 4 if reference_settings(self.config).precision == "fp32" else 2
         layer = self._layer(size)
-        forward = activations.layer_forward(layer, self.config) + self._tokens()
+        forward = layer.forward(self.config) + self._tokens()
         head = 0.0
         if self._is_last:
             shape = activations.head_shape(self.config, self.sizes, layer, on_gpu=self.on_gpu)
             head = activations.head_kept(shape) + activations.head_forward(shape)
-        parts, passing = {"reference": reference}, self._passing_weights(size)
-        if head > forward:
-            return parts | {"activations": self._tokens() + passing, "head": head}
-        return parts | {"activations": forward + passing, "head": 0}
+        parts, (at_layer, at_head) = {"reference": reference}, self._passing_weights(size)
+        if head + at_head > forward + at_layer:
+            return parts | {"activations": self._tokens() + at_head, "head": head}
+        return parts | {"activations": forward + at_layer, "head": 0}
 
-    def _passing_weights(self, size: int) -> float:
-        """Return the bytes of the reference's weights that are on the device only during their use."""
-        parameters = reference_parameters(self.config, self.pipeline_rank)
+    def _passing_weights(self, size: int) -> tuple[float, float]:
+        """Return the bytes of the reference's weights that are on the device only during their use.
+
+        Returns:
+            During the use of a layer, and during that of the head.
+        """
         if self.config.reference.strategy == "offload":
-            layer = self.sizes.layer_weights
-            ends = [one.numel for one in parameters if one.name in ("word_embeddings", "output_layer")]
-            return size * (layer + max([layer, *ends]))
+            return self._streamed_weights(size)
         if self.config.reference.fp8_param:
+            parameters = reference_parameters(self.config, self.pipeline_rank)
             # The conversion from FP8 goes through fp32.
-            return (size + 2 * FP32) * max((one.numel for one in parameters if _is_kept_in_fp8(one)), default=0)
-        return 0
+            passing = (size + 2 * FP32) * max((one.numel for one in parameters if _is_kept_in_fp8(one)), default=0)
+            return passing, 0
+        return 0, 0
+
+    def _streamed_weights(self, size: int) -> tuple[float, float]:
+        """Return :func:`_passing_weights` of streamed weights: those in use, and those that are used next."""
+        layer, embedding, head = (
+            size * sum(one.numel for one in of_a_part(self.config))
+            for of_a_part in (layer_parameters, embedding_parameters, head_parameters)
+        )
+        embedding += FP32 * frozen_numbers(self.sizes.architecture)
+        neighbours = [layer]
+        neighbours += [embedding] if self.pipeline_rank == 0 else []
+        neighbours += [head] if self._is_last else []
+        # After the head, the next microbatch begins.
+        return layer + max(neighbours), head + (embedding if self.pipeline_rank == 0 else layer)
 
     def _tokens(self) -> float:
         """Return the bytes of the ids and masks of all microbatches of a step."""

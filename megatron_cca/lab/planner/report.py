@@ -227,7 +227,7 @@ def _remarks(report: Report) -> Iterator[str]:
         )
     if best.config.reference.strategy == "offload" and best.config.objective.needs_reference:
         sizes = sizes_of(best.config, best.num_gpus, best.workload)
-        on_node = (sizes.layers * sizes.layer_weights + sizes.head_weights) * _per_node(report)
+        on_node = sizes.trained_weights * _per_node(report)
         yield f"The offloaded reference takes {2 * on_node / GIB:.1f} GiB of host memory on each node."
 
 

@@ -17,6 +17,7 @@ from megatron_cca.lab.planner.candidates import (
     SearchInputs,
     candidate_of,
     candidates,
+    check_candidate,
     check_fp8,
     fitting,
     laid_out,
@@ -115,7 +116,7 @@ def check_cluster(config: Config, inputs: SearchInputs) -> None:
     """Refuse a number of GPUs for which no layout exists.
 
     Raises:
-        UserError: names the number and the nearest possible ones.
+        UserError: names the number and the nearest possible ones, or what training refuses on any of them.
     """
     cluster = inputs.cluster
     node, gpus = cluster.gpus_per_node, cluster.num_gpus
@@ -130,6 +131,9 @@ def check_cluster(config: Config, inputs: SearchInputs) -> None:
     advice = [f"{n} GPUs" for n in _nearest(config, inputs)]
     batch = _nearest_batch(config, inputs)
     advice += [f"training.global_batch_size {batch}"] if batch else []
+    if not advice:
+        # Something else than the layout is wrong.
+        check_candidate(laid_out(config, Layout()), 1)
     raise UserError(
         f"--gpus: {gpus} cannot be divided into tensor, pipeline, context and data parallelism for this model and "
         f"training.global_batch_size {config.training.global_batch_size}; possible: {' or '.join(advice)}"
@@ -242,7 +246,8 @@ def usual_alternatives(best: Candidate, inputs: SearchInputs) -> list[Alternativ
 
 def _usual(config: Config, inputs: SearchInputs) -> Iterator[tuple[str, Config]]:
     node = min(inputs.cluster.gpus_per_node, inputs.cluster.num_gpus)
-    yield "data parallelism alone", laid_out(config, Layout())
+    if laid_out(config, Layout(micro_batch=config.training.micro_batch_size)) != config:
+        yield "data parallelism alone", laid_out(config, Layout())
     yield f"TP {node} alone", laid_out(config, Layout(tensor=node))
     yield f"PP {node} alone", laid_out(config, Layout(pipeline=node))
     if inputs.cluster.num_gpus > node:

@@ -1,25 +1,28 @@
-"""The sizes of a run on one rank: layers, rows, tokens, microbatches, parameters, gradients, optimizer state.
+"""The sizes of a run on one rank: layers, rows, tokens, microbatches, gradients, optimizer state.
 
-Parameters have a name and a size. Their order is that of Megatron's GPTModel. Gradients lie in buckets. A distributed
-optimizer keeps each rank's part of each bucket.
+Gradients lie in buckets. A distributed optimizer keeps each rank's part of each bucket.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
-from megatron_cca.config import Config, ModelConfig
-from megatron_cca.lab.planner.workload import Product, Workload, products
-from megatron_cca.models import resolve_architecture
+from megatron_cca.config import Config
+from megatron_cca.lab.planner.parameters import (
+    Parameter,
+    architecture_of,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+    rank_parameters,
+)
+from megatron_cca.lab.planner.workload import Workload
 from megatron_cca.models.architecture import Architecture, padded_vocab_size
 from megatron_cca.parallel.tiles import own_part
 from megatron_cca.training import head_support, rows_per_sample
 from megatron_cca.training.checks import data_parallel_size
 
-_ADAPTER = "adapter."
 # Megatron's constants, in elements. Parameters begin at multiples of the first. Buckets end at multiples of the second
 # and of the number of ranks that share them (megatron/core/optimizer/param_layout.py). The third is for wide NCCL
 # transfers.
@@ -45,8 +48,8 @@ class Sizes:
         tokens: tokens of a microbatch on one context-parallel rank.
         image_tokens: the tokens among them that pass through the head.
         seq_length: S, the positions of a row.
-        layer_weights: elements of one layer's projections on one rank.
-        head_weights: elements of the head's rows on one rank.
+        layer_weights, embedding_weights, head_weights: elements of one layer, of the embedding, and of the head with
+            its norm, on one rank.
         words: ids whose logits are computed, on the tensor-parallel rank that has most.
     """
 
@@ -62,27 +65,19 @@ class Sizes:
     tokens: float
     image_tokens: float
     seq_length: int
-    layer_weights: float
-    head_weights: float
+    layer_weights: int
+    embedding_weights: int
+    head_weights: int
     words: float
 
     @property
-    def trained_weights(self) -> float:
+    def trained_weights(self) -> int:
         """Number of trained elements on the rank if all weights are trained.
 
         These are the layers, the head, and the embedding if there is a single stage.
         """
-        embeddings = 2 if self.pipeline == 1 else 1
-        return self.layers * self.layer_weights + embeddings * self.head_weights
-
-
-@lru_cache
-def architecture_of(model: ModelConfig) -> Architecture:
-    """Return the result of :func:`resolve_architecture` from a cache.
-
-    A search asks for it at every candidate.
-    """
-    return resolve_architecture(model)
+        embedding = self.embedding_weights if self.pipeline == 1 else 0
+        return self.layers * self.layer_weights + embedding + self.head_weights
 
 
 def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
@@ -112,10 +107,15 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         tokens=rows * workload.seq_length / context,
         image_tokens=rows * workload.image_tokens / context,
         seq_length=workload.seq_length,
-        layer_weights=sum(product.weights for product in products(architecture)) / tensor,
-        head_weights=vocabulary * architecture.hidden_size / tensor,
+        layer_weights=_numel(layer_parameters(config)),
+        embedding_weights=_numel(embedding_parameters(config)),
+        head_weights=_numel(head_parameters(config)),
         words=_words(config, architecture, vocabulary // tensor),
     )
+
+
+def _numel(parameters: list[Parameter]) -> int:
+    return sum(one.numel for one in parameters)
 
 
 def _words(config: Config, architecture: Architecture, rows: int) -> float:
@@ -124,82 +124,6 @@ def _words(config: Config, architecture: Architecture, rows: int) -> float:
         # The padding leaves the last rank a little less.
         return len(support) / tensor
     return max(len(own_part(support, rank * rows, rows)) for rank in range(tensor))
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter tensor on one rank.
-
-    Attributes:
-        name: its name within the layer, or within the whole model.
-        numel: number of elements on this rank.
-        columns: elements of one row; None for a norm, which is no matrix.
-        is_trained: whether it has a gradient.
-    """
-
-    name: str
-    numel: int
-    columns: int | None
-    is_trained: bool
-
-
-def rank_parameters(config: Config, pipeline_rank: int) -> list[list[Parameter]]:
-    """Return the parameters of each model chunk of a pipeline rank."""
-    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
-    return [list(_chunk(config, pipeline_rank, chunk, chunks)) for chunk in range(chunks)]
-
-
-def reference_parameters(config: Config, pipeline_rank: int) -> list[Parameter]:
-    """Return the parameters of the frozen copy on a pipeline rank.
-
-    The frozen copy has no adapters.
-    """
-    chunks = rank_parameters(config, pipeline_rank)
-    return [parameter for chunk in chunks for parameter in chunk if not parameter.name.startswith(_ADAPTER)]
-
-
-def _chunk(config: Config, pipeline_rank: int, chunk: int, chunks: int) -> Iterator[Parameter]:
-    architecture, parallel = architecture_of(config.model), config.parallel
-    hidden, stages = architecture.hidden_size, parallel.pipeline_model_parallel_size
-    tensor = parallel.tensor_model_parallel_size
-    is_trained = config.lora.dim is None
-    rows = padded_vocab_size(architecture, config.model, tensor) // tensor
-    if pipeline_rank == 0 and chunk == 0:
-        yield Parameter("word_embeddings", rows * hidden, hidden, is_trained)
-    for _ in range(architecture.num_layers // (stages * chunks)):
-        yield from _layer(config)
-    if pipeline_rank == stages - 1 and chunk == chunks - 1:
-        yield Parameter("final_layernorm", hidden, None, is_trained)
-        yield Parameter("output_layer", rows * hidden, hidden, is_trained)
-
-
-def _layer(config: Config) -> Iterator[Parameter]:
-    architecture, is_trained = architecture_of(config.model), config.lora.dim is None
-    # Megatron makes linear_proj before linear_qkv.
-    qkv, proj, fc1, fc2 = products(architecture)
-    for norm, pair in (("input_layernorm", (proj, qkv)), ("pre_mlp_layernorm", (fc1, fc2))):
-        yield Parameter(norm, architecture.hidden_size, None, is_trained)
-        for product in pair:
-            inputs, outputs = _on_a_rank(product, config)
-            yield Parameter(product.name, inputs * outputs, inputs, is_trained)
-            yield from _adapter(config, product)
-
-
-def _adapter(config: Config, product: Product) -> Iterator[Parameter]:
-    dim = config.lora.dim
-    if dim is None or product.name not in config.lora.target_modules:
-        return
-    inputs, outputs = _on_a_rank(product, config)
-    yield Parameter(f"{_ADAPTER}linear_in", dim * inputs, inputs, True)
-    yield Parameter(f"{_ADAPTER}linear_out", outputs * dim, dim, True)
-
-
-def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
-    """Return the product's inputs and outputs on one rank; tensor parallelism divides one of them."""
-    tensor = config.parallel.tensor_model_parallel_size
-    if product.splits_outputs:
-        return product.inputs, product.outputs // tensor
-    return product.inputs // tensor, product.outputs
 
 
 @dataclass(frozen=True)

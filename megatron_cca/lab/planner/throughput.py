@@ -9,7 +9,7 @@ from megatron_cca.config import Config
 from megatron_cca.lab.planner.costs import Compute, Group
 from megatron_cca.lab.planner.hardware import DEFAULT, Calibration, Cluster, lost_share, lost_spread
 from megatron_cca.lab.planner.sizes import sizes_of
-from megatron_cca.lab.planner.workload import Workload, average_peak, flops_by_precision, mfu
+from megatron_cca.lab.planner.workload import Workload, average_peak, flops_by_precision, mfu, row_products
 from megatron_cca.models.architecture import has_engine_attention
 from megatron_cca.training import reference_settings, rows_per_sample, uses_reference_pass
 
@@ -279,11 +279,15 @@ class _Step:
         A pass through a layer has two all-reduces. With sequence parallelism, four collectives move the same bytes.
         Backward gathers some of them once more. Megatron hides this behind a product.
         """
-        moved = self.policy.number_bytes * self.sizes.tokens * self.sizes.architecture.hidden_size
+        sizes, number_bytes = self.sizes, self.policy.number_bytes
+        moved = number_bytes * sizes.tokens * sizes.architecture.hidden_size
+        # What is computed once for each row is gathered before each layer, or its gradients are scattered after it.
+        outputs = sum(product.outputs for product in row_products(sizes.architecture))
+        of_rows = self.tp.collective(number_bytes * sizes.rows * outputs) if outputs else 0.0
         exposed = 1.0
         if self.config.parallel.tp_comm_overlap:
             exposed -= self.calibration.tensor_parallel_overlap
-        return exposed * 4 * layer_passes * self.tp.collective(moved)
+        return exposed * 4 * layer_passes * self.tp.collective(moved) + layer_passes * of_rows
 
     def _gather_hidden(self, compute: Compute) -> float:
         if not self.config.parallel.sequence_parallel:

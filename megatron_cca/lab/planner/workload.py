@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 from megatron_cca.config import Config, Precision
 from megatron_cca.errors import UserError
@@ -14,9 +15,10 @@ from megatron_cca.training import head_support, reference_settings, rows_per_sam
 
 # Printed beside every MFU.
 MFU_MEANS = (
-    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, causal "
-    "half of attention, nothing recomputed, over what the peaks allow, each product's that of its own precision (with "
-    "FP8 the layers' products; attention and LM head are bf16)."
+    "MFU: FLOPs of the policy's forward and backward and, where a step computes it, of the reference's forward, of "
+    "attention what a position sees (the causal half; in next-scale prediction its own scale and smaller ones), "
+    "nothing recomputed, over what the peaks allow, each product's that of its own precision (with FP8 the layers' "
+    "products; attention and LM head are bf16)."
 )
 # A flash kernel does not keep the scores. Backward computes them again and then four products. Forward has two
 # products.
@@ -56,15 +58,9 @@ def image_workload(config: Config, shape: ImageShape) -> Workload:
     The layout and ``data.pad_to_multiple_of`` decide the padding.
 
     Raises:
-        UserError: more positions than the model has, a grid that does not suit the model's positions, or a model of
-            next-scale prediction, for which there are no formulas.
+        UserError: more positions than the model has, or a grid that does not suit the model's positions.
     """
     architecture = resolve_architecture(config.model)
-    if architecture.scales:
-        raise UserError(
-            f"model.name: {config.model.name} predicts scales, for whose layers the planner has no formulas yet; train "
-            "without a plan, or plan for an Emu3 or a LlamaGen"
-        )
     misfit = grid_misfit(architecture, 1, shape.height, shape.width)
     if misfit is not None:
         raise UserError(f"--image-grid: {misfit}")
@@ -112,12 +108,39 @@ def products(architecture: Architecture) -> tuple[Product, ...]:
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     head = architecture.kv_channels
     qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
+    # SwiGLU takes two halves, the GELU of next-scale prediction one.
+    halves = 1 if architecture.scales else 2
     return (
         Product("linear_qkv", hidden, qkv, splits_outputs=True),
         Product("linear_proj", hidden, hidden, splits_outputs=False),
-        Product("linear_fc1", hidden, 2 * ffn, splits_outputs=True),
+        Product("linear_fc1", hidden, halves * ffn, splits_outputs=True),
         Product("linear_fc2", ffn, hidden, splits_outputs=False),
     )
+
+
+@cache
+def row_products(architecture: Architecture) -> tuple[Product, ...]:
+    """Return the products of a layer that are computed once for each row: the modulation by the class (AdaLN)."""
+    hidden = architecture.hidden_size
+    return (Product("modulation", hidden, 6 * hidden, splits_outputs=True),) if architecture.scales else ()
+
+
+@cache
+def head_row_products(architecture: Architecture) -> tuple[Product, ...]:
+    """Return :func:`row_products` of the head."""
+    hidden = architecture.hidden_size
+    return (Product("final_modulation", hidden, 2 * hidden, splits_outputs=True),) if architecture.scales else ()
+
+
+def attention_pieces(architecture: Architecture, seq_length: int) -> list[tuple[int, int]]:
+    """Return the numbers of queries and of keys in each call of a layer's attention.
+
+    The positions of a scale see their own scale and all smaller ones. Other models have one causal call.
+    """
+    if not architecture.scales:
+        return [(seq_length, seq_length)]
+    ends = accumulate(side**2 for side in architecture.scales)
+    return [(side**2, end) for side, end in zip(architecture.scales, ends, strict=True)]
 
 
 def products_forward(architecture: Architecture) -> float:
@@ -132,8 +155,19 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
         architecture: the sizes.
         seq_length: S, the positions of a row.
         causal: whether to count half of S x S, as a causal kernel computes; otherwise all of it, as many counters do.
+            Next-scale prediction has no such half: the positions of a scale see each other.
     """
-    return 4.0 * seq_length**2 * architecture.hidden_size * (0.5 if causal else 1.0)
+    scores = sum(queries * keys for queries, keys in attention_pieces(architecture, seq_length))
+    return 4.0 * scores * architecture.hidden_size * (0.5 if causal and not architecture.scales else 1.0)
+
+
+def row_products_forward(architecture: Architecture) -> float:
+    """Return the forward FLOPs of all products of the model that are computed once for each row."""
+    of_layers, of_head = row_products(architecture), head_row_products(architecture)
+    return 2.0 * (
+        architecture.num_layers * sum(product.weights for product in of_layers)
+        + sum(product.weights for product in of_head)
+    )
 
 
 def head_forward(architecture: Architecture, image_tokens: int, words: int | None = None) -> float:
@@ -163,10 +197,13 @@ def flops_by_precision(
 ) -> dict[Precision, float]:
     """Return :func:`model_flops` by the precision in which a product is computed.
 
-    With FP8 only the layers' products are in FP8.
+    With FP8 only the layers' products are in FP8. What makes a pyramid's features is less than a thousandth and does
+    not count.
     """
     layers = architecture.num_layers * workload.seq_length * products_forward(architecture)
     head = head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary)))
+    # Megatron's own products, whatever the layers' precision.
+    plain = head + row_products_forward(architecture)
     attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
     # Forward, gradient of the inputs, gradient of the weights.
     passes = 3 if config.lora.dim is None else 2
@@ -178,7 +215,7 @@ def flops_by_precision(
         others: Precision = "fp32" if precision == "fp32" else "bf16"
         for one, flops in (
             (precision, products_passes * layers),
-            (others, products_passes * head + attention_passes * attention),
+            (others, products_passes * plain + attention_passes * attention),
         ):
             found[one] = found.get(one, 0.0) + rows_per_sample(config) * flops
     return found
