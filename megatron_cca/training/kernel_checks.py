@@ -46,8 +46,6 @@ def check_overlaps(config: Config, data_parallel: int) -> None:
             "kernels.gradient_accumulation_fusion: not with lora.dim, which freezes the weights whose gradients it "
             "adds; leave it out"
         )
-    if config.kernels.bias_activation_fusion and resolve_architecture(config.model).scales:
-        raise UserError(f"kernels.bias_activation_fusion: {config.model.name} has no such kernel; leave it out")
     if config.kernels.cuda_graph_impl != "none":
         _check_graphs(config)
     elif config.kernels.cuda_graph_modules:
