@@ -19,7 +19,7 @@ from megatron_cca.models import FAMILIES
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-_PREFIX, _IMAGE_TOKENIZER = "PREFIX", "--image-tokenizer"
+_SHARDS, _IMAGE_TOKENIZER = "SHARDS", "--image-tokenizer"
 _BARS, _BAR_WIDTH = 10, 40
 
 
@@ -29,9 +29,9 @@ def open_for_inspection(folder: Path) -> TokenShards:
     Raises:
         UserError: as :class:`TokenShards` does, or a vocabulary that no model here has.
     """
-    with error_context(_PREFIX):
+    with error_context(_SHARDS):
         manifest = read_manifest(folder)
-        shards = TokenShards(folder, _vocabulary(folder, manifest), _PREFIX)
+        shards = TokenShards(folder, _vocabulary(folder, manifest), _SHARDS)
         check_files(folder, manifest, thoroughly=True)
     return shards
 

@@ -86,9 +86,9 @@ def _generate(options: GenerateOptions) -> None:
     scorer = open_scorer(scorer_spec, platform.device()) if scorer_spec is not None else None
     speed = run_sampling(job, generator, scorer)
     if dist.get_rank() == 0:
-        passes = job.settings.forwards_per_token
+        passes, unit = job.settings.forwards_per_token, "grid" if generator.architecture.scales else "token"
         print(
-            f"wrote {options.output}: {len(job.prompts)} images, {passes} forward pass{'es' * (passes > 1)} a token, "
+            f"wrote {options.output}: {len(job.prompts)} images, {passes} forward pass{'es' * (passes > 1)} a {unit}, "
             f"{speed.tokens_per_second:.0f} tokens/s, {speed.images_per_second:.3g} images/s"
         )
     dist.destroy_process_group()

@@ -125,7 +125,7 @@ def test_a_source_with_links_and_lists_of_captions(options, scans, whole, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "PREFIX: nowhere/manifest.json is missing"),
+        (["inspect", "nowhere"], "SHARDS: nowhere/manifest.json is missing"),
         (["inspect", "{whole}", "--image-tokenizer", "."], "--image-tokenizer: "),
         (["run", "--source", "nowhere", "--output", "x", "--text-tokenizer", "."], "--text-tokenizer: "),
     ],

@@ -43,7 +43,7 @@ def test_damage_anywhere_is_found(tmp_path):
     content = bytearray((folder / "codes.bin").read_bytes())
     content[-1] ^= 1
     (folder / "codes.bin").write_bytes(content)
-    with pytest.raises(UserError, match=r"PREFIX: .*codes\.bin is not what it was"):
+    with pytest.raises(UserError, match=r"SHARDS: .*codes\.bin is not what it was"):
         open_for_inspection(folder)
 
 

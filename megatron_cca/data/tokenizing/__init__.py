@@ -92,10 +92,10 @@ class InspectSettings:
     and draws a contact sheet of decoded samples beside their captions.
     """
 
-    shards: Annotated[Path, Option(metavar="PREFIX", name="PREFIX")]
+    shards: Annotated[Path, Option(metavar="SHARDS", name="SHARDS")]
     """the shard folder"""
     picture: Annotated[Path, Option(metavar="PNG")] | None = None
-    """the contact sheet (default: PREFIX.png)"""
+    """the contact sheet (default: SHARDS.png)"""
     samples: Count = 16
     """on the sheet"""
     seed: Seed = 0
