@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.integrity import weights_fingerprint
+from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.config.load import load_config
 from megatron_cca.data.digits import data_folders
 from megatron_cca.data.manifest import read_manifest
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def table(results: Sequence[dict]) -> str:
     """Return the rounds so far as a table in Markdown."""
-    names = [name for name in ("fid", "inception_score", "accuracy") if name in results[0]]
+    names = [name for name in ("fid", "inception_score", "class_accuracy") if name in results[0]]
     rows = [["round", *names], ["---:"] * (1 + len(names))]
     rows += [[str(row["round"]), *(f"{row[name]:.4g}" for name in names)] for row in results]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
