@@ -1,6 +1,6 @@
 """Preferences: lines of JSON, and data sets in the columns of Pick-a-Pic, HPDv2 and ImageRewardDB.
 
-The oracle is the disk: ``datasets`` writes rows whose winner is known, and each pair names its images by their contents.
+The oracle is the disk: ``datasets`` writes rows whose winner is known, and pairs name their images by the contents.
 """
 
 import pytest
