@@ -11,6 +11,7 @@ import torch
 
 from megatron_cca.data.codebooks import codebook_file
 from megatron_cca.data.manifest import FILE_NAME, Json, check_files, code_lengths, read_manifest
+from megatron_cca.data.partners import PAIRS, read_pairs
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.source_protocol import read_skip_reasons
 from megatron_cca.data.tokenizers import open_image_tokenizer, open_text_tokenizer
@@ -47,6 +48,7 @@ def report(shards: TokenShards) -> str:
         f"caption tokens      {int(lengths.sum(dtype=np.int64)):,}",
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
+        *_pairs_line(shards),
         *_resizing(shards.manifest.get("resize")),
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
         *(f"of the source       {notice}" for notice in _notices(shards.manifest)),
@@ -73,19 +75,46 @@ def decoded_samples(
         device: of the image tokenizer.
 
     Returns:
-        Images uint8 ``[H, W, 3]`` (the first frames of clips) and their captions.
+        Images uint8 ``[H, W, 3]`` (the first frames of clips) and their captions. Of pairs the better image comes
+        before the worse one.
 
     Raises:
         UserError: no image tokenizer, or one that the samples were not made with.
     """
     tokenizer = _image_tokenizer(shards, image_tokenizer, device)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(shards))[:number]).tolist()
+    chosen, ranks = _chosen(shards, number, np.random.default_rng(seed))
     images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
     captions = [shards.caption(sample).tolist() for sample in chosen]
     if shards.vocabulary.num_classes is not None:
-        return images, [f"class {caption[0]}" if caption else "" for caption in captions]
-    text = open_text_tokenizer(shards.folder)
-    return images, [text.decode(caption) for caption in captions]
+        texts = [f"class {caption[0]}" if caption else "" for caption in captions]
+    else:
+        text = open_text_tokenizer(shards.folder)
+        texts = [text.decode(caption) for caption in captions]
+    return images, [f"{rank}{caption}" for rank, caption in zip(ranks, texts, strict=True)]
+
+
+def _chosen(shards: TokenShards, number: int, random: np.random.Generator) -> tuple[list[int], list[str]]:
+    """Return some samples, and what stands before their captions. Pairs are not taken apart."""
+    pairs = _pairs(shards)
+    if pairs is None:
+        chosen = np.sort(random.permutation(len(shards))[:number]).tolist()
+        return chosen, [""] * len(chosen)
+    chosen = pairs[np.sort(random.permutation(len(pairs))[: max(1, number // 2)])].reshape(-1).tolist()
+    return chosen, ["better: ", "worse: "] * (len(chosen) // 2)
+
+
+def _pairs(shards: TokenShards) -> np.ndarray | None:
+    if PAIRS not in shards.manifest["files"]:
+        return None
+    with error_context(_PREFIX):
+        return read_pairs(shards.folder / PAIRS, shards.table)
+
+
+def _pairs_line(shards: TokenShards) -> list[str]:
+    pairs = _pairs(shards)
+    return (
+        [] if pairs is None else [f"pairs of images     {len(pairs):,} of {len(np.unique(pairs[:, 0])):,} better ones"]
+    )
 
 
 def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:

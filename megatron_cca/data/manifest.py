@@ -4,6 +4,7 @@ codes.bin codes.idx        visual codes, uint16, one sequence of V * T * H * W p
 captions.bin captions.idx  caption tokens, int32
 samples.npy                one :data:`SAMPLE` per sample: grid, caption length, condition, checksums
 variants.npy               V of each sample, int32. The file is missing where V is 1 for all.
+pairs.npy                  pairs of samples, the better one first, int64. Only where preferences were read.
 """
 
 from __future__ import annotations

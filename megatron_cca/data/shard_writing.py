@@ -32,6 +32,7 @@ from megatron_cca.data.manifest import (
     grid_key,
     sha256,
 )
+from megatron_cca.data.partners import PAIRS
 from megatron_cca.errors import UserError
 from megatron_cca.io.external_files import mapped_array
 from megatron_cca.megatron_compat.indexed_dataset import append_tokens
@@ -172,7 +173,7 @@ class TokenWriter:
 
 
 def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
-    """Write the token files of all parts, in their order, into ``folder``."""
+    """Write the token files of all parts, in their order, into ``folder``. Pairs name their samples anew."""
     tables = [mapped_array(part / TABLE) for part in parts]
     variants = [
         mapped_array(part / VARIANTS) if (part / VARIANTS).is_file() else np.ones(len(table), np.int32)
@@ -187,6 +188,10 @@ def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
         builder.finalize(str(folder / f"{name}.idx"))
     np.save(folder / TABLE, np.concatenate([np.empty(0, SAMPLE), *tables]))
     _save_variants(folder, np.concatenate([np.empty(0, np.int32), *variants]))
+    starts = np.cumsum([0, *map(len, tables)]).tolist()
+    pairs = [mapped_array(part / PAIRS) + start for part, start in zip(parts, starts, strict=False) if _has_pairs(part)]
+    if pairs:
+        np.save(folder / PAIRS, np.concatenate(pairs))
 
 
 def write_manifest(folder: Path, contents: Json) -> None:
@@ -238,6 +243,10 @@ def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> No
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < size:
             wrong = tokens.max() if tokens.max() >= size else tokens.min()
             raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
+
+
+def _has_pairs(part: Path) -> bool:
+    return (part / PAIRS).is_file()
 
 
 def _name_hash(name: str) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.data.tokenizing import InspectSettings, TokenizeSettings
@@ -13,6 +14,9 @@ from megatron_cca.errors import UserError, one_line
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
+
+if TYPE_CHECKING:
+    from megatron_cca.data.tokenizing.job import TokenizingResult
 
 OPTIONS = {"run": TokenizeSettings, "inspect": InspectSettings}
 _EXAMPLES = """examples:
@@ -45,10 +49,17 @@ def _tokenize(settings: TokenizeSettings) -> None:
     place = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     result = tokenize(settings, *place, platform.device())
     if result is not None:
-        skipped = f", {result.skipped} skipped (see skipped.jsonl there)" if result.skipped else ""
         if result.skipped:
             print(f"skipped {one_line(result.reasons)}")
-        print(f"wrote {settings.output}: {result.samples} samples{skipped}, {result.images_per_second:.1f} images/s")
+        print(f"wrote {settings.output}: {_summary(result)}")
+
+
+def _summary(result: TokenizingResult) -> str:
+    pairs = f" in {result.pairs} pairs" if result.pairs else ""
+    skipped = f", {result.skipped} skipped (see skipped.jsonl there)" if result.skipped else ""
+    # A record of preferences has several images.
+    unit = "records" if result.pairs else "images"
+    return f"{result.samples} samples{pairs}{skipped}, {result.records_per_second:.1f} {unit}/s"
 
 
 def _sizes(model: str) -> ModelConfig | None:

@@ -16,11 +16,20 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from megatron_cca.data.sources.external_text import printable, split_of
-from megatron_cca.data.sources.folders import Root, UnreadFiles, checked_file, is_file, is_image, walk_files
+from megatron_cca.data.sources.folders import (
+    Root,
+    UnreadFiles,
+    checked_file,
+    is_file,
+    is_image,
+    opened_below,
+    walk_files,
+)
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import check_cache, surroundings_fault
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
 SAVED = ("dataset_info.json", "state.json")
@@ -29,6 +38,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Kinds by their first bytes. Metadata may also be plain text.
 KINDS = ("a Parquet file", "an Arrow file")
 _DEFAULT_SPLIT = "train"
+_PARQUET = b"PAR1"
 _CACHE = "HF_DATASETS_CACHE"
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
@@ -72,6 +82,33 @@ def open_folder(root: Root, split: str | None) -> Opened:
         # pyarrow does not check offsets. Wrong ones would end the process, so they are checked here.
         found.dataset.data.validate(full=True)
         return found
+
+
+def stored_schema(root: Root, split: str | None) -> pyarrow.Schema | None:
+    """Return the columns of a split and their types, from the head of its first file. None where they cannot be read.
+
+    Opening the split says why.
+    """
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    try:
+        with opened_below(root, _first_file(root, split), "") as file:
+            if file.read(len(_PARQUET)) == _PARQUET:
+                return pyarrow.parquet.read_schema(file)
+            file.seek(0)
+            return pyarrow.ipc.open_stream(file).schema
+    # A large library reads untrusted files: it can raise nearly anything.
+    except Exception:
+        return None
+
+
+def _first_file(root: Root, split: str | None) -> str:
+    if not is_saved(root.path):
+        splits = _splits(data_files(root)[1])
+        return splits[_chosen(list(splits), split, root)][0]
+    folder = _chosen(_json(root, SAVED_SPLITS)["splits"], split, root) + "/" if is_file(root / SAVED_SPLITS) else ""
+    return folder + _json(root, folder + SAVED[1])["_data_files"][0]["filename"]
 
 
 def _refuse_chain(path: Path) -> None:

@@ -96,7 +96,7 @@ class DatasetRows:
         except Exception as error:
             raise Unreadable(name, f"the row cannot be read: {printable(str(error))}") from None
         caption, condition = self._text(row[self._caption] if self._caption else None, name)
-        return Record(name, caption, condition, (self._image_bytes(row[self._image], name),))
+        return Record(name, caption, condition, (image_bytes(self._root, row[self._image], name),))
 
     def fingerprint(self) -> str:
         """See :class:`Source`. Reads every caption."""
@@ -137,15 +137,21 @@ class DatasetRows:
         caption = clean_text(self._label.int2str(value), "label", name)
         return caption, caption
 
-    def _image_bytes(self, value: dict[str, Any] | None, name: str) -> bytes:
-        content, path = (value or {}).get("bytes"), (value or {}).get("path")
-        if content:
-            return content
-        if not path:
-            raise Unreadable(name, "has no image")
-        # datasets makes the paths of images in a folder absolute.
-        inside = os.path.normpath(path).startswith(f"{self._root}/")
-        return read_below(self._root, os.path.relpath(path, self._root) if inside else path, name)
+
+def image_bytes(root: Root, value: dict[str, Any] | None, name: str) -> bytes:
+    """Return the contents of an image as ``datasets`` stores it: its bytes, or the path of its file.
+
+    Raises:
+        Unreadable: there is none, or what :func:`~megatron_cca.data.sources.folders.read_below` refuses.
+    """
+    content, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if content:
+        return content
+    if not path:
+        raise Unreadable(name, "has no image")
+    # datasets makes the paths of images in a folder absolute.
+    inside = os.path.normpath(path).startswith(f"{root}/")
+    return read_below(root, os.path.relpath(path, root) if inside else path, name)
 
 
 def _image_column(dataset: Dataset, field: str | None, root: Root) -> str:

@@ -61,12 +61,34 @@ class Unreadable(Exception):
         return f"{self.name}: {self.reason}"
 
 
+class NoPair(Unreadable):
+    """A record that is in order, and none of whose images is known to be better than another."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several images for one caption, of which some are better than others.
+
+    Attributes:
+        name, caption, label: as of a :class:`Record`.
+        images: the different ones, each with the same caption and label. One that cannot be read does not spoil the
+            others.
+        pairs: the better image and the worse one, by their places in ``images``. At least one.
+    """
+
+    name: str
+    caption: str | None
+    label: int | None
+    images: tuple[Record | Unreadable, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
 class Source(Protocol):
     """Records in an order that is the same on every machine."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: int) -> Record | Comparison:
         """Read one record.
 
         Args:

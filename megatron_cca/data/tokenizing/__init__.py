@@ -28,6 +28,8 @@ class TokenizeSettings:
     - journeydb: JourneyDB's annotation jsonl beside its imgs/ folders
     - webdataset: tars
     - datasets: what Hugging Face datasets opens from disk: parquet, arrow, imagefolder, save_to_disk
+    - preferences: preferences.jsonl ({"prompt": ..., "winner": ..., "loser": ...}, or "images" and "scores"), or a data
+      set in the columns of Pick-a-Pic, HPDv2 or ImageRewardDB; writes pairs of images
     - emu3: Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)
     - llamagen: what LlamaGen's own extraction wrote: NAME_codes and NAME_labels (likewise)"""
     output: Folder
@@ -62,7 +64,7 @@ class TokenizeSettings:
     max_caption_tokens: Count = 1024
     """records with longer captions are skipped"""
     max_skipped: Annotated[float, Field(ge=0, le=1), Option(metavar="SHARE")] = 0.1
-    """of the records; more end the job"""
+    """of the records; more end the job. Ties, and records of one image, do not count"""
     max_pixels: Count = ImageLimits.max_pixels
     """of an image"""
     batch_size: Count = 8

@@ -26,8 +26,9 @@ from megatron_cca.data.tokenizers import (
     open_text_tokenizer,
 )
 from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.outcomes import Compared, Skipped, all_skipped
 from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
-from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
+from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
 from megatron_cca.io.outputs import OPTION, file_system_errors
@@ -43,12 +44,15 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class TokenizingResult:
-    """What a job wrote: ``samples``, ``skipped`` records, the speed of all processes, and the reasons, counted."""
+    """What a job wrote: ``samples``, ``pairs`` of them, ``skipped`` records or images, the reasons, counted, and the
+    speed of all processes.
+    """
 
     samples: int
     skipped: int
-    images_per_second: float
+    records_per_second: float
     reasons: str = ""
+    pairs: int = 0
 
 
 def tokenize(settings: TokenizeSettings, rank: int, world_size: int, device: torch.device) -> TokenizingResult | None:
@@ -201,8 +205,10 @@ def _tokenize_share(
         _merge(job, parts, notices)
         reasons = read_skip_reasons(part.folder / SKIPPED for part in parts).line()
         remove_beside_others(job.parts.folder)
-        samples, skipped = sum(part.samples for part in parts), sum(part.skipped for part in parts)
-        return TokenizingResult(samples, skipped, speed, reasons)
+        samples, skipped, pairs = (
+            sum(getattr(part, what) for part in parts) for what in ("samples", "skipped", "pairs")
+        )
+        return TokenizingResult(samples, skipped, speed, reasons, pairs)
 
 
 def _description(job: TokenizingJob) -> dict:
@@ -246,15 +252,17 @@ def _write_parts(
                 for prepared in _prepared(maker, span, ahead):
                     outcomes = maker.encode(prepared)
                     writer.add(outcomes)
-                    skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
-                    progress.count(len(outcomes), len(skipped))
-                    for record in skipped:
-                        reasons.add(record.reason)
-                    _check_skip_limit(job, progress.skipped, skipped, reasons)
+                    faults = [skipped for skipped in all_skipped(outcomes) if skipped.is_fault]
+                    progress.count(len(outcomes), len(faults))
+                    for fault in faults:
+                        reasons.add(fault.reason)
+                    _check_skip_limit(job, progress.faults, faults, reasons)
             progress.refresh()
 
 
-def _prepared(maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor) -> Iterator[list[Prepared | Skipped]]:
+def _prepared(
+    maker: SampleMaker, span: Span, ahead: ThreadPoolExecutor
+) -> Iterator[list[Prepared | Skipped | Compared]]:
     """Yield the chunks of a span. Each is prepared while the one before is in use."""
     # An interrupted part ends with a whole chunk, so that batches do not depend on interruptions.
     edges = [*range(*span, _CHUNK), span[1]]
@@ -278,10 +286,10 @@ def _check_skip_limit(job: TokenizingJob, skipped: int, latest: list[Skipped], r
 
 
 def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
-    skipped = sum(part.skipped for part in parts)
-    _check_skip_limit(job, skipped, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
-    if skipped == len(job.source):
-        raise UserError(f"--source: none of the {skipped} records can be used; see {parts[0].folder / SKIPPED}")
+    skipped, faults = sum(part.skipped for part in parts), sum(part.faults for part in parts)
+    _check_skip_limit(job, faults, [], read_skip_reasons(part.folder / SKIPPED for part in parts))
+    if not any(part.samples for part in parts):
+        raise UserError(f"--source: none of the {len(job.source)} records can be used; see {parts[0].folder / SKIPPED}")
 
     def write_extras(folder: Path) -> None:
         if job.text is not None:

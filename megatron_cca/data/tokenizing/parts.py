@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from tqdm import tqdm
 
+from megatron_cca.data.partners import PAIRS
 from megatron_cca.data.shard_writing import Sample, TokenWriter
-from megatron_cca.data.tokenizing.samples import Skipped
+from megatron_cca.data.tokenizing.outcomes import PairedSamples, Skipped, all_skipped
 from megatron_cca.errors import UserError
 from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import OPTION
@@ -33,13 +35,27 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Part:
-    """A finished part: its folder, its records ``start`` to ``stop - 1``, and how many of them were used or skipped."""
+    """A finished part: its folder and its records ``start`` to ``stop - 1``.
+
+    Attributes:
+        samples: how many it holds.
+        skipped: how many records, and images of comparisons, were skipped.
+        without_pair: how many of these are in order, such as ties.
+        pairs: how many pairs of samples it names.
+    """
 
     folder: Path
     start: int
     stop: int
     samples: int
     skipped: int
+    without_pair: int = 0
+    pairs: int = 0
+
+    @property
+    def faults(self) -> int:
+        """How many records or images could not be used."""
+        return self.skipped - self.without_pair
 
 
 class PartsFolder:
@@ -148,7 +164,9 @@ class PartWriter:
     def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: ImageVocabulary) -> None:
         self._parts, self._start = parts, start
         self._partial = parts.scratch(rank) / "part"
-        self._counts = {"samples": 0, "skipped": 0}
+        self._stop = start
+        self._counts = {"samples": 0, "skipped": 0, "without_pair": 0}
+        self._pairs: list[tuple[int, int]] = []
         # False before the first records, and while records are added: an interruption may come between the files.
         self._is_whole = False
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -156,19 +174,31 @@ class PartWriter:
         self._tokens = TokenWriter(self._partial, vocabulary)
         self._skipped_records = (self._partial / SKIPPED).open("w", encoding="utf-8")
 
-    def add(self, outcomes: Sequence[Sample | Skipped]) -> None:
+    def add(self, outcomes: Sequence[Sample | Skipped | PairedSamples]) -> None:
         """Add the outcomes of the next records, in order."""
         self._is_whole = False
         for outcome in outcomes:
-            if isinstance(outcome, Skipped):
-                record = self._start + sum(self._counts.values())
-                line = {"record": record, "name": outcome.name, "reason": outcome.reason}
-                self._skipped_records.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self._counts["skipped"] += 1
-            else:
-                self._tokens.add(outcome)
-                self._counts["samples"] += 1
+            for skipped in all_skipped([outcome]):
+                self._skip(skipped)
+            if isinstance(outcome, PairedSamples):
+                start = self._counts["samples"]
+                self._pairs += [(start + better, start + worse) for better, worse in outcome.pairs]
+                self._write(outcome.samples)
+            elif isinstance(outcome, Sample):
+                self._write([outcome])
+            self._stop += 1
         self._is_whole = True
+
+    def _skip(self, skipped: Skipped) -> None:
+        line = {"record": self._stop, "name": skipped.name, "reason": skipped.reason}
+        self._skipped_records.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._counts["skipped"] += 1
+        self._counts["without_pair"] += not skipped.is_fault
+
+    def _write(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            self._tokens.add(sample)
+        self._counts["samples"] += len(samples)
 
     def __enter__(self) -> PartWriter:
         return self
@@ -184,9 +214,11 @@ class PartWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _finish(self) -> None:
-        stop = self._start + sum(self._counts.values())
-        (self._partial / _PART).write_text(json.dumps({"start": self._start, "stop": stop, **self._counts}))
-        self._partial.rename(self._parts.folder / f"{self._start:09d}-{stop:09d}")
+        if self._pairs:
+            np.save(self._partial / PAIRS, np.array(self._pairs, dtype=np.int64))
+        facts = {"start": self._start, "stop": self._stop, **self._counts, "pairs": len(self._pairs)}
+        (self._partial / _PART).write_text(json.dumps(facts))
+        self._partial.rename(self._parts.folder / f"{self._start:09d}-{self._stop:09d}")
 
 
 class TokenizingProgress:
@@ -198,13 +230,14 @@ class TokenizingProgress:
         shown: whether this process shows the progress.
 
     Attributes:
-        skipped: how many records were skipped, in all parts finished at the start and by this process since then.
+        faults: how many records or images could not be used, in all parts finished at the start and by this process
+            since then.
     """
 
     def __init__(self, parts: PartsFolder, records: int, *, shown: bool) -> None:
         self._parts, self._records = parts, records
         self._began, self._started_with = time.perf_counter(), self._covered()
-        self.skipped = sum(part.skipped for part in parts.done())
+        self.faults = sum(part.faults for part in parts.done())
         self._prints = shown
         self._told = self._started_with
         self._bar = tqdm(
@@ -223,9 +256,9 @@ class TokenizingProgress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
 
-    def count(self, records: int, skipped: int) -> None:
+    def count(self, records: int, faults: int) -> None:
         """Count some more records that this process has done."""
-        self.skipped += skipped
+        self.faults += faults
         self._bar.update(records)
 
     def refresh(self) -> None:
@@ -246,8 +279,9 @@ class TokenizingProgress:
 
 
 def _read_part(path: Path) -> Part:
-    facts = json_object(path)
-    names = ("start", "stop", "samples", "skipped")
+    # Parts of earlier versions know no pairs.
+    facts = {"without_pair": 0, "pairs": 0, **json_object(path)}
+    names = ("start", "stop", "samples", "skipped", "without_pair", "pairs")
     if facts.keys() != set(names) or not all(type(facts[name]) is int for name in names):
         raise UserError(f"{path} is damaged; remove the folder that it lies in")
     return Part(path.parent, **facts)

@@ -19,8 +19,18 @@ from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.sources.classes import ClassFolders
+from megatron_cca.data.sources.source_protocol import Comparison
 from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.outcomes import (
+    Compared,
+    PairedSamples,
+    Skipped,
+    gathered,
+    paired,
+    skipped_of,
+    spread,
+)
 from megatron_cca.errors import UserError
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -30,14 +40,6 @@ _RECORDS_CHECKED = 32
 _TOLERANT = 0.5
 # Of the side of a crop: FoundationVision/VAR resizes to 288 pixels and crops 256.
 _CROPPED_FROM = 9 / 8
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A skipped record."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class SampleMaker:
         first = None
         for index in looked:
             found = self._captioned(index)
-            if not isinstance(found, Skipped):
+            if not isinstance(found, Skipped) or not found.is_fault:
                 return
             first = first or found
         leaves = first.reason.endswith("leaves the folder")
@@ -122,21 +124,24 @@ class SampleMaker:
             f"the first, {first.name}: {first.reason}{hint}"
         )
 
-    def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped]:
+    def prepare(self, records: Sequence[int]) -> list[Prepared | Skipped | Compared]:
         """Read, check and decode records, and return one outcome per index.
 
         Raises:
             UserError: codes or a class of another model. What is wrong in a whole source is not skipped.
         """
         found = list(self._pool.map(self._captioned, records))
-        wanted = [one for one in found if isinstance(one, _Captioned)]
+        images = spread(found)
+        wanted = [one for one in images if isinstance(one, _Captioned)]
         frames = [frame for one in wanted for frame in one.record.frames]
         steps = [one.resizing for one in wanted for _ in one.record.frames]
         decoded = iter(self._resizing.decode(frames, steps) if frames else ())
-        return [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in found]
+        done = [self._with_pixels(one, decoded) if isinstance(one, _Captioned) else one for one in images]
+        return gathered(found, done)
 
-    def encode(self, prepared: Sequence[Prepared | Skipped]) -> list[Sample | Skipped]:
+    def encode(self, records: Sequence[Prepared | Skipped | Compared]) -> list[Sample | Skipped | PairedSamples]:
         """Encode all images. Images of one size go through the tokenizer together."""
+        prepared = spread(records)
         by_shape: dict[tuple, list[int]] = {}
         for place, one in enumerate(prepared):
             if isinstance(one, Prepared) and one.pixels is not None:
@@ -147,10 +152,11 @@ class SampleMaker:
                 batch = places[start : start + self._settings.batch_size]
                 pixels = torch.stack([prepared[place].pixels for place in batch])
                 codes |= zip(batch, self._encoded(pixels).cpu().numpy(), strict=True)
-        return [
+        samples = [
             one if isinstance(one, Skipped) else self._sample(one, codes.get(place))
             for place, one in enumerate(prepared)
         ]
+        return [paired(one) if isinstance(one, Compared) else one for one in gathered(records, samples)]
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         """Return the codes of images, or ``[N, V, T, h, w]`` of their variants: crops, and then mirror images."""
@@ -162,17 +168,29 @@ class SampleMaker:
         variants = torch.stack([self._images.encode(view) for view in views], dim=1)
         return variants[:, :, None] if variants.dim() == 4 else variants
 
-    def _captioned(self, index: int) -> _Captioned | Skipped:
+    def _captioned(self, index: int) -> _Captioned | Skipped | Compared:
         try:
             record = self._source[index]
         except Unreadable as error:
-            return Skipped(error.name, error.reason.removeprefix(f"{error.name}: "))
+            return skipped_of(error)
+        return self._compared(record) if isinstance(record, Comparison) else self._checked(record)
+
+    def _compared(self, comparison: Comparison) -> Compared | Skipped:
+        try:
+            # What is wrong with the caption is so for all images, and is said once.
+            self._caption(comparison)
+        except Rejected as error:
+            return Skipped(comparison.name, str(error))
+        images = (skipped_of(one) if isinstance(one, Unreadable) else self._checked(one) for one in comparison.images)
+        return Compared(tuple(images), comparison.pairs)
+
+    def _checked(self, record: Record) -> _Captioned | Skipped:
         try:
             return _Captioned(record, self._caption(record), self._resize_steps(record))
         except Rejected as error:
             return Skipped(record.name, str(error))
 
-    def _caption(self, record: Record) -> np.ndarray:
+    def _caption(self, record: Record | Comparison) -> np.ndarray:
         if self._text is None:
             return np.array([class_of(record, self._vocabulary)], dtype=np.int32)
         caption = record.caption
@@ -265,14 +283,15 @@ class SampleMaker:
         return Sample(one.record.codes if codes is None else codes, one.caption, one.record.condition)
 
 
-def class_of(record: Record, vocabulary: ImageVocabulary) -> int:
+def class_of(record: Record | Comparison, vocabulary: ImageVocabulary) -> int:
     """Return a record's class, for a model that takes classes.
 
     Raises:
         UserError: the record has no class, or one beyond the model's.
     """
     if record.label is None:
-        raise UserError(f"--source: {record.name} has no class, and the model takes nothing else")
+        hint = '; write its number as "label"' if isinstance(record, Comparison) else ""
+        raise UserError(f"--source: {record.name} has no class, and the model takes nothing else{hint}")
     if record.label >= vocabulary.num_classes:
         raise UserError(
             f"--source: {record.name} has the label {record.label}, the model takes 0 to {vocabulary.num_classes - 1}"
