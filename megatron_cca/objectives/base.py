@@ -123,8 +123,8 @@ class Objective:
 
     contrasts: ClassVar[tuple[Literal["conditions", "images"], ...]] = ()
     """What the two rows of a sample may differ in; ``data.pairs`` chooses. Policy and reference compute both rows, and
-    :meth:`loss` takes :class:`PairLogps`. Nothing means one row per sample and no reference: :meth:`loss` takes
-    :class:`SequenceLogps`."""
+    :meth:`loss` takes :class:`PairLogps`. Nothing means no reference: :meth:`loss` takes :class:`SequenceLogps`, with
+    one log-probability per sample."""
     is_plain_likelihood: ClassVar[bool] = False
     """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None
@@ -142,9 +142,17 @@ class Objective:
         return bool(self.contrasts)
 
     @property
+    def conditional_share(self) -> float | None:
+        """The share of the conditional logits in a mixture with the unconditional ones, whose rows come second.
+
+        None if the objective mixes nothing.
+        """
+        return None
+
+    @property
     def rows_per_sample(self) -> int:
-        """The number of rows of a sample: 2 if the objective contrasts, 1 otherwise."""
-        return 2 if self.contrasts else 1
+        """The number of rows of a sample: 2 if the objective contrasts or mixes, 1 otherwise."""
+        return 2 if self.contrasts or self.conditional_share is not None else 1
 
     @property
     def collapse_advice(self) -> str:

@@ -150,7 +150,8 @@ def test_a_file_in_the_folder_is_all_that_it_takes(tmp_path):
     (tmp_path / "megatron_cca" / "objectives" / "heavier.py").write_text(NEW_FILE)
     script = "from megatron_cca.objectives import OBJECTIVES as o; print(*o, o['heavier_cca'](0.1, extra=3.0).extra)"
     done = typed(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.stdout.split() == ["cca", "dpo", "heavier_cca", "next_token", "unlearning", "3.0"], done.stderr
+    names = ["cca", "ddo", "dpo", "gft", "heavier_cca", "ipo", "kto", "nca", "next_token"]
+    assert done.stdout.split() == [*names, "unlearning", "3.0"], done.stderr
 
 
 def test_yaml_chooses_it_and_knows_its_keys(tmp_path, digit_shards):
@@ -163,14 +164,16 @@ def test_yaml_chooses_it_and_knows_its_keys(tmp_path, digit_shards):
         ("objective.beta=1", "objective.beta: squared_gap has no such key; it has tau, normalization"),
         ("objective.taw=1", "objective.taw: squared_gap has no such key; did you mean objective.tau?"),
         ("objective.tau=-1", "objective.tau: must be greater than 0, found -1"),
-        ("objective.name=squared", "objective.name: must be next_token, row_likelihood, cca, dpo, "),
+        ("objective.name=squared", "objective.name: must be gft, next_token, row_likelihood, cca, ddo, dpo, "),
     ):
         with pytest.raises(UserError) as error:
             load_config(file, [override])
         assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(("name", "keys"), [("squared_gap", {"tau": 0.2}), ("row_likelihood", {})])
+@pytest.mark.parametrize(
+    ("name", "keys"), [("squared_gap", {"tau": 0.2}), ("row_likelihood", {}), ("gft", {"beta": 0.4})]
+)
 def test_it_trains_and_a_resumed_run_equals_an_uninterrupted_one(name, keys, tmp_path, digit_shards):
     file = configured(tmp_path, digit_shards, name, **keys)
     whole, cut = (f"training.output_dir={tmp_path}/{run}" for run in ("whole", "cut"))
