@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from megatron_cca.config import Config
 from megatron_cca.keys import Effect, effects
 from megatron_cca.models import FAMILIES
-from megatron_cca.objectives import OBJECTIVES, Objective
+from megatron_cca.objectives import OBJECTIVES, Objective, PairObjective
 from megatron_cca.objectives.base import keys_of, known_names
 
 _INTRODUCTION = """# Configuration reference
@@ -112,9 +112,11 @@ def _written(size: str | float | tuple[int, ...]) -> str:
 
 def _objective(name: str) -> str:
     kind = OBJECTIVES[name]
-    own, about = TypeAdapter(kind).json_schema(), sys.modules[kind.__module__].__doc__.partition("\n")[0]
+    # A class has no docstrings of the keys that it inherits.
+    own, inherited = (TypeAdapter(one).json_schema()["properties"] for one in (kind, PairObjective))
+    about = sys.modules[kind.__module__].__doc__.partition("\n")[0]
     declared = effects(dataclasses.replace(Config(), objective=kind()))
-    own_keys = {key: own["properties"][key] for key in keys_of(name) if key not in _COMMON}
+    own_keys = {key: inherited.get(key, own[key]) for key in keys_of(name) if key not in _COMMON}
     rows = _table("objective", own_keys, kind(), declared)
     return f"### {name}\n\n{about}" + (f"\n\n{rows}" if rows else " It has no key of its own.\n")
 

@@ -258,7 +258,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: {_unknown(location)}"
     if first["type"] == "no_such_key":
-        close = difflib.get_close_matches(location[-1], first["ctx"]["known"], n=1)
+        # By 0.6, the default, keys that only end in _weight are close.
+        close = difflib.get_close_matches(location[-1], first["ctx"]["known"], n=1, cutoff=0.65)
         known = f"did you mean {location[0]}.{close[0]}?" if close else f"it has {', '.join(first['ctx']['known'])}"
         return f"{key}: {first['msg']}; {known}"
     if first["type"] in ("dataclass_type", "dataclass_exact_type"):

@@ -107,7 +107,8 @@ class BatchBuilder:
         """
         batch = self.pairing.at(step)
         captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
-        caption_lengths = np.where(batch.condition_dropped, 0, np.stack(captions))
+        dropped = np.stack([batch.condition_dropped, batch.second_dropped])[: len(captions)]
+        caption_lengths = np.where(dropped, 0, np.stack(captions))
         grids = [self.data.rows(ids)["grid"].astype(np.int64) for ids, _ in self._images(batch)]
         meta_lengths = np.array(
             [
@@ -192,13 +193,13 @@ class BatchBuilder:
         Both rows state the grid of their image, whatever their captions are.
         """
         vocabulary, read = self.data.vocabulary, {}
-        captions = self._caption_ids(plan.batch)
+        captions, batch = self._caption_ids(plan.batch), plan.batch
         for place, (samples, variants) in enumerate(self._images(plan.batch)):
             image = int(samples[row]), int(variants[row])
             # The two rows of a pair of conditions have the same image. It is read once.
             codes = read[image] = read[image] if image in read else self.data.codes(*image)
             start, length = int(plan.prompt_lengths[place, row]), int(plan.image_lengths[place, row])
-            dropped = plan.batch.condition_dropped[row]
+            dropped = (batch.condition_dropped, batch.second_dropped)[place][row]
             caption = _NO_CAPTION if dropped else self.data.caption(int(captions[place][row]))
             vocabulary.write_prompt(ids[place, :start], caption, self.data.meta_ids(image[0], codes.shape))
             vocabulary.write_image(ids[place, start : start + length], codes)

@@ -115,11 +115,12 @@ class GlobalBatch:
     Attributes:
         sample_ids: int64. The sample whose image (and own caption) the row holds.
         negative_ids: int64. The sample whose caption is the condition of the pair's second row.
-        condition_dropped: bool. True where both conditions of the row are the empty caption.
+        condition_dropped: bool. True where the condition of the pair's first row is the empty caption.
         negative_is_positive: bool. True where the row has no true negative: its condition was dropped, or the batch has
             no other condition of another image.
         variants: int64. The variant of the row's image.
         second_ids, second_variants: int64. The image of the pair's second row: the same, or its partner.
+        second_dropped: bool. True where the condition of the pair's second row is the empty caption.
     """
 
     sample_ids: np.ndarray
@@ -129,6 +130,7 @@ class GlobalBatch:
     variants: np.ndarray
     second_ids: np.ndarray
     second_variants: np.ndarray
+    second_dropped: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Pairing:
         negative_rows, has_negative = rolled_negatives(table["caption"], table["condition"], table["codes"])
         dropped, variants = self._dropped(step), self._variants(samples, step)
         is_positive = dropped | ~has_negative
-        return GlobalBatch(samples, samples[negative_rows], dropped, is_positive, variants, samples, variants)
+        return GlobalBatch(samples, samples[negative_rows], dropped, is_positive, variants, samples, variants, dropped)
 
     def _draws(self, stream: int, step: int) -> np.ndarray:
         return np.random.default_rng((self.seed, stream, step)).random(self.global_batch_size)

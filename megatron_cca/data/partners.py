@@ -54,15 +54,16 @@ class ImagePairing(Pairing):
     def at(self, step: int) -> GlobalBatch:
         """Return the batch of a step. Steps are counted from 0."""
         samples = self._samples(step)
-        partners = self.partners.drawn(samples, self._draws(_PARTNERS, step))
+        partners, dropped = self.partners.drawn(samples, self._draws(_PARTNERS, step)), self._dropped(step)
         return GlobalBatch(
             sample_ids=samples,
             negative_ids=samples,
-            condition_dropped=self._dropped(step),
+            condition_dropped=dropped,
             negative_is_positive=np.zeros(len(samples), dtype=bool),
             variants=self._variants(samples, step),
             second_ids=partners,
             second_variants=self._variants(partners, step, _PARTNER_VARIANTS),
+            second_dropped=dropped,
         )
 
 

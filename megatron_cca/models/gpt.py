@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,7 +146,13 @@ def num_model_chunks(parallel: ParallelConfig) -> int:
 
 
 def image_logps(
-    model: torch.nn.Module, tokens: Tensor | None, targets: Tensor | None, mask: Tensor | None, **head: Any
+    model: torch.nn.Module,
+    tokens: Tensor | None,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    *,
+    logps_of: Callable[..., Tensor] = sequence_logps,
+    **head: Any,
 ) -> Tensor:
     """Run one forward pass of a model chunk. A chunk without the first and the last layers needs no tokens.
 
@@ -154,6 +161,7 @@ def image_logps(
         tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
         mask: bool ``[B, S]``, true if the target is an image token.
+        logps_of: makes log-probabilities of the last hidden states, as :func:`sequence_logps` does.
         head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
@@ -161,7 +169,7 @@ def image_logps(
         all tensor- and context-parallel ranks. On earlier chunks: the hidden states that Megatron's schedule sends to
         the next chunk.
     """
-    return _forward(model, tokens, targets, mask, logps_of=sequence_logps, **head)
+    return _forward(model, tokens, targets, mask, logps_of=logps_of, **head)
 
 
 def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:

@@ -16,6 +16,7 @@ from megatron_cca.objectives.base import (
     Objective,
     ObjectiveResult,
     PairLogps,
+    PairObjective,
     SequenceLogps,
     is_objective,
     objective,
@@ -28,4 +29,13 @@ for _found in pkgutil.iter_modules(__path__):
         if is_objective(_value) and _value.__module__ == _module.__name__:
             register(_value)
 
-__all__ = ["OBJECTIVES", "Objective", "ObjectiveResult", "PairLogps", "SequenceLogps", "objective", "register"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "ObjectiveResult",
+    "PairLogps",
+    "PairObjective",
+    "SequenceLogps",
+    "objective",
+    "register",
+]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_cca.errors import UserError
-from megatron_cca.keys import Affects, key, strict
+from megatron_cca.keys import Affects, NonNegativeFloat, key, strict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ class PairLogps:
         reference_negative: log p_phi(x | c'), or log p_phi(x' | c).
         negative_is_positive: bool ``[B]``. True for rows whose "negative" counts as a positive, because the condition
             was dropped or no different condition was found.
+        mean_num_tokens: image tokens per row, averaged over the *global* batch. Only a likelihood term needs it.
     """
 
     policy_positive: Tensor
@@ -40,6 +42,7 @@ class PairLogps:
     reference_positive: Tensor
     reference_negative: Tensor
     negative_is_positive: Tensor
+    mean_num_tokens: float = math.nan
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
         """Return log(p_theta / p_phi) of positives and negatives, float ``[B]`` each."""
@@ -55,6 +58,10 @@ class PairLogps:
 
         flagged, dtype = self.negative_is_positive, self.policy_negative.dtype
         return torch.where(flagged, 1.0, -1.0).to(dtype), torch.where(flagged, 1.0, negative_weight).to(dtype)
+
+    def mean_of_contrasts(self, rows: Tensor) -> Tensor:
+        """Return the mean of float ``[B]``, in which rows without a true negative count as 0 and have no gradient."""
+        return rows.masked_fill(self.negative_is_positive, 0).mean()
 
     def metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """Return the metrics of every objective on pairs, scalars, in nats.
@@ -116,8 +123,8 @@ class Objective:
 
     contrasts: ClassVar[tuple[Literal["conditions", "images"], ...]] = ()
     """What the two rows of a sample may differ in; ``data.pairs`` chooses. Policy and reference compute both rows, and
-    :meth:`loss` takes :class:`PairLogps`. Nothing means one row per sample and no reference: :meth:`loss` takes
-    :class:`SequenceLogps`."""
+    :meth:`loss` takes :class:`PairLogps`. Nothing means no reference: :meth:`loss` takes :class:`SequenceLogps`, with
+    one log-probability per sample."""
     is_plain_likelihood: ClassVar[bool] = False
     """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None
@@ -135,9 +142,17 @@ class Objective:
         return bool(self.contrasts)
 
     @property
+    def conditional_share(self) -> float | None:
+        """The share of the conditional logits in a mixture with the unconditional ones, whose rows come second.
+
+        None if the objective mixes nothing.
+        """
+        return None
+
+    @property
     def rows_per_sample(self) -> int:
-        """The number of rows of a sample: 2 if the objective contrasts, 1 otherwise."""
-        return 2 if self.contrasts else 1
+        """The number of rows of a sample: 2 if the objective contrasts or mixes, 1 otherwise."""
+        return 2 if self.contrasts or self.conditional_share is not None else 1
 
     @property
     def collapse_advice(self) -> str:
@@ -151,6 +166,23 @@ class Objective:
     def __call__(self, rows: PairLogps | SequenceLogps) -> ObjectiveResult:
         """Return the loss over B rows, and their metrics."""
         return ObjectiveResult(self.loss(rows), rows)
+
+
+@strict
+class PairObjective(Objective):
+    """An objective on pairs, with a likelihood term that any of them can have."""
+
+    _: KW_ONLY
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of a likelihood term that is added to the loss: -log p(x | c) of the first rows, over the mean number
+    of image tokens, as in ``next_token``. It keeps the likelihood of the images up. 0 leaves it out."""
+
+    def __call__(self, pairs: PairLogps) -> ObjectiveResult:
+        """Return the loss over B rows with the likelihood term, and their metrics."""
+        loss = self.loss(pairs)
+        if self.sft_weight:
+            loss = loss - self.sft_weight * pairs.policy_positive.mean() / pairs.mean_num_tokens
+        return ObjectiveResult(loss, pairs)
 
 
 @dataclass(frozen=True)
@@ -225,12 +257,14 @@ def known_names() -> list[str]:
 
 
 def keys_of(name: Any) -> list[str] | None:
-    """Return the keys of the objective of this name, except ``name``. Return None if there is no such objective."""
+    """Return the keys of the objective of this name, except ``name``. Its own come first, those of its bases last.
+
+    Return None if there is no such objective.
+    """
     if not isinstance(name, str) or name not in OBJECTIVES:
         return None
-    common = [field.name for field in fields(Objective)]
-    own = [field.name for field in fields(OBJECTIVES[name]) if field.name not in common]
-    return [*own, *(key for key in common if key != "name")]
+    ordered = sorted(fields(OBJECTIVES[name]), key=lambda field: field.kw_only)
+    return [field.name for field in ordered if field.name != "name"]
 
 
 def inherited(section: Mapping[str, Any], name: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_cca.keys import PositiveFloat
-from megatron_cca.objectives.base import Objective, objective
+from megatron_cca.objectives.base import PairObjective, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @objective("cca")
-class CCA(Objective):
+class CCA(PairObjective):
     """L = -log sigma(beta r(x, c)) - lambda log sigma(-beta r(x, c')), divided by max(lambda, 1), averaged over rows.
 
     r = log p_theta - log p_phi. In a row with ``negative_is_positive`` the second term is

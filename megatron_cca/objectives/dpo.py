@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_cca.keys import PositiveFloat
-from megatron_cca.objectives.base import Objective, objective
+from megatron_cca.objectives.base import PairObjective, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @objective("dpo")
-class DPO(Objective):
+class DPO(PairObjective):
     """L = -log sigma(beta (r(x, c) - r(x, c'))), averaged over rows; r = log p_theta - log p_phi.
 
     Rows with ``negative_is_positive`` get no rule of their own, as in the authors' code: their two conditions are the

@@ -29,6 +29,7 @@ def sequence_logps(
     mask: Tensor,
     *,
     bias: Tensor | None = None,
+    constant: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
@@ -48,6 +49,8 @@ def sequence_logps(
         targets: int64 ``[B, S]``. ``hidden[s, b]`` predicts ``targets[b, s]``. Ignored where the mask is false.
         mask: bool ``[B, S]``. Only true positions are computed.
         bias: ``[V_local]``, added to the logits of this rank's ids. None for a head without bias.
+        constant: ``[S, B, H]``, added to ``hidden`` where logits are computed. It has no gradient, and the gradient of
+            ``weight`` is that of the product with ``hidden`` alone. None adds nothing.
         tp_group: the tensor-parallel group. None if this rank has the whole head.
         vocab_size: the true size of the vocabulary, without padding.
         support: consecutive ids, whose probabilities sum to 1. None means the whole vocabulary. Other
@@ -60,7 +63,13 @@ def sequence_logps(
             the vocabulary, shapes or dtypes do not fit, the chunk size is below 1, or the shards do not add up to the
             vocabulary.
     """
-    options = {"tp_group": tp_group, "vocab_size": vocab_size, "support": support, "chunk_size": chunk_size}
+    options = {
+        "constant": constant,
+        "tp_group": tp_group,
+        "vocab_size": vocab_size,
+        "support": support,
+        "chunk_size": chunk_size,
+    }
     # The sum has thousands of terms. In fp64 its rounding does not limit the precision of the log-ratio.
     return token_logps(hidden, weight, targets, mask, bias=bias, **options).double().sum(dim=1).float()
 
@@ -72,6 +81,7 @@ def token_logps(
     mask: Tensor,
     *,
     bias: Tensor | None = None,
+    constant: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int,
     support: range | None = None,
@@ -79,14 +89,17 @@ def token_logps(
 ) -> Tensor:
     """Return log p(target | prefix) of each token, see :func:`sequence_logps`: float32 ``[B, S]``, 0 off the mask."""
     _check_shapes(hidden, weight, bias, targets, mask, chunk_size)
+    assert constant is None or (constant.shape, constant.dtype) == (hidden.shape, hidden.dtype)
     positions = mask.t().reshape(-1).nonzero().squeeze(1)
     ids = targets.t().reshape(-1).index_select(0, positions)
     support = range(vocab_size) if support is None else support
     _check_support(support, vocab_size)
     _check_targets(ids, positions, mask.size(0), support)
-    flat_hidden = hidden.reshape(-1, hidden.size(-1))
+    flat_hidden, added = hidden.reshape(-1, hidden.size(-1)), None
+    if constant is not None:
+        added = constant.detach().reshape(flat_hidden.shape).index_select(0, positions)
     settings = (tp_group, vocab_size, support, chunk_size)
-    logps = _SelectedLogps.apply(flat_hidden, weight, bias, positions, ids, settings)
+    logps = _SelectedLogps.apply(flat_hidden, weight, bias, positions, ids, settings, added)
     flat = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     return flat.index_copy(0, positions, logps).view(hidden.size(0), hidden.size(1)).t()
 
@@ -129,12 +142,16 @@ def _check_targets(ids: Tensor, positions: Tensor, batch: int, support: range) -
 
 
 class _SelectedLogps(torch.autograd.Function):
-    """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and ids ``[N]`` -> fp32 ``[N]``."""
+    """Log-probabilities of N selected tokens: hidden ``[T, H]``, positions and ids ``[N]`` -> fp32 ``[N]``.
+
+    ``added`` is None, or ``[N, H]``: a constant part of the selected hidden states.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, positions, ids, settings):
+    def forward(ctx, hidden, weight, bias, positions, ids, settings, added):
         head = _HeadShard(weight, bias, ids, *settings)
         selected = hidden.index_select(0, positions)
+        selected = selected if added is None else selected + added
         peak = selected.new_full((ids.numel(),), -torch.inf, dtype=head.sum_dtype)
         sum_exp, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
         for block in head.blocks():
@@ -146,7 +163,7 @@ class _SelectedLogps(torch.autograd.Function):
                     *(peak[rows], sum_exp[rows], target_logits[rows]),
                 )
         peak, sum_exp, target_logits = head.reduce_statistics(peak, sum_exp, target_logits)
-        ctx.save_for_backward(hidden, weight, bias, positions, ids, peak, sum_exp)
+        ctx.save_for_backward(hidden, weight, bias, positions, ids, peak, sum_exp, added)
         ctx.settings = settings
         # Keep this order: the logits can be huge and nearly equal.
         return (target_logits - peak).sub_(sum_exp.log()).float()
@@ -154,10 +171,11 @@ class _SelectedLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, weight, bias, positions, ids, peak, sum_exp = ctx.saved_tensors
+        hidden, weight, bias, positions, ids, peak, sum_exp, added = ctx.saved_tensors
         head = _HeadShard(weight, bias, ids, *ctx.settings)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         selected = hidden.index_select(0, positions)
+        tokens = (selected if added is None else selected + added, selected)
         statistics = (peak, sum_exp, grad_logps.to(head.sum_dtype).contiguous())
         grad_selected = torch.zeros_like(selected, dtype=head.sum_dtype) if wants_hidden else None
         head_gradient = _HeadGradient(weight, head.sum_dtype) if wants_weight else None
@@ -165,7 +183,7 @@ class _SelectedLogps(torch.autograd.Function):
         for block in head.blocks():
             columns = head.true_columns(block)
             for rows in head.chunks():
-                gradient = head.backward_tile(block, rows, selected, columns, statistics, grad_selected, head_gradient)
+                gradient = head.backward_tile(block, rows, tokens, columns, statistics, grad_selected, head_gradient)
                 if wants_bias:
                     grad_bias[block] += gradient.sum(dim=0, dtype=head.sum_dtype)
             if wants_weight:
@@ -176,7 +194,7 @@ class _SelectedLogps(torch.autograd.Function):
             grad_selected = head.all_reduce(grad_selected, dist.ReduceOp.SUM)
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, positions, grad_selected.to(hidden.dtype))
         grad_weight = head_gradient.result() if wants_weight else None
-        return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if wants_bias else None, None, None, None
+        return grad_hidden, grad_weight, grad_bias.to(bias.dtype) if wants_bias else None, *[None] * 4
 
 
 class _HeadShard:
@@ -256,7 +274,7 @@ class _HeadShard:
         self,
         block: slice,
         rows: slice,
-        selected: Tensor,
+        tokens: tuple[Tensor, Tensor],
         columns: Tensor,
         statistics: tuple[Tensor, Tensor, Tensor],
         grad_selected: Tensor | None,
@@ -267,15 +285,17 @@ class _HeadShard:
         Args:
             block: the ids of the tile.
             rows: the tokens of the tile.
-            selected: hidden states of all tokens, ``[N, H]``.
+            tokens: hidden states of all tokens, ``[N, H]``, for the logits and for the gradient of the weight. They are
+                one tensor unless a constant is added.
             columns: rows of the weight for the block, from :meth:`true_columns`.
             statistics: largest logit, sum of exponentials and upstream gradient of each token, ``[N]`` each.
-            grad_selected: gradient of ``selected``, or None.
+            grad_selected: gradient of the hidden states, or None.
             head_gradient: gradient of the weight, or None.
         """
-        tokens = self.operand(selected[rows])
+        for_logits, for_weight = tokens
+        own = self.operand(for_logits[rows])
         gradient = self.operations.logits_gradient(
-            self.logits(tokens, columns, block),
+            self.logits(own, columns, block),
             self.local_targets(rows, block),
             *(statistic[rows] for statistic in statistics),
             columns.dtype,
@@ -283,7 +303,8 @@ class _HeadShard:
         if grad_selected is not None:
             current_operations().add_product(grad_selected[rows], gradient, columns)
         if head_gradient is not None:
-            head_gradient.add(block, gradient, tokens)
+            own = own if for_weight is for_logits else self.operand(for_weight[rows])
+            head_gradient.add(block, gradient, own)
         return gradient
 
     def reduce_statistics(self, peak: Tensor, sum_exp: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -233,7 +233,7 @@ def _builder(
     }
     return BatchBuilder(
         data=data,
-        pairing=_image_pairing(data, rule) if with_pairs and pairs_of(config) == "images" else Pairing(**rule),
+        pairing=_pairing(config, data, rule) if with_pairs else Pairing(**rule),
         with_pairs=with_pairs,
         micro_batch_size=config.training.micro_batch_size,
         sequence_multiple=multiple,
@@ -241,10 +241,16 @@ def _builder(
     )
 
 
-def _image_pairing(data: TokenData, rule: dict[str, Any]) -> Pairing:
-    from megatron_cca.data.partners import ImagePairing, find_partners
+def _pairing(config: Config, data: TokenData, rule: dict[str, Any]) -> Pairing:
+    if config.objective.conditional_share is not None:
+        from megatron_cca.data.null_pairs import NullPairing
 
-    return ImagePairing(**rule, partners=find_partners(data, DATA))
+        return NullPairing(**rule)
+    if pairs_of(config) == "images":
+        from megatron_cca.data.partners import ImagePairing, find_partners
+
+        return ImagePairing(**rule, partners=find_partners(data, DATA))
+    return Pairing(**rule)
 
 
 def _this_share() -> RankShare:

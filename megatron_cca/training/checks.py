@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.config import Config, OptimizerConfig
+from megatron_cca.config import Config, OptimizerConfig, ReferenceConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
@@ -49,6 +49,7 @@ def check_new_run(config: Config, world_size: int) -> None:
     check_layout(architecture, config.model, config.parallel)
     data_parallel = data_parallel_size(config, world_size)
     _check_pairs(config)
+    _check_mixture(config)
     _check_batch(config, data_parallel)
     _check_interleaving(config, data_parallel)
     _check_schedule(config)
@@ -83,6 +84,20 @@ def _check_pairs(config: Config) -> None:
             raise UserError(f"{key}: {path}, but this run has no pairs of images; leave it out, or set data.pairs so")
         if path is not None and path == getattr(config, section).path:
             raise UserError(f"{key}: {path} is {section}.path; an image is no partner of itself")
+
+
+def _check_mixture(config: Config) -> None:
+    if config.objective.conditional_share is None:
+        return
+    name, own, usual = config.objective.name, asdict(config.reference), asdict(ReferenceConfig())
+    for key in own:
+        if own[key] != usual[key]:
+            raise UserError(f"reference.{key}: {own[key]}, but {name} has no reference; leave it out")
+    if config.parallel.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {config.parallel.context_parallel_size}, but {name} mixes two rows whose "
+            "images can lie on different ranks then; set it to 1"
+        )
 
 
 def check_data(config: Config) -> None:

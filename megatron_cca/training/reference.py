@@ -45,13 +45,23 @@ def head_options(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
+def policy_head(config: Config, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return :func:`head_options`, and what mixes rows if the objective does."""
+    head, share = head_options(config, vocabulary), config.objective.conditional_share
+    if share is not None:
+        from megatron_cca.parallel.mixed_logps import mixed_sequence_logps
+
+        head["logps_of"] = partial(mixed_sequence_logps, share=share)
+    return head
+
+
 @dataclass(frozen=True)
 class LogpsPass:
     """A pass of model chunks over the microbatches of a step.
 
     Attributes:
         rows_per_microbatch: rows of one forward pass.
-        head: from :func:`head_options`.
+        head: from :func:`head_options` or :func:`policy_head`.
         beat: called at every microbatch, to tell the watchdog that this rank makes progress.
     """
 
@@ -62,7 +72,8 @@ class LogpsPass:
     def logps(self, chunks: Sequence[torch.nn.Module], batch: StepBatch) -> dict[int, Tensor]:
         """Return the log-probability of each row's image tokens, float32 ``[R]`` by microbatch, on the last stage.
 
-        The result is empty on other stages. No graph is kept for a backward pass. Collective over the pipeline.
+        A head that mixes rows gives ``[R / 2]``. The result is empty on other stages. No graph is kept for a backward
+        pass. Collective over the pipeline.
         """
 
         def forward_step(microbatches: Iterator, model: torch.nn.Module):

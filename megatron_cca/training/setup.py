@@ -27,9 +27,9 @@ from megatron_cca.megatron_compat.optimizer_state import release
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.gpt import build_gpt, num_model_chunks
-from megatron_cca.training import checks, has_own_weights, reference_settings
+from megatron_cca.training import checks, has_own_weights, reference_settings, rows_per_sample
 from megatron_cca.training.batches import RunData, Validation, loader, training_batches, validation_batches
-from megatron_cca.training.reference import LogpsPass, Reference, borrowed_reference, head_options, own_reference
+from megatron_cca.training.reference import LogpsPass, Reference, borrowed_reference, own_reference, policy_head
 from megatron_cca.training.resuming import OUTPUT, STARTED_FROM, started_from
 from megatron_cca.training.watchdog import PhaseTracker
 
@@ -112,11 +112,11 @@ def set_up(config: Config, data: RunData, *, initialize: Initialize = initialize
         initialize: draws the weights that no checkpoint gives.
     """
     architecture = resolve_architecture(config.model)
-    batches = training_batches(config, data, config.objective.needs_reference)
+    batches = training_batches(config, data, rows_per_sample(config) == 2)
     reader = loader(config, batches)
     # The first batches are read while the models are built.
     reader.start(layout.newest_complete(_checkpoints(config)) or 0)
-    validation = validation_batches(config, data, config.objective.needs_reference)
+    validation = validation_batches(config, data, rows_per_sample(config) == 2)
     run = build_run(config, architecture, batches, reader, validation, PhaseTracker(), initialize=initialize)
     _resume(run)
     if run.iteration == 0 and config.training.precision == "fp8" and config.training.fp8_recipe == "delayed":
@@ -142,7 +142,7 @@ def build_run(
         progress: records each forward pass.
         initialize: draws the weights that no checkpoint gives. None leaves them, and adapters, uninitialised.
     """
-    forward = LogpsPass(batches.rows_per_microbatch, head_options(config, architecture.vocabulary), progress.beat)
+    forward = LogpsPass(batches.rows_per_microbatch, policy_head(config, architecture.vocabulary), progress.beat)
     own = config.objective.needs_reference and has_own_weights(config)
     if config.parallel.tp_comm_overlap:
         from megatron_cca.training.engine import initialize_user_buffers

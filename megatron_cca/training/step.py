@@ -31,6 +31,8 @@ _TERMS = {
     "reference_negative": "the reference's log p(x|c')",
     "policy": "the policy's log p(x|c)",
 }
+# The tensors of PairLogps, in its order.
+_COLUMNS = [*list(_TERMS)[:4], "negative_is_positive"]
 
 
 class DataLost(Exception):
@@ -217,7 +219,7 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
         rows = _rows(run, batch, microbatch, logps, reference.get(index))
         collected.append(_rows(run, batch, microbatch, logps.detach(), reference.get(index)))
         # Megatron divides the loss in place by the number of microbatches. Therefore the rows are reported.
-        return run.config.objective.loss(rows), {}
+        return run.config.objective(rows).loss, {}
 
     for chunk in run.policy:
         chunk.zero_grad_buffer()
@@ -229,7 +231,7 @@ def _policy_pass(run: Run, batch: StepBatch, reference: dict[int, Tensor]) -> li
 def _rows(run: Run, batch: StepBatch, microbatch: Microbatch, policy: Tensor, reference: Tensor | None):
     if not run.config.objective.needs_reference:
         return SequenceLogps(policy, batch.mean_num_tokens)
-    return PairLogps(*policy.chunk(2), *reference.chunk(2), microbatch.negative_is_positive)
+    return PairLogps(*policy.chunk(2), *reference.chunk(2), microbatch.negative_is_positive, batch.mean_num_tokens)
 
 
 def _global_metrics(
@@ -254,9 +256,9 @@ def _global_metrics(
 
 
 def _gather_rows(run: Run, rows: list, mean_num_tokens: float) -> PairLogps | SequenceLogps:
-    names = ["policy"] if not run.config.objective.needs_reference else list(PairLogps.__dataclass_fields__)
+    names = ["policy"] if not run.config.objective.needs_reference else _COLUMNS
     mine = torch.stack([torch.cat([getattr(row, name).float() for row in rows]) for name in names])
     columns = gathered_rows(mine)
     if not run.config.objective.needs_reference:
         return SequenceLogps(columns[0], mean_num_tokens)
-    return PairLogps(*columns[:4], columns[4].bool())
+    return PairLogps(*columns[:4], columns[4].bool(), mean_num_tokens)

@@ -224,7 +224,11 @@ def _step(overrides, is_filled_up):
     assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
     frozen, moved = (exact(plain.weights(seed)) for seed in (0, 1))
     trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
-    loss = plain_loss(config.objective, plain, trained, frozen, rows, codes)
+    if config.objective.name == "gft":
+        rows = _with_and_without(rows, sizes)
+        loss = _gft_loss(plain, trained, rows, codes, config.objective.beta)
+    else:
+        loss = plain_loss(config.objective, plain, trained, frozen, rows, codes)
     loss.backward()
     reader = _Reader(config, rows, codes, sizes, length)
     run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=None)
@@ -246,6 +250,21 @@ def plain_loss(objective, plain, policy, reference, rows, codes):
     given = {"beta": getattr(objective, "beta", None), "weight": getattr(objective, "negative_weight", None)}
     models = (partial(plain.logps, weights, codes=codes) for weights in (policy, reference))
     return class_losses.loss(objective.name, *models, rows, **given, tokens=plain.sizes.tokens)
+
+
+def _with_and_without(rows, sizes):
+    """Each class, and no class for the same image."""
+    classes, _, flags = rows
+    return classes, torch.full_like(classes, sizes.classes), torch.zeros_like(flags)
+
+
+def _gft_loss(plain, weights, rows, codes, beta):
+    """The authors' loss (arXiv 2501.15420)."""
+    classes, null, _ = rows
+    with torch.no_grad():
+        unconditional = plain.logits(weights, null, codes)
+    mixture = beta * plain.logits(weights, classes, codes) + (1 - beta) * unconditional
+    return torch.nn.functional.cross_entropy(mixture.flatten(0, 1), codes.flatten())
 
 
 def first_log_ratios(settings):

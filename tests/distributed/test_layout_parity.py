@@ -3,6 +3,9 @@
 fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm, at every step.
 """
 
+import shutil
+from functools import partial
+
 import pytest
 import torch
 
@@ -132,21 +135,25 @@ def test_the_trace_equals_an_independent_trainer(cca_traces, steps, digit_shards
 
 def assert_as_independently_trained(ours, steps, digit_shards, initial_weights, words=slice(None)):
     """Hold a trace of CCA to that of the plain-PyTorch trainer; other words than these have no probability."""
+    objective = initial_weights[0].objective
+    loss_of = partial(emu3.cca_loss, beta=objective.beta, weight=objective.negative_weight, words=words)
+    assert_as_trained_by(ours, steps, [*CCA, f"data.path={digit_shards}"], initial_weights, loss_of)
+
+
+def assert_as_trained_by(ours, steps, overrides, initial_weights, loss_of):
     config, architecture, weights = initial_weights
-    whole = load_config(None, [*CCA, f"data.path={digit_shards}", "training.micro_batch_size=8"])
+    whole = load_config(None, [*overrides, "training.micro_batch_size=8"])
     batches = training_batches(whole, open_data(whole), with_pairs=True)
     trace = emu3.train(
         weights,
         [batches.build(step, 0, 1).microbatches[0] for step in range(steps)],
         architecture,
-        beta=config.objective.beta,
-        weight=config.objective.negative_weight,
+        loss_of=loss_of,
         lr=config.optimizer.lr,
         betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
         eps=config.optimizer.adam_eps,
         weight_decay=config.optimizer.weight_decay,
         clip=config.optimizer.clip_grad,
-        words=words,
     )
     losses, norms = (torch.tensor(values, dtype=torch.float64) for values in zip(*trace, strict=True))
     torch.testing.assert_close(column(ours, "loss"), losses, rtol=1e-4, atol=0)
@@ -216,3 +223,30 @@ def test_the_ablations_train_on_every_kind_of_layout(name, steps, digit_shards, 
         torch.testing.assert_close(column(trace, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=1e-6)
         torch.testing.assert_close(column(trace, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
         assert trace[0]["worst"] == 0.0
+
+
+# Beside pairs of images also a likelihood term; GFT has no pairs, but two rows of different lengths.
+METHODS = {
+    "ddo": ("ddo", ["objective.alpha=3.0"]),
+    "gft": ("gft", ["objective.beta=0.4"]),
+    "nca with a likelihood term": ("nca", ["data.pairs=images", "objective.sft_weight=0.5"]),
+}
+PLAIN = {"ddo": partial(emu3.ddo_loss, beta=0.1, alpha=3.0), "gft": partial(emu3.gft_loss, beta=0.4)}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_methods_since_cca_train_on_every_kind_of_layout(case, digit_shards, initial_weights, tmp_path):
+    name, own = METHODS[case]
+    common = [*under(name), *own, f"data.path={digit_shards}"]
+    if name != "gft":
+        # Other images of the same digit.
+        common.append(f"data.partner_path={shutil.copytree(digit_shards, tmp_path / 'partners')}")
+    settings = {"common": common, "steps": 3}
+    one = run_workers(1, "traces", {**settings, "layouts": {"one": []}}, tmp_path)["one"]
+    layouts = {"TP 2": TP2, "TP 2 + SP": [*TP2, "parallel.sequence_parallel=true"], "PP 2": PP2, "DP 2": []}
+    for layout, trace in run_workers(2, "traces", {**settings, "layouts": layouts}, tmp_path).items():
+        torch.testing.assert_close(column(trace, "loss"), column(one, "loss"), rtol=LOSS_RTOL, atol=0, msg=layout)
+        torch.testing.assert_close(column(trace, "grad_norm"), column(one, "grad_norm"), rtol=NORM_RTOL, atol=0)
+        assert trace[0]["worst"] == (None if name == "gft" else 0.0)
+    if case in PLAIN:
+        assert_as_trained_by(one, 3, common, initial_weights, PLAIN[case])

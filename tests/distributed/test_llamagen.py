@@ -125,6 +125,24 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     assert gradient <= 1e-4, where
 
 
+GFT = [*(key for key in STEP if not key.startswith("objective.")), "objective.name=gft", "objective.beta=0.4"]
+
+
+def test_a_gft_step_has_the_authors_loss_and_gradients(tmp_path_factory):
+    """That no gradient flows through the null part, neither to the layers nor to the head, shows in each tensor."""
+    cases = {
+        ranks: {
+            layout: {"overrides": [*TINY, *overrides], "is_filled_up": layout != "PP 2"}
+            for layout, overrides in layouts.items()
+            if layout != "CP 2"
+        }
+        for ranks, layouts in BY_RANKS.items()
+    }
+    for name, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=GFT).items():
+        assert loss <= 1e-4, name
+        assert gradient <= 1e-4, (name, where)
+
+
 def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
     large = ["model.init_method_std=0.2", "optimizer.lr=1e-2"]
     kinds = {"fp32": [], "bf16, full recomputation": ["training.precision=bf16", *FULL]}

@@ -96,7 +96,7 @@ def test_a_step_of_every_objective_has_the_plain_models_loss_and_gradients(tmp_p
         ranks: {
             f"{name}, {layout}": {"overrides": [*TINY, *under(name, STEP), *overrides], "is_filled_up": True}
             for layout, overrides in layouts.items()
-            for name in ("next_token", "dpo", "unlearning")
+            for name in ("next_token", "dpo", "unlearning", "ipo", "kto", "nca", "gft")
         }
         for ranks, layouts in BY_RANKS.items()
     }

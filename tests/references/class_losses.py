@@ -1,4 +1,4 @@
-"""The losses of CCA's paper (arXiv 2410.09347) for models of classes, from a plain model's log-probabilities."""
+"""The losses of the papers for models of classes, from a plain model's log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 
 def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, weight=None, tokens=None) -> Tensor:
-    """The authors' loss of one batch: means over the rows, the whole divided by max(lambda, 1).
+    """The authors' loss of one batch: means over the rows, of CCA and unlearning divided by max(lambda, 1).
 
     Args:
         name: of the objective.
@@ -27,6 +27,13 @@ def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, w
     ratio, negative_ratio = policy(classes) - base, policy(negatives) - negative_base
     if name == "dpo":
         return -logsigmoid(beta * (ratio - negative_ratio)).mean()
+    preferences = {
+        "ipo": lambda: (ratio - negative_ratio - 1 / (2 * beta)) ** 2,
+        "kto": lambda: (1 - (beta * ratio).sigmoid() + weight * (1 - (-beta * negative_ratio).sigmoid())) / 2,
+        "nca": lambda: -logsigmoid(beta * ratio) - (logsigmoid(-beta * ratio) + logsigmoid(-beta * negative_ratio)) / 2,
+    }
+    if name in preferences:
+        return torch.where(counts_as_positive, 0.0, preferences[name]()).mean()
     sign, weights = torch.where(counts_as_positive, 1.0, -1.0), torch.where(counts_as_positive, 1.0, weight)
     terms = {
         "cca": lambda: -logsigmoid(beta * ratio) - weights * logsigmoid(sign * beta * negative_ratio),

@@ -76,8 +76,30 @@ def cca_loss(weights, reference, microbatch, architecture, beta, weight, words=s
     return rows.mean() / max(weight, 1)
 
 
-def train(start, batches, architecture, *, beta, weight, lr, betas, eps, weight_decay, clip, words=slice(None)):
-    """(loss, gradient norm) of each step, with torch's own AdamW and clipping."""
+def ddo_loss(weights, reference, microbatch, architecture, beta, alpha):
+    """arXiv 2503.01103: real images in the first half of the rows, drawn ones in the second."""
+    with torch.no_grad():
+        base = image_logps(reference, microbatch, architecture)
+    real, drawn = (image_logps(weights, microbatch, architecture) - base).chunk(2)
+    sigma = torch.nn.functional.logsigmoid
+    return (-sigma(beta * real) - alpha * sigma(-beta * drawn)).mean()
+
+
+def gft_loss(weights, _reference, microbatch, architecture, beta):
+    """The authors' loss (arXiv 2501.15420): rows with their condition first, then the same images without it."""
+    own, null = microbatch.tokens.chunk(2)
+    conditional = logits(weights, own, architecture)[microbatch.mask.chunk(2)[0]]
+    with torch.no_grad():
+        unconditional = logits(weights, null, architecture)[microbatch.mask.chunk(2)[1]]
+    targets = microbatch.targets.chunk(2)[0][microbatch.mask.chunk(2)[0]]
+    return torch.nn.functional.cross_entropy(beta * conditional + (1 - beta) * unconditional, targets)
+
+
+def train(start, batches, architecture, *, loss_of, lr, betas, eps, weight_decay, clip):
+    """(loss, gradient norm) of each step, with torch's own AdamW and clipping.
+
+    ``loss_of`` takes the weights, those of the start, a batch and the architecture.
+    """
     weights = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     decayed = [value for value in weights.values() if value.dim() > 1]
     others = [value for value in weights.values() if value.dim() == 1]
@@ -90,7 +112,7 @@ def train(start, batches, architecture, *, beta, weight, lr, betas, eps, weight_
     trace = []
     for microbatch in batches:
         optimizer.zero_grad()
-        loss = cca_loss(weights, start, microbatch, architecture, beta, weight, words)
+        loss = loss_of(weights, start, microbatch, architecture)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), clip)
         optimizer.step()

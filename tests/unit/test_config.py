@@ -26,7 +26,7 @@ from megatron_cca.objectives import OBJECTIVES
         ("objective.negative_weight=0", "objective.negative_weight: must be greater than 0, found 0"),
         ("objective.bta=1", "objective.bta: cca has no such key; did you mean objective.beta?"),
         ("objective.tau=1", "objective.tau: cca has no such key; it has beta, negative_weight, normalization"),
-        ("objective.name=ccaa", "objective.name: must be next_token, cca, dpo or unlearning"),
+        ("objective.name=ccaa", "objective.name: must be gft, next_token, cca, ddo, dpo, ipo, kto, nca or unlearning"),
         ("model.num_layers=x", "model.num_layers: must be a whole number, found 'x'"),
         ("parallel.tensor_model_parallel_size=-1", "parallel.tensor_model_parallel_size: must be 1 or more"),
         ("data.path={a: 1, $b: 1}", "data.path: '$b': $b is not replaced here"),
@@ -51,7 +51,10 @@ def test_refused_overrides(override, message):
     [
         ("training: 3", "training: expected keys below this section, found 3"),
         ("objective: 3", "objective: expected keys below this section, found 3"),
-        ("objective: {name: [cca]}", "objective.name: must be next_token, cca, dpo or unlearning"),
+        (
+            "objective: {name: [cca]}",
+            "objective.name: must be gft, next_token, cca, ddo, dpo, ipo, kto, nca or unlearning",
+        ),
         ("- a", "expected sections model, parallel"),
         ("training: {output_dir: [3]}", "training.output_dir: must be text, found [3]"),
         ("data: {path: [3]}", "data.path: must be text, found [3]"),
@@ -72,8 +75,8 @@ def test_refused_files(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("name", "key", "known"),
     [
-        ("dpo", "negative_weight", "beta, normalization"),
-        ("unlearning", "beta", "negative_weight, normalization"),
+        ("dpo", "negative_weight", "beta, normalization, sft_weight"),
+        ("unlearning", "beta", "negative_weight, normalization, sft_weight"),
         ("next_token", "beta", "normalization"),
     ],
 )
