@@ -1,8 +1,8 @@
 """Self-play by Direct Discriminative Optimization (arXiv 2503.01103): draw, train against the drawn images, repeat.
 
-In each round the newest model draws an image for every sample of the data, guidance-free. Then it is trained to tell the
-real images from these, with itself as the reference. The result begins the next round. It ends after so many rounds, or
-when the FID does not fall.
+In each round the newest model draws an image for every sample of the data, guidance-free. Then it is trained to tell
+the real images from these, with itself as the reference. The result begins the next round. It ends after so many
+rounds, or when the FID does not fall.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def _draw(one: Round, options: argparse.Namespace) -> None:
 
 
 def _check_drawn(one: Round, output: Path) -> None:
-    drawn, weights = read_manifest(output).get("drawn", {}), weights_fingerprint(layout.resolve(one.start, "--base"), "")
+    drawn, weights = (
+        read_manifest(output).get("drawn", {}),
+        weights_fingerprint(layout.resolve(one.start, "--base"), ""),
+    )
     if drawn.get("weights") != weights:
         raise UserError(
             f"{output}: drawn by other weights ({drawn.get('weights')}) than those of {one.start} ({weights}); remove it, or "

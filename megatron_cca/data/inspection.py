@@ -50,6 +50,7 @@ def report(shards: TokenShards) -> str:
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
         *_pairs_line(shards),
         *_resizing(shards.manifest.get("resize")),
+        *_drawing(shards.manifest.get("drawn")),
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
         *(f"of the source       {notice}" for notice in _notices(shards.manifest)),
         "tokens per caption",
@@ -106,7 +107,7 @@ def _chosen(shards: TokenShards, number: int, random: np.random.Generator) -> tu
 def _pairs(shards: TokenShards) -> np.ndarray | None:
     if PAIRS not in shards.manifest["files"]:
         return None
-    with error_context(_PREFIX):
+    with error_context(_SHARDS):
         return read_pairs(shards.folder / PAIRS, shards.table)
 
 
@@ -127,6 +128,14 @@ def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
 
 def _resizing(choice: object) -> list[str]:
     return [] if choice is None else [f"images resized by   {one_line(str(choice))}"]
+
+
+def _drawing(origin: object) -> list[str]:
+    """Return what the samples were drawn with, if a model drew them."""
+    if not isinstance(origin, dict):
+        return []
+    said = (f"{name} {value}" for name, value in origin.items() if value not in (None, "") and name != "prompts")
+    return [f"drawn with          {one_line(', '.join(said))}"]
 
 
 def _variants(counts: np.ndarray) -> str:
@@ -185,7 +194,8 @@ def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.dev
     if folder is None and not recorded:
         raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")
     with error_context(_IMAGE_TOKENIZER):
-        tokenizer = open_image_tokenizer(folder or Path(recorded["folder"]), device, shards.vocabulary.scales)
+        path, weights = folder or Path(recorded["folder"]), recorded.get("weights") if folder is None else None
+        tokenizer = open_image_tokenizer(path, device, shards.vocabulary.scales, weights)
         if recorded and tokenizer.fingerprint() != recorded["fingerprint"]:
             raise UserError(
                 f"{folder or recorded['folder']} is not the one that {shards.folder} was made with; the pictures would "

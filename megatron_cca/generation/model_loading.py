@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.fingerprint import files_fingerprint, weights_fingerprint
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
@@ -108,6 +109,22 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
     return InspectedCheckpoint(source, config, architecture, folder)
 
 
+def sampling_precision(config: Config, precision: Precision | None) -> str:
+    """Return the precision that a checkpoint's model is sampled in. None means the checkpoint's, with FP8 as bf16."""
+    return precision or ("bf16" if config.training.precision == "fp8" else config.training.precision)
+
+
+def weights_of(checkpoint: InspectedCheckpoint) -> str:
+    """Return a short hash of a checkpoint's weights. Reads every byte.
+
+    Raises:
+        UserError: the checkpoint is not whole.
+    """
+    if isinstance(checkpoint.source, HuggingFaceCheckpoint):
+        return files_fingerprint(sorted({tensor.file for tensor in checkpoint.source.files.tensors.values()}))
+    return weights_fingerprint(checkpoint.folder, _CHECKPOINT)
+
+
 def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precision | None = None) -> SamplingModel:
     """Load the model of a checkpoint, split over Megatron's process groups.
 
@@ -123,8 +140,7 @@ def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precisio
     """
     found = inspect_for_sampling(checkpoint) if isinstance(checkpoint, str) else checkpoint
     config = found.config
-    own = "bf16" if config.training.precision == "fp8" else config.training.precision
-    training = replace(config.training, precision=precision or own, recompute_granularity=None)
+    training = replace(config.training, precision=sampling_precision(config, precision), recompute_granularity=None)
     model = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0, transformer_impl="local")
     chunks = build_gpt(found.architecture, model, _parallel_config_of_the_job(), training, is_frozen=True)
     is_of_hf = isinstance(found.source, HuggingFaceCheckpoint)
@@ -156,10 +172,18 @@ def load_huggingface_weights(source: HuggingFaceCheckpoint, chunks: Sequence[tor
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Both tokenizers of a model. ``text`` is None where captions are classes."""
+    """Both tokenizers of a model.
+
+    Attributes:
+        text: None where captions are classes.
+        images: the image tokenizer.
+        images_path, images_weights: where that is, see :func:`open_image_tokenizer`.
+    """
 
     text: TextTokenizer | None
     images: ImageTokenizer
+    images_path: Path
+    images_weights: Path | None = None
 
 
 def open_tokenizers(
@@ -189,15 +213,18 @@ def open_tokenizers(
         text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
     scales = resolve_architecture(config.model).scales
     with error_context(options[1]):
-        given = None if images is None else open_image_tokenizer(images, device, scales)
-        tokenizer = given or _own_image_tokenizer(checkpoint, config, device, scales)
+        if images is not None:
+            place = images, None
+            tokenizer = open_image_tokenizer(images, device, scales)
+        else:
+            tokenizer, *place = _own_image_tokenizer(checkpoint, config, device, scales)
         if tokenizer.codebook_size != vocabulary.codebook_size:
             raise UserError(
                 f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
                 "model's own"
             )
         check_scales(tokenizer, scales)
-    return Tokenizers(text_tokenizer, tokenizer)
+    return Tokenizers(text_tokenizer, tokenizer, *place)
 
 
 def default_grid(config: Config) -> tuple[int, int]:
@@ -282,18 +309,19 @@ def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
 
 def _own_image_tokenizer(
     checkpoint: Path, config: Config, device: str | torch.device, scales: tuple[int, ...]
-) -> ImageTokenizer:
+) -> tuple[ImageTokenizer, Path, Path | None]:
+    """Return the image tokenizer that belongs to a checkpoint, its path, and the folder of its tensors if apart."""
     kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
     files = family_of(config.model).image_tokenizer
     if weights.is_dir():
-        return files.open(kept, device, weights)
+        return files.open(kept, device, weights), kept, weights
     if files is not None and not layout.is_checkpoint(checkpoint) and files.recognises(checkpoint):
         try:
-            return files.open(checkpoint, device, scales=scales)
+            return files.open(checkpoint, device, scales=scales), checkpoint, None
         except UserError:
             pass  # a folder of the decoder alone; its image tokenizer is elsewhere
     for folder in data_folders(config):
         if codebook_file(folder) is not None:
-            return open_patch_tokenizer(folder)
+            return open_patch_tokenizer(folder), folder, None
     wanted = "its folder" if files is None else files.description
     raise UserError(f"{checkpoint} has no image tokenizer with it; give {wanted}")

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
-from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
-from megatron_cca.data.shard_writing import Sample
-from megatron_cca.data.sources import Record, Source, Unreadable
-from megatron_cca.data.sources.classes import ClassFolders
-from megatron_cca.data.sources.source_protocol import Comparison
-from megatron_cca.data.tokenizers import TextTokenizer
-from megatron_cca.data.tokenizing import TokenizeSettings
-from megatron_cca.data.tokenizing.outcomes import (
+from megatron_cca.data.outcomes import (
     Compared,
     PairedSamples,
     Skipped,
@@ -31,6 +24,13 @@ from megatron_cca.data.tokenizing.outcomes import (
     skipped_of,
     spread,
 )
+from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
+from megatron_cca.data.shard_writing import Sample
+from megatron_cca.data.sources import Record, Source, Unreadable
+from megatron_cca.data.sources.classes import ClassFolders
+from megatron_cca.data.sources.source_protocol import Comparison
+from megatron_cca.data.tokenizers import TextTokenizer
+from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
