@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
-from megatron_cca.data.sources import captions, classes, emu3, hf_rows, journeydb, llamagen, webdataset
+from megatron_cca.data.sources import captions, classes, emu3, hf_rows, idx, journeydb, llamagen, webdataset
 from megatron_cca.data.sources.external_text import OF_LIST, printable, split_of
 from megatron_cca.data.sources.folders import is_file, is_folder, is_image, names_in, real_folder, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
@@ -57,6 +57,7 @@ SOURCE_LAYOUTS: dict[str, SourceLayout] = {
     "journeydb": SourceLayout(journeydb.recognises, journeydb.open_journeydb, frozenset({"caption_field", "split"})),
     "webdataset": SourceLayout(webdataset.recognises, webdataset.open_webdataset, _CAPTION_OPTIONS),
     "datasets": SourceLayout(hf_rows.recognises, hf_rows.open_huggingface, _CAPTION_OPTIONS | {"image_field", "split"}),
+    "idx": SourceLayout(idx.recognises, idx.open_idx, frozenset({"split"})),
     "emu3": SourceLayout(emu3.recognises, emu3.open_emu3),
     "llamagen": SourceLayout(llamagen.recognises, llamagen.open_llamagen),
 }

@@ -28,6 +28,7 @@ class TokenizeSettings:
     - journeydb: JourneyDB's annotation jsonl beside its imgs/ folders
     - webdataset: tars
     - datasets: what Hugging Face datasets opens from disk: parquet, arrow, imagefolder, save_to_disk
+    - idx: MNIST's files and those in its form, such as Fashion-MNIST's: train-images-idx3-ubyte.gz and its labels
     - emu3: Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)
     - llamagen: what LlamaGen's own extraction wrote: NAME_codes and NAME_labels (likewise)"""
     output: Folder
