@@ -113,8 +113,7 @@ def _check_drawn(one: Round, output: Path) -> None:
     )
     if drawn.get("weights") != weights:
         raise UserError(
-            f"{output}: drawn by other weights ({drawn.get('weights')}) than those of {one.start} ({weights}); remove it, or "
-            "give another --output"
+            f"{output}: drawn by weights {found}, {one.start} has {own}; remove it, or give another --output"
         )
 
 

@@ -62,7 +62,7 @@ LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 @strict
 class ModelConfig:
-    """Section ``model``: a named preset of a family. Sizes that are null are the preset's."""
+    """Section ``model``: a named preset. Sizes that are null are its own, of ``-tiny`` ones those of tokenized data."""
 
     name: str = key("emu3-tiny", NUMBERS, reference="model.position_embedding")
     """The preset, which also sets the family: ``emu3-8b``, ``llamagen-l``, or one of the others listed at the end."""
@@ -85,7 +85,7 @@ class ModelConfig:
     vocab_size: PositiveInt | None = key(None, NUMBERS, reference=True)
     """A size other than the preset's gives the token ids no known meaning: the model can only be converted."""
     codebook_size: PositiveInt | None = key(None, NUMBERS, reference="model.vocab_size")
-    """Codes of the image tokenizer, for a model with classes as conditions; ``vocab_size`` follows from it."""
+    """Codes of the image tokenizer, for ``emu3-tiny`` and models of classes; ``vocab_size`` follows from it."""
     num_classes: PositiveInt | None = key(None, NUMBERS, reference="model.vocab_size")
     """Classes, for a model with classes as conditions, without the null class; ``vocab_size`` follows from it."""
     make_vocab_size_divisible_by: PositiveInt = key(128, NUMBERS)

@@ -1,4 +1,4 @@
-"""Codebooks of grey patches, the demo's image tokenizers: one grid of codes, or a pyramid of grids.
+"""Codebooks of patches, the demo's image tokenizers: one grid of codes, or a pyramid of grids. Grey or in colour.
 
 A folder holds one of them: ``codebook.npy`` of one grid, or ``pyramid.npz``. Both are fitted by k-means. In a pyramid,
 each grid takes what smaller grids leave of the image, as in VAR's image tokenizer, but nothing is convolved.
@@ -85,15 +85,15 @@ def frozen_features(architecture: Architecture, folders: Iterable[Path]) -> dict
 
 
 def _in_words(scales: Sequence[int], codes: int, channels: int) -> str:
-    return f"grids of {', '.join(map(str, scales))}, {codes} codes, {channels} pixels a patch"
+    return f"grids of {', '.join(map(str, scales))}, {codes} codes, {channels} levels a patch"
 
 
 @dataclass(frozen=True)
 class PatchCodebook:
-    """A codebook of square patches.
+    """A codebook of square patches. Images are uint8 ``[N, H, W]`` for grey patches, else ``[N, H, W, 3]``.
 
     Attributes:
-        centres: float32 ``[K, P, P]``, grey levels 0 to 255.
+        centres: float32 ``[K, P, P]`` or ``[K, P, P, 3]``, levels 0 to 255 of grey, or of red, green and blue.
     """
 
     centres: np.ndarray
@@ -102,8 +102,15 @@ class PatchCodebook:
 
     @classmethod
     def fit(cls, images: np.ndarray, codebook_size: int, patch: int, seed: int = 0) -> Self:
-        """Fit ``codebook_size`` patches of ``patch`` x ``patch`` pixels to uint8 images ``[N, H, W]``."""
-        return cls(_means(_patches(images, patch), codebook_size, seed))
+        """Fit ``codebook_size`` patches of ``patch`` x ``patch`` pixels to images."""
+        return cls.of_patches(
+            patches_of(images, patch).reshape(-1, patch, patch, *images.shape[3:]), codebook_size, seed
+        )
+
+    @classmethod
+    def of_patches(cls, patches: np.ndarray, codebook_size: int, seed: int = 0) -> Self:
+        """Fit a codebook to patches ``[M, P, P]`` or ``[M, P, P, 3]``."""
+        return cls(_means(patches, codebook_size, seed))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -124,21 +131,20 @@ class PatchCodebook:
         np.save(folder / CODEBOOK_FILE, self.centres)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Encode images uint8 ``[N, H, W]`` to the codes of their nearest patches, int64 ``[N, H / P, W / P]``."""
-        patch = self.centres.shape[-1]
-        patches = _patches(images, patch).astype(np.float32)
-        flat = patches.reshape(-1, patch * patch)
+        """Encode images to the codes of their nearest patches, int64 ``[N, H / P, W / P]``."""
+        patches = patches_of(images, self.centres.shape[1]).astype(np.float32)
         centres = self.centres.reshape(len(self.centres), -1)
+        flat = patches.reshape(-1, centres.shape[1])
         distances = (centres**2).sum(1) - 2 * flat @ centres.T
         return distances.argmin(1).reshape(patches.shape[:3])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Decode codes int ``[N, h, w]`` to images uint8 ``[N, h * P, w * P]``."""
+        """Decode codes int ``[N, h, w]`` to images."""
         return _images(self.centres[codes])
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Check images uint8 ``[N, H, W, 3]``, see :func:`check_pixels`."""
-        check_pixels(pixels, self.centres.shape[-1], 0)
+        check_pixels(pixels, self.centres.shape[1], 0)
 
     def check_codes(self, codes: Tensor) -> None:
         """Check codes int64 ``[N, h, w]``, see :func:`check_codes`."""
@@ -150,7 +156,8 @@ class PyramidCodebook:
     """A codebook of square patches, of which images of one size are sums: each grid's patches are enlarged and added.
 
     Attributes:
-        centres: float32 ``[K, P, P]``. Grey levels 0 to 255 lie between -1 and 1.
+        centres: float32 ``[K, P, P]`` or ``[K, P, P, 3]``, as in :class:`PatchCodebook`. Levels 0 to 255 lie between -1
+            and 1.
         scales: sides of the grids, smallest first. An image has P pixels for each code of the last grid.
     """
 
@@ -160,13 +167,13 @@ class PyramidCodebook:
 
     @classmethod
     def fit(cls, images: np.ndarray, codebook_size: int, patch: int, scales: tuple[int, ...], seed: int = 0) -> Self:
-        """Fit a codebook to uint8 images ``[N, H, W]`` whose sides are the last scale's, times ``patch``.
+        """Fit a codebook to images whose sides are the last scale's, times ``patch``.
 
         What smaller scales leave depends on the codebook. Each pass takes the codebook of the pass before.
         """
-        maps, codebook = _maps(images, patch), None
+        maps, codebook, shape = _maps(images, patch), None, (patch, patch, *images.shape[3:])
         for _ in range(_PASSES):
-            places = [one.unflatten(1, (patch, patch)).numpy() for one in _places(maps, scales, codebook)]
+            places = [one.unflatten(1, shape).numpy() for one in _places(maps, scales, codebook)]
             codebook = cls(_means(np.concatenate(places), codebook_size, seed), scales)
         return codebook
 
@@ -199,18 +206,17 @@ class PyramidCodebook:
         return features
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Encode images uint8 ``[N, S, S]`` to codes int64 ``[N, 1, codes]``, scale by scale."""
-        return quantized(self.features, _maps(images, self.centres.shape[-1]))[:, None].numpy()
+        """Encode images to codes int64 ``[N, 1, codes]``, scale by scale."""
+        return quantized(self.features, _maps(images, self.centres.shape[1]))[:, None].numpy()
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Decode codes int ``[N, 1, codes]`` to images uint8 ``[N, S, S]``."""
-        patch = self.centres.shape[-1]
+        """Decode codes int ``[N, 1, codes]`` to images."""
         maps = sum(self.features.added_by_scales(torch.from_numpy(codes[:, 0].astype(np.int64))))
-        return _images((maps.permute(0, 2, 3, 1).unflatten(3, (patch, patch)).numpy() + 1) * 127.5)
+        return _images((maps.permute(0, 2, 3, 1).unflatten(3, self.centres.shape[1:]).numpy() + 1) * 127.5)
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Check images, see :func:`check_pyramid_pixels`."""
-        check_pyramid_pixels(pixels, self.scales[-1] * self.centres.shape[-1])
+        check_pyramid_pixels(pixels, self.scales[-1] * self.centres.shape[1])
 
     def check_codes(self, codes: Tensor) -> None:
         """Check codes int64 ``[N, 1, codes]``, see :func:`check_pyramid_codes`."""
@@ -218,7 +224,7 @@ class PyramidCodebook:
 
 
 class PatchImageTokenizer:
-    """A codebook of patches as an :class:`ImageTokenizer`. Colours become grey, and decoded images are grey.
+    """A codebook of patches as an :class:`ImageTokenizer`. For grey patches, colours become grey, and images are grey.
 
     Args:
         codebook: of one grid or of a pyramid.
@@ -228,7 +234,8 @@ class PatchImageTokenizer:
 
     def __init__(self, codebook: PatchCodebook | PyramidCodebook) -> None:
         self.codebook, self.kind, self.scales = codebook, codebook.kind, codebook.scales
-        self.codebook_size, self.spatial_factor, _ = codebook.centres.shape
+        self.codebook_size, self.spatial_factor, _, *colours = codebook.centres.shape
+        self._is_grey = not colours
         sides = f" {self.scales}" if self.scales else ""
         digest = hashlib.sha256(f"{self.kind} {codebook.centres.shape}{sides}".encode())
         digest.update(np.ascontiguousarray(codebook.centres))
@@ -237,25 +244,38 @@ class PatchImageTokenizer:
     def encode(self, pixels: Tensor) -> Tensor:
         """See :class:`ImageTokenizer`."""
         self.codebook.check_pixels(pixels)
-        grey = (pixels.cpu().numpy() @ _LUMA + 0x8000) >> 16
-        return torch.from_numpy(self.codebook.encode(grey.astype(np.uint8))).to(pixels.device)
+        images = pixels.cpu().numpy()
+        codes = self.codebook.encode(grey_levels(images) if self._is_grey else images)
+        return torch.from_numpy(codes).to(pixels.device)
 
     def decode(self, codes: Tensor) -> Tensor:
         """See :class:`ImageTokenizer`."""
         self.codebook.check_codes(codes)
-        grey = torch.from_numpy(self.codebook.decode(codes.cpu().numpy())).to(codes.device)
-        return grey[..., None].repeat(1, 1, 1, 3)
+        images = torch.from_numpy(self.codebook.decode(codes.cpu().numpy())).to(codes.device)
+        return images[..., None].repeat(1, 1, 1, 3) if self._is_grey else images
 
     def fingerprint(self) -> str:
         """See :class:`ImageTokenizer`."""
         return self._fingerprint
 
 
+def grey_levels(images: np.ndarray) -> np.ndarray:
+    """Return images uint8 ``[..., 3]`` as PIL makes them grey, uint8 ``[...]``."""
+    return ((images @ _LUMA + 0x8000) >> 16).astype(np.uint8)
+
+
+def patches_of(images: np.ndarray, patch: int) -> np.ndarray:
+    """Return the patches ``[N, H / P, W / P, P, P]`` of images ``[N, H, W]``. Colours stay a last axis."""
+    n, height, width, *colours = images.shape
+    return images.reshape(n, height // patch, patch, width // patch, patch, *colours).swapaxes(2, 3)
+
+
 def _checked_centres(found: np.ndarray) -> np.ndarray:
     if found.dtype != np.float32:
         raise UserError("must hold one float32 array")
-    if found.ndim != 3 or found.shape[1] != found.shape[2] or found.size == 0:
-        raise UserError(f"must have the shape [K, P, P], has {list(found.shape)}")
+    is_known = found.ndim == 3 or (found.ndim == 4 and found.shape[3] == 3)
+    if not is_known or found.shape[1] != found.shape[2] or found.size == 0:
+        raise UserError(f"must have the shape [K, P, P] or [K, P, P, 3], has {list(found.shape)}")
     if not np.isfinite(found).all():
         raise UserError("holds numbers that are not finite")
     return np.array(found)
@@ -271,12 +291,12 @@ def _checked_scales(found: np.ndarray) -> tuple[int, ...]:
 
 
 def _means(patches: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Return the k-means of patches ``[..., P, P]``, float32 ``[number, P, P]``."""
+    """Return the k-means of patches ``[M, ...]``, float32 ``[number, ...]``."""
     from sklearn.cluster import KMeans
 
-    shape = patches.shape[-2:]
-    flat = patches.reshape(-1, shape[0] * shape[1]).astype(np.float32)
-    return KMeans(number, n_init=1, random_state=seed).fit(flat).cluster_centers_.astype(np.float32).reshape(-1, *shape)
+    flat = patches.reshape(len(patches), -1).astype(np.float32)
+    fitted = KMeans(number, n_init=1, random_state=seed).fit(flat)
+    return fitted.cluster_centers_.astype(np.float32).reshape(-1, *patches.shape[1:])
 
 
 def _places(maps: Tensor, scales: tuple[int, ...], codebook: PyramidCodebook | None) -> Iterator[Tensor]:
@@ -292,19 +312,13 @@ def _places(maps: Tensor, scales: tuple[int, ...], codebook: PyramidCodebook | N
 
 
 def _maps(images: np.ndarray, patch: int) -> Tensor:
-    """Return images uint8 ``[N, H, W]`` as patches float32 ``[N, P * P, H / P, W / P]`` between -1 and 1."""
-    patches = torch.from_numpy(_patches(images, patch).astype(np.float32) / 127.5 - 1)
+    """Return images as patches float32 ``[N, D, H / P, W / P]`` of D levels between -1 and 1."""
+    patches = torch.from_numpy(patches_of(images, patch).astype(np.float32) / 127.5 - 1)
     return patches.flatten(3).permute(0, 3, 1, 2).contiguous()
 
 
-def _patches(images: np.ndarray, patch: int) -> np.ndarray:
-    """Return the patches ``[N, H / P, W / P, P, P]`` of images ``[N, H, W]``."""
-    n, height, width = images.shape
-    return images.reshape(n, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)
-
-
 def _images(patches: np.ndarray) -> np.ndarray:
-    """Return the images uint8 ``[N, h * P, w * P]`` of patches ``[N, h, w, P, P]``."""
-    n, height, width, patch, _ = patches.shape
-    images = patches.transpose(0, 1, 3, 2, 4).reshape(n, height * patch, width * patch)
+    """Return the images uint8 ``[N, h * P, w * P]`` of patches ``[N, h, w, P, P]``. Colours stay a last axis."""
+    n, height, width, patch, _, *colours = patches.shape
+    images = patches.swapaxes(2, 3).reshape(n, height * patch, width * patch, *colours)
     return images.round().clip(0, 255).astype(np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from megatron_cca.data.manifest import FILE_NAME, Json, check_files, code_length
 from megatron_cca.data.partners import PAIRS, read_pairs
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.sources.source_protocol import read_skip_reasons
+from megatron_cca.data.tiny_sizes import recorded_model
 from megatron_cca.data.tokenizers import open_image_tokenizer, open_text_tokenizer
 from megatron_cca.errors import UserError, error_context, one_line
-from megatron_cca.models import FAMILIES
+from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.formats import ImageTokenizer
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -120,6 +122,9 @@ def _pairs_line(shards: TokenShards) -> list[str]:
 
 def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
     presets = [preset.vocabulary for family in FAMILIES.values() for preset in family.presets.values()]
+    sized = recorded_model(folder, manifest)
+    with suppress(UserError):
+        presets += [resolve_architecture(sized).vocabulary] if sized is not None else []
     for vocabulary in presets:
         if vocabulary.fingerprint() == manifest["vocabulary"]:
             return vocabulary

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from megatron_cca.config import Config, ConfigFile
 from megatron_cca.config.load import load_config
+from megatron_cca.data import with_sizes_of_data
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import DeviceChoice, Folder, Option, Overrides, options
 from megatron_cca.io.outputs import check_writable
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_cca import platform
         from megatron_cca.training.checks import check_run
 
-        config = _with_own_reference(load_config(given.config, given.overrides))
+        config = _with_own_reference(with_sizes_of_data(load_config(given.config, given.overrides)))
         first, last = _steps(given.steps, config.training.train_iters)
         check_run(config, int(os.environ["WORLD_SIZE"]))
         platform.install_option(given.device)

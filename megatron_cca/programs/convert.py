@@ -150,7 +150,8 @@ def _import(given: ImportOptions) -> int:
     from megatron_cca.checkpoint.huggingface import import_checkpoint
     from megatron_cca.checkpoint.summary import saved_config
     from megatron_cca.config.load import load_config
-    from megatron_cca.models import family_of, sizes_beside_preset
+    from megatron_cca.models import family_of
+    from megatron_cca.models.written_sizes import sizes_beside_preset
 
     sizes = {f"parallel.{name}": getattr(given, name) for name in _LAYOUT}
     parallel = load_config(None, [f"{key}={value}" for key, value in sizes.items()]).parallel

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cca.config import Config, ConfigFile, example
 from megatron_cca.config.load import load_config
+from megatron_cca.data import with_sizes_of_data
 from megatron_cca.errors import UserError
 from megatron_cca.io.options import DeviceChoice, Overrides, options
 from megatron_cca.io.outputs import check_writable
@@ -60,7 +61,7 @@ def main(
     given = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_errors():
-        config = load_config(given.config or default_config, given.overrides)
+        config = with_sizes_of_data(load_config(given.config or default_config, given.overrides))
         # Imported late: --help and a mistyped key need not wait for it.
         from megatron_cca import platform
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_cca.data import digits
-from megatron_cca.data.codebooks import PatchCodebook, _patches
+from megatron_cca.data.codebooks import PatchCodebook, patches_of
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 _TRAINING = 1437
@@ -37,6 +37,6 @@ def drawn_scans() -> tuple[digits.Scans, digits.Scans]:
 
 def chosen_patches(images: np.ndarray, codebook_size: int, patch: int) -> PatchCodebook:
     """Return a codebook of patches of the images themselves, no two of them alike."""
-    patches = np.unique(_patches(images, patch).reshape(-1, patch, patch), axis=0)
+    patches = np.unique(patches_of(images, patch).reshape(-1, patch, patch), axis=0)
     chosen = np.random.default_rng(0).choice(len(patches), codebook_size, replace=False)
     return PatchCodebook(patches[chosen].astype(np.float32))

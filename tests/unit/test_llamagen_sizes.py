@@ -10,9 +10,10 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import ModelConfig
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
-from megatron_cca.models import resolve_architecture, sizes_beside_preset
+from megatron_cca.models import resolve_architecture
 from megatron_cca.models.llamagen import PRESETS
 from megatron_cca.models.llamagen.weights import LLAMAGEN_WEIGHTS, LlamaGenWeightsFile
+from megatron_cca.models.written_sizes import sizes_beside_preset
 from tests.references import llamagen, thin
 from tests.references.huggingface import refused
 from tests.references.llamagen_in_megatron import whole_tensors

@@ -66,8 +66,9 @@ def test_a_patch_codebooks_limits(codebook):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((4, 2, 3), np.float32), "must have the shape [K, P, P], has [4, 2, 3]"),
-        (np.zeros((0, 2, 2), np.float32), "must have the shape [K, P, P], has [0, 2, 2]"),
+        (np.zeros((4, 2, 3), np.float32), "must have the shape [K, P, P] or [K, P, P, 3], has [4, 2, 3]"),
+        (np.zeros((0, 2, 2), np.float32), "must have the shape [K, P, P] or [K, P, P, 3], has [0, 2, 2]"),
+        (np.zeros((4, 2, 2, 4), np.float32), "must have the shape [K, P, P] or [K, P, P, 3], has [4, 2, 2, 4]"),
         (np.zeros((4, 2, 2)), "must hold one float32 array"),
         (np.array([{}], dtype=object), "is damaged or not a codebook: "),
         (np.full((4, 2, 2), np.nan, np.float32), "holds numbers that are not finite"),
@@ -88,6 +89,37 @@ def test_a_codebooks_file_that_is_cut_or_boasts_is_named(codebook):
     for damaged in (content[:-1], content[:20], b"", b"PK\3\4", boast):
         path.write_bytes(damaged)
         assert refused(folder).startswith(f"{path}: is damaged or not a codebook: ")
+
+
+def test_a_patch_codebook_in_colour_takes_the_nearest_patch_of_all_three(tmp_path):
+    centres = np.random.default_rng(0).uniform(0, 255, (16, 2, 2, 3)).astype(np.float32)
+    PatchCodebook(centres).save(tmp_path)
+    tokenizer, images = open_image_tokenizer(tmp_path), pixels((5, 8, 6, 3))
+    assert (tokenizer.codebook_size, tokenizer.spatial_factor) == (16, 2)
+    codes = tokenizer.encode(images)
+    assert codes.shape == (5, 4, 3)
+    for image, row, column in ((0, 0, 0), (2, 1, 2), (4, 3, 1)):
+        patch = images[image, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].numpy().astype(np.float64)
+        nearest = ((centres - patch) ** 2).sum((1, 2, 3)).argmin()
+        assert codes[image, row, column] == nearest
+        shown = tokenizer.decode(codes)[image, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].numpy()
+        assert np.array_equal(shown, centres[nearest].round().astype(np.uint8))
+    grey = PatchCodebook(centres[..., 0])
+    grey.save(tmp_path)
+    assert open_image_tokenizer(tmp_path).fingerprint() != tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("scales", [(), (1, 2, 4)])
+def test_fitted_colours_are_those_of_the_images(scales):
+    """Images of red, green or blue squares: a codebook of so many patches shows them without a fault."""
+    pytest.importorskip("sklearn")
+    squares = np.random.default_rng(0).integers(0, 3, (30, 4, 4))
+    images = np.kron(250 * np.eye(3, dtype=np.uint8)[squares], np.ones((1, 2, 2, 1), np.uint8))
+    codebook = PyramidCodebook.fit(images, 64, 2, scales) if scales else PatchCodebook.fit(images, 3, 2)
+    assert codebook.centres.shape[1:] == (2, 2, 3)
+    shown = codebook.decode(codebook.encode(images)).astype(float)
+    assert shown.shape == images.shape
+    assert np.abs(shown - images).mean() < (25 if scales else 1e-3)
 
 
 SIZES = var.Sizes(0, 0, 1, scales=(1, 3, 4), codebook=16, channels=4)
@@ -150,7 +182,7 @@ def test_a_pyramids_limits(pyramid):
     PyramidCodebook(quantizer["quantize.embedding.weight"].view(-1, 2, 2).numpy(), (1, 2, 4)).save(folder)
     assert open_image_tokenizer(folder).fingerprint() != before
     assert frozen_features(PRESETS["var-tiny"], [folder / "elsewhere"]) == {}
-    with pytest.raises(UserError, match="grids of 1, 2, 4, 16 codes, 4 pixels a patch, the model is for grids"):
+    with pytest.raises(UserError, match="grids of 1, 2, 4, 16 codes, 4 levels a patch, the model is for grids"):
         frozen_features(PRESETS["var-tiny"], [folder])
 
 
@@ -161,7 +193,7 @@ CENTRES, SCALES = np.zeros((4, 2, 2), np.float32), np.array([1, 2])
     ("arrays", "message"),
     [
         ({"centres": CENTRES}, "must hold centres and scales, holds centres"),
-        ({"centres": CENTRES[0], "scales": SCALES}, "must have the shape [K, P, P], has [2, 2]"),
+        ({"centres": CENTRES[0], "scales": SCALES}, "must have the shape [K, P, P] or [K, P, P, 3], has [2, 2]"),
         ({"centres": CENTRES, "scales": SCALES * 1.0}, "scales must be 1 to 64 whole numbers, are float64 [2]"),
         ({"centres": CENTRES, "scales": SCALES[:0]}, "scales must be 1 to 64 whole numbers, are int64 [0]"),
         ({"centres": CENTRES, "scales": SCALES[::-1]}, "scales must grow from 1 or more, are 2, 1"),

@@ -8,7 +8,17 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
-from megatron_cca.data.sources import captions, classes, emu3, hf_rows, journeydb, llamagen, preferences, webdataset
+from megatron_cca.data.sources import (
+    captions,
+    classes,
+    emu3,
+    hf_rows,
+    idx,
+    journeydb,
+    llamagen,
+    preferences,
+    webdataset,
+)
 from megatron_cca.data.sources.external_text import OF_LIST, printable, split_of
 from megatron_cca.data.sources.folders import is_file, is_folder, is_image, names_in, real_folder, walk_files
 from megatron_cca.data.sources.source_protocol import Record, Source, SourceOptions, Unreadable
@@ -58,6 +68,7 @@ SOURCE_LAYOUTS: dict[str, SourceLayout] = {
     "webdataset": SourceLayout(webdataset.recognises, webdataset.open_webdataset, _CAPTION_OPTIONS),
     "datasets": SourceLayout(hf_rows.recognises, hf_rows.open_huggingface, _CAPTION_OPTIONS | {"image_field", "split"}),
     "preferences": SourceLayout(preferences.recognises, preferences.open_preferences, _CAPTION_OPTIONS | {"split"}),
+    "idx": SourceLayout(idx.recognises, idx.open_idx, frozenset({"split"})),
     "emu3": SourceLayout(emu3.recognises, emu3.open_emu3),
     "llamagen": SourceLayout(llamagen.recognises, llamagen.open_llamagen),
 }

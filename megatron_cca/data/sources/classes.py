@@ -147,7 +147,7 @@ def _refuse_other_names(root: Root, file: str | None, names: dict[str, str], fol
 
 def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
     """Return the file that names classes, and the captions by folder."""
-    for file, parse in ((NAMES, _parsed_names), (SYNSETS, _parsed_synsets)):
+    for file, parse in ((NAMES, parsed_names), (SYNSETS, _parsed_synsets)):
         if is_file(root / file):
             checked_file(root, file)
             try:
@@ -157,7 +157,12 @@ def _class_names(root: Root) -> tuple[str | None, dict[str, str]]:
     return None, {}
 
 
-def _parsed_names(content: bytes) -> dict[str, str]:
+def parsed_names(content: bytes) -> dict[str, str]:
+    """Return the names in the contents of ``classes.json``, by folder or label.
+
+    Raises:
+        Unreadable: it holds something else.
+    """
     found = parsed_object(content, NAMES, NAMES)
     for folder, caption in found.items():
         if clean_text(caption, f"{NAMES}: the name of {printable(folder)}", NAMES) is None:

@@ -30,6 +30,7 @@ class TokenizeSettings:
     - datasets: what Hugging Face datasets opens from disk: parquet, arrow, imagefolder, save_to_disk
     - preferences: preferences.jsonl ({"prompt": ..., "winner": ..., "loser": ...}, or "images" and "scores"), or a data
       set in the columns of Pick-a-Pic, HPDv2 or ImageRewardDB; writes pairs of images
+    - idx: MNIST's files and those in its form, such as Fashion-MNIST's: train-images-idx3-ubyte.gz and its labels
     - emu3: Emu3's own JSON list of tokenised .pth files (no image tokenizer needed)
     - llamagen: what LlamaGen's own extraction wrote: NAME_codes and NAME_labels (likewise)"""
     output: Folder
@@ -39,6 +40,12 @@ class TokenizeSettings:
     image_tokenizer: Path | None = None
     """the model's own file or folder (Emu3-VisionTokenizer, an Emu3 in transformers' form), or a folder with the demo's
     codebook.npy"""
+    fit_codebook: Annotated[int, Field(ge=2, le=2**16), Option(metavar="CODES")] | None = None
+    """in place of --image-tokenizer, fit a codebook of so many patches to 2,000 images of the source, grey if they are;
+    a tiny preset (such as llamagen-tiny) then takes its sizes from the images and classes, and one of texts without
+    --text-tokenizer gets one that is trained on their captions"""
+    patch: Annotated[Count, Option(metavar="PIXELS")] | None = None
+    """with --fit-codebook, the side of a patch"""
     layout: Annotated[str, Option(metavar="NAME")] = "auto"
     """one of the above"""
     source_options: SourceOptions = field(default_factory=SourceOptions)
@@ -53,8 +60,8 @@ class TokenizeSettings:
     crops: Annotated[int, Field(ge=0, lt=2**15), Option(metavar="N")] = 0
     """tokenize so many random crops of each image, of which a step sees one, for a model that has one size only; the
     shorter side is 9/8 of a crop's, as in VAR's training (default 0: the middle alone)"""
-    area: Annotated[Count, Option(metavar="PIXELS")] = 518_400
-    """target area, aspect ratio kept (default 720*720)"""
+    area: Annotated[Count, Option(metavar="PIXELS")] | None = None
+    """target area, aspect ratio kept (default 720*720, or the first image's with --fit-codebook)"""
     resize: Literal["dali", "authors"] = "dali"
     """who decodes and resizes: dali, in one pass, on a GPU where there is one; or authors, in Pillow, bit for bit as
     the programs of the model's authors: take it to train a released model on"""

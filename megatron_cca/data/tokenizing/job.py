@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from megatron_cca.data.tokenizers import (
     tokenizer_facts,
 )
 from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.fitting import check_fitting, fitted, fitted_facts, is_tiny, unfitted, with_sizes_of
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
@@ -41,6 +42,8 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 # Records that are decoded together, while those before them are encoded.
 _CHUNK = 64
 _POLL_SECONDS = 0.5
+# In pixels, as Emu3's authors have it.
+_AREA = 720 * 720
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,16 @@ class TokenizingJob:
 
     settings: TokenizeSettings
     source: Source
-    vocabulary: ImageVocabulary
+    architecture: Architecture
     images: ImageTokenizer | None
     text: TextTokenizer | None
     grid: tuple[int, int] | None
     parts: PartsFolder
+
+    @property
+    def vocabulary(self) -> ImageVocabulary:
+        """The vocabulary of the model."""
+        return self.architecture.vocabulary
 
     @property
     def skip_limit(self) -> int:
@@ -114,9 +122,15 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
         raise UserError(f"{OPTION}: {settings.output} exists already; give another folder, or remove it")
     if settings.source.is_dir():
         check_apart(settings.output, settings.source, "--source")
+    check_fitting(settings)
     # Codes are not resized, so that the default library need not be installed.
-    if settings.image_tokenizer is not None or settings.resize != DALI:
+    if settings.image_tokenizer is not None or settings.fit_codebook is not None or settings.resize != DALI:
         check_resizing(settings.resize)
+    source = None
+    if settings.fit_codebook is not None:
+        source = _open_source(settings)
+        settings = with_sizes_of(settings, source)
+    settings = replace(settings, area=settings.area or _AREA)
     architecture = _architecture(settings)
     vocabulary = architecture.vocabulary
     vocabulary.meta_text(2, 1, 1, settings.clip_meta)
@@ -125,7 +139,7 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     grid = _grid(settings, architecture)
     if settings.crops and grid is None:
         raise UserError(f"--crops: model {settings.model} takes images of any size, as they are; leave it out")
-    images = None
+    images = None if settings.fit_codebook is None else unfitted(settings, architecture)
     if settings.image_tokenizer is not None:
         with error_context("--image-tokenizer"):
             images = open_image_tokenizer(settings.image_tokenizer, device, architecture.scales)
@@ -136,10 +150,14 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
                 )
             with error_context(settings.image_tokenizer):
                 check_scales(images, architecture.scales)
-    with error_context("--source"):
-        source = open_source(settings.source, settings.layout, settings.source_options)
+    source = _open_source(settings) if source is None else source
     parts = PartsFolder(settings.output, len(source), settings.block)
-    return TokenizingJob(settings, source, vocabulary, images, text, grid, parts)
+    return TokenizingJob(settings, source, architecture, images, text, grid, parts)
+
+
+def _open_source(settings: TokenizeSettings) -> Source:
+    with error_context("--source"):
+        return open_source(settings.source, settings.layout, settings.source_options)
 
 
 def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, int] | None:
@@ -171,6 +189,8 @@ def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextT
         if settings.text_tokenizer is not None:
             raise UserError(f"model {settings.model} takes classes, not texts; leave it out")
         return None
+    if settings.text_tokenizer is None and settings.fit_codebook is not None:
+        return None
     if settings.text_tokenizer is None:
         raise UserError(f"is missing; model {settings.model} takes texts: give the folder of its checkpoint")
     text = open_text_tokenizer(settings.text_tokenizer)
@@ -189,6 +209,7 @@ def _tokenize_share(
     with (
         file_system_errors(settings.output),
         claimed(job.parts.scratch(rank)),
+        fitted(job, rank, device) as job,
         job.parts.begun(_description(job), leads=rank == 0),
     ):
         # Rank 0 alone, since this may walk through all files.
@@ -235,7 +256,18 @@ def _optional_facts(job: TokenizingJob) -> dict:
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
     facts["crops"] = job.settings.crops or None
+    facts["fitted"] = fitted_facts(job)
+    facts["model"] = _model_entry(job)
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _model_entry(job: TokenizingJob) -> dict | None:
+    """Return the sizes of the vocabulary for a tiny preset, which takes them from its data. None for other models."""
+    name = job.settings.model if job.settings.sizes is None else job.settings.sizes.name
+    if not is_tiny(name):
+        return None
+    sizes = {"codebook_size": job.vocabulary.codebook_size, "num_classes": job.vocabulary.num_classes}
+    return {"name": name} | {key: size for key, size in sizes.items() if size is not None}
 
 
 def _write_parts(job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: PartsProgress) -> None:
@@ -315,9 +347,10 @@ def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
 def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
     """Return the facts in the manifest about the origin of the tokens."""
     settings = job.settings
+    made_by = settings.image_tokenizer if settings.fit_codebook is None else settings.output
     return {
         "skipped": skipped,
-        **tokenizer_facts(job.text, job.images, settings.image_tokenizer),
+        **tokenizer_facts(job.text, job.images, made_by),
         "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_notices_entry(notices)},
         "area": settings.area,
         **_optional_facts(job),

@@ -70,7 +70,7 @@ class SampleMaker:
         source: the records.
         vocabulary: the model's.
         image_tokenizer: None where the source holds codes.
-        text_tokenizer: for captions. None where captions are classes.
+        text_tokenizer: for captions. None where captions are classes, or not wanted yet.
         device: of decoded images.
         settings: of the job.
         grid: height and width of the only grid that the model takes. None where it takes any.
@@ -191,8 +191,11 @@ class SampleMaker:
             return Skipped(record.name, str(error))
 
     def _caption(self, record: Record | Comparison) -> np.ndarray:
-        if self._text is None:
+        if self._vocabulary.num_classes is not None:
             return np.array([class_of(record, self._vocabulary)], dtype=np.int32)
+        if self._text is None:
+            # A text tokenizer is trained later, on captions such as this.
+            return np.empty(0, dtype=np.int32)
         caption = record.caption
         if caption is None:
             raise Rejected("it has no caption")

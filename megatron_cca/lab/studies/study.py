@@ -15,6 +15,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.config.load import config_from_dict, config_to_dict, load_config
+from megatron_cca.data import with_sizes_of_data
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.output_folders import claimed
 from megatron_cca.io.outputs import write_json, write_text
@@ -156,7 +157,8 @@ def _base(path: Path, settings: StudySettings) -> Config | None:
             raise UserError(f"{where}.set: of no use beside a checkpoint; leave it out")
         return None
     config = _config(path, base.config, where)
-    return _changed(config, settings.sampling, [(f"{path}: set", settings.set), (f"{where}.set", base.set)])[0]
+    changes = [(f"{path}: set", settings.set), (f"{where}.set", base.set)]
+    return with_sizes_of_data(_changed(config, settings.sampling, changes)[0])
 
 
 def _method(path: Path, settings: StudySettings, name: str, method: MethodSettings) -> Method:
@@ -168,6 +170,7 @@ def _method(path: Path, settings: StudySettings, name: str, method: MethodSettin
         config = _config(path, method.config, where)
         changes.insert(0, (f"{path}: set", settings.set))
     config, sampling = _changed(config, settings.sampling, changes)
+    config = None if config is None else with_sizes_of_data(config)
     sweep = grid(method.sweep) if method.sweep else []
     return Method(name, method.label or name, config, sampling, grid(method.tune), sweep, where)
 

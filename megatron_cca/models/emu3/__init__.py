@@ -49,6 +49,12 @@ class Emu3Vocabulary(ImageVocabulary):
     visual_start: int
     codebook_size: int
 
+    def resized(self, codebook_size: int | None, num_classes: int | None) -> Emu3Vocabulary:
+        """See :class:`Vocabulary`. The released one has one size."""
+        if self == EMU3_VOCABULARY or num_classes is not None:
+            return super().resized(codebook_size, num_classes)
+        return tiny_vocabulary(self.text_size, codebook_size)
+
     @property
     def caption_size(self) -> int:
         """The number of ids of text, since captions are text."""
