@@ -107,11 +107,9 @@ def _draw(one: Round, options: argparse.Namespace) -> None:
 
 
 def _check_drawn(one: Round, output: Path) -> None:
-    drawn, weights = (
-        read_manifest(output).get("drawn", {}),
-        weights_fingerprint(layout.resolve(one.start, "--base"), ""),
-    )
-    if drawn.get("weights") != weights:
+    own = weights_fingerprint(layout.resolve(one.start, "--base"), "--base")
+    found = read_manifest(output).get("drawn", {}).get("weights")
+    if found != own:
         raise UserError(
             f"{output}: drawn by weights {found}, {one.start} has {own}; remove it, or give another --output"
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_cca.data import parts
 from megatron_cca.data.codebooks import PatchCodebook, PatchImageTokenizer
 from megatron_cca.data.digits import ensure_digit_shards
 from megatron_cca.data.inspection import decoded_samples, open_for_inspection, report
@@ -19,7 +20,6 @@ from megatron_cca.data.partners import PAIRS, read_pairs
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.tokenizers import open_text_tokenizer
-from megatron_cca.data.tokenizing import parts
 from megatron_cca.errors import UserError
 from megatron_cca.models.llamagen import class_vocabulary
 from tests.references.scan_jobs import VOCABULARY, tokenize
