@@ -14,7 +14,7 @@ from tests.references.idx_files import idx as packed_array
 from tests.references.sources import LFS, notices, refused, write
 
 # Without the time, which would be in the names of the tests.
-packed = partial(gzip.compress, mtime=0)
+gzipped = partial(gzip.compress, mtime=0)
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -76,7 +76,7 @@ def test_emnist_has_several_sets_whose_images_lie_on_their_side(tmp_path):
 def test_an_unpacked_file_counts_before_a_packed_one(tmp_path):
     images, labels = clothes(4)
     write_idx(tmp_path, images, labels)
-    write(tmp_path, f"{IMAGES}.gz", packed(packed_array(255 - images)))
+    write(tmp_path, f"{IMAGES}.gz", gzipped(packed_array(255 - images)))
     assert np.array_equal(pixels(open_source(tmp_path)[2]), images[2])
 
 
@@ -113,7 +113,7 @@ def test_a_fingerprint_changes_with_pixels_and_labels(tmp_path):
 
 
 WHOLE = packed_array(clothes(6)[0])
-FALSE_CHECKSUM = packed(WHOLE)[:-8] + bytes(8)
+FALSE_CHECKSUM = gzipped(WHOLE)[:-8] + bytes(8)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ FALSE_CHECKSUM = packed(WHOLE)[:-8] + bytes(8)
         (IMAGES, LFS, "is a Git LFS pointer"),
         (IMAGES, b"PK\3\4", "is a zip archive"),
         (LABELS, packed_array(clothes(5)[1]), "holds 6 images, train-labels-idx1-ubyte 5 labels"),
-        (f"{IMAGES}.gz", packed(WHOLE)[:-20], "is cut short"),
-        (f"{IMAGES}.gz", packed(WHOLE)[:-9], "is cut short"),
-        (f"{IMAGES}.gz", packed(WHOLE[:-1]), "holds 383 of the 384 bytes that it says"),
-        (f"{IMAGES}.gz", packed(WHOLE + bytes(10**6)), "holds more than the 384 bytes that it says"),
-        (f"{IMAGES}.gz", packed(WHOLE[:4] + b"\0\xff" * 6), "which so short a file cannot"),
+        (f"{IMAGES}.gz", gzipped(WHOLE)[:-20], "is cut short"),
+        (f"{IMAGES}.gz", gzipped(WHOLE)[:-9], "is cut short"),
+        (f"{IMAGES}.gz", gzipped(WHOLE[:-1]), "holds 383 of the 384 bytes that it says"),
+        (f"{IMAGES}.gz", gzipped(WHOLE + bytes(10**6)), "holds more than the 384 bytes that it says"),
+        (f"{IMAGES}.gz", gzipped(WHOLE[:4] + b"\0\xff" * 6), "which so short a file cannot"),
         (f"{IMAGES}.gz", FALSE_CHECKSUM, "is damaged (CRC check failed"),
-        (f"{IMAGES}.gz", packed(WHOLE)[:10] + b"\xff" * 300, "is damaged ("),
+        (f"{IMAGES}.gz", gzipped(WHOLE)[:10] + b"\xff" * 300, "is damaged ("),
     ],
 )
 def test_a_damaged_file_is_named(name, content, message, tmp_path):
