@@ -16,7 +16,9 @@ def test_what_is_not_there_or_unknown(tmp_path):
     assert "does not exist" in refused(tmp_path / "x")
     assert "does not exist" in refused(Path(f"{tmp_path}/a\0b"))
     assert "layout: 'imagenet' is unknown; choose one of auto, captions, classes" in refused(tmp_path, "imagenet")
-    possible = "set the layout to one of captions, classes, journeydb, webdataset, datasets, preferences, emu3, llamagen"
+    possible = (
+        "set the layout to one of captions, classes, journeydb, webdataset, datasets, preferences, emu3, llamagen"
+    )
     assert refused(tmp_path).endswith(f"has no layout known here; {possible}")
     write(tmp_path, "flat.png", A)
     assert "has no layout known here; its images have no captions; write captions.jsonl" in refused(tmp_path)
