@@ -38,6 +38,7 @@ CASES = {
     "reference cache block": 300,
     "patch codebook": 400,
     "captions list": 350,
+    "preferences list": 250,
     "captions folder": 100,
     "class names": 150,
     "journeydb list": 200,

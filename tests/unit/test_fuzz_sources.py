@@ -14,6 +14,7 @@ from PIL import Image
 
 from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.data.sources import Unreadable, open_source
+from megatron_cca.data.sources.source_protocol import Comparison
 from tests.references.fuzzing import NAMES, Sandbox, changed, fuzzed, names, plain, spoilt
 
 
@@ -48,6 +49,10 @@ def read_everything(sandbox: Sandbox, layout: str, path=None):
         return
     for index in range(min(len(source), 20)):
         record = sandbox.check(lambda index=index: source[index], Unreadable)
+        if isinstance(record, Comparison):
+            assert all(isinstance(image, Unreadable) or b"secret" not in image.frames for image in record.images)
+            assert all(0 <= place < len(record.images) for pair in record.pairs for place in pair)
+            continue
         assert record is None or b"secret" not in record.frames
         assert record is None or record.caption is None or record.caption.encode()
     sandbox.check(source.fingerprint, Unreadable)
@@ -66,6 +71,21 @@ POINTING = names.map(lambda name: [{"file_name": name, "caption": name}, {"frame
 def test_no_list_of_captions_gets_through(sandbox, content):
     fill(sandbox.inside, **{"a.png": PNG, "b/a.png": PNG, "captions.jsonl": content})
     read_everything(sandbox, "captions")
+
+
+PREFERENCES = [
+    {"prompt": "a", "winner": "a.png", "loser": ["b.jpg", "a.png"]},
+    {"caption": "b", "images": ["b.jpg", "a.png", "c.png"], "scores": [1, 0.5, None]},
+    {"label": 3, "file_path": ["b.jpg", "a.png"], "rank": [2, 1]},
+]
+NAMED = names.map(lambda name: [{"prompt": name, "winner": name, "loser": ["a.png", name]}])
+
+
+@fuzzed("preferences list")
+@given(spoilt(as_lines(PREFERENCES)) | changed(PREFERENCES).map(json.dumps).map(str.encode) | NAMED.map(as_lines))
+def test_no_list_of_preferences_gets_through(sandbox, content):
+    fill(sandbox.inside, **{"a.png": PNG, "b.jpg": JPEG, "preferences.jsonl": content})
+    read_everything(sandbox, "auto")
 
 
 FILE_NAMES = names.filter(lambda name: 0 < len(name.encode("utf-8", "replace")) < 200 and not set(name) & {"\0", "/"})
@@ -242,6 +262,10 @@ def saved(tmp_path_factory):
     rows = {
         "image": [{"bytes": PNG, "path": None}, {"bytes": JPEG, "path": None}],
         "text": ["a", "b"],
+        "label_0": [1.0, 0.5],
+        "label_1": [0.0, 0.5],
+        "jpg_0": [PNG, PNG],
+        "jpg_1": [JPEG, JPEG],
     }
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -255,7 +279,8 @@ def test_no_saved_dataset_gets_through(sandbox, saved, hf_cache, data):
     if name.endswith(".json"):
         content |= changed(json.loads(saved[name])).map(json.dumps).map(str.encode)
     fill(sandbox.inside, **saved | {name: data.draw(content)})
-    read_everything(sandbox, "datasets")
+    for layout in ("auto", "datasets"):
+        read_everything(sandbox, layout)
 
 
 def test_offsets_in_arrow_stay_inside(sandbox, saved, hf_cache):

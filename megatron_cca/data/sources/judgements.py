@@ -21,7 +21,7 @@ _RANKS = ("rank",)
 # Rows of one image that have this in common are one comparison.
 _GROUP = "prompt_id"
 # False in rows of Pick-a-Pic that nobody judged.
-_IS_JUDGED = "has_label"
+IS_JUDGED = "has_label"
 WANTED = '"winner" and "loser", or "images" and "scores"'
 
 
@@ -77,7 +77,7 @@ def judgement_of(names: Collection[str], lists: Collection[str]) -> Judgement | 
 
 def is_unjudged(row: dict[str, Any]) -> bool:
     """Return whether a row says that nobody judged it."""
-    return row.get(_IS_JUDGED) is False
+    return row.get(IS_JUDGED) is False
 
 
 def compared(

@@ -34,6 +34,7 @@ from megatron_cca.data.sources.folders import (
 from megatron_cca.data.sources.hf_files import Opened, open_folder, stored_schema
 from megatron_cca.data.sources.judgements import (
     BETTER_AND_WORSE,
+    IS_JUDGED,
     WANTED,
     Judgement,
     compared,
@@ -150,7 +151,7 @@ class ComparedRows:
         if not len(dataset):
             raise UserError(f"{root}: split {self._split} is empty")
         self._judgement, self._caption = judgement, _caption_column(dataset.column_names, options.caption_field, root)
-        others = [self._caption, *judgement.names, *({"has_label"} & set(dataset.column_names))]
+        others = [self._caption, *judgement.names, *({IS_JUDGED} & set(dataset.column_names))]
         # Arrow's own rows keep images encoded.
         self._rows = dataset.select_columns([*judgement.images, *others]).with_format("arrow")
         self._texts = dataset.select_columns(others).with_format("arrow")
