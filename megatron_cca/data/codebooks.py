@@ -7,6 +7,7 @@ each grid takes what smaller grids leave of the image, as in VAR's image tokeniz
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,12 @@ def codebook_file(folder: str | Path) -> Path | None:
     """Return the file of the patch codebook in a folder, if there is one."""
     paths = [Path(folder) / name for name in (PYRAMID_FILE, CODEBOOK_FILE)]
     return next((path for path in paths if path.is_file()), None)
+
+
+def keep_codebook(folder: Path, tokenizer: Path) -> None:
+    """Copy the patch codebook of an image tokenizer's folder, if it has one, into a shard folder."""
+    if (path := codebook_file(tokenizer)) is not None:
+        shutil.copyfile(path, folder / path.name)
 
 
 def open_patch_tokenizer(folder: str | Path) -> PatchImageTokenizer:

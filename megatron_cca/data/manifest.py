@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from megatron_cca.errors import UserError, error_context, shortened
-from megatron_cca.io.external_files import is_file_name, mapped_array
+from megatron_cca.io.external_files import is_file_name, mapped_array, sha256
 from megatron_cca.megatron_compat.indexed_dataset import index_header
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"
@@ -134,12 +134,6 @@ def check_files(folder: Path, manifest: Json, *, thoroughly: bool = False) -> No
 def fingerprint(contents: Json) -> str:
     """Return a short hash of a manifest, which holds the hash of every file."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file's contents, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def grid_key(grid: Iterable[int]) -> str:

@@ -30,10 +30,9 @@ from megatron_cca.data.manifest import (
     checksum,
     code_lengths,
     grid_key,
-    sha256,
 )
 from megatron_cca.errors import UserError
-from megatron_cca.io.external_files import mapped_array
+from megatron_cca.io.external_files import mapped_array, sha256
 from megatron_cca.megatron_compat.indexed_dataset import append_tokens
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
@@ -48,12 +47,13 @@ class Sample:
         codes: int ``[H, W]``, ``[T, H, W]`` for T code frames, or ``[V, T, H, W]`` for V variants of one image, such as
             crops and its mirror image. A step sees one variant.
         caption: int ``[C]``.
-        condition: samples with equal names have the same condition. None means that the caption is the condition.
+        condition: samples with equal names have the same condition. A number is the hash of a name, as in another
+            folder's table. None means that the caption is the condition.
     """
 
     codes: np.ndarray
     caption: np.ndarray
-    condition: str | None = None
+    condition: str | int | None = None
 
 
 def write_shards(
@@ -160,7 +160,7 @@ class TokenWriter:
             self._builders[name].end_document()
         variants, *grid = (1,) * (4 - sample.codes.ndim) + sample.codes.shape
         caption_checksum = checksum(caption)
-        condition = caption_checksum if sample.condition is None else _name_hash(sample.condition)
+        condition = caption_checksum if sample.condition is None else _condition_hash(sample.condition)
         self._rows.append((grid, len(caption), caption_checksum, condition, checksum(codes)))
         self._variants.append(variants)
 
@@ -240,5 +240,7 @@ def _check_tokens(index: int, sample: Sample, vocabulary: ImageVocabulary) -> No
             raise UserError(f"sample {index}: {what} {wrong} does not fit a {of} of {size}")
 
 
-def _name_hash(name: str) -> int:
-    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
+def _condition_hash(condition: str | int) -> int:
+    if isinstance(condition, int):
+        return condition
+    return xxhash.xxh3_64_intdigest(condition.encode("utf-8", "surrogatepass"))

@@ -138,8 +138,31 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_facts(
+    text: TextTokenizer | None, images: ImageTokenizer | None, path: Path | None, weights: Path | None = None
+) -> dict[str, Any]:
+    """Return a manifest's facts on the tokenizers that its samples were made with.
+
+    Args:
+        text: None where captions are classes.
+        images: None where the codes were made elsewhere.
+        path, weights: where the image tokenizer is, see :func:`open_image_tokenizer`.
+    """
+    found = None
+    if images is not None:
+        found = {"kind": images.kind, "fingerprint": images.fingerprint(), "folder": str(path.resolve())}
+        found |= {} if weights is None else {"weights": str(weights.resolve())}
+    return {
+        "image_tokenizer": found,
+        "text_tokenizer": None if text is None else {"fingerprint": text.fingerprint()},
+    }
+
+
 def open_image_tokenizer(
-    path: str | Path, device: str | torch.device = "cpu", scales: tuple[int, ...] = ()
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    scales: tuple[int, ...] = (),
+    weights: str | Path | None = None,
 ) -> ImageTokenizer:
     """Open the image tokenizer in a folder or file: the demo's codebook of patches, or that of a model family.
 
@@ -147,6 +170,7 @@ def open_image_tokenizer(
         path: on disk. Nothing is downloaded.
         device: where a family's model runs. A patch codebook always runs on the CPU.
         scales: of the model that the codes are for, where it is known and has some.
+        weights: the folder of its tensors, for the files that a checkpoint keeps. None means that they are in ``path``.
 
     Raises:
         UserError: nothing there, no tokenizer in it, or a damaged one; names the file.
@@ -160,7 +184,7 @@ def open_image_tokenizer(
             return open_patch_tokenizer(path)
         if found := [files for files in families if files.recognises(path)]:
             known = [files for files in found if files.knows(path)] if len(found) > 1 else found
-            return _opened_by(known or found, path, device, scales)
+            return _opened_by(known or found, path, device, scales, None if weights is None else Path(weights))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     described = " nor ".join([CODEBOOK_FILE, PYRAMID_FILE, *(files.description for files in families)])
@@ -187,13 +211,17 @@ def _grids_named(scales: tuple[int, ...]) -> str:
 
 
 def _opened_by(
-    families: Sequence[ImageTokenizerFiles], path: Path, device: str | torch.device, scales: tuple[int, ...]
+    families: Sequence[ImageTokenizerFiles],
+    path: Path,
+    device: str | torch.device,
+    scales: tuple[int, ...],
+    weights: Path | None,
 ) -> ImageTokenizer:
     """Open a path by the first family that takes it. If none does, say why each does not."""
     refusals: list[str] = []
     for files in families:
         try:
-            return files.open(path, device, scales=scales)
+            return files.open(path, device, weights, scales)
         except UserError as error:
             refusals.append(str(error))
     first, *others = dict.fromkeys(refusals)

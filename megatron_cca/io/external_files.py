@@ -1,7 +1,8 @@
-"""Read files that somebody else may have written: the names of other files in them, lines of JSON, an array."""
+"""Read files that somebody else may have written: the names of other files in them, JSON lines, an array."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def is_file_name(name: object) -> bool:
         return len(os.fsencode(name)) <= LONGEST_NAME
     except UnicodeEncodeError:
         return False
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file's contents, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_below(folder: Path, name: object) -> Path:

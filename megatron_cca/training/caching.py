@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.config import Config
 from megatron_cca.data.loader import BatchLoader
-from megatron_cca.data.manifest import sha256
 from megatron_cca.data.reference_cache import (
     BLOCK,
     ReferenceCache,
@@ -39,8 +37,6 @@ from megatron_cca.training.engine import initialize_user_buffers
 from megatron_cca.training.log_ratio_gate import numeric_path
 from megatron_cca.training.reference import LogpsPass, Reference, gathered_rows, head_options, own_reference
 from megatron_cca.training.setup import frozen_chunks
-
-_THREADS = 8
 
 
 def check_cache(config: Config, data: RunData) -> None:
@@ -93,24 +89,6 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     repeated = data.training.num_repeated_images()
     led_to |= {"repeated images": repeated} if repeated else {}
     return values_of_reference(config, Affects.NUMBERS, filled) | led_to
-
-
-def weights_fingerprint(folder: Path, key: str) -> str:
-    """Return a short hash of the files that hold a checkpoint's tensors. Reads every byte.
-
-    The hash differs if the same weights are saved from another layout, or with an optimizer's state.
-
-    Args:
-        folder: the checkpoint's own folder.
-        key: the key or option that named the checkpoint, for messages.
-
-    Raises:
-        UserError: the checkpoint is not whole.
-    """
-    names = sorted(name for name in layout.read_summary(folder, key)["files"] if name.endswith(".distcp"))
-    with ThreadPoolExecutor(_THREADS) as threads:
-        digests = list(threads.map(lambda name: sha256(folder / name), names))
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def cache_reference(config: Config, data: RunData, output: Path, first: int, last: int) -> None:

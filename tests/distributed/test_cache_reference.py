@@ -5,11 +5,12 @@ import sys
 import pytest
 
 from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.config.load import load_config
 from megatron_cca.data.reference_cache import BLOCK
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data
-from megatron_cca.training.caching import check_cache, weights_fingerprint
+from megatron_cca.training.caching import check_cache
 from tests.distributed.launch import ROOT, SCRIPT, run_tool, run_workers, typed
 from tests.distributed.test_layout_parity import CCA
 

@@ -16,12 +16,12 @@ from PIL import Image
 from megatron_cca.data.codebooks import PatchCodebook
 from megatron_cca.data.image_headers import ImageLimits, Rejected
 from megatron_cca.data.inspection import open_for_inspection, report
+from megatron_cca.data.parts import PartsFolder
 from megatron_cca.data.resizing import AuthorsResizing, centre
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.job import tokenize
-from megatron_cca.data.tokenizing.parts import PartsFolder
 from megatron_cca.errors import UserError
 from megatron_cca.models.emu3 import tiny_vocabulary
 from megatron_cca.models.llamagen import class_vocabulary

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_cca.data import shard_writing
+from megatron_cca.data import parts, shard_writing
 from megatron_cca.data.codebooks import PatchCodebook, PatchImageTokenizer
 from megatron_cca.data.manifest import TOKEN_FILES
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.tokenizers import open_image_tokenizer, open_text_tokenizer
-from megatron_cca.data.tokenizing import parts
 from megatron_cca.errors import UserError
 from megatron_cca.io import output_folders
 from tests.references.scan_jobs import NUMBER, VOCABULARY, tokenize

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from megatron_cca.data.manifest import VARIANTS, read_manifest, sha256
+from megatron_cca.data.manifest import VARIANTS, read_manifest
 from megatron_cca.data.microbatches import BatchBuilder
 from megatron_cca.data.shard_writing import Sample, TokenWriter, merge_shards
 from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
+from megatron_cca.io.external_files import sha256
 from tests.references.token_shards import VOCABULARY, encode_text, pairing, random_samples, write
 
 COUNTS = (1, 2, 10)

@@ -14,7 +14,8 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data.codebooks import codebook_file
+from megatron_cca.data.codebooks import keep_codebook
+from megatron_cca.data.parts import SKIPPED, Part, PartsFolder, PartsProgress, PartWriter, Skipped, Span, join_notes
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
@@ -24,10 +25,10 @@ from megatron_cca.data.tokenizers import (
     check_scales,
     open_image_tokenizer,
     open_text_tokenizer,
+    tokenizer_facts,
 )
 from megatron_cca.data.tokenizing import TokenizeSettings
-from megatron_cca.data.tokenizing.parts import SKIPPED, Part, PartsFolder, PartWriter, Span, TokenizingProgress
-from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, Skipped, class_notices
+from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
 from megatron_cca.io.outputs import OPTION, file_system_errors
@@ -190,7 +191,7 @@ def _tokenize_share(
         notices = [*class_notices(job.source, job.vocabulary), *job.source.notices()] if rank == 0 else []
         for notice in notices:
             print(f"--source: {one_line(notice)}", file=sys.stderr, flush=True)
-        with TokenizingProgress(job.parts, len(job.source), shown=rank == 0) as progress:
+        with PartsProgress(job.parts, len(job.source), shown=rank == 0) as progress:
             _write_parts(job, rank, world_size, device, progress)
             if rank != 0:
                 return None
@@ -232,7 +233,7 @@ def _optional_facts(job: TokenizingJob) -> dict:
 
 
 def _write_parts(
-    job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: TokenizingProgress
+    job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: PartsProgress
 ) -> None:
     spans = list(job.parts.todo(rank, world_size))
     if not spans:
@@ -286,12 +287,9 @@ def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
     def write_extras(folder: Path) -> None:
         if job.text is not None:
             job.text.save(folder)
-        with (folder / SKIPPED).open("w", encoding="utf-8") as file:
-            for part in parts:
-                file.write((part.folder / SKIPPED).read_text(encoding="utf-8"))
-        given = job.settings.image_tokenizer
-        if given is not None and (codebook := codebook_file(given)) is not None:
-            shutil.copyfile(codebook, folder / codebook.name)
+        join_notes(folder, parts, SKIPPED)
+        if job.settings.image_tokenizer is not None:
+            keep_codebook(folder, job.settings.image_tokenizer)
 
     # Inside the folder of parts, so that its remains after a kill are removed with the parts.
     aside = job.parts.scratch(0) / "merged"
@@ -310,14 +308,10 @@ def _merge(job: TokenizingJob, parts: list[Part], notices: list[str]) -> None:
 
 def _facts(job: TokenizingJob, skipped: int, notices: list[str]) -> dict:
     """Return the facts in the manifest about the origin of the tokens."""
-    settings, images = job.settings, None
-    if job.images is not None:
-        folder = str(settings.image_tokenizer.resolve())
-        images = {"kind": job.images.kind, "fingerprint": job.images.fingerprint(), "folder": folder}
+    settings = job.settings
     return {
         "skipped": skipped,
-        "image_tokenizer": images,
-        "text_tokenizer": None if job.text is None else {"fingerprint": job.text.fingerprint()},
+        **tokenizer_facts(job.text, job.images, settings.image_tokenizer),
         "source": {"path": str(settings.source), "fingerprint": job.source.fingerprint(), **_notices_entry(notices)},
         "area": settings.area,
         **_optional_facts(job),

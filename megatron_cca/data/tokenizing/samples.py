@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.data.image_headers import DEFAULT_LIMITS, Rejected
+from megatron_cca.data.parts import Skipped
 from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
@@ -30,14 +31,6 @@ _RECORDS_CHECKED = 32
 _TOLERANT = 0.5
 # Of the side of a crop: FoundationVision/VAR resizes to 288 pixels and crops 256.
 _CROPPED_FROM = 9 / 8
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A skipped record."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""The folder beside the output that holds finished parts until they are merged, and the progress that it shows.
+"""The folder beside a shard folder that holds finished parts until they are merged, and the progress that it shows.
+
+Many processes write parts, each of its own records: images to tokenise, or to draw.
 
 OUTPUT.parts/job.json               the description of the job; another job is refused
-OUTPUT.parts/000000-001024/         token files of these records, skipped.jsonl and part.json; appears when it is whole
+OUTPUT.parts/000000-001024/         token files of these records, notes on them and part.json; appears when it is whole
 OUTPUT.parts/rank0/                 the part that process 0 is writing; locked while the process lives
 """
 
@@ -11,7 +13,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from megatron_cca.data.manifest import Json
 from megatron_cca.data.shard_writing import Sample, TokenWriter
-from megatron_cca.data.tokenizing.samples import Skipped
 from megatron_cca.errors import UserError
 from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import OPTION
@@ -29,6 +31,14 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 SKIPPED, _JOB, _PART = "skipped.jsonl", "job.json", "part.json"
 _WAIT_SECONDS = 120.0
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A skipped record."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -47,17 +57,18 @@ class PartsFolder:
 
     Args:
         output: the shard folder to write in the end.
-        records: how many the source has.
+        records: how many there are.
         block: how many records a process works on at a time.
+        option: the option that named the output, for messages.
     """
 
-    def __init__(self, output: Path, records: int, block: int) -> None:
+    def __init__(self, output: Path, records: int, block: int, option: str = OPTION) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
-        self._output = output
+        self._output, self._option = output, option
         self._records, self._block = records, block
         self._read: dict[str, Part] = {}
 
-    def begin(self, job: dict, *, leads: bool) -> None:
+    def begin(self, job: Json, *, leads: bool) -> None:
         """Check that former attempts and other processes work on the same job.
 
         Args:
@@ -75,20 +86,27 @@ class PartsFolder:
         waited_until = time.monotonic() + _WAIT_SECONDS
         while not path.exists():
             if time.monotonic() > waited_until or self._output.exists():
-                raise UserError(f"{OPTION}: {path} does not appear; is process 0 of this job on the same file system?")
+                raise UserError(
+                    f"{self._option}: {path} does not appear; is process 0 of this job on the same file system?"
+                )
             time.sleep(0.1)
-        theirs = json_object(path)
+        self.check(job)
+
+    def check(self, job: Json) -> None:
+        """Refuse the parts of another job, if there are some already. Raises as :meth:`begin` does."""
+        path = self.folder / _JOB
+        theirs = json_object(path) if path.exists() else job
         # Keys of either, since a default choice is not written.
         for key in {**job, **theirs}:
             if theirs.get(key) != job.get(key):
                 values = [repr(facts[key]) if key in facts else "none" for facts in (theirs, job)]
                 raise UserError(
-                    f"{OPTION}: {self.folder} was begun with {key} {values[0]}, not {values[1]}; go on as it was "
+                    f"{self._option}: {self.folder} was begun with {key} {values[0]}, not {values[1]}; go on as it was "
                     "begun, or remove that folder"
                 )
 
     @contextmanager
-    def begun(self, job: dict, *, leads: bool) -> Iterator[None]:
+    def begun(self, job: Json, *, leads: bool) -> Iterator[None]:
         """Call :meth:`begin`. An error in the block before any part is finished leaves nothing behind."""
         self.begin(job, leads=leads)
         try:
@@ -127,7 +145,9 @@ class PartsFolder:
         position = 0
         for part in self.done():
             if part.start < position:
-                raise UserError(f"{OPTION}: {part.folder} repeats records of another part; remove it and start again")
+                raise UserError(
+                    f"{self._option}: {part.folder} repeats records of another part; remove it and start again"
+                )
             if part.start > position:
                 return False
             position = part.stop
@@ -143,9 +163,18 @@ class PartWriter:
 
     When the block is interrupted (:class:`KeyboardInterrupt`), the records so far become a shorter part. Any other
     error leaves nothing.
+
+    Args:
+        parts: where the part belongs.
+        rank: of this process.
+        start: the first record.
+        vocabulary: what the tokens mean.
+        notes: the name of the part's file of notes, JSON lines.
     """
 
-    def __init__(self, parts: PartsFolder, rank: int, start: int, vocabulary: ImageVocabulary) -> None:
+    def __init__(
+        self, parts: PartsFolder, rank: int, start: int, vocabulary: ImageVocabulary, notes: str = SKIPPED
+    ) -> None:
         self._parts, self._start = parts, start
         self._partial = parts.scratch(rank) / "part"
         self._counts = {"samples": 0, "skipped": 0}
@@ -154,21 +183,25 @@ class PartWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
         self._tokens = TokenWriter(self._partial, vocabulary)
-        self._skipped_records = (self._partial / SKIPPED).open("w", encoding="utf-8")
+        self._notes = (self._partial / notes).open("w", encoding="utf-8")
 
-    def add(self, outcomes: Sequence[Sample | Skipped]) -> None:
-        """Add the outcomes of the next records, in order."""
+    def add(self, outcomes: Sequence[Sample | Skipped], notes: Iterable[Json] = ()) -> None:
+        """Add the outcomes of the next records, in order, and notes on them. A skipped record is a note by itself."""
         self._is_whole = False
+        for note in notes:
+            self._note(note)
         for outcome in outcomes:
             if isinstance(outcome, Skipped):
                 record = self._start + sum(self._counts.values())
-                line = {"record": record, "name": outcome.name, "reason": outcome.reason}
-                self._skipped_records.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._note({"record": record, "name": outcome.name, "reason": outcome.reason})
                 self._counts["skipped"] += 1
             else:
                 self._tokens.add(outcome)
                 self._counts["samples"] += 1
         self._is_whole = True
+
+    def _note(self, note: Json) -> None:
+        self._notes.write(json.dumps(note, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> PartWriter:
         return self
@@ -176,7 +209,7 @@ class PartWriter:
     def __exit__(self, kind, error, trace) -> None:
         keeps = self._is_whole and (error is None or isinstance(error, KeyboardInterrupt))
         try:
-            with self._skipped_records:
+            with self._notes:
                 self._tokens.__exit__(None if keeps else kind, None if keeps else error, trace)
             if keeps:
                 self._finish()
@@ -189,20 +222,23 @@ class PartWriter:
         self._partial.rename(self._parts.folder / f"{self._start:09d}-{stop:09d}")
 
 
-class TokenizingProgress:
+class PartsProgress:
     """A progress bar of records on a terminal, or ten lines elsewhere. A context manager.
 
     Args:
         parts: the finished parts of all processes.
-        records: how many the source has.
+        records: how many there are.
         shown: whether this process shows the progress.
+        doing, done: what happens to a record, and what has happened to it.
 
     Attributes:
         skipped: how many records were skipped, in all parts finished at the start and by this process since then.
     """
 
-    def __init__(self, parts: PartsFolder, records: int, *, shown: bool) -> None:
-        self._parts, self._records = parts, records
+    def __init__(
+        self, parts: PartsFolder, records: int, *, shown: bool, doing: str = "tokenizing", done: str = "tokenized"
+    ) -> None:
+        self._parts, self._records, self._done = parts, records, done
         self._began, self._started_with = time.perf_counter(), self._covered()
         self.skipped = sum(part.skipped for part in parts.done())
         self._prints = shown
@@ -210,14 +246,14 @@ class TokenizingProgress:
         self._bar = tqdm(
             total=records,
             initial=self._started_with,
-            desc="tokenizing",
+            desc=doing,
             unit="image",
             disable=None if shown else True,
             file=sys.stderr,
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> TokenizingProgress:
+    def __enter__(self) -> PartsProgress:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -235,7 +271,7 @@ class TokenizingProgress:
         self._bar.refresh()
         if self._prints and self._bar.disable and (covered - self._told) * 10 >= self._records:
             self._told = covered
-            print(f"tokenized {covered}/{self._records} images, {self.per_second():.1f} images/s", flush=True)
+            print(f"{self._done} {covered}/{self._records} images, {self.per_second():.1f} images/s", flush=True)
 
     def per_second(self) -> float:
         """Return the images per second of all processes since this one began."""
@@ -243,6 +279,13 @@ class TokenizingProgress:
 
     def _covered(self) -> int:
         return sum(part.stop - part.start for part in self._parts.done())
+
+
+def join_notes(folder: Path, parts: Iterable[Part], name: str) -> None:
+    """Write the notes of all parts, in their order, into one file of ``folder``."""
+    with (folder / name).open("wb") as file:
+        for part in parts:
+            file.write((part.folder / name).read_bytes())
 
 
 def _read_part(path: Path) -> Part:
