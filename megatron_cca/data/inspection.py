@@ -48,6 +48,7 @@ def report(shards: TokenShards) -> str:
         f"different captions  {len(np.unique(table['caption']))}",
         f"different conditions {len(np.unique(table['condition']))} ({len(shards) - unnamed} samples name theirs)",
         *_resizing(shards.manifest.get("resize")),
+        *_drawing(shards.manifest.get("drawn")),
         f"skipped             {shards.manifest.get('skipped', 0)}{_reasons(shards.folder)}",
         *(f"of the source       {notice}" for notice in _notices(shards.manifest)),
         "tokens per caption",
@@ -98,6 +99,14 @@ def _vocabulary(folder: Path, manifest: Json) -> ImageVocabulary:
 
 def _resizing(choice: object) -> list[str]:
     return [] if choice is None else [f"images resized by   {one_line(str(choice))}"]
+
+
+def _drawing(origin: object) -> list[str]:
+    """Return what the samples were drawn with, if a model drew them."""
+    if not isinstance(origin, dict):
+        return []
+    said = (f"{name} {value}" for name, value in origin.items() if value not in (None, "") and name != "prompts")
+    return [f"drawn with          {one_line(', '.join(said))}"]
 
 
 def _variants(counts: np.ndarray) -> str:

@@ -12,7 +12,7 @@ from megatron_cca.io.options import Count, DeviceChoice, File, Folder, Option, P
 
 @options
 class PromptOptions:
-    """The prompts of a sampling job: one of three ways to give them, and what each image gets."""
+    """The prompts of a sampling job: one of four ways to give them, and what each image gets."""
 
     caption: Annotated[tuple[str, ...], Option(one_of=True)] = ()
     """a caption, for a model of texts; may be repeated"""
@@ -20,6 +20,9 @@ class PromptOptions:
     """a caption a line, or .jsonl of {"prompt": ..., "label": ..., "seed": ...}; models of classes want labels"""
     classes: Annotated[tuple[str, ...], Option(metavar="CLASS", values="+", one_of=True)] = ()
     """names or numbers of classes, or all (see --class-captions)"""
+    like: Annotated[Folder, Option(one_of=True)] | None = None
+    """captions and conditions of a folder of shards, as they are there, for --shards; each image has the grid of its
+    sample (see --grid)"""
     class_captions: File | None = None
     """a class's caption a line, or ImageNet's LOC_synset_mapping.txt; the line's number is the label (default: the ten
     digits, for a model of the digits; for other models of classes the numbers alone)"""
@@ -95,6 +98,8 @@ class RunOptions:
     """(default: what belongs to the checkpoint)"""
     image_tokenizer: Path | None = None
     """likewise; Emu3-VisionTokenizer for Emu3-Gen"""
+    block: Count | None = None
+    """with --shards: images that a killed replica draws again at most (default: four batches)"""
     npz: Annotated[bool, Option(name="--no-npz")] = True
     """do not write samples.npz"""
     overwrite: bool = False
@@ -107,13 +112,27 @@ class RunOptions:
 class GenerateOptions:
     """Everything that a user says about a sampling job."""
 
+    _: KW_ONLY
     checkpoint: Annotated[PathOrWord, Option(metavar="DIR")]
     """a run folder, an iter_ folder, or a Hugging Face folder"""
-    output: Folder
-    """the folder to write"""
+    output: Annotated[Folder, Option(one_of=True)] | None = None
+    """the folder to write pictures into"""
+    shards: Annotated[Folder, Option(one_of=True)] | None = None
+    """the shard folder to write codes, captions and conditions into, as training data; must not exist. The same command
+    goes on where an interrupted one stopped (finished parts wait in SHARDS.parts)"""
     prompting: PromptOptions
     """what to draw"""
     candidates: CandidateOptions = field(default_factory=CandidateOptions)
     """how to draw it"""
     run: RunOptions = field(default_factory=RunOptions)
     """where, and with what"""
+
+    def __post_init__(self) -> None:
+        if self.shards is None:
+            for option, is_given in (("--like", self.prompting.like), ("--block", self.run.block)):
+                if is_given is not None:
+                    raise UserError(f"{option}: of no use without --shards")
+        elif self.run.overwrite or not self.run.npz:
+            raise UserError(f"{'--overwrite' if self.run.overwrite else '--no-npz'}: of no use with --shards")
+        if self.prompting.like is not None and self.prompting.prompt_suffix:
+            raise UserError("--prompt-suffix: of no use with --like, whose captions are taken as they are")

@@ -15,7 +15,13 @@ from megatron_cca import platform
 from megatron_cca.config import Precision
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
-from megatron_cca.generation.model_loading import Tokenizers, inspect_for_sampling, load_for_sampling, open_tokenizers
+from megatron_cca.generation.model_loading import (
+    InspectedCheckpoint,
+    Tokenizers,
+    inspect_for_sampling,
+    load_for_sampling,
+    open_tokenizers,
+)
 from megatron_cca.generation.prompts import Prompt, caption_ids, negative_ids
 from megatron_cca.models.architecture import Architecture, grid_misfit
 
@@ -151,7 +157,7 @@ class ImageGenerator:
 
 
 def open_image_generator(
-    checkpoint: str,
+    checkpoint: str | InspectedCheckpoint,
     *,
     text_tokenizer: Path | None = None,
     image_tokenizer: Path | None = None,
@@ -161,7 +167,7 @@ def open_image_generator(
     """Open a checkpoint for generation, over all ranks of the job. Process groups must be initialised.
 
     Args:
-        checkpoint: see :func:`load_for_sampling`.
+        checkpoint: see :func:`load_for_sampling`, or one inspected already.
         text_tokenizer, image_tokenizer: folders. None means those that belong to the checkpoint.
         precision: of the model. None means the checkpoint's.
         before_loading: called with the generator once it has tokenizers but no weights, to refuse what does not fit.
@@ -169,7 +175,7 @@ def open_image_generator(
     Raises:
         UserError: see :func:`load_for_sampling` and :func:`open_tokenizers`.
     """
-    found = inspect_for_sampling(checkpoint)
+    found = inspect_for_sampling(checkpoint) if isinstance(checkpoint, str) else checkpoint
     tokenizers = open_tokenizers(
         found.folder,
         found.config,

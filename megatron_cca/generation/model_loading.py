@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_cca.checkpoint import distributed, layout
+from megatron_cca.checkpoint.fingerprint import files_fingerprint, weights_fingerprint
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
 from megatron_cca.checkpoint.summary import config_of_weights, saved_config
@@ -108,6 +109,17 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
     return InspectedCheckpoint(source, config, architecture, folder)
 
 
+def weights_of(checkpoint: InspectedCheckpoint) -> str:
+    """Return a short hash of a checkpoint's weights. Reads every byte.
+
+    Raises:
+        UserError: the checkpoint is not whole.
+    """
+    if isinstance(checkpoint.source, HuggingFaceCheckpoint):
+        return files_fingerprint(sorted({tensor.file for tensor in checkpoint.source.files.tensors.values()}))
+    return weights_fingerprint(checkpoint.folder, _CHECKPOINT)
+
+
 def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precision | None = None) -> SamplingModel:
     """Load the model of a checkpoint, split over Megatron's process groups.
 
@@ -156,10 +168,18 @@ def load_huggingface_weights(source: HuggingFaceCheckpoint, chunks: Sequence[tor
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Both tokenizers of a model. ``text`` is None where captions are classes."""
+    """Both tokenizers of a model.
+
+    Attributes:
+        text: None where captions are classes.
+        images: the image tokenizer.
+        images_path, images_weights: where that is, see :func:`open_image_tokenizer`.
+    """
 
     text: TextTokenizer | None
     images: ImageTokenizer
+    images_path: Path
+    images_weights: Path | None = None
 
 
 def open_tokenizers(
@@ -189,15 +209,18 @@ def open_tokenizers(
         text_tokenizer = _text_tokenizer(checkpoint, config, vocabulary, text)
     scales = resolve_architecture(config.model).scales
     with error_context(options[1]):
-        given = None if images is None else open_image_tokenizer(images, device, scales)
-        tokenizer = given or _own_image_tokenizer(checkpoint, config, device, scales)
+        if images is not None:
+            place = images, None
+            tokenizer = open_image_tokenizer(images, device, scales)
+        else:
+            tokenizer, *place = _own_image_tokenizer(checkpoint, config, device, scales)
         if tokenizer.codebook_size != vocabulary.codebook_size:
             raise UserError(
                 f"has a codebook of {tokenizer.codebook_size}, the model one of {vocabulary.codebook_size}; give the "
                 "model's own"
             )
         check_scales(tokenizer, scales)
-    return Tokenizers(text_tokenizer, tokenizer)
+    return Tokenizers(text_tokenizer, tokenizer, *place)
 
 
 def default_grid(config: Config) -> tuple[int, int]:
@@ -282,18 +305,19 @@ def _own_text_tokenizer(checkpoint: Path, config: Config) -> TextTokenizer:
 
 def _own_image_tokenizer(
     checkpoint: Path, config: Config, device: str | torch.device, scales: tuple[int, ...]
-) -> ImageTokenizer:
+) -> tuple[ImageTokenizer, Path, Path | None]:
+    """Return the image tokenizer that belongs to a checkpoint, its path, and the folder of its tensors if apart."""
     kept, weights = checkpoint / layout.COMPANION_FILES, checkpoint / layout.COMPANION_TENSORS
     files = family_of(config.model).image_tokenizer
     if weights.is_dir():
-        return files.open(kept, device, weights)
+        return files.open(kept, device, weights), kept, weights
     if files is not None and not layout.is_checkpoint(checkpoint) and files.recognises(checkpoint):
         try:
-            return files.open(checkpoint, device, scales=scales)
+            return files.open(checkpoint, device, scales=scales), checkpoint, None
         except UserError:
             pass  # a folder of the decoder alone; its image tokenizer is elsewhere
     for folder in data_folders(config):
         if codebook_file(folder) is not None:
-            return open_patch_tokenizer(folder)
+            return open_patch_tokenizer(folder), folder, None
     wanted = "its folder" if files is None else files.description
     raise UserError(f"{checkpoint} has no image tokenizer with it; give {wanted}")

@@ -20,6 +20,8 @@ from megatron_cca.models.image_vocabulary import ImageVocabulary
 _WANTED = 'write a prompt a line (.txt), or JSON lines such as {"prompt": "a red fox"} (.jsonl)'
 # The seeds of images of one run differ from those of the next.
 _SEEDS_PER_RUN = 1_000_000
+# More than the seed of a run has, times the number above.
+_SEED_BITS = 96
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,17 @@ class Prompt:
         text: its caption. None where only its class is known.
         seed: of its random stream. None until :func:`seeded`.
         label: the class that it should show, for classifiers and for models of classes. None where there is none.
+        ids: its caption as the model gets it. None means that it follows from text or label.
+        condition: the hash of its condition's name in shards. None means that the caption is the condition.
+        grid: height and width of its codes. None means the job's.
     """
 
     text: str | None
     seed: int | None = None
     label: int | None = None
+    ids: tuple[int, ...] | None = None
+    condition: int | None = None
+    grid: tuple[int, int] | None = None
 
     @property
     def title(self) -> str:
@@ -124,19 +132,38 @@ def digit_classes() -> list[Prompt]:
 
 def seeded(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     """Return the prompts with seeds. A missing seed is made of ``seed`` and the prompt's place in the list."""
-    return [
-        prompt if prompt.seed is not None else replace(prompt, seed=seed * _SEEDS_PER_RUN + index)
-        for index, prompt in enumerate(prompts)
-    ]
+    return list(RepeatedPrompts(prompts, 1, seed))
 
 
-def repeated(prompts: Sequence[Prompt], times: int) -> list[Prompt]:
-    """Return each prompt ``times`` times in a row. The copies of a prompt with a seed have consecutive seeds."""
-    return [
-        prompt if prompt.seed is None else replace(prompt, seed=prompt.seed + turn)
-        for prompt in prompts
-        for turn in range(times)
-    ]
+class RepeatedPrompts(Sequence[Prompt]):
+    """Prompts with seeds, each several times in a row. A prompt is made when it is asked for.
+
+    The copies of a prompt with a seed have consecutive seeds. A missing seed is made of ``seed`` and the place in this
+    list.
+
+    Args:
+        distinct: the prompts.
+        times: how often each is there.
+        seed: of the job.
+    """
+
+    def __init__(self, distinct: Sequence[Prompt], times: int, seed: int) -> None:
+        self.distinct, self.times, self._seed = distinct, times, seed
+
+    def __len__(self) -> int:
+        return len(self.distinct) * self.times
+
+    def __getitem__(self, place: int) -> Prompt:
+        index, turn = divmod(range(len(self))[place], self.times)
+        prompt = self.distinct[index]
+        own = _seed_at(self._seed, index * self.times + turn) if prompt.seed is None else prompt.seed + turn
+        return replace(prompt, seed=own)
+
+
+def _seed_at(seed: int, place: int) -> int:
+    run, within = divmod(place, _SEEDS_PER_RUN)
+    # Beyond a million images the seeds go on far above those of any other run.
+    return seed * _SEEDS_PER_RUN + within + (run << _SEED_BITS)
 
 
 def check_conditions(vocabulary: ImageVocabulary, prompts: Sequence[Prompt]) -> None:
@@ -164,6 +191,8 @@ def check_condition(vocabulary: ImageVocabulary, prompt: Prompt) -> None:
 def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt: Prompt) -> np.ndarray:
     """Return the caption of a prompt, int64 ``[C]``, as :meth:`ImageVocabulary.prompt` takes it.
 
+    A prompt's own ids are taken as they are.
+
     Args:
         vocabulary: the model's.
         text: its text tokenizer. None where captions are classes.
@@ -172,6 +201,8 @@ def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt:
     Raises:
         UserError: what :func:`check_condition` refuses, or a text that cannot be encoded.
     """
+    if prompt.ids is not None:
+        return np.array(prompt.ids, dtype=np.int64)
     check_condition(vocabulary, prompt)
     if vocabulary.num_classes is not None:
         return np.array([prompt.label], dtype=np.int64)

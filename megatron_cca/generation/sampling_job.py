@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from megatron_cca.generation.image_generator import ImageGenerator
 from megatron_cca.generation.prompts import Prompt
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import check_output, claimed, staging
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 # What an output folder holds.
 IMAGES, PROMPTS, CODES = "images", "prompts.jsonl", "codes.npy"
@@ -83,13 +84,22 @@ def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
-    suffix = job.options.prompting.prompt_suffix
-    if suffix and generator.architecture.vocabulary.num_classes is not None:
-        raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
-    prompts = [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in job.prompts]
+    prompts = suffixed(job, generator.architecture.vocabulary, job.prompts)
     return generator.requests(prompts, job.settings), generator.second_prompt(
         job.settings, job.options.candidates.negative_prompt
     )
+
+
+def suffixed(job: SamplingJob, vocabulary: ImageVocabulary, prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return some prompts of the job as the model gets them, with its suffix behind their texts.
+
+    Raises:
+        UserError: a suffix for a model of classes.
+    """
+    suffix = job.options.prompting.prompt_suffix
+    if suffix and vocabulary.num_classes is not None:
+        raise UserError("--prompt-suffix: this model takes classes, not texts; leave it out")
+    return [replace(prompt, text=None if prompt.text is None else prompt.text + suffix) for prompt in prompts]
 
 
 def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | None = None) -> Speed:
@@ -107,9 +117,7 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
             check_output(job.options.output, _ALL_NAMES, {_PARTIAL}, overwrite=job.options.run.overwrite)
             stack.enter_context(staging(partial, 0))
             (partial / IMAGES).mkdir()
-            cut = cut_prompts(scorer, [prompt.title for prompt in job.prompts])
-            if cut is not None and (line := cut.line()) is not None:
-                print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
+            cut = say_cut_prompts(scorer, job.prompts)
         dist.barrier()
         started = time.perf_counter()
         bar = stack.enter_context(_bar(job) if leads else nullcontext())
@@ -118,11 +126,39 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
         seconds = time.perf_counter() - started
         if leads:
             bar.close()
-            _finish(job, requests, partial, shares, {} if cut is None else {"scorer_prompts_cut": cut.prompts})
+            _finish(job, requests, partial, shares, cut)
         dist.barrier()
     kept = len(job.prompts)
     tokens = kept * job.options.candidates.best_of * job.settings.height * job.settings.width
     return Speed(tokens / seconds, kept / seconds)
+
+
+def say_cut_prompts(scorer: Scorer | None, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """Print how many prompts the scorer reads in part, and return it for a record.
+
+    The record is empty for a scorer that does not tell.
+    """
+    cut = cut_prompts(scorer, _Titles(prompts))
+    if cut is None:
+        return {}
+    if (line := cut.line()) is not None:
+        print(f"{SCORER}: {line}", file=sys.stderr, flush=True)
+    return {"scorer_prompts_cut": cut.prompts}
+
+
+class _Titles(Sequence[str]):
+    """The titles of prompts. Few of them are in memory at a time."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, places):
+        if isinstance(places, slice):
+            return [self._prompts[place].title for place in range(len(self))[places]]
+        return self._prompts[places].title
 
 
 def image_name(index: int) -> str:
@@ -200,7 +236,7 @@ def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partia
     for places in _my_batches(len(requests), max(1, job.settings.batch_size // best_of)):
         batch = candidate_requests([requests[place] for place in places], best_of)
         codes = generator.codes(batch, job.settings, second, on_tokens)
-        if not _writes_images():
+        if not writes_images():
             continue
         images = generator.decode(codes)
         if scorer is not None:
@@ -221,7 +257,7 @@ def _my_batches(count: int, size: int) -> Iterator[list[int]]:
     return (mine[start : start + size] for start in range(0, len(mine), size))
 
 
-def _writes_images() -> bool:
+def writes_images() -> bool:
     """Return whether this rank decodes and writes its replica's images."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_pipeline_model_parallel_rank() == 0

@@ -39,11 +39,11 @@ def check_output(output: Path, former: Collection[str], unfinished: Collection[s
         )
 
 
-def check_apart(output: Path, source: Path, option: str) -> None:
+def check_apart(output: Path, source: Path, option: str, output_option: str = OPTION) -> None:
     """Refuse an output that is the folder that is read, contains it, or lies in it."""
     inner, outer = output.resolve(), source.resolve()
     if inner == outer or inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise UserError(f"{OPTION}: {output} and {option} {source} are in each other's way; give another folder")
+        raise UserError(f"{output_option}: {output} and {option} {source} are in each other's way; give another folder")
 
 
 def remove_beside_others(folder: Path) -> None:
@@ -57,23 +57,27 @@ def remove_beside_others(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[None]:
+def claimed(output: Path, option: str = OPTION) -> Iterator[None]:
     """Lock a folder against other processes inside the block. The folder is made if missing, and removed if left empty.
+
+    Args:
+        output: the folder.
+        option: the option that named it, for messages.
 
     Raises:
         UserError: another process has claimed it, or it cannot be made.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"{OPTION}: {output} is a file; give a folder")
+        raise UserError(f"{option}: {output} is a file; give a folder")
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    with file_system_errors(output):
+    with file_system_errors(output, option):
         output.mkdir(parents=True, exist_ok=True)
         handle = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{OPTION}: another process is writing into {output}; wait for it") from None
+            raise UserError(f"{option}: another process is writing into {output}; wait for it") from None
         except OSError:
             pass  # a network file system without locks for folders
         yield

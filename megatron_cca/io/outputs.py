@@ -60,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def file_system_errors(output: Path) -> Iterator[None]:
+def file_system_errors(output: Path, option: str = OPTION) -> Iterator[None]:
     """Turn an error of the file system while ``output`` is written into one line that names the folder or file."""
     try:
         yield
@@ -69,9 +69,9 @@ def file_system_errors(output: Path) -> Iterator[None]:
         if fault is not None:
             raise fault from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _cannot_be_written(output, error) from None
+            raise _cannot_be_written(output, error, option) from None
         if error.errno in _NOT_ALLOWED and _leads_to(error.filename, output):
-            raise _cannot_be_written(Path(error.filename), error) from None
+            raise _cannot_be_written(Path(error.filename), error, option) from None
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
     from megatron_cca.config import Config
+    from megatron_cca.generation.decode_loop import Scorer
+    from megatron_cca.generation.image_generator import ImageGenerator
     from megatron_cca.generation.model_loading import InspectedCheckpoint
-    from megatron_cca.generation.prompts import Prompt
+    from megatron_cca.generation.prompts import Prompt, RepeatedPrompts
     from megatron_cca.generation.sampling_job import SamplingJob
 
 OPTIONS = GenerateOptions
@@ -30,7 +32,10 @@ _EXAMPLES = """examples:
       --output runs/two_classes
   torchrun --nproc_per_node 8 -m megatron_cca generate --checkpoint Emu3-Gen --image-tokenizer Emu3-VisionTokenizer \\
       --prompts prompts.txt --grid 90 90 --top-k 2048 --batch-size 8 --output samples/emu3
+  torchrun --nproc_per_node 8 -m megatron_cca generate --checkpoint runs/var_d16 --tensor-model-parallel-size 1 \\
+      --like shards/imagenet --images-per-prompt 2 --shards shards/drawn
 The output folder: images/*.png, prompts.jsonl, codes.npy, sheet.png, samples.npz (arr_0 as OpenAI's evaluator wants).
+With --shards: token shards that data.path can name, and drawn.jsonl, which says what each sample was drawn for.
 """
 _PACKAGES = ("matplotlib", "PIL", "safetensors", "sklearn", "tiktoken", "transformers")
 
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(OPTIONS, argv, __doc__, _EXAMPLES)
     os.environ.setdefault("WORLD_SIZE", "1")
     with reported_tool_errors(_PACKAGES):
-        check_writable(options.output)
+        check_writable(options.output) if options.shards is None else check_writable(options.shards, "--shards")
         # Imported late: --help need not wait for it.
         from megatron_cca import platform
 
@@ -68,30 +73,51 @@ def _generate(options: GenerateOptions) -> None:
     from megatron_cca.config.load import load_config
     from megatron_cca.generation.image_generator import open_image_generator
     from megatron_cca.generation.model_loading import inspect_for_sampling
-    from megatron_cca.generation.sampling_job import check_sampling_output, run_sampling, sampling_requests
     from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
     from megatron_cca.parallel.ranks import initialize_distributed
 
     run, scorer_spec = options.run, options.candidates.scorer
     layout = zip(("tensor", "pipeline"), _layout(run), strict=True)
     config = load_config(None, [f"parallel.{name}_model_parallel_size={size}" for name, size in layout])
-    job = job_of(options, inspect_for_sampling(options.checkpoint, config.parallel))
+    checkpoint = inspect_for_sampling(options.checkpoint, config.parallel)
+    job = job_of(options, checkpoint)
     if scorer_spec is not None:
         check_scorer(scorer_spec)
+    check, prepare, run_job = _steps(job, checkpoint)
     if os.environ.get("RANK", "0") == "0":
-        check_sampling_output(job)
+        check()
     initialize_distributed(config)
     named = {name: getattr(run, name) for name in ("text_tokenizer", "image_tokenizer", "precision")}
-    generator = open_image_generator(options.checkpoint, **named, before_loading=partial(sampling_requests, job))
+    generator = open_image_generator(checkpoint, **named, before_loading=prepare)
     scorer = open_scorer(scorer_spec, platform.device()) if scorer_spec is not None else None
-    speed = run_sampling(job, generator, scorer)
+    wrote = run_job(generator, scorer)
     if dist.get_rank() == 0:
-        passes = job.settings.forwards_per_token
-        print(
-            f"wrote {options.output}: {len(job.prompts)} images, {passes} forward pass{'es' * (passes > 1)} a token, "
-            f"{speed.tokens_per_second:.0f} tokens/s, {speed.images_per_second:.3g} images/s"
-        )
+        print(f"wrote {options.shards or options.output}: {wrote}")
     dist.destroy_process_group()
+
+
+def _steps(job: SamplingJob, checkpoint: InspectedCheckpoint) -> tuple[Callable, Callable, Callable]:
+    """Return the steps of a job: check its output, check its prompts without weights, draw and say what was written."""
+    from megatron_cca.generation.sampling_job import check_sampling_output, run_sampling, sampling_requests
+    from megatron_cca.generation.shard_drawing import ShardDrawing
+
+    passes = job.settings.forwards_per_token
+    cost = f"{passes} forward pass{'es' * (passes > 1)} a token"
+    if job.options.shards is not None:
+        drawing = ShardDrawing(job, checkpoint)
+
+        def draw_shards(generator: ImageGenerator, scorer: Scorer | None) -> str:
+            speed = drawing.run(generator, scorer)
+            return f"{len(job.prompts)} samples, {cost}, {speed or 0:.3g} images/s"
+
+        return drawing.check, drawing.prepare, draw_shards
+
+    def draw_pictures(generator: ImageGenerator, scorer: Scorer | None) -> str:
+        speed = run_sampling(job, generator, scorer)
+        speeds = f"{speed.tokens_per_second:.0f} tokens/s, {speed.images_per_second:.3g} images/s"
+        return f"{len(job.prompts)} images, {cost}, {speeds}"
+
+    return partial(check_sampling_output, job), partial(sampling_requests, job), draw_pictures
 
 
 def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> SamplingJob:
@@ -104,19 +130,23 @@ def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> Samplin
     from megatron_cca.generation.model_loading import default_grid
     from megatron_cca.generation.sampling_job import SamplingJob
 
-    with error_context("--grid"):
-        height, width = options.prompting.grid or default_grid(checkpoint.config)
     prompts = _prompts(options.prompting, checkpoint)
+    with error_context("--grid"):
+        height, width = options.prompting.grid or prompts[0].grid or default_grid(checkpoint.config)
     settings = SamplingSettings(height, width, options.run.batch_size, **vars(options.candidates.sampling))
     return SamplingJob(options, prompts, settings)
 
 
-def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> list[Prompt]:
-    from megatron_cca.generation.prompts import Prompt, check_conditions, class_prompts, read_prompts, repeated, seeded
+def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> RepeatedPrompts:
+    from megatron_cca.generation.prompts import Prompt, RepeatedPrompts, check_conditions, class_prompts, read_prompts
 
     vocabulary = checkpoint.architecture.vocabulary
 
-    if prompting.prompts is not None:
+    if prompting.like is not None:
+        from megatron_cca.generation.shard_prompts import ShardPrompts
+
+        prompts = ShardPrompts(prompting.like, vocabulary, keeps_grids=prompting.grid is None)
+    elif prompting.prompts is not None:
         with error_context("--prompts"):
             prompts = read_prompts(prompting.prompts)
             _say_hashes(prompts)
@@ -129,7 +159,7 @@ def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> list[
         raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
     else:
         prompts = [Prompt(caption) for caption in prompting.caption]
-    return seeded(repeated(prompts, prompting.images_per_prompt), prompting.seed)
+    return RepeatedPrompts(prompts, prompting.images_per_prompt, prompting.seed)
 
 
 def _say_hashes(prompts: list[Prompt]) -> None:

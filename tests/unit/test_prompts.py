@@ -10,11 +10,11 @@ import pytest
 from megatron_cca.errors import UserError
 from megatron_cca.generation.prompts import (
     Prompt,
+    RepeatedPrompts,
     class_prompts,
     digit_prompts,
     read_class_captions,
     read_prompts,
-    repeated,
     seeded,
 )
 
@@ -94,9 +94,22 @@ def test_classes_go_by_name_number_or_all():
 
 
 def test_seeds_follow_from_the_place_and_repetitions_have_their_own():
-    prompts = seeded(repeated([Prompt("a"), Prompt("b", seed=5)], 2), seed=3)
+    prompts = RepeatedPrompts([Prompt("a"), Prompt("b", seed=5)], 2, seed=3)
     assert [prompt.seed for prompt in prompts] == [3_000_000, 3_000_001, 5, 6]
     assert [prompt.text for prompt in prompts] == ["a", "a", "b", "b"]
+    assert (len(prompts), prompts[-1], list(prompts)[3]) == (4, Prompt("b", 6), Prompt("b", 6))
+    assert seeded([Prompt("a"), Prompt("b", seed=5)], 3) == [Prompt("a", 3_000_000), Prompt("b", 5)]
+    with pytest.raises(IndexError):
+        prompts[4]
+
+
+def test_no_image_of_a_large_run_has_the_seed_of_another_run():
+    """Neither of its own images do: the seeds are a function of run and place that can be inverted."""
+    places = [0, 1, 999_999, 1_000_000, 1_000_001, 1_999_999, 2_000_000, 2**40]
+    lists = {run: RepeatedPrompts([Prompt("a")], 2**41, seed=run) for run in (0, 1, 2, 2**63 - 1)}
+    seeds = [prompts[place].seed for prompts in lists.values() for place in places]
+    assert len(set(seeds)) == len(seeds)
+    assert all(np.random.default_rng(seed) for seed in seeds)
 
 
 def test_digit_prompts_show_every_digit_in_turn():

@@ -232,9 +232,7 @@ def _optional_facts(job: TokenizingJob) -> dict:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _write_parts(
-    job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: PartsProgress
-) -> None:
+def _write_parts(job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: PartsProgress) -> None:
     spans = list(job.parts.todo(rank, world_size))
     if not spans:
         return
