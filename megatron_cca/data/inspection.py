@@ -165,8 +165,7 @@ def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.dev
     if folder is None and not recorded:
         raise UserError(f"{_IMAGE_TOKENIZER}: {shards.folder} does not say which one it was made with; give its folder")
     with error_context(_IMAGE_TOKENIZER):
-        weights = recorded.get("weights") if folder is None else None
-        path = folder or Path(recorded["folder"])
+        path, weights = folder or Path(recorded["folder"]), recorded.get("weights") if folder is None else None
         tokenizer = open_image_tokenizer(path, device, shards.vocabulary.scales, weights)
         if recorded and tokenizer.fingerprint() != recorded["fingerprint"]:
             raise UserError(

@@ -109,6 +109,11 @@ def inspect_for_sampling(checkpoint: str, parallel: ParallelConfig | None = None
     return InspectedCheckpoint(source, config, architecture, folder)
 
 
+def sampling_precision(config: Config, precision: Precision | None) -> str:
+    """Return the precision that a checkpoint's model is sampled in. None means the checkpoint's, with FP8 as bf16."""
+    return precision or ("bf16" if config.training.precision == "fp8" else config.training.precision)
+
+
 def weights_of(checkpoint: InspectedCheckpoint) -> str:
     """Return a short hash of a checkpoint's weights. Reads every byte.
 
@@ -135,8 +140,7 @@ def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precisio
     """
     found = inspect_for_sampling(checkpoint) if isinstance(checkpoint, str) else checkpoint
     config = found.config
-    own = "bf16" if config.training.precision == "fp8" else config.training.precision
-    training = replace(config.training, precision=precision or own, recompute_granularity=None)
+    training = replace(config.training, precision=sampling_precision(config, precision), recompute_granularity=None)
     model = replace(config.model, hidden_dropout=0.0, attention_dropout=0.0, transformer_impl="local")
     chunks = build_gpt(found.architecture, model, _parallel_config_of_the_job(), training, is_frozen=True)
     is_of_hf = isinstance(found.source, HuggingFaceCheckpoint)

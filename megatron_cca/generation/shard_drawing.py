@@ -31,7 +31,7 @@ from megatron_cca.data.tokenizers import tokenizer_facts
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import SamplingSettings, Scorer, best_candidates, candidate_requests
 from megatron_cca.generation.image_generator import ImageGenerator
-from megatron_cca.generation.model_loading import InspectedCheckpoint, weights_of
+from megatron_cca.generation.model_loading import InspectedCheckpoint, sampling_precision, weights_of
 from megatron_cca.generation.prompts import Prompt, RepeatedPrompts, caption_ids
 from megatron_cca.generation.sampling_job import SamplingJob, say_cut_prompts, suffixed, writes_images
 from megatron_cca.generation.shard_prompts import OPTION as LIKE
@@ -265,7 +265,7 @@ class ShardDrawing:
 
     def _settings(self) -> Json:
         options, settings = self._job.options, self._job.settings
-        distinct, training = self._prompts.distinct, self._checkpoint.config.training
+        distinct = self._prompts.distinct
         keeps_grids = isinstance(distinct, ShardPrompts) and distinct.keeps_grids
         return {
             "images_per_prompt": options.prompting.images_per_prompt,
@@ -276,7 +276,7 @@ class ShardDrawing:
             "negative_prompt": options.candidates.negative_prompt,
             "best_of": options.candidates.best_of,
             "scorer": options.candidates.scorer,
-            "precision": options.run.precision or training.precision,
+            "precision": sampling_precision(self._checkpoint.config, options.run.precision),
         }
 
 
