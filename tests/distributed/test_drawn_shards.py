@@ -57,7 +57,7 @@ def source(digit_shards, tmp_path_factory):
 @pytest.fixture(scope="module")
 def options(checkpoint, source):
     given = ["--checkpoint", checkpoint, "--like", source, "--images-per-prompt", TIMES, "--seed", 3]
-    return [*given, "--guidance-scale", "0.5", "--top-k", "40", "--batch-size", "4", "--block", "4"]
+    return [*given, "--guidance-scale", "0.5", "--top-k", "40", "--batch-size", "4", "--block", "8"]
 
 
 @pytest.fixture(scope="module")
