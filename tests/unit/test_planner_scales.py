@@ -31,5 +31,7 @@ def test_scales_are_neither_in_a_pipeline_nor_shared_by_context_ranks():
 
 def test_what_no_layout_helps_is_refused_as_training_does():
     config = load_config(None, ["model.name=var-d16", "kernels.bias_activation_fusion=true"])
-    with pytest.raises(UserError, match=r"kernels.bias_activation_fusion: the layers of var-d16 cannot have it; leave it out"):
+    with pytest.raises(
+        UserError, match=r"kernels.bias_activation_fusion: the layers of var-d16 cannot have it; leave it out"
+    ):
         search(config, node_for(config, vary=("micro_batch",)), 10)
