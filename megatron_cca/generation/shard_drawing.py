@@ -156,18 +156,15 @@ class ShardDrawing:
         progress: PartsProgress | None,
     ) -> None:
         drawn: dict[int, tuple[Sample, Json]] = {}
-        following = span[0]
         numbered = [(place, self._prompts[place]) for place in range(*span)]
+        has_one_grid = len({prompt.grid for _, prompt in numbered}) == 1
         for batch in _of_one_grid(numbered, self._at_once):
             drawn |= self._drawn(batch, generator, scorer, progress)
-            if writer is None:
-                continue
-            # Images of several grids are drawn out of order.
-            ready = []
-            while following in drawn:
-                ready.append(drawn.pop(following))
-                following += 1
-            writer.add([sample for sample, _ in ready], [note for _, note in ready])
+            # Images of several grids are drawn out of order, and a part that ended among them would change the batches
+            # of the others.
+            if writer is not None and (has_one_grid or len(drawn) == len(numbered)):
+                ready = [drawn.pop(place) for place in sorted(drawn)]
+                writer.add([sample for sample, _ in ready], [note for _, note in ready])
 
     def _drawn(
         self,

@@ -21,7 +21,7 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3 import tiny_vocabulary
 from tests.distributed.launch import ended, run_tool, run_workers, start_job, start_tool
 from tests.distributed.test_generate_tool import ROOT, TOOL, generate
-from tests.distributed.test_layout_parity import CCA
+from tests.distributed.test_layout_parity import CCA, under
 from tests.references.drawn_digits import shards_of_digits
 from tests.references.huggingface import save_emu3
 
@@ -57,7 +57,7 @@ def source(digit_shards, tmp_path_factory):
 @pytest.fixture(scope="module")
 def options(checkpoint, source):
     given = ["--checkpoint", checkpoint, "--like", source, "--images-per-prompt", TIMES, "--seed", 3]
-    return [*given, "--guidance-scale", "0.5", "--top-k", "40", "--batch-size", "4", "--block", "4"]
+    return [*given, "--guidance-scale", "0.5", "--top-k", "40", "--batch-size", "4", "--block", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,14 @@ def test_a_killed_job_goes_on_where_it_was(number, options, whole, tmp_path):
     assert not parts.exists()
 
 
-def test_a_run_trains_on_drawn_shards_and_beside_real_ones(digit_shards, source, whole, tmp_path):
-    for name, path in (("alone", whole), ("blend", f"{{{source}: 0.5, {whole}: 0.5}}")):
-        overrides = [*CCA, f"data.path={path}", f"training.output_dir={tmp_path / name}"]
+def test_a_run_trains_on_drawn_shards_beside_real_ones_and_as_their_partners(source, whole, tmp_path):
+    runs = {
+        "alone": [*CCA, f"data.path={whole}"],
+        "blend": [*CCA, f"data.path={{{source}: 0.5, {whole}: 0.5}}"],
+        "partners": [*under("dpo"), f"data.path={source}", "data.pairs=images", f"data.partner_path={whole}"],
+    }
+    for name, run in runs.items():
+        overrides = [*run, f"training.output_dir={tmp_path / name}"]
         found = run_workers(1, "checkpoint_workers.resume", {"overrides": overrides, "steps": 1}, tmp_path)
         assert np.isfinite(found["rows"][0]["loss"])
 
