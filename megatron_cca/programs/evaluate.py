@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
 
 Sets of images are folders of PNG or JPEG files (there or one level below), output folders of megatron-cca generate,
 .npz files with arr_0 uint8 [N, H, W, 3] and perhaps labels in arr_1, folders of MNIST's IDX files (train; or the file
-t10k-images-idx3-ubyte itself), or the words digits (the training scans) and
+t10k-images-idx3-ubyte itself), shard folders, whose codes are decoded, or the words digits (the training scans) and
 digits-held-out. An .npz that holds mu and sigma (and mu_s, sigma_s) beside its images, as OpenAI's reference batches
 do, gives FID and sFID to those, with --extractor inception.
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cca.data.codebooks import PatchCodebook
+from megatron_cca.data.tokenizing import TokenizeSettings
+from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation import EvaluateOptions
 from megatron_cca.lab.evaluation.checks import check
@@ -78,6 +81,22 @@ def test_idx_files_are_a_set_of_images(tmp_path):
     assert np.array_equal(found.images, COLOURED[:5])
     assert found.labels.tolist() == LABELS[:5].tolist()
     assert np.array_equal(read_images(tmp_path / "t10k-images-idx3-ubyte").images, COLOURED[5:8])
+
+
+@pytest.mark.parametrize("model", ["llamagen-tiny", "emu3-tiny"])
+def test_shards_are_a_set_of_images_as_their_tokenizer_shows_them(model, tmp_path):
+    pytest.importorskip("sklearn")
+    images, labels = clothes(12, 8, 8)
+    write_idx(tmp_path / "idx", images, labels)
+    given = {"model": model, "fit_codebook": 8, "patch": 4, "resize": "authors"}
+    tokenize(TokenizeSettings(source=tmp_path / "idx", output=tmp_path / "shards", **given), 0, 1, torch.device("cpu"))
+    found, codebook = read_images(tmp_path / "shards"), PatchCodebook.load(tmp_path / "shards")
+    shown = codebook.decode(codebook.encode(images))
+    assert np.array_equal(found.images, np.repeat(shown[..., None], 3, axis=3))
+    assert found.labels is None if model == "emu3-tiny" else found.labels.tolist() == labels.tolist()
+    (tmp_path / "shards/codes.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"codes\.bin"):
+        read_images(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(

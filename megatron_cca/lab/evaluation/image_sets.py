@@ -26,6 +26,7 @@ from megatron_cca.io.external_files import file_below
 from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
 from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
+from megatron_cca.lab.evaluation.shard_images import decoded_shards, is_shard_folder
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
@@ -267,8 +268,8 @@ def read_images(path: str | Path) -> ImageSet:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
             ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
             ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; a folder of MNIST's IDX files (the training split), or its
-            file of images of any split; or the words ``digits`` (the training scans) and
-            ``digits-held-out``.
+            file of images of any split; a shard folder, whose codes are decoded; or the words ``digits`` (the training
+            scans) and ``digits-held-out``.
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
@@ -281,6 +282,8 @@ def read_images(path: str | Path) -> ImageSet:
     split = split_of_file(path) if path.is_file() else None
     if split is not None or recognises(path, DEFAULTS):
         return _of_idx(path.parent if split is not None else path, split)
+    if is_shard_folder(path):
+        return ImageSet(*decoded_shards(path))
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)
