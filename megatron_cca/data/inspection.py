@@ -84,7 +84,7 @@ def decoded_samples(
     Raises:
         UserError: no image tokenizer, or one that the samples were not made with.
     """
-    tokenizer = _image_tokenizer(shards, image_tokenizer, device)
+    tokenizer = image_tokenizer_of(shards, image_tokenizer, device)
     chosen, ranks = _chosen(shards, number, np.random.default_rng(seed))
     images = [_picture(tokenizer, shards.codes(sample)) for sample in chosen]
     captions = [shards.caption(sample).tolist() for sample in chosen]
@@ -192,7 +192,17 @@ def _picture(tokenizer: ImageTokenizer, codes: np.ndarray) -> np.ndarray:
     return (pixels[0] if len(codes) == 1 else pixels[0, 0]).cpu().numpy()
 
 
-def _image_tokenizer(shards: TokenShards, folder: Path | None, device: torch.device) -> ImageTokenizer:
+def image_tokenizer_of(shards: TokenShards, folder: Path | None, device: torch.device) -> ImageTokenizer:
+    """Open the image tokenizer that shards were made with.
+
+    Args:
+        shards: opened.
+        folder: its folder. None means the one in the shards, or the one that they name.
+        device: where it runs.
+
+    Raises:
+        UserError: there is none, or it is another.
+    """
     recorded = shards.manifest.get("image_tokenizer") or {}
     if folder is None and codebook_file(shards.folder) is not None:
         folder = shards.folder

@@ -18,7 +18,8 @@ _EXAMPLES = """examples:
       --inception-weights weights-inception-2015-12-05-6726825d.pth --output runs/evaluation
 
 Sets of images are folders of PNG or JPEG files (there or one level below), output folders of megatron-cca generate,
-.npz files with arr_0 uint8 [N, H, W, 3] and perhaps labels in arr_1, or the words digits (the training scans) and
+.npz files with arr_0 uint8 [N, H, W, 3] and perhaps labels in arr_1, folders of MNIST's IDX files (train; or the file
+t10k-images-idx3-ubyte itself), shard folders, whose codes are decoded, or the words digits (the training scans) and
 digits-held-out. An .npz that holds mu and sigma (and mu_s, sigma_s) beside its images, as OpenAI's reference batches
 do, gives FID and sFID to those, with --extractor inception.
 

@@ -193,7 +193,7 @@ def test_class_accuracy_counts_right_answers(tmp_path):
         UserError, match=r"^--classifier: must answer 6 whole numbers for 6 images, found float64 \[6\]$"
     ):
         class_accuracy(images, np.zeros(6, np.int64), lambda images: np.zeros(len(images)))
-    with pytest.raises(UserError, match=r"--classifier: 'svm' is neither digits nor FILE.py:FUNCTION"):
+    with pytest.raises(UserError, match=r"--classifier: 'svm' is neither digits nor FILE.py:FUNCTION nor FILE.judge"):
         open_classifier("svm")
 
 

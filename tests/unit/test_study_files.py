@@ -98,7 +98,10 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"metrics": ["precision"]}, "metrics: fid is missing"),
         ({"tune_by": "accuracy", "classifier": None}, "tune_by: accuracy needs a classifier"),
         ({"tune_by": "inception_score", "metrics": ["fid"]}, "tune_by: inception_score is not among metrics"),
-        ({"classifier": "someone"}, "classifier: --classifier: 'someone' is neither digits nor FILE.py:FUNCTION"),
+        (
+            {"classifier": "someone"},
+            "classifier: --classifier: 'someone' is neither digits nor FILE.py:FUNCTION nor FILE.judge",
+        ),
         ({"extractor": "inception"}, "extractor: --extractor: inception needs its weights"),
         ({"reference": "no/where"}, "reference: no/where: does not exist"),
         ({"prompts": "no.txt"}, "prompts: no.txt: No such file or directory"),

@@ -84,8 +84,19 @@ def open_idx(path: Path, options: SourceOptions) -> Source:
     return IdxFiles(real_folder(path, options.allow_outside), splits, _chosen(splits, options.split))
 
 
+def split_of_file(path: Path) -> str | None:
+    """Return the split whose images a file holds. None where it has another name."""
+    match = _FILE.fullmatch(path.name)
+    return match[1] if match and match[2].startswith(_IMAGES) else None
+
+
 class IdxFiles:
     """Grey images and their labels, named "train:17" (counted from 0). Each image is given as a PNG.
+
+    Attributes:
+        images: uint8 ``[N, H, W]``.
+        labels: uint8 ``[N]``.
+        num_classes: one more than the largest label.
 
     Raises:
         UserError: as :func:`open_idx` says.
@@ -99,33 +110,33 @@ class IdxFiles:
             counts = f"{len(images)} images, {printable(self._files[_LABELS])} {len(labels)} labels"
             raise UserError(f"{printable(str(root / self._files[_IMAGES]))} holds {counts}; get both again")
         # EMNIST's authors wrote the columns of each image as its rows.
-        self._images = images.swapaxes(1, 2) if split.startswith(_EMNIST) else images
-        self._labels, self.num_classes = labels, int(labels.max()) + 1
+        self.images = images.swapaxes(1, 2) if split.startswith(_EMNIST) else images
+        self.labels, self.num_classes = labels, int(labels.max()) + 1
         self._names = self._class_names()
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Record:
         from PIL import Image
 
         index = checked_index(index, len(self))
-        file, label = BytesIO(), int(self._labels[index])
-        Image.fromarray(np.ascontiguousarray(self._images[index])).save(file, "PNG", compress_level=1)
+        file, label = BytesIO(), int(self.labels[index])
+        Image.fromarray(np.ascontiguousarray(self.images[index])).save(file, "PNG", compress_level=1)
         name = self._names.get(label, str(label))
         return Record(f"{printable(self._split)}:{index}", name, name, (file.getvalue(),), label=label)
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
-        digest = hashlib.sha256(repr((self._split, self._images.shape, sorted(self._names.items()))).encode())
-        digest.update(self._labels.tobytes())
-        digest.update(np.ascontiguousarray(self._images).data)
+        digest = hashlib.sha256(repr((self._split, self.images.shape, sorted(self._names.items()))).encode())
+        digest.update(self.labels.tobytes())
+        digest.update(np.ascontiguousarray(self.images).data)
         return digest.hexdigest()[:16]
 
     def notices(self) -> list[str]:
         """See :class:`Source`."""
         lines = [f"split {printable(self._split)} is read; others there: {', '.join(map(printable, self._others))}"]
-        nameless = [str(label) for label in np.unique(self._labels).tolist() if label not in self._names]
+        nameless = [str(label) for label in np.unique(self.labels).tolist() if label not in self._names]
         if self._names and nameless:
             lines.append(f"{len(nameless)} classes have no name in {NAMES} and keep their number ({nameless[0]})")
         unread = UnreadFiles()
@@ -138,7 +149,7 @@ class IdxFiles:
     def _class_names(self) -> dict[int, str]:
         """Return the names of classes by label."""
         if not is_file(self._root / NAMES):
-            content = _header(1, self._labels.shape) + self._labels.tobytes()
+            content = _header(1, self.labels.shape) + self.labels.tobytes()
             return dict(enumerate(_CLOTHES)) if hashlib.sha256(content).hexdigest() in _FASHION else {}
         with error_context(printable(str(self._root))):
             checked_file(self._root, NAMES)
@@ -146,7 +157,7 @@ class IdxFiles:
                 found = parsed_names(read_below(self._root, NAMES, NAMES, MAX_TEXT_BYTES))
             except Unreadable as error:
                 raise UserError(f"{error.reason}; correct {NAMES} or remove it") from None
-            labels = {str(label) for label in np.unique(self._labels).tolist()}
+            labels = {str(label) for label in np.unique(self.labels).tolist()}
             if other := next((name for name in found if name not in labels), None):
                 raise UserError(f"{NAMES} names {printable(other)!r}, which is no label here; correct it or remove it")
             return {int(label): name.strip() for label, name in found.items()}

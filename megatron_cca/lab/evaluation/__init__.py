@@ -94,9 +94,13 @@ class EvaluateOptions:
     overwrite: bool = False
     """replace a former report in --output, nothing else"""
     extractor: Annotated[str, Option(metavar="NAME")] | None = None
-    """the network behind the metrics: inception, as in papers; digits, the demo's classifier, trained on the spot; or
-    FILE.py:FUNCTION, a function that returns a torch module from uint8 [N, 3, H, W] to features and logits (default:
-    digits where the reference is the digits, else inception)"""
+    """the network behind the metrics: inception, as in papers; digits, the demo's classifier, trained on the spot;
+    FILE.judge, which --judge trained; or FILE.py:FUNCTION, a function that returns a torch module from uint8
+    [N, 3, H, W] to features and logits (default: that of --judge, digits where the reference is the digits, else
+    inception)"""
+    judge: Annotated[Path, Option(metavar="FILE.judge")] | None = None
+    """a small network for images of one data set, as --extractor and --classifier where these are not given: trained on
+    the reference and its labels if the file is not there, and kept in it for evaluations and studies to come"""
     inception_weights: File | None = None
     """torch-fidelity's file of Inception's weights, which --extractor inception needs; never downloaded"""
     metrics: Annotated[
@@ -110,8 +114,9 @@ class EvaluateOptions:
     ] = None
     numbers: FidelitySettings = field(default_factory=FidelitySettings)
     classifier: Annotated[str, Option(metavar="NAME")] | None = None
-    """says which class an image shows: digits, the demo's SVM, or FILE.py:FUNCTION from uint8 [N, H, W, 3] to int64 [N]
-    (default: digits where the reference is the digits and samples of their size have labels)"""
+    """says which class an image shows: digits, the demo's SVM; FILE.judge, which --judge trained; or FILE.py:FUNCTION
+    from uint8 [N, H, W, 3] to int64 [N] (default: that of --judge, or digits where the reference is the digits and
+    samples of their size have labels)"""
     clip: Annotated[Folder, Option(metavar="FOLDER")] | None = None
     """a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts"""
     device: DeviceChoice = "auto"
@@ -120,6 +125,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         # Two sets of one name are refused now.
         _ = self.sets
+        if self.judge is not None and self.judge.suffix != ".judge":
+            raise UserError(f"--judge: {self.judge} must end with .judge")
 
     @cached_property
     def sets(self) -> dict[str, str]:
@@ -129,7 +136,8 @@ class EvaluateOptions:
     @property
     def network(self) -> str:
         """Name of the extractor."""
-        return self.extractor or ("digits" if self.reference in WORDS else "inception")
+        own = None if self.judge is None else str(self.judge)
+        return self.extractor or own or ("digits" if self.reference in WORDS else "inception")
 
 
 def named_sets(samples: Sequence[str]) -> dict[str, str]:

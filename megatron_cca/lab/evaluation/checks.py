@@ -41,7 +41,8 @@ def check(settings: EvaluateOptions) -> None:
         check_classifier(settings.classifier)
     if settings.clip is not None:
         check_clip(settings.clip)
-    if settings.metrics == () and settings.clip is None and settings.classifier is None:
+    named = (settings.clip, settings.classifier, settings.judge)
+    if settings.metrics == () and all(one is None for one in named):
         raise UserError(f"--metrics: names none, and neither {CLASSIFIER} nor {CLIP} is given: nothing to do")
 
 
@@ -60,11 +61,13 @@ def check_annotations(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> N
 
 
 def classifier_of(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> str | None:
-    """Return the requested classifier, or the digits' own.
+    """Return the requested classifier, the judge, or the digits' own.
 
-    The latter applies if the reference is the digits and the samples have labels.
+    The last applies if the reference is the digits and the samples have labels.
     """
     labelled = [images for images in sets.values() if images.labels is not None]
+    if settings.classifier is None and settings.judge is not None:
+        return str(settings.judge) if labelled else None
     if settings.classifier is not None or settings.reference not in WORDS:
         return settings.classifier
     fit = labelled and all(images.images.shape[1:3] == DIGIT_SIZE for images in labelled)

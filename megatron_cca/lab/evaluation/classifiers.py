@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.paths import typed_path
+from megatron_cca.lab.evaluation.judges import is_judge, open_judge
 
 CLASSIFIER = "--classifier"
 # Height and width of the digits' scans.
@@ -42,13 +43,16 @@ def open_classifier(name: str) -> Classifier:
     """Open a classifier that maps images uint8 ``[N, H, W, 3]`` to classes int64 ``[N]``.
 
     Args:
-        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, or ``FILE.py:FUNCTION``
-            for a user's function.
+        name: ``digits`` for the demo's SVM, which is trained here on the real training scans, ``FILE.judge`` for a
+            trained judge, or ``FILE.py:FUNCTION`` for a user's function.
 
     Raises:
         UserError: another name, or a function that cannot be loaded.
     """
     check_classifier(name)
+    if is_judge(name):
+        with error_context(CLASSIFIER):
+            return open_judge(Path(typed_path(name))).classify
     return _classify_digits if name == "digits" else load_function(name, CLASSIFIER)
 
 
@@ -60,8 +64,8 @@ def check_classifier(name: str) -> None:
     Raises:
         UserError: names the possible classifiers.
     """
-    if name != "digits" and not is_function_spec(name):
-        raise UserError(f"{CLASSIFIER}: {name!r} is neither digits nor FILE.py:FUNCTION")
+    if name != "digits" and not is_judge(name) and not is_function_spec(name):
+        raise UserError(f"{CLASSIFIER}: {name!r} is neither digits nor FILE.py:FUNCTION nor FILE.judge")
 
 
 def class_accuracy(images: np.ndarray, labels: np.ndarray, classifier: Classifier) -> ClassAccuracy:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from megatron_cca.errors import UserError
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.paths import typed_path
 from megatron_cca.io.pickles import load_tensors
 from megatron_cca.lab.evaluation.classifiers import check_digit_size, failures_said, is_function_spec, load_function
+from megatron_cca.lab.evaluation.judges import is_judge, open_judge
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -73,8 +74,8 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
 
     Args:
         name: ``digits`` for the demo's classifier, which is trained here on the real training scans; ``inception`` for
-            the network of the published FIDs; or ``FILE.py:FUNCTION`` for a function without arguments that returns a
-            torch module.
+            the network of the published FIDs; ``FILE.judge`` for a trained judge; or ``FILE.py:FUNCTION`` for a
+            function without arguments that returns a torch module.
         weights: the file of the Inception weights.
 
     Raises:
@@ -85,6 +86,10 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
         return Extractor(standard_digit_cnn(), name, {"trained_on": "digits"})
     if name == "inception":
         return _inception(Path(weights))
+    if is_judge(name):
+        with error_context(EXTRACTOR):
+            judge = open_judge(Path(typed_path(name)))
+        return Extractor(judge, name, {"sha256": _sha256(Path(typed_path(name))), "accuracy": f"{judge.accuracy:.4f}"})
     network = load_function(name, EXTRACTOR)()
     if not isinstance(network, nn.Module):
         raise UserError(f"{EXTRACTOR}: {name} must return a torch module, found {type(network).__name__}")
@@ -99,8 +104,8 @@ def check_extractor(name: str, weights: Path | None) -> None:
     Raises:
         UserError: says where to get the file and which option names it.
     """
-    if name not in WIDTHS and not is_function_spec(name):
-        raise UserError(f"{EXTRACTOR}: {name!r} is none of digits, inception and FILE.py:FUNCTION")
+    if name not in WIDTHS and not is_judge(name) and not is_function_spec(name):
+        raise UserError(f"{EXTRACTOR}: {name!r} is none of digits, inception, FILE.py:FUNCTION and FILE.judge")
     if name != "inception":
         if weights is not None:
             raise UserError(f"{WEIGHTS}: only {EXTRACTOR} inception reads them, found {EXTRACTOR} {name}")

@@ -17,13 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_cca.data.image_headers import Rejected, read_header
+from megatron_cca.data.sources import DEFAULTS, SourceOptions, open_source
 from megatron_cca.data.sources.external_text import printable, split_of
 from megatron_cca.data.sources.folders import LINKED, UnreadFiles, real_folder, walk_files
+from megatron_cca.data.sources.idx import recognises, split_of_file
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import file_below
 from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
 from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
+from megatron_cca.lab.evaluation.shard_images import decoded_shards, is_shard_folder
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
@@ -63,7 +66,7 @@ def check_path(path: str | Path) -> None:
     what = Path(typed_path(str(path)))
     if not what.exists():
         raise UserError(f"{path}: does not exist; give a folder of images, an .npz, {DIGITS} or {HELD_OUT}")
-    if what.is_file() and what.suffix.lower() != ".npz":
+    if what.is_file() and what.suffix.lower() != ".npz" and split_of_file(what) is None:
         raise UserError(f"{path}: is a file, but no .npz; give a folder of images or an .npz")
 
 
@@ -264,8 +267,9 @@ def read_images(path: str | Path) -> ImageSet:
     Args:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
             ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
-            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; or the words ``digits`` (the training scans) and
-            ``digits-held-out``.
+            ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; a folder of MNIST's IDX files (the training split), or its
+            file of images of any split; a shard folder, whose codes are decoded; or the words ``digits`` (the training
+            scans) and ``digits-held-out``.
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
@@ -275,6 +279,11 @@ def read_images(path: str | Path) -> ImageSet:
         return ImageSet(np.repeat(scans.images[..., None], 3, axis=3), scans.labels)
     check_path(path)
     path = Path(typed_path(str(path)))
+    split = split_of_file(path) if path.is_file() else None
+    if split is not None or recognises(path, DEFAULTS):
+        return _of_idx(path.parent if split is not None else path, split)
+    if is_shard_folder(path):
+        return ImageSet(*decoded_shards(path))
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)
@@ -283,6 +292,12 @@ def read_images(path: str | Path) -> ImageSet:
     if transparent:
         notices += (f"{transparent} of {len(images)} images are transparent in places; alpha is dropped",)
     return ImageSet(images, listing.labels, listing.prompts, notices=notices)
+
+
+def _of_idx(folder: Path, split: str | None) -> ImageSet:
+    found = open_source(folder, "idx", SourceOptions(split=split))
+    images = np.repeat(np.asarray(found.images)[..., None], 3, axis=3)
+    return ImageSet(images, found.labels.astype(np.int64), notices=tuple(found.notices()))
 
 
 def _read_files(listing: Listing) -> tuple[np.ndarray, int]:

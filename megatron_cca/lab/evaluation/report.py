@@ -30,6 +30,7 @@ from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, c
 from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
+from megatron_cca.lab.evaluation.judges import ensure_judge
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.version import installed_versions
 
@@ -97,6 +98,8 @@ def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     sets = {name: _read(SAMPLES, path) for name, path in settings.sets.items()}
     reference = _read(REFERENCE, settings.reference)
     check_annotations(settings, sets)
+    if settings.judge is not None:
+        ensure_judge(settings.judge, reference.images, reference.labels)
     extractor = None
     if settings.metrics != () and settings.network not in WIDTHS:
         # The outputs of a user's network show only when it runs.

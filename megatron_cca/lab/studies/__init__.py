@@ -120,11 +120,11 @@ class StudySettings:
     reference: PathText = "digits"
     """The real images: a folder, an .npz, or the word ``digits``."""
     extractor: PathText = "digits"
-    """Whose features are compared: ``digits``, ``inception`` or FILE.py:FUNCTION."""
+    """Whose features are compared: ``digits``, ``inception``, FILE.judge or FILE.py:FUNCTION."""
     inception_weights: PathText | None = None
     """The file of Inception's weights."""
     classifier: PathText | None = "digits"
-    """Whose answers make the accuracy: ``digits``, FILE.py:FUNCTION, or null for none."""
+    """Whose answers make the accuracy: ``digits``, FILE.judge, FILE.py:FUNCTION, or null for none."""
     metrics: list[Metric] = dataclasses.field(default_factory=lambda: ["fid", "inception_score", "precision", "recall"])
     inception_score_splits: PositiveInt = 1
     keep_images: bool = True
