@@ -243,6 +243,36 @@ def test_dropout_beside_a_reference_can_be_had(strategy, tmp_path):
     check_run(a_run([*overrides, f"training.output_dir={tmp_path}"]), 1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.pairs=conditions"],
+            "data.pairs: conditions, but gft has no pairs; leave it out, or set objective.name",
+        ),
+        (["data.pairs=images"], "data.pairs: images, but gft has no pairs; leave it out"),
+        (["data.partner_path=elsewhere"], "data.partner_path: elsewhere, but this run has no pairs of images"),
+        (["reference.strategy=cached"], "reference.strategy: cached, but gft has no reference; leave it out"),
+        (["reference.checkpoint=base"], "reference.checkpoint: base, but gft has no reference; leave it out"),
+        (["reference.allow_bias=1"], "reference.allow_bias: 1.0, but gft has no reference; leave it out"),
+        (
+            ["parallel.context_parallel_size=2"],
+            "parallel.context_parallel_size: 2, but gft mixes two rows whose images can lie on different ranks then; "
+            "set it to 1",
+        ),
+    ],
+)
+def test_gft_has_neither_pairs_nor_a_reference(overrides, message):
+    assert refused(["objective.name=gft", *overrides], 2).startswith(message)
+
+
+def test_the_share_of_gft_is_a_share():
+    for value in ("0", "1.5"):
+        with pytest.raises(UserError, match=r"^objective\.beta: must be "):
+            a_run(["objective.name=gft", f"objective.beta={value}"])
+    assert a_run(["objective.name=gft", "objective.beta=1.0"]).objective.conditional_share == 1.0
+
+
 def test_dropout_is_fine_for_next_token(tmp_path):
     overrides = ["model.hidden_dropout=0.1", "objective.name=next_token", f"training.output_dir={tmp_path}"]
     check_run(a_run(overrides), 1)
