@@ -6,10 +6,13 @@ Inputs of objectives are rows: summed log-probabilities of sequences.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError, ValidationInfo
@@ -203,9 +206,45 @@ class ObjectiveResult:
         return self.rows.metrics(self.loss)
 
 
+class _Objectives(dict[str, type[Objective]]):
+    """Objectives by name. A file of this folder that is called after its objective is imported when that is asked for.
+
+    All files are imported when all objectives are asked for, or one that no file is called after.
+    """
+
+    def __missing__(self, name: str) -> type[Objective]:
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        for file in (name, *_FILES) if name in _FILES else _FILES:
+            if super().__contains__(name):
+                break
+            _load(file)
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for file in _FILES:
+            _load(file)
+        return iter(sorted(self.keys()))
+
+    def items(self) -> list[tuple[str, type[Objective]]]:
+        """Return names and classes of all objectives."""
+        return [(name, self[name]) for name in self]
+
+
+def _load(file: str) -> None:
+    module = importlib.import_module(f"{__package__}.{file}")
+    for value in vars(module).values():
+        if is_objective(value) and value.__module__ == module.__name__:
+            register(value)
+
+
 DEFAULT = "cca"
 # Objectives by the values of ``objective.name``. :func:`register` fills it.
-OBJECTIVES: dict[str, type[Objective]] = {}
+OBJECTIVES = _Objectives()
+_FILES = [one.name for one in pkgutil.iter_modules([str(Path(__file__).parent)]) if one.name != Path(__file__).stem]
 
 
 def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
