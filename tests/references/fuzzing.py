@@ -47,6 +47,7 @@ CASES = {
     "emu3 file": 200,
     "code file": 300,
     "label file": 200,
+    "IDX file": 300,
     "dataset folder": 100,
     "image header": 1200,
     "prompts text": 600,

@@ -1,5 +1,6 @@
 """Images and captions, in every layout on a disk, that may hold anything."""
 
+import gzip
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ from megatron_cca.data.image_headers import Rejected, read_header
 from megatron_cca.data.sources import Unreadable, open_source
 from megatron_cca.data.sources.source_protocol import Comparison
 from tests.references.fuzzing import NAMES, Sandbox, changed, fuzzed, names, plain, spoilt
+from tests.references.idx_files import clothes, idx
 
 
 def encoded(kind, **options):
@@ -252,6 +254,20 @@ def test_no_file_of_codes_gets_through(sandbox, content):
 def test_no_label_gets_through(sandbox, content):
     fill(sandbox.inside, **{"a_codes/0.npy": CODE_FILE, "a_labels/0.npy": content})
     read_everything(sandbox, "llamagen")
+
+
+IDX_IMAGES, IDX_LABELS = (idx(array) for array in clothes(3, 4, 5))
+BOASTING = IDX_IMAGES[:4] + b"\0\xff\xff\xff" * 3
+
+
+@fuzzed("IDX file")
+@given(
+    spoilt(IDX_IMAGES, BOASTING, gzip.compress(IDX_IMAGES, mtime=0), gzip.compress(BOASTING, mtime=0)),
+    spoilt(IDX_LABELS, gzip.compress(IDX_LABELS, mtime=0)),
+)
+def test_no_idx_file_gets_through(sandbox, images, labels):
+    fill(sandbox.inside, **{"train-images-idx3-ubyte": images, "train-labels-idx1-ubyte": labels})
+    read_everything(sandbox, "idx")
 
 
 @pytest.fixture(scope="module")
