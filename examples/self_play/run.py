@@ -13,14 +13,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.config.load import load_config
-from megatron_cca.data.digits import data_folders
-from megatron_cca.data.manifest import read_manifest
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import check_writable, write_json
 from megatron_cca.io.paths import path_option, retyped
@@ -31,8 +27,7 @@ HERE = Path(__file__).resolve().parent
 DRAWN, MODEL, SAMPLES, JUDGED = "drawn", "model", "samples", "judged"
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """A round: the model before it, and what it leaves in its folder.
 
     Attributes:
@@ -89,13 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=2, help="at most")
     add("--prompts", type=path_option, help="JSON lines to judge with (default: all classes of the model)")
     add("--images-per-prompt", type=int, default=200, help="images to judge with, for each prompt or class")
-    add("--reference", default="digits", help="real images to compare with, as evaluate takes them")
+    add("--reference", type=path_option, default="digits", help="real images to compare with, as evaluate takes them")
     add("--extractor", default="digits", help="features, as evaluate takes them")
     add("--processes", type=int, default=1, help="of torchrun, for drawing and training")
     return parser
 
 
 def _draw(one: Round, options: argparse.Namespace) -> None:
+    # It imports Megatron-Core, which a bad option need not wait for.
+    from megatron_cca.data.digits import data_folders
+
     output, config = one.folder / DRAWN, load_config(options.config)
     if not output.exists():
         folders = list(data_folders(config))
@@ -107,6 +105,10 @@ def _draw(one: Round, options: argparse.Namespace) -> None:
 
 
 def _check_drawn(one: Round, output: Path) -> None:
+    from megatron_cca.checkpoint import layout
+    from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+    from megatron_cca.data.manifest import read_manifest
+
     own = weights_fingerprint(layout.resolve(one.start, "--base"), "--base")
     found = read_manifest(output).get("drawn", {}).get("weights")
     if found != own:

@@ -204,7 +204,7 @@ class ValidationConfig:
     """Share of every folder in ``data.path`` that is held out."""
     path: PathText | Blend | None = key(None, NUMBERS, TAKES_EFFECT, reference="validation data")
     """Separate shards to validate on instead, given as in ``data.path``."""
-    partner_path: PathText | None = key(None, NUMBERS, TAKES_EFFECT, reference="partner validation data")
+    partner_path: PathText | None = key(None, NUMBERS, reference="partner validation data")
     """Partners of ``validation.path``; null: ``data.partner_path``."""
     iters: PositiveInt | None = key(None, NUMBERS, TAKES_EFFECT)
     """Global batches of a validation; null is as many as one pass over the samples fills, but at least one."""

@@ -151,7 +151,7 @@ def image_logps(
     targets: Tensor | None,
     mask: Tensor | None,
     *,
-    logps_of: Callable[..., Tensor] = sequence_logps,
+    logps_of: Callable[..., Tensor] | None = None,
     **head: Any,
 ) -> Tensor:
     """Run one forward pass of a model chunk. A chunk without the first and the last layers needs no tokens.
@@ -161,7 +161,7 @@ def image_logps(
         tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
         mask: bool ``[B, S]``, true if the target is an image token.
-        logps_of: makes log-probabilities of the last hidden states, as :func:`sequence_logps` does.
+        logps_of: makes log-probabilities of the last hidden states. None means :func:`sequence_logps`.
         head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
@@ -169,7 +169,7 @@ def image_logps(
         all tensor- and context-parallel ranks. On earlier chunks: the hidden states that Megatron's schedule sends to
         the next chunk.
     """
-    return _forward(model, tokens, targets, mask, logps_of=logps_of, **head)
+    return _forward(model, tokens, targets, mask, logps_of=logps_of or sequence_logps, **head)
 
 
 def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:

@@ -190,7 +190,7 @@ def test_next_token_pretraining_agrees_too(steps, digit_shards, tmp_path):
 
 def test_reference_and_policy_use_the_same_chunk_size(digit_shards, tmp_path):
     overrides = [*CCA, f"data.path={digit_shards}", "training.logps_chunk_size=7", "training.micro_batch_size=8"]
-    assert run_workers(1, "head_chunk_sizes", {"overrides": overrides}, tmp_path) == [7, 7]
+    assert run_workers(1, "head_chunk_sizes", {"overrides": overrides}, tmp_path) == [7, 7, 7]
 
 
 # One of each kind; the others are for `make test-full`.

@@ -167,6 +167,7 @@ REFUSED = {
     "training.fp8_amax_compute_algo": "most_recent",
     "training.pretrained_checkpoint": "{base}",
     "validation.fraction": 0.5,
+    "validation.partner_path": "{more}",
     "validation.seed": 1,
 }
 

@@ -30,6 +30,7 @@ OUTPUTS = {
     TOOLS / "tokenize_images.py": [["run", "--source", "a", "--output", CLOSED]],
     EXAMPLES / "scaling" / "run.py": [["--output", CLOSED], ["point", "--output", CLOSED]],
     EXAMPLES / "quickstart" / "run.py": [["--output", CLOSED]],
+    EXAMPLES / "self_play" / "run.py": [["--base", "run", "--output", CLOSED]],
 }
 
 

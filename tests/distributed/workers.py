@@ -115,7 +115,7 @@ def _digest(everyone, turn):
 
 
 def head_chunk_sizes(settings):
-    """The chunk sizes that the reference's and the policy's pass of one step used, in order."""
+    """The chunk sizes of the passes of step 0, in order: reference, policy, and the reference after the update."""
     used, original = [], gpt.sequence_logps
 
     def spy(*arguments, **options):
