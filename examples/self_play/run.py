@@ -25,6 +25,7 @@ from megatron_cca.terminal import launcher_environment
 
 HERE = Path(__file__).resolve().parent
 DRAWN, MODEL, SAMPLES, JUDGED = "drawn", "model", "samples", "judged"
+ROUNDS = "rounds.json"
 
 
 class Round(NamedTuple):
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     with reported_errors():
         check_writable(options.output)
+        _check_same_base(options)
         results, start = [], options.base
         for number in range(options.rounds + 1):
             one = Round(number, start, options.output / f"round_{number}")
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _draw(one, options)
                 _train(one, options)
             results.append({"round": number, "checkpoint": str(one.result), **_judge(one, options)})
-            write_json(options.output / "rounds.json", results)
+            write_json(options.output / ROUNDS, results)
             print(table(results), flush=True)
             if number and results[-1]["fid"] >= results[-2]["fid"]:
                 print(f"round {number}: the FID does not fall; the best model is {results[-2]['checkpoint']}")
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--extractor", default="digits", help="features, as evaluate takes them")
     add("--processes", type=int, default=1, help="of torchrun, for drawing and training")
     return parser
+
+
+def _check_same_base(options: argparse.Namespace) -> None:
+    path = options.output / ROUNDS
+    first = json.loads(path.read_text())[0]["checkpoint"] if path.is_file() else str(options.base)
+    if first != str(options.base):
+        raise UserError(f"--output: {options.output} holds rounds that began with {first}; give another folder")
 
 
 def _draw(one: Round, options: argparse.Namespace) -> None:
