@@ -1,4 +1,4 @@
-"""What becomes of a record on its way to samples. The images of a comparison go the same way as single ones."""
+"""Follow a record on its way to samples. The images of a comparison go the same way as single ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class PairedSamples:
-    """What a comparison becomes: samples, the better and the worse one of each pair by place, and skipped images."""
+    """The result of a comparison: samples, the better and the worse one of each pair by place, and skipped images."""
 
     samples: tuple[Sample, ...]
     pairs: tuple[tuple[int, int], ...]

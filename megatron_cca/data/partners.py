@@ -67,52 +67,50 @@ class ImagePairing(Pairing):
         )
 
 
-def find_partners(data: TokenData, key: str) -> Partners:
+def find_partners(data: TokenData) -> Partners:
     """Return the partners of all samples: in the data's folders of partners if there are some, else in its own.
 
-    Args:
-        data: of the run.
-        key: the option that named it, for messages.
+    It reads the whole table. :attr:`TokenData.image_partners` keeps the result.
 
     Raises:
         UserError: a sample without a partner in folders of partners, a folder that names no pairs, or a damaged file.
     """
     if not data.partners:
-        return _within(data, key)
+        return _within(data)
     captions = data.rows(np.arange(len(data)))["caption"]
     places = np.arange(len(data), len(data) + sum(map(len, data.partners)))
-    others = data.rows(places)["caption"]
-    order = np.argsort(others, kind="stable")
-    first, end = (np.searchsorted(others[order], captions, side=side) for side in ("left", "right"))
-    lacking = np.flatnonzero(first == end)
+    found = _grouped(data.rows(places)["caption"], captions, places)
+    lacking = np.flatnonzero(found.count == 0)
     if lacking.size:
         raise UserError(
-            f"data.partner_path: no image there has the condition of {data.describe(int(lacking[0]))}"
+            f"{data.partners[0].key}: no image there has the condition of {data.describe(int(lacking[0]))}"
             f"{f' and of {lacking.size - 1} more' if lacking.size > 1 else ''}; a pair of images needs two for one "
             "condition: draw or tokenize some for it"
         )
-    return Partners(first, end - first, places[order])
+    return found
 
 
-def _within(data: TokenData, key: str) -> Partners:
-    found, start = [], 0
-    for shards in data.shards:
-        found.append(_pairs(shards, key) + start)
-        start += len(shards)
-    winners, losers = np.concatenate(found).T
-    order = np.argsort(winners, kind="stable")
-    first, end = (np.searchsorted(winners[order], np.arange(start), side=side) for side in ("left", "right"))
-    return Partners(first, end - first, losers[order])
+def _within(data: TokenData) -> Partners:
+    pairs = [_pairs(shards) + data.ids(folder)[0] for folder, shards in enumerate(data.shards)]
+    winners, losers = np.concatenate(pairs).T
+    return _grouped(winners, np.arange(len(data)), losers)
 
 
-def _pairs(shards: TokenShards, key: str) -> np.ndarray:
+def _grouped(names: np.ndarray, wanted: np.ndarray, ids: np.ndarray) -> Partners:
+    """Return, for each of ``wanted`` ``[N]``, the ``ids`` ``[M]`` whose ``names`` ``[M]`` are equal to it."""
+    order = np.argsort(names, kind="stable")
+    first, end = (np.searchsorted(names[order], wanted, side=side) for side in ("left", "right"))
+    return Partners(first, end - first, ids[order])
+
+
+def _pairs(shards: TokenShards) -> np.ndarray:
     path = shards.folder / PAIRS
-    if PAIRS not in shards.manifest["files"]:
-        raise UserError(
-            f"{key}: {shards.folder} names no pairs of images ({PAIRS}); tokenize preferences, or name the partners' "
-            "folder in data.partner_path"
-        )
-    with error_context(key):
+    with error_context(shards.key):
+        if PAIRS not in shards.manifest["files"]:
+            raise UserError(
+                f"{shards.folder} names no pairs of images ({PAIRS}); tokenize preferences, or name the partners' "
+                "folder in data.partner_path"
+            )
         return read_pairs(path, shards.table)
 
 

@@ -57,7 +57,7 @@ class Part:
 
     @property
     def faults(self) -> int:
-        """How many records or images could not be used."""
+        """The number of records or images that could not be used."""
         return self.skipped - self.without_pair
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -32,6 +33,9 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.megatron_compat.indexed_dataset import open_indexed
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
+if TYPE_CHECKING:
+    from megatron_cca.data.partners import Partners
+
 DEFAULT_KEY = "data.path"
 
 
@@ -44,6 +48,7 @@ class TokenShards:
         key: the option that named the folder, for messages.
 
     Attributes:
+        key: the option that named the folder, for messages.
         table: :data:`SAMPLE` ``[N]``, memory-mapped.
         variants: int32 ``[N]``, how many variants each sample has.
 
@@ -55,7 +60,7 @@ class TokenShards:
     def __init__(self, folder: str | Path, vocabulary: ImageVocabulary, key: str = DEFAULT_KEY) -> None:
         self.folder = Path(folder)
         self.vocabulary = vocabulary
-        self._key = key
+        self.key = key
         self._sizes = {"codes": vocabulary.codebook_size, "captions": vocabulary.caption_size}
         with error_context(key):
             self.manifest = read_manifest(self.folder)
@@ -90,15 +95,15 @@ class TokenShards:
         try:
             found = tokens[int(sample)]
         except OSError as error:
-            raise UserError(f"{self._key}: {self.folder / name}.bin: sample {sample}: {error.strerror}") from None
+            raise UserError(f"{self.key}: {self.folder / name}.bin: sample {sample}: {error.strerror}") from None
         if checksum(found) != expected:
             raise UserError(
-                f"{self._key}: {self.folder / name}.bin: sample {sample} is not what was written (its checksum "
+                f"{self.key}: {self.folder / name}.bin: sample {sample} is not what was written (its checksum "
                 "differs); the file is damaged, tokenize the data again"
             )
         if found.size and not 0 <= found.min() <= found.max() < self._sizes[name]:
             raise UserError(
-                f"{self._key}: {self.folder / name}.bin: sample {sample} has tokens beyond the model's "
+                f"{self.key}: {self.folder / name}.bin: sample {sample} has tokens beyond the model's "
                 f"{self._sizes[name]}; tokenize the data again"
             )
         return found
@@ -111,7 +116,7 @@ class TokenShards:
         """
         if grid not in self._meta_ids:
             raise UserError(
-                f"{self._key}: {self.folder} holds clips ({grid_key(grid)} codes), and Emu3's authors have not "
+                f"{self.key}: {self.folder} holds clips ({grid_key(grid)} codes), and Emu3's authors have not "
                 "published what stands between BOI and IMG of one; tokenize them with --clip-meta, or train on images"
             )
         return self._meta_ids[grid]
@@ -216,6 +221,13 @@ class TokenData:
             return self.shards[0].fingerprint()
         parts = [(shards.fingerprint(), weight) for shards, weight in zip(self.shards, self.weights, strict=True)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def image_partners(self) -> Partners:
+        """The partners of all samples, for pairs of images. Raises as :func:`find_partners` does."""
+        from megatron_cca.data.partners import find_partners
+
+        return find_partners(self)
 
     def partners_fingerprint(self) -> str | None:
         """Return a short hash of the folders of partners. Return None if there are none."""

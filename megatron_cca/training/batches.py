@@ -67,12 +67,15 @@ def open_data(config: Config) -> RunData:
     Raises:
         UserError: see :class:`TokenShards`, and :func:`training_order` for the held-out samples.
     """
-    path, partners = config.validation.path, config.data.partner_path
-    others = config.validation.partner_path or partners
-    validation = None if path is None else _open(config, path, VALIDATION, others, "validation.partner_path")
-    data = RunData(_open(config, config.data.path, DATA, partners, PARTNERS), validation)
+    path, partners = config.validation.path, (config.data.partner_path, PARTNERS)
+    own = config.validation.partner_path
+    others = partners if own is None else (own, "validation.partner_path")
+    validation = None if path is None else _open(config, path, VALIDATION, *others)
+    data = RunData(_open(config, config.data.path, DATA, *partners), validation)
     # Check the held-out samples and the partners now, before any process group is made.
     _order(config, data.training, 0, config.validation.fraction, config.validation.seed)
+    if validation is not None:
+        _counts(config, validation)
     return data
 
 
@@ -194,11 +197,7 @@ def _order(config: Config, data: TokenData, seed: int, fraction: float, split_se
 
 def _counts(config: Config, data: TokenData) -> np.ndarray | None:
     """Return the number of partners of each sample, int64 ``[N]``. Return None without pairs of images."""
-    if pairs_of(config) != "images":
-        return None
-    from megatron_cca.data.partners import find_partners
-
-    return find_partners(data, DATA).count
+    return data.image_partners.count if pairs_of(config) == "images" else None
 
 
 def _digits(config: Config) -> Path:
@@ -247,9 +246,9 @@ def _pairing(config: Config, data: TokenData, rule: dict[str, Any]) -> Pairing:
 
         return NullPairing(**rule)
     if pairs_of(config) == "images":
-        from megatron_cca.data.partners import ImagePairing, find_partners
+        from megatron_cca.data.partners import ImagePairing
 
-        return ImagePairing(**rule, partners=find_partners(data, DATA))
+        return ImagePairing(**rule, partners=data.image_partners)
     return Pairing(**rule)
 
 

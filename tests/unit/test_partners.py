@@ -20,6 +20,7 @@ from megatron_cca.training.checks import check_new_run
 from tests.references.token_shards import VOCABULARY, encode_text, write
 
 BATCH = 16
+PARTNERS = "data.partner_path"
 
 
 def samples(number, seed, captions=6):
@@ -30,8 +31,8 @@ def samples(number, seed, captions=6):
     return [Sample(random.integers(128, size=shape), texts[index % captions]) for index, shape in enumerate(shapes)]
 
 
-def opened(folder):
-    return TokenShards(folder, VOCABULARY)
+def opened(folder, key="data.path"):
+    return TokenShards(folder, VOCABULARY, key)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def with_partners(tmp_path_factory):
     first, second, others = (
         write(folder / name, samples(number, seed)) for name, number, seed in (("a", 20, 1), ("b", 13, 2), ("c", 31, 3))
     )
-    return TokenData([opened(first), opened(second)], [1.0, 1.0], [opened(others)])
+    return TokenData([opened(first), opened(second)], [1.0, 1.0], [opened(others, PARTNERS)])
 
 
 def preferences(folder, pairs, number=12, captions=3):
@@ -57,7 +58,7 @@ PAIRS_OF_12 = [[9, 6], [0, 3], [0, 6], [4, 1]]
 
 
 def builder(data, micro_batch_size=4, **changes):
-    partners = find_partners(data, "data.path")
+    partners = find_partners(data)
     order = training_order(data, 7, 0.0, 0, partners.count)
     rule = {
         "global_batch_size": BATCH,
@@ -145,7 +146,7 @@ def test_preferences_name_their_own_partners(tmp_path):
 
 def test_the_held_out_samples_have_partners(tmp_path):
     data = preferences(tmp_path / "own", PAIRS_OF_12)
-    counts = find_partners(data, "data.path").count
+    counts = find_partners(data).count
     kept = training_order(data, 7, 0.34, 0, counts)
     assert set(kept.pools[0].tolist()) < {0, 4, 9}
 
@@ -159,7 +160,7 @@ def test_two_folders_of_preferences_keep_to_their_own(tmp_path):
 
 
 def test_a_sample_without_a_partner_is_named(tmp_path, with_partners):
-    few = opened(write(tmp_path / "few", samples(4, 3, captions=4)))
+    few = opened(write(tmp_path / "few", samples(4, 3, captions=4)), PARTNERS)
     message = (
         f"data.partner_path: no image there has the condition of sample 4 of {with_partners.shards[0].folder} and of 9 "
         "more; a pair of images needs two for one condition: draw or tokenize some for it"
@@ -169,7 +170,7 @@ def test_a_sample_without_a_partner_is_named(tmp_path, with_partners):
 
 def refused(data):
     with pytest.raises(UserError) as error:
-        find_partners(data, "data.path")
+        find_partners(data)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -179,6 +180,20 @@ def test_data_without_pairs_is_refused(with_partners):
         f"data.path: {with_partners.shards[0].folder} names no pairs of images (pairs.npy); tokenize preferences, or "
         "name the partners' folder in data.partner_path"
     )
+
+
+def test_messages_name_the_option_of_the_folder(tmp_path):
+    validation = opened(write(tmp_path / "own", samples(4, 3)), "validation.path")
+    assert refused(TokenData([validation])).startswith(f"validation.path: {tmp_path / 'own'} names no pairs of images")
+    few = opened(write(tmp_path / "few", samples(2, 3)), "validation.partner_path")
+    assert refused(TokenData([validation], partners=[few])).startswith("validation.partner_path: no image there has ")
+
+
+def test_the_partners_of_a_run_are_looked_for_once(with_partners, monkeypatch):
+    data = TokenData(with_partners.shards, [1.0, 1.0], with_partners.partners)
+    found = data.image_partners
+    monkeypatch.setattr(TokenData, "rows", None)
+    assert data.image_partners is found
 
 
 @pytest.mark.parametrize(
