@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 DIGITS = "digits"
 
 
+def is_tiny(model: str) -> bool:
+    """Return whether a name is that of a preset which takes its sizes from its data."""
+    return model.endswith("-tiny")
+
+
 def with_sizes_of_data(config: Config) -> Config:
     """Return a run's configuration. A tiny preset takes the sizes that it leaves out from the run's shards."""
     path, folders = config.data.path, []
-    if config.model.name.endswith("-tiny"):
+    if is_tiny(config.model.name):
         folders = [Path(name) for name in ([path] if isinstance(path, str) else path or ()) if name != DIGITS]
     if not any(_has_sizes(folder) for folder in folders):
         return config

@@ -109,14 +109,12 @@ class BatchBuilder:
         captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
         dropped = np.stack([batch.condition_dropped, batch.second_dropped])[: len(captions)]
         caption_lengths = np.where(dropped, 0, np.stack(captions))
-        grids = [self.data.rows(ids)["grid"].astype(np.int64) for ids, _ in self._images(batch)]
-        meta_lengths = np.array(
-            [
-                [len(self.data.meta_ids(*image)) for image in zip(ids.tolist(), map(tuple, own.tolist()), strict=True)]
-                for (ids, _), own in zip(self._images(batch), grids, strict=True)
-            ]
-        )
-        frames, heights, widths = np.moveaxis(np.stack(grids), -1, 0)
+        first, *second = (ids for ids, _ in self._images(batch))
+        measured = [self._measured(first)]
+        # The images of a pair of conditions are the same. This loop over samples is the longest of a plan.
+        measured += [measured[0] if ids is first else self._measured(ids) for ids in second]
+        grids, meta_lengths = map(np.stack, zip(*measured, strict=True))
+        frames, heights, widths = np.moveaxis(grids, -1, 0)
         vocabulary = self.data.vocabulary
         prompts = vocabulary.prompt_length(caption_lengths, meta_lengths)
         images = vocabulary.image_length(frames, heights, widths)
@@ -167,6 +165,12 @@ class BatchBuilder:
         ids = torch.from_numpy(self.sequences(plan, *place)).long()
         return self.assemble(plan, ids, *place, torch.device("cpu"))
 
+    def _measured(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the grids of samples, int64 ``[B, 3]``, and how many ids state each, int64 ``[B]``."""
+        grids = self.data.rows(samples)["grid"].astype(np.int64)
+        images = zip(samples.tolist(), map(tuple, grids.tolist()), strict=True)
+        return grids, np.array([len(self.data.meta_ids(*image)) for image in images])
+
     def _caption_ids(self, batch: GlobalBatch) -> list[np.ndarray]:
         return [batch.sample_ids, batch.negative_ids] if self.with_pairs else [batch.sample_ids]
 
@@ -192,17 +196,23 @@ class BatchBuilder:
 
         Both rows state the grid of their image, whatever their captions are.
         """
-        vocabulary, read = self.data.vocabulary, {}
-        captions, batch = self._caption_ids(plan.batch), plan.batch
-        for place, (samples, variants) in enumerate(self._images(plan.batch)):
+        vocabulary, batch = self.data.vocabulary, plan.batch
+        captions, dropped = self._caption_ids(batch), (batch.condition_dropped, batch.second_dropped)
+        written: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        for place, (samples, variants) in enumerate(self._images(batch)):
             image = int(samples[row]), int(variants[row])
-            # The two rows of a pair of conditions have the same image. It is read once.
-            codes = read[image] = read[image] if image in read else self.data.codes(*image)
             start, length = int(plan.prompt_lengths[place, row]), int(plan.image_lengths[place, row])
-            dropped = (batch.condition_dropped, batch.second_dropped)[place][row]
-            caption = _NO_CAPTION if dropped else self.data.caption(int(captions[place][row]))
-            vocabulary.write_prompt(ids[place, :start], caption, self.data.meta_ids(image[0], codes.shape))
-            vocabulary.write_image(ids[place, start : start + length], codes)
+            target = ids[place, start : start + length]
+            if image in written:
+                # The two rows of a pair of conditions have the same image.
+                target[:], meta_ids = written[image]
+            else:
+                codes = self.data.codes(*image)
+                meta_ids = self.data.meta_ids(image[0], codes.shape)
+                vocabulary.write_image(target, codes)
+                written[image] = target, meta_ids
+            caption = _NO_CAPTION if dropped[place][row] else self.data.caption(int(captions[place][row]))
+            vocabulary.write_prompt(ids[place, :start], caption, meta_ids)
 
 
 def _microbatch(vocabulary: ImageVocabulary, ids: Tensor | None, flags: Tensor) -> Microbatch:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from megatron_cca.config import ModelConfig
+from megatron_cca.data import is_tiny
 from megatron_cca.data.codebooks import (
     PatchCodebook,
     PatchImageTokenizer,
@@ -43,7 +44,6 @@ from megatron_cca.models.architecture import Architecture
 if TYPE_CHECKING:
     from megatron_cca.data.tokenizing.job import TokenizingJob
 
-_TINY = "-tiny"
 # What a codebook is fitted to: so many images of the source, and so many patches of them.
 IMAGES, PATCHES, SEED = 2000, 100_000, 0
 _CODEBOOK, _PATCH = "--fit-codebook", "--patch"
@@ -141,11 +141,6 @@ def fitted(job: TokenizingJob, rank: int, device: torch.device) -> Iterator[Toke
         if rank == 0 and not job.parts.done():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def is_tiny(model: str) -> bool:
-    """Return whether a name is that of a preset which takes its sizes from its data."""
-    return model.endswith(_TINY)
 
 
 def fitted_facts(job: TokenizingJob) -> dict | None:

@@ -14,6 +14,7 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
+from megatron_cca.data import is_tiny
 from megatron_cca.data.codebooks import keep_codebook
 from megatron_cca.data.outcomes import Compared, Skipped, all_skipped
 from megatron_cca.data.parts import SKIPPED, Part, PartsFolder, PartsProgress, PartWriter, Span, join_notes
@@ -29,7 +30,7 @@ from megatron_cca.data.tokenizers import (
     tokenizer_facts,
 )
 from megatron_cca.data.tokenizing import TokenizeSettings
-from megatron_cca.data.tokenizing.fitting import check_fitting, fitted, fitted_facts, is_tiny, unfitted, with_sizes_of
+from megatron_cca.data.tokenizing.fitting import check_fitting, fitted, fitted_facts, unfitted, with_sizes_of
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
