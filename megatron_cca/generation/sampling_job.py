@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -19,8 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_cca import __version__, platform
-from megatron_cca.errors import UserError
-from megatron_cca.generation import GenerateOptions
+from megatron_cca.config import Config
+from megatron_cca.data import DIGITS
+from megatron_cca.errors import UserError, error_context
+from megatron_cca.generation import GenerateOptions, PromptOptions
 from megatron_cca.generation.decode_loop import (
     SCORER,
     ImageRequest,
@@ -31,7 +34,17 @@ from megatron_cca.generation.decode_loop import (
     cut_prompts,
 )
 from megatron_cca.generation.image_generator import ImageGenerator
-from megatron_cca.generation.prompts import Prompt
+from megatron_cca.generation.model_loading import InspectedCheckpoint, default_grid
+from megatron_cca.generation.prompts import (
+    Prompt,
+    RepeatedPrompts,
+    check_conditions,
+    class_prompts,
+    digit_classes,
+    read_class_captions,
+    read_prompts,
+)
+from megatron_cca.generation.shard_prompts import ShardPrompts
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import check_output, claimed, staging
 from megatron_cca.models.image_vocabulary import ImageVocabulary
@@ -66,6 +79,60 @@ class Speed:
 
     tokens_per_second: float
     images_per_second: float
+
+
+def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> SamplingJob:
+    """Return the job that the options ask for with this checkpoint.
+
+    Raises:
+        UserError: a grid, class, caption or number that is impossible.
+    """
+    prompts = _prompts(options.prompting, checkpoint)
+    with error_context("--grid"):
+        height, width = options.prompting.grid or prompts[0].grid or default_grid(checkpoint.config)
+    settings = SamplingSettings(height, width, options.run.batch_size, **vars(options.candidates.sampling))
+    return SamplingJob(options, prompts, settings)
+
+
+def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> RepeatedPrompts:
+    vocabulary = checkpoint.architecture.vocabulary
+    if prompting.like is not None:
+        prompts = ShardPrompts(prompting.like, vocabulary, keeps_grids=prompting.grid is None)
+    elif prompting.prompts is not None:
+        with error_context("--prompts"):
+            prompts = read_prompts(prompting.prompts)
+            _say_hashes(prompts)
+            check_conditions(vocabulary, prompts)
+    elif prompting.classes:
+        captions = _class_captions(prompting.class_captions, checkpoint.config, vocabulary.num_classes)
+        with error_context("--classes"):
+            prompts = class_prompts(captions, prompting.classes)
+    elif vocabulary.num_classes is not None:
+        raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
+    else:
+        prompts = [Prompt(caption) for caption in prompting.caption]
+    return RepeatedPrompts(prompts, prompting.images_per_prompt, prompting.seed)
+
+
+def _say_hashes(prompts: list[Prompt]) -> None:
+    """Print how many prompts begin with "#", since the user may have meant comments."""
+    hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
+    if hashes and os.environ.get("RANK", "0") == "0":
+        print(
+            f'--prompts: {hashes} of {len(prompts)} prompts begin with "#" and are drawn as all others', file=sys.stderr
+        )
+
+
+def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
+    """Return the caption of each label. None for a class without a name."""
+    if file is not None:
+        with error_context("--class-captions"):
+            return read_class_captions(file, num_classes)
+    if saved.data.path == DIGITS:
+        return [prompt.text for prompt in digit_classes()]
+    if num_classes is not None:
+        return [None] * num_classes
+    raise UserError("--classes: this model's classes are not known; say them in --class-captions FILE")
 
 
 def check_sampling_output(job: SamplingJob) -> None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation import GenerateOptions, PromptOptions, RunOptions
+from megatron_cca.errors import UserError
+from megatron_cca.generation import GenerateOptions, RunOptions
 from megatron_cca.io.outputs import check_writable
 from megatron_cca.programs.parsing import parse
 from megatron_cca.reporting import reported_tool_errors
 
 if TYPE_CHECKING:
-    from megatron_cca.config import Config
     from megatron_cca.generation.decode_loop import Scorer
     from megatron_cca.generation.image_generator import ImageGenerator
     from megatron_cca.generation.model_loading import InspectedCheckpoint
-    from megatron_cca.generation.prompts import Prompt, RepeatedPrompts
     from megatron_cca.generation.sampling_job import SamplingJob
 
 OPTIONS = GenerateOptions
@@ -73,6 +69,7 @@ def _generate(options: GenerateOptions) -> None:
     from megatron_cca.config.load import load_config
     from megatron_cca.generation.image_generator import open_image_generator
     from megatron_cca.generation.model_loading import inspect_for_sampling
+    from megatron_cca.generation.sampling_job import job_of
     from megatron_cca.lab.evaluation.clip import check_scorer, open_scorer
     from megatron_cca.parallel.ranks import initialize_distributed
 
@@ -119,69 +116,3 @@ def _steps(job: SamplingJob, checkpoint: InspectedCheckpoint) -> tuple[Callable,
         return f"{len(job.prompts)} images, {cost}, {speeds}"
 
     return partial(check_sampling_output, job), partial(sampling_requests, job), draw_pictures
-
-
-def job_of(options: GenerateOptions, checkpoint: InspectedCheckpoint) -> SamplingJob:
-    """Return the job that the options ask for with this checkpoint.
-
-    Raises:
-        UserError: a grid, class, caption or number that is impossible.
-    """
-    from megatron_cca.generation.decode_loop import SamplingSettings
-    from megatron_cca.generation.model_loading import default_grid
-    from megatron_cca.generation.sampling_job import SamplingJob
-
-    prompts = _prompts(options.prompting, checkpoint)
-    with error_context("--grid"):
-        height, width = options.prompting.grid or prompts[0].grid or default_grid(checkpoint.config)
-    settings = SamplingSettings(height, width, options.run.batch_size, **vars(options.candidates.sampling))
-    return SamplingJob(options, prompts, settings)
-
-
-def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> RepeatedPrompts:
-    from megatron_cca.generation.prompts import Prompt, RepeatedPrompts, check_conditions, class_prompts, read_prompts
-
-    vocabulary = checkpoint.architecture.vocabulary
-
-    if prompting.like is not None:
-        from megatron_cca.generation.shard_prompts import ShardPrompts
-
-        prompts = ShardPrompts(prompting.like, vocabulary, keeps_grids=prompting.grid is None)
-    elif prompting.prompts is not None:
-        with error_context("--prompts"):
-            prompts = read_prompts(prompting.prompts)
-            _say_hashes(prompts)
-            check_conditions(vocabulary, prompts)
-    elif prompting.classes:
-        captions = _class_captions(prompting.class_captions, checkpoint.config, vocabulary.num_classes)
-        with error_context("--classes"):
-            prompts = class_prompts(captions, prompting.classes)
-    elif vocabulary.num_classes is not None:
-        raise UserError("--caption: this model takes classes, not texts; give --classes, such as --classes 0 1")
-    else:
-        prompts = [Prompt(caption) for caption in prompting.caption]
-    return RepeatedPrompts(prompts, prompting.images_per_prompt, prompting.seed)
-
-
-def _say_hashes(prompts: list[Prompt]) -> None:
-    """Print how many prompts begin with "#", since the user may have meant comments."""
-    hashes = sum((prompt.text or "").startswith("#") for prompt in prompts)
-    if hashes and os.environ.get("RANK", "0") == "0":
-        print(
-            f'--prompts: {hashes} of {len(prompts)} prompts begin with "#" and are drawn as all others', file=sys.stderr
-        )
-
-
-def _class_captions(file: Path | None, saved: Config, num_classes: int | None) -> list[str | None]:
-    """Return the caption of each label. None for a class without a name."""
-    from megatron_cca.data import DIGITS
-    from megatron_cca.generation.prompts import digit_classes, read_class_captions
-
-    if file is not None:
-        with error_context("--class-captions"):
-            return read_class_captions(file, num_classes)
-    if saved.data.path == DIGITS:
-        return [prompt.text for prompt in digit_classes()]
-    if num_classes is not None:
-        return [None] * num_classes
-    raise UserError("--classes: this model's classes are not known; say them in --class-captions FILE")

@@ -15,7 +15,7 @@ from megatron_cca.lab.studies.tasks import Training, write_outcome
 GONE = "(gone)"
 LR = "optimizer.lr"
 BETA, LAMBDA = "objective.beta", "objective.negative_weight"
-SCALE = "sampling.guidance_scale"
+SCALE, DRAWN_SCALE = "sampling.guidance_scale", "drawing.guidance_scale"
 RUN = {"training": {"train_iters": 3, "micro_batch_size": 8, "global_batch_size": 8}}
 CONFIGS = {
     "base": {"objective": {"name": "next_token"}, **RUN},
@@ -115,3 +115,26 @@ def checkpoint(folder):
     folder.mkdir()
     (folder / "checkpoint.json").write_text(sealed({"config": CONFIGS["base"], "files": {}, "iteration": 3}))
     return {"base": {"checkpoint": str(folder)}}
+
+
+def with_drawing():
+    """Return changes of the study: DDO in two rounds, DPO on the images of the first, and distillation of guidance."""
+    pairs = {"config": "cca.yaml", "drawing": {}, "tune": {LR: [0.001, 0.002]}}
+    half, distilled = {"training.train_iters": 3}, {"role": "data", "guidance_scale": 1.0}
+    return {
+        "set": {"training.global_batch_size": 2048},
+        "methods/control/set": {"training.train_iters": 16},
+        "methods/cca/set": {"training.train_iters": 6},
+        "methods/ddo": {**pairs, "drawing": {"rounds": 2}, "set": {"objective.name": "ddo", **half}},
+        "methods/dpo": {
+            **pairs,
+            "set": {"objective.name": "dpo", "data.pairs": "images", "training.train_iters": 6},
+        },
+        "methods/distilled": {
+            "config": "control.yaml",
+            "drawing": distilled,
+            "set": {"training.train_iters": 16},
+            "tune": {LR: [0.001, 0.002]},
+            "sweep": {DRAWN_SCALE: [0.5, 1.0]},
+        },
+    }

@@ -13,9 +13,10 @@ from megatron_cca.config import Config, ModelConfig, ParallelConfig
 from megatron_cca.data.tokenizers import train_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.generation.model_loading import default_grid, inspect_for_sampling, open_tokenizers
+from megatron_cca.generation.sampling_job import job_of
 from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies import checks as study_checks
-from megatron_cca.lab.studies.study import Method, Study, with_own_grid
+from megatron_cca.lab.studies.study import ConfiguredRun, Method, Study, with_own_grid
 from megatron_cca.models import resolve_architecture
 from megatron_cca.programs import generate as program
 from megatron_cca.programs.parsing import parsed
@@ -78,7 +79,7 @@ def generate():
 
     def job(checkpoint, *arguments):
         given = parsed(program.OPTIONS, ["--checkpoint", str(checkpoint), "--output", "drawn", *arguments])
-        return program.job_of(given, inspect_for_sampling(str(checkpoint), ALONE))
+        return job_of(given, inspect_for_sampling(str(checkpoint), ALONE))
 
     return job
 
@@ -162,7 +163,8 @@ def test_a_study_does_not_ask_a_model_of_other_things_for_digits(imported_llamag
 def test_a_study_does_not_draw_the_digits_grid_with_another_model(imported_emu3, imported_llamagen):
     def drawing(checkpoint, **sizes):
         model = saved_config(checkpoint, "").model
-        method = Method("base", "base", None, with_own_grid(SamplingConfig(**sizes), model), [{}], [])
+        own_grid = with_own_grid(SamplingConfig(**sizes), model)
+        method = Method("base", "base", ConfiguredRun(None, own_grid), [{}], [])
         return Study(None, None, None, model, {"base": method})
 
     wanted = "sampling: emu3-8b has images of any size; give their height and width"

@@ -8,8 +8,9 @@ from PIL import Image
 from megatron_cca.checkpoint import layout
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
+from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies.checks import check_study
-from megatron_cca.lab.studies.study import grid, open_study, passes_of_run
+from megatron_cca.lab.studies.study import ConfiguredRun, grid, open_study, passes_of_run
 from megatron_cca.objectives import OBJECTIVES
 from tests.references.small_study import BETA, CONFIGS, GONE, LAMBDA, LR, SCALE, STUDY, checkpoint, opened
 
@@ -30,7 +31,7 @@ def test_set_reaches_every_run_and_a_methods_own_comes_last(tmp_path):
     study = opened(tmp_path, **{"set": {"optimizer.weight_decay": 0.1}, "methods/cca": own})
     decays = [one.config.optimizer.weight_decay for one in (study.methods["control"], study.methods["cca"])]
     assert (study.base.optimizer.weight_decay, *decays) == (0.1, 0.1, 0.2)
-    assert [study.methods[name].sampling.top_k for name in ("base", "cca")] == [0, 5]
+    assert [study.methods[name].run.sampling.top_k for name in ("base", "cca")] == [0, 5]
 
 
 def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
@@ -76,7 +77,7 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"methods/cca/tune": {"training.seed": [5, 6]}}, "methods.cca: training.seed: is the study's own to set"),
         (
             {"methods/cfg/tune": {"sampling.scale": [1, 2]}},
-            "methods.cfg: sampling.scale: unknown key; known here: height",
+            "methods.cfg: sampling.scale: unknown key; known here: guidance_scale",
         ),
         ({"methods/cfg/tune": {SCALE: [1, -2]}}, "sampling.guidance_scale: must be 0 or more"),
         (
@@ -106,6 +107,20 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"reference": "no/where"}, "reference: no/where: does not exist"),
         ({"prompts": "no.txt"}, "prompts: no.txt: No such file or directory"),
         ({"plots": []}, "plots: is empty"),
+        ({"compare": "dpo"}, "compare: dpo is no method; there are base, cfg, control, cca"),
+        ({"methods/cfg/drawing": {}}, "methods.cfg.drawing: nothing is trained on these images; give a config"),
+        ({"methods/cca/drawing": {}}, "methods.cca: drawing.role: partners, but objective cca has no pairs of images"),
+        ({"methods/cca/drawing": {"role": "pairs"}}, "methods.cca.drawing.role: must be partners or data, found 'pairs'"),
+        ({"methods/cca/drawing": {"ronds": 2}}, "methods.cca.drawing.ronds: unknown key; did you mean "),
+        ({"methods/cca/drawing": {"rounds": 0}}, "methods.cca.drawing.rounds: must be 1 or more, found 0"),
+        ({"methods/control/drawing": {"role": "data"}}, "methods.control: every study needs it"),
+        ({"methods/cca/set": {"drawing.rounds": 2}}, "methods.cca.set: drawing.rounds: nothing is drawn to train on"),
+        ({"methods/cca/set": {"data.partner_path": "x"}}, "data.partner_path: is the study's own to set"),
+        (
+            {"methods/cca/drawing": {"role": "data", "guidance_scale": 1.0, "rounds": 2}},
+            "methods.cca: costs 2 x (3 steps x 8 samples x 8 passes + 1437 drawn images x 2) = 6132, methods.control 8 "
+            "steps x 8 samples x 3 passes = 192; all training must cost the same within 5%: 0 steps would",
+        ),
         (
             {"plots": [{"kind": "frontier"}, {"kind": "frontier"}]},
             "plots.1.file: frontier.png is another plot's already",
@@ -179,9 +194,9 @@ def test_another_run_in_a_configurations_own_folder_does_not_matter(tmp_path, mo
 def test_compute_is_counted_in_passes():
     pair = config_from_dict({"objective": {"name": "dpo"}, "training": {"train_iters": 60, "global_batch_size": 256}})
     control = config_from_dict({"objective": {"name": "next_token"}, "training": {"train_iters": 160}})
-    assert passes_of_run(pair) == 60 * 256 * 8 == 122880
-    assert passes_of_run(control) == 160 * 256 * 3 == 122880
-    assert passes_of_run(None) == 0
+    assert passes_of_run(ConfiguredRun(pair, SamplingConfig())) == 60 * 256 * 8 == 122880
+    assert passes_of_run(ConfiguredRun(control, SamplingConfig())) == 160 * 256 * 3 == 122880
+    assert passes_of_run(ConfiguredRun(None, SamplingConfig())) == 0
 
 
 def test_a_grid_changes_its_last_key_fastest():

@@ -6,10 +6,11 @@ from megatron_cca.checkpoint.layout import sealed
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.lab.studies.running import TaskBar, TaskQueue
 from megatron_cca.lab.studies.schedule import TaskFactory, best, digest, file_stamp, make_schedule, training_contents
-from megatron_cca.lab.studies.tasks import Sampling, Training, write_outcome
+from megatron_cca.lab.studies.tasks import Drawing, Sampling, Training, write_outcome
 from tests.references.small_study import (
     BETA,
     CONFIGS,
+    DRAWN_SCALE,
     LAMBDA,
     LR,
     SCALE,
@@ -19,6 +20,7 @@ from tests.references.small_study import (
     numbers,
     opened,
     settled,
+    with_drawing,
 )
 
 
@@ -181,3 +183,57 @@ def test_half_written_results_do_not_count(tmp_path):
     (task.folder / ".result.json").write_text("{")
     assert queue.outcome(task) is None
     assert isinstance(queue.schedule.rows[0].samplings[0], Sampling)
+
+
+def test_a_round_draws_then_trains_and_the_next_begins_with_its_result(tmp_path):
+    factory = TaskFactory(opened(tmp_path, **with_drawing()), tmp_path / "out")
+    ddo, dpo, distilled = (factory.study.methods[name] for name in ("ddo", "dpo", "distilled"))
+    second = factory.training(ddo, {LR: 0.001}, 1)
+    drawn = [second.after, second.after.after.after]
+    first, base = second.after.after, second.after.after.after.after
+    assert base == factory.training(factory.study.methods["base"], {}, 1)
+    assert [one.checkpoint for one in drawn] == [str(first.folder), str(base.folder)]
+    for run, source, start in ((second, drawn[0], first), (first, drawn[1], base)):
+        assert run.config.data.partner_path == str(source.shards)
+        assert (run.config.data.path, run.config.training.pretrained_checkpoint) == ("digits", str(start.folder))
+    assert [one.title for one in (base, drawn[1], first, drawn[0], second)] == [
+        "pretrain the base, seed 1",
+        "draw ddo to train on, seed 1, round 1",
+        "train ddo lr=0.001, seed 1, round 1",
+        "draw ddo to train on, seed 1, round 2",
+        "train ddo lr=0.001, seed 1, round 2",
+    ]
+    other = factory.training(dpo, {LR: 0.001}, 1)
+    assert other.after.folder == drawn[1].folder != drawn[0].folder
+    trained = factory.training(distilled, {LR: 0.001}, 1)
+    assert trained.config.data.path == str(trained.after.shards)
+    assert trained.config.data.partner_path is None
+    cooler = factory.training(distilled, {LR: 0.001, DRAWN_SCALE: 0.5}, 1)
+    folders = [trained.after.folder, cooler.after.folder, drawn[0].folder, drawn[1].folder]
+    assert len(set(folders)) == 4
+    assert len({trained.folder, cooler.folder, factory.training(distilled, {LR: 0.002}, 1).folder}) == 3
+
+
+def test_all_draw_with_one_base_when_it_is_given(tmp_path):
+    changes = {**with_drawing(), **checkpoint(tmp_path / "given")}
+    factory = TaskFactory(opened(tmp_path, **changes), tmp_path / "out")
+    runs = [factory.training(factory.study.methods["dpo"], {LR: 0.001}, seed) for seed in (1, 2)]
+    assert [run.after.after for run in runs] == [None, None]
+    assert {run.after.checkpoint for run in runs} == {str(tmp_path / "given")}
+    assert runs[0].after.folder != runs[1].after.folder
+
+
+def test_what_cannot_be_drawn_is_not_trained_on(tmp_path):
+    def outcome(task):
+        if isinstance(task, Training) and task.folder.name.startswith("ddo"):
+            return {"status": "failed", "reason": "diverged: lost", "title": "", "seconds": 1.0}
+        return {"status": "finished", "title": "", "seconds": 1.0}
+
+    queue = settled(tmp_path, lambda task: numbers(10.0), outcome, **with_drawing())
+    second = queue.factory.training(queue.factory.study.methods["ddo"], {LR: 0.001}, 7)
+    assert queue.outcome(second)["reason"] == "diverged: lost"
+    assert not second.folder.exists()
+    assert queue.schedule.chosen["ddo"] is None
+    tasks = queue.schedule.tasks
+    assert all(task.after is None or task.after in tasks[:index] for index, task in enumerate(tasks))
+    assert sum(isinstance(task, Drawing) for task in tasks) == 1 + 2 + 3 + 3 + 3 + 1

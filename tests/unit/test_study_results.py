@@ -19,6 +19,22 @@ def test_means_and_spreads_by_hand():
     assert over_seeds([]) == {}
 
 
+def test_a_method_is_compared_with_the_others(tmp_path):
+    def outcome(task):
+        run = task.after.config.objective
+        if run.name == "cca":
+            return numbers(9.0 + task.seed, score=8.5, accuracy=0.9)
+        return numbers(11.0 + task.seed + task.sampling.guidance_scale * 10, score=8.0 + task.seed / 2)
+
+    text = table(results_of(settled(tmp_path, outcome, logged, compare="cca")))
+    lines = text[text.index("## CCA against the others") :].splitlines()
+    # Seeds 1, 2, 3: the FIDs differ by 2 with a spread of 1 each, which is no more than both together.
+    row = "+0.150 better | -0.50 undecided | {} | +0.000 undecided | +0.000 undecided |"
+    assert "| CCA against | accuracy | IS | FID | precision | recall |" in lines
+    assert "| base | " + row.format("-2.00 undecided") in lines
+    assert "| base + CFG | " + row.format("-7.00 better") in lines
+
+
 def test_the_table_by_hand(tmp_path):
     text = table(results_of(settled(tmp_path, graded, logged)))
     lines = text.splitlines()
@@ -35,7 +51,7 @@ def test_the_table_by_hand(tmp_path):
     for line in wanted:
         assert line in lines
     assert "| base + CFG | s 0.5 | 0.750 | 11.50 | 22.50 | 0.500 | 0.250 |  | chosen |" in lines
-    assert "control: 8 x 8 x 3; CCA: 3 x 8 x 8." in text
+    assert "control: 8 steps x 8 samples x 3 passes; CCA: 3 steps x 8 samples x 8 passes." in text
 
 
 def test_results_are_plain_data(tmp_path):

@@ -18,7 +18,7 @@ from megatron_cca.io.options import wanted
 from megatron_cca.keys import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, strict
 
 OPTION = "--study"
-SAMPLING = "sampling."
+SAMPLING, DRAWING = "sampling.", "drawing."
 
 Metric = Literal["fid", "inception_score", "precision", "recall", "sfid", "kid"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -27,13 +27,9 @@ Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], KeysOf(Co
 
 
 @strict
-class SamplingConfig:
-    """Section ``sampling``: how every model draws, unless a method says otherwise."""
+class _Drawn:
+    """How images are drawn. :class:`SamplingSettings` says the same of a program's options."""
 
-    height: PositiveInt | None = None
-    """Rows of the grid of visual tokens; left out: those of the model's only grid, or of the digits' 4 x 4."""
-    width: PositiveInt | None = None
-    """Its columns."""
     guidance_scale: NonNegativeFloat = 0.0
     """s in (1 + s) cond - s uncond; 0 is guidance-free."""
     contrastive_top_k: NonNegativeInt = 0
@@ -48,6 +44,28 @@ class SamplingConfig:
     def forwards_per_token(self) -> int:
         """Number of forward passes for one token."""
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
+
+
+@strict
+class SamplingConfig(_Drawn):
+    """Section ``sampling``: how every model draws, unless a method says otherwise."""
+
+    height: PositiveInt | None = None
+    """Rows of the grid of visual tokens; left out: those of the model's only grid, or of the digits' 4 x 4."""
+    width: PositiveInt | None = None
+    """Its columns."""
+
+
+@strict
+class DrawingConfig(_Drawn):
+    """Section ``drawing`` of a method that draws images to train on: one for each sample of its ``data.path``, with the
+    sample's condition and grid. The newest model draws them: in the first round the base."""
+
+    role: Literal["partners", "data"] = "partners"
+    """What they are in training: the second images of pairs (``data.partner_path``), or the data (``data.path``)."""
+    rounds: PositiveInt = 1
+    """How often to draw and then train, for ``training.train_iters`` each time. Each round's result is the reference
+    of the next."""
 
 
 @strict
@@ -71,7 +89,9 @@ class MethodSettings:
     label: str | None = None
     """What tables and plots call it; null means its name."""
     set: Keys = dataclasses.field(default_factory=dict)
-    """Keys to change, of the configuration or ``sampling.…``."""
+    """Keys to change, of the configuration, ``sampling.…`` or ``drawing.…``."""
+    drawing: DrawingConfig | None = None
+    """Images to draw before training; null means none. ``{}`` draws partners."""
     tune: Grid = dataclasses.field(default_factory=dict)
     """Values of keys, all combinations of which are tried on the tuning seed; the best is what the study reports."""
     sweep: Grid = dataclasses.field(default_factory=dict)
@@ -129,6 +149,8 @@ class StudySettings:
     inception_score_splits: PositiveInt = 1
     keep_images: bool = True
     """Leave what was drawn as images.npz beside its numbers."""
+    compare: Name | None = None
+    """The method whose chosen settings ``table.md`` compares with those of every other; null leaves that out."""
     collapse: PositiveFloat = 3.0
     """A run has collapsed if its FID is more than this many times its base's, guidance-free, on the same seed."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -137,6 +159,7 @@ class StudySettings:
 
 
 _SECTIONS = {"base": BaseSettings, "methods": MethodSettings, "plots": PlotSettings, "sampling": SamplingConfig}
+_IN_A_METHOD = {"drawing": DrawingConfig}
 
 
 def read_study(path: Path) -> StudySettings:
@@ -187,7 +210,7 @@ def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -
     location = [str(part) for part in error["loc"] if "[" not in str(part)]
     key = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: unknown key; {_suggestion(location, sections[location[0]] if len(location) > 1 else kind)}"
+        return f"{key}: unknown key; {_suggestion(location, _holder(location, kind, sections))}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: is missing"
     if error["type"] in ("dataclass_type", "dataclass_exact_type", "dict_type"):
@@ -199,6 +222,13 @@ def _one_line(error: dict[str, Any], kind: type, sections: Mapping[str, type]) -
     if error["type"] == "string_type" and error["input"] is None:
         return f"{key}: {NULL}"
     return f"{key}: {wanted(error)}, found {error['input']!r}"
+
+
+def _holder(location: list[str], kind: type, sections: Mapping[str, type]) -> type:
+    """Return the dataclass that does not know the key at a location."""
+    if len(location) == 1:
+        return kind
+    return _IN_A_METHOD[location[2]] if len(location) > 3 else sections[location[0]]
 
 
 def _suggestion(location: list[str], kind: type) -> str:

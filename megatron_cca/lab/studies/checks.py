@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_cca.config import Config, ModelConfig
+from megatron_cca.config import ModelConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import check_conditions, read_prompts
@@ -16,10 +16,20 @@ from megatron_cca.lab.evaluation.classifiers import check_classifier, is_functio
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
 from megatron_cca.lab.studies import Keys, PlotSettings, StudySettings
-from megatron_cca.lab.studies.study import BASE, Method, Study, passes_of_run, passes_per_sample
+from megatron_cca.lab.studies.study import (
+    BASE,
+    ConfiguredRun,
+    Method,
+    Study,
+    cost_of_run,
+    passes_of_drawing,
+    passes_of_run,
+    passes_per_sample,
+)
 from megatron_cca.models import resolve_architecture, tiny_architecture
 from megatron_cca.models.architecture import grid_misfit
 from megatron_cca.objectives import OBJECTIVES
+from megatron_cca.training import pairs_of
 from megatron_cca.training.checks import check_data, check_new_run
 
 CONTROL = "control"
@@ -47,6 +57,7 @@ def check_study(study: Study, world_size: int) -> None:
         _check_conditions(study)
         _check_grids(study)
         _check_equal_compute(study)
+        _check_compared(study)
         check_plots(study)
 
 
@@ -69,11 +80,12 @@ def _check_seeds(settings: StudySettings) -> None:
 
 def _check_control(study: Study) -> None:
     control = study.methods.get(CONTROL)
-    if control is None or control.config is None or not control.config.objective.is_plain_likelihood:
+    is_plain = control is not None and control.config is not None and control.run.drawing is None
+    if not is_plain or not control.config.objective.is_plain_likelihood:
         plain = " or ".join(name for name, kind in OBJECTIVES.items() if kind.is_plain_likelihood)
         raise UserError(
-            f"methods.{CONTROL}: every study needs it: further training of the base with objective {plain}, at the "
-            "other methods' cost"
+            f"methods.{CONTROL}: every study needs it: further training of the base with objective {plain}, on its own "
+            "data, at the other methods' cost"
         )
 
 
@@ -151,25 +163,46 @@ def _check_prompts(settings: StudySettings) -> None:
 
 def _check_runs(study: Study, world_size: int) -> None:
     first = None
-    for where, config in _configs(study):
+    for where, run in _runs(study):
+        config = run.config
         with error_context(where):
             # The base does not exist yet. It has the same model.
             check_new_run(replace(config, training=replace(config.training, pretrained_checkpoint=None)), world_size)
             check_data(config)
+            _check_drawing(run)
             if first is not None and config.parallel != first.parallel:
                 raise UserError("parallel: must be the same for all runs of a study; put it into the study's own set")
             _check_model(study, config.model)
         first = first or config
 
 
-def _configs(study: Study) -> Iterator[tuple[str, Config]]:
+def _runs(study: Study) -> Iterator[tuple[str, ConfiguredRun]]:
+    """Yield all runs that train something, and where they stand in the files."""
     if study.base is not None:
-        yield f"{study.path}: base", study.base
+        yield f"{study.path}: base", ConfiguredRun(study.base, study.settings.sampling)
     for method in study.tuned:
-        for values in variants(method):
-            config = method.configured(values).config
-            if config is not None:
-                yield method.where, config
+        for run in map(method.configured, variants(method)):
+            if run.config is not None:
+                yield method.where, run
+
+
+def _check_drawing(run: ConfiguredRun) -> None:
+    config = run.config
+    partners = config.data.partner_path
+    if partners is not None:
+        raise UserError(
+            f"data.partner_path: {partners}, which a study does not share; let the method draw its partners"
+        )
+    if run.drawing is None:
+        return
+    # Images are drawn for the samples of one folder.
+    if isinstance(config.data.path, dict):
+        raise UserError(f"drawing: data.path has {len(config.data.path)} folders; a method draws for one")
+    if run.drawing.role == "partners" and pairs_of(config) != "images":
+        raise UserError(
+            f"drawing.role: partners, but objective {config.objective.name} has no pairs of images here; set "
+            "data.pairs: images, or drawing.role: data"
+        )
 
 
 def _check_conditions(study: Study) -> None:
@@ -212,28 +245,28 @@ def _check_model(study: Study, model: ModelConfig) -> None:
             )
 
 
+def _check_compared(study: Study) -> None:
+    name = study.settings.compare
+    if name is not None and name not in study.methods:
+        raise UserError(f"compare: {name} is no method; there are {', '.join(study.methods)}")
+
+
 def _check_equal_compute(study: Study) -> None:
     costs = [
-        (passes_of_run(config), method.name, config)
+        (passes_of_run(run), method.name, run)
         for method in study.tuned
-        for config in (method.configured(values).config for values in variants(method))
-        if config is not None
+        for run in map(method.configured, variants(method))
+        if run.config is not None
     ]
     (least, one, cheapest), (most, other, dearest) = (pick(costs, key=lambda cost: cost[0]) for pick in (min, max))
     if most > (1 + TOLERANCE) * least:
-        steps = round(least / (dearest.training.global_batch_size * passes_per_sample(dearest)))
+        rounds, drawn = (dearest.drawing.rounds if dearest.drawing else 1), passes_of_drawing(dearest)
+        step = dearest.config.training.global_batch_size * passes_per_sample(dearest.config)
+        steps = max(0, round((least / rounds - drawn) / step))
         raise UserError(
-            f"methods.{other}: costs {_cost(dearest)}, methods.{one} {_cost(cheapest)}; all training must cost the "
-            f"same within {TOLERANCE:.0%}: {steps} steps would"
+            f"methods.{other}: costs {cost_of_run(dearest)} = {most}, methods.{one} {cost_of_run(cheapest)} = "
+            f"{least}; all training must cost the same within {TOLERANCE:.0%}: {steps} steps would"
         )
-
-
-def _cost(config: Config) -> str:
-    training = config.training
-    return (
-        f"{training.train_iters} steps x {training.global_batch_size} samples x {passes_per_sample(config)} passes = "
-        f"{passes_of_run(config)}"
-    )
 
 
 def file_name(plot: PlotSettings) -> str:

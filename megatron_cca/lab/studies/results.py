@@ -10,23 +10,30 @@ from typing import Any
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.studies import Keys
 from megatron_cca.lab.studies.schedule import Outcomes, Schedule, TableRow
-from megatron_cca.lab.studies.study import BASE, Study, passes_of_run, passes_per_sample
+from megatron_cca.lab.studies.study import BASE, Study, cost_of_run, passes_of_run
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
 _DIAGNOSTIC = "positive_log_ratio"
 _KEYS = {
     "objective.beta": "β",
     "objective.negative_weight": "λ",
+    "objective.alpha": "α",
+    "objective.sft_weight": "sft",
     "sampling.guidance_scale": "s",
+    "drawing.guidance_scale": "s of drawing",
     "sampling.temperature": "T",
 }
 _AXES = {
     "objective.beta": "β",
     "objective.negative_weight": "λ (negative_weight)",
+    "objective.alpha": "α",
+    "objective.sft_weight": "weight of the likelihood term",
     "sampling.guidance_scale": "guidance scale s",
+    "drawing.guidance_scale": "guidance scale s of drawing",
     "sampling.temperature": "temperature",
     "optimizer.lr": "learning rate",
 }
+_LOWER_IS_BETTER = {"fid", "sfid", "kid"}
 # name -> (heading, decimals), in the order of the tables.
 METRICS = {
     "accuracy": ("accuracy", 3),
@@ -153,7 +160,7 @@ def _result(study: Study, row: TableRow, outcomes: Outcomes, base_fid: Mapping[i
         statistics=over_seeds(list(finished.values())),
         failed={one.seed: outcomes(one)["reason"] for one in row.samplings if not seeds[one.seed]},
         collapsed=[seed for seed, one in finished.items() if one["fid"] > limit * (base_fid[seed] or float("inf"))],
-        passes=passes_of_run(row.run.config),
+        passes=passes_of_run(row.run),
     )
 
 
@@ -237,6 +244,8 @@ def table(results: Results) -> str:
     swept = [result for result in results.rows if not result.row.is_chosen]
     if swept:
         parts += ["## Sweeps, the other settings as chosen", _table(results, swept)]
+    if settings.compare is not None:
+        parts += _verdicts(results, settings.compare)
     parts += [_losses(results), f"## All {settings.trials} trials of each method, seed {settings.tuning_seed}"]
     parts.append(_trials(results))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -260,12 +269,8 @@ def _about(study: Study) -> str:
 
 def _costs(study: Study) -> str:
     trained = [method for method in study.tuned if method.config is not None]
-    runs = "; ".join(
-        f"{method.label}: {method.config.training.train_iters} x {method.config.training.global_batch_size} x "
-        f"{passes_per_sample(method.config)}"
-        for method in trained
-    )
-    return f"Training costs the same for all, in steps x samples x passes (forward 1, forward and backward 3): {runs}."
+    runs = "; ".join(f"{method.label}: {cost_of_run(method.run)}" for method in trained)
+    return f"Training costs the same for all, in passes of a row through the model (forward 1, backward 2): {runs}."
 
 
 def _table(results: Results, rows: Sequence[Result]) -> str:
@@ -306,6 +311,34 @@ def _cell(statistic: Statistic | None, decimals: int) -> str:
 def _lost(result: Result) -> str:
     counts = {"collapsed": len(result.collapsed), "failed": len(result.failed)}
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "0"
+
+
+def _verdicts(results: Results, name: str) -> list[str]:
+    """Return a heading and a table of a method's chosen settings against those of every other."""
+    chosen = [result for result in results.rows if result.row.is_chosen and result.statistics]
+    own = next((result for result in chosen if result.row.method.name == name), None)
+    if own is None:
+        return []
+    names = [metric for metric in METRICS if metric in own.statistics and metric != _DIAGNOSTIC]
+    head = [f"{own.row.method.label} against", *(METRICS[metric][0] for metric in names)]
+    lines = [
+        [result.row.method.label, *(_verdict(metric, own, result) for metric in names)]
+        for result in chosen
+        if result is not own
+    ]
+    explanation = (
+        "The difference of the means. A verdict wants one that is larger than both standard deviations together; "
+        "otherwise these seeds leave it undecided."
+    )
+    return [f"## {own.row.method.label} against the others", explanation, markdown_table(head, lines)]
+
+
+def _verdict(metric: str, own: Result, other: Result) -> str:
+    ours, theirs = own.statistics[metric], other.statistics[metric]
+    difference, spread = ours.mean - theirs.mean, (ours.std or 0.0) + (theirs.std or 0.0)
+    is_better = (difference < 0) == (metric in _LOWER_IS_BETTER)
+    word = "undecided" if abs(difference) <= spread else "better" if is_better else "worse"
+    return f"{difference:+.{METRICS[metric][1]}f} {word}"
 
 
 def _losses(results: Results) -> str:

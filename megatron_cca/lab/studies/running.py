@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -24,9 +24,14 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.data import DIGITS
+from megatron_cca.data.digits import data_folders
+from megatron_cca.generation import CandidateOptions, GenerateOptions, PromptOptions, RunOptions, SamplingOptions
 from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import open_image_generator
+from megatron_cca.generation.model_loading import inspect_for_sampling
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
+from megatron_cca.generation.sampling_job import job_of
+from megatron_cca.generation.shard_drawing import ShardDrawing
 from megatron_cca.io.outputs import whole_file
 from megatron_cca.lab.evaluation import FidelitySettings
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
@@ -38,6 +43,7 @@ from megatron_cca.lab.studies.tasks import (
     FAILED,
     FINISHED,
     LOG,
+    Drawing,
     EvaluationInputs,
     Outcome,
     Sampling,
@@ -58,6 +64,8 @@ from megatron_cca.training.run_log import read_metrics
 _LAST_STEPS = 10
 _LOGGED = ("loss", "positive_log_ratio", "negative_log_ratio", "accuracy")
 IMAGES = "images.npz"
+# Images that a model is trained on and images that it is judged by have random streams of their own.
+_SEED_OF_DRAWING = 500_000
 
 
 def perform(task: Task) -> Outcome:
@@ -74,9 +82,9 @@ def perform(task: Task) -> Outcome:
     # A thread reads ahead. With the default of 5 ms, this thread would wait as long for the interpreter each time.
     sys.setswitchinterval(1e-4)
     started = time.perf_counter()
-    initialize_distributed(task.config if isinstance(task, Training) else task.layout)
+    initialize_distributed(task.layout if isinstance(task, Sampling) else task.config)
     with _logged(task.folder):
-        outcome = _trained(task) if isinstance(task, Training) else _sampled(task)
+        outcome = _DO[type(task)](task)
     outcome |= {"title": task.title, "seconds": round(time.perf_counter() - started, 2)}
     if dist.get_rank() == 0:
         write_outcome(task, outcome)
@@ -125,6 +133,28 @@ def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _failed(reason: str) -> Outcome:
     return {"status": FAILED, "reason": reason}
+
+
+def _drawn(task: Drawing) -> Outcome:
+    (like,) = data_folders(task.config)
+    # It is complete if it exists. A killed study may have left it without a result.
+    if not task.shards.exists():
+        job = job_of(_drawing_options(task, like), checkpoint := inspect_for_sampling(task.checkpoint))
+        drawing = ShardDrawing(job, checkpoint)
+        drawing.run(open_image_generator(checkpoint, before_loading=drawing.prepare))
+    return {"status": FINISHED} if dist.get_rank() == 0 else {}
+
+
+def _drawing_options(task: Drawing, like: Path) -> GenerateOptions:
+    settings = asdict(task.drawing)
+    names = [one.name for one in fields(SamplingOptions) if one.name in settings]
+    return GenerateOptions(
+        checkpoint=task.checkpoint,
+        shards=task.shards,
+        prompting=PromptOptions(like=like, seed=_SEED_OF_DRAWING + task.seed),
+        candidates=CandidateOptions(sampling=SamplingOptions(**{name: settings[name] for name in names})),
+        run=RunOptions(batch_size=task.drawing.batch_size),
+    )
 
 
 def _sampled(task: Sampling) -> Outcome:
@@ -188,6 +218,9 @@ def _reference(reference: str, extractor: str, weights: str | None) -> Reference
     for notice in images.notices:
         print(f"reference {reference}: {notice}", file=sys.stderr)
     return ReferenceImages(images.images, network, images.moments if extractor == "inception" else None)
+
+
+_DO = {Training: _trained, Drawing: _drawn, Sampling: _sampled}
 
 
 class TaskQueue:

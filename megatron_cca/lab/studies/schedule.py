@@ -19,12 +19,21 @@ from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.data import DIGITS
 from megatron_cca.data.manifest import fingerprint, read_manifest
 from megatron_cca.keys import effects
-from megatron_cca.lab.studies import SAMPLING, Keys
+from megatron_cca.lab.studies import DRAWING, SAMPLING, Keys
 from megatron_cca.lab.studies.study import BASE, ConfiguredRun, Method, Study
-from megatron_cca.lab.studies.tasks import FINISHED, EvaluationInputs, Outcome, Sampling, Task, Training, digest
+from megatron_cca.lab.studies.tasks import (
+    FINISHED,
+    Drawing,
+    EvaluationInputs,
+    Outcome,
+    Sampling,
+    Task,
+    Training,
+    digest,
+)
 from megatron_cca.models import explicit
 
-TRAINED, SAMPLED = "trained", "sampled"
+DRAWN, TRAINED, SAMPLED = "drawn", "trained", "sampled"
 Outcomes = Callable[[Task], Outcome | None]
 
 
@@ -157,11 +166,10 @@ class TaskFactory:
     def sampling(self, method: Method, values: Keys, seed: int, count: int) -> Sampling:
         """Return the task that samples a method with settings on one seed."""
         configured = method.configured(values)
-        run = self.training(method, values, configured.config, seed)
-        key = self._given_key if run is None else run.folder.name
+        run = self.training(method, values, seed)
         # Names of former versions, whose finished samples are found by these keys.
         contents = {
-            "model": key,
+            "model": self._key(run),
             "sampling": asdict(configured.sampling) | {"batch_size": None},
             "judging": asdict(self.evaluation),
             "marks": self._stamps,
@@ -171,7 +179,7 @@ class TaskFactory:
         return Sampling(
             title=f"draw {_title(method, values)}, seed {seed}",
             folder=self.output / SAMPLED / f"{_kind(configured.config)}-{digest(contents)}",
-            checkpoint=self.study.settings.base.checkpoint if run is None else str(run.folder),
+            checkpoint=self._path(run),
             after=run,
             layout=self.layout,
             sampling=configured.sampling,
@@ -181,33 +189,63 @@ class TaskFactory:
             keep_images=self.study.settings.keep_images,
         )
 
-    def training(self, method: Method, values: Keys, config: Config | None, seed: int) -> Training | None:
-        """Return the training run of a model.
+    def training(self, method: Method, values: Keys, seed: int) -> Training | None:
+        """Return the training run of a model, the last one if there are several rounds.
 
         It is None for the given checkpoint.
         """
-        before = self._base(seed)
+        configured, newest = method.configured(values), self._base(seed)
+        config, drawing = configured.config, configured.drawing
         if config is None:
-            return before
-        base = self._given_key if before is None else before.folder.name
-        pretrained = self.study.settings.base.checkpoint if before is None else str(before.folder)
+            return newest
         trained = {key: value for key, value in values.items() if not key.startswith(SAMPLING)}
-        return self._run(f"train {_title(method, trained)}, seed {seed}", config, seed, base, pretrained, before)
+        title = f"train {_title(method, trained)}, seed {seed}"
+        if drawing is None:
+            return self._run(title, config, seed, newest)
+        drawn = {key: value for key, value in trained.items() if key.startswith(DRAWING)}
+        for number in range(1, drawing.rounds + 1):
+            one = f", round {number}" if drawing.rounds > 1 else ""
+            to_draw = f"draw {_title(method, drawn)} to train on, seed {seed}{one}"
+            newest = self._run(title + one, config, seed, newest, self._drawing(to_draw, configured, seed, newest))
+        return newest
 
     def _base(self, seed: int) -> Training | None:
         if self.study.base is None:
             return None
-        return self._run(f"pretrain the base, seed {seed}", self.study.base, seed, None, None, None)
+        config = replace(self.study.base, training=replace(self.study.base.training, seed=seed))
+        key = digest(training_contents(config, None))
+        return _training(f"pretrain the base, seed {seed}", self.output / TRAINED / f"base-{key}", config, None)
 
     def _run(
-        self, title: str, config: Config, seed: int, base: str | None, pretrained: str | None, before: Training | None
+        self, title: str, config: Config, seed: int, start: Training | None, drawing: Drawing | None = None
     ) -> Training:
-        config = replace(config, training=replace(config.training, seed=seed, pretrained_checkpoint=pretrained))
-        kind = "base" if before is None and pretrained is None else config.objective.name
-        folder = self.output / TRAINED / f"{kind}-{digest(training_contents(config, base))}"
-        training = replace(config.training, output_dir=str(folder))
-        logging = replace(config.logging, progress_bar=False)
-        return Training(title, folder, replace(config, training=training, logging=logging), before)
+        """Return the run that goes on from ``start``, or from the given checkpoint if that is None."""
+        config = replace(config, training=replace(config.training, seed=seed, pretrained_checkpoint=self._path(start)))
+        contents = training_contents(config, self._key(start))
+        if drawing is not None:
+            contents["drawn"] = [drawing.folder.name, drawing.drawing.role]
+            key = "path" if drawing.drawing.role == "data" else "partner_path"
+            config = replace(config, data=replace(config.data, **{key: str(drawing.shards)}))
+        folder = self.output / TRAINED / f"{config.objective.name}-{digest(contents)}"
+        return _training(title, folder, config, start if drawing is None else drawing)
+
+    def _drawing(self, title: str, run: ConfiguredRun, seed: int, newest: Training | None) -> Drawing:
+        # Methods that use the same images in another way share them.
+        usage = {"role": None, "rounds": None, "batch_size": None}
+        contents = {
+            "model": self._key(newest),
+            "like": _data_key(run.config.data.path),
+            "drawing": asdict(run.drawing) | usage,
+            "seed": seed,
+        }
+        folder = self.output / DRAWN / digest(contents)
+        return Drawing(title, folder, self._path(newest), newest, run.config, run.drawing, seed)
+
+    def _key(self, model: Training | None) -> str | None:
+        return self._given_key if model is None else model.folder.name
+
+    def _path(self, model: Training | None) -> str | None:
+        return self.study.settings.base.checkpoint if model is None else str(model.folder)
 
 
 @dataclass(frozen=True)
@@ -279,6 +317,11 @@ def expected_tasks(factory: TaskFactory) -> int:
     first = {method.name: method.trials[0] for method in factory.study.methods.values()}
     rows = [row for name, values in first.items() for row in factory.rows(factory.study.methods[name], values)]
     return len(Schedule({method.name: factory.trials(method) for method in factory.study.tuned}, {}, rows).tasks)
+
+
+def _training(title: str, folder: Path, config: Config, after: Training | Drawing | None) -> Training:
+    training, logging = replace(config.training, output_dir=str(folder)), replace(config.logging, progress_bar=False)
+    return Training(title, folder, replace(config, training=training, logging=logging), after)
 
 
 def _before(task: Task) -> Iterator[Task]:

@@ -20,7 +20,9 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.output_folders import claimed
 from megatron_cca.io.outputs import write_json, write_text
 from megatron_cca.lab.studies import (
+    DRAWING,
     SAMPLING,
+    DrawingConfig,
     Keys,
     MethodSettings,
     SamplingConfig,
@@ -41,6 +43,7 @@ _OWN_KEYS = (
     "training.output_dir",
     "training.seed",
     "training.pretrained_checkpoint",
+    "data.partner_path",
     "reference.checkpoint",
     "reference.cache",
 )
@@ -53,11 +56,15 @@ TABLE, RESULTS = "table.md", "results.json"
 class ConfiguredRun:
     """A run without its seed: the values of a method's keys, put in.
 
-    ``config`` is the configuration of the training, or None for the base. ``sampling`` is how its images are drawn.
+    Attributes:
+        config: the configuration of the training, or of each round of it. None for the base.
+        sampling: how its images are drawn.
+        drawing: what is drawn before each round to train on. None if nothing is.
     """
 
     config: Config | None
     sampling: SamplingConfig
+    drawing: DrawingConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -66,18 +73,23 @@ class Method:
 
     Attributes:
         name, label: its name in files, and in tables and plots.
+        run: without the settings below.
         trials: settings to try on the tuning seed.
         sweep: settings to report beside the chosen ones; may be empty.
     """
 
     name: str
     label: str
-    config: Config | None
-    sampling: SamplingConfig
+    run: ConfiguredRun
     trials: list[Keys]
     sweep: list[Keys]
     where: str = ""
     _configured: dict[tuple, ConfiguredRun] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def config(self) -> Config | None:
+        """The configuration of :attr:`run`."""
+        return self.run.config
 
     def configured(self, values: Mapping[str, Any]) -> ConfiguredRun:
         """Return the run of settings.
@@ -88,7 +100,7 @@ class Method:
         key = tuple((name, repr(value)) for name, value in values.items())
         if key not in self._configured:
             with error_context(self.where):
-                self._configured[key] = ConfiguredRun(*with_keys(self.config, self.sampling, values))
+                self._configured[key] = with_keys(self.run, values)
         return self._configured[key]
 
 
@@ -130,7 +142,7 @@ def open_study(path: Path) -> Study:
     with error_context(path):
         model = base.model if base is not None else _model_of_checkpoint(settings.base.checkpoint)
     settings = replace(settings, sampling=with_own_grid(settings.sampling, model))
-    methods = {BASE: Method(BASE, "base", None, settings.sampling, [{}], [])}
+    methods = {BASE: Method(BASE, "base", ConfiguredRun(None, settings.sampling), [{}], [])}
     for name, method in settings.methods.items():
         methods[name] = _method(path, settings, name, method)
     return Study(path, settings, base, model, methods)
@@ -158,7 +170,7 @@ def _base(path: Path, settings: StudySettings) -> Config | None:
         return None
     config = _config(path, base.config, where)
     changes = [(f"{path}: set", settings.set), (f"{where}.set", base.set)]
-    return with_sizes_of_data(_changed(config, settings.sampling, changes)[0])
+    return with_sizes_of_data(_changed(ConfiguredRun(config, settings.sampling), changes).config)
 
 
 def _method(path: Path, settings: StudySettings, name: str, method: MethodSettings) -> Method:
@@ -169,10 +181,13 @@ def _method(path: Path, settings: StudySettings, name: str, method: MethodSettin
     if method.config is not None:
         config = _config(path, method.config, where)
         changes.insert(0, (f"{path}: set", settings.set))
-    config, sampling = _changed(config, settings.sampling, changes)
-    config = None if config is None else with_sizes_of_data(config)
+    run = _changed(ConfiguredRun(config, settings.sampling, method.drawing), changes)
+    if run.config is not None:
+        run = replace(run, config=with_sizes_of_data(run.config))
+    elif run.drawing is not None:
+        raise UserError(f"{where}.drawing: nothing is trained on these images; give a config, or leave it out")
     sweep = grid(method.sweep) if method.sweep else []
-    return Method(name, method.label or name, config, sampling, grid(method.tune), sweep, where)
+    return Method(name, method.label or name, run, grid(method.tune), sweep, where)
 
 
 def _config(path: Path, name: str, where: str) -> Config:
@@ -183,36 +198,37 @@ def _config(path: Path, name: str, where: str) -> Config:
     return config
 
 
-def _changed(
-    config: Config | None, sampling: SamplingConfig, changes: Sequence[tuple[str, Keys]]
-) -> tuple[Config | None, SamplingConfig]:
+def _changed(run: ConfiguredRun, changes: Sequence[tuple[str, Keys]]) -> ConfiguredRun:
     for where, keys in changes:
         with error_context(where):
-            config, sampling = with_keys(config, sampling, keys)
-    return config, sampling
+            run = with_keys(run, keys)
+    return run
 
 
-def with_keys(
-    config: Config | None, sampling: SamplingConfig, keys: Mapping[str, Any]
-) -> tuple[Config | None, SamplingConfig]:
-    """Return both with changed keys, such as ``objective.beta`` and ``sampling.guidance_scale``.
+def with_keys(run: ConfiguredRun, keys: Mapping[str, Any]) -> ConfiguredRun:
+    """Return a run with changed keys, such as ``objective.beta`` and ``sampling.guidance_scale``.
 
     Another ``objective.name`` removes the keys that the new objective does not have.
 
     Raises:
-        UserError: an unknown key, an invalid value, or a key of training where nothing is trained.
+        UserError: an unknown key, an invalid value, or a key of training or drawing where there is none.
     """
-    trees = {"sampling": asdict(sampling)}
-    if config is not None:
-        trees["config"] = config_to_dict(config)
+    trees = {SAMPLING: asdict(run.sampling)}
+    if run.drawing is not None:
+        trees[DRAWING] = asdict(run.drawing)
+    if run.config is not None:
+        trees["config"] = config_to_dict(run.config)
         if OBJECTIVE in keys:
             trees["config"]["objective"] = inherited(trees["config"]["objective"], keys[OBJECTIVE])
     for key, value in keys.items():
         _set(trees, key, value)
-    drawn = from_plain(SamplingConfig, trees["sampling"], SAMPLING)
-    if drawn.guidance_scale > 0 and drawn.contrastive_top_k > 0:
-        raise UserError("sampling.contrastive_top_k: does not go with a guidance scale; set one of them to 0")
-    return config_from_dict(trees["config"], typed=True) if config is not None else None, drawn
+    kinds = {SAMPLING: SamplingConfig, DRAWING: DrawingConfig}
+    drawn = {prefix: from_plain(kinds[prefix], trees[prefix], prefix) for prefix in kinds if prefix in trees}
+    for prefix, settings in drawn.items():
+        if settings.guidance_scale > 0 and settings.contrastive_top_k > 0:
+            raise UserError(f"{prefix}contrastive_top_k: does not go with a guidance scale; set one of them to 0")
+    config = config_from_dict(trees["config"], typed=True) if run.config is not None else None
+    return ConfiguredRun(config, drawn[SAMPLING], drawn.get(DRAWING))
 
 
 def _set(trees: dict[str, dict], key: str, value: Any) -> None:
@@ -221,8 +237,10 @@ def _set(trees: dict[str, dict], key: str, value: Any) -> None:
         raise UserError(f"{key}: expected section.key, such as optimizer.lr or sampling.guidance_scale")
     if key in _OWN_KEYS:
         raise UserError(f"{key}: is the study's own to set; leave it out")
-    if key.startswith(SAMPLING):
-        trees["sampling"][name] = value
+    if section + dot in (SAMPLING, DRAWING):
+        if section + dot not in trees:
+            raise UserError(f"{key}: nothing is drawn to train on here; give the method a drawing section")
+        trees[section + dot][name] = value
     elif "config" not in trees:
         raise UserError(f"{key}: nothing is trained here; give a config, or keys that begin with {SAMPLING}")
     else:
@@ -240,18 +258,49 @@ def grid(values: Mapping[str, Sequence[Any]]) -> list[Keys]:
 def passes_per_sample(config: Config) -> int:
     """Return the passes that training needs for one sample.
 
-    They are 3 for plain likelihood. They are 8 for an objective that compares pairs with a reference. Each row passes
-    through the policy, forward and backward, and through the reference, forward. A backward counts as two passes.
+    They are 3 for plain likelihood, 6 for a mixture of two rows, and 8 for an objective that compares pairs with a
+    reference. Each row passes through the policy, forward and backward, and through the reference, forward. A backward
+    counts as two passes.
     """
     objective = config.objective
     return objective.rows_per_sample * (_FORWARD_BACKWARD + _FORWARD * objective.needs_reference)
 
 
-def passes_of_run(config: Config | None) -> int:
-    """Return the passes of a whole run; 0 if nothing is trained."""
-    if config is None:
+def passes_of_drawing(run: ConfiguredRun) -> int:
+    """Return the passes of what a run draws before each round; 0 if it draws nothing.
+
+    A drawn token costs as much as one that passes forward in training.
+    """
+    return _images_per_round(run) * run.drawing.forwards_per_token if run.drawing is not None else 0
+
+
+def passes_of_run(run: ConfiguredRun) -> int:
+    """Return the passes of a whole run, of all its rounds; 0 if nothing is trained."""
+    if run.config is None:
         return 0
-    return config.training.train_iters * config.training.global_batch_size * passes_per_sample(config)
+    training = run.config.training
+    trained = training.train_iters * training.global_batch_size * passes_per_sample(run.config)
+    return trained if run.drawing is None else run.drawing.rounds * (trained + passes_of_drawing(run))
+
+
+def cost_of_run(run: ConfiguredRun) -> str:
+    """Return the factors of :func:`passes_of_run` as text, of a run that trains something."""
+    training, drawing = run.config.training, run.drawing
+    cost = (
+        f"{training.train_iters} steps x {training.global_batch_size} samples x {passes_per_sample(run.config)} passes"
+    )
+    if drawing is None:
+        return cost
+    cost += f" + {_images_per_round(run)} drawn images x {drawing.forwards_per_token}"
+    return f"{drawing.rounds} x ({cost})" if drawing.rounds > 1 else cost
+
+
+def _images_per_round(run: ConfiguredRun) -> int:
+    # Imported late: Megatron-Core must not be imported before the platform is installed.
+    from megatron_cca.data.digits import data_folders
+    from megatron_cca.data.manifest import read_manifest
+
+    return sum(read_manifest(folder)["num_samples"] for folder in data_folders(run.config))
 
 
 def run_study(path: Path, output: Path, workers: int, device: platform.DeviceChoice) -> None:

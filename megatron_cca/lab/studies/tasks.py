@@ -1,4 +1,6 @@
-"""The tasks of a study: training runs, and samples to draw and evaluate. Each task has a folder.
+"""The tasks of a study: images to draw and train on, training runs, and samples to draw and evaluate.
+
+Each task has a folder.
 
 The module also starts the processes that do tasks in parallel. Nothing here imports Megatron-Core before the platform
 is installed.
@@ -24,7 +26,7 @@ from megatron_cca.config import Config
 from megatron_cca.errors import UserError
 from megatron_cca.io.file_contents import json_object
 from megatron_cca.io.outputs import write_json
-from megatron_cca.lab.studies import SamplingConfig
+from megatron_cca.lab.studies import DrawingConfig, SamplingConfig
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -46,13 +48,40 @@ class Training:
         title: its name in messages.
         folder: its ``training.output_dir``.
         config: the complete configuration.
-        after: the run that trains its base; None if the base exists already.
+        after: the task that draws its data, else the run that trains its base; None if all that exists already.
     """
 
     title: str = field(compare=False)
     folder: Path
     config: Config = field(hash=False)
-    after: Training | None = None
+    after: Training | Drawing | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images that a model draws to be trained on, one for each sample of a shard folder.
+
+    Attributes:
+        title: its name in messages.
+        folder: folder of the result and of :attr:`shards`.
+        checkpoint: checkpoint of the model.
+        after: the run that trains the model; None if its checkpoint exists already.
+        config: a configuration with the layout for drawing. Its ``data.path`` is the folder of the samples.
+        seed: seed of the random streams.
+    """
+
+    title: str = field(compare=False)
+    folder: Path
+    checkpoint: str
+    after: Training | None
+    config: Config = field(compare=False)
+    drawing: DrawingConfig = field(compare=False)
+    seed: int
+
+    @property
+    def shards(self) -> Path:
+        """The shard folder of the images."""
+        return self.folder / "shards"
 
 
 @dataclass(frozen=True)
@@ -94,14 +123,14 @@ class Sampling:
     keep_images: bool = field(compare=False)
 
 
-Task = Training | Sampling
+Task = Training | Drawing | Sampling
 
 
 def outcome_of(task: Task) -> Outcome | None:
     """Return a task's outcome; None before the task has ended.
 
     It is the contents of the result file: ``status`` and, for a failed task, ``reason``. If the training of a model
-    failed, its samples failed too.
+    failed, what it should draw failed too.
 
     Raises:
         UserError: the result file is damaged; names it.
@@ -109,7 +138,8 @@ def outcome_of(task: Task) -> Outcome | None:
     if task.after is not None:
         before = outcome_of(task.after)
         if before is not None and before["status"] == FAILED:
-            return before if isinstance(task, Sampling) else {**before, "reason": f"its base: {before['reason']}"}
+            is_its_base = isinstance(task, Training) and isinstance(task.after, Training)
+            return {**before, "reason": f"its base: {before['reason']}"} if is_its_base else before
     path = task.folder / RESULT
     if not path.is_file():
         return None
