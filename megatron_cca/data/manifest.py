@@ -21,7 +21,6 @@ import xxhash
 
 from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import is_file_name, mapped_array, sha256
-from megatron_cca.megatron_compat.indexed_dataset import index_header
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"
 INDEXED = {"codes": np.uint16, "captions": np.int32}
@@ -68,11 +67,7 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
     Raises:
         UserError: a file that is damaged or does not fit; names the file.
     """
-    path = folder / TABLE
-    with error_context(path):
-        table = mapped_array(path)
-    if table.dtype != SAMPLE or table.shape != (num_samples,):
-        raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
+    path, table = folder / TABLE, read_table(folder, num_samples)
     # Floats do not wrap around.
     largest = (folder / "codes.bin").stat().st_size
     variants = _read_variants(folder / VARIANTS, num_samples) if has_variants else np.ones(num_samples, np.int32)
@@ -81,6 +76,20 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
     for name, lengths in (("codes", code_lengths(table, variants)), ("captions", table["caption_length"])):
         _check_index(folder, name, lengths.astype(np.int64))
     return table, variants
+
+
+def read_table(folder: Path, num_samples: int) -> np.ndarray:
+    """Return the table of a folder's samples, :data:`SAMPLE` ``[N]``, memory-mapped. The other files are not read.
+
+    Raises:
+        UserError: a file that is damaged or holds another number of samples; names it.
+    """
+    path = folder / TABLE
+    with error_context(path):
+        table = mapped_array(path)
+    if table.dtype != SAMPLE or table.shape != (num_samples,):
+        raise UserError(f"{path} does not hold {num_samples} samples, as the manifest says")
+    return table
 
 
 def code_lengths(table: np.ndarray, variants: np.ndarray) -> np.ndarray:
@@ -158,6 +167,9 @@ def _read_variants(path: Path, num_samples: int) -> np.ndarray:
 
 
 def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
+    # Imported late: a program reads manifests before it installs the platform, and Megatron-Core comes after that.
+    from megatron_cca.megatron_compat.indexed_dataset import index_header
+
     path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(INDEXED[name]).itemsize
     header = index_header(INDEXED[name], count)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])

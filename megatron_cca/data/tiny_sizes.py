@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cca.config import Config, ModelConfig
-from megatron_cca.data.manifest import FILE_NAME, Json, meta_ids, open_table, read_manifest
+from megatron_cca.data import is_tiny
+from megatron_cca.data.manifest import FILE_NAME, Json, meta_ids, read_manifest, read_table
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import Architecture, sequence_multiple
+from megatron_cca.models.image_vocabulary import ImageVocabulary
 
 MODEL = "model"
 _SAID: set[str] = set()
@@ -38,6 +40,14 @@ def recorded_model(folder: Path, manifest: Json) -> ModelConfig | None:
     if not known or not all(size is None or (type(size) is int and 0 < size < 2**31) for size in sizes.values()):
         raise UserError(f"{folder / FILE_NAME}: {MODEL} must hold a name and sizes; tokenize the data again")
     return ModelConfig(name=entry["name"], **sizes)
+
+
+def model_entry(name: str, vocabulary: ImageVocabulary) -> Json | None:
+    """Return the entry of a manifest that :func:`recorded_model` reads. None for a preset that is not tiny."""
+    if not is_tiny(name):
+        return None
+    sizes = {key: getattr(vocabulary, key) for key in _SIZES}
+    return {"name": name} | {key: size for key, size in sizes.items() if size is not None}
 
 
 def with_sizes_of(config: Config, folders: Sequence[Path]) -> Config:
@@ -85,7 +95,7 @@ def _sizes_of(config: Config, folder: Path) -> dict[str, int]:
         raise UserError(f"{folder} is for {model.name}, model.name is {config.model.name}; set that, or tokenize again")
     architecture = resolve_architecture(model)
     sizes = {key: getattr(model, key) for key in _SIZES if getattr(model, key) is not None}
-    table, _ = open_table(folder, manifest["num_samples"], has_variants="variants.npy" in manifest["files"])
+    table = read_table(folder, manifest["num_samples"])
     if not len(table) or architecture.scales:
         return sizes
     multiple = sequence_multiple(config.parallel, config.data.pad_to_multiple_of)

@@ -27,6 +27,7 @@ from megatron_cca.data.codebooks import keep_codebook
 from megatron_cca.data.manifest import Json
 from megatron_cca.data.parts import PartsFolder, PartsProgress, PartWriter, Span, join_notes
 from megatron_cca.data.shard_writing import Sample, merge_shards
+from megatron_cca.data.tiny_sizes import MODEL, model_entry
 from megatron_cca.data.tokenizers import tokenizer_facts
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import SamplingSettings, Scorer, best_candidates, candidate_requests
@@ -228,9 +229,13 @@ class ShardDrawing:
             generator.architecture.vocabulary,
             None if text is None else text.encode,
             write_extras,
-            {**facts, "drawn": self._origin() | cut, "version": __version__},
+            {**facts, **self._model_entry(generator), "drawn": self._origin() | cut, "version": __version__},
             aside,
         )
+
+    def _model_entry(self, generator: ImageGenerator) -> Json:
+        entry = model_entry(self._checkpoint.config.model.name, generator.architecture.vocabulary)
+        return {} if entry is None else {MODEL: entry}
 
     def _checked_description(self, generator: ImageGenerator) -> Json:
         """Return all facts that the tokens depend on, and refuse parts of another job."""

@@ -39,12 +39,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(given: EvaluateOptions) -> None:
+    check_writable(given.output)
     # Imported late: --help need not wait for it.
+    from megatron_cca import platform
+
+    platform.install_option(given.device)
+    # These import Megatron-Core, before which the platform must be installed.
     from megatron_cca.lab import reserved_folder
     from megatron_cca.lab.evaluation.checks import check
     from megatron_cca.lab.evaluation.report import former_files
 
-    check_writable(given.output)
     check(given)
     sources = [("--samples", path) for path in given.sets.values()] + [("--reference", given.reference)]
     for option, path in sources:
@@ -56,9 +60,6 @@ def _evaluate(given: EvaluateOptions) -> None:
 
 def _run(given: EvaluateOptions) -> None:
     from megatron_cca import platform
-
-    platform.install_option(given.device)
-    # Imported late: this imports Megatron-Core, before which the platform must be installed.
     from megatron_cca.lab.evaluation.report import evaluate, table, write_report
 
     evaluation = evaluate(given, platform.device())

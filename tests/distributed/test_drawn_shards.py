@@ -118,6 +118,8 @@ def test_the_manifest_says_what_they_were_drawn_with(whole, checkpoint, source, 
     assert manifest["image_tokenizer"]["fingerprint"] == open_image_tokenizer(digit_shards).fingerprint()
     assert open_image_tokenizer(whole).fingerprint() == open_image_tokenizer(digit_shards).fingerprint()
     assert (whole / TOKENIZER_FILE).read_bytes() == (digit_shards / TOKENIZER_FILE).read_bytes()
+    # So that a tiny model of these codes can be trained on them alone.
+    assert manifest["model"] == {"name": "emu3-tiny", "codebook_size": tiny_vocabulary().codebook_size}
     inspected = inspect(whole, tmp_path)
     assert "guidance_scale 0.5" in inspected
 

@@ -13,6 +13,14 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_cca.checkpoint import layout
+from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+from megatron_cca.data.codebooks import keep_codebook
+from megatron_cca.data.manifest import read_manifest
+from megatron_cca.data.shard_writing import Sample, write_shards
+from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.tokenizers import open_text_tokenizer
+from megatron_cca.models.emu3 import tiny_vocabulary
 from tests.distributed.launch import ROOT, environment, run_tool, torchrun
 
 TOOL = str(ROOT / "tools" / "study.py")
@@ -217,3 +225,92 @@ def test_no_two_programs_write_into_one_output(alone, tmp_path):
     assert ended.returncode == 2
     assert "another process is writing into" in ended.stderr
     assert Path(folder / "out" / "tiny" / "table.md").is_file()
+
+
+@pytest.fixture(scope="module")
+def drawing(digit_shards, tmp_path_factory):
+    """A study whose methods draw images for eight samples to train on; what it printed."""
+    root = tmp_path_factory.mktemp("drawing")
+    few = some_digits(digit_shards, root / "few", 8)
+    pairs = {"config": "cca.yaml", "drawing": {"rounds": 2}, "tune": {LR: [0.001]}}
+    methods = {
+        "control": {"config": "control.yaml", "set": {"training.train_iters": 16}, "tune": {LR: [0.001]}},
+        "cca": {"config": "cca.yaml", "set": {"training.train_iters": 6}, "tune": {LR: [0.001]}},
+        "ddo": {**pairs, "set": {"objective.name": "ddo", "training.train_iters": 3}},
+        "distilled": {
+            "config": "control.yaml",
+            "set": {"training.train_iters": 16},
+            "drawing": {"role": "data"},
+            "tune": {"drawing.guidance_scale": [1.0]},
+        },
+    }
+    changes = {"trials": 1, "methods": methods, "plots": [{"kind": "comparison"}], "compare": "cca"}
+    folder = written(root / "study", few, **changes)
+    return folder, studied(folder)
+
+
+def some_digits(shards, folder, count):
+    """Write the first samples of the digits' shards as a folder of their own."""
+    whole = TokenShards(shards, tiny_vocabulary())
+    text = open_text_tokenizer(shards)
+    samples = [Sample(whole.codes(place), whole.caption(place), None) for place in range(count)]
+
+    def write_extras(partial):
+        text.save(partial)
+        keep_codebook(partial, shards)
+
+    write_shards(folder, samples, tiny_vocabulary(), text.encode, write_extras)
+    return folder
+
+
+def drawn_folders(folder):
+    return [path.parent for path in (folder / "out" / "drawn").glob("*/result.json")]
+
+
+@pytest.mark.full
+def test_methods_draw_what_they_train_on(drawing):
+    folder, printed = drawing
+    assert [row["method"] for row in results(folder)["rows"]] == ["base", "control", "cca", "ddo", "distilled"]
+    assert not any(row["failed"] for row in results(folder)["rows"])
+    passes = {row["method"]: row["training_passes"] for row in results(folder)["rows"]}
+    assert passes == {"base": 0, "control": 384, "cca": 384, "ddo": 2 * (192 + 8), "distilled": 384 + 16}
+    assert "## cca against the others" in (folder / "out" / "tiny" / "table.md").read_text()
+    # Three seeds: two rounds of DDO, and guided images.
+    assert len(drawn_folders(folder)) == 3 * 3
+    bases = list((folder / "out" / "trained").glob("base-*"))
+    models = [*bases, *(folder / "out" / "trained").glob("ddo-*")]
+    weights = {weights_fingerprint(layout.resolve(str(model), ""), ""): model for model in models}
+    by = [weights[read_manifest(one / "shards")["drawn"]["weights"]] for one in drawn_folders(folder)]
+    assert sum(model in bases for model in by) == 2 * 3
+    guided = [read_manifest(one / "shards")["drawn"]["guidance_scale"] for one in drawn_folders(folder)]
+    assert sorted(guided) == [0.0] * 6 + [1.0] * 3
+    assert all(read_manifest(one / "shards")["num_samples"] == 8 for one in drawn_folders(folder))
+    assert "draw ddo to train on, seed 7, round 2: " in printed
+
+
+@pytest.mark.full
+def test_images_that_are_there_are_not_drawn_again(drawing):
+    """A kill between the shards and their result."""
+    folder, _ = drawing
+    before = results(folder)
+    one = drawn_folders(folder)[0]
+    stamp = (one / "shards" / "manifest.json").stat().st_mtime_ns
+    (one / "result.json").unlink()
+    printed = studied(folder)
+    assert len([line for line in printed.splitlines() if line[0].isdigit()]) == 1
+    assert (one / "shards" / "manifest.json").stat().st_mtime_ns == stamp
+    assert results(folder) == before
+
+
+@pytest.mark.full
+def test_two_ranks_draw_together(drawing, digit_shards):
+    folder, _ = drawing
+    study = yaml.safe_load((folder / "study.yaml").read_text())
+    study["set"] = {"parallel.tensor_model_parallel_size": 2}
+    (folder / "two.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    arguments = ["--study", "two.yaml", "--output", "two", "--device", "cpu"]
+    ended = torchrun(2, TOOL, *arguments, cwd=folder)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {path.parent.name for path in (folder / "two").glob("*/*/result.json")} == {
+        path.parent.name for path in result_files(folder)
+    }

@@ -1,6 +1,8 @@
 """A codebook that is fitted to the source itself, and a tiny model that takes its sizes from the data."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -21,6 +23,7 @@ from megatron_cca.data.tokenizing import TokenizeSettings, fitting
 from megatron_cca.data.tokenizing.job import tokenize
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
+from tests.distributed.launch import ROOT
 from tests.references.idx_files import clothes, write_idx
 
 pytest.importorskip("sklearn")
@@ -254,3 +257,55 @@ def test_a_model_that_is_not_tiny_takes_nothing(idx_folder, tmp_path):
 def test_grey_levels_are_those_of_the_tokenizer(pictures):
     image = np.asarray(Image.open(next(pictures.rglob("*.png"))))
     assert np.array_equal(grey_levels(image), np.asarray(Image.fromarray(image).convert("L")))
+
+
+def test_more_images_of_a_data_set_get_the_same_codebook_and_sizes(idx_folder, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    run(idx_folder, first)
+    images, labels = clothes(NUMBER, 12, 8)
+    # Its classes are two of the three.
+    other = write_idx(tmp_path / "other", images[labels < 2], labels[labels < 2])
+    reused = {"fit_codebook": None, "patch": None}
+    run(other, second, image_tokenizer=first, **reused)
+    run(other, third, image_tokenizer=second, **reused)
+    manifests = [read_manifest(folder) for folder in (first, second, third)]
+    for key in ("model", "fitted", "area", "vocabulary"):
+        assert manifests[0][key] == manifests[1][key] == manifests[2][key]
+    codebook = PatchCodebook.load(first)
+    assert np.array_equal(codebook.centres, PatchCodebook.load(third).centres)
+    shards = TokenShards(third, resolve_architecture(with_sizes_of_data(config_for(third)).model).vocabulary)
+    wanted = codebook.encode(images[labels < 2][:, 2:10])
+    assert all(np.array_equal(shards.codes(index)[0], codes) for index, codes in enumerate(wanted))
+
+
+def test_a_limit_takes_records_at_equal_distances(idx_folder, pictures, tmp_path, capsys):
+    run(idx_folder, tmp_path / "all")
+    run(idx_folder, tmp_path / "more", limit=NUMBER + 1)
+    assert read_manifest(tmp_path / "more")["source"] == read_manifest(tmp_path / "all")["source"]
+    run(idx_folder, tmp_path / "some", limit=7)
+    assert f"7 of {NUMBER} records are taken (--limit)" in capsys.readouterr().err
+    model = with_sizes_of_data(config_for(tmp_path / "some")).model
+    shards = TokenShards(tmp_path / "some", resolve_architecture(model).vocabulary)
+    _, labels = clothes(NUMBER, 12, 8)
+    places = [0, 6, 13, 20, 27, 34, 41]
+    assert [int(shards.caption(index)[0]) for index in range(len(shards))] == labels[places].tolist()
+    assert model.num_classes == 3
+    # Folders of classes are sorted: the first records alone would be of one class.
+    run(pictures, tmp_path / "few", limit=2)
+    model = with_sizes_of_data(config_for(tmp_path / "few")).model
+    shards = TokenShards(tmp_path / "few", resolve_architecture(model).vocabulary)
+    assert [int(shards.caption(index)[0]) for index in range(2)] == [0, 1]
+
+
+def test_sizes_are_read_before_megatron_is_imported(idx_folder, tmp_path):
+    """It looks for GPUs when it is imported, which the platform must have decided before."""
+    run(idx_folder, tmp_path / "shards")
+    (tmp_path / "config.yaml").write_text(f"model: {{name: llamagen-tiny}}\ndata: {{path: {tmp_path / 'shards'}}}\n")
+    program = (
+        "import sys; from pathlib import Path; from megatron_cca.config.load import load_config; "
+        "from megatron_cca.data import with_sizes_of_data; "
+        f"with_sizes_of_data(load_config(Path({str(tmp_path / 'config.yaml')!r}), [])); "
+        "assert 'megatron.core' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")

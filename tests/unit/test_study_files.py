@@ -12,6 +12,8 @@ from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies.checks import check_study
 from megatron_cca.lab.studies.study import ConfiguredRun, grid, open_study, passes_of_run
 from megatron_cca.objectives import OBJECTIVES
+from tests.references import fashion
+from tests.references.idx_files import clothes, write_idx
 from tests.references.small_study import BETA, CONFIGS, GONE, LAMBDA, LR, SCALE, STUDY, checkpoint, opened
 
 
@@ -110,7 +112,10 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"compare": "dpo"}, "compare: dpo is no method; there are base, cfg, control, cca"),
         ({"methods/cfg/drawing": {}}, "methods.cfg.drawing: nothing is trained on these images; give a config"),
         ({"methods/cca/drawing": {}}, "methods.cca: drawing.role: partners, but objective cca has no pairs of images"),
-        ({"methods/cca/drawing": {"role": "pairs"}}, "methods.cca.drawing.role: must be partners or data, found 'pairs'"),
+        (
+            {"methods/cca/drawing": {"role": "pairs"}},
+            "cca.drawing.role: must be partners or data, found 'pairs'",
+        ),
         ({"methods/cca/drawing": {"ronds": 2}}, "methods.cca.drawing.ronds: unknown key; did you mean "),
         ({"methods/cca/drawing": {"rounds": 0}}, "methods.cca.drawing.rounds: must be 1 or more, found 0"),
         ({"methods/control/drawing": {"role": "data"}}, "methods.control: every study needs it"),
@@ -162,6 +167,11 @@ def test_a_small_or_empty_reference_is_refused_before_anything_runs(tmp_path):
         opened(tmp_path, reference=str(real))
 
 
+def test_shards_and_idx_files_are_sets_of_real_images(digit_shards, tmp_path):
+    opened(tmp_path, reference=str(digit_shards))
+    opened(tmp_path, reference=str(write_idx(tmp_path / "idx", *clothes(12, 8, 8))))
+
+
 def test_an_unreadable_file_is_one_line(tmp_path):
     for text, said in (
         ("[1, 2]", "expected keys name"),
@@ -208,8 +218,18 @@ STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 FILES = sorted(STUDIES.glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory):
+    """A folder to start in: the examples, and what the studies of Fashion-MNIST want beside them."""
+    folder = tmp_path_factory.mktemp("surroundings")
+    (folder / "examples").symlink_to(STUDIES.parent)
+    fashion.written(folder)
+    return folder
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_study_can_run(file):
+def test_every_study_can_run(file, surroundings, monkeypatch):
+    monkeypatch.chdir(surroundings)
     study = open_study(file)
     check_study(study, 1)
     assert study.settings.name == file.stem

@@ -109,6 +109,35 @@ class Source(Protocol):
         """Return a short hash that changes with the list of records and with their captions."""
 
 
+class SomeRecords:
+    """So many records of a source, at equal distances and in its order, as a source.
+
+    Attributes:
+        whole: the source.
+        num_classes: the source's; None if it has none.
+    """
+
+    def __init__(self, whole: Source, count: int) -> None:
+        assert count <= len(whole)
+        self.whole, self._count = whole, count
+        self.num_classes: int | None = getattr(whole, "num_classes", None)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Record | Comparison:
+        """Read one record, see :class:`Source`."""
+        return self.whole[checked_index(index, self._count) * len(self.whole) // self._count]
+
+    def notices(self) -> list[str]:
+        """Return those of the whole source, and how many of its records are taken."""
+        return [*self.whole.notices(), f"{self._count} of {len(self.whole)} records are taken (--limit)"]
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`."""
+        return f"{self.whole.fingerprint()}-{self._count}"
+
+
 @options
 class SourceOptions:
     """What a user may say about a source; None is the layout's default."""

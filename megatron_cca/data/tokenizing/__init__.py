@@ -48,6 +48,8 @@ class TokenizeSettings:
     """with --fit-codebook, the side of a patch"""
     layout: Annotated[str, Option(metavar="NAME")] = "auto"
     """one of the above"""
+    limit: Annotated[Count, Option(metavar="RECORDS")] | None = None
+    """take so many records of the source, at equal distances (default: all)"""
     source_options: SourceOptions = field(default_factory=SourceOptions)
     model: Annotated[PathOrWord, Option(metavar="NAME")] = "emu3-8b"
     """preset, or checkpoint folder, whose vocabulary is used"""

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import batched
 from pathlib import Path
@@ -30,9 +30,12 @@ from megatron_cca.data.codebooks import (
     patches_of,
 )
 from megatron_cca.data.image_headers import Rejected, check_image
+from megatron_cca.data.manifest import FILE_NAME as MANIFEST
+from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.resizing import DALI
 from megatron_cca.data.sources import Source, Unreadable
 from megatron_cca.data.sources.external_text import short_hash
+from megatron_cca.data.tiny_sizes import recorded_model
 from megatron_cca.data.tokenizers import TOKENIZER_FILE, open_text_tokenizer, train_tokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 # What a codebook is fitted to: so many images of the source, and so many patches of them.
 IMAGES, PATCHES, SEED = 2000, 100_000, 0
 _CODEBOOK, _PATCH = "--fit-codebook", "--patch"
+# The entry of a manifest that says what a codebook was fitted to.
+FITTED = "fitted"
 _IMAGES_TRIED = 32
 _DECODED_TOGETHER = 64
 # Of a grid that follows from the images.
@@ -72,12 +77,49 @@ def check_fitting(settings: TokenizeSettings) -> None:
         raise UserError(f"{_CODEBOOK}: needs scikit-learn; pip install 'megatron-cca[eval]'")
 
 
-def with_sizes_of(settings: TokenizeSettings, source: Source) -> TokenizeSettings:
+@dataclass(frozen=True)
+class PatchSizes:
+    """The sizes of a codebook of patches: how many, their side in pixels, and the classes of the data it is of.
+
+    ``entry`` is that of a manifest, for one that was fitted before.
+    """
+
+    codes: int
+    patch: int
+    classes: int | None
+    entry: dict | None = None
+
+
+def fitted_before(settings: TokenizeSettings) -> PatchSizes | None:
+    """Return the sizes of an image tokenizer that was fitted to other images of the same data set.
+
+    None if it is another one.
+
+    Raises:
+        UserError: its folder is damaged; names the file.
+    """
+    folder = settings.image_tokenizer
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    was, model = manifest.get(FITTED), recorded_model(folder, manifest)
+    if was is None or model is None:
+        return None
+    return PatchSizes(was["codes"], was["patch"], model.num_classes, was)
+
+
+def to_be_fitted(settings: TokenizeSettings, source: Source) -> PatchSizes:
+    """Return the sizes of the codebook that the options ask for."""
+    return PatchSizes(settings.fit_codebook, settings.patch, getattr(source, "num_classes", None))
+
+
+def with_sizes_of(settings: TokenizeSettings, source: Source, patches: PatchSizes) -> TokenizeSettings:
     """Return the settings with what they leave open: the sizes of a tiny preset, and the area of its images.
 
     Args:
-        settings: with ``fit_codebook``.
+        settings: of a codebook of patches.
         source: the images. The first one that can be read has the size of all.
+        patches: of the codebook.
 
     Raises:
         UserError: patches do not divide the images, or the grid is too large; names the option.
@@ -88,11 +130,11 @@ def with_sizes_of(settings: TokenizeSettings, source: Source) -> TokenizeSetting
     if settings.sizes is not None or not is_tiny(settings.model):
         return settings
     preset = resolve_architecture(ModelConfig(name=settings.model))
-    sizes = ModelConfig(name=settings.model, codebook_size=settings.fit_codebook)
+    sizes = ModelConfig(name=settings.model, codebook_size=patches.codes)
     if preset.vocabulary.num_classes is not None:
-        sizes = replace(sizes, num_classes=getattr(source, "num_classes", None))
+        sizes = replace(sizes, num_classes=patches.classes)
     if preset.position_embedding == "rope_2d" and (settings.grid or size):
-        side = settings.grid[0] if settings.grid else _side(min(size), settings.patch)
+        side = settings.grid[0] if settings.grid else _side(min(size), patches.patch)
         sizes = replace(sizes, max_position_embeddings=preset.prefix_tokens + side**2)
     return replace(settings, sizes=sizes)
 
@@ -144,10 +186,11 @@ def fitted(job: TokenizingJob, rank: int, device: torch.device) -> Iterator[Toke
 
 
 def fitted_facts(job: TokenizingJob) -> dict | None:
-    """Return what a codebook was fitted to, for the manifest. None where none was."""
+    """Return what the job's codebook was fitted to, for the manifest. None where none was."""
     settings = job.settings
     if settings.fit_codebook is None:
-        return None
+        before = fitted_before(settings)
+        return before and before.entry
     images = min(IMAGES, len(job.source))
     return {"codes": settings.fit_codebook, "patch": settings.patch, "images": images, "seed": SEED}
 

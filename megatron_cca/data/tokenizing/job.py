@@ -14,14 +14,14 @@ import torch
 
 from megatron_cca import __version__
 from megatron_cca.config import ModelConfig
-from megatron_cca.data import is_tiny
 from megatron_cca.data.codebooks import keep_codebook
 from megatron_cca.data.outcomes import Compared, Skipped, all_skipped
 from megatron_cca.data.parts import SKIPPED, Part, PartsFolder, PartsProgress, PartWriter, Span, join_notes
 from megatron_cca.data.resizing import DALI, check_resizing
 from megatron_cca.data.shard_writing import merge_shards
 from megatron_cca.data.sources import Source, open_source
-from megatron_cca.data.sources.source_protocol import SkipReasons, read_skip_reasons
+from megatron_cca.data.sources.source_protocol import SkipReasons, SomeRecords, read_skip_reasons
+from megatron_cca.data.tiny_sizes import model_entry
 from megatron_cca.data.tokenizers import (
     TextTokenizer,
     check_scales,
@@ -30,7 +30,16 @@ from megatron_cca.data.tokenizers import (
     tokenizer_facts,
 )
 from megatron_cca.data.tokenizing import TokenizeSettings
-from megatron_cca.data.tokenizing.fitting import check_fitting, fitted, fitted_facts, unfitted, with_sizes_of
+from megatron_cca.data.tokenizing.fitting import (
+    FITTED,
+    check_fitting,
+    fitted,
+    fitted_before,
+    fitted_facts,
+    to_be_fitted,
+    unfitted,
+    with_sizes_of,
+)
 from megatron_cca.data.tokenizing.samples import Prepared, SampleMaker, class_notices
 from megatron_cca.errors import UserError, error_context, one_line
 from megatron_cca.io.output_folders import check_apart, claimed, remove_beside_others
@@ -127,10 +136,10 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
     # Codes are not resized, so that the default library need not be installed.
     if settings.image_tokenizer is not None or settings.fit_codebook is not None or settings.resize != DALI:
         check_resizing(settings.resize)
-    source = None
-    if settings.fit_codebook is not None:
+    source, patches = None, fitted_before(settings)
+    if patches is not None or settings.fit_codebook is not None:
         source = _open_source(settings)
-        settings = with_sizes_of(settings, source)
+        settings = with_sizes_of(settings, source, patches or to_be_fitted(settings, source))
     settings = replace(settings, area=settings.area or _AREA)
     architecture = _architecture(settings)
     vocabulary = architecture.vocabulary
@@ -158,7 +167,10 @@ def open_job(settings: TokenizeSettings, device: torch.device) -> TokenizingJob:
 
 def _open_source(settings: TokenizeSettings) -> Source:
     with error_context("--source"):
-        return open_source(settings.source, settings.layout, settings.source_options)
+        source = open_source(settings.source, settings.layout, settings.source_options)
+    if settings.limit is None or settings.limit >= len(source):
+        return source
+    return SomeRecords(source, settings.limit)
 
 
 def _grid(settings: TokenizeSettings, architecture: Architecture) -> tuple[int, int] | None:
@@ -257,7 +269,7 @@ def _optional_facts(job: TokenizingJob) -> dict:
     resize = None if job.settings.resize == DALI else job.settings.resize
     facts = {"grid": job.grid and list(job.grid), "flips": job.settings.flips or None, "resize": resize}
     facts["crops"] = job.settings.crops or None
-    facts["fitted"] = fitted_facts(job)
+    facts[FITTED] = fitted_facts(job)
     facts["model"] = _model_entry(job)
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -265,10 +277,7 @@ def _optional_facts(job: TokenizingJob) -> dict:
 def _model_entry(job: TokenizingJob) -> dict | None:
     """Return the sizes of the vocabulary for a tiny preset, which takes them from its data. None for other models."""
     name = job.settings.model if job.settings.sizes is None else job.settings.sizes.name
-    if not is_tiny(name):
-        return None
-    sizes = {"codebook_size": job.vocabulary.codebook_size, "num_classes": job.vocabulary.num_classes}
-    return {"name": name} | {key: size for key, size in sizes.items() if size is not None}
+    return model_entry(name, job.vocabulary)
 
 
 def _write_parts(job: TokenizingJob, rank: int, world_size: int, device: torch.device, progress: PartsProgress) -> None:

@@ -28,7 +28,7 @@ from megatron_cca.data.resizing import DALI, RESIZINGS, ResizeSteps, centre
 from megatron_cca.data.shard_writing import Sample
 from megatron_cca.data.sources import Record, Source, Unreadable
 from megatron_cca.data.sources.classes import ClassFolders
-from megatron_cca.data.sources.source_protocol import Comparison
+from megatron_cca.data.sources.source_protocol import Comparison, SomeRecords
 from megatron_cca.data.tokenizers import TextTokenizer
 from megatron_cca.data.tokenizing import TokenizeSettings
 from megatron_cca.errors import UserError
@@ -308,6 +308,7 @@ def class_notices(source: Source, vocabulary: ImageVocabulary) -> list[str]:
     It says which classes they become.
     """
     known = vocabulary.num_classes
+    source = source.whole if isinstance(source, SomeRecords) else source
     if known is None or not isinstance(source, ClassFolders) or source.num_classes >= known:
         return []
     return [

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.data import DIGITS
+from megatron_cca.data.manifest import read_manifest
+from megatron_cca.data.sources import DEFAULTS
+from megatron_cca.data.sources.idx import recognises
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import check_conditions, read_prompts
 from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
+from megatron_cca.lab.evaluation.shard_images import is_shard_folder
 from megatron_cca.lab.studies import Keys, PlotSettings, StudySettings
 from megatron_cca.lab.studies.study import (
     BASE,
@@ -143,11 +147,14 @@ def _check_samples(settings: StudySettings) -> None:
 def _reference_size(reference: str) -> int:
     """Return the number of images in a reference folder.
 
-    For an archive it is a very large number: reading it takes long, and it may have the moments of more images.
+    For a file it is a very large number: reading it takes long, and an archive may have the moments of more images.
     """
     folder = Path(reference)
-    if reference in WORDS or not folder.is_dir():
+    if reference in WORDS or not folder.is_dir() or recognises(folder, DEFAULTS):
         return sys.maxsize
+    if is_shard_folder(folder):
+        with error_context("reference"):
+            return read_manifest(folder)["num_samples"]
     with error_context("reference"):
         return len(list_folder(folder).files)
 
@@ -263,9 +270,13 @@ def _check_equal_compute(study: Study) -> None:
         rounds, drawn = (dearest.drawing.rounds if dearest.drawing else 1), passes_of_drawing(dearest)
         step = dearest.config.training.global_batch_size * passes_per_sample(dearest.config)
         steps = max(0, round((least / rounds - drawn) / step))
+        if steps == dearest.config.training.train_iters:
+            advice = f"give methods.{one} more steps"
+        else:
+            advice = f"{steps} steps would"
         raise UserError(
             f"methods.{other}: costs {cost_of_run(dearest)} = {most}, methods.{one} {cost_of_run(cheapest)} = "
-            f"{least}; all training must cost the same within {TOLERANCE:.0%}: {steps} steps would"
+            f"{least}; all training must cost the same within {TOLERANCE:.0%}: {advice}"
         )
 
 
