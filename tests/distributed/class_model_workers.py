@@ -179,19 +179,22 @@ def _cached_logits(overrides, prompts):
 
 
 class _Reader:
-    """Stands for the data: one step's rows, cut into microbatches of positives and then negatives."""
+    """Stands for the data: one step's rows, cut into microbatches of positives and then negatives.
+
+    The negatives have the same codes unless ``second_codes`` are given.
+    """
 
     reads = True
 
-    def __init__(self, config, rows, codes, sizes, length):
-        self._parts = rows, codes, sizes, length
+    def __init__(self, config, rows, codes, sizes, length, second_codes=None):
+        self._parts = rows, codes, codes if second_codes is None else second_codes, sizes, length
         self._samples = config.training.micro_batch_size
         self._kinds = 1 if config.objective.is_plain_likelihood else 2
         self.rows_per_microbatch = self._kinds * self._samples
 
     def get(self, _step):
-        (classes, negatives, flags), codes, sizes, length = self._parts
-        cut = [part.split(self._samples) for part in (classes, negatives, flags, codes)]
+        (classes, negatives, flags), codes, second_codes, sizes, length = self._parts
+        cut = [part.split(self._samples) for part in (classes, negatives, flags, codes, second_codes)]
         microbatches = [self._microbatch(*parts, sizes, length) for parts in zip(*cut, strict=True)]
         tokens = sizes.tokens
         return StepBatch(microbatches, length, mean_num_tokens=float(tokens), num_tokens=self._kinds * ROWS * tokens)
@@ -199,10 +202,10 @@ class _Reader:
     def attempt(self, step):
         return self.get(step), None
 
-    def _microbatch(self, classes, negatives, flags, codes, sizes, length):
-        kinds = (classes, negatives)[: self._kinds]
-        tokens = torch.cat([_tokens(labels, codes, sizes, length) for labels in kinds])
-        targets = torch.nn.functional.pad(codes.repeat(self._kinds, 1), (0, length - sizes.tokens))
+    def _microbatch(self, classes, negatives, flags, codes, second_codes, sizes, length):
+        kinds = ((classes, codes), (negatives, second_codes))[: self._kinds]
+        tokens = torch.cat([_tokens(labels, shown, sizes, length) for labels, shown in kinds])
+        targets = torch.nn.functional.pad(torch.cat([shown for _, shown in kinds]), (0, length - sizes.tokens))
         return Microbatch(tokens, targets, torch.arange(length).expand_as(tokens) < sizes.tokens, flags)
 
 
@@ -224,13 +227,17 @@ def _step(overrides, is_filled_up):
     assert rows[2].tolist() == [False, False, True, False, False, True, False, False]
     frozen, moved = (exact(plain.weights(seed)) for seed in (0, 1))
     trained = {name: (0.9 * value + 0.1 * moved[name]).requires_grad_() for name, value in frozen.items()}
-    if config.objective.name == "gft":
+    drawn = None
+    if config.objective.name == "ddo":
+        rows, drawn = (rows[0], rows[0], torch.zeros_like(rows[2])), codes.roll(1, 0)
+        loss = _ddo_loss(plain, trained, frozen, rows[0], codes, drawn, config.objective)
+    elif config.objective.name == "gft":
         rows = _with_and_without(rows, sizes)
         loss = _gft_loss(plain, trained, rows, codes, config.objective.beta)
     else:
         loss = plain_loss(config.objective, plain, trained, frozen, rows, codes)
     loss.backward()
-    reader = _Reader(config, rows, codes, sizes, length)
+    reader = _Reader(config, rows, codes, sizes, length, drawn)
     run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=None)
     padded = _padded(config, architecture)
     fill(run.policy_chunks, plain.whole(trained, padded))
@@ -265,6 +272,16 @@ def _gft_loss(plain, weights, rows, codes, beta):
         unconditional = plain.logits(weights, null, codes)
     mixture = beta * plain.logits(weights, classes, codes) + (1 - beta) * unconditional
     return torch.nn.functional.cross_entropy(mixture.flatten(0, 1), codes.flatten())
+
+
+def _ddo_loss(plain, policy, reference, classes, codes, drawn, objective):
+    """The loss of arXiv 2503.01103 for real images and drawn ones of the same classes."""
+    real, model = (
+        plain.logps(policy, classes, codes=shown) - plain.logps(reference, classes, codes=shown).detach()
+        for shown in (codes, drawn)
+    )
+    likely, unlikely = torch.sigmoid(objective.beta * real), torch.sigmoid(-objective.beta * model)
+    return (-likely.log() - objective.alpha * unlikely.log()).mean()
 
 
 def first_log_ratios(settings):

@@ -125,11 +125,16 @@ def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
     assert gradient <= 1e-4, where
 
 
-GFT = [*(key for key in STEP if not key.startswith("objective.")), "objective.name=gft", "objective.beta=0.4"]
+WITHOUT_OBJECTIVE = [key for key in STEP if not key.startswith("objective.")]
+OTHERS = {
+    # That no gradient flows through the null part, neither to the layers nor to the head, shows in each tensor.
+    "gft": ["objective.name=gft", "objective.beta=0.4"],
+    "ddo": ["objective.name=ddo", "objective.beta=0.3", "objective.alpha=3.0"],
+}
 
 
-def test_a_gft_step_has_the_authors_loss_and_gradients(tmp_path_factory):
-    """That no gradient flows through the null part, neither to the layers nor to the head, shows in each tensor."""
+@pytest.mark.parametrize("objective", OTHERS)
+def test_a_step_of_other_objectives_has_the_authors_loss_and_gradients(objective, tmp_path_factory):
     cases = {
         ranks: {
             layout: {"overrides": [*TINY, *overrides], "is_filled_up": layout != "PP 2"}
@@ -138,7 +143,8 @@ def test_a_gft_step_has_the_authors_loss_and_gradients(tmp_path_factory):
         }
         for ranks, layouts in BY_RANKS.items()
     }
-    for name, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=GFT).items():
+    common = [*WITHOUT_OBJECTIVE, *OTHERS[objective]]
+    for name, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=common).items():
         assert loss <= 1e-4, name
         assert gradient <= 1e-4, (name, where)
 
