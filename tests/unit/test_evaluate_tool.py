@@ -55,6 +55,8 @@ def test_a_report_is_written_and_printed(drawn, tmp_path):
     output = tmp_path / "new" / "out"
     done = run(*sets, "--reference", "digits", "--output", output, *numbers)
     assert done.returncode == 0, done.stderr
+    # Megatron-Core warns if it is imported before the platform is installed.
+    assert "Falling back" not in done.stderr
     names = {
         "metrics.json",
         "table.md",
