@@ -128,6 +128,8 @@ class Objective:
     """What the two rows of a sample may differ in; ``data.pairs`` chooses. Policy and reference compute both rows, and
     :meth:`loss` takes :class:`PairLogps`. Nothing means no reference: :meth:`loss` takes :class:`SequenceLogps`, with
     one log-probability per sample."""
+    reference_draws_partners: ClassVar[bool] = False
+    """Whether the second images of pairs must be the reference's own. A run then refuses those of other weights."""
     is_plain_likelihood: ClassVar[bool] = False
     """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None

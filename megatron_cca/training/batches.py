@@ -65,7 +65,8 @@ def open_data(config: Config) -> RunData:
     """Open the token shards of a run. Tokenise the bundled digits if the run uses them.
 
     Raises:
-        UserError: see :class:`TokenShards`, and :func:`training_order` for the held-out samples.
+        UserError: see :class:`TokenShards`, :func:`training_order` for the held-out samples, and
+            :mod:`megatron_cca.training.drawn_partners` for partners of other weights.
     """
     path, partners = config.validation.path, (config.data.partner_path, PARTNERS)
     own = config.validation.partner_path
@@ -76,6 +77,10 @@ def open_data(config: Config) -> RunData:
     _order(config, data.training, 0, config.validation.fraction, config.validation.seed)
     if validation is not None:
         _counts(config, validation)
+    if config.objective.reference_draws_partners:
+        from megatron_cca.training.drawn_partners import check_drawn
+
+        check_drawn(config, [data.training] if validation is None else [data.training, validation])
     return data
 
 
