@@ -157,7 +157,12 @@ class Objective:
     @property
     def rows_per_sample(self) -> int:
         """The number of rows of a sample: 2 if the objective contrasts or mixes, 1 otherwise."""
-        return 2 if self.contrasts or self.conditional_share is not None else 1
+        return 2 if self.conditional_share is not None else self.logps_per_sample
+
+    @property
+    def logps_per_sample(self) -> int:
+        """The number of log-probabilities of a sample: one for each row, but one for the two rows of a mixture."""
+        return 2 if self.contrasts else 1
 
     @property
     def collapse_advice(self) -> str:
