@@ -57,8 +57,8 @@ def lines_on_undrawn(config: Config, data: Iterable[TokenData]) -> list[str]:
 
 
 def _partners(data: Iterable[TokenData]) -> Iterator[tuple[TokenShards, dict[str, Any] | None]]:
-    """Yield each folder of partners once, and what it says of the model that drew it. That is None without weights."""
-    folders = {shards.folder: shards for tokens in data for shards in tokens.partners}
+    """Yield each folder with second images once, and what it says of the model that drew it, None without weights."""
+    folders = {shards.folder: shards for tokens in data for shards in tokens.partners or tokens.shards}
     for shards in folders.values():
         drawn = shards.manifest.get("drawn")
         yield shards, drawn if isinstance(drawn, dict) and isinstance(drawn.get("weights"), str) else None

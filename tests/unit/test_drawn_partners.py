@@ -1,4 +1,4 @@
-"""Who drew the partners: what ddo refuses, what it is told of, and that other objectives do not ask."""
+"""Who made the partners: what ddo refuses and is told of, what others do not ask, and which tokenizers fit."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, recorded_fingerprint
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import merge_shards
-from megatron_cca.data.shards import TokenShards
+from megatron_cca.data.shards import TokenData, TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.training.batches import open_data
 from megatron_cca.training.drawn_partners import lines_on_undrawn
@@ -100,3 +100,43 @@ def test_partners_that_name_no_weights_are_taken_and_told_of_once(checkpoints):
         "reference's own"
     ]
     assert "drawn" not in TokenShards(partners, VOCABULARY).manifest
+
+
+def made_with(folder, name, captions=1, **tokenizers):
+    """Shards that name their tokenizers."""
+    part = write(folder / "parts" / name, random_samples(40, seed=captions, captions=captions))
+    facts = {f"{kind}_tokenizer": {"fingerprint": value} for kind, value in tokenizers.items()}
+    merge_shards(folder / name, [part], VOCABULARY, encode_text, lambda _: None, facts, folder / "aside")
+    return folder / name
+
+
+def test_codes_of_another_image_tokenizer_are_refused(tmp_path):
+    first, second, same = (made_with(tmp_path, name, image=name[0] * 4) for name in ("ab", "ba", "ac"))
+    line = f"{second} has codes of another image tokenizer (bbbb) than {first} (aaaa); tokenize both with the same one"
+    dpo = ["objective.name=dpo", "data.pairs=images", f"data.path={first}"]
+    for key, given in {
+        "data.partner_path": [*dpo, f"data.partner_path={second}"],
+        "data.path": [f"data.path={{{first}: 1, {second}: 1}}"],
+        "validation.path": [f"data.path={first}", f"validation.path={second}"],
+    }.items():
+        assert refusal(load_config(None, given)) == f"{key}: {line}"
+    open_data(load_config(None, [*dpo, f"data.partner_path={same}"]))
+
+
+def test_captions_of_another_text_tokenizer_are_named_where_no_condition_fits(tmp_path):
+    first, second, third = (
+        made_with(tmp_path, name, captions=index + 1, text=text)
+        for index, (name, text) in enumerate([("a", "aaaa"), ("b", "bbbb"), ("c", "aaaa")])
+    )
+    dpo = ["objective.name=dpo", "data.pairs=images", f"data.path={first}"]
+    assert refusal(load_config(None, [*dpo, f"data.partner_path={second}"])) == (
+        f"data.partner_path: {second} has captions of another text tokenizer (bbbb) than {first} (aaaa); tokenize both "
+        "with the same one"
+    )
+    assert "no image there has the condition" in refusal(load_config(None, [*dpo, f"data.partner_path={third}"]))
+
+
+def test_pairs_of_the_data_itself_are_told_of_too(tmp_path):
+    data = TokenData([TokenShards(made_with(tmp_path, "a"), VOCABULARY)])
+    (line,) = lines_on_undrawn(load_config(None, ["objective.name=ddo", "data.path=a"]), [data])
+    assert line.startswith(f"data.path: {tmp_path}/a does not say which weights drew it")
