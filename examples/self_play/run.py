@@ -110,20 +110,6 @@ def _draw(one: Round, options: argparse.Namespace) -> None:
             raise UserError(f"data.path: {len(folders)} folders in {options.config}; a round draws for one")
         drawing = ["--checkpoint", one.start, "--like", folders[0], "--shards", output, "--seed", one.number]
         _run(f"round {one.number}: draw", ["generate", *drawing], options.processes)
-    _check_drawn(one, output)
-
-
-def _check_drawn(one: Round, output: Path) -> None:
-    from megatron_cca.checkpoint import layout
-    from megatron_cca.checkpoint.fingerprint import weights_fingerprint
-    from megatron_cca.data.manifest import read_manifest
-
-    own = weights_fingerprint(layout.resolve(one.start, "--base"), "--base")
-    found = read_manifest(output).get("drawn", {}).get("weights")
-    if found != own:
-        raise UserError(
-            f"{output}: drawn by weights {found}, {one.start} has {own}; remove it, or give another --output"
-        )
 
 
 def _train(one: Round, options: argparse.Namespace) -> None:

@@ -82,12 +82,24 @@ def find_partners(data: TokenData) -> Partners:
     found = _grouped(data.rows(places)["caption"], captions, places)
     lacking = np.flatnonzero(found.count == 0)
     if lacking.size:
+        _check_text_tokenizers(data)
         raise UserError(
             f"{data.partners[0].key}: no image there has the condition of {data.describe(int(lacking[0]))}"
             f"{f' and of {lacking.size - 1} more' if lacking.size > 1 else ''}; a pair of images needs two for one "
             "condition: draw or tokenize some for it"
         )
     return found
+
+
+def _check_text_tokenizers(data: TokenData) -> None:
+    """Refuse folders of another text tokenizer, whose conditions can only be others."""
+    ours, theirs = data.shards[0], data.partners[0]
+    own, other = (shards.tokenizer("text") for shards in (ours, theirs))
+    if own is not None and other is not None and own != other:
+        raise UserError(
+            f"{theirs.key}: {theirs.folder} has captions of another text tokenizer ({other}) than {ours.folder} "
+            f"({own}); tokenize both with the same one"
+        )
 
 
 def _within(data: TokenData) -> Partners:

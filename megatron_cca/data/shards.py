@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -90,6 +90,11 @@ class TokenShards:
     def caption(self, sample: int) -> np.ndarray:
         """Return caption tokens, int32 ``[C]``. Raises as :meth:`codes` does."""
         return self._checked(self._captions, "captions", sample, self.table[sample]["caption"])
+
+    def tokenizer(self, kind: Literal["image", "text"]) -> str | None:
+        """Return the fingerprint of the tokenizer that made the codes or the captions. Return None if it is unknown."""
+        found = self.manifest.get(f"{kind}_tokenizer")
+        return found.get("fingerprint") if isinstance(found, dict) else None
 
     def _checked(self, tokens: IndexedDataset, name: str, sample: int, expected: np.uint64) -> np.ndarray:
         try:
@@ -170,10 +175,11 @@ class TokenData:
 
     @cached_property
     def _starts(self) -> list[int]:
-        return [0, *accumulate(len(shards) for shards in self._folders)]
+        return [0, *accumulate(len(shards) for shards in self.folders)]
 
     @cached_property
-    def _folders(self) -> list[TokenShards]:
+    def folders(self) -> list[TokenShards]:
+        """All folders, those of partners last."""
         return [*self.shards, *self.partners]
 
     def ids(self, folder: int) -> np.ndarray:
@@ -239,9 +245,9 @@ class TokenData:
         folders = np.searchsorted(self._starts, samples, side="right") - 1
         for folder in np.unique(folders):
             here = folders == folder
-            found[here] = column(self._folders[folder])[samples[here] - self._starts[folder]]
+            found[here] = column(self.folders[folder])[samples[here] - self._starts[folder]]
         return found
 
     def _place(self, sample: int) -> tuple[TokenShards, int]:
         folder = bisect_right(self._starts, sample) - 1
-        return self._folders[folder], sample - self._starts[folder]
+        return self.folders[folder], sample - self._starts[folder]

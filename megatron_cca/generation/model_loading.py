@@ -11,10 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_cca.checkpoint import distributed, layout
-from megatron_cca.checkpoint.fingerprint import files_fingerprint, weights_fingerprint
+from megatron_cca.checkpoint.fingerprint import files_fingerprint
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint
 from megatron_cca.checkpoint.huggingface.importing import gathered_rows
-from megatron_cca.checkpoint.summary import config_of_weights, saved_config
+from megatron_cca.checkpoint.summary import config_of_weights, recorded_fingerprint, saved_config
 from megatron_cca.config import Config, ParallelConfig, Precision
 from megatron_cca.data.codebooks import codebook_file, open_patch_tokenizer
 from megatron_cca.data.digits import data_folders
@@ -115,14 +115,16 @@ def sampling_precision(config: Config, precision: Precision | None) -> str:
 
 
 def weights_of(checkpoint: InspectedCheckpoint) -> str:
-    """Return a short hash of a checkpoint's weights. Reads every byte.
+    """Return a short hash of a checkpoint's weights: what a run that starts from it records, or of a folder's files.
+
+    Only the files of a Hugging Face folder are read.
 
     Raises:
         UserError: the checkpoint is not whole.
     """
     if isinstance(checkpoint.source, HuggingFaceCheckpoint):
         return files_fingerprint(sorted({tensor.file for tensor in checkpoint.source.files.tensors.values()}))
-    return weights_fingerprint(checkpoint.folder, _CHECKPOINT)
+    return recorded_fingerprint(checkpoint.folder, _CHECKPOINT)
 
 
 def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precision | None = None) -> SamplingModel:

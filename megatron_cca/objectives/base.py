@@ -128,6 +128,8 @@ class Objective:
     """What the two rows of a sample may differ in; ``data.pairs`` chooses. Policy and reference compute both rows, and
     :meth:`loss` takes :class:`PairLogps`. Nothing means no reference: :meth:`loss` takes :class:`SequenceLogps`, with
     one log-probability per sample."""
+    reference_draws_partners: ClassVar[bool] = False
+    """Whether the second images of pairs must be the reference's own. A run then refuses those of other weights."""
     is_plain_likelihood: ClassVar[bool] = False
     """Whether the objective only raises the likelihood of the data, so that a study can use it as its control."""
     reward_scale: ClassVar[str | None] = None
@@ -155,7 +157,12 @@ class Objective:
     @property
     def rows_per_sample(self) -> int:
         """The number of rows of a sample: 2 if the objective contrasts or mixes, 1 otherwise."""
-        return 2 if self.contrasts or self.conditional_share is not None else 1
+        return 2 if self.conditional_share is not None else self.logps_per_sample
+
+    @property
+    def logps_per_sample(self) -> int:
+        """The number of log-probabilities of a sample: one for each row, but one for the two rows of a mixture."""
+        return 2 if self.contrasts else 1
 
     @property
     def collapse_advice(self) -> str:

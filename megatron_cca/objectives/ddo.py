@@ -29,6 +29,7 @@ class DDO(PairObjective):
     """Weight of the drawn images."""
 
     contrasts = ("images",)
+    reference_draws_partners = True
     reward_scale = "beta"
     against_collapse = "lower objective.alpha ({alpha:g}), raise objective.beta ({beta:g})"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_cca.parallel.sequence_logps import sequence_logps
@@ -25,12 +24,14 @@ def mixed_sequence_logps(
         share: from 0 to 1.
         options: see :func:`sequence_logps`.
     """
-    conditional, unconditional = hidden.chunk(2, dim=1)
+    conditional, _ = hidden.chunk(2, dim=1)
     mask, unconditional_mask = mask.chunk(2)
-    constant = torch.zeros_like(conditional)
+    constant, samples = conditional.new_zeros(conditional.shape), mask.size(0)
     # The n-th image token of a row is the n-th of its partner.
-    here, there = (own.transpose(0, 1) for own in (constant, unconditional.detach()))
-    here[mask] = (1 - share) * there[unconditional_mask]
+    (rows, here), (partners, there) = (one.nonzero().unbind(1) for one in (mask, unconditional_mask))
+    from_flat, to_flat = hidden.detach().reshape(-1, hidden.size(-1)), constant.view(-1, hidden.size(-1))
+    sources = there * 2 * samples + samples + partners
+    to_flat.index_copy_(0, here * samples + rows, from_flat.index_select(0, sources).mul_(1 - share))
     if bias is not None:
         bias = bias.detach() + share * (bias - bias.detach())
     return sequence_logps(

@@ -7,7 +7,7 @@ image.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -65,17 +65,23 @@ def open_data(config: Config) -> RunData:
     """Open the token shards of a run. Tokenise the bundled digits if the run uses them.
 
     Raises:
-        UserError: see :class:`TokenShards`, and :func:`training_order` for the held-out samples.
+        UserError: see :class:`TokenShards`, :func:`training_order` for the held-out samples, and
+            :mod:`megatron_cca.training.drawn_partners` for partners of other weights.
     """
     path, partners = config.validation.path, (config.data.partner_path, PARTNERS)
     own = config.validation.partner_path
     others = partners if own is None else (own, "validation.partner_path")
     validation = None if path is None else _open(config, path, VALIDATION, *others)
     data = RunData(_open(config, config.data.path, DATA, *partners), validation)
+    _check_codes([*data.training.folders, *(data.validation.folders if data.validation is not None else ())])
     # Check the held-out samples and the partners now, before any process group is made.
     _order(config, data.training, 0, config.validation.fraction, config.validation.seed)
     if validation is not None:
         _counts(config, validation)
+    if config.objective.reference_draws_partners:
+        from megatron_cca.training.drawn_partners import check_drawn
+
+        check_drawn(config, [data.training] if validation is None else [data.training, validation])
     return data
 
 
@@ -189,6 +195,18 @@ def _shards(config: Config, name: str, key: str) -> TokenShards:
     shards = TokenShards(_digits(config) if name == DIGITS else Path(name), architecture.vocabulary, key)
     _check_grids(shards, architecture, key)
     return shards
+
+
+def _check_codes(folders: Sequence[TokenShards]) -> None:
+    """Refuse folders whose codes mean different things. A folder need not name its image tokenizer."""
+    known = [shards for shards in folders if shards.tokenizer("image") is not None]
+    for shards in known[1:]:
+        theirs, first = shards.tokenizer("image"), known[0].tokenizer("image")
+        if theirs != first:
+            raise UserError(
+                f"{shards.key}: {shards.folder} has codes of another image tokenizer ({theirs}) than {known[0].folder} "
+                f"({first}); tokenize both with the same one"
+            )
 
 
 def _order(config: Config, data: TokenData, seed: int, fraction: float, split_seed: int) -> SampleOrder:

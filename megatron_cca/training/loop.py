@@ -108,6 +108,12 @@ def _report_start(run: Run, log: RunLog) -> None:
 
         for line in attention_lines(run.config, has_engine=True):
             log.info(line)
+    if run.config.objective.reference_draws_partners:
+        from megatron_cca.training.drawn_partners import lines_on_undrawn
+
+        batches = [run.batches] if run.validation is None else [run.batches, run.validation.batches]
+        for line in lines_on_undrawn(run.config, [one.data for one in batches]):
+            log.info(line)
     for line in run.passed_over:
         log.event("passed_over", f"passed over: {line}", reason=line)
     warn_of_fork(run, log)

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import weights_fingerprint
 from megatron_cca.checkpoint.huggingface import import_checkpoint
+from megatron_cca.checkpoint.summary import recorded_fingerprint
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.data.tokenizers import TOKENIZER_FILE, open_image_tokenizer, open_text_tokenizer
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3 import tiny_vocabulary
-from tests.distributed.launch import ended, run_tool, run_workers, start_job, start_tool
+from tests.distributed.launch import SCRIPT, ended, run_tool, run_workers, start_job, start_tool
 from tests.distributed.test_generate_tool import ROOT, TOOL, generate
 from tests.distributed.test_layout_parity import CCA, under
 from tests.references.drawn_digits import shards_of_digits
@@ -112,7 +112,7 @@ def test_the_manifest_says_what_they_were_drawn_with(whole, checkpoint, source, 
     assert {name: drawn[name] for name in wanted} == wanted
     folder = layout.resolve(checkpoint, "checkpoint")
     assert (drawn["checkpoint"], drawn["images_per_prompt"], drawn["precision"]) == (str(folder), TIMES, "fp32")
-    assert drawn["weights"] == weights_fingerprint(folder, "checkpoint")
+    assert drawn["weights"] == recorded_fingerprint(folder, "checkpoint")
     read = TokenShards(source, tiny_vocabulary()).fingerprint()
     assert drawn["prompts"] == {"--like": str(source), "fingerprint": read}
     assert manifest["image_tokenizer"]["fingerprint"] == open_image_tokenizer(digit_shards).fingerprint()
@@ -177,6 +177,34 @@ def test_a_run_trains_on_drawn_shards_beside_real_ones_and_as_their_partners(sou
         overrides = [*run, f"training.output_dir={tmp_path / name}"]
         found = run_workers(1, "checkpoint_workers.resume", {"overrides": overrides, "steps": 1}, tmp_path)
         assert np.isfinite(found["rows"][0]["loss"])
+
+
+def test_ddo_takes_what_its_reference_drew_and_nothing_of_another_model(checkpoint, source, whole, tmp_path):
+    run = [*under("ddo"), f"data.path={source}", "training.train_iters=2"]
+
+    def train(number, *more):
+        words = [word for one in [*run, *more] for word in ("--set", one)]
+        return run_tool(SCRIPT, *words, "--set", f"training.output_dir={tmp_path}/{number}", cwd=tmp_path)
+
+    drawn, own = f"data.partner_path={whole}", f"training.pretrained_checkpoint={checkpoint}"
+    for step in (1, 2):
+        done = train("own", drawn, own, f"training.train_iters={step}")
+        assert done.returncode == 0, done.stderr
+        assert "does not say" not in done.stdout
+    other = f"training.pretrained_checkpoint={tmp_path}/own"
+    done = train("other", drawn, other)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron_cca: error: data.partner_path: {whole} was drawn by weights ")
+    assert done.stderr.count("\n") == 1
+    write_shards(tmp_path / "real", drawn_again(whole), tiny_vocabulary(), open_text_tokenizer(source).encode)
+    done = train("real", f"data.partner_path={tmp_path}/real", own)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout + done.stderr).count("real does not say which weights drew it; ddo takes its images") == 1
+
+
+def drawn_again(folder):
+    shards = TokenShards(folder, tiny_vocabulary())
+    return [Sample(shards.codes(place), shards.caption(place)) for place in range(len(shards))]
 
 
 def test_the_best_of_several_is_written(checkpoint, tmp_path):

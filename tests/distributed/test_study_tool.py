@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.fingerprint import weights_fingerprint
+from megatron_cca.checkpoint.summary import recorded_fingerprint
 from megatron_cca.data.codebooks import keep_codebook
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.shard_writing import Sample, write_shards
@@ -279,7 +279,7 @@ def test_methods_draw_what_they_train_on(drawing):
     assert len(drawn_folders(folder)) == 3 * 3
     bases = list((folder / "out" / "trained").glob("base-*"))
     models = [*bases, *(folder / "out" / "trained").glob("ddo-*")]
-    weights = {weights_fingerprint(layout.resolve(str(model), ""), ""): model for model in models}
+    weights = {recorded_fingerprint(layout.resolve(str(model), ""), ""): model for model in models}
     by = [weights[read_manifest(one / "shards")["drawn"]["weights"]] for one in drawn_folders(folder)]
     assert sum(model in bases for model in by) == 2 * 3
     guided = [read_manifest(one / "shards")["drawn"]["guidance_scale"] for one in drawn_folders(folder)]

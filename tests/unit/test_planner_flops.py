@@ -1,5 +1,6 @@
 """FLOPs from sizes beside torch's counter of a real model's operators."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from megatron_cca.lab.planner.workload import (
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.gpt import build_gpt, image_logps
 from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.objectives.base import OBJECTIVES
 from megatron_cca.parallel.ranks import initialize_distributed
+from megatron_cca.training.reference import policy_head
 from tests.references import var
 
 ROWS = 2
@@ -82,6 +85,22 @@ def test_forward_and_backward(model):
     # A flash kernel computes the scores again in backward, and so does the head with its tiles.
     executed = 3 * layers(architecture) + (1 + 2.5) * attention + 4 * head
     assert found == pytest.approx(ROWS * executed, rel=0.01)
+
+
+def test_a_mixture_passes_the_head_once(model):
+    config, architecture, chunk = model
+    mixed = replace(config, objective=OBJECTIVES["gft"]())
+    tokens = torch.zeros(ROWS, WORKLOAD.seq_length, dtype=torch.int64)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, : WORKLOAD.image_tokens] = True
+    options = policy_head(mixed, architecture.vocabulary)
+    with torch.no_grad():
+        found = counted(lambda: image_logps(chunk, tokens, tokens, mask, **options))
+    rows = 2 * (layers(architecture) + whole_attention(architecture))
+    head = head_forward(architecture, WORKLOAD.image_tokens)
+    assert found == pytest.approx(rows + head, rel=0.01)
+    # Both rows go through the backward of the layers, though one has no gradient.
+    assert model_flops(mixed, architecture, WORKLOAD, causal=False) == pytest.approx(3 * (rows + head))
 
 
 def test_model_flops_count_nothing_twice(model):

@@ -127,6 +127,7 @@ class HeadShape:
             or newer.
         is_padded: whether the last tile contains rows that pad the vocabulary.
         is_gathered: whether sequence parallelism gathers a whole copy of the hidden states.
+        is_mixed: whether the two rows of a sample are mixed into one (``parallel/mixed_logps.py``).
     """
 
     layer: LayerShape
@@ -136,6 +137,17 @@ class HeadShape:
     on_gpu: bool
     is_padded: bool
     is_gathered: bool
+    is_mixed: bool
+
+    @property
+    def half(self) -> float:
+        """Bytes of the hidden states of half the rows, with all their positions. 0 where no rows are mixed."""
+        return self.layer.whole / 2 if self.is_mixed else 0
+
+    @property
+    def constant(self) -> float:
+        """Bytes of what is added to the image tokens' hidden states. 0 where no rows are mixed."""
+        return self.layer.size * self.selected * self.layer.hidden if self.is_mixed else 0
 
 
 def head_shape(config: Config, sizes: Sizes, layer: LayerShape, *, on_gpu: bool) -> HeadShape:
@@ -149,6 +161,7 @@ def head_shape(config: Config, sizes: Sizes, layer: LayerShape, *, on_gpu: bool)
         on_gpu=on_gpu,
         is_padded=_runs_over(config, sizes, tiles.multiple),
         is_gathered=config.parallel.sequence_parallel,
+        is_mixed=config.objective.conditional_share is not None,
     )
 
 
@@ -162,17 +175,20 @@ def head_kept(head: HeadShape) -> float:
     """Return the bytes that the head keeps for backward.
 
     These are the final norm, the whole hidden states and, for each image token, its position, id, largest logit and
-    sum.
+    sum. A mixture keeps both of its parts, not the whole hidden states that it is made of.
     """
     layer = head.layer
-    gathered = layer.whole if head.is_gathered else 0
-    return layer.norm_kept() + gathered + (2 * INT64 + 2 * FP32) * head.selected
+    hidden = layer.whole if head.is_gathered else 0
+    hidden = head.half + head.constant if head.is_mixed else hidden
+    return layer.norm_kept() + hidden + (2 * INT64 + 2 * FP32) * head.selected
 
 
 def head_forward(head: HeadShape) -> float:
     """Return the bytes alive while the forward computes its tiles."""
     selected = head.layer.size * head.selected * head.layer.hidden
-    return selected + FP32 * head.rows * head.width + _operands(head) + 5 * FP32 * head.selected
+    # The hidden states that are mixed, and the constant with all positions.
+    mixed = head.layer.whole + head.half if head.is_mixed else 0
+    return mixed + selected + FP32 * head.rows * head.width + _operands(head) + 5 * FP32 * head.selected
 
 
 def head_backward(head: HeadShape) -> float:
@@ -190,11 +206,13 @@ def head_backward(head: HeadShape) -> float:
         at_tile += layer.size * head.rows * head.width if head.on_gpu else 0
     # A copy of the last tile's weight rows, in which the padding is 0.
     at_tile += layer.size * layer.hidden * head.width if head.is_padded else 0
-    at_end = layer.size * (layer.tokens + is_half * head.selected) * layer.hidden
+    at_end = (head.half or layer.whole) + is_half * layer.size * head.selected * layer.hidden
     # Where products do not add to an fp32 sum in place, the tile is one allocation, which lives to the end.
     is_held = not (is_half and head.on_gpu)
     working = tile + max(at_tile, at_end) if is_held else max(tile + at_tile, at_end)
-    return selected + gradient + working + 3 * FP32 * head.selected
+    at_tokens = selected + head.constant + gradient + working + 3 * FP32 * head.selected
+    # Thereafter the gradient of one part, the same times its share, and both rows' again.
+    return max(at_tokens, 2 * layer.whole) if head.is_mixed else at_tokens
 
 
 def _operands(head: HeadShape) -> float:

@@ -46,7 +46,7 @@ class Sizes:
         rows: rows in a microbatch.
         microbatches: microbatches of a rank in a step.
         tokens: tokens of a microbatch on one context-parallel rank.
-        image_tokens: the tokens among them that pass through the head.
+        image_tokens: image tokens that pass through the head: those of all rows, or of half of them if rows are mixed.
         seq_length: S, the positions of a row.
         layer_weights, embedding_weights, head_weights: elements of one layer, of the embedding, and of the head with
             its norm, on one rank.
@@ -105,7 +105,7 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         rows=rows,
         microbatches=training.global_batch_size // (training.micro_batch_size * data),
         tokens=rows * workload.seq_length / context,
-        image_tokens=rows * workload.image_tokens / context,
+        image_tokens=training.micro_batch_size * config.objective.logps_per_sample * workload.image_tokens / context,
         seq_length=workload.seq_length,
         layer_weights=_numel(layer_parameters(config)),
         embedding_weights=_numel(embedding_parameters(config)),

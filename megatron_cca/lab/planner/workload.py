@@ -200,11 +200,12 @@ def flops_by_precision(
     With FP8 only the layers' products are in FP8. What makes a pyramid's features is less than a thousandth and does
     not count.
     """
-    layers = architecture.num_layers * workload.seq_length * products_forward(architecture)
+    layers = rows_per_sample(config) * architecture.num_layers * workload.seq_length * products_forward(architecture)
     head = head_forward(architecture, workload.image_tokens, len(head_support(config, architecture.vocabulary)))
-    # Megatron's own products, whatever the layers' precision.
-    plain = head + row_products_forward(architecture)
-    attention = architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
+    rows = rows_per_sample(config)
+    # Megatron's own products, whatever the layers' precision. Rows that are mixed pass through the head as one.
+    plain = config.objective.logps_per_sample * head + rows * row_products_forward(architecture)
+    attention = rows * architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
     # Forward, gradient of the inputs, gradient of the weights.
     passes = 3 if config.lora.dim is None else 2
     models = [(config.training.precision, passes, 3)]
@@ -217,7 +218,7 @@ def flops_by_precision(
             (precision, products_passes * layers),
             (others, products_passes * plain + attention_passes * attention),
         ):
-            found[one] = found.get(one, 0.0) + rows_per_sample(config) * flops
+            found[one] = found.get(one, 0.0) + flops
     return found
 
 
