@@ -31,7 +31,7 @@ def test_a_method_is_compared_with_the_others(tmp_path):
     # Seeds 1, 2, 3: the FIDs differ by 2 with a spread of 1 each, which is no more than both together.
     row = "+0.150 better | -0.50 undecided | {} | +0.000 undecided | +0.000 undecided |"
     assert "| CCA against | accuracy | IS | FID | precision | recall |" in lines
-    assert "| base | " + row.format("-2.00 undecided") in lines
+    assert "| base, guidance-free | " + row.format("-2.00 undecided") in lines
     assert "| base + CFG | " + row.format("-7.00 better") in lines
 
 

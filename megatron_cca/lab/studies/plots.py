@@ -24,7 +24,9 @@ from megatron_cca.lab.studies.study import BASE, Method
 
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
 # From this ratio of the largest FID to the smallest on, the scale is logarithmic.
-_LOG_RATIO = 6.0
+_LOG_RATIO = 5.0
+# Where there are more methods than colours, the next ones have the colours again and another marker.
+_STYLES = [(colour, marker) for marker in "o^vP" for colour in COLOURS]
 # The legend lies over curves. Its background keeps the text readable.
 _LEGEND = {**LEGEND, "frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
 _TICKS = [factor * 10.0**power for power in range(-1, 5) for factor in (1, 1.5, 2, 3, 5, 7)]
@@ -43,7 +45,7 @@ class _Curve:
     key: str | None
     points: list[Result]
     colour: str
-    marker: str = "o"
+    marker: str
 
     def column(self, metric: str) -> tuple[list[float], list[float]]:
         """Return the means and the standard deviations of a metric."""
@@ -92,8 +94,8 @@ def _curves(results: Results, methods: Sequence[Method], along: str | None) -> l
         keys = swept_keys(method)
         found = [one for one in results.of(method.name) if one.statistics]
         if not keys:
-            colour, marker = _SINGLE.get(method.name, (None, "o"))
-            curves += [_Curve(_name(method), None, found[:1], colour or _next(curves), marker)] if found else []
+            style = _SINGLE.get(method.name) or _next(curves)
+            curves += [_Curve(_name(method), None, found[:1], *style)] if found else []
             continue
         key = along or keys[-1]
         groups: dict[str, list[Result]] = {}
@@ -102,7 +104,7 @@ def _curves(results: Results, methods: Sequence[Method], along: str | None) -> l
                 others = [f"{key_name(name)} {value_name(result.row.values[name])}" for name in keys if name != key]
                 groups.setdefault(", ".join([_name(method), *others]), []).append(result)
         for label, points in groups.items():
-            curves.append(_Curve(label, key, points, _next(curves)))
+            curves.append(_Curve(label, key, points, *_next(curves)))
     return curves
 
 
@@ -110,9 +112,10 @@ def _name(method: Method) -> str:
     return "base, guidance-free" if method.name == BASE else method.label
 
 
-def _next(curves: Sequence[_Curve]) -> str:
+def _next(curves: Sequence[_Curve]) -> tuple[str, str]:
+    """Return colour and marker of the next curve."""
     taken = sum(curve.colour in COLOURS for curve in curves)
-    return COLOURS[taken % len(COLOURS)]
+    return _STYLES[taken % len(_STYLES)]
 
 
 def _frontier(results: Results, methods: Sequence[Method], settings: PlotSettings) -> Figure:
@@ -150,7 +153,7 @@ def _against(results: Results, methods: Sequence[Method], settings: PlotSettings
         for curve in curves:
             means, stds = curve.column(metric)
             places = [result.row.values[settings.x] for result in curve.points]
-            style = {"color": curve.colour, "marker": "o", "markersize": 4.5, "linewidth": 1.6, "capsize": 2}
+            style = {"color": curve.colour, "marker": curve.marker, "markersize": 4.5, "linewidth": 1.6, "capsize": 2}
             axes.errorbar(places, means, yerr=stds, elinewidth=0.8, label=curve.label, **style)
         _control_line(axes, results, metric)
         style_axes(axes, across=axis_name(settings.x), up=f"{METRICS[metric][0]} ({better} is better)")
@@ -188,9 +191,9 @@ def _passes(result: Result) -> str:
 
 
 def _panel(axes: Axes, shown: Sequence[Result], metric: str) -> None:
-    colours = itertools.cycle(COLOURS)
+    styles = itertools.cycle(_STYLES)
     for place, one in enumerate(shown):
-        colour, marker = _SINGLE.get(one.row.method.name) or (next(colours), "o")
+        colour, marker = _SINGLE.get(one.row.method.name) or next(styles)
         mean, spread = one.statistics[metric].mean, one.statistics[metric].std or 0.0
         axes.errorbar([mean], [place], xerr=[spread], color=colour, marker=marker, markersize=7, elinewidth=1.4)
         dots = [metrics[metric] for metrics in one.seeds.values()]

@@ -269,7 +269,7 @@ def _about(study: Study) -> str:
 
 def _costs(study: Study) -> str:
     trained = [method for method in study.tuned if method.config is not None]
-    runs = "; ".join(f"{method.label}: {cost_of_run(method.run)}" for method in trained)
+    runs = "; ".join(f"{method.label}: {cost_of_run(method.configured(method.trials[0]))}" for method in trained)
     return f"Training costs the same for all, in passes of a row through the model (forward 1, backward 2): {runs}."
 
 
@@ -279,7 +279,7 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
     unit = _unit(results)
     lines = [
         [
-            "base, guidance-free" if result.row.method.name == BASE else result.row.method.label,
+            _label(result),
             settings_name(result.row.values),
             str(result.row.run.sampling.forwards_per_token),
             f"{result.passes / unit:.2f}",
@@ -289,6 +289,10 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
         for result in rows
     ]
     return markdown_table(head, lines)
+
+
+def _label(result: Result) -> str:
+    return "base, guidance-free" if result.row.method.name == BASE else result.row.method.label
 
 
 def _unit(results: Results) -> int:
@@ -322,9 +326,7 @@ def _verdicts(results: Results, name: str) -> list[str]:
     names = [metric for metric in METRICS if metric in own.statistics and metric != _DIAGNOSTIC]
     head = [f"{own.row.method.label} against", *(METRICS[metric][0] for metric in names)]
     lines = [
-        [result.row.method.label, *(_verdict(metric, own, result) for metric in names)]
-        for result in chosen
-        if result is not own
+        [_label(result), *(_verdict(metric, own, result) for metric in names)] for result in chosen if result is not own
     ]
     explanation = (
         "The difference of the means. A verdict wants one that is larger than both standard deviations together; "
