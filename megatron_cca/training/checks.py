@@ -75,15 +75,23 @@ def _check_pairs(config: Config) -> None:
     kind = config.data.pairs
     if kind is not None and kind not in possible:
         own = f"contrasts {possible[0]}" if possible else "has no pairs"
-        others = ", ".join(other for other in known_names() if kind in OBJECTIVES[other].contrasts)
-        raise UserError(f"data.pairs: {kind}, but {name} {own}; leave it out, or set objective.name to one of {others}")
+        raise UserError(
+            f"data.pairs: {kind}, but {name} {own}; leave it out, or set objective.name to one of {_contrasting(kind)}"
+        )
     for key in ("data.partner_path", "validation.partner_path"):
         section, _, one = key.partition(".")
         path = getattr(getattr(config, section), one)
         if path is not None and pairs_of(config) != "images":
-            raise UserError(f"{key}: {path}, but this run has no pairs of images; leave it out, or set data.pairs so")
+            way = (
+                "data.pairs to images" if "images" in possible else f"objective.name to one of {_contrasting('images')}"
+            )
+            raise UserError(f"{key}: {path}, but this run has no pairs of images; leave it out, or set {way}")
         if path is not None and path == getattr(config, section).path:
             raise UserError(f"{key}: {path} is {section}.path; an image is no partner of itself")
+
+
+def _contrasting(kind: str) -> str:
+    return ", ".join(name for name in known_names() if kind in OBJECTIVES[name].contrasts)
 
 
 def _check_mixture(config: Config) -> None:

@@ -243,6 +243,13 @@ def test_dropout_beside_a_reference_can_be_had(strategy, tmp_path):
     check_run(a_run([*overrides, f"training.output_dir={tmp_path}"]), 1)
 
 
+def test_partners_want_pairs_of_images():
+    line = (
+        "data.partner_path: elsewhere, but this run has no pairs of images; leave it out, or set data.pairs to images"
+    )
+    assert refused(["objective.name=dpo", "data.partner_path=elsewhere"], 2) == line
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -251,7 +258,11 @@ def test_dropout_beside_a_reference_can_be_had(strategy, tmp_path):
             "data.pairs: conditions, but gft has no pairs; leave it out, or set objective.name",
         ),
         (["data.pairs=images"], "data.pairs: images, but gft has no pairs; leave it out"),
-        (["data.partner_path=elsewhere"], "data.partner_path: elsewhere, but this run has no pairs of images"),
+        (
+            ["data.partner_path=elsewhere"],
+            "data.partner_path: elsewhere, but this run has no pairs of images; leave it out, or set "
+            "objective.name to one of ddo, dpo, ipo, kto, nca",
+        ),
         (["reference.strategy=cached"], "reference.strategy: cached, but gft has no reference; leave it out"),
         (["reference.checkpoint=base"], "reference.checkpoint: base, but gft has no reference; leave it out"),
         (["reference.allow_bias=1"], "reference.allow_bias: 1.0, but gft has no reference; leave it out"),
