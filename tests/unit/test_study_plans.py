@@ -124,6 +124,15 @@ def test_every_task_comes_after_what_it_needs(tmp_path):
     assert trained.config.training.seed == 7
 
 
+def test_a_base_begins_with_random_weights(tmp_path):
+    changes = {"base/set": {"training.train_iters": 5}}
+    study = opened(tmp_path, **changes)
+    own = changed(study.base, "training", pretrained_checkpoint="runs/elsewhere")
+    base = TaskFactory(replace(study, base=own), tmp_path / "out").training(study.methods["base"], {}, 1)
+    assert base.config.training.pretrained_checkpoint is None
+    assert base == TaskFactory(study, tmp_path / "out").training(study.methods["base"], {}, 1)
+
+
 def test_nothing_is_reported_before_its_settings_are_chosen(tmp_path):
     queue = TaskQueue(TaskFactory(opened(tmp_path), tmp_path / "out"))
     assert {row.method.name for row in queue.schedule.rows} == {"base"}

@@ -212,7 +212,8 @@ class TaskFactory:
     def _base(self, seed: int) -> Training | None:
         if self.study.base is None:
             return None
-        config = replace(self.study.base, training=replace(self.study.base.training, seed=seed))
+        own = replace(self.study.base.training, seed=seed, pretrained_checkpoint=None)
+        config = replace(self.study.base, training=own)
         key = digest(training_contents(config, None))
         return _training(f"pretrain the base, seed {seed}", self.output / TRAINED / f"base-{key}", config, None)
 
