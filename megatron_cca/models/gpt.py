@@ -88,6 +88,7 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
         layernorm_epsilon=architecture.layernorm_epsilon,
         rotary_interleaved=architecture.position_embedding == "rope_2d",
         hidden_dropout=model.hidden_dropout,
