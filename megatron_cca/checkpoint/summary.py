@@ -123,6 +123,7 @@ def _model_arguments(config: Config) -> dict:
         "group_query_attention": True,
         "num_query_groups": architecture.num_query_groups,
         "kv_channels": architecture.kv_channels,
+        "qk_layernorm": architecture.qk_layernorm,
         "seq_length": architecture.max_position_embeddings,
         "max_position_embeddings": architecture.max_position_embeddings,
         # Megatron-LM has no name for rotation over a grid, and no model of next-scale prediction; docs/checkpoints.md.

@@ -71,6 +71,8 @@ class ModelConfig:
     """Key and value heads; they divide the query heads."""
     kv_channels: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Channels of a head. Null is the preset's own number, else ``hidden_size`` / ``num_attention_heads``."""
+    qk_layernorm: bool | None = key(None, NUMBERS, reference=True)
+    """An RMSNorm of each head's queries, and one of its keys."""
     max_position_embeddings: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Longest row, in tokens."""
     layernorm_epsilon: PositiveFloat | None = key(None, NUMBERS, reference=True)

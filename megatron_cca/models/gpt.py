@@ -89,6 +89,7 @@ def transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
+        qk_layernorm=architecture.qk_layernorm,
         layernorm_epsilon=architecture.layernorm_epsilon,
         rotary_interleaved=architecture.position_embedding == "rope_2d",
         hidden_dropout=model.hidden_dropout,
@@ -195,6 +196,7 @@ def _build_chunk(
         model.transformer_impl,
         architecture.num_layers // pipeline_chunks,
         channels=architecture.kv_channels,
+        qk_layernorm=architecture.qk_layernorm,
         precision="fp32" if config.params_dtype == torch.float32 else "bf16",
         scales=architecture.scales,
     )

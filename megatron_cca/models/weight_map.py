@@ -38,6 +38,7 @@ _DIMENSIONS = {
     "query": lambda sizes: sizes.query_projection_size,
     "key": lambda sizes: sizes.kv_projection_size,
     "heads": lambda sizes: sizes.num_attention_heads,
+    "channels": lambda sizes: sizes.kv_channels,
     # Of next-scale prediction: codes of an image, scales, positions of the first scale, channels of the features.
     "positions": lambda sizes: sizes.max_position_embeddings - sizes.prefix_tokens,
     "levels": lambda sizes: len(sizes.scales),

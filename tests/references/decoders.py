@@ -7,7 +7,6 @@ tensors can be tried.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS, Emu3HuggingFace
 from megatron_cca.models.formats import Naming
-from megatron_cca.models.weight_map import WeightMap
+from megatron_cca.models.weight_map import OneToOne, WeightMap
 from tests.references.huggingface import SIZES
 
 # Sizes of emu3-tiny, which has such keys only where they are set.
@@ -24,6 +23,7 @@ _COMMON = {**SIZES, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "tie_word_embedding
 # By name: transformers' model, what its configuration has besides, and the keys of the section ``model``.
 MODELS = {
     "wide heads": ("Llama", {"head_dim": 24}, {"kv_channels": 24}),
+    "norms of heads": ("Qwen3", {"head_dim": 24}, {"kv_channels": 24, "qk_layernorm": True}),
 }
 
 
@@ -71,7 +71,13 @@ class DecoderFormat(Emu3HuggingFace):
 
 def weight_map(name: str) -> WeightMap:
     """The weight map of one of :data:`MODELS`."""
-    return replace(EMU3_WEIGHTS, attention_options=tuple(MODELS[name][2]))
+    keys = MODELS[name][2]
+    theirs, ours = "model.layers.{layer}.self_attn.", "decoder.layers.self_attention."
+    more = []
+    if "qk_layernorm" in keys:
+        more += [OneToOne(f"{ours}{own}_layernorm.weight", f"{theirs}{own}_norm.weight", ("channels",)) for own in "qk"]
+    rules = [*EMU3_WEIGHTS.rules[:3], *more, *EMU3_WEIGHTS.rules[3:]]
+    return WeightMap(rules, attention_options=tuple(keys))
 
 
 def stand_in(monkeypatch, name: str) -> None:

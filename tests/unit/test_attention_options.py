@@ -1,4 +1,4 @@
-"""Keys of a decoder's attention: what they stand for, what cannot have them, and what was written before they existed."""
+"""Keys of a decoder's attention: what they stand for, what cannot have them, and what former versions wrote."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.unit.test_key_effects import identity
 __all__ = ["written"]
 
 # A value that no preset has, by key.
-OTHER = {"kv_channels": 24}
+OTHER = {"kv_channels": 24, "qk_layernorm": True}
 
 
 def architecture(*overrides):

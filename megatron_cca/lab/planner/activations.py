@@ -47,6 +47,8 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, f
     return DecoderLayer(
         **common,
         keys=2 * architecture.kv_projection_size / tensor,
+        groups=architecture.num_query_groups / tensor,
+        norms_heads=architecture.qk_layernorm,
         rotary=sizes.seq_length / sizes.context * architecture.kv_channels,
         context=sizes.context,
         scores=layer_scores(config.model, sizes, "fp32" if size == FP32 else "bf16"),

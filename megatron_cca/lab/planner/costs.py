@@ -234,8 +234,10 @@ class Compute:
         queries_and_keys = architecture.query_projection_size + architecture.kv_projection_size
         # Two norms (read, write) and two residual sums (two reads, a write).
         moved = 10 * hidden / sharing
-        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times.
-        return moved + (2 if self._fuses_rotary() else 8) * queries_and_keys / self.sizes.tensor
+        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times. Norms of queries
+        # and keys read and write once more.
+        passes = (2 if self._fuses_rotary() else 8) + (2 if architecture.qk_layernorm else 0)
+        return moved + passes * queries_and_keys / self.sizes.tensor
 
     def _moved_by_mlp(self) -> float:
         """Return how many numbers a token's activation reads and writes."""
