@@ -140,7 +140,7 @@ def _model_arguments(config: Config) -> dict:
         "swiglu": not is_pyramid,
         "squared_relu": False,
         "add_bias_linear": is_pyramid,
-        "add_qkv_bias": is_pyramid,
+        "add_qkv_bias": is_pyramid or architecture.add_qkv_bias,
         "untie_embeddings_and_output_weights": True,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,

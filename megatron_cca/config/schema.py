@@ -73,6 +73,8 @@ class ModelConfig:
     """Channels of a head. Null is the preset's own number, else ``hidden_size`` / ``num_attention_heads``."""
     qk_layernorm: bool | None = key(None, NUMBERS, reference=True)
     """An RMSNorm of each head's queries, and one of its keys."""
+    add_qkv_bias: bool | None = key(None, NUMBERS, reference=True)
+    """Biases of queries, keys and values, and of no other projection."""
     max_position_embeddings: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Longest row, in tokens."""
     layernorm_epsilon: PositiveFloat | None = key(None, NUMBERS, reference=True)

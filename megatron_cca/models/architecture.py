@@ -22,7 +22,7 @@ from megatron_cca.models.image_vocabulary import Vocabulary
 _MULTIPLE, _LARGEST = 8, 128
 
 # Keys of the section ``model`` that not every family's layers and files have a place for.
-ATTENTION_OPTIONS = ("kv_channels", "qk_layernorm")
+ATTENTION_OPTIONS = ("kv_channels", "qk_layernorm", "add_qkv_bias")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Architecture:
         vocabulary: the vocabulary of all ids.
         kv_channels: channels of an attention head. None stands for :attr:`usual_kv_channels`, and becomes that number.
         qk_layernorm: whether each layer has an RMSNorm of queries and one of keys, over the channels of a head.
+        add_qkv_bias: whether queries, keys and values have biases where no other projection has. Models of next-scale
+            prediction have biases everywhere.
         position_embedding: ``rope``, positions along the row, ``rope_2d``, positions on the square grid of the image,
             or ``learned``, a vector for each position.
         prefix_tokens: number of tokens before the codes of the image under ``rope_2d``. They have no place on the grid.
@@ -56,6 +58,7 @@ class Architecture:
     feature_channels: int = 0
     kv_channels: int | None = None
     qk_layernorm: bool = False
+    add_qkv_bias: bool = False
 
     def __post_init__(self) -> None:
         """Write out the size of a head."""
@@ -173,6 +176,8 @@ def num_parameters(architecture: Architecture) -> int:
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     attention = 2 * hidden * (architecture.query_projection_size + architecture.kv_projection_size)
     attention += 2 * architecture.kv_channels if architecture.qk_layernorm else 0
+    if architecture.add_qkv_bias:
+        attention += architecture.query_projection_size + 2 * architecture.kv_projection_size
     layer = attention + 3 * hidden * ffn + 2 * hidden
     rows = architecture.vocabulary.size + architecture.vocabulary.output_size
     return architecture.num_layers * layer + rows * hidden + hidden

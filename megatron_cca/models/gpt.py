@@ -90,6 +90,7 @@ def transformer_config(
         num_query_groups=architecture.num_query_groups,
         kv_channels=architecture.kv_channels,
         qk_layernorm=architecture.qk_layernorm,
+        add_qkv_bias=architecture.add_qkv_bias,
         layernorm_epsilon=architecture.layernorm_epsilon,
         rotary_interleaved=architecture.position_embedding == "rope_2d",
         hidden_dropout=model.hidden_dropout,

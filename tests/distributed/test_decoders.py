@@ -1,4 +1,4 @@
-"""What a decoder's attention can have: heads of another size. The oracle is transformers, on every layout."""
+"""A decoder with heads of another size, norms of heads, biases: the oracle is transformers, on every layout."""
 
 import pytest
 import torch
@@ -7,6 +7,9 @@ from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkp
 from megatron_cca.config.load import load_config
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import num_parameters, padded_vocab_size
+from megatron_cca.models.gpt import build_gpt
+from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.parallel.ranks import initialize_distributed
 from tests.distributed.launch import run_workers
 from tests.references import class_losses, decoders
 from tests.references.huggingface import assert_same_bits, load_tensors
@@ -110,6 +113,18 @@ def test_there_and_back_is_bit_for_bit(imported, name, tmp_path, monkeypatch):
     folder = imported[name]
     back = export_checkpoint(folder / "hf in Megatron", tmp_path / "back", progress_bar=False)
     assert_same_bits(load_tensors(back), load_tensors(folder / "hf"))
+
+
+def test_a_new_model_begins_with_norms_of_one_and_without_biases():
+    config = load_config(None, ["model.qk_layernorm=true", "model.add_qkv_bias=true"])
+    initialize_distributed(config)
+    (chunk,) = build_gpt(resolve_architecture(config.model), config.model, config.parallel, config.training)
+    initialize_by_name(chunk, seed=1, std=0.02, num_layers=4, vocab_size=456)
+    attention = chunk.decoder.layers[1].self_attention
+    assert not attention.linear_qkv.bias.any()
+    assert attention.linear_qkv.weight.std() > 0.01
+    assert (attention.q_layernorm.weight == 1).all()
+    assert (attention.k_layernorm.weight == 1).all()
 
 
 @pytest.mark.parametrize("name", decoders.MODELS)

@@ -34,7 +34,7 @@ GRID = ["model.name=llamagen-tiny"]
 SCALES = ["model.name=var-tiny"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective"]
-WIDE_HEADS = ["model.kv_channels=64", "model.qk_layernorm=true"]
+WIDE_HEADS = ["model.kv_channels=64", "model.qk_layernorm=true", "model.add_qkv_bias=true"]
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 
 REAL = {
@@ -60,7 +60,7 @@ FAKE = {
     "pp2 x tp2 x vpp2": (8, [*TP2, *VPP2], [0, 7]),
     "cp2": (2, ["parallel.context_parallel_size=2"], [0, 1]),
     "cp2, positions on a grid": (2, [*GRID, "parallel.context_parallel_size=2"], [0, 1]),
-    "cp2, wide heads": (2, ["parallel.context_parallel_size=2", *BF16, *WIDE_HEADS], [0]),
+    "cp2, wide heads": (2, ["parallel.context_parallel_size=2", *BF16, *WIDE_HEADS, "reference.fp8_param=true"], [0]),
     "full recomputation": (1, FULL, [0]),
     "full recomputation, positions on a grid": (1, [*GRID, *FULL], [0]),
     "two layers at a time": (1, [*FULL, "training.recompute_num_layers=2"], [0]),
@@ -107,7 +107,7 @@ LIKE_GPU = {
     "tp4, fp8 reference": (4, [*WIDE, *FULL, "reference.fp8_param=true"], [0]),
     "tp4, SwiGLU by parts": (4, [*WIDE, "kernels.bias_activation_fusion=false"], [0]),
     "tp4 x cp2": (8, [*WIDE, "parallel.context_parallel_size=2"], [0]),
-    "tp4, wide heads": (4, [*WIDE, "model.kv_channels=512", "model.qk_layernorm=true"], [0]),
+    "tp4, wide heads": (4, [*WIDE, *WIDE_HEADS, "model.kv_channels=512"], [0]),
 }
 WIDE_WORKLOAD = Workload(8448, 8100)
 # Three of the largest VAR's, as a GPU would have them.

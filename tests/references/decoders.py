@@ -15,7 +15,7 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS, Emu3HuggingFace
 from megatron_cca.models.formats import Naming
-from megatron_cca.models.weight_map import OneToOne, WeightMap
+from megatron_cca.models.weight_map import GroupedQueryQKV, OneToOne, WeightMap
 from tests.references.huggingface import SIZES
 
 # Sizes of emu3-tiny, which has such keys only where they are set.
@@ -24,6 +24,8 @@ _COMMON = {**SIZES, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "tie_word_embedding
 MODELS = {
     "wide heads": ("Llama", {"head_dim": 24}, {"kv_channels": 24}),
     "norms of heads": ("Qwen3", {"head_dim": 24}, {"kv_channels": 24, "qk_layernorm": True}),
+    "biases": ("Qwen2", {}, {"add_qkv_bias": True}),
+    "biases of wide heads": ("Qwen2", {"head_dim": 24}, {"kv_channels": 24, "add_qkv_bias": True}),
 }
 
 
@@ -76,6 +78,9 @@ def weight_map(name: str) -> WeightMap:
     more = []
     if "qk_layernorm" in keys:
         more += [OneToOne(f"{ours}{own}_layernorm.weight", f"{theirs}{own}_norm.weight", ("channels",)) for own in "qk"]
+    if "add_qkv_bias" in keys:
+        names = {part: f"{theirs}{part[0]}_proj.bias" for part in ("query", "key", "value")}
+        more.append(GroupedQueryQKV(f"{ours}linear_qkv.bias", **names, are_biases=True))
     rules = [*EMU3_WEIGHTS.rules[:3], *more, *EMU3_WEIGHTS.rules[3:]]
     return WeightMap(rules, attention_options=tuple(keys))
 

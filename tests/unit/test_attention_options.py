@@ -21,7 +21,7 @@ from tests.unit.test_key_effects import identity
 __all__ = ["written"]
 
 # A value that no preset has, by key.
-OTHER = {"kv_channels": 24, "qk_layernorm": True}
+OTHER = {"kv_channels": 24, "qk_layernorm": True, "add_qkv_bias": True}
 
 
 def architecture(*overrides):
