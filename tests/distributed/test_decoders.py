@@ -13,6 +13,7 @@ from megatron_cca.parallel.ranks import initialize_distributed
 from tests.distributed.launch import run_workers
 from tests.references import class_losses, decoders
 from tests.references.huggingface import assert_same_bits, load_tensors
+from tests.selection import mostly_full
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 BY_RANKS = {
@@ -113,6 +114,29 @@ def test_there_and_back_is_bit_for_bit(imported, name, tmp_path, monkeypatch):
     folder = imported[name]
     back = export_checkpoint(folder / "hf in Megatron", tmp_path / "back", progress_bar=False)
     assert_same_bits(load_tensors(back), load_tensors(folder / "hf"))
+
+
+@pytest.mark.parametrize("name", mostly_full(["norms of heads", "biases of wide heads"], ["biases of wide heads"]))
+def test_adapters_start_as_nothing_and_are_merged_on_export(imported, name, digit_shards, tmp_path, monkeypatch):
+    overrides = [
+        *(*decoders.overrides_of(name), *TP2, "lora.dim=4", "reference.strategy=shared", "optimizer.lr=1e-2"),
+        *(f"data.path={digit_shards}", f"training.output_dir={tmp_path}/run", "training.global_batch_size=8"),
+        *(f"training.pretrained_checkpoint={imported[name]}/hf in Megatron", "training.micro_batch_size=4"),
+    ]
+    settings = {"overrides": overrides, "steps": 2, "save": True}
+    assert run_workers(2, "checkpoint_workers.resume", settings, tmp_path)["rows"][0]["worst"] == 0.0
+    (tmp_path / "merged").mkdir()
+    settings = {"checkpoint": str(tmp_path / "run"), "overrides": TP2, "output": str(tmp_path / "merged")}
+    run_workers(2, "logits_workers.resaved", settings, tmp_path / "resaving")
+    decoders.stand_in(monkeypatch, name)
+    own, merged = (
+        load_tensors(export_checkpoint(tmp_path / path, tmp_path / f"{path} back", progress_bar=False))
+        for path in ("run", "merged")
+    )
+    assert_same_bits(own, merged)
+    start = load_tensors(imported[name] / "hf")
+    changed = {key for key in start if not torch.equal(start[key], own[key])}
+    assert changed == {key for key in start if key.endswith("proj.weight")}
 
 
 def test_a_new_model_begins_with_norms_of_one_and_without_biases():
