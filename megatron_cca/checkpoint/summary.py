@@ -123,6 +123,7 @@ def _model_arguments(config: Config) -> dict:
         "group_query_attention": True,
         "num_query_groups": architecture.num_query_groups,
         "kv_channels": architecture.kv_channels,
+        "qk_layernorm": architecture.qk_layernorm,
         "seq_length": architecture.max_position_embeddings,
         "max_position_embeddings": architecture.max_position_embeddings,
         # Megatron-LM has no name for rotation over a grid, and no model of next-scale prediction; docs/checkpoints.md.
@@ -139,7 +140,7 @@ def _model_arguments(config: Config) -> dict:
         "swiglu": not is_pyramid,
         "squared_relu": False,
         "add_bias_linear": is_pyramid,
-        "add_qkv_bias": is_pyramid,
+        "add_qkv_bias": is_pyramid or architecture.add_qkv_bias,
         "untie_embeddings_and_output_weights": True,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,

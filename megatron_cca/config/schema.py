@@ -9,14 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo, ValidatorFunctionWrapHandler, WrapValidator
 
 from megatron_cca.io.paths import typed_path
 from megatron_cca.keys import (
@@ -73,9 +66,15 @@ class ModelConfig:
     ffn_hidden_size: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Width between the two projections of a layer's MLP."""
     num_attention_heads: PositiveInt | None = key(None, NUMBERS, reference=True)
-    """Query heads; they divide ``hidden_size``."""
+    """Query heads; they divide ``hidden_size`` where ``kv_channels`` is not set."""
     num_query_groups: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Key and value heads; they divide the query heads."""
+    kv_channels: PositiveInt | None = key(None, NUMBERS, reference=True)
+    """Channels of a head. Null is the preset's own number, else ``hidden_size`` / ``num_attention_heads``."""
+    qk_layernorm: bool | None = key(None, NUMBERS, reference=True)
+    """An RMSNorm of each head's queries, and one of its keys."""
+    add_qkv_bias: bool | None = key(None, NUMBERS, reference=True)
+    """Biases of queries, keys and values, and of no other projection."""
     max_position_embeddings: PositiveInt | None = key(None, NUMBERS, reference=True)
     """Longest row, in tokens."""
     layernorm_epsilon: PositiveFloat | None = key(None, NUMBERS, reference=True)

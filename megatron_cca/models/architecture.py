@@ -21,6 +21,9 @@ from megatron_cca.models.image_vocabulary import Vocabulary
 # depends on GPU and versions: get_attention_backend, nvte_get_fused_attn_backend of Transformer Engine 2.11 to 2.20.
 _MULTIPLE, _LARGEST = 8, 128
 
+# Keys of the section ``model`` that not every family's layers and files have a place for.
+ATTENTION_OPTIONS = ("kv_channels", "qk_layernorm", "add_qkv_bias")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -28,6 +31,10 @@ class Architecture:
 
     Attributes:
         vocabulary: the vocabulary of all ids.
+        kv_channels: channels of an attention head. None stands for :attr:`usual_kv_channels`, and becomes that number.
+        qk_layernorm: whether each layer has an RMSNorm of queries and one of keys, over the channels of a head.
+        add_qkv_bias: whether queries, keys and values have biases where no other projection has. Models of next-scale
+            prediction have biases everywhere.
         position_embedding: ``rope``, positions along the row, ``rope_2d``, positions on the square grid of the image,
             or ``learned``, a vector for each position.
         prefix_tokens: number of tokens before the codes of the image under ``rope_2d``. They have no place on the grid.
@@ -49,11 +56,35 @@ class Architecture:
     prefix_tokens: int = 0
     scales: tuple[int, ...] = ()
     feature_channels: int = 0
+    kv_channels: int | None = None
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        """Write out the size of a head."""
+        if self.kv_channels is None:
+            object.__setattr__(self, "kv_channels", self.usual_kv_channels)
 
     @property
-    def kv_channels(self) -> int:
-        """Channels of one attention head."""
+    def usual_kv_channels(self) -> int:
+        """Channels of a head of models whose heads together are as wide as the residual stream."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_options(self) -> dict[str, int]:
+        """What the attention has beside that of plain models, by key of the section ``model``; empty for plain ones."""
+        usual = {"kv_channels": self.usual_kv_channels}
+        return {key: getattr(self, key) for key in ATTENTION_OPTIONS if getattr(self, key) != usual.get(key, False)}
+
+    @property
+    def query_projection_size(self) -> int:
+        """Channels of all query heads together, which are also those of the attention's output."""
+        return self.kv_channels * self.num_attention_heads
+
+    @property
+    def kv_projection_size(self) -> int:
+        """Channels of all key heads together."""
+        return self.kv_channels * self.num_query_groups
 
 
 def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
@@ -65,24 +96,23 @@ def with_overrides(preset: Architecture, config: ModelConfig) -> Architecture:
     """
     names = {field.name for field in fields(config)}
     given = {field.name: getattr(config, field.name) for field in fields(preset) if field.name in names}
-    architecture = replace(preset, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    own_channels = None if preset.kv_channels == preset.usual_kv_channels else preset.kv_channels
+    architecture = replace(preset, **{"kv_channels": own_channels, **given})
     architecture = replace(architecture, vocabulary=_vocabulary(preset.vocabulary, config))
-    _must_divide("model.num_attention_heads", architecture.num_attention_heads, "hidden_size", architecture.hidden_size)
-    _must_divide(
-        "model.num_query_groups", architecture.num_query_groups, "num_attention_heads", architecture.num_attention_heads
-    )
+    heads = architecture.num_attention_heads
+    if config.kv_channels is None and own_channels is None:
+        _must_divide("model.num_attention_heads", heads, "hidden_size", architecture.hidden_size)
+    _must_divide("model.num_query_groups", architecture.num_query_groups, "num_attention_heads", heads)
     channels = architecture.kv_channels
     if architecture.scales:
         from megatron_cca.models.pyramid import check_sizes
 
         check_sizes(architecture, preset)
     elif channels % 2:
-        raise UserError(
-            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
-            "rotary embedding needs an even number"
-        )
+        raise UserError(f"{_channels_in_words(architecture, config)}; rotary embedding needs an even number")
     if architecture.position_embedding == "rope_2d":
-        _check_grid(architecture, channels)
+        _check_grid(architecture, config)
     return architecture
 
 
@@ -144,8 +174,10 @@ def num_parameters(architecture: Architecture) -> int:
 
         return num_parameters_of_pyramid(architecture)
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    head = hidden // architecture.num_attention_heads
-    attention = hidden * head * 2 * (architecture.num_attention_heads + architecture.num_query_groups)
+    attention = 2 * hidden * (architecture.query_projection_size + architecture.kv_projection_size)
+    attention += 2 * architecture.kv_channels if architecture.qk_layernorm else 0
+    if architecture.add_qkv_bias:
+        attention += architecture.query_projection_size + 2 * architecture.kv_projection_size
     layer = attention + 3 * hidden * ffn + 2 * hidden
     rows = architecture.vocabulary.size + architecture.vocabulary.output_size
     return architecture.num_layers * layer + rows * hidden + hidden
@@ -257,7 +289,7 @@ def _vocabulary(preset: Vocabulary, config: ModelConfig) -> Vocabulary:
     return vocabulary
 
 
-def _check_grid(architecture: Architecture, channels: int) -> None:
+def _check_grid(architecture: Architecture, config: ModelConfig) -> None:
     positions, prefix = architecture.max_position_embeddings, architecture.prefix_tokens
     side = grid_side(architecture)
     if side < 1 or prefix + side**2 != positions:
@@ -266,11 +298,19 @@ def _check_grid(architecture: Architecture, channels: int) -> None:
             f"model.max_position_embeddings: {positions} is not {prefix} and a square, the grid of an image; the "
             f"nearest that are: {', '.join(map(str, nearest))}; 16x16 codes take {prefix + 256}, 24x24 {prefix + 576}"
         )
-    if channels % 4:
+    if architecture.kv_channels % 4:
         raise UserError(
-            f"model.num_attention_heads: {architecture.num_attention_heads} heads have {channels} channels each; "
-            "rotary embedding over a grid needs a multiple of 4, half of them for each axis"
+            f"{_channels_in_words(architecture, config)}; rotary embedding over a grid needs a multiple of 4, half of "
+            "them for each axis"
         )
+
+
+def _channels_in_words(architecture: Architecture, config: ModelConfig) -> str:
+    """Return the beginning of a message about the channels of a head, with the key that they come from."""
+    if config.kv_channels is not None:
+        return f"model.kv_channels: {config.kv_channels} channels of a head"
+    heads = architecture.num_attention_heads
+    return f"model.num_attention_heads: {heads} heads have {architecture.kv_channels} channels each"
 
 
 def _must_divide(key: str, divisor: int, name: str, size: int) -> None:

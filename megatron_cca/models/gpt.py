@@ -88,6 +88,9 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        qk_layernorm=architecture.qk_layernorm,
+        add_qkv_bias=architecture.add_qkv_bias,
         layernorm_epsilon=architecture.layernorm_epsilon,
         rotary_interleaved=architecture.position_embedding == "rope_2d",
         hidden_dropout=model.hidden_dropout,
@@ -194,6 +197,7 @@ def _build_chunk(
         model.transformer_impl,
         architecture.num_layers // pipeline_chunks,
         channels=architecture.kv_channels,
+        qk_layernorm=architecture.qk_layernorm,
         precision="fp32" if config.params_dtype == torch.float32 else "bf16",
         scales=architecture.scales,
     )

@@ -35,7 +35,7 @@ def initialize_by_name(
     output_size: int | None = None,
     frozen: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Fill a model chunk: norms with ones, other weights with N(0, std), padding rows with zeros.
+    """Fill a model chunk: norms with ones, biases and padding rows with zeros, the rest with N(0, std).
 
     A model's class may say otherwise: ``first_values`` has functions by the end of a tensor's key. Each takes the whole
     tensor of N(0, std) and returns the values to begin with. The first end that fits counts. Tensors whose keys begin
@@ -63,6 +63,9 @@ def initialize_by_name(
             continue
         if own is None and ("layernorm" in shard.key or "layer_norm" in shard.key):
             shard.data.fill_(1.0)
+            continue
+        if own is None and shard.key.endswith(".bias"):
+            shard.data.zero_()
             continue
         scale = std / math.sqrt(2 * num_layers) if shard.key.endswith(_RESIDUAL_OUTPUTS) else std
         rows = next((size for name, size in true_rows.items() if name in shard.key), None)

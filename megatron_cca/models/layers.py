@@ -29,7 +29,13 @@ from megatron_cca.platform.operations import current_operations
 
 
 def layer_spec(
-    transformer_impl: str, num_layers: int, *, channels: int, precision: Precision, scales: tuple[int, ...] = ()
+    transformer_impl: str,
+    num_layers: int,
+    *,
+    channels: int,
+    precision: Precision,
+    scales: tuple[int, ...] = (),
+    qk_layernorm: bool = False,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the spec of the decoder's layers for ``model.transformer_impl``.
 
@@ -39,6 +45,7 @@ def layer_spec(
         channels: number of channels of an attention head.
         precision: precision of the computation.
         scales: of next-scale prediction, see :class:`Architecture`.
+        qk_layernorm: whether queries and keys have norms. Not for next-scale prediction.
 
     Raises:
         UserError: Transformer Engine is asked for, but is not installed or has no GPU.
@@ -55,8 +62,8 @@ def layer_spec(
 
         return block_spec(num_layers, scales, is_local=is_local)
     if is_local:
-        return _local_block(num_layers)
-    spec = get_gpt_layer_with_transformer_engine_spec()
+        return _local_block(num_layers, qk_layernorm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     if has_engine_attention(transformer_impl, channels, precision):
         return spec
     return dataclasses.replace(spec, submodules=_with_torch_attention(spec.submodules))
@@ -234,9 +241,11 @@ def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tens
     return torch.cat([*pieces[::2], *pieces[1::2][::-1]])
 
 
-def _local_block(num_layers: int) -> TransformerBlockSubmodules:
+def _local_block(num_layers: int, qk_layernorm: bool) -> TransformerBlockSubmodules:
     submodules = _with_torch_attention(get_gpt_layer_local_submodules(normalization="RMSNorm"))
     submodules = dataclasses.replace(submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
+    if qk_layernorm:
+        submodules = _with_attention(submodules, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     # Set layer_norm here, too. With only a layer spec, the final norm would be Megatron's fallback.
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=TransformerLayer, submodules=submodules)] * num_layers, layer_norm=RMSNorm
@@ -244,6 +253,10 @@ def _local_block(num_layers: int) -> TransformerBlockSubmodules:
 
 
 def _with_torch_attention(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    return _with_attention(layer, core_attention=ScaledDotProductAttention)
+
+
+def _with_attention(layer: TransformerLayerSubmodules, **parts: type[torch.nn.Module]) -> TransformerLayerSubmodules:
     attention = layer.self_attention
-    submodules = dataclasses.replace(attention.submodules, core_attention=ScaledDotProductAttention)
+    submodules = dataclasses.replace(attention.submodules, **parts)
     return dataclasses.replace(layer, self_attention=dataclasses.replace(attention, submodules=submodules))

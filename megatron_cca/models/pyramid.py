@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from megatron_cca.config import Config, ModelConfig, ParallelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
@@ -20,7 +22,8 @@ def check_sizes(architecture: Architecture, preset: Architecture) -> None:
         preset: as it is.
 
     Raises:
-        UserError: another number of positions, heads that share keys, or a rotary base. Names the key.
+        UserError: another number of positions, heads that share keys, an option of a decoder's attention, or a rotary
+            base. Names the key.
     """
     wanted = architecture.prefix_tokens + num_codes(architecture.scales)
     if architecture.max_position_embeddings != wanted:
@@ -33,6 +36,10 @@ def check_sizes(architecture: Architecture, preset: Architecture) -> None:
         raise UserError(
             f"model.num_query_groups: {architecture.num_query_groups}, but every head has keys of its own here; use "
             f"{architecture.num_attention_heads}"
+        )
+    for key, value in architecture.attention_options.items():
+        raise UserError(
+            f"model.{key}: {json.dumps(value)}, but the layers here have an attention of their own; leave it out"
         )
     if architecture.rotary_base != preset.rotary_base:
         raise UserError(f"model.rotary_base: {architecture.rotary_base}, but positions are learned here; leave it out")

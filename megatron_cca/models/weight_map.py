@@ -9,8 +9,9 @@ Other programs know no low-rank adapters: these are merged into their weights be
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.config import LoraConfig
+from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 
 # Names of a projection's A and B, in place of its own "weight". Megatron-Bridge has the same names.
@@ -33,9 +35,10 @@ _DIMENSIONS = {
     "input_only": lambda sizes: sizes.vocabulary.size - sizes.vocabulary.output_size,
     "hidden": lambda sizes: sizes.hidden_size,
     "ffn": lambda sizes: sizes.ffn_hidden_size,
-    "query": lambda sizes: sizes.hidden_size,
-    "key": lambda sizes: sizes.kv_channels * sizes.num_query_groups,
+    "query": lambda sizes: sizes.query_projection_size,
+    "key": lambda sizes: sizes.kv_projection_size,
     "heads": lambda sizes: sizes.num_attention_heads,
+    "channels": lambda sizes: sizes.kv_channels,
     # Of next-scale prediction: codes of an image, scales, positions of the first scale, channels of the features.
     "positions": lambda sizes: sizes.max_position_embeddings - sizes.prefix_tokens,
     "levels": lambda sizes: len(sizes.scales),
@@ -177,14 +180,14 @@ class StackedQKV:
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""
-        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
-        return {self.qkv: (hidden + 2 * key, hidden)}
+        query, key = architecture.query_projection_size, architecture.kv_projection_size
+        return {self.qkv: (query + 2 * key, architecture.hidden_size)}
 
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
-        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
+        query, key = architecture.query_projection_size, architecture.kv_projection_size
         apart = GroupedQueryQKV(self.megatron, query="query", key="key", value="value").parts(architecture)
-        first = {"query": 0, "key": hidden, "value": hidden + key}
+        first = {"query": 0, "key": query, "value": query + key}
         return [Rows(self.qkv, first[rows.name] + rows.start, rows.count) for rows in apart]
 
 
@@ -204,9 +207,9 @@ class GroupedQueryQKV:
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""
-        hidden, key = architecture.hidden_size, _DIMENSIONS["key"](architecture)
-        columns = () if self.are_biases else (hidden,)
-        return {self.query: (hidden, *columns), self.key: (key, *columns), self.value: (key, *columns)}
+        query, key = architecture.query_projection_size, architecture.kv_projection_size
+        columns = () if self.are_biases else (architecture.hidden_size,)
+        return {self.query: (query, *columns), self.key: (key, *columns), self.value: (key, *columns)}
 
     def parts(self, architecture: Architecture) -> list[Rows]:
         """See :class:`Rule`."""
@@ -245,9 +248,28 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """The rules of a family, in the order of the forward pass."""
+    """The rules of a family, in the order of the forward pass.
+
+    Attributes:
+        rules: the rules.
+        attention_options: the keys of :attr:`Architecture.attention_options` that the family's files have a place for.
+    """
 
     rules: Sequence[Rule]
+    attention_options: Collection[str] = ()
+
+    def check_attention(self, architecture: Architecture) -> None:
+        """Refuse a model whose attention has what the family's files have no place for.
+
+        Raises:
+            UserError: such an option. Names the key.
+        """
+        for key, value in architecture.attention_options.items():
+            if key not in self.attention_options:
+                raise UserError(
+                    f"model.{key}: {json.dumps(value)}, which this family's files have no place for; convert a model "
+                    "without it"
+                )
 
     def tensors(self, architecture: Architecture) -> list[MappedTensor]:
         """Return Megatron's tensors for these sizes."""

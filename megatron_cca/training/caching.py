@@ -30,6 +30,7 @@ from megatron_cca.data.reference_cache import (
 from megatron_cca.io.output_folders import claimed
 from megatron_cca.keys import Affects, values, values_of_reference
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.architecture import ATTENTION_OPTIONS
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training import checks, pairs_of, reference_settings
 from megatron_cca.training.batches import RunData, loader, training_batches, validation_batches
@@ -64,13 +65,17 @@ def cache_identity(config: Config, data: RunData) -> dict[str, Any]:
     if own is None:
         own, key = config.training.pretrained_checkpoint, checks.PRETRAINED
     settings = reference_settings(config)
-    architecture = {f"model.{name}": value for name, value in asdict(resolve_architecture(config.model)).items()}
+    resolved = resolve_architecture(config.model)
+    architecture = {f"model.{name}": value for name, value in asdict(resolved).items()}
     # Caches of other models do not have these. JSON has no tuples.
     scales, channels = list(architecture.pop("model.scales")), architecture.pop("model.feature_channels")
     architecture |= {"model.scales": scales, "model.feature_channels": channels} if scales else {}
     vocabulary = architecture.pop("model.vocabulary")["size"]
+    # None stands for what versions without these keys did.
+    plain = {f"model.{key}": None for key in ATTENTION_OPTIONS if key not in resolved.attention_options}
     filled = {
         **architecture,
+        **plain,
         "model.vocab_size": vocabulary,
         # None also stands for what versions without the key did.
         "data.pairs": "images" if pairs_of(config) == "images" else None,

@@ -258,13 +258,12 @@ def _check_for_fixed_shapes(config: Config, key: str) -> None:
 
 def _widths(architecture: Architecture, tensor_parallel: int) -> dict[str, int]:
     """Return the numbers of rows and columns of every matrix product on one rank."""
-    head = architecture.kv_channels
-    rows = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
+    rows = architecture.query_projection_size + 2 * architecture.kv_projection_size
     on = f" on each of {tensor_parallel} tensor-parallel ranks" if tensor_parallel > 1 else ""
     return {
         "model.hidden_size": architecture.hidden_size,
         f"the width of queries, keys and values{on}": rows // tensor_parallel,
-        f"the width of the heads{on}": architecture.hidden_size // tensor_parallel,
+        f"the width of the heads{on}": architecture.query_projection_size // tensor_parallel,
         f"model.ffn_hidden_size{on}": architecture.ffn_hidden_size // tensor_parallel,
     }
 

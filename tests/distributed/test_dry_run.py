@@ -35,6 +35,7 @@ SCALES = ["model.name=var-tiny"]
 MIXTURE = ["objective.name=gft"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective"]
+WIDE_HEADS = ["model.kv_channels=64", "model.qk_layernorm=true", "model.add_qkv_bias=true"]
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 
 REAL = {
@@ -43,6 +44,7 @@ REAL = {
     "dp4": (4, BF16),
     "tp2": (2, [*TP2, "parallel.sequence_parallel=true"]),
     "pp2": (2, PP2),
+    "tp2, wide heads": (2, [*TP2, *WIDE_HEADS]),
     "pp2, positions on a grid": (2, [*GRID, *PP2]),
     "vpp2 x dp2": (4, VPP2),
     "scales": (1, SCALES),
@@ -62,6 +64,7 @@ FAKE = {
     "pp2 x tp2 x vpp2": (8, [*TP2, *VPP2], [0, 7]),
     "cp2": (2, ["parallel.context_parallel_size=2"], [0, 1]),
     "cp2, positions on a grid": (2, [*GRID, "parallel.context_parallel_size=2"], [0, 1]),
+    "cp2, wide heads": (2, ["parallel.context_parallel_size=2", *BF16, *WIDE_HEADS, "reference.fp8_param=true"], [0]),
     "full recomputation": (1, FULL, [0]),
     "full recomputation, positions on a grid": (1, [*GRID, *FULL], [0]),
     "two layers at a time": (1, [*FULL, "training.recompute_num_layers=2"], [0]),
@@ -111,6 +114,7 @@ LIKE_GPU = {
     "tp4, SwiGLU by parts": (4, [*WIDE, "kernels.bias_activation_fusion=false"], [0]),
     "tp4, mixture": (4, [*WIDE, *FULL, *MIXTURE], [0]),
     "tp4 x cp2": (8, [*WIDE, "parallel.context_parallel_size=2"], [0]),
+    "tp4, wide heads": (4, [*WIDE, *WIDE_HEADS, "model.kv_channels=512"], [0]),
 }
 WIDE_WORKLOAD = Workload(8448, 8100)
 # Three of the largest VAR's, as a GPU would have them.
@@ -136,7 +140,7 @@ def run_of(name):
 
 # One of each kind of formula.
 KEPT = {
-    *("tp2", "pp2, positions on a grid", "vpp2 x dp2"),
+    *("tp2", "pp2, positions on a grid", "vpp2 x dp2", "tp2, wide heads", "tp4, wide heads"),
     *("cp2, positions on a grid", "full recomputation, positions on a grid", "two layers of four", "mlp again"),
     *("offloaded", "fp8 weights", "adapters", "plain optimizer", "buckets", "likelihood", "tp4", "tp4, fp8 reference"),
     *("mixture", "tp4, mixture"),

@@ -34,9 +34,9 @@ ROWS = 2
 WORKLOAD = Workload(seq_length=96, image_tokens=60)
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = load_config(None, ["model.num_layers=2"])
+@pytest.fixture(scope="module", params=[[], ["model.kv_channels=24"]], ids=["plain", "wide heads"])
+def model(request):
+    config = load_config(None, ["model.num_layers=2", *request.param])
     initialize_distributed(config)
     architecture = resolve_architecture(config.model)
     (chunk,) = build_gpt(architecture, config.model, config.parallel, config.training)

@@ -49,8 +49,8 @@ class MegatronCheckpoint:
         dtype: dtype of all these tensors.
 
     Raises:
-        UserError: the checkpoint is not whole, or a tensor does not fit the checkpoint's sizes. Names the file or
-            tensor.
+        UserError: the checkpoint is not whole, a tensor does not fit the checkpoint's sizes, or the family's files
+            have no place for the model's attention. Names the file, tensor or key.
     """
 
     def __init__(self, path: str | Path, option: str) -> None:
@@ -61,6 +61,8 @@ class MegatronCheckpoint:
         self.architecture = resolve_architecture(self.config.model)
         family = family_of(self.config.model)
         self.format = family.huggingface or family.weights_file
+        with error_context(f"{option}: {self.folder}"):
+            self.format.weights.check_attention(self.architecture)
         self.shapes = self.format.weights.huggingface_shapes(self.architecture)
         self.row_shapes = self.format.weights.row_shapes(self.architecture)
         self.stored = self._open()

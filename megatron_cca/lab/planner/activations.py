@@ -33,7 +33,7 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, f
         "tokens": sizes.tokens,
         "shared": sizes.tokens / (tensor if config.parallel.sequence_parallel else 1),
         "hidden": architecture.hidden_size,
-        "channels": architecture.hidden_size / tensor,
+        "channels": architecture.query_projection_size / tensor,
         "ffn": architecture.ffn_hidden_size / tensor,
         "heads": architecture.num_attention_heads / tensor,
     }
@@ -46,7 +46,9 @@ def layer_shape(config: Config, sizes: Sizes, size: int, *, fuses_norms: bool, f
         )
     return DecoderLayer(
         **common,
-        keys=2 * architecture.num_query_groups * architecture.kv_channels / tensor,
+        keys=2 * architecture.kv_projection_size / tensor,
+        groups=architecture.num_query_groups / tensor,
+        norms_heads=architecture.qk_layernorm,
         rotary=sizes.seq_length / sizes.context * architecture.kv_channels,
         context=sizes.context,
         scores=layer_scores(config.model, sizes, "fp32" if size == FP32 else "bf16"),

@@ -194,7 +194,7 @@ class Compute:
         sizes = self.sizes
         # Each context-parallel rank of the ring contributes a part of the output. The parts are combined in fp32.
         joined = 12 * sizes.context if sizes.context > 1 else 0
-        joining = self._bytes(joined * sizes.tokens * sizes.architecture.hidden_size / sizes.tensor)
+        joining = self._bytes(joined * sizes.tokens * sizes.architecture.query_projection_size / sizes.tensor)
         scores = layer_scores(self.config.model, sizes, self.settings.precision)
         row = attention_forward(sizes.architecture, sizes.seq_length, causal=not scores)
         flops = sizes.rows * row / sizes.context / sizes.tensor
@@ -224,18 +224,20 @@ class Compute:
         moved += self._moved_by_mlp()
         if self.settings.precision == "fp8":
             # The input of each product is read. It is written in FP8 twice, once transposed.
-            moved += 2 * (3 * hidden + ffn) / sizes.tensor
+            moved += 2 * (2 * hidden + architecture.query_projection_size + ffn) / sizes.tensor
         return self._moved(sizes.tokens * moved)
 
     def _moved_by_decoder(self, sharing: int) -> float:
         """Return how many numbers a token's norms, residual sums and rotary positions read and write."""
         architecture = self.sizes.architecture
         hidden = architecture.hidden_size
-        queries_and_keys = hidden * (1 + architecture.num_query_groups / architecture.num_attention_heads)
+        queries_and_keys = architecture.query_projection_size + architecture.kv_projection_size
         # Two norms (read, write) and two residual sums (two reads, a write).
         moved = 10 * hidden / sharing
-        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times.
-        return moved + (2 if self._fuses_rotary() else 8) * queries_and_keys / self.sizes.tensor
+        # Rotary positions: a fused kernel reads and writes once. Other kernels do so about four times. Norms of queries
+        # and keys read and write once more.
+        passes = (2 if self._fuses_rotary() else 8) + (2 if architecture.qk_layernorm else 0)
+        return moved + passes * queries_and_keys / self.sizes.tensor
 
     def _moved_by_mlp(self) -> float:
         """Return how many numbers a token's activation reads and writes."""

@@ -93,6 +93,8 @@ class DecoderLayer(LayerShape):
 
     Attributes:
         keys: this rank's channels of the keys and values together.
+        groups: heads of the keys on this rank.
+        norms_heads: whether queries and keys have norms.
         rotary: number of elements in a table of rotary positions.
         context: context-parallel size.
         scores: bytes of a layer's attention scores if they are kept for backward; otherwise 0.
@@ -100,6 +102,8 @@ class DecoderLayer(LayerShape):
     """
 
     keys: float
+    groups: float
+    norms_heads: bool
     rotary: float
     context: int
     scores: float
@@ -110,9 +114,7 @@ class DecoderLayer(LayerShape):
         """Return the bytes of the output and either a number for each token or, unfused, its intermediate results."""
         if self.fuses_norms:
             return self.stream + FP32 * self.shared
-        # In fp32: the normalised input. In bf16: the normalised input in fp32, and again in bf16.
-        inner = 1 if self.size == FP32 else 3
-        return (1 + inner) * self.stream + FP32 * self.shared
+        return (1 + self._inner_of_norms) * self.stream + FP32 * self.shared
 
     def softmax_kept(self) -> float:
         """Return the bytes of the scores or, with a fused kernel, of one logarithm for each head and token."""
@@ -127,7 +129,26 @@ class DecoderLayer(LayerShape):
         channels = (self.channels + self.keys) + (self.channels + self.keys / 2) + self.channels
         gathered = self.keys * self.context if self.context > 1 else 0
         tables = 4 * self.size * self.rotary
-        return self.size * self.tokens * (channels + gathered) + self.softmax_kept() + tables
+        kept = self.size * self.tokens * (channels + gathered) + self.softmax_kept() + tables
+        return kept + (self._head_norms_kept() if self.norms_heads else 0)
+
+    def _head_norms_kept(self) -> float:
+        """Return the bytes that the norms of queries and keys keep.
+
+        These are the queries in order (the keys are a view of linear_qkv's output), a number for each head and token
+        and, unfused, the intermediate results. Their outputs are rotated and not kept.
+        """
+        numbers = FP32 * self.tokens * (self.heads + self.groups)
+        inner = 0 if self.fuses_norms else self._inner_of_norms
+        return numbers + self.size * self.tokens * (self.channels + inner * (self.channels + self.keys / 2))
+
+    @property
+    def _inner_of_norms(self) -> int:
+        """Tensors like its input that an unfused norm keeps.
+
+        In fp32: the normalised input. In bf16: the normalised input in fp32, and again in bf16.
+        """
+        return 1 if self.size == FP32 else 3
 
     def mlp_kept(self) -> float:
         """Return the bytes of both halves of fc1's output and of the output of SwiGLU.

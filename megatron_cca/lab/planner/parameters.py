@@ -131,7 +131,12 @@ def _decoder_layer(config: Config) -> Iterator[Parameter]:
         for product in pair:
             inputs, outputs = _on_a_rank(product, config)
             yield Parameter(product.name, inputs * outputs, inputs, is_trained)
+            if product is qkv and architecture.add_qkv_bias:
+                yield Parameter(f"{product.name}.bias", outputs, None, is_trained)
             yield from _adapter(config, product)
+            if product is qkv and architecture.qk_layernorm:
+                # Every rank has them whole.
+                yield from (Parameter(f"{own}_layernorm", architecture.kv_channels, None, is_trained) for own in "qk")
 
 
 def _modulated_layer(config: Config) -> Iterator[Parameter]:

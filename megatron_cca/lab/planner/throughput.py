@@ -300,7 +300,7 @@ class _Step:
         The attention of torch gathers them. Transformer Engine's passes them around a ring.
         """
         architecture = self.sizes.architecture
-        width = 2 * architecture.hidden_size * architecture.num_query_groups / architecture.num_attention_heads
+        width = 2 * architecture.kv_projection_size
         part = compute.number_bytes * self.sizes.tokens * width / self.sizes.tensor
         impl, precision = self.config.model.transformer_impl, compute.settings.precision
         if not has_engine_attention(impl, architecture.kv_channels, precision):

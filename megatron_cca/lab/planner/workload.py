@@ -106,13 +106,13 @@ class Product:
 def products(architecture: Architecture) -> tuple[Product, ...]:
     """Return the four projections of a layer."""
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    head = architecture.kv_channels
-    qkv = (architecture.num_attention_heads + 2 * architecture.num_query_groups) * head
+    heads = architecture.query_projection_size
+    qkv = heads + 2 * architecture.kv_projection_size
     # SwiGLU takes two halves, the GELU of next-scale prediction one.
     halves = 1 if architecture.scales else 2
     return (
         Product("linear_qkv", hidden, qkv, splits_outputs=True),
-        Product("linear_proj", hidden, hidden, splits_outputs=False),
+        Product("linear_proj", heads, hidden, splits_outputs=False),
         Product("linear_fc1", hidden, halves * ffn, splits_outputs=True),
         Product("linear_fc2", ffn, hidden, splits_outputs=False),
     )
@@ -158,7 +158,7 @@ def attention_forward(architecture: Architecture, seq_length: int, *, causal: bo
             Next-scale prediction has no such half: the positions of a scale see each other.
     """
     scores = sum(queries * keys for queries, keys in attention_pieces(architecture, seq_length))
-    return 4.0 * scores * architecture.hidden_size * (0.5 if causal and not architecture.scales else 1.0)
+    return 4.0 * scores * architecture.query_projection_size * (0.5 if causal and not architecture.scales else 1.0)
 
 
 def row_products_forward(architecture: Architecture) -> float:
