@@ -5,7 +5,8 @@ from __future__ import annotations
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, num_parameters
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.num_parameters import num_parameters
 
 WEIGHT = {"fp32": 4, "bf16": 2}
 # Besides the weight: the fp32 gradient, the fp32 master weight if the weight is not fp32, and Adam's two fp32 moments.

@@ -211,7 +211,7 @@ def measure(overrides: list[str], folder: str, device: str, steps: int) -> dict:
     platform.install(device)
     from megatron_cca.config.load import load_config
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.models.architecture import num_parameters
+    from megatron_cca.models.num_parameters import num_parameters
     from megatron_cca.parallel.ranks import initialize_distributed
     from megatron_cca.training.batches import open_data
     from megatron_cca.training.setup import set_up

@@ -37,7 +37,7 @@ from megatron_cca.lab.planner.workload import (
     mfu,
 )
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import num_parameters
+from megatron_cca.models.num_parameters import num_parameters
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training import rows_per_sample
 from megatron_cca.training.kernel_checks import check_devices

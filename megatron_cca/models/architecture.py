@@ -163,26 +163,6 @@ def longest_row(architecture: Architecture, multiple: int) -> int:
     return positions if architecture.position_embedding == "rope" else -(-positions // multiple) * multiple
 
 
-def num_parameters(architecture: Architecture) -> int:
-    """Return the number of weights of the whole model.
-
-    Rows that pad the vocabulary do not count, nor rows of the LM head for ids that are never predicted, nor tensors
-    that are never trained.
-    """
-    if architecture.scales:
-        from megatron_cca.models.pyramid import num_parameters_of_pyramid
-
-        return num_parameters_of_pyramid(architecture)
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    attention = 2 * hidden * (architecture.query_projection_size + architecture.kv_projection_size)
-    attention += 2 * architecture.kv_channels if architecture.qk_layernorm else 0
-    if architecture.add_qkv_bias:
-        attention += architecture.query_projection_size + 2 * architecture.kv_projection_size
-    layer = attention + 3 * hidden * ffn + 2 * hidden
-    rows = architecture.vocabulary.size + architecture.vocabulary.output_size
-    return architecture.num_layers * layer + rows * hidden + hidden
-
-
 def check_layout(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that the model cannot have.
 

@@ -6,30 +6,25 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import Config, OptimizerConfig, ReferenceConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import check_layout, num_parameters
+from megatron_cca.models.architecture import check_layout
 from megatron_cca.objectives.base import OBJECTIVES, known_names
-from megatron_cca.platform.transfers import available_host_bytes, local_world_size
 from megatron_cca.training import (
     computes_plainly,
     dropout_key,
     has_own_weights,
     pairs_of,
-    reference_settings,
     same_weights,
 )
 from megatron_cca.training.resuming import PRETRAINED, REFERENCE, check_resume
 
 # Keys of ``optimizer`` that need Megatron's precision-aware optimizer.
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -173,7 +168,9 @@ def check_reference(config: Config) -> None:
     if strategy != "cached" and own.cache is not None:
         raise UserError(f"reference.cache: of no use with reference.strategy {strategy}; set that to cached")
     if strategy == "offload":
-        _check_host_memory(config)
+        from megatron_cca.training.host_memory import check_host_memory
+
+        check_host_memory(config)
     check_dropout(config)
 
 
@@ -331,24 +328,3 @@ def _check_shared(config: Config) -> None:
     for key, value in (("precision", own.precision), ("fp8_recipe", own.fp8_recipe), ("fp8_param", own.fp8_param)):
         if value:
             raise UserError(f"reference.{key}: a shared reference computes as the policy does; leave it out")
-
-
-def _check_host_memory(config: Config) -> None:
-    parallel = config.parallel
-    split = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    needed = _reference_bytes(config) // split * local_world_size()
-    available = available_host_bytes()
-    if needed > available:
-        needed, available = (tqdm.format_sizeof(size, "iB", 1024) for size in (needed, available))
-        raise UserError(
-            f"reference.strategy: offload needs {needed} of host memory on this machine, {available} are available; "
-            "use resident, cached or shared, or more tensor- or pipeline-parallel ranks"
-        )
-
-
-def _reference_bytes(config: Config) -> int:
-    architecture = resolve_architecture(config.model)
-    weights, width = num_parameters(architecture), _BYTES[reference_settings(config).precision]
-    head = architecture.vocabulary.output_size * architecture.hidden_size
-    in_fp8 = weights - head if config.reference.fp8_param else 0
-    return (weights - in_fp8) * width + in_fp8

@@ -230,10 +230,10 @@ def _step(overrides, is_filled_up):
     drawn = None
     if config.objective.name == "ddo":
         rows, drawn = (rows[0], rows[0], torch.zeros_like(rows[2])), codes.roll(1, 0)
-        loss = _ddo_loss(plain, trained, frozen, rows[0], codes, drawn, config.objective)
+        loss = class_losses.ddo(plain, trained, frozen, rows[0], codes, drawn, config.objective)
     elif config.objective.name == "gft":
         rows = _with_and_without(rows, sizes)
-        loss = _gft_loss(plain, trained, rows, codes, config.objective.beta)
+        loss = class_losses.gft(plain, trained, rows, codes, config.objective.beta)
     else:
         loss = plain_loss(config.objective, plain, trained, frozen, rows, codes)
     loss.backward()
@@ -263,25 +263,6 @@ def _with_and_without(rows, sizes):
     """Each class, and no class for the same image."""
     classes, _, flags = rows
     return classes, torch.full_like(classes, sizes.classes), torch.zeros_like(flags)
-
-
-def _gft_loss(plain, weights, rows, codes, beta):
-    """The authors' loss (arXiv 2501.15420)."""
-    classes, null, _ = rows
-    with torch.no_grad():
-        unconditional = plain.logits(weights, null, codes)
-    mixture = beta * plain.logits(weights, classes, codes) + (1 - beta) * unconditional
-    return torch.nn.functional.cross_entropy(mixture.flatten(0, 1), codes.flatten())
-
-
-def _ddo_loss(plain, policy, reference, classes, codes, drawn, objective):
-    """The loss of arXiv 2503.01103 for real images and drawn ones of the same classes."""
-    real, model = (
-        plain.logps(policy, classes, codes=shown) - plain.logps(reference, classes, codes=shown).detach()
-        for shown in (codes, drawn)
-    )
-    likely, unlikely = torch.sigmoid(objective.beta * real), torch.sigmoid(-objective.beta * model)
-    return (-likely.log() - objective.alpha * unlikely.log()).mean()
 
 
 def first_log_ratios(settings):

@@ -29,6 +29,8 @@ SWITCHED_OFF = {
     "io/output_folders.py": "reference.strategy=cached",
     "training/engine.py": "parallel.tp_comm_overlap or kernels.cuda_graph_impl",
     "data/partners.py": "data.pairs=images",
+    "training/host_memory.py": "reference.strategy=offload",
+    "models/num_parameters.py": "reference.strategy=offload",
     "training/drawn_partners.py": "objective.name=ddo",
     "data/null_pairs.py": "objective.name=gft",
     "parallel/mixed_logps.py": "objective.name=gft",

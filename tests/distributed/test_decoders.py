@@ -6,9 +6,10 @@ import torch
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
 from megatron_cca.config.load import load_config
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import num_parameters, padded_vocab_size
+from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name
+from megatron_cca.models.num_parameters import num_parameters
 from megatron_cca.parallel.ranks import initialize_distributed
 from tests.distributed.launch import run_workers
 from tests.references import class_losses, decoders

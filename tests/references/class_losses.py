@@ -40,3 +40,22 @@ def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, w
         "unlearning": lambda: -ratio - weights * sign * negative_ratio,
     }
     return terms[name]().mean() / max(weight, 1.0)
+
+
+def gft(plain, weights, rows, codes, beta):
+    """The authors' loss (arXiv 2501.15420)."""
+    classes, null, _ = rows
+    with torch.no_grad():
+        unconditional = plain.logits(weights, null, codes)
+    mixture = beta * plain.logits(weights, classes, codes) + (1 - beta) * unconditional
+    return torch.nn.functional.cross_entropy(mixture.flatten(0, 1), codes.flatten())
+
+
+def ddo(plain, policy, reference, classes, codes, drawn, objective):
+    """The loss of arXiv 2503.01103 for real images and drawn ones of the same classes."""
+    real, model = (
+        plain.logps(policy, classes, codes=shown) - plain.logps(reference, classes, codes=shown).detach()
+        for shown in (codes, drawn)
+    )
+    likely, unlikely = torch.sigmoid(objective.beta * real), torch.sigmoid(-objective.beta * model)
+    return (-likely.log() - objective.alpha * unlikely.log()).mean()

@@ -10,7 +10,7 @@ from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import explicit, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
-from megatron_cca.training import checks
+from megatron_cca.training import host_memory
 from megatron_cca.training.checks import check_run, data_parallel_size
 
 
@@ -174,13 +174,13 @@ def test_an_offloaded_reference_needs_room_for_every_process_of_the_machine(monk
     monkeypatch.chdir(tmp_path)  # where there is no run of the examples
     overrides = [*EIGHT_B, "reference.strategy=offload", "training.precision=bf16", "training.micro_batch_size=1"]
     # 8,492,011,520 weights of two bytes.
-    monkeypatch.setattr(checks, "available_host_bytes", lambda: 2 * 8_492_011_520)
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: 2 * 8_492_011_520)
     check_run(a_run(overrides), 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "offload needs 31.6GiB of host memory on this machine, 15.8GiB are available" in refused(overrides, 2)
     check_run(a_run([*overrides, "parallel.tensor_model_parallel_size=2"]), 2)
     # All but the LM head in one byte.
-    monkeypatch.setattr(checks, "available_host_bytes", lambda: 2 * (8_492_011_520 + 184_622 * 4096))
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: 2 * (8_492_011_520 + 184_622 * 4096))
     check_run(a_run([*overrides, "reference.fp8_param=true"]), 2)
 
 

@@ -85,7 +85,7 @@ def test_what_no_file_can_be_called_is_refused(text, message):
 NO_PATHS = {
     Config: {"model.name", "objective.name"},
     StudySettings: {
-        *("name", "title", "methods", "methods.label"),
+        *("name", "title", "compare", "methods", "methods.label"),
         *("plots.file", "plots.title", "plots.methods", "plots.x", "plots.y"),
     },
     SweepSettings: {"name", "gpu", "planned.gpu"},

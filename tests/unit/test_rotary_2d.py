@@ -8,7 +8,8 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.program import image_shape
 from megatron_cca.lab.planner.workload import ImageShape, Workload, head_forward, image_workload
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import check_layout, grid_side, longest_row, num_parameters, padded_vocab_size
+from megatron_cca.models.architecture import check_layout, grid_side, longest_row, padded_vocab_size
+from megatron_cca.models.num_parameters import num_parameters
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training import fixed_row_length
 from tests.references import llamagen

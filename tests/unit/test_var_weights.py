@@ -15,9 +15,10 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import num_parameters, padded_vocab_size
+from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.models.gpt import build_gpt
 from megatron_cca.models.initialization import initialize_by_name, sharded_tensors
+from megatron_cca.models.num_parameters import num_parameters
 from megatron_cca.models.var import PRESETS
 from megatron_cca.models.var.weights import VAR_WEIGHTS, VarWeightsFile, read_features
 from megatron_cca.parallel.ranks import initialize_distributed
