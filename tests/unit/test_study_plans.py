@@ -7,6 +7,7 @@ from megatron_cca.config.load import config_from_dict
 from megatron_cca.lab.studies.running import TaskBar, TaskQueue
 from megatron_cca.lab.studies.schedule import TaskFactory, best, digest, file_stamp, make_schedule, training_contents
 from megatron_cca.lab.studies.tasks import Drawing, Sampling, Training, write_outcome
+from megatron_cca.models.architecture import ATTENTION_OPTIONS
 from tests.references.small_study import (
     BETA,
     CONFIGS,
@@ -46,10 +47,14 @@ def test_what_determines_a_run_is_in_its_key_and_nothing_else():
         key(changed(config, "objective", beta=0.2)),
         key(changed(config, "optimizer", lr=0.5)),
         key(changed(config, "model", hidden_size=96)),
+        key(changed(config, "model", kv_channels=8)),
+        key(changed(config, "model", qk_layernorm=True)),
         key(config, "base-1"),
         key(config, None),
     ]
     assert len({key(config), *others}) == 1 + len(others)
+    # Keys that came later are not among what former versions' keys were made of.
+    assert training_contents(config, None)["config"]["model"].keys().isdisjoint(ATTENTION_OPTIONS)
 
 
 def test_samples_have_the_same_folder_only_if_all_that_determines_them_is_the_same(tmp_path):

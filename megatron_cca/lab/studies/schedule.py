@@ -31,7 +31,8 @@ from megatron_cca.lab.studies.tasks import (
     Training,
     digest,
 )
-from megatron_cca.models import explicit
+from megatron_cca.models import explicit, resolve_architecture
+from megatron_cca.models.architecture import ATTENTION_OPTIONS
 
 DRAWN, TRAINED, SAMPLED = "drawn", "trained", "sampled"
 Outcomes = Callable[[Task], Outcome | None]
@@ -50,6 +51,8 @@ def training_contents(config: Config, base: str | None) -> dict[str, Any]:
     tree = config_to_dict(explicit(config))
     # A former version's studies must continue with the same keys.
     tree["objective"] = OBJECTIVE_KEYS | tree["objective"]
+    for name in set(ATTENTION_OPTIONS) - set(resolve_architecture(config.model).attention_options):
+        del tree["model"][name]
     for key, effect in effects(config).items():
         section, _, name = key.partition(".")
         if not effect.study:
