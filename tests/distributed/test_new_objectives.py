@@ -296,7 +296,7 @@ def test_a_study_refuses_a_key_that_the_method_has_not_and_a_control_that_contra
         UserError, match=r"methods\.squared_gap: objective\.beta: squared_gap has no such key; it has tau"
     ):
         studied(tmp_path, digit_shards, squared_gap={"sweep": {"objective.beta": [0.1]}})
-    with pytest.raises(UserError, match="with objective next_token or row_likelihood, at"):
+    with pytest.raises(UserError, match="with objective next_token or row_likelihood, on its own"):
         studied(tmp_path, digit_shards, control={"config": "squared_gap.yaml"})
 
 
