@@ -125,6 +125,8 @@ def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> Mode
     """Return the same model with every size written out. Then a later change of the preset does not change it."""
     shared = {field.name for field in fields(config)} & {field.name for field in fields(architecture)}
     sizes = {name: getattr(architecture, name) for name in shared}
+    # Null is what they are in plain models, and in the files of versions without these keys.
+    sizes |= {name: architecture.attention_options.get(name) for name in ATTENTION_OPTIONS}
     vocabulary = architecture.vocabulary
     if getattr(vocabulary, "num_classes", None) is not None:
         sizes |= {"codebook_size": vocabulary.codebook_size, "num_classes": vocabulary.num_classes}

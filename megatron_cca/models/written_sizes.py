@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from megatron_cca.config import ModelConfig
@@ -23,6 +22,4 @@ def sizes_beside_preset(config: ModelConfig) -> dict[str, Any]:
     own = {key: value for key, value in vars(config).items() if value != getattr(preset, key)}
     # For classes, vocab_size follows from codebook_size and num_classes.
     own = {key: value for key, value in own.items() if key != "vocab_size" or config.num_classes is None}
-    if resolve_architecture(replace(config, kv_channels=None)).kv_channels == config.kv_channels:
-        own.pop("kv_channels", None)
     return {"name": config.name, **own} if own else {}

@@ -218,12 +218,15 @@ PATH, IMAGES = "data.partner_path=b", "data.pairs=images"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([IMAGES], "data.pairs: images, but cca contrasts conditions; leave it out, or set objective.name to one of d"),
+        ([IMAGES], "data.pairs: images, but cca contrasts conditions; leave it out, or set objective.name to"),
         (
             [IMAGES, "objective.name=next_token"],
             "data.pairs: images, but next_token has no pairs; leave it out, or set",
         ),
-        ([PATH], "data.partner_path: b, but this run has no pairs of images; leave it out, or set data.pairs so"),
+        (
+            [PATH],
+            "data.partner_path: b, but this run has no pairs of images; leave it out, or set objective.name to one of d",
+        ),
         (
             ["validation.partner_path=b"],
             "validation.partner_path: b, but this run has no pairs of images; leave it out",
