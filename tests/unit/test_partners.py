@@ -223,9 +223,9 @@ PATH, IMAGES = "data.partner_path=b", "data.pairs=images"
             [IMAGES, "objective.name=next_token"],
             "data.pairs: images, but next_token has no pairs; leave it out, or set",
         ),
-        ([PATH], "data.partner_path: b, but this run has no pairs of images; leave it out, or set objective.name to"),
+        (
             [PATH],
-            "data.partner_path: b, but this run has no pairs of images; leave it out, or set objective.name to one of d",
+            "data.partner_path: b, but this run has no pairs of images; leave it out, or set objective",
         ),
         (
             ["validation.partner_path=b"],
