@@ -55,7 +55,9 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_cca", "megatron_cca.*"]),
     # megatron_cca/examples is a link to examples/: what --config and --study find by name.
-    package_data={"megatron_cca": ["examples/*.yaml", "examples/studies/*"]},
+    package_data={
+        "megatron_cca": [f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")]
+    },
     entry_points={"console_scripts": ["megatron-cca = megatron_cca.__main__:main"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,12 +1,16 @@
 """Files of studies: what they may say, what is refused before anything runs, and those that come with the project."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.config.load import config_from_dict
+from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.lab.studies import SamplingConfig
 from megatron_cca.lab.studies.checks import check_study
@@ -216,6 +220,25 @@ def test_a_grid_changes_its_last_key_fastest():
 
 STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 FILES = sorted(STUDIES.glob("*.yaml"))
+
+
+def test_prompts_may_lie_beside_the_file(tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "the digit one", "label": 1}\n')
+    assert opened(tmp_path, prompts="own.jsonl").settings.prompts == str(tmp_path / "own.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert opened(tmp_path, prompts="own.jsonl").settings.prompts == "own.jsonl"
+
+
+def test_what_studies_name_is_installed_with_them():
+    """A package of the project has what setup.py lists."""
+    listed = re.search(r"for name in (\(.*?\))", (STUDIES.parents[1] / "setup.py").read_text()).group(1)
+    installed = {path for pattern in ast.literal_eval(listed) for path in STUDIES.parent.glob(pattern)}
+    for file in FILES:
+        study = yaml.safe_load(file.read_text())
+        names = [study["base"]["config"], *(method.get("config") for method in study["methods"].values())]
+        names += [study["prompts"]] if study.get("prompts", DIGITS) != DIGITS else []
+        for name in filter(None, names):
+            assert (STUDIES / name).resolve() in installed, (file.name, name)
 
 
 @pytest.fixture(scope="module")

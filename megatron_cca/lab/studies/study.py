@@ -141,11 +141,18 @@ def open_study(path: Path) -> Study:
     base = _base(path, settings)
     with error_context(path):
         model = base.model if base is not None else _model_of_checkpoint(settings.base.checkpoint)
-    settings = replace(settings, sampling=with_own_grid(settings.sampling, model))
+    own_grid = with_own_grid(settings.sampling, model)
+    settings = replace(settings, sampling=own_grid, prompts=_prompts(path, settings.prompts))
     methods = {BASE: Method(BASE, "base", ConfiguredRun(None, settings.sampling), [{}], [])}
     for name, method in settings.methods.items():
         methods[name] = _method(path, settings, name, method)
     return Study(path, settings, base, model, methods)
+
+
+def _prompts(path: Path, name: str) -> str:
+    """Return the path of the prompts, which come beside the study's file with a study of the package."""
+    beside = path.parent / name
+    return str(beside) if beside.is_file() and not Path(name).is_file() else name
 
 
 def _model_of_checkpoint(checkpoint: str) -> ModelConfig:
