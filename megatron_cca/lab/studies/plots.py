@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from megatron_cca.io.figures import COLOURS, GREY, INK, LABEL, LEGEND, TITLE, save, style_axes
 from megatron_cca.lab.studies import PlotSettings
 from megatron_cca.lab.studies.checks import file_name, plotted_methods, swept_keys
-from megatron_cca.lab.studies.results import METRICS, Result, Results, axis_name, key_name, value_name
+from megatron_cca.lab.studies.results import METRICS, Result, Results, axis_name, key_name, method_name, value_name
 from megatron_cca.lab.studies.study import BASE, Method
 
 _SINGLE = {BASE: (INK, "s"), "control": (GREY, "D")}
@@ -95,21 +95,17 @@ def _curves(results: Results, methods: Sequence[Method], along: str | None) -> l
         found = [one for one in results.of(method.name) if one.statistics]
         if not keys:
             style = _SINGLE.get(method.name) or _next(curves)
-            curves += [_Curve(_name(method), None, found[:1], *style)] if found else []
+            curves += [_Curve(method_name(method), None, found[:1], *style)] if found else []
             continue
         key = along or keys[-1]
         groups: dict[str, list[Result]] = {}
         for result in found:
             if not result.row.is_chosen:
                 others = [f"{key_name(name)} {value_name(result.row.values[name])}" for name in keys if name != key]
-                groups.setdefault(", ".join([_name(method), *others]), []).append(result)
+                groups.setdefault(", ".join([method_name(method), *others]), []).append(result)
         for label, points in groups.items():
             curves.append(_Curve(label, key, points, *_next(curves)))
     return curves
-
-
-def _name(method: Method) -> str:
-    return "base, guidance-free" if method.name == BASE else method.label
 
 
 def _next(curves: Sequence[_Curve]) -> tuple[str, str]:

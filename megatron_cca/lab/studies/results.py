@@ -10,7 +10,7 @@ from typing import Any
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.studies import Keys
 from megatron_cca.lab.studies.schedule import Outcomes, Schedule, TableRow
-from megatron_cca.lab.studies.study import BASE, Study, cost_of_run, passes_of_run
+from megatron_cca.lab.studies.study import BASE, Method, Study, cost_of_run, passes_of_run
 from megatron_cca.lab.studies.tasks import FINISHED, Sampling
 
 _DIAGNOSTIC = "positive_log_ratio"
@@ -279,7 +279,7 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
     unit = _unit(results)
     lines = [
         [
-            _label(result),
+            method_name(result.row.method),
             settings_name(result.row.values),
             str(result.row.run.sampling.forwards_per_token),
             f"{result.passes / unit:.2f}",
@@ -291,8 +291,9 @@ def _table(results: Results, rows: Sequence[Result]) -> str:
     return markdown_table(head, lines)
 
 
-def _label(result: Result) -> str:
-    return "base, guidance-free" if result.row.method.name == BASE else result.row.method.label
+def method_name(method: Method) -> str:
+    """Return what tables and plots call a method. The base stands there without guidance."""
+    return "base, guidance-free" if method.name == BASE else method.label
 
 
 def _unit(results: Results) -> int:
@@ -326,7 +327,9 @@ def _verdicts(results: Results, name: str) -> list[str]:
     names = [metric for metric in METRICS if metric in own.statistics and metric != _DIAGNOSTIC]
     head = [f"{own.row.method.label} against", *(METRICS[metric][0] for metric in names)]
     lines = [
-        [_label(result), *(_verdict(metric, own, result) for metric in names)] for result in chosen if result is not own
+        [method_name(result.row.method), *(_verdict(metric, own, result) for metric in names)]
+        for result in chosen
+        if result is not own
     ]
     explanation = (
         "The difference of the means. A verdict wants one that is larger than both standard deviations together; "
