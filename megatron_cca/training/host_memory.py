@@ -1,4 +1,4 @@
-"""Whether the host can hold what ``reference.strategy: offload`` keeps there."""
+"""Check that the host can hold what ``reference.strategy: offload`` keeps there."""
 
 from tqdm import tqdm
 

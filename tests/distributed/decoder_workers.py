@@ -1,4 +1,4 @@
-"""What the ranks of tests of decoders do: logits of whole rows and with a cache, and a CCA step, beside an answer."""
+"""Compare decoders with an answer on every rank: logits of whole rows and with a cache, and a CCA step."""
 
 from __future__ import annotations
 
