@@ -121,11 +121,11 @@ def _ways(arguments: argparse.Namespace, folder: str, model) -> dict[str, Callab
     meta_ids = np.arange(5)
     prompts = [vocabulary.prompt(caption, meta_ids) for caption in captions]
     empty = vocabulary.prompt(captions[0][:0], meta_ids)
-    requests = [ImageRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
+    requests = [ImageRequest(prompt, seed, empty) for seed, prompt in enumerate(prompts)]
 
     def ours(scale: float) -> np.ndarray:
         settings = SamplingSettings(side, side, guidance_scale=scale, top_k=TOP_K, batch_size=batch)
-        return sample_codes(model.chunks, vocabulary, requests, settings, empty)
+        return sample_codes(model.chunks, vocabulary, requests, settings)
 
     plain = Emu3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(arguments.device)
     # Otherwise a row that draws this token would end early.

@@ -16,7 +16,7 @@ from megatron_cca.data.codebooks import PatchCodebook, PyramidCodebook
 from megatron_cca.data.manifest import FILE_NAME as MANIFEST
 from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.shard_writing import Sample, write_shards
-from megatron_cca.data.tokenizers import TOKENIZER_FILE, train_tokenizer
+from megatron_cca.data.tokenizers import text_tokenizer_of, train_tokenizer
 from megatron_cca.errors import SurroundingsError, UserError
 from megatron_cca.io.paths import refusal
 from megatron_cca.models import tiny_architecture
@@ -120,30 +120,26 @@ def _is_of_an_earlier_version(folder: Path) -> bool:
 def _tokenize(folder: Path, vocabulary: ImageVocabulary) -> None:
     train, _ = load_scans()
     codebook = _fitted(train.images, vocabulary)
-    tokenizer = None
+    text = None
     if vocabulary.num_classes is None:
-        tokenizer = train_tokenizer(
-            (text for label in range(10) for text in captions_of(label)), vocabulary.caption_size
-        )
-
-    def encode_text(text: str) -> list[int]:
-        return tokenizer.encode(text).ids
+        captions = (text for label in range(10) for text in captions_of(label))
+        text = text_tokenizer_of(train_tokenizer(captions, vocabulary.text_size))
 
     def write_extras(partial: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save(str(partial / TOKENIZER_FILE))
+        if text is not None:
+            text.save(partial)
         codebook.save(partial)
 
     phrasings = np.random.default_rng(0).integers(len(PHRASINGS), size=len(train.labels))
     captions = (
-        [label] if tokenizer is None else encode_text(captions_of(label)[phrasing])
+        [label] if text is None else text.encode_caption(captions_of(label)[phrasing], vocabulary.template)
         for label, phrasing in zip(train.labels, phrasings, strict=True)
     )
     samples = (
         Sample(codes, np.array(caption), f"digit {label}")
         for codes, caption, label in zip(codebook.encode(train.images), captions, train.labels, strict=True)
     )
-    write_shards(folder, samples, vocabulary, encode_text, write_extras)
+    write_shards(folder, samples, vocabulary, None if text is None else text.encode, write_extras)
 
 
 def _fitted(images: np.ndarray, vocabulary: ImageVocabulary) -> PatchCodebook | PyramidCodebook:

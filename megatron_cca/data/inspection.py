@@ -92,7 +92,7 @@ def decoded_samples(
         texts = [f"class {caption[0]}" if caption else "" for caption in captions]
     else:
         text = open_text_tokenizer(shards.folder)
-        texts = [text.decode(caption) for caption in captions]
+        texts = [text.decode_caption(caption, shards.vocabulary.template) for caption in captions]
     return images, [f"{rank}{caption}" for rank, caption in zip(ranks, texts, strict=True)]
 
 

@@ -39,6 +39,8 @@ SAMPLE = np.dtype(
     ]
 )
 FORMAT_VERSION = 2
+# The entry with the ids that stand in place of any caption that is dropped. Most families have none.
+UNCONDITIONAL = "unconditional"
 FILE_NAME = "manifest.json"
 Json = dict[str, Any]
 # Too large to be hashed whenever a run starts. Their samples have checksums of their own.
@@ -151,6 +153,11 @@ def grid_key(grid: Iterable[int]) -> str:
     return "x".join(map(str, grid))
 
 
+def unconditional_ids(manifest: Json) -> np.ndarray:
+    """Return the ids of the words that stand in place of dropped captions, int32 ``[U]``. Mostly there are none."""
+    return np.array(manifest.get(UNCONDITIONAL, []), dtype=np.int32)
+
+
 def meta_ids(manifest: Json) -> dict[tuple[int, ...], np.ndarray]:
     """Return the token ids between BOI and IMG, int32 ``[G]``, by grid ``(T, H, W)``."""
     return {
@@ -191,8 +198,10 @@ def _check_contents(manifest: Json) -> None:
     for key, ids in manifest["meta_words"].items():
         if not re.fullmatch(r"\d{1,9}x\d{1,9}x\d{1,9}", key, re.ASCII):
             raise ValueError(f"meta_words: {key!r} is not a grid such as '1x90x90'")
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        if not _are_ids(ids):
             raise ValueError(f"meta_words: {key}: must be a list of token ids")
+    if not _are_ids(manifest.get(UNCONDITIONAL, [])):
+        raise ValueError(f"{UNCONDITIONAL}: must be a list of token ids")
     for name, recorded in manifest["files"].items():
         if not is_file_name(name):
             raise ValueError(f"files: {shortened(repr(name), 80)} is not the name of a file in this folder")
@@ -201,6 +210,10 @@ def _check_contents(manifest: Json) -> None:
     missing = [name for name in TOKEN_FILES if name not in manifest["files"]]
     if missing:
         raise ValueError(f"files: {missing[0]} is not listed")
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value)
 
 
 def _reason(error: Exception) -> str:

@@ -13,8 +13,6 @@ from megatron_cca.data.shards import TokenData
 from megatron_cca.errors import UserError
 from megatron_cca.models.image_vocabulary import ImageVocabulary
 
-_NO_CAPTION = np.empty(0, dtype=np.int32)
-
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -108,7 +106,7 @@ class BatchBuilder:
         batch = self.pairing.at(step)
         captions = [self.data.rows(ids)["caption_length"].astype(np.int64) for ids in self._caption_ids(batch)]
         dropped = np.stack([batch.condition_dropped, batch.second_dropped])[: len(captions)]
-        caption_lengths = np.where(dropped, 0, np.stack(captions))
+        caption_lengths = np.where(dropped, self._dropped_lengths(batch, dropped), np.stack(captions))
         first, *second = (ids for ids, _ in self._images(batch))
         measured = [self._measured(first)]
         # The images of a pair of conditions are the same. This loop over samples is the longest of a plan.
@@ -171,6 +169,13 @@ class BatchBuilder:
         images = zip(samples.tolist(), map(tuple, grids.tolist()), strict=True)
         return grids, np.array([len(self.data.meta_ids(*image)) for image in images])
 
+    def _dropped_lengths(self, batch: GlobalBatch, dropped: np.ndarray) -> np.ndarray:
+        """Return the number of ids in place of a sample's caption, int64 ``[B]``, where any of its rows drops it."""
+        lengths = np.zeros(len(batch.sample_ids), dtype=np.int64)
+        for row in np.flatnonzero(dropped.any(0)):
+            lengths[row] = len(self.data.dropped_caption(int(batch.sample_ids[row])))
+        return lengths
+
     def _caption_ids(self, batch: GlobalBatch) -> list[np.ndarray]:
         return [batch.sample_ids, batch.negative_ids] if self.with_pairs else [batch.sample_ids]
 
@@ -211,7 +216,11 @@ class BatchBuilder:
                 meta_ids = self.data.meta_ids(image[0], codes.shape)
                 vocabulary.write_image(target, codes)
                 written[image] = target, meta_ids
-            caption = _NO_CAPTION if dropped[place][row] else self.data.caption(int(captions[place][row]))
+            if dropped[place][row]:
+                # Both rows of a pair have the same prompt then.
+                caption = self.data.dropped_caption(int(batch.sample_ids[row]))
+            else:
+                caption = self.data.caption(int(captions[place][row]))
             vocabulary.write_prompt(ids[place, :start], caption, meta_ids)
 
 

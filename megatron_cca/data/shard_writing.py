@@ -25,6 +25,7 @@ from megatron_cca.data.manifest import (
     INDEXED,
     SAMPLE,
     TABLE,
+    UNCONDITIONAL,
     VARIANTS,
     Json,
     checksum,
@@ -70,7 +71,7 @@ def write_shards(
         folder: must not exist yet.
         samples: in the order of their ids.
         vocabulary: what the tokens mean.
-        encode_text: encodes text, for grid sizes in words. None where captions are classes.
+        encode_text: encodes text, for grid sizes and unconditional prompts in words. None where captions are classes.
         write_extras: called with the folder, adds further files (tokenizer, codebook).
 
     Raises:
@@ -213,6 +214,7 @@ def _write_folder(folder, partial, write_tokens, vocabulary, encode_text, facts,
             "num_samples": len(grids),
             "vocabulary": vocabulary.fingerprint(),
             "meta_words": _meta_ids(vocabulary, grids, encode_text, clip_template),
+            **_unconditional(vocabulary, encode_text),
             **facts,
         }
         write_manifest(partial, contents)
@@ -227,6 +229,11 @@ def _meta_ids(
 ) -> dict[str, list[int]]:
     texts = {grid_key(grid): vocabulary.meta_text(*grid, clip_template) for grid in np.unique(grids, axis=0).tolist()}
     return {key: encode_text(text) if text else [] for key, text in texts.items() if text is not None}
+
+
+def _unconditional(vocabulary: ImageVocabulary, encode_text: EncodeText | None) -> Json:
+    words = vocabulary.unconditional_text()
+    return {UNCONDITIONAL: encode_text(words)} if words else {}
 
 
 def _save_variants(folder: Path, variants: np.ndarray) -> None:

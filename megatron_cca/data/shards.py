@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_cca.data.manifest import (
     FILE_NAME,
     SAMPLE,
+    UNCONDITIONAL,
     VARIANTS,
     check_files,
     checksum,
@@ -28,6 +29,7 @@ from megatron_cca.data.manifest import (
     meta_ids,
     open_table,
     read_manifest,
+    unconditional_ids,
 )
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.megatron_compat.indexed_dataset import open_indexed
@@ -126,16 +128,21 @@ class TokenShards:
             )
         return self._meta_ids[grid]
 
+    def dropped_caption(self, caption_length: int) -> np.ndarray:
+        """Return what stands in a prompt in place of a dropped caption, see :class:`ImageVocabulary`."""
+        return self.vocabulary.dropped_caption(caption_length, self._unconditional)
+
     def fingerprint(self) -> str:
         """Return a short hash of the manifest, which holds the hash of every file."""
         return fingerprint(self.manifest)
 
     def _check_meta_ids(self) -> None:
-        self._meta_ids = meta_ids(self.manifest)
-        for ids in self._meta_ids.values():
+        self._meta_ids, self._unconditional = meta_ids(self.manifest), unconditional_ids(self.manifest)
+        named = [("meta_words", ids) for ids in self._meta_ids.values()]
+        for name, ids in [*named, (UNCONDITIONAL, self._unconditional)]:
             if (ids >= self.vocabulary.caption_size).any():
                 raise UserError(
-                    f"{self.folder / FILE_NAME}: meta_words has token {ids.max()}, the text vocabulary is "
+                    f"{self.folder / FILE_NAME}: {name} has token {ids.max()}, the text vocabulary is "
                     f"{self.vocabulary.caption_size}; tokenize the data again"
                 )
 
@@ -215,6 +222,11 @@ class TokenData:
     def meta_ids(self, sample: int, grid: tuple[int, int, int]) -> np.ndarray:
         """Return the token ids of a prompt that state the grid. Raises as :meth:`TokenShards.meta_ids` does."""
         return self._place(sample)[0].meta_ids(grid)
+
+    def dropped_caption(self, sample: int) -> np.ndarray:
+        """Return what stands in a prompt in place of a sample's caption, int ``[U]``."""
+        shards, local = self._place(sample)
+        return shards.dropped_caption(int(shards.table["caption_length"][local]))
 
     def describe(self, sample: int) -> str:
         """Return the name of a sample for messages."""

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_cca.data.codebooks import CODEBOOK_FILE, PYRAMID_FILE, codebook_fi
 from megatron_cca.errors import UserError, error_context, first_line
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.formats import ImageTokenizer, ImageTokenizerFiles
+from megatron_cca.models.image_vocabulary import PromptTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "emu3.tiktoken"
@@ -52,6 +54,7 @@ class TextTokenizer:
     Attributes:
         size: ids are below it.
         encode_ordinary, decode_ordinary: functions of the library that the files belong to.
+        encode_with_added: encodes text in which the names of added tokens stand for these tokens.
         files: the contents that :meth:`save` writes, by name.
         meaning: everything that the ids depend on. :meth:`fingerprint` hashes it.
     """
@@ -59,6 +62,7 @@ class TextTokenizer:
     size: int
     encode_ordinary: Callable[[str], list[int]]
     decode_ordinary: Callable[[list[int]], str]
+    encode_with_added: Callable[[str], list[int]]
     files: dict[str, bytes]
     meaning: bytes
 
@@ -76,6 +80,28 @@ class TextTokenizer:
             raise UserError(f"a lone surrogate (U+{ord(text[lone]):04X}) at character {lone + 1}, which is no text")
         with _in_one_line(f"{next(iter(self.files))} cannot encode {text[:40]!r}"):
             return self.encode_ordinary(text)
+
+    def encode_caption(self, caption: str, template: PromptTemplate | None) -> list[int]:
+        """Return the ids of a caption as a prompt has it, with the words of its template.
+
+        Raises:
+            UserError: as :meth:`encode` does.
+        """
+        if template is None:
+            return self.encode(caption)
+        before, after = self._words(template.before), self._words(template.after)
+        return [*before, *self.encode(f" {caption.strip()}"), *after]
+
+    def decode_caption(self, ids: Sequence[int], template: PromptTemplate | None) -> str:
+        """Return the text of a caption without the words of its template. Raises as :meth:`decode` does."""
+        if template is None:
+            return self.decode(ids)
+        start, stop = len(self._words(template.before)), len(ids) - len(self._words(template.after))
+        return self.decode(ids[start:stop]).removeprefix(" ")
+
+    def _words(self, text: str) -> list[int]:
+        with _in_one_line(f"{next(iter(self.files))} cannot encode {text[:40]!r}"):
+            return self.encode_with_added(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids. An id that is only a part of a character becomes U+FFFD.
@@ -249,9 +275,21 @@ def _read_json_file(name: str, content: bytes) -> TextTokenizer:
         size=max(tokenizer.get_vocab().values(), default=-1) + 1,
         encode_ordinary=lambda text: tokenizer.encode(text).ids,
         decode_ordinary=tokenizer.decode,
+        encode_with_added=partial(_encode_with_added, content),
         files={name: content},
         meaning=json.dumps(kept, sort_keys=True).encode(),
     )
+
+
+@lru_cache(maxsize=64)
+def _encode_with_added(content: bytes, text: str) -> list[int]:
+    """Return the ids of a template's words by a whole file. The result is kept, since every caption needs it."""
+    return Tokenizer.from_buffer(content).encode(text, add_special_tokens=False).ids
+
+
+def text_tokenizer_of(tokenizer: Tokenizer) -> TextTokenizer:
+    """Return the text tokenizer that :func:`open_text_tokenizer` opens where ``tokenizer`` was saved."""
+    return _read_json_file(TOKENIZER_FILE, tokenizer.to_str(pretty=True).encode())
 
 
 def _build(sections: dict[str, Any]) -> Tokenizer:
@@ -266,10 +304,16 @@ def _read_tiktoken_file(name: str, content: bytes) -> TextTokenizer:
         raise UserError("needs tiktoken; pip install tiktoken") from None
     ranks = _ranks(content)
     encoding = tiktoken.Encoding("emu3", pat_str=_EMU3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text: str) -> list[int]:
+        return encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
     return TextTokenizer(
         size=len(ranks),
-        encode_ordinary=lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text)),
+        encode_ordinary=encode,
         decode_ordinary=encoding.decode,
+        # The file does not name the added tokens.
+        encode_with_added=encode,
         files={name: content},
         meaning=b"\n".join([_EMU3_PATTERN.encode(), *(base64.b64encode(token) for token in ranks)]),
     )

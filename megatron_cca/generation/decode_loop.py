@@ -38,10 +38,18 @@ NO_CODE = -1
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: ``prompt`` int64 ``[P]``, ids up to the image's first, and the seed of its random stream."""
+    """One image to draw.
+
+    Attributes:
+        prompt: int64 ``[P]``, ids up to the image's first.
+        seed: of its random stream.
+        second: int64 ``[U]``, the prompt of the second stream, with a dropped or a negative caption. Needed where
+            settings take two passes per token.
+    """
 
     prompt: np.ndarray
     seed: int | Sequence[int]
+    second: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,6 @@ def sample_codes(
     vocabulary: ImageVocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
-    unconditional: np.ndarray | None = None,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
     """Draw one image per request. Collective over the tensor- and pipeline-parallel ranks, which all get the result.
@@ -100,8 +107,6 @@ def sample_codes(
         vocabulary: the model's.
         requests: what to draw.
         settings: how to draw it.
-        unconditional: int64 ``[U]``, the prompt of the second stream, with an empty or a negative caption. Needed where
-            ``settings`` take two passes per token.
         on_tokens: called with the number of visual tokens that were just drawn.
 
     Returns:
@@ -110,15 +115,14 @@ def sample_codes(
     Raises:
         UserError: logits that are not finite.
     """
-    assert settings.forwards_per_token == 1 or unconditional is not None
+    assert settings.forwards_per_token == 1 or all(request.second is not None for request in requests)
     codes = np.empty((len(requests), settings.height, settings.width), dtype=np.int64)
     opened = _token_by_token
     if vocabulary.scales:
         from megatron_cca.generation.next_scale import scale_by_scale as opened
-    second = unconditional if settings.forwards_per_token == 2 else None
     with opened(chunks, vocabulary) as draw:
         for batch in _batches(requests, settings.batch_size):
-            drawn = draw([requests[index] for index in batch], settings, second, on_tokens)
+            drawn = draw([requests[index] for index in batch], settings, on_tokens)
             if (drawn == NO_CODE).any():
                 raise UserError(
                     "the model's logits are not finite numbers: its weights are damaged, or guidance scale or "
@@ -237,13 +241,11 @@ class _RequestGroup:
         self,
         decoder: Decoder,
         requests: Sequence[ImageRequest],
-        unconditional: np.ndarray | None,
+        num_streams: int,
         num_new: int,
     ) -> None:
         self.decoder = decoder
-        streams = [[request.prompt for request in requests]]
-        if unconditional is not None:
-            streams.append([unconditional] * len(requests))
+        streams = [[request.prompt for request in requests], [request.second for request in requests]][:num_streams]
         self._prompts = [_padded(prompts) for prompts in streams]
         self._caches = [decoder.new_cache(tokens.size(1) + num_new) for tokens, _ in self._prompts]
         rows = [np.random.default_rng(request.seed).random(num_new + 1) for request in requests]
@@ -277,7 +279,6 @@ def _sample_batch(
     vocabulary: ImageVocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
-    unconditional: np.ndarray | None,
     on_tokens: Callable[[int], None],
 ) -> np.ndarray:
     """Draw a batch of requests, and return codes int64 ``[B, height * width]``."""
@@ -285,7 +286,8 @@ def _sample_batch(
     last_visual = int(np.flatnonzero(forced < 0)[-1])
     # One group per pipeline stage, so that all stages work at the same time.
     parts = np.array_split(np.arange(len(requests)), min(len(requests), _pipeline_size()))
-    groups = [_RequestGroup(decoder, [requests[index] for index in part], unconditional, last_visual) for part in parts]
+    streams = settings.forwards_per_token
+    groups = [_RequestGroup(decoder, [requests[index] for index in part], streams, last_visual) for part in parts]
     for group in groups:
         group.feed_prompts()
     drawn = []

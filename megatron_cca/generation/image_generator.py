@@ -81,40 +81,34 @@ class ImageGenerator:
         """
         group = parallel_state.get_data_parallel_group()
         mine = range(group.rank(), len(prompts), group.size())
-        requests = self.requests(prompts, settings)
-        second = self.second_prompt(settings, negative)
+        requests = self.requests(prompts, settings, negative)
         own = [requests[index] for index in mine]
         parts = _parts(own, settings.batch_size, on_progress)
-        drawn = [self._drawn(part, settings, second, on_tokens) for part in parts]
+        drawn = [self._drawn(part, settings, on_tokens) for part in parts]
         return _gathered(drawn, len(prompts), settings, group)
 
-    def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ImageRequest]:
-        """Return the requests for :func:`sample_codes`. Raises as :meth:`generate` does."""
+    def requests(self, prompts: Sequence[Prompt], settings: SamplingSettings, negative: str = "") -> list[ImageRequest]:
+        """Return the requests for :func:`sample_codes`. The arguments and errors are those of :meth:`generate`."""
         vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
+        captions = [caption_ids(vocabulary, text, prompt) for prompt in prompts]
+        seconds: dict[int, np.ndarray | None] = {}
+        for length in {len(caption) for caption in captions}:
+            is_one_stream = settings.forwards_per_token == 1
+            second = None if is_one_stream else negative_ids(vocabulary, text, negative, length)
+            seconds[length] = None if second is None else self._prompt_ids(negative, second, settings)
         return [
-            ImageRequest(self._prompt_ids(prompt.title, caption_ids(vocabulary, text, prompt), settings), prompt.seed)
-            for prompt in prompts
+            ImageRequest(self._prompt_ids(prompt.title, caption, settings), prompt.seed, seconds[len(caption)])
+            for prompt, caption in zip(prompts, captions, strict=True)
         ]
-
-    def second_prompt(self, settings: SamplingSettings, negative: str = "") -> np.ndarray | None:
-        """Return the second stream's prompt, int64 ``[P]``.
-
-        None where there is one stream. Raises as :meth:`generate` does.
-        """
-        if settings.forwards_per_token == 1:
-            return None
-        caption = negative_ids(self.architecture.vocabulary, self.tokenizers.text, negative)
-        return self._prompt_ids(negative, caption, settings)
 
     def codes(
         self,
         requests: Sequence[ImageRequest],
         settings: SamplingSettings,
-        second: np.ndarray | None,
         on_tokens: OnProgress = lambda tokens: None,
     ) -> np.ndarray:
         """Draw codes int64 ``[N, h, w]`` for this replica's own requests. Collective over its model-parallel ranks."""
-        return sample_codes(self.chunks, self.architecture.vocabulary, requests, settings, second, on_tokens)
+        return sample_codes(self.chunks, self.architecture.vocabulary, requests, settings, on_tokens)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Decode codes int64 ``[N, h, w]`` to images uint8 ``[N, H, W, 3]``."""
@@ -126,10 +120,9 @@ class ImageGenerator:
         self,
         requests: Sequence[ImageRequest],
         settings: SamplingSettings,
-        second: np.ndarray | None,
         on_tokens: OnProgress,
     ) -> tuple[np.ndarray, np.ndarray]:
-        codes = self.codes(requests, settings, second, on_tokens)
+        codes = self.codes(requests, settings, on_tokens)
         return self.decode(codes), codes
 
     def _prompt_ids(self, title: str, caption: np.ndarray, settings: SamplingSettings) -> np.ndarray:

@@ -294,8 +294,8 @@ def _text_tokenizer(
             raise UserError("this model takes classes, not texts; leave it out")
         return None
     tokenizer = open_text_tokenizer(folder) if folder is not None else _own_text_tokenizer(checkpoint, config)
-    if tokenizer.size > vocabulary.caption_size:
-        raise UserError(f"has {tokenizer.size} ids, the model {vocabulary.caption_size}; give the model's own")
+    if tokenizer.size > vocabulary.text_size:
+        raise UserError(f"has {tokenizer.size} ids, the model {vocabulary.text_size}; give the model's own")
     return tokenizer
 
 

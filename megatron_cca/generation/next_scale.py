@@ -79,15 +79,13 @@ def _drawn(
     vocabulary: ImageVocabulary,
     requests: Sequence[ImageRequest],
     settings: SamplingSettings,
-    unconditional: np.ndarray | None,
     on_tokens: Callable[[int], None],
 ) -> np.ndarray:
     for attention in attentions:
         attention.forget()
     embedding, scales = model.embedding, model.embedding.scales
-    prompts = [request.prompt for request in requests]
-    streams = 1 if unconditional is None else 2
-    prompts += [unconditional] * len(requests) * (streams - 1)
+    prompts, streams = [request.prompt for request in requests], settings.forwards_per_token
+    prompts += [request.second for request in requests] * (streams - 1)
     condition = embedding.condition(torch.from_numpy(np.stack(prompts)).to(platform.device()))
     uniforms = _uniforms(requests, num_codes(scales))
     picture, drawn, start = 0, [], 0

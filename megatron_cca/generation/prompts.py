@@ -207,22 +207,31 @@ def caption_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, prompt:
     if vocabulary.num_classes is not None:
         return np.array([prompt.label], dtype=np.int64)
     with error_context(f"prompt {prompt.text[:40]!r}"):
-        return np.array(text.encode(prompt.text), dtype=np.int64)
+        return np.array(text.encode_caption(prompt.text, vocabulary.template), dtype=np.int64)
 
 
-def negative_ids(vocabulary: ImageVocabulary, text: TextTokenizer | None, negative: str) -> np.ndarray:
-    """Return the caption of the second stream, int64 ``[C]``. An empty one is the dropped condition.
+def negative_ids(
+    vocabulary: ImageVocabulary, text: TextTokenizer | None, negative: str, caption_length: int
+) -> np.ndarray:
+    """Return the caption of the second stream, int64 ``[C]``. An empty text is the dropped condition.
+
+    Args:
+        vocabulary, text: as for :func:`caption_ids`.
+        negative: the text.
+        caption_length: number of ids of the first stream's caption.
 
     Raises:
         UserError: a text for a model of classes.
     """
-    if vocabulary.num_classes is None:
-        return caption_ids(vocabulary, text, Prompt(negative))
-    if negative:
+    if negative and vocabulary.num_classes is not None:
         raise UserError(
             f"negative prompt {negative[:40]!r}: this model takes classes, and its second stream has none; leave it out"
         )
-    return np.empty(0, dtype=np.int64)
+    if negative:
+        return caption_ids(vocabulary, text, Prompt(negative))
+    words = vocabulary.unconditional_text()
+    unconditional = np.array(text.encode(words) if words else [], dtype=np.int64)
+    return vocabulary.dropped_caption(caption_length, unconditional)
 
 
 def _text_of(path: Path) -> str:

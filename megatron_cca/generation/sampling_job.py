@@ -145,16 +145,14 @@ def check_sampling_output(job: SamplingJob) -> None:
         check_output(job.options.output, _ALL_NAMES, {_PARTIAL}, overwrite=job.options.run.overwrite)
 
 
-def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> tuple[list[ImageRequest], np.ndarray | None]:
-    """Return the requests of the job and the prompt of the second stream. The generator needs no weights for it.
+def sampling_requests(job: SamplingJob, generator: ImageGenerator) -> list[ImageRequest]:
+    """Return the requests of the job. The generator needs no weights for it.
 
     Raises:
         UserError: a caption or grid that does not fit the model.
     """
     prompts = suffixed(job, generator.architecture.vocabulary, job.prompts)
-    return generator.requests(prompts, job.settings), generator.second_prompt(
-        job.settings, job.options.candidates.negative_prompt
-    )
+    return generator.requests(prompts, job.settings, job.options.candidates.negative_prompt)
 
 
 def suffixed(job: SamplingJob, vocabulary: ImageVocabulary, prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -175,7 +173,7 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
     Raises:
         UserError: a caption or grid that does not fit the model, an output that holds something else, or a full disk.
     """
-    requests, second = sampling_requests(job, generator)
+    requests = sampling_requests(job, generator)
     partial = job.options.output / _PARTIAL
     leads = dist.get_rank() == 0
     with ExitStack() as stack:
@@ -188,7 +186,7 @@ def run_sampling(job: SamplingJob, generator: ImageGenerator, scorer: Scorer | N
         dist.barrier()
         started = time.perf_counter()
         bar = stack.enter_context(_bar(job) if leads else nullcontext())
-        share = _draw_share(job, generator, scorer, requests, second, partial, bar)
+        share = _draw_share(job, generator, scorer, requests, partial, bar)
         shares = _collected(share)
         seconds = time.perf_counter() - started
         if leads:
@@ -291,7 +289,7 @@ def _bar(job: SamplingJob) -> tqdm:
     return tqdm(total=total, unit="token", unit_scale=True, desc=job.options.output.name, disable=None)
 
 
-def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partial: Path, bar: tqdm | None) -> _Share:
+def _draw_share(job, generator: ImageGenerator, scorer, requests, partial: Path, bar: tqdm | None) -> _Share:
     replicas = parallel_state.get_data_parallel_world_size()
 
     def on_tokens(count: int) -> None:
@@ -302,7 +300,7 @@ def _draw_share(job, generator: ImageGenerator, scorer, requests, second, partia
     best_of = job.options.candidates.best_of
     for places in _my_batches(len(requests), max(1, job.settings.batch_size // best_of)):
         batch = candidate_requests([requests[place] for place in places], best_of)
-        codes = generator.codes(batch, job.settings, second, on_tokens)
+        codes = generator.codes(batch, job.settings, on_tokens)
         if not writes_images():
             continue
         images = generator.decode(codes)

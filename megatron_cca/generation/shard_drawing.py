@@ -18,7 +18,6 @@ from functools import partial
 from itertools import batched
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -30,7 +29,13 @@ from megatron_cca.data.shard_writing import Sample, merge_shards
 from megatron_cca.data.tiny_sizes import MODEL, model_entry
 from megatron_cca.data.tokenizers import tokenizer_facts
 from megatron_cca.errors import UserError
-from megatron_cca.generation.decode_loop import SamplingSettings, Scorer, best_candidates, candidate_requests
+from megatron_cca.generation.decode_loop import (
+    ImageRequest,
+    SamplingSettings,
+    Scorer,
+    best_candidates,
+    candidate_requests,
+)
 from megatron_cca.generation.image_generator import ImageGenerator
 from megatron_cca.generation.model_loading import InspectedCheckpoint, sampling_precision, weights_of
 from megatron_cca.generation.prompts import Prompt, RepeatedPrompts, caption_ids
@@ -90,8 +95,7 @@ class ShardDrawing:
             distinct = distinct.longest()
         for prompt in distinct:
             settings = self._settings_of(prompt)
-            generator.requests(suffixed(self._job, generator.architecture.vocabulary, [prompt]), settings)
-        self._second_prompt(generator, self._job.settings)
+            self._requests(generator, suffixed(self._job, generator.architecture.vocabulary, [prompt]), settings)
         self._description, problem = attempted_on_rank_0(partial(self._checked_description, generator))
         if problem is not None:
             raise UserError(problem)
@@ -179,9 +183,8 @@ class ShardDrawing:
         vocabulary, text = generator.architecture.vocabulary, generator.tokenizers.text
         settings, best_of = self._settings_of(prompts[0]), self._job.options.candidates.best_of
         fed = suffixed(self._job, vocabulary, prompts)
-        requests = candidate_requests(generator.requests(fed, settings), best_of)
-        second = self._second_prompt(generator, settings)
-        codes = generator.codes(requests, settings, second, _counted(progress, settings, best_of))
+        requests = candidate_requests(self._requests(generator, fed, settings), best_of)
+        codes = generator.codes(requests, settings, _counted(progress, settings, best_of))
         if not writes_images():
             return {}
         scores: Sequence[float | None] = [None] * len(batch)
@@ -200,8 +203,10 @@ class ShardDrawing:
             return self._job.settings
         return replace(self._job.settings, height=prompt.grid[0], width=prompt.grid[1])
 
-    def _second_prompt(self, generator: ImageGenerator, settings: SamplingSettings) -> np.ndarray | None:
-        return generator.second_prompt(settings, self._job.options.candidates.negative_prompt)
+    def _requests(
+        self, generator: ImageGenerator, prompts: Sequence[Prompt], settings: SamplingSettings
+    ) -> list[ImageRequest]:
+        return generator.requests(prompts, settings, self._job.options.candidates.negative_prompt)
 
     def _note(self, place: int, prompt: Prompt, score: float | None) -> Json:
         note = {"prompt": prompt.title, "label": prompt.label, "seed": prompt.seed, "score": score}

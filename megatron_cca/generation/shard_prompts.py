@@ -76,4 +76,4 @@ class ShardPrompts(Sequence[Prompt]):
         if self._text is None:
             return (None, ids[0]) if ids else ("", None)
         with error_context(f"{OPTION}: {self._shards.folder}"):
-            return self._text.decode(ids), None
+            return self._text.decode_caption(ids, self._shards.vocabulary.template), None

@@ -18,6 +18,25 @@ from megatron_cca.errors import UserError
 
 
 @dataclass(frozen=True)
+class PromptTemplate:
+    """The words around a caption in a prompt, and what stands in their place where the condition is dropped.
+
+    A text tokenizer's added tokens count where their names stand in these words. In captions they do not.
+
+    Attributes:
+        before, after: the words in front of a caption and behind it. A blank is between the first and the caption.
+        unconditional: ordinary words in place of all three. None means that the prompt keeps its length, and that
+            ``blank`` stands at every place.
+        blank: an id below ``caption_size``.
+    """
+
+    before: str
+    after: str
+    unconditional: str | None = None
+    blank: int | None = None
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Token ids ``0 .. size - 1`` of unknown meaning.
 
@@ -59,8 +78,10 @@ class ImageVocabulary(Vocabulary, ABC):
         visual_start: code k of the image tokenizer is id ``visual_start + k``.
         pad: fills a batch to equal length.
         caption_size: ids of captions are below it. A caption is text, or the number of one class.
+        text_size: ids of ordinary text are below it, where captions are text. A template's added tokens may be above.
         num_classes: how many classes there are. None where captions are text. A class's caption is its number alone.
             The empty caption is the dropped condition, as everywhere.
+        template: the words around captions. None where a prompt has the caption alone, and none where it is dropped.
         scales: sides of the grids of a pyramid, smallest first, if an image is one. Its codes are one row then, scale
             by scale, of height 1. Empty for images of one grid.
     """
@@ -69,7 +90,9 @@ class ImageVocabulary(Vocabulary, ABC):
     visual_start: int
     pad: int
     caption_size: int
+    text_size: int
     num_classes: int | None
+    template: PromptTemplate | None = None
     scales: tuple[int, ...] = ()
 
     @property
@@ -116,7 +139,8 @@ class ImageVocabulary(Vocabulary, ABC):
         """Return the ids before an image.
 
         Args:
-            caption: int ``[C]``, ids below ``caption_size``. Empty for the unconditional prompt.
+            caption: int ``[C]``, ids below ``caption_size``, those of the template included. For the unconditional
+                prompt what :meth:`dropped_caption` returns.
             meta_ids: int ``[G]``, the ids of :meth:`meta_text`.
 
         Returns:
@@ -125,6 +149,27 @@ class ImageVocabulary(Vocabulary, ABC):
         ids = np.empty(self.prompt_length(len(caption), len(meta_ids)), dtype=np.int64)
         self.write_prompt(ids, caption, meta_ids)
         return ids
+
+    def dropped_length(self, caption_length, unconditional_length: int):
+        """Return the number of ids of :meth:`dropped_caption`, for numbers or arrays."""
+        if self.template is not None and self.template.blank is not None:
+            return caption_length
+        return unconditional_length + 0 * caption_length
+
+    def dropped_caption(self, caption_length: int, unconditional: np.ndarray) -> np.ndarray:
+        """Return what stands in a prompt in place of a caption that is dropped.
+
+        Args:
+            caption_length: number of ids of that caption.
+            unconditional: int ``[U]``, the ids of the template's unconditional words. Empty where there are none.
+        """
+        if self.template is not None and self.template.blank is not None:
+            return np.full(caption_length, self.template.blank, dtype=np.int64)
+        return unconditional
+
+    def unconditional_text(self) -> str:
+        """Return the ordinary words that stand in place of any caption that is dropped. Mostly there are none."""
+        return "" if self.template is None else self.template.unconditional or ""
 
     def image(self, codes: np.ndarray) -> np.ndarray:
         """Return the ids after a prompt.

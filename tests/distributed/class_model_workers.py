@@ -353,14 +353,14 @@ def _drawn_pyramids(overrides, guidance_scale):
     architecture, plain, weights, chunks = _filled(overrides)
     sizes = plain.sizes
     classes = torch.tensor([3, 7, sizes.classes, 1, 3])
-    requests = [ImageRequest(np.array([sizes.codebook + int(one)]), seed) for seed, one in enumerate(classes)]
     null = np.array([sizes.codebook + sizes.classes])
+    requests = [ImageRequest(np.array([sizes.codebook + int(one)]), seed, null) for seed, one in enumerate(classes)]
     common = {"height": 1, "width": sizes.tokens, "guidance_scale": guidance_scale}
     greedy = SamplingSettings(**common, temperature=0)
-    found = torch.from_numpy(sample_codes(chunks, architecture.vocabulary, requests, greedy, null)[:, 0])
+    found = torch.from_numpy(sample_codes(chunks, architecture.vocabulary, requests, greedy)[:, 0])
     missed = int((found != _greedy(plain, weights, classes, guidance_scale)).sum())
     at_random = SamplingSettings(**common, temperature=1, top_k=30, top_p=0.9, batch_size=2)
-    return missed, sample_codes(chunks, architecture.vocabulary, requests, at_random, null)[:, 0].tolist()
+    return missed, sample_codes(chunks, architecture.vocabulary, requests, at_random)[:, 0].tolist()
 
 
 def _greedy(plain, weights, classes, guidance_scale):

@@ -105,9 +105,9 @@ def _sampled(settings, overrides):
     model = _for_sampling(settings["checkpoint"], overrides)
     vocabulary = model.architecture.vocabulary
     prompts = [np.array([vocabulary.bos, *range(index % 3), vocabulary.boi, 5, vocabulary.img]) for index in range(8)]
-    requests = [ImageRequest(prompt, seed=index) for index, prompt in enumerate(prompts)]
+    requests = [ImageRequest(prompt, index, prompts[0]) for index, prompt in enumerate(prompts)]
     options = SamplingSettings(4, 4, **settings["options"])
-    return sample_codes(model.chunks, vocabulary, requests, options, unconditional=prompts[0]).tolist()
+    return sample_codes(model.chunks, vocabulary, requests, options).tolist()
 
 
 def _for_sampling(checkpoint, overrides):

@@ -116,8 +116,8 @@ def test_drawn_images_follow_the_exact_probabilities(options, passes, toy):
     settings = SamplingSettings(*GRID, batch_size=5000, **options)
     assert settings.forwards_per_token == passes
     prompts = [prompt(vocabulary, caption) for caption in ([9, 8], [])]
-    requests = [ImageRequest(prompts[0], seed) for seed in range(COUNT)]
-    codes = sample_codes(toy.chunks, vocabulary, requests, settings, unconditional=prompts[1]).reshape(COUNT, 3)
+    requests = [ImageRequest(prompts[0], seed, prompts[1]) for seed in range(COUNT)]
+    codes = sample_codes(toy.chunks, vocabulary, requests, settings).reshape(COUNT, 3)
     exact = exact_probabilities(toy, prompts, options)
     assert exact.sum() == pytest.approx(1)
     counts = np.bincount(codes @ [CODEBOOK**2, CODEBOOK, 1], minlength=CODEBOOK**3)

@@ -34,15 +34,15 @@ def test_a_class_is_its_number_whatever_the_text():
     for prompt in (Prompt(None, label=7), Prompt("a handwritten two", label=7)):
         assert caption_ids(CLASSES, None, prompt).tolist() == [7]
     assert CLASSES.prompt(caption_ids(CLASSES, None, Prompt(None, label=7)), np.empty(0, int)).tolist() == [135]
-    assert CLASSES.prompt(negative_ids(CLASSES, None, ""), np.empty(0, int)).tolist() == [138]
+    assert CLASSES.prompt(negative_ids(CLASSES, None, "", 1), np.empty(0, int)).tolist() == [138]
 
 
 def test_texts_are_what_the_tokenizer_makes(digit_shards):
     text = open_text_tokenizer(digit_shards)
     prompt = Prompt("a handwritten two", label=7)
     assert caption_ids(TEXTS, text, prompt).tolist() == text.encode("a handwritten two")
-    assert negative_ids(TEXTS, text, "the digit").tolist() == text.encode("the digit")
-    assert negative_ids(TEXTS, text, "").tolist() == []
+    assert negative_ids(TEXTS, text, "the digit", 1).tolist() == text.encode("the digit")
+    assert negative_ids(TEXTS, text, "", 1).tolist() == []
 
 
 def test_the_wrong_kind_is_refused(digit_shards):
@@ -53,7 +53,7 @@ def test_the_wrong_kind_is_refused(digit_shards):
     wanted = "prompt 'class 3': this model takes texts, and this is a class alone; give a text with it"
     assert refused(caption_ids, TEXTS, text, only_class) == wanted
     assert refused(check_conditions, CLASSES, [Prompt(None, label=9), Prompt("x", label=10)]).endswith("0 to 9")
-    assert "leave it out" in refused(negative_ids, CLASSES, None, "ugly")
+    assert "leave it out" in refused(negative_ids, CLASSES, None, "ugly", 1)
 
 
 def test_the_digits_serve_both():

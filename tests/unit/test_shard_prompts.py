@@ -1,5 +1,7 @@
 """Captions and conditions of shards as prompts: those of the samples, read one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -94,5 +96,5 @@ def test_another_text_tokenizer_is_refused(texts, text):
     prompts = ShardPrompts(texts, tiny_vocabulary(), keeps_grids=True)
     prompts.check_text_tokenizer(text)
     with pytest.raises(UserError) as error:
-        prompts.check_text_tokenizer(type(text)(text.size, text.encode, text.decode, text.files, b"other"))
+        prompts.check_text_tokenizer(replace(text, meaning=b"other"))
     assert str(error.value).startswith(f"--like: {texts} has another text tokenizer than the model; give shards that")

@@ -246,7 +246,7 @@ def _fit(job: TokenizingJob, folder: Path, device: torch.device) -> None:
     aside.mkdir()
     codebook.save(aside)
     if job.text is None and job.vocabulary.num_classes is None:
-        train_tokenizer(captions, job.vocabulary.caption_size).save(str(aside / TOKENIZER_FILE))
+        train_tokenizer(captions, job.vocabulary.text_size).save(str(aside / TOKENIZER_FILE))
     aside.rename(folder)
     kind = "grey" if is_grey else "coloured"
     side = f"{settings.patch} x {settings.patch}"

@@ -207,9 +207,9 @@ def _open_text(settings: TokenizeSettings, vocabulary: ImageVocabulary) -> TextT
     if settings.text_tokenizer is None:
         raise UserError(f"is missing; model {settings.model} takes texts: give the folder of its checkpoint")
     text = open_text_tokenizer(settings.text_tokenizer)
-    if text.size != vocabulary.caption_size:
+    if text.size != vocabulary.text_size:
         raise UserError(
-            f"{settings.text_tokenizer} has {text.size} ids, model {settings.model} {vocabulary.caption_size}; give "
+            f"{settings.text_tokenizer} has {text.size} ids, model {settings.model} {vocabulary.text_size}; give "
             "the folder of that model's checkpoint"
         )
     return text

@@ -200,10 +200,10 @@ class SampleMaker:
         if caption is None:
             raise Rejected("it has no caption")
         try:
-            ids = self._text.encode(caption)
+            ids = self._text.encode_caption(caption, self._vocabulary.template)
         except UserError as error:
             raise Rejected(f"its caption: {error}") from None
-        if not ids:
+        if not ids or not caption.strip():
             raise Rejected("its caption is empty")
         if len(ids) > self._settings.max_caption_tokens:
             raise Rejected(f"its caption has {len(ids)} tokens, more than {self._settings.max_caption_tokens}")
