@@ -91,6 +91,8 @@ def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None)
     if folder is None:
         by_condition = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
         folder = _AS_PYRAMIDS if vocabulary.scales else by_condition
+        if vocabulary.template is not None:
+            folder = folder.with_name(f"{folder.name}_{vocabulary.fingerprint()}")
     refused = refusal(folder.parent)
     if refused is not None and (not folder.exists() or _is_of_an_earlier_version(folder)):
         raise SurroundingsError(

@@ -1,6 +1,7 @@
 """The files of a shard folder: ``manifest.json`` with the meaning of the tokens and every checksum, and the tokens.
 
-codes.bin codes.idx        visual codes, uint16, one sequence of V * T * H * W per sample (Megatron's indexed format)
+codes.bin codes.idx        visual codes, one sequence of V * T * H * W per sample (Megatron's indexed format), uint16,
+                           or int32 for a codebook of more than 65,536
 captions.bin captions.idx  caption tokens, int32
 samples.npy                one :data:`SAMPLE` per sample: grid, caption length, condition, checksums
 variants.npy               V of each sample, int32. The file is missing where V is 1 for all.
@@ -23,7 +24,7 @@ from megatron_cca.errors import UserError, error_context, shortened
 from megatron_cca.io.external_files import is_file_name, mapped_array, sha256
 
 TABLE, VARIANTS = "samples.npy", "variants.npy"
-INDEXED = {"codes": np.uint16, "captions": np.int32}
+INDEXED = ("codes", "captions")
 _AGAIN = "tokenize the data again"
 TOKEN_FILES = (*(f"{name}{suffix}" for name in INDEXED for suffix in (".bin", ".idx")), TABLE)
 
@@ -48,12 +49,19 @@ _HASHED_ON_READING = {"codes.bin", "captions.bin"}
 _REQUIRED = {"num_samples": int, "vocabulary": str, "meta_words": dict, "files": dict}
 
 
+def token_types(codebook_size: int) -> dict[str, type[np.integer]]:
+    """Return the dtype in each of the token files."""
+    return {"codes": np.uint16 if codebook_size <= 2**16 else np.int32, "captions": np.int32}
+
+
 def checksum(tokens: np.ndarray) -> int:
     """Return the xxh3 hash (64 bits) of an array's bytes."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
 
 
-def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def open_table(
+    folder: Path, num_samples: int, codebook_size: int, *, has_variants: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the table of a folder's samples and their variants. Check that the other token files fit it.
 
     Megatron's reader trusts the index. Its right contents follow from the table.
@@ -61,6 +69,7 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
     Args:
         folder: of token files.
         num_samples: N, how many there should be.
+        codebook_size: of the codes.
         has_variants: whether there is a file of variants.
 
     Returns:
@@ -76,7 +85,7 @@ def open_table(folder: Path, num_samples: int, *, has_variants: bool = False) ->
     if (table["grid"] < 1).any() or (table["grid"].prod(axis=1, dtype=np.float64) * variants > largest).any():
         raise UserError(f"{path} has grids that codes.bin cannot hold; {_AGAIN}")
     for name, lengths in (("codes", code_lengths(table, variants)), ("captions", table["caption_length"])):
-        _check_index(folder, name, lengths.astype(np.int64))
+        _check_index(folder, name, token_types(codebook_size)[name], lengths.astype(np.int64))
     return table, variants
 
 
@@ -173,12 +182,12 @@ def _read_variants(path: Path, num_samples: int) -> np.ndarray:
     return np.array(variants)
 
 
-def _check_index(folder: Path, name: str, lengths: np.ndarray) -> None:
+def _check_index(folder: Path, name: str, dtype: type[np.integer], lengths: np.ndarray) -> None:
     # Imported late: a program reads manifests before it installs the platform, and Megatron-Core comes after that.
     from megatron_cca.megatron_compat.indexed_dataset import index_header
 
-    path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(INDEXED[name]).itemsize
-    header = index_header(INDEXED[name], count)
+    path, count, width = folder / f"{name}.idx", len(lengths), np.dtype(dtype).itemsize
+    header = index_header(dtype, count)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths * width)])
     parts = (lengths.astype(np.int32), ends[:-1], np.arange(count + 1))
     with path.open("rb") as file:

@@ -22,7 +22,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_cca.data.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
-    INDEXED,
     SAMPLE,
     TABLE,
     UNCONDITIONAL,
@@ -31,6 +30,7 @@ from megatron_cca.data.manifest import (
     checksum,
     code_lengths,
     grid_key,
+    token_types,
 )
 from megatron_cca.data.partners import PAIRS
 from megatron_cca.errors import UserError
@@ -110,7 +110,7 @@ def merge_shards(
     """
 
     def write_tokens(partial: Path) -> None:
-        join_token_files(partial, parts)
+        join_token_files(partial, parts, vocabulary)
         write_extras(partial)
 
     aside.mkdir()
@@ -131,8 +131,9 @@ class TokenWriter:
         self._folder, self._vocabulary = folder, vocabulary
         self._rows: list[tuple] = []
         self._variants: list[int] = []
+        self._types = token_types(vocabulary.codebook_size)
         self._builders = {
-            name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name, dtype in INDEXED.items()
+            name: IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype) for name, dtype in self._types.items()
         }
 
     def __enter__(self) -> TokenWriter:
@@ -155,8 +156,8 @@ class TokenWriter:
             UserError: a code or caption token outside the vocabulary; names the sample.
         """
         _check_tokens(len(self._rows), sample, self._vocabulary)
-        codes = sample.codes.astype(np.uint16).reshape(-1)
-        caption = sample.caption.astype(np.int32)
+        codes = sample.codes.astype(self._types["codes"]).reshape(-1)
+        caption = sample.caption.astype(self._types["captions"])
         for name, tokens in (("codes", codes), ("captions", caption)):
             self._builders[name].add_item(torch.from_numpy(tokens))
             self._builders[name].end_document()
@@ -173,14 +174,14 @@ class TokenWriter:
         _save_variants(self._folder, np.array(self._variants, dtype=np.int32))
 
 
-def join_token_files(folder: Path, parts: Sequence[Path]) -> None:
+def join_token_files(folder: Path, parts: Sequence[Path], vocabulary: ImageVocabulary) -> None:
     """Write the token files of all parts, in their order, into ``folder``. Pairs name their samples anew."""
     tables = [mapped_array(part / TABLE) for part in parts]
     variants = [
         mapped_array(part / VARIANTS) if (part / VARIANTS).is_file() else np.ones(len(table), np.int32)
         for part, table in zip(parts, tables, strict=True)
     ]
-    for name, dtype in INDEXED.items():
+    for name, dtype in token_types(vocabulary.codebook_size).items():
         builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=dtype)
         with contextlib.closing(builder.data_file):
             for part, table, counts in zip(parts, tables, variants, strict=True):

@@ -72,7 +72,9 @@ class TokenShards:
             if len(self) < 1:
                 raise UserError(f"{self.folder} holds no samples")
             has_variants = VARIANTS in self.manifest["files"]
-            self.table, self.variants = open_table(self.folder, len(self), has_variants=has_variants)
+            self.table, self.variants = open_table(
+                self.folder, len(self), vocabulary.codebook_size, has_variants=has_variants
+            )
             if not self.table["caption_length"].any():
                 raise UserError(f"{self.folder} has no caption that is not empty; there is nothing to learn from it")
         self._codes, self._captions = (open_indexed(self.folder / name) for name in ("codes", "captions"))
@@ -81,7 +83,7 @@ class TokenShards:
         return self.manifest["num_samples"]
 
     def codes(self, sample: int, variant: int = 0) -> np.ndarray:
-        """Return codebook indices, uint16 ``[T, H, W]``, of one of the sample's variants.
+        """Return codebook indices, uint16 or int32 ``[T, H, W]``, of one of the sample's variants.
 
         Raises:
             UserError: the codes differ from what was written; names file and sample.
@@ -210,7 +212,7 @@ class TokenData:
         return self._looked_up(samples, np.empty(len(samples), np.int32), lambda shards: shards.variants)
 
     def codes(self, sample: int, variant: int = 0) -> np.ndarray:
-        """Return codebook indices, uint16 ``[T, H, W]``. Raises as :meth:`TokenShards.codes` does."""
+        """Return codebook indices, uint16 or int32 ``[T, H, W]``. Raises as :meth:`TokenShards.codes` does."""
         shards, local = self._place(sample)
         return shards.codes(local, variant)
 

@@ -106,7 +106,7 @@ def bombs(folder, witness):
         "an override": lambda: load_config(
             None, [f"data.path={{!!python/object/apply:os.system ['touch {witness}']: 1}}"]
         ),
-        "token shards": lambda: open_table(folder, 1),
+        "token shards": lambda: open_table(folder, 1, 128),
         "a codebook": lambda: open_image_tokenizer(folder),
         "an image tokenizer": lambda: open_image_tokenizer(folder / "vq_ds16_c2i.pt"),
         "images": lambda: read_archive(folder / "images.npz"),
