@@ -77,14 +77,15 @@ class HuggingFaceFormat(Protocol):
     Attributes:
         weights: the weight map.
         marker: the weight map's name of a tensor that every model has. Sets of weights in a folder are found by it.
-        model_types: the values that ``model_type`` may have.
         namings: all namings of tensors on disk. The first of a form is used for writing.
     """
 
     weights: WeightMap
     marker: str
-    model_types: frozenset[str]
     namings: Sequence[Naming]
+
+    def knows(self, config: Json) -> bool:
+        """Return whether a configuration is of this family."""
 
     def form(self, config: Json) -> str:
         """Return the form of a configuration."""

@@ -70,7 +70,7 @@ def test_another_model_is_told_what_it_is(hf, tmp_path):
     edit_config(hf, model_type="llama", architectures=["LlamaForCausalLM"])
     assert refused(hf, tmp_path) == (
         f"--hf: {hf / 'config.json'}: model_type 'llama' (architectures ['LlamaForCausalLM']) is not of a family known "
-        "here (emu3)"
+        "here (emu3, emu3_5)"
     )
 
 

@@ -138,7 +138,10 @@ def export_weights_file(source: MegatronCheckpoint, output: Path, *, overwrite: 
 def _naming(source: MegatronCheckpoint, copied: ExportTemplate, form: str | None) -> Naming:
     if form is None:
         form = source.format.form(copied.config) if copied.config is not None else source.format.namings[0].form
-    return next(naming for naming in source.format.namings if naming.form == form)
+    known = {naming.form: naming for naming in reversed(source.format.namings)}
+    if form not in known:
+        raise UserError(f"{FORMAT}: {source.config.model.name} has no {form} form; leave it out")
+    return known[form]
 
 
 def _config(source: MegatronCheckpoint, copied: ExportTemplate, naming: Naming) -> Json:

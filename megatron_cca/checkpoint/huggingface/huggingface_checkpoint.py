@@ -208,11 +208,11 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
     Raises:
         UserError: the family is not known. Names the model type.
     """
-    kind = config.get("model_type")
     for family in FAMILIES.values():
-        if family.huggingface and isinstance(kind, str) and kind in family.huggingface.model_types:
+        if family.huggingface and family.huggingface.knows(config):
             return family.huggingface
     known = ", ".join(name for name, family in FAMILIES.items() if family.huggingface)
+    kind = config.get("model_type")
     raise UserError(
         f"{option}: {folder / CONFIG}: model_type {kind!r} (architectures {config.get('architectures')}) is not of a "
         f"family known here ({known})"

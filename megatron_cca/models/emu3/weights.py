@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.emu3 import PRESETS, Emu3Vocabulary
+from megatron_cca.models.emu3 import EMU3_VOCABULARY, PRESETS, Emu3Vocabulary
 from megatron_cca.models.emu3.vq_files import recognise, sizes_in, transformers_refusals
 from megatron_cca.models.formats import Json, Naming
 from megatron_cca.models.weight_files import CONFIG
@@ -61,6 +61,10 @@ EMU3_WEIGHTS = WeightMap(
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
 
+# Emu3 and Emu3.5 have the same model_type in their authors' form.
+ORIGINAL_TYPE = "Emu3"
+_VOCABULARY_OF_EMU3_5 = 282_926
+
 _SIZES = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -70,8 +74,6 @@ _SIZES = {
     "max_position_embeddings": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
-
-_RELEASED = PRESETS["emu3-8b"]
 
 # A limit for the network that is built of a configuration before it is compared with the tensors.
 _MOST_TENSORS = 2000
@@ -91,7 +93,13 @@ class Emu3HuggingFace:
 
     weights = EMU3_WEIGHTS
     marker = "model.embed_tokens.weight"
-    model_types = frozenset({"Emu3", "emu3", "emu3_text_model"})
+    model_types = frozenset({ORIGINAL_TYPE, "emu3", "emu3_text_model"})
+    # What messages call it, its sizes, the largest first, and the model_type of an export without a template.
+    owner, presets, exported_type = "Emu3", PRESETS, "emu3_text_model"
+    # The sizes that a configuration may have, and their keys there.
+    size_keys: Mapping[str, str] = _SIZES
+    # Keys of the section ``model`` that no configuration says.
+    options: Mapping[str, bool] = {}
     namings = (
         Naming(
             ORIGINAL,
@@ -107,6 +115,16 @@ class Emu3HuggingFace:
         ),
     )
 
+    def knows(self, config: Json) -> bool:
+        """See :class:`HuggingFaceFormat`."""
+        kind = config.get("model_type")
+        return isinstance(kind, str) and kind in self.model_types and not is_emu3_5(config)
+
+    @property
+    def released(self) -> Architecture:
+        """The largest size, whose numbers are those that a configuration leaves out."""
+        return next(iter(self.presets.values()))
+
     def form(self, config: Json) -> str:
         """See :class:`HuggingFaceFormat`."""
         return TRANSFORMERS if "text_config" in config else ORIGINAL
@@ -114,28 +132,29 @@ class Emu3HuggingFace:
     def read_model_config(self, config: Json) -> ModelConfig:
         """See :class:`HuggingFaceFormat`. What a configuration leaves out has the released model's value."""
         text = _text_section(config)
-        _check_switches(text)
-        sizes = {ours: text.get(theirs, getattr(_RELEASED, ours)) for ours, theirs in _SIZES.items()}
-        sizes["vocab_size"] = text.get("vocab_size", _RELEASED.vocabulary.size)
+        self._check_switches(text)
+        sizes = {ours: text.get(theirs, getattr(self.released, ours)) for ours, theirs in self.size_keys.items()}
+        sizes["vocab_size"] = text.get("vocab_size", self.released.vocabulary.size)
         for ours, size in sizes.items():
             if ours == "layernorm_epsilon":
-                _must_be_positive(_SIZES[ours], size)
+                _must_be_positive(self.size_keys[ours], size)
             elif isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-                raise UserError(f"{_SIZES.get(ours, ours)}: must be a positive integer, found {size!r}")
-        _check_heads(text, sizes)
-        presets = [name for name, preset in PRESETS.items() if preset.vocabulary.size == sizes["vocab_size"]]
-        return ModelConfig(name=[*presets, "emu3-8b"][0], rotary_base=_rotary_base(text), **sizes)
+                raise UserError(f"{self.size_keys.get(ours, ours)}: must be a positive integer, found {size!r}")
+        self._check_heads(text, sizes)
+        fitting = [name for name, preset in self.presets.items() if preset.vocabulary.size == sizes["vocab_size"]]
+        base = _rotary_base(text, self.released.rotary_base)
+        return ModelConfig(name=[*fitting, *self.presets][0], rotary_base=base, **sizes, **self.options)
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
         """See :class:`HuggingFaceFormat`."""
         config = self._like(template, architecture, form)
         text = _text_section(config)
-        for ours, theirs in _SIZES.items():
-            _write(text, theirs, getattr(architecture, ours), getattr(_RELEASED, ours))
+        for ours, theirs in self.size_keys.items():
+            _write(text, theirs, getattr(architecture, ours), getattr(self.released, ours))
         if text.get("head_dim") is not None:
             text["head_dim"] = architecture.kv_channels
-        _write(text, "vocab_size", architecture.vocabulary.size, _RELEASED.vocabulary.size)
-        if _rotary_base(text) != architecture.rotary_base:
+        _write(text, "vocab_size", architecture.vocabulary.size, self.released.vocabulary.size)
+        if _rotary_base(text, self.released.rotary_base) != architecture.rotary_base:
             _write_rotary_base(text, architecture.rotary_base)
         for section in (config, text):
             for key in ("dtype", "torch_dtype"):
@@ -151,7 +170,7 @@ class Emu3HuggingFace:
         if form == TRANSFORMERS:
             raise UserError("the image tokenizer (vqmodel) is missing; give a template in that form")
         text = copy.deepcopy(_text_section(template)) if template is not None else _fresh_text_section(architecture)
-        return {**text, "architectures": ["Emu3ForCausalLM"], "model_type": "emu3_text_model"}
+        return {**text, "architectures": ["Emu3ForCausalLM"], "model_type": self.exported_type}
 
     def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
         """See :class:`HuggingFaceFormat`: the image tokenizer's, by transformers' own class."""
@@ -169,20 +188,59 @@ class Emu3HuggingFace:
     def transformers_model(self, config: Json):
         """See :class:`HuggingFaceFormat`."""
         import torch
-        from transformers import Emu3ForCausalLM, Emu3TextConfig
 
         # The last two can name code that would be fetched from a hub.
         left_out = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
         text = _text_section(config)
         kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
+        # What transformers' own defaults are for another model.
+        kept |= {theirs: text.get(theirs, getattr(self.released, ours)) for ours, theirs in self.size_keys.items()}
+        settings_class, model_class = self._transformers_classes()
         with error_context(CONFIG), transformers_refusals():
             # JSON has one kind of number. transformers needs a float here.
-            epsilon = float(text.get("rms_norm_eps", _RELEASED.layernorm_epsilon))
-            settings = Emu3TextConfig(**kept | {"rms_norm_eps": epsilon})
+            settings = settings_class(**kept | {"rms_norm_eps": float(kept["rms_norm_eps"])})
             with torch.device("meta"):
-                model = Emu3ForCausalLM(settings)
+                model = model_class(settings)
             model.model.rotary_emb = type(model.model.rotary_emb)(settings)
         return model.eval()
+
+    def _transformers_classes(self) -> tuple[type, type]:
+        """Return transformers' configuration and model of such decoders."""
+        from transformers import Emu3ForCausalLM, Emu3TextConfig
+
+        return Emu3TextConfig, Emu3ForCausalLM
+
+    def _check_heads(self, text: Mapping, sizes: Mapping) -> None:
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        if hidden % heads:
+            raise UserError(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
+        check_groups(sizes)
+        if text.get("head_dim") not in (None, hidden // heads):
+            raise UserError(
+                f"head_dim: {text['head_dim']} is not hidden_size / num_attention_heads, {hidden // heads}: not an Emu3"
+            )
+
+    def _check_switches(self, text: Mapping) -> None:
+        for key, allowed in _FIXED.items():
+            if key in text and text[key] not in allowed:
+                raise UserError(f"{key}: {text[key]!r} is not what {self.owner} has, {allowed[0]!r}")
+        for key in ("rope_type", "type"):  # the second is the older spelling
+            kind = _rope(text).get(key, "default")
+            if kind != "default":
+                raise UserError(f"rope_parameters.{key}: {kind!r} is not what {self.owner} has, 'default'")
+
+
+def is_emu3_5(config: Json) -> bool:
+    """Return whether a configuration in the form of Emu3's authors is of their Emu3.5.
+
+    Its heads together are not as wide as the residual stream. The sizes of the released vocabularies decide first.
+    """
+    size = config.get("vocab_size")
+    if config.get("model_type") != ORIGINAL_TYPE or size == EMU3_VOCABULARY.size:
+        return False
+    hidden, heads, channels = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    is_told = all(type(number) is int for number in (hidden, heads, channels))
+    return size == _VOCABULARY_OF_EMU3_5 or (is_told and heads * channels != hidden)
 
 
 def _text_section(config: Json) -> Json:
@@ -205,26 +263,11 @@ def _must_be_positive(key: str, number: object) -> None:
         raise UserError(f"{key}: must be a positive number, found {number!r}")
 
 
-def _check_heads(text: Mapping, sizes: Mapping) -> None:
-    hidden, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups"))
-    if hidden % heads:
-        raise UserError(f"num_attention_heads: {heads} does not divide hidden_size {hidden}")
+def check_groups(sizes: Mapping) -> None:
+    """Refuse groups of heads of several sizes. Sizes have Megatron's names."""
+    heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
     if heads % groups:
         raise UserError(f"num_key_value_heads: {groups} does not divide num_attention_heads {heads}")
-    if text.get("head_dim") not in (None, hidden // heads):
-        raise UserError(
-            f"head_dim: {text['head_dim']} is not hidden_size / num_attention_heads, {hidden // heads}: not an Emu3"
-        )
-
-
-def _check_switches(text: Mapping) -> None:
-    for key, allowed in _FIXED.items():
-        if key in text and text[key] not in allowed:
-            raise UserError(f"{key}: {text[key]!r} is not what Emu3 has, {allowed[0]!r}")
-    for key in ("rope_type", "type"):  # the second is the older spelling
-        kind = _rope(text).get(key, "default")
-        if kind != "default":
-            raise UserError(f"rope_parameters.{key}: {kind!r} is not what Emu3 has, 'default'")
 
 
 def _write(text: Json, key: str, value: float, default: float) -> None:
@@ -233,10 +276,10 @@ def _write(text: Json, key: str, value: float, default: float) -> None:
         text[key] = value
 
 
-def _rotary_base(text: Mapping) -> float:
+def _rotary_base(text: Mapping, default: float) -> float:
     base = _rope(text).get("rope_theta", text.get("rope_theta"))
     if base is None:
-        return float(_RELEASED.rotary_base)
+        return float(default)
     _must_be_positive("rope_theta", base)
     return float(base)
 

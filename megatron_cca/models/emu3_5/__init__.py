@@ -4,8 +4,8 @@ The ids are those of the authors' text tokenizer (baaivision/Emu3.5, ``src/token
 control, then ``emu3_vision_tokens.txt``. The prompt is that of their text to image (``configs/example_config_t2i.py``).
 Their sampling has the same image behind the unconditional prompt, with its grid (``src/utils/logits_processor.py``).
 
-Their ``configuration_emu3.py`` has the epsilon of all norms, the rotary base and the positions. An import takes those of
-the ``config.json`` beside the weights.
+Epsilon, rotary base and positions are the defaults of their ``configuration_emu3.py``. An import takes those of the
+``config.json`` beside the weights.
 """
 
 from __future__ import annotations
