@@ -6,6 +6,7 @@ Sizes are read from the shapes of tensors. Every message has the file's own name
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,15 @@ _SECTIONS = ("model", "ema", "state_dict")
 _TRAINER, _OF_TRAINER = "trainer", "vae_local"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SUFFIXES = (".pt", ".pth")
+# From the network's names to those of VQGAN's authors (CompVis/taming-transformers), applied one after the other.
+_VQGAN_NAMES = (
+    (r"^encoder\.conv_blocks\.", "encoder.down."),
+    (r"\.res\.", ".block."),
+    (r"\.mid\.0\.", ".mid.block_1."),
+    (r"\.mid\.1\.", ".mid.attn_1."),
+    (r"\.mid\.2\.", ".mid.block_2."),
+)
+_DECODER_LEVEL = re.compile(r"^decoder\.conv_blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,15 @@ class VqFiles:
             suffix = files[0].suffix
             raise UserError(f"{path} holds {len(files)} {suffix} files ({names}); name the image tokenizer's itself")
         return files[0]
+
+
+def vqgan_name(name: str, num_levels: int) -> str:
+    """Return the name that VQGAN's authors have for a tensor of a network with so many levels."""
+    # They number the decoder's levels as the encoder's, from the highest resolution down.
+    name = _DECODER_LEVEL.sub(lambda found: f"decoder.up.{num_levels - 1 - int(found[1])}.", name)
+    for pattern, replacement in _VQGAN_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def read_vq_file(path: Path, form: VqForm) -> VqContents:

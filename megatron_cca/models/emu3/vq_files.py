@@ -60,6 +60,8 @@ _RENAMED = (
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Linear layers in transformers, 1 x 1 convolutions in the original.
 _LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
+# The model_type of the image tokenizer of Emu3.5, which is another network.
+TYPE_OF_EMU3_5 = "Emu3p5VisionVQ"
 # Counts training batches. Evaluation does not read it.
 IGNORED = "num_batches_tracked"
 
@@ -92,8 +94,11 @@ class Emu3VqFiles:
         return (path / CONFIG).is_file()
 
     def knows(self, path: Path) -> bool:
-        """See the protocol. No other family's files have this name."""
-        return True
+        """See the protocol. Emu3.5's have the same names."""
+        try:
+            return read_json(path / CONFIG).get("model_type") != TYPE_OF_EMU3_5
+        except UserError:
+            return True
 
     def open(
         self,

@@ -95,9 +95,7 @@ EMU3_5_VOCABULARY = Emu35Vocabulary(
 )
 
 
-def tiny_vocabulary(
-    text_size: int = TINY_TEXT_SIZE, codebook_size: int | None = TINY_CODEBOOK_SIZE
-) -> Emu35Vocabulary:
+def tiny_vocabulary(text_size: int = TINY_TEXT_SIZE, codebook_size: int | None = TINY_CODEBOOK_SIZE) -> Emu35Vocabulary:
     """Return a vocabulary in Emu3.5's order (text, control, visual) for small text tokenizers and codebooks."""
     control = ("pad", "bss", "eol", "eof", "bos", "eos", "img", "boi", "eoi")
     ids = {name: text_size + offset for offset, name in enumerate(control)}

@@ -16,30 +16,17 @@ from megatron_cca.models.pyramid import num_codes
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS, ScaleFeatures
 from megatron_cca.models.scale_quantizer import check_pyramid_codes, check_pyramid_pixels, quantized
 from megatron_cca.models.var import RELEASED_SCALES
-from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqFiles, VqForm, read_vq_file
+from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqFiles, VqForm, read_vq_file, vqgan_name
 from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 
 # How often each scale used each code. Its rows alone tell the number of scales.
 _HITS = "quantize.ema_vocab_hit_SV"
 CONVOLUTIONS = "quantize.quant_resi.qresi_ls."
-# From the network's names to the file's, applied one after the other.
-_RENAMED = (
-    (r"^encoder\.conv_blocks\.", "encoder.down."),
-    (r"\.res\.", ".block."),
-    (r"\.mid\.0\.", ".mid.block_1."),
-    (r"\.mid\.1\.", ".mid.attn_1."),
-    (r"\.mid\.2\.", ".mid.block_2."),
-    (r"\.[qkv]\.", ".qkv."),
-)
-_DECODER_LEVEL = re.compile(r"^decoder\.conv_blocks\.(\d+)\.")
+_PROJECTION = re.compile(r"\.[qkv]\.")
 
 
 def _file_name(name: str, num_levels: int) -> str:
-    # The authors number the decoder's levels as the encoder's, from the highest resolution down.
-    name = _DECODER_LEVEL.sub(lambda found: f"decoder.up.{num_levels - 1 - int(found[1])}.", name)
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return _PROJECTION.sub(".qkv.", vqgan_name(name, num_levels))
 
 
 def quantizer_shapes(codebook_size: int, channels: int) -> dict[str, tuple[int, ...]]:
