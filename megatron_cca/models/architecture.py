@@ -31,6 +31,8 @@ class Architecture:
 
     Attributes:
         vocabulary: the vocabulary of all ids.
+        image_embedding_channels: channels of the codes' embeddings, for models whose images have an embedding and a
+            head of their own beside the words', see ``image_head.py``. 0 where codes are words like others.
         kv_channels: channels of an attention head. None stands for :attr:`usual_kv_channels`, and becomes that number.
         qk_layernorm: whether each layer has an RMSNorm of queries and one of keys, over the channels of a head.
         add_qkv_bias: whether queries, keys and values have biases where no other projection has. Models of next-scale
@@ -56,6 +58,7 @@ class Architecture:
     prefix_tokens: int = 0
     scales: tuple[int, ...] = ()
     feature_channels: int = 0
+    image_embedding_channels: int = 0
     kv_channels: int | None = None
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
@@ -75,6 +78,12 @@ class Architecture:
         """What the attention has beside that of plain models, by key of the section ``model``; empty for plain ones."""
         usual = {"kv_channels": self.usual_kv_channels}
         return {key: getattr(self, key) for key in ATTENTION_OPTIONS if getattr(self, key) != usual.get(key, False)}
+
+    @property
+    def num_words(self) -> int:
+        """The number of ids that the table of words has rows for."""
+        vocabulary = self.vocabulary
+        return vocabulary.size - (vocabulary.output_size if self.image_embedding_channels else 0)
 
     @property
     def query_projection_size(self) -> int:
@@ -134,14 +143,25 @@ def with_explicit_sizes(config: ModelConfig, architecture: Architecture) -> Mode
 
 
 def padded_vocab_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:
-    """Return the number of rows of the embedding and the LM head.
+    """Return the number of rows of the embedding, and of the LM head where codes are words.
 
     This is ``model.padded_vocab_size`` if it is set, else the next multiple that tensor parallelism can split.
     """
     if model.padded_vocab_size is not None:
         return model.padded_vocab_size
+    return _padded(architecture.num_words, model, tensor_model_parallel_size)
+
+
+def padded_output_size(architecture: Architecture, model: ModelConfig, tensor_model_parallel_size: int) -> int:
+    """Return the number of rows of the LM head."""
+    if not architecture.image_embedding_channels:
+        return padded_vocab_size(architecture, model, tensor_model_parallel_size)
+    return _padded(architecture.vocabulary.output_size, model, tensor_model_parallel_size)
+
+
+def _padded(rows: int, model: ModelConfig, tensor_model_parallel_size: int) -> int:
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
-    return -(-architecture.vocabulary.size // multiple) * multiple
+    return -(-rows // multiple) * multiple
 
 
 def sequence_multiple(parallel: ParallelConfig, bucket: int) -> int:
@@ -173,10 +193,8 @@ def check_layout(architecture: Architecture, model: ModelConfig, parallel: Paral
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     padded = padded_vocab_size(architecture, model, tp)
-    if padded < architecture.vocabulary.size:
-        raise UserError(
-            f"model.padded_vocab_size: {padded} is less than the vocabulary of {architecture.vocabulary.size}"
-        )
+    if padded < architecture.num_words:
+        raise UserError(f"model.padded_vocab_size: {padded} is less than the vocabulary of {architecture.num_words}")
     for name, size in (
         ("num_attention_heads", architecture.num_attention_heads),
         ("num_query_groups", architecture.num_query_groups),
@@ -207,7 +225,7 @@ def only_grid(architecture: Architecture) -> tuple[int, int] | None:
         # The codes of a pyramid are one row, scale by scale.
         return 1, sum(side**2 for side in architecture.scales)
     if architecture.position_embedding != "rope_2d":
-        return None
+        return getattr(architecture.vocabulary, "only_grid", None)
     side = grid_side(architecture)
     return side, side
 
@@ -223,7 +241,7 @@ def grid_misfit(architecture: Architecture, frames: int, height: int, width: int
             f"{found}, the model takes the {own[1]} codes of grids of {', '.join(map(str, architecture.scales))} alone"
         )
     wanted = f"{found}, the model takes {own[0]} x {own[1]} alone"
-    if frames == 1 and height == width:
+    if frames == 1 and height == width and architecture.position_embedding == "rope_2d":
         return f"{wanted}; model.max_position_embeddings {architecture.prefix_tokens + height * width} is for such"
     return wanted
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_cca.platform.host_weights import Arriving, Fetcher
 from megatron_cca.platform.operations import current_operations
-from megatron_cca.platform.transfers import Arriving, Fetcher
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 

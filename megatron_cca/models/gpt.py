@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.megatron_compat.layers import await_parameters
-from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.models.architecture import Architecture, padded_output_size, padded_vocab_size
 from megatron_cca.models.layers import check_fp8_device, fuse_weight_gradients, kernel_options, layer_spec
 from megatron_cca.parallel import sequence_logps, token_logps
 
@@ -201,10 +201,11 @@ def _build_chunk(
         precision="fp32" if config.params_dtype == torch.float32 else "bf16",
         scales=architecture.scales,
     )
+    tensor = parallel.tensor_model_parallel_size
     gpt = _model_class(architecture)(
         config=config,
         transformer_layer_spec=layers,
-        vocab_size=padded_vocab_size(architecture, model, parallel.tensor_model_parallel_size),
+        vocab_size=padded_output_size(architecture, model, tensor),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
@@ -220,6 +221,8 @@ def _build_chunk(
         use_grid_positions(gpt, architecture)
     if architecture.scales:
         gpt.prepare(architecture)
+    if architecture.image_embedding_channels:
+        gpt.prepare(architecture, padded_vocab_size(architecture, model, tensor))
     if platform.current().is_cuda and not next(gpt.parameters()).is_meta:
         gpt = gpt.to(platform.device())
     return Float16Module(config, gpt) if config.bf16 else gpt
@@ -230,6 +233,10 @@ def _model_class(architecture: Architecture) -> type[GPTModel]:
         from megatron_cca.models.next_scale import NextScaleModel
 
         return NextScaleModel
+    if architecture.image_embedding_channels:
+        from megatron_cca.models.image_head import ImageHeadModel
+
+        return ImageHeadModel
     return GPTModel
 
 

@@ -96,6 +96,11 @@ class ImageVocabulary(Vocabulary, ABC):
     scales: tuple[int, ...] = ()
 
     @property
+    def only_grid(self) -> tuple[int, int] | None:
+        """Height and width, in codes, of the only images that prompts can mean. None where they say it."""
+        return None
+
+    @property
     def released_grid(self) -> tuple[int, int] | None:
         """Height and width, in codes, of the images that the released model draws. None where that is not known."""
         return None

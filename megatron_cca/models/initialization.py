@@ -46,7 +46,7 @@ def initialize_by_name(
         seed: seed of all tensors.
         std: standard deviation of weights. Weights that write into the residual stream have a smaller one.
         num_layers: number of layers of the whole model.
-        vocab_size: number of ids of the embedding. Later rows are padding.
+        vocab_size: number of words of the embedding. Later rows are padding.
         output_size: number of ids of the LM head. None means ``vocab_size``.
         frozen: whole tensors by their keys, which are never trained.
 

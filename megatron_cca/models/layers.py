@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -196,6 +197,19 @@ def fuse_weight_gradients(gpt: torch.nn.Module, kernels: KernelsConfig, *, is_fr
     """Let Transformer Engine's layers add their weight gradients to Megatron's buffer, if ``kernels`` asks for it."""
     if _fuses(kernels, is_frozen):
         fuse_engine_gradients(gpt)
+
+
+def add_bias(head: torch.nn.Module) -> None:
+    """Add a bias, split over the tensor-parallel ranks as the rows are, to an LM head that was made without."""
+    weight = head.weight
+    bias = torch.nn.Parameter(torch.empty(weight.size(0), dtype=weight.dtype, device=weight.device))
+    set_tensor_model_parallel_attributes(bias, True, 0, 1)
+    head.register_parameter("bias", bias)
+
+
+def plain_logits(*, hidden_states: Tensor, output_layer: torch.nn.Module, **_unused: Any) -> Tensor:
+    """Return the logits ``[B, S, ids]`` of last hidden states ``[S, B, H]``, as GPTModel does without a processor."""
+    return output_layer(hidden_states)[0].transpose(0, 1).contiguous()
 
 
 def engine_is_available() -> bool:

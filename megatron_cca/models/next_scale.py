@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, normalize, scaled_dot_product_attention, silu
 
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.layers import add_bias, plain_logits
 from megatron_cca.models.scale_features import ScaleFeatures
 
 _LARGEST_LOG_SHARPNESS = math.log(100)
@@ -318,10 +319,7 @@ class NextScaleModel(GPTModel):
         """Replace the embedding, and add the head's modulation and bias. Call it once, after the construction."""
         self.embedding = ScaleEmbedding(self.config, architecture)
         self.final_modulation = Modulation(self.config, 2)
-        head = self.output_layer
-        bias = torch.nn.Parameter(torch.empty(head.weight.size(0), dtype=head.weight.dtype, device=head.weight.device))
-        set_tensor_model_parallel_attributes(bias, True, 0, 1)
-        head.register_parameter("bias", bias)
+        add_bias(self.output_layer)
 
     def forward(
         self,
@@ -337,7 +335,7 @@ class NextScaleModel(GPTModel):
 
         def head(*, hidden_states: Tensor, **rest: Any) -> Tensor:
             hidden_states = self.modulated_for_head(hidden_states, condition)
-            return (output_processor or _logits)(hidden_states=hidden_states, **rest)
+            return (output_processor or plain_logits)(hidden_states=hidden_states, **rest)
 
         more |= {"decoder_input": rows, "extra_block_kwargs": {"context": condition}, "output_processor": head}
         return super().forward(input_ids, position_ids, attention_mask, **more)
@@ -345,10 +343,6 @@ class NextScaleModel(GPTModel):
     def modulated_for_head(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """Return what the head multiplies, for hidden states ``[S, B, H]`` and the classes' vectors ``[B, H]``."""
         return modulated(hidden, *self.final_modulation(condition), self.config.layernorm_epsilon)
-
-
-def _logits(*, hidden_states: Tensor, output_layer: torch.nn.Module, **_unused: Any) -> Tensor:
-    return output_layer(hidden_states)[0].transpose(0, 1).contiguous()
 
 
 def _ends(scales: tuple[int, ...]) -> list[int]:

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_cca.platform import transfers
-
 Way = Callable[[Tensor, Tensor, Tensor], None]
 _ATEN = torch.ops.aten
 _COPIES = (_ATEN.detach.default, _ATEN.alias.default, _ATEN.clone.default)
@@ -132,7 +130,9 @@ class DeviceOperations:
         Raises:
             RuntimeError: the driver cannot lock so much memory.
         """
-        return transfers.host_copy(tensor)
+        from megatron_cca.platform.host_weights import host_copy
+
+        return host_copy(tensor)
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """Compute ``total += left @ right``, see :func:`add_product`."""

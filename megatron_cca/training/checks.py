@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.summary import saved_config
-from megatron_cca.config import Config, OptimizerConfig, ReferenceConfig
+from megatron_cca.config import Config, ReferenceConfig
 from megatron_cca.data import DIGITS
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
@@ -247,7 +247,12 @@ def _check_optimizer(config: Config) -> None:
             "optimizer.use_precision_aware_optimizer: of no use with training.precision fp32, whose weights need no "
             "master weights; leave it out"
         )
-    _check_offload(options)
+    if options.optimizer_cpu_offload:
+        from megatron_cca.training.host_memory import check_optimizer_offload
+
+        check_optimizer_offload(options)
+    elif options.overlap_cpu_optimizer_d2h_h2d:
+        raise UserError("optimizer.overlap_cpu_optimizer_d2h_h2d: of no use without optimizer.optimizer_cpu_offload")
     for key in STATE_DTYPES:
         value = getattr(options, key)
         if value != "fp32" and not options.use_precision_aware_optimizer:
@@ -257,30 +262,6 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.main_grads_dtype: {options.main_grads_dtype} needs optimizer.grad_reduce_in_fp32 false: the "
             "optimizer takes gradients as they were reduced"
         )
-
-
-def _check_offload(options: OptimizerConfig) -> None:
-    if not options.optimizer_cpu_offload:
-        if options.overlap_cpu_optimizer_d2h_h2d:
-            raise UserError(
-                "optimizer.overlap_cpu_optimizer_d2h_h2d: of no use without optimizer.optimizer_cpu_offload"
-            )
-        return
-    if not options.use_precision_aware_optimizer:
-        raise UserError(
-            "optimizer.optimizer_cpu_offload: needs optimizer.use_precision_aware_optimizer, without which "
-            "Megatron-Core cannot resume it; set that to true"
-        )
-    if not options.optimizer_offload_fraction:
-        raise UserError(
-            "optimizer.optimizer_offload_fraction: 0 moves nothing; leave optimizer.optimizer_cpu_offload out"
-        )
-    for key in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
-        if getattr(options, key) != "fp32":
-            raise UserError(
-                f"optimizer.{key}: {getattr(options, key)}, but optimizer.optimizer_cpu_offload keeps fp32; leave one "
-                "of them out"
-            )
 
 
 def _check_validation(config: Config) -> None:

@@ -209,7 +209,7 @@ def build_chunks(
             seed=config.training.seed,
             std=config.model.init_method_std,
             num_layers=architecture.num_layers,
-            vocab_size=architecture.vocabulary.size,
+            vocab_size=architecture.num_words,
             output_size=architecture.vocabulary.output_size,
             frozen=_frozen_features(config, architecture),
         )

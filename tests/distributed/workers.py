@@ -15,7 +15,7 @@ from megatron_cca.config.load import load_config
 from megatron_cca.data.shards import TokenShards
 from megatron_cca.errors import UserError
 from megatron_cca.models import gpt
-from megatron_cca.platform.transfers import Fetcher
+from megatron_cca.platform.host_weights import Fetcher
 from megatron_cca.training.batches import loader, open_data, training_batches
 from megatron_cca.training.caching import cache_reference
 from megatron_cca.training.loop import _check_first_step

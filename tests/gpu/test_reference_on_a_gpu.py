@@ -102,7 +102,7 @@ def test_each_strategy_keeps_on_the_gpu_what_it_says(digit_shards, tmp_path):
 @pytest.mark.needs_hardware("streams")
 def test_copies_of_an_offloaded_reference_run_beside_the_computation(tmp_path):
     """The copy waits for what was queued before it, and the queue for the copy only where its tensors are used."""
-    from megatron_cca.platform.transfers import Fetcher, host_copy
+    from megatron_cca.platform.host_weights import Fetcher, host_copy
 
     busy = torch.randn(4096, 4096, device="cuda")
     hosts = [host_copy(torch.full((2**22,), float(value), device="cuda")) for value in range(3)]
@@ -117,7 +117,7 @@ def test_copies_of_an_offloaded_reference_run_beside_the_computation(tmp_path):
 
 @pytest.mark.needs_hardware("streams")
 def test_what_a_dropped_copy_held_is_not_overwritten_by_it():
-    from megatron_cca.platform.transfers import Fetcher, host_copy
+    from megatron_cca.platform.host_weights import Fetcher, host_copy
 
     host = host_copy(torch.ones(2**24, device="cuda"))
     fetcher = Fetcher()
