@@ -1,5 +1,7 @@
 """Import and export of a random Emu3 at its true size (8.5 billion parameters, bf16, 17 GB), and ``cp -r``.
 
+Or of another model on Hugging Face, such as ``--model emu3_5-34b --layers 2``, with fewer layers.
+
 .venv/bin/python benchmarks/convert.py --folder /tmp/convert
 
 It needs 53 GB of disk in the folder, and leaves the files there. convert.md has the results.
@@ -24,7 +26,7 @@ from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor
 from megatron_cca.checkpoint.stored_tensors import ByteProgress, num_bytes, row_ranges
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
-from megatron_cca.models import FAMILIES, resolve_architecture
+from megatron_cca.models import family_of, resolve_architecture
 
 COPY = "copy"
 
@@ -36,7 +38,8 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="an empty or new folder on the disk to measure")
-    parser.add_argument("--layers", type=int, default=32, help="fewer than Emu3's 32 for a trial")
+    parser.add_argument("--model", default="emu3-8b", help="the preset")
+    parser.add_argument("--layers", type=int, help="fewer than the model's for a trial")
     parser.add_argument("--logits", action="store_true", help="also compare Megatron's logits with transformers'")
     arguments = parse_or_measure(parser, _measured)
     if arguments.folder is None or (arguments.folder.is_dir() and any(arguments.folder.iterdir())):
@@ -48,7 +51,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Measure all parts and print the table."""
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder / "hf", arguments.layers)
+    prepare(folder / "hf", ModelConfig(name=arguments.model, num_layers=arguments.layers))
     size = sum(path.stat().st_size for path in (folder / "hf").iterdir())
     parts = ["copy", "import", "export", "tensors", *(["logits"] if arguments.logits else [])]
     found = {}
@@ -72,10 +75,10 @@ def compare(arguments: argparse.Namespace) -> None:
     print(markdown_table(header, rows))
 
 
-def prepare(folder: Path, layers: int) -> None:
-    """Write a random Emu3 in its original format, in as many files as on the Hub."""
-    architecture = resolve_architecture(ModelConfig(name="emu3-8b", num_layers=layers))
-    family = FAMILIES["emu3"].huggingface
+def prepare(folder: Path, model: ModelConfig) -> None:
+    """Write a random model in its original format, in files as large as on the Hub."""
+    architecture = resolve_architecture(model)
+    family = family_of(model).huggingface
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     shapes = family.weights.huggingface_shapes(architecture)

@@ -94,8 +94,10 @@ class Emu3HuggingFace:
     weights = EMU3_WEIGHTS
     marker = "model.embed_tokens.weight"
     model_types = frozenset({ORIGINAL_TYPE, "emu3", "emu3_text_model"})
-    # What messages call it, its sizes, the largest first, and the model_type of an export without a template.
+    # What messages call it, its sizes, the released one first, and the model_type of an export without a template.
     owner, presets, exported_type = "Emu3", PRESETS, "emu3_text_model"
+    # The sizes that a configuration leaves out.
+    defaults = PRESETS["emu3-8b"]
     # The sizes that a configuration may have, and their keys there.
     size_keys: Mapping[str, str] = _SIZES
     # Keys of the section ``model`` that no configuration says.
@@ -120,21 +122,16 @@ class Emu3HuggingFace:
         kind = config.get("model_type")
         return isinstance(kind, str) and kind in self.model_types and not is_emu3_5(config)
 
-    @property
-    def released(self) -> Architecture:
-        """The largest size, whose numbers are those that a configuration leaves out."""
-        return next(iter(self.presets.values()))
-
     def form(self, config: Json) -> str:
         """See :class:`HuggingFaceFormat`."""
         return TRANSFORMERS if "text_config" in config else ORIGINAL
 
     def read_model_config(self, config: Json) -> ModelConfig:
-        """See :class:`HuggingFaceFormat`. What a configuration leaves out has the released model's value."""
+        """See :class:`HuggingFaceFormat`. What a configuration leaves out has the authors' default."""
         text = _text_section(config)
         self._check_switches(text)
-        sizes = {ours: text.get(theirs, getattr(self.released, ours)) for ours, theirs in self.size_keys.items()}
-        sizes["vocab_size"] = text.get("vocab_size", self.released.vocabulary.size)
+        sizes = {ours: text.get(theirs, getattr(self.defaults, ours)) for ours, theirs in self.size_keys.items()}
+        sizes["vocab_size"] = text.get("vocab_size", self.defaults.vocabulary.size)
         for ours, size in sizes.items():
             if ours == "layernorm_epsilon":
                 _must_be_positive(self.size_keys[ours], size)
@@ -142,7 +139,7 @@ class Emu3HuggingFace:
                 raise UserError(f"{self.size_keys.get(ours, ours)}: must be a positive integer, found {size!r}")
         self._check_heads(text, sizes)
         fitting = [name for name, preset in self.presets.items() if preset.vocabulary.size == sizes["vocab_size"]]
-        base = _rotary_base(text, self.released.rotary_base)
+        base = _rotary_base(text, self.defaults.rotary_base)
         return ModelConfig(name=[*fitting, *self.presets][0], rotary_base=base, **sizes, **self.options)
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
@@ -150,11 +147,11 @@ class Emu3HuggingFace:
         config = self._like(template, architecture, form)
         text = _text_section(config)
         for ours, theirs in self.size_keys.items():
-            _write(text, theirs, getattr(architecture, ours), getattr(self.released, ours))
+            _write(text, theirs, getattr(architecture, ours), getattr(self.defaults, ours))
         if text.get("head_dim") is not None:
             text["head_dim"] = architecture.kv_channels
-        _write(text, "vocab_size", architecture.vocabulary.size, self.released.vocabulary.size)
-        if _rotary_base(text, self.released.rotary_base) != architecture.rotary_base:
+        _write(text, "vocab_size", architecture.vocabulary.size, self.defaults.vocabulary.size)
+        if _rotary_base(text, self.defaults.rotary_base) != architecture.rotary_base:
             _write_rotary_base(text, architecture.rotary_base)
         for section in (config, text):
             for key in ("dtype", "torch_dtype"):
@@ -194,7 +191,7 @@ class Emu3HuggingFace:
         text = _text_section(config)
         kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
         # What transformers' own defaults are for another model.
-        kept |= {theirs: text.get(theirs, getattr(self.released, ours)) for ours, theirs in self.size_keys.items()}
+        kept |= {theirs: text.get(theirs, getattr(self.defaults, ours)) for ours, theirs in self.size_keys.items()}
         settings_class, model_class = self._transformers_classes()
         with error_context(CONFIG), transformers_refusals():
             # JSON has one kind of number. transformers needs a float here.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
+from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS, ORIGINAL_TYPE, Emu3HuggingFace, check_groups, is_emu3_5
 from megatron_cca.models.emu3_5 import PRESETS
 from megatron_cca.models.formats import Json
@@ -46,10 +47,16 @@ class Emu35HuggingFace(Emu3HuggingFace):
         return self.namings[0].form
 
     def read_model_config(self, config: Json) -> ModelConfig:
-        """See :class:`HuggingFaceFormat`. What a configuration leaves out has the released model's value."""
+        """See :class:`HuggingFaceFormat`. What a configuration leaves out is as in Emu3, whose class the authors use."""
         if "text_config" in config:
             raise UserError("text_config: Emu3.5 has one flat configuration; leave it out")
         return super().read_model_config(config)
+
+    def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
+        """See :class:`HuggingFaceFormat`."""
+        config = super().write_config(template, architecture, dtype, form)
+        # Without it nothing tells a model with another vocabulary from an Emu3.
+        return config if template is not None else {**config, "head_dim": architecture.kv_channels}
 
     def _transformers_classes(self) -> tuple[type, type]:
         from transformers import Qwen3Config, Qwen3ForCausalLM
