@@ -32,6 +32,7 @@ VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 BF16 = ["training.precision=bf16"]
 GRID = ["model.name=llamagen-tiny"]
 SCALES = ["model.name=var-tiny"]
+IMAGES = ["model.name=janus-tiny"]
 MIXTURE = ["objective.name=gft"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective"]
@@ -53,6 +54,9 @@ REAL = {
     "scales, tp2 without sequence parallelism": (2, [*SCALES, *BF16, *TP2]),
     "scales, core attention again": (1, [*SCALES, *SELECTIVE, "training.recompute_modules=[core_attn]"]),
     "scales, fp8 weights": (1, [*SCALES, *BF16, "reference.fp8_param=true"]),
+    "images": (1, IMAGES),
+    "images, tp2": (2, [*IMAGES, *TP2, *BF16, "parallel.sequence_parallel=true"]),
+    "images, pp2": (2, [*IMAGES, *PP2, *OVERLAP]),
     "mixture": (1, MIXTURE),
     "mixture, tp2": (2, [*MIXTURE, *TP2, *BF16, "parallel.sequence_parallel=true"]),
     "scales, mixture": (1, [*SCALES, *MIXTURE]),
@@ -84,6 +88,12 @@ FAKE = {
     "likelihood": (1, ["objective.name=next_token"], [0]),
     "mixture, full recomputation": (1, [*MIXTURE, *FULL], [0]),
     "mixture, pp2": (2, [*MIXTURE, *PP2], [0, 1]),
+    "images, tp2 without sequence parallelism": (2, [*IMAGES, *TP2], [0]),
+    "images, full recomputation": (1, [*IMAGES, *FULL], [0]),
+    "images, offloaded": (1, [*IMAGES, *FULL, "reference.strategy=offload"], [0]),
+    "images, fp8 weights": (1, [*IMAGES, *BF16, "reference.fp8_param=true"], [0]),
+    "images, adapters": (1, [*IMAGES, "reference.strategy=shared", "lora.dim=4"], [0]),
+    "images, mixture": (1, [*IMAGES, *MIXTURE], [0]),
     "scales, full recomputation": (1, [*SCALES, *FULL], [0]),
     "scales, two layers of three": (
         1,
@@ -144,6 +154,7 @@ KEPT = {
     *("cp2, positions on a grid", "full recomputation, positions on a grid", "two layers of four", "mlp again"),
     *("offloaded", "fp8 weights", "adapters", "plain optimizer", "buckets", "likelihood", "tp4", "tp4, fp8 reference"),
     *("mixture", "tp4, mixture"),
+    *("images, tp2", "images, full recomputation", "images, offloaded"),
     *("scales, dp2", "scales, tp2", "scales, core attention again", "scales, full recomputation", "scales, mlp again"),
     *("scales, offloaded", "scales, adapters", "scales, buckets", "large scales", "large scales, tp2, recomputed"),
 }
