@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,32 +33,42 @@ class Naming:
     Attributes:
         form: the name of the form on the command line.
         prefixes: from the prefix of a name on disk to its prefix in the weight map.
-        companion_prefix: the prefix of companion tensors, which are copied unchanged. None where there are none.
+        companions: from the prefix of companion tensors on disk, which are copied unchanged, to their prefix beside an
+            imported checkpoint.
     """
 
     form: str
     prefixes: Mapping[str, str]
-    companion_prefix: str | None = None
+    companions: Mapping[str, str] = field(default_factory=dict)
 
     def mapped(self, name: str) -> str | None:
         """Return the weight map's name for a name on disk. None if it is not one of the decoder's."""
-        for prefix, replacement in self.prefixes.items():
-            if name.startswith(prefix):
-                return replacement + name.removeprefix(prefix)
-        return None
+        return _with_prefix(name, self.prefixes.items())
 
     def on_disk(self, name: str) -> str:
         """Return the name on disk for a name of the weight map, the inverse of :meth:`mapped`."""
-        for prefix, replacement in self.prefixes.items():
-            if name.startswith(replacement):
-                return prefix + name.removeprefix(replacement)
-        raise AssertionError(f"no prefix for {name}")
+        return _inverse(name, self.prefixes)
 
     def companion(self, name: str) -> str | None:
-        """Return the name without its prefix if it is a companion tensor's, else None."""
-        if self.companion_prefix is None or not name.startswith(self.companion_prefix):
-            return None
-        return name.removeprefix(self.companion_prefix)
+        """Return the name beside an imported checkpoint if it is a companion tensor's, else None."""
+        return _with_prefix(name, self.companions.items())
+
+    def companion_on_disk(self, name: str) -> str:
+        """Return the name on disk of a companion tensor, the inverse of :meth:`companion`."""
+        return _inverse(name, self.companions)
+
+
+def _with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
+    for prefix, replacement in prefixes:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return None
+
+
+def _inverse(name: str, prefixes: Mapping[str, str]) -> str:
+    found = _with_prefix(name, ((replacement, prefix) for prefix, replacement in prefixes.items()))
+    assert found is not None, f"no prefix for {name}"
+    return found
 
 
 def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
@@ -111,8 +121,12 @@ class HuggingFaceFormat(Protocol):
             UserError: this form needs a template, and there is none.
         """
 
-    def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Return the shapes of the companion tensors, by name without prefix. None if the form has none.
+    def companion_shapes(self, config: Json, found: Shapes) -> Shapes:
+        """Return the shapes that the companion tensors must have, by name beside an imported checkpoint.
+
+        Args:
+            config: the configuration.
+            found: the shapes of those that there are. Where a family does not know the shapes, it returns these.
 
         Raises:
             UserError: transformers refuses the configuration. The message is that of transformers.
@@ -120,6 +134,8 @@ class HuggingFaceFormat(Protocol):
 
     def transformers_model(self, config: Json):
         """Return transformers' own decoder, on the meta device except for its buffers, in evaluation mode.
+
+        Its parameters have the names of one of the namings, and its logits are those of the predicted ids.
 
         Raises:
             UserError: transformers refuses the configuration. The message is that of transformers.

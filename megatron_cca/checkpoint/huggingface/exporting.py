@@ -161,19 +161,20 @@ def _pieces(source: MegatronCheckpoint, name: str) -> Iterator[Tensor]:
 def _companions(
     copied: ExportTemplate, naming: Naming, format: HuggingFaceFormat, config: Json
 ) -> list[OutgoingTensor]:
+    found = {bare: copied.tensors.tensors[name].shape for bare, name in copied.names.items()}
     with error_context(f"{copied.option}: {copied.config_file}"):
-        wanted = format.companion_shapes(config) or {}
+        wanted = format.companion_shapes(config, found)
     missing = sorted(wanted.keys() - copied.names.keys())
     if missing:
         raise UserError(
-            f"{FORMAT} {naming.form}: tensor {naming.companion_prefix}{missing[0]} (and {len(missing) - 1} "
+            f"{FORMAT} {naming.form}: tensor {naming.companion_on_disk(missing[0])} (and {len(missing) - 1} "
             f"more) is neither in the checkpoint nor in a template; give {HF_TEMPLATE} with a folder that has "
             "it"
         )
     extra = sorted(copied.names.keys() - wanted.keys()) if wanted else []
     if extra:
         raise UserError(f"{copied.option}: tensor {copied.names[extra[0]]} belongs to no part of {copied.config_file}")
-    return [_companion(copied, bare, shape, f"{naming.companion_prefix}{bare}") for bare, shape in wanted.items()]
+    return [_companion(copied, bare, shape, naming.companion_on_disk(bare)) for bare, shape in wanted.items()]
 
 
 def _companion(copied: ExportTemplate, bare: str, shape: tuple[int, ...], on_disk: str) -> OutgoingTensor:

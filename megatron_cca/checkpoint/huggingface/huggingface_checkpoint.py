@@ -152,14 +152,12 @@ class HuggingFaceCheckpoint:
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
+        found = {bare: self.files.tensors[name].shape for bare, name in self.companions.items()}
         with error_context(f"{self.option}: {self.folder / CONFIG}"):
-            wanted = self.format.companion_shapes(self.config)
-        if wanted is None:
-            return
-        prefix = self.naming.companion_prefix
+            wanted = self.format.companion_shapes(self.config, found)
         self._check_against(
-            {f"{prefix}{name}": shape for name, shape in wanted.items()},
-            sorted(f"{prefix}{name}" for name in self.companions.keys() - wanted.keys()),
+            {self.naming.companion_on_disk(name): shape for name, shape in wanted.items()},
+            sorted(self.companions[name] for name in found.keys() - wanted.keys()),
         )
 
     def _check_against(self, wanted: dict[str, tuple[int, ...]], extra: list[str]) -> None:

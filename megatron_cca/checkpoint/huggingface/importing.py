@@ -30,7 +30,7 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.architecture import check_layout, padded_vocab_size
+from megatron_cca.models.architecture import check_layout, padded_output_size, padded_vocab_size
 from megatron_cca.models.formats import Naming, WeightsFileFormat
 from megatron_cca.models.weight_files import (
     CONFIG,
@@ -268,7 +268,7 @@ def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, st
 
 
 def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
-    rows = padded_vocab_size(source.architecture, source.model, 1) if tensor.padded else tensor.num_rows
+    rows = _padded_rows(source, tensor) if tensor.padded else tensor.num_rows
     shape = (rows,) if tensor.columns is None else (rows, tensor.columns)
     stack, layer = ((), ()) if tensor.layer is None else ((source.architecture.num_layers,), (tensor.layer,))
     for start, stop in row_ranges(shape, source.dtype):
@@ -280,6 +280,11 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
             dtype=source.dtype,
             read=partial(gathered_rows, source, tensor, start, stop),
         )
+
+
+def _padded_rows(source: PublicCheckpoint, tensor: MappedTensor) -> int:
+    padded = padded_output_size if tensor.key.startswith("output_layer.") else padded_vocab_size
+    return padded(source.architecture, source.model, 1)
 
 
 def _whole(key: str, tensor: Tensor) -> Piece:

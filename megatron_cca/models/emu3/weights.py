@@ -16,44 +16,15 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.emu3 import PRESETS, Emu3Vocabulary
 from megatron_cca.models.emu3.vq_files import recognise, sizes_in, transformers_refusals
-from megatron_cca.models.formats import Json, Naming
+from megatron_cca.models.formats import Json, Naming, Shapes
+from megatron_cca.models.llama_files import LLAMA_LAYERS
 from megatron_cca.models.weight_files import CONFIG
-from megatron_cca.models.weight_map import GatedMLP, GroupedQueryQKV, OneToOne, WeightMap
-
-_MEGATRON = "decoder.layers."
-_TRANSFORMERS = "model.layers.{layer}."
+from megatron_cca.models.weight_map import OneToOne, WeightMap
 
 EMU3_WEIGHTS = WeightMap(
     rules=[
         OneToOne("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden")),
-        OneToOne(
-            f"{_MEGATRON}self_attention.linear_qkv.layer_norm_weight",
-            f"{_TRANSFORMERS}input_layernorm.weight",
-            ("hidden",),
-        ),
-        GroupedQueryQKV(
-            f"{_MEGATRON}self_attention.linear_qkv.weight",
-            query=f"{_TRANSFORMERS}self_attn.q_proj.weight",
-            key=f"{_TRANSFORMERS}self_attn.k_proj.weight",
-            value=f"{_TRANSFORMERS}self_attn.v_proj.weight",
-        ),
-        OneToOne(
-            f"{_MEGATRON}self_attention.linear_proj.weight",
-            f"{_TRANSFORMERS}self_attn.o_proj.weight",
-            ("hidden", "query"),
-        ),
-        OneToOne(
-            f"{_MEGATRON}mlp.linear_fc1.layer_norm_weight",
-            f"{_TRANSFORMERS}post_attention_layernorm.weight",
-            ("hidden",),
-        ),
-        GatedMLP(
-            f"{_MEGATRON}mlp.linear_fc1.weight",
-            gate=f"{_TRANSFORMERS}mlp.gate_proj.weight",
-            up=f"{_TRANSFORMERS}mlp.up_proj.weight",
-        ),
-        OneToOne(f"{_MEGATRON}mlp.linear_fc2.weight", f"{_TRANSFORMERS}mlp.down_proj.weight", ("hidden", "ffn")),
-        OneToOne("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+        *LLAMA_LAYERS,
         OneToOne("output_layer.weight", "lm_head.weight", ("vocab", "hidden")),
     ]
 )
@@ -100,10 +71,10 @@ class Emu3HuggingFace:
         Naming(
             TRANSFORMERS,
             {"text_model.model.": "model.", "text_model.lm_head.": "lm_head."},
-            companion_prefix="vqmodel.",
+            companions={"vqmodel.": ""},
         ),
         Naming(
-            TRANSFORMERS, {"model.text_model.": "model.", "lm_head.": "lm_head."}, companion_prefix="model.vqmodel."
+            TRANSFORMERS, {"model.text_model.": "model.", "lm_head.": "lm_head."}, companions={"model.vqmodel.": ""}
         ),
     )
 
@@ -153,10 +124,10 @@ class Emu3HuggingFace:
         text = copy.deepcopy(_text_section(template)) if template is not None else _fresh_text_section(architecture)
         return {**text, "architectures": ["Emu3ForCausalLM"], "model_type": "emu3_text_model"}
 
-    def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
+    def companion_shapes(self, config: Json, found: Shapes) -> Shapes:
         """See :class:`HuggingFaceFormat`: the image tokenizer's, by transformers' own class."""
         if self.form(config) != TRANSFORMERS:
-            return None
+            return {}
         import torch
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
