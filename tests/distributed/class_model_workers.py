@@ -14,14 +14,12 @@ from megatron_cca.checkpoint.summary import summarize
 from megatron_cca.config.load import load_config
 from megatron_cca.data.microbatches import Microbatch, StepBatch
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
-from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.architecture import padded_vocab_size
 from megatron_cca.models.initialization import initialize_by_name, sharded_tensors
 from megatron_cca.training.setup import build_chunks, build_run
 from megatron_cca.training.step import train_step
 from megatron_cca.training.watchdog import PhaseTracker
-from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.references import class_losses, llamagen, llamagen_in_megatron, var, var_in_megatron
 from tests.references.in_megatron import fill, parts_on_this_rank
@@ -125,59 +123,6 @@ def exact(weights):
     return {name: value.double() for name, value in weights.items()}
 
 
-def _worst(*differences):
-    answer = torch.tensor(differences, dtype=torch.float64)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return answer.tolist()
-
-
-def whole_logits(settings):
-    """By case: the largest difference of the logits of whole rows to the plain model's, and the largest logit."""
-    return {name: _whole_logits(**case) for name, case in settings["cases"].items()}
-
-
-@torch.no_grad()
-def _whole_logits(overrides, is_filled_up=False):
-    _, plain, weights, chunks = _filled(overrides)
-    sizes = plain.sizes
-    length = plain.filled_up if is_filled_up else sizes.tokens
-    classes, codes = _rows(sizes)
-    classes[0] = sizes.classes
-    tokens = _tokens(classes, codes, sizes, length)
-    wanted = plain.logits(weights, classes, codes)
-    wanted = torch.nn.functional.pad(wanted, (0, 0, 0, length - wanted.size(1)))
-    counts = torch.arange(length).expand_as(tokens) < sizes.tokens
-    tokens, wanted, counts = gpt._on_this_context_rank(tokens, wanted, counts)
-    found = scheduled_logits(chunks, tokens)
-    if found is None:
-        return _worst(0.0, 0.0)
-    logits = found[..., : sizes.codebook]
-    return _worst((logits - wanted)[counts].abs().max(), wanted.abs().max())
-
-
-def cached_logits(settings):
-    """By case: what :func:`whole_logits` tells, but token by token, after prompts of the class and so many codes."""
-    return {name: _cached_logits(**case) for name, case in settings["cases"].items()}
-
-
-@torch.no_grad()
-def _cached_logits(overrides, prompts):
-    architecture, plain, weights, chunks = _filled(overrides)
-    sizes = plain.sizes
-    classes, codes = (part[: len(prompts)] for part in _rows(sizes))
-    wanted = plain.logits(weights, classes, codes)
-    tokens, counts = _tokens(classes, codes, sizes, 16), torch.tensor(prompts)
-    rows, turns = torch.arange(len(prompts)), 16 - max(prompts)
-    with decoding(chunks, architecture.vocabulary) as decoder:
-        cache = decoder.new_cache(16)
-        found = [decoder.feed(cache, tokens[:, : max(prompts)], counts)]
-        found += [decoder.feed(cache, tokens[rows, counts + turn, None]) for turn in range(turns)]
-        if not decoder.is_last_stage:
-            return _worst(0.0, 0.0)
-    wanted = torch.stack([wanted[rows, counts - 1 + turn] for turn in range(turns + 1)])
-    return _worst((torch.stack(found) - wanted).abs().max(), wanted.abs().max())
-
-
 class _Reader:
     """Stands for the data: one step's rows, cut into microbatches of positives and then negatives.
 
@@ -265,26 +210,6 @@ def _with_and_without(rows, sizes):
     return classes, torch.full_like(classes, sizes.classes), torch.zeros_like(flags)
 
 
-def first_log_ratios(settings):
-    """By case: the worst log-ratio of the first step and of the second, after which the weights differ."""
-    return {name: _first_log_ratios(settings["common"] + case) for name, case in settings["cases"].items()}
-
-
-def _first_log_ratios(overrides):
-    config, architecture, plain = _started(overrides)
-    classes, codes = _rows(plain.sizes)
-    rows = llamagen.conditions(classes, torch.arange(ROWS) == 5, plain.sizes)
-    reader = _Reader(config, rows, codes, plain.sizes, plain.filled_up)
-    whole = plain.whole(plain.weights(), _padded(config, architecture))
-
-    def initialize(chunk, **_unused):
-        # The authors' first values are so small that adapters change no bit in a step.
-        fill([chunk], whole)
-
-    run = build_run(config, architecture, reader, reader, None, PhaseTracker(), initialize=initialize)
-    return [train_step(run).log_ratio.worst for _ in range(2)]
-
-
 def new_model(settings):
     """Save a model with its first values."""
     config, architecture, plain = _started(settings["overrides"])
@@ -341,39 +266,6 @@ def _gradient_errors(run, gradients, plain, padded):
         f"{name}{list(part.shape)}": ((own - part).abs().max() / full.abs().max()).item()
         for name, own, part, full in parts
     }
-
-
-def drawn_pyramids(settings):
-    """By case: how many greedy codes of :func:`_greedy` are missed, and all codes of a random drawing."""
-    return {name: _drawn_pyramids(**case) for name, case in settings["cases"].items()}
-
-
-@torch.no_grad()
-def _drawn_pyramids(overrides, guidance_scale):
-    architecture, plain, weights, chunks = _filled(overrides)
-    sizes = plain.sizes
-    classes = torch.tensor([3, 7, sizes.classes, 1, 3])
-    null = np.array([sizes.codebook + sizes.classes])
-    requests = [ImageRequest(np.array([sizes.codebook + int(one)]), seed, null) for seed, one in enumerate(classes)]
-    common = {"height": 1, "width": sizes.tokens, "guidance_scale": guidance_scale}
-    greedy = SamplingSettings(**common, temperature=0)
-    found = torch.from_numpy(sample_codes(chunks, architecture.vocabulary, requests, greedy)[:, 0])
-    missed = int((found != _greedy(plain, weights, classes, guidance_scale)).sum())
-    at_random = SamplingSettings(**common, temperature=1, top_k=30, top_p=0.9, batch_size=2)
-    return missed, sample_codes(chunks, architecture.vocabulary, requests, at_random)[:, 0].tolist()
-
-
-def _greedy(plain, weights, classes, guidance_scale):
-    """The likeliest codes by the plain model, scale by scale. Guidance grows with the scale."""
-    sizes = plain.sizes
-    codes, start = torch.zeros(len(classes), sizes.tokens, dtype=torch.int64), 0
-    for number, side in enumerate(sizes.scales):
-        own, null = (plain.logits(weights, each, codes) for each in (classes, torch.full_like(classes, sizes.classes)))
-        strength = guidance_scale * number / (len(sizes.scales) - 1)
-        best = ((1 + strength) * own - strength * null).argmax(-1)
-        codes[:, start : start + side**2] = best[:, start : start + side**2]
-        start += side**2
-    return codes
 
 
 def first_codes(settings):

@@ -1,0 +1,257 @@
+"""What a model family declares of itself to be tested, and what its oracle says: logits, greedy codes, a CCA step.
+
+Nothing here knows a family. Rows are written in ids by the family's vocabulary, and only an oracle computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_cca.config.load import load_config
+from megatron_cca.data.shard_writing import Sample, write_shards
+from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.architecture import Architecture, only_grid
+from megatron_cca.training.batches import open_data, training_batches
+from tests.references import class_losses
+from tests.references.token_shards import encode_text
+
+SAMPLES = 64
+# For a family whose images may have any grid.
+GRID = (4, 4)
+BETA, WEIGHT = 0.1, 30
+STEP = [
+    *(f"objective.beta={BETA}", f"objective.negative_weight={WEIGHT}", "data.condition_dropout=0.4"),
+    *("training.global_batch_size=8", "training.micro_batch_size=2"),
+]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A model that is not ours, in float64.
+
+    Attributes:
+        logits: returns those of the next id, ``[B, S, W]``, of ids int64 ``[B, S]``, which are ids of the family's
+            vocabulary: what a row is fed, and that without padding. W is the number of ids that can be predicted. In
+            next-scale prediction they are those of the code at this place.
+        weights: what is trained, under its public names. A step's gradients are theirs.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that the tests of families need to know of one.
+
+    Attributes:
+        preset: its tiny model.
+        forms: by name, writers of a random model's public files, called with a folder that exists, a seed and the
+            dtype of the weights. They return what an import takes, a folder or a file. The first form is the one that
+            exports without a template have; the oracle's weights have its names.
+        oracle: opens what a form has written, in float32.
+        overrides: of the tiny model's sizes.
+        import_options: of ``import_checkpoint``, for sizes that public files do not tell.
+        cannot: layouts that the family has not.
+        not_exported: tensors of public files that an export leaves out.
+    """
+
+    preset: str
+    forms: Mapping[str, Callable[[Path, int, torch.dtype], Path]]
+    oracle: Callable[[Path], Oracle]
+    overrides: Sequence[str] = ()
+    import_options: Mapping[str, object] = field(default_factory=dict)
+    cannot: frozenset[str] = frozenset()
+    not_exported: frozenset[str] = frozenset()
+
+    @property
+    def first_form(self) -> str:
+        """The form whose names the oracle's weights have."""
+        return next(iter(self.forms))
+
+    @property
+    def model_keys(self) -> list[str]:
+        """The keys of a run with the tiny model.
+
+        The codes' rows lie on both of two tensor-parallel ranks, and rows of no word behind the vocabulary.
+        """
+        named = [f"model.name={self.preset}", *self.overrides]
+        vocabulary = resolve_architecture(load_config(None, named).model).vocabulary
+        border = max(vocabulary.visual_start + vocabulary.codebook_size // 2, math.ceil(vocabulary.size / 2) + 4)
+        return [*named, f"model.padded_vocab_size={2 * border}"]
+
+    @property
+    def architecture(self) -> Architecture:
+        """That of the tiny model."""
+        return resolve_architecture(load_config(None, self.model_keys).model)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width, in codes, of the images that are tried."""
+        return only_grid(self.architecture) or GRID
+
+
+def tensors_in(path: Path, skipped: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """Every tensor of a folder of safetensors, or of the first set of tensors in a file of ``torch.save``."""
+    if path.is_dir():
+        return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    found = _first_set(torch.load(path, weights_only=False))
+    return {name: tensor for name, tensor in found.items() if name not in skipped}
+
+
+def _first_set(content: object) -> dict[str, Tensor] | None:
+    if not isinstance(content, dict):
+        return None
+    if content and all(torch.is_tensor(value) for value in content.values()):
+        return content
+    return next((found for value in content.values() if (found := _first_set(value)) is not None), None)
+
+
+def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an oracle: in float64, with gradients."""
+    return {name: value.double().requires_grad_() for name, value in tensors.items()}
+
+
+def conditions(family: Family) -> list[np.ndarray]:
+    """Captions of several lengths, or classes; the second one is dropped."""
+    random, vocabulary = np.random.default_rng(1), family.architecture.vocabulary
+    lengths = [3, 0, 1] if vocabulary.num_classes is None else [1, 0, 1]
+    return [random.integers(vocabulary.caption_size, size=length) for length in lengths]
+
+
+def prompts(family: Family) -> list[np.ndarray]:
+    """Ids before an image, for each of :func:`conditions`."""
+    vocabulary = family.architecture.vocabulary
+    meta = np.array(encode_text(vocabulary.meta_text(1, *family.grid)), dtype=np.int64)
+    return [vocabulary.prompt(condition, meta) for condition in conditions(family)]
+
+
+def shards(family: Family, folder: Path) -> Path:
+    """Random images of several conditions, of which some are alike."""
+    random, vocabulary = np.random.default_rng(0), family.architecture.vocabulary
+    is_text = vocabulary.num_classes is None
+    captions = [random.integers(vocabulary.caption_size, size=1 + is_text * index % 4) for index in range(10)]
+    samples = [
+        Sample(random.integers(vocabulary.codebook_size, size=family.grid), captions[random.integers(10)])
+        for _ in range(SAMPLES)
+    ]
+    write_shards(folder, samples, vocabulary, encode_text if is_text else None)
+    return folder
+
+
+def rows_of_a_step(family: Family, data: Path):
+    """The microbatch of a whole step, without padding: eight positives and their negatives."""
+    config = load_config(None, [*family.model_keys, *STEP, f"data.path={data}", "training.micro_batch_size=8"])
+    (rows,) = training_batches(config, open_data(config), with_pairs=True).build(0, 0, 1).microbatches
+    assert 0 < rows.negative_is_positive.sum() < len(rows.negative_is_positive)
+    return rows
+
+
+def cca_step(policy: Oracle, reference: Oracle, rows) -> Tensor:
+    """The loss of a CCA step, whose gradients are left in the policy's weights."""
+
+    def logps_of(oracle: Oracle):
+        def logps(places):
+            scores = oracle.logits(rows.tokens[places]).log_softmax(-1)
+            mask, targets = rows.mask[places], rows.targets[places]
+            # Outside of the mask a target may be no id that can be predicted.
+            chosen = scores.gather(-1, torch.where(mask, targets, 0)[..., None]).squeeze(-1)
+            return (chosen * mask).sum(1)
+
+        return logps
+
+    places = torch.arange(len(rows.tokens)).chunk(2)
+    models = logps_of(policy), logps_of(reference)
+    loss = class_losses.loss("cca", *models, (*places, rows.negative_is_positive), beta=BETA, weight=WEIGHT)
+    loss.backward()
+    return loss.detach()
+
+
+def in_megatron(family: Family, tensors: Mapping[str, Tensor], padded: int) -> dict[str, Tensor]:
+    """Whole tensors under Megatron's names, layers apart, from those under public names. Rows of no word are zeros."""
+    family_files = family_of(load_config(None, family.model_keys).model)
+    files = family_files.huggingface or family_files.weights_file
+    must_be_zero = getattr(files, "must_be_zero", lambda name: False)
+    shapes, whole = files.weights.row_shapes(family.architecture), {}
+    for tensor in files.weights.tensors(family.architecture):
+        parts = []
+        for part in tensor.parts:
+            shape = shapes[part.name]
+            rows = torch.zeros(shape) if must_be_zero(part.name) else tensors[part.name].view(shape)
+            parts.append(rows[part.start : part.start + part.count].double())
+        rows = torch.cat(parts)
+        if tensor.padded:
+            missing = torch.zeros(padded - len(rows), *rows.shape[1:], dtype=rows.dtype)
+            rows = torch.cat([rows, missing])
+        layer = "" if tensor.layer is None else f"{tensor.layer}."
+        whole[tensor.key.replace("decoder.layers.", f"decoder.layers.{layer}")] = rows
+    return whole
+
+
+@torch.no_grad()
+def greedy_codes(oracle: Oracle, family: Family, guidance_scale: float) -> list[list[int]]:
+    """The likeliest codes of an image for each of :func:`prompts`, by whole rows and without a cache.
+
+    Codes are drawn in groups: one by one, or scale by scale. Guidance grows with the scale.
+    """
+    vocabulary, (height, width) = family.architecture.vocabulary, family.grid
+    own, null = prompts(family), prompts(family)[1]
+    # Where, behind a prompt, the codes stand.
+    places = np.flatnonzero(vocabulary.forced_tokens(height, width) < 0)
+    sizes = [side**2 for side in vocabulary.scales] or [1] * len(places)
+    drawn = [np.zeros(len(places), dtype=np.int64) for _ in own]
+    start = 0
+    for number, size in enumerate(sizes):
+        group = slice(start, start + size)
+        strength = guidance_scale * (number / (len(sizes) - 1) if vocabulary.scales else 1)
+        for prompt, codes in zip(own, drawn, strict=True):
+            image = vocabulary.image(codes.reshape(1, height, width))
+            scores = _visual_logits(oracle, vocabulary, prompt, image, places[group])
+            if strength:
+                others = _visual_logits(oracle, vocabulary, null, image, places[group])
+                scores = (1 + strength) * scores - strength * others
+            codes[group] = scores.argmax(-1)
+        start += size
+    return [codes.tolist() for codes in drawn]
+
+
+def _visual_logits(oracle, vocabulary, prompt, image, places) -> Tensor:
+    row = torch.from_numpy(np.concatenate([prompt, image])[:-1])
+    # Also in next-scale prediction the place of the prompt is that of the first code.
+    logits = oracle.logits(row[None])[0, len(prompt) - 1 + places]
+    return logits[:, vocabulary.visual_start : vocabulary.visual_start + vocabulary.codebook_size]
+
+
+def answers(family: Family, policy: Path, data: Path) -> dict:
+    """What the oracle says of a model in public files: logits of a step's rows, and greedy codes."""
+    rows, oracle = rows_of_a_step(family, data), family.oracle(policy)
+    with torch.no_grad():
+        logits = oracle.logits(rows.tokens)
+    return {
+        "tokens": rows.tokens,
+        "logits": logits,
+        "prompts": prompts(family),
+        "grid": family.grid,
+        "greedy": {scale: greedy_codes(oracle, family, scale) for scale in (0.0, 1.5)},
+    }
+
+
+def answers_to_a_step(family: Family, policy: Path, reference: Path, data: Path) -> dict:
+    """What the oracle says of a CCA step from a model in public files, with another one as the reference."""
+    models = [family.oracle(path) for path in (policy, reference)]
+    loss = cca_step(*models, rows_of_a_step(family, data))
+    gradients = {name: value.grad for name, value in models[0].weights.items()}
+    padded = load_config(None, family.model_keys).model.padded_vocab_size
+    return {
+        "loss": loss.item(),
+        "grad_norm": torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(),
+        "gradients": in_megatron(family, gradients, padded),
+    }
