@@ -17,7 +17,7 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import FAMILIES as ALL_FAMILIES
 from megatron_cca.models.architecture import check_layout
 from tests.distributed.launch import run_workers
-from tests.references import emu3_files, llamagen, llamagen_files, var_files
+from tests.references import emu3_files, janus, llamagen, llamagen_files, var_files
 from tests.references.family import STEP, Family, answers, answers_to_a_step, shards, tensors_in
 from tests.references.huggingface import assert_same_bits
 from tests.selection import Computed, mostly_full
@@ -52,6 +52,11 @@ FAMILIES = {
         preset="emu3-tiny",
         forms={form: partial(emu3_files.write, form) for form in emu3_files.FORMS},
         oracle=emu3_files.oracle,
+    ),
+    "janus": Family(
+        preset="janus-tiny",
+        forms={form: partial(janus.write, form) for form in janus.FORMS[:2]},
+        oracle=janus.oracle,
     ),
     "llamagen": llamagen_family(llamagen.Sizes(4, 64, 4, grid=4, codebook=128, classes=10, ffn=176)),
     # Heads of 20 channels, five pairs for each axis, as the 3B model has 25.

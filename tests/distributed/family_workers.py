@@ -47,14 +47,14 @@ def _loaded(config, checkpoint):
     architecture = resolve_architecture(config.model)
     chunks = gpt.build_gpt(architecture, config.model, config.parallel, config.training)
     distributed.load_weights(layout.resolve(checkpoint, "checkpoint"), chunks, "checkpoint")
-    spoil_rows_of_no_word(chunks, architecture.vocabulary)
+    spoil_rows_of_no_word(chunks, architecture)
     return architecture, [chunk.eval() for chunk in chunks]
 
 
 @torch.no_grad()
-def spoil_rows_of_no_word(chunks, vocabulary):
+def spoil_rows_of_no_word(chunks, architecture):
     """Fill the rows that pad embedding and head: whoever looks at them is seen."""
-    words = {"word_embeddings": vocabulary.size, "output_layer": vocabulary.output_size}
+    words = {"word_embeddings": architecture.num_words, "output_layer": architecture.vocabulary.output_size}
     for shard in sharded_tensors([chunk.sharded_state_dict() for chunk in chunks]):
         for name, count in words.items():
             if name in shard.key:
@@ -111,11 +111,10 @@ def _cached(chunks, vocabulary, wanted):
 def _drawn(chunks, vocabulary, wanted, **options):
     """Codes of an image for each prompt, row by row."""
     height, width = wanted["grid"]
-    requests = [ImageRequest(prompt, seed) for seed, prompt in enumerate(wanted["prompts"])]
+    both = zip(wanted["prompts"], wanted["dropped"], strict=True)
+    requests = [ImageRequest(prompt, seed, second) for seed, (prompt, second) in enumerate(both)]
     settings = SamplingSettings(height=height, width=width, **options)
-    return (
-        sample_codes(chunks, vocabulary, requests, settings, wanted["prompts"][1]).reshape(len(requests), -1).tolist()
-    )
+    return sample_codes(chunks, vocabulary, requests, settings).reshape(len(requests), -1).tolist()
 
 
 def steps(settings):
@@ -127,7 +126,7 @@ def steps(settings):
 def _step(overrides, wanted):
     run = start(overrides)
     for chunks in (run.policy_chunks, run.reference.chunks):
-        spoil_rows_of_no_word(chunks, run.architecture.vocabulary)
+        spoil_rows_of_no_word(chunks, run.architecture)
     report = train_step(run)
     assert report.problem is None
     everyone = [None] * dist.get_world_size()

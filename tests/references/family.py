@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.architecture import Architecture, only_grid
+from megatron_cca.models.architecture import Architecture, only_grid, padded_output_size, padded_vocab_size
 from megatron_cca.training.batches import open_data, training_batches
 from tests.references import class_losses
 from tests.references.token_shards import encode_text
@@ -84,8 +84,13 @@ class Family:
         The codes' rows lie on both of two tensor-parallel ranks, and rows of no word behind the vocabulary.
         """
         named = [f"model.name={self.preset}", *self.overrides]
-        vocabulary = resolve_architecture(load_config(None, named).model).vocabulary
-        border = max(vocabulary.visual_start + vocabulary.codebook_size // 2, math.ceil(vocabulary.size / 2) + 4)
+        architecture = resolve_architecture(load_config(None, named).model)
+        vocabulary, words = architecture.vocabulary, architecture.num_words
+        if architecture.image_embedding_channels:
+            # The head's rows are the codes alone.
+            rank_rows = vocabulary.codebook_size * 3 // 4
+            return [*named, f"model.padded_vocab_size={2 * words}", f"model.make_vocab_size_divisible_by={rank_rows}"]
+        border = max(vocabulary.visual_start + vocabulary.codebook_size // 2, math.ceil(words / 2) + 4)
         return [*named, f"model.padded_vocab_size={2 * border}"]
 
     @property
@@ -102,7 +107,11 @@ class Family:
 def tensors_in(path: Path, skipped: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Every tensor of a folder of safetensors, or of the first set of tensors in a file of ``torch.save``."""
     if path.is_dir():
-        return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        files = sorted(path.glob("*.safetensors"))
+        found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        for file in sorted(path.glob("*.bin")):
+            found |= torch.load(file, weights_only=True)
+        return found
     found = _first_set(torch.load(path, weights_only=False))
     return {name: tensor for name, tensor in found.items() if name not in skipped}
 
@@ -120,18 +129,23 @@ def leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double().requires_grad_() for name, value in tensors.items()}
 
 
-def conditions(family: Family) -> list[np.ndarray]:
-    """Captions of several lengths, or classes; the second one is dropped."""
+def prompts(family: Family, *, dropped: bool = False) -> list[np.ndarray]:
+    """Ids before an image, with captions of several lengths, or with classes; the second one's is dropped in any case.
+
+    Args:
+        family: whose prompts.
+        dropped: whether to drop all of them, for a second stream.
+    """
     random, vocabulary = np.random.default_rng(1), family.architecture.vocabulary
-    lengths = [3, 0, 1] if vocabulary.num_classes is None else [1, 0, 1]
-    return [random.integers(vocabulary.caption_size, size=length) for length in lengths]
-
-
-def prompts(family: Family) -> list[np.ndarray]:
-    """Ids before an image, for each of :func:`conditions`."""
-    vocabulary = family.architecture.vocabulary
-    meta = np.array(encode_text(vocabulary.meta_text(1, *family.grid)), dtype=np.int64)
-    return [vocabulary.prompt(condition, meta) for condition in conditions(family)]
+    lengths = [3, 2, 1] if vocabulary.num_classes is None else [1, 1, 1]
+    meta, unconditional = (
+        np.array(encode_text(text), dtype=np.int64)
+        for text in (vocabulary.meta_text(1, *family.grid), vocabulary.unconditional_text())
+    )
+    captions = [random.integers(vocabulary.caption_size, size=length) for length in lengths]
+    for place in range(len(captions)) if dropped else [1]:
+        captions[place] = vocabulary.dropped_caption(len(captions[place]), unconditional)
+    return [vocabulary.prompt(caption, meta) for caption in captions]
 
 
 def shards(family: Family, folder: Path) -> Path:
@@ -175,9 +189,13 @@ def cca_step(policy: Oracle, reference: Oracle, rows) -> Tensor:
     return loss.detach()
 
 
-def in_megatron(family: Family, tensors: Mapping[str, Tensor], padded: int) -> dict[str, Tensor]:
-    """Whole tensors under Megatron's names, layers apart, from those under public names. Rows of no word are zeros."""
-    family_files = family_of(load_config(None, family.model_keys).model)
+def in_megatron(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors under Megatron's names, layers apart, from those under public names. Rows of no word are zeros.
+
+    There are as many of these as two tensor-parallel ranks have, which is the most.
+    """
+    model = load_config(None, family.model_keys).model
+    family_files = family_of(model)
     files = family_files.huggingface or family_files.weights_file
     must_be_zero = getattr(files, "must_be_zero", lambda name: False)
     shapes, whole = files.weights.row_shapes(family.architecture), {}
@@ -189,6 +207,9 @@ def in_megatron(family: Family, tensors: Mapping[str, Tensor], padded: int) -> d
             parts.append(rows[part.start : part.start + part.count].double())
         rows = torch.cat(parts)
         if tensor.padded:
+            padded = (padded_output_size if "output_layer" in tensor.key else padded_vocab_size)(
+                family.architecture, model, 2
+            )
             missing = torch.zeros(padded - len(rows), *rows.shape[1:], dtype=rows.dtype)
             rows = torch.cat([rows, missing])
         layer = "" if tensor.layer is None else f"{tensor.layer}."
@@ -203,7 +224,7 @@ def greedy_codes(oracle: Oracle, family: Family, guidance_scale: float) -> list[
     Codes are drawn in groups: one by one, or scale by scale. Guidance grows with the scale.
     """
     vocabulary, (height, width) = family.architecture.vocabulary, family.grid
-    own, null = prompts(family), prompts(family)[1]
+    own, null = prompts(family), prompts(family, dropped=True)
     # Where, behind a prompt, the codes stand.
     places = np.flatnonzero(vocabulary.forced_tokens(height, width) < 0)
     sizes = [side**2 for side in vocabulary.scales] or [1] * len(places)
@@ -212,11 +233,11 @@ def greedy_codes(oracle: Oracle, family: Family, guidance_scale: float) -> list[
     for number, size in enumerate(sizes):
         group = slice(start, start + size)
         strength = guidance_scale * (number / (len(sizes) - 1) if vocabulary.scales else 1)
-        for prompt, codes in zip(own, drawn, strict=True):
+        for prompt, second, codes in zip(own, null, drawn, strict=True):
             image = vocabulary.image(codes.reshape(1, height, width))
             scores = _visual_logits(oracle, vocabulary, prompt, image, places[group])
             if strength:
-                others = _visual_logits(oracle, vocabulary, null, image, places[group])
+                others = _visual_logits(oracle, vocabulary, second, image, places[group])
                 scores = (1 + strength) * scores - strength * others
             codes[group] = scores.argmax(-1)
         start += size
@@ -239,6 +260,7 @@ def answers(family: Family, policy: Path, data: Path) -> dict:
         "tokens": rows.tokens,
         "logits": logits,
         "prompts": prompts(family),
+        "dropped": prompts(family, dropped=True),
         "grid": family.grid,
         "greedy": {scale: greedy_codes(oracle, family, scale) for scale in (0.0, 1.5)},
     }
@@ -249,9 +271,8 @@ def answers_to_a_step(family: Family, policy: Path, reference: Path, data: Path)
     models = [family.oracle(path) for path in (policy, reference)]
     loss = cca_step(*models, rows_of_a_step(family, data))
     gradients = {name: value.grad for name, value in models[0].weights.items()}
-    padded = load_config(None, family.model_keys).model.padded_vocab_size
     return {
         "loss": loss.item(),
         "grad_norm": torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item(),
-        "gradients": in_megatron(family, gradients, padded),
+        "gradients": in_megatron(family, gradients),
     }

@@ -1,6 +1,6 @@
 """Janus-Pro on Hugging Face, in both of its forms, and its tensors under Megatron's names and under theirs.
 
-original      deepseek-ai's repositories: ``MultiModalityCausalLM`` (deepseek-ai/Janus), whose class is not in transformers.
+original      deepseek-ai's repositories: ``MultiModalityCausalLM`` (deepseek-ai/Janus), which is not in transformers.
 transformers  ``JanusForConditionalGeneration``.
 
 The weight map has the authors' names for what draws images, and those of transformers' Llama for the decoder. The
@@ -53,7 +53,7 @@ _LLAMA = {
 _RELEASED = PRESETS["janus-pro-7b"]
 _CHANNELS = _RELEASED.image_embedding_channels
 
-# What the sections about images must say: for each key its value, or the size that it is, and its default if it has one.
+# What the sections about images must say: for each key its value, or the size that it is, and a default if it has one.
 _IMAGE_KEYS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     ORIGINAL: {
         "gen_vision_config.cls": ("VQ-16",),
