@@ -93,23 +93,18 @@ def test_a_layout_that_a_family_cannot_have_is_refused(family, layout):
     assert is_refused == (layout in own.cannot)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """By family and form: a folder with the imports ``policy`` and ``other``, ``shards``, and what the oracle says."""
-
-    def make(case):
-        family, form = FAMILIES[case[0]], case[1]
-        folder, written = tmp_path_factory.mktemp("family"), []
-        for seed, name in enumerate(("policy", "other")):
-            written.append(family.forms[form](folder / f"public {name}", seed, torch.float32))
-            import_checkpoint(written[-1], folder / name, progress_bar=False, **family.import_options)
-        data = shards(family, folder / "shards")
-        torch.save(answers(family, written[0], data), folder / "answers.pt")
-        if form == family.first_form:
-            torch.save(answers_to_a_step(family, *written, data), folder / "step.pt")
-        return {case: folder}
-
-    return Computed(make)
+def make(case, folder):
+    """Make a family's imports ``policy`` and ``other`` of a form in a folder, ``shards``, and what the oracle says."""
+    family, form = FAMILIES[case[0]], case[1]
+    written = []
+    for seed, name in enumerate(("policy", "other")):
+        written.append(family.forms[form](folder / f"public {name}", seed, torch.float32))
+        import_checkpoint(written[-1], folder / name, progress_bar=False, **family.import_options)
+    data = shards(family, folder / "shards")
+    torch.save(answers(family, written[0], data), folder / "answers.pt")
+    if form == family.first_form:
+        torch.save(answers_to_a_step(family, *written, data), folder / "step.pt")
+    return {case: folder}
 
 
 FORWARDS = [

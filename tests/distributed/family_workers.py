@@ -10,6 +10,7 @@ from megatron_cca.config.load import load_config
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
+from megatron_cca.models.frozen_weights import keep_in_fp8
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.training.step import train_step
 from tests.distributed.forwards import scheduled_logits
@@ -167,3 +168,39 @@ def first_log_ratios(settings):
         name: [row["worst"] for row in take_steps(start([*settings["overrides"], *more]), 2)]
         for name, more in settings["kinds"].items()
     }
+
+
+@torch.no_grad()
+def fp8_weights(settings):
+    """The log-probabilities of a step's rows by weights in bf16, in FP8, and rounded by hand; and bytes of weights."""
+    rows = torch.load(settings["answers"], weights_only=False)
+    config = load_config(None, settings["overrides"])
+    answer, chunks = {}, {}
+    for kind in ("bf16", "fp8", "rounded"):
+        architecture, (chunks[kind],) = _loaded(config, settings["checkpoint"])
+        if kind == "fp8":
+            answer["bytes_before"] = _bytes(chunks[kind])
+            keep_in_fp8([chunks[kind]])
+            answer["bytes"] = _bytes(chunks[kind])
+        if kind == "rounded":
+            answer["expected_bytes"] = answer["bytes_before"] + _round_by_hand(chunks[kind])
+        head = {"vocab_size": architecture.vocabulary.output_size, "chunk_size": 7}
+        logps = gpt.image_token_logps(chunks[kind], rows["tokens"], rows["targets"], rows["mask"], **head)
+        answer[kind] = logps.tolist()
+    return answer
+
+
+def _bytes(chunk):
+    return sum(tensor.nbytes for tensor in (*chunk.parameters(), *chunk.buffers()))
+
+
+def _round_by_hand(chunk):
+    """Round embedding and projections to E4M3, each row with its own scale; return by how many bytes they shrink."""
+    more = 0
+    for name, weight in chunk.named_parameters():
+        if name.endswith(".weight") and weight.dim() == 2 and "output_layer" not in name:
+            scales = weight.float().abs().amax(1, keepdim=True) / 448
+            scales[scales == 0] = 1
+            weight.copy_((weight.float() / scales).to(torch.float8_e4m3fn).float() * scales)
+            more += 4 * len(weight) - weight.numel()
+    return more

@@ -237,6 +237,8 @@ def answers(family: Family, policy: Path, data: Path) -> dict:
         logits = oracle.logits(rows.tokens)
     return {
         "tokens": rows.tokens,
+        "targets": rows.targets,
+        "mask": rows.mask,
         "logits": logits,
         "prompts": prompts(family),
         "grid": family.grid,
