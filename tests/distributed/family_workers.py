@@ -16,7 +16,7 @@ from megatron_cca.training.step import train_step
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.distributed.workers import start, take_steps
-from tests.references.in_megatron import JUNK
+from tests.references.in_megatron import JUNK, parts_on_this_rank
 
 
 def forwards(settings):
@@ -120,18 +120,19 @@ def _drawn(chunks, vocabulary, wanted, **options):
 
 
 def steps(settings):
-    """By way to compute: loss and gradient norm of a CCA step, and its worst gradient beside the oracle's."""
-    wanted = torch.load(settings["answers"], weights_only=False)
-    return {name: _step([*settings["overrides"], *more], wanted) for name, more in settings["ways"].items()}
+    """By way to compute: a step's metrics and gradient norm, and its worst gradient beside the oracle's."""
+    return {name: _step(**way) for name, way in settings["ways"].items()}
 
 
-def _step(overrides, wanted):
+def _step(overrides, answers):
     run = start(overrides)
-    for chunks in (run.policy_chunks, run.reference.chunks):
-        spoil_rows_of_no_word(chunks, run.architecture.vocabulary)
+    spoil_rows_of_no_word(run.policy_chunks, run.architecture.vocabulary)
+    if run.reference is not None:
+        spoil_rows_of_no_word(run.reference.chunks, run.architecture.vocabulary)
     report = train_step(run)
     assert report.problem is None
     everyone = [None] * dist.get_world_size()
+    wanted = torch.load(answers, weights_only=False)
     dist.all_gather_object(everyone, _worst_gradient(run, wanted["gradients"]))
     error, where = max(everyone)
     return {**report.metrics, "grad_norm": report.grad_norm, "gradient": error, "where": where}
@@ -147,19 +148,12 @@ def _worst_gradient(run, wanted):
         for parameter in chunk.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.main_grad.view_as(parameter)
-    errors = []
-    for shard in sharded_tensors([chunk.sharded_state_dict() for chunk in run.policy_chunks]):
-        name, stacked = shard.key, shard.prepend_axis_num
-        if stacked:
-            name = name.replace("decoder.layers.", f"decoder.layers.{shard.global_offset[0]}.")
-        if name not in wanted:
-            assert name.startswith(gpt.unwrapped_gpt(run.policy_chunks[0]).frozen_prefix), name
-            continue
-        places = zip(shard.global_offset[stacked:], shard.local_shape, strict=True)
-        part = wanted[name][tuple(slice(first, first + size) for first, size in places)]
-        error = (shard.data.view_as(part) - part).abs().max() / wanted[name].abs().max()
-        errors.append((error.item(), f"{name}{list(part.shape)}"))
-    return max(errors)
+    frozen = getattr(gpt.unwrapped_gpt(run.policy_chunks[0]), "frozen_prefix", "nothing is")
+    parts = parts_on_this_rank(run.policy_chunks, wanted, frozen)
+    return max(
+        (((own - part).abs().max() / whole.abs().max()).item(), f"{name}{list(part.shape)}")
+        for name, own, part, whole in parts
+    )
 
 
 def first_log_ratios(settings):

@@ -49,7 +49,7 @@ EXACT = ["resident", "offload", "cached", *ADAPTED, "all in bf16 resident", "all
 
 def start_of(made, family, layout, output):
     """Return the overrides of a run from a family's random weights on its own data."""
-    folder = made[family, FAMILIES[family].first_form]
+    folder = made[family, FAMILIES[family].first_form].folder
     return [
         *(*FAMILIES[family].model_keys, *STEP, *LAYOUTS[layout][1], f"data.path={folder}/shards"),
         *(f"training.pretrained_checkpoint={folder}/policy", f"training.output_dir={output}", "optimizer.lr=1e-2"),
@@ -110,7 +110,7 @@ PROJECTIONS = {"linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "
     ("family", "layout"), mostly_full(ADAPTED_RUNS, lambda case: case[0] in OFTEN and case[1] == "TP 2 + SP")
 )
 def test_adapters_start_as_nothing_and_are_merged_on_export(made, family, layout, tmp_path):
-    run, start = tmp_path / "run", made[family, FAMILIES[family].first_form] / "policy"
+    run, start = tmp_path / "run", made[family, FAMILIES[family].first_form].folder / "policy"
     overrides = [*start_of(made, family, layout, run), "lora.dim=4", "lora.alpha=8", *SHARED]
     settings = {"overrides": overrides, "steps": 2, "save": True}
     rows = run_workers(LAYOUTS[layout][0], "checkpoint_workers.resume", settings, tmp_path / "job")["rows"]
@@ -139,7 +139,7 @@ def is_folder(family):
 
 @pytest.mark.parametrize("family", mostly_full(FAMILIES, OFTEN))
 def test_weights_in_fp8_give_what_they_round_to(made, family, tmp_path):
-    folder = made[family, FAMILIES[family].first_form]
+    folder = made[family, FAMILIES[family].first_form].folder
     settings = {"answers": str(folder / "answers.pt"), "checkpoint": str(folder / "policy")}
     settings["overrides"] = [*FAMILIES[family].model_keys, *BF16]
     found = run_workers(1, "family_workers.fp8_weights", settings, tmp_path)
