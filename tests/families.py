@@ -7,6 +7,8 @@ files, which the family's importer reads. fp32 unless said otherwise.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from megatron_cca.config.load import load_config
 from megatron_cca.errors import UserError
 from megatron_cca.models import FAMILIES as ALL_FAMILIES
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.objectives import OBJECTIVES
 from tests.distributed.launch import run_workers
 from tests.references import emu3_files, janus, llamagen, llamagen_files, var_files
-from tests.references.family import STEP, Family, answers, answers_to_a_step, shards, tensors_in
+from tests.references.family import STEP, Family, answers, answers_to_a_step, shards, step_of, tensors_in
 from tests.references.huggingface import assert_same_bits
 from tests.selection import Computed, mostly_full
 
@@ -77,6 +80,14 @@ OFTEN = [name for name in FAMILIES if name != "llamagen"]
 KINDS_OF_LAYOUT = ("one process", "TP 2", "TP 2 + SP", "PP 2", "CP 2")
 
 
+class Made(NamedTuple):
+    """What a family's tests begin with: a folder of imports, data and answers, and two models as public files."""
+
+    folder: Path
+    policy: Path
+    other: Path
+
+
 def layouts_of(family):
     return [layout for layout in LAYOUTS if layout not in FAMILIES[family].cannot]
 
@@ -98,23 +109,15 @@ def test_a_layout_that_a_family_cannot_have_is_refused(family, layout):
     assert is_refused == (layout in own.cannot)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """By family and form: a folder with the imports ``policy`` and ``other``, ``shards``, and what the oracle says."""
-
-    def make(case):
-        family, form = FAMILIES[case[0]], case[1]
-        folder, written = tmp_path_factory.mktemp("family"), []
-        for seed, name in enumerate(("policy", "other")):
-            written.append(family.forms[form](folder / f"public {name}", seed, torch.float32))
-            import_checkpoint(written[-1], folder / name, progress_bar=False, **family.import_options)
-        data = shards(family, folder / "shards")
-        torch.save(answers(family, written[0], data), folder / "answers.pt")
-        if form == family.first_form:
-            torch.save(answers_to_a_step(family, *written, data), folder / "step.pt")
-        return {case: folder}
-
-    return Computed(make)
+def make(case, folder):
+    """Write a family's random models ``policy`` and ``other`` in a form, their imports, data, what the oracle says."""
+    family, form, written = FAMILIES[case[0]], case[1], {}
+    for seed, name in enumerate(("policy", "other")):
+        written[name] = family.forms[form](folder / f"public {name}", seed, torch.float32)
+        import_checkpoint(written[name], folder / name, progress_bar=False, **family.import_options)
+    data = shards(family, folder / "shards")
+    torch.save(answers(family, written["policy"], data), folder / "answers.pt")
+    return {case: Made(folder, **written)}
 
 
 FORWARDS = [
@@ -134,7 +137,7 @@ def is_in_make_test(case):
 def forwards(made, tmp_path_factory):
     def compute(case):
         family, form, layout = case
-        folder, (ranks, split) = made[family, form], LAYOUTS[layout]
+        folder, (ranks, split) = made[family, form].folder, LAYOUTS[layout]
         settings = {"answers": str(folder / "answers.pt"), "checkpoint": str(folder / "policy")}
         settings["overrides"] = [*FAMILIES[family].model_keys, *split]
         return {case: run_workers(ranks, "family_workers.forwards", settings, tmp_path_factory.mktemp("forwards"))}
@@ -155,7 +158,7 @@ DRAWN = [case for case in FORWARDS if case[2] != "CP 2"]
 
 @pytest.mark.parametrize(("family", "form", "layout"), mostly_full(DRAWN, is_in_make_test))
 def test_the_likeliest_codes_are_the_oracles_without_a_cache(made, forwards, family, form, layout):
-    wanted = torch.load(made[family, form] / "answers.pt", weights_only=False)["greedy"]
+    wanted = torch.load(made[family, form].folder / "answers.pt", weights_only=False)["greedy"]
     found = forwards[family, form, layout]["greedy"]
     assert found == {str(scale): codes for scale, codes in wanted.items()}
     plain, guided = wanted.values()
@@ -173,59 +176,74 @@ def test_the_same_seeds_draw_the_same_codes_on_every_layout(forwards, family, fo
 FULL = ["training.recompute_granularity=full"]
 GROUPS = [*FULL, "training.recompute_num_layers=2"]
 SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_modules=[core_attn, mlp]"]
+FILLED_UP = ["data.pad_to_multiple_of=12"]
+# An objective, and how its step is computed.
 WAYS = {
-    "plain": [],
-    "full recomputation": FULL,
-    "in groups": GROUPS,
-    "of some": [*GROUPS, "training.recompute_method=block"],
-    "selective, filled up": [*SELECTIVE, "data.pad_to_multiple_of=12"],
+    "cca": ("cca", []),
+    "cca, full recomputation": ("cca", FULL),
+    "cca, in groups": ("cca", GROUPS),
+    "cca, of some": ("cca", [*GROUPS, "training.recompute_method=block"]),
+    "cca, selective, filled up": ("cca", [*SELECTIVE, *FILLED_UP]),
+    **{name: (name, FILLED_UP) for name in OBJECTIVES if name != "cca"},
 }
-ONLY_PLAIN = "PP 2 x VPP 2"
 STEPS = [
     (family, layout, way)
     for family in FAMILIES
     for layout in layouts_of(family)
     for way in WAYS
-    if layout != ONLY_PLAIN or way == "plain"
+    # Its chunks have one layer each.
+    if layout != "PP 2 x VPP 2" or ("groups" not in way and "some" not in way)
 ]
 
 
 def is_one_of_each_way(case):
     family, layout, way = case
-    return family in OFTEN and (
-        layout == "one process"
-        or (layout in KINDS_OF_LAYOUT and way == "plain")
-        or (layout == "TP 2 + SP" and way == "selective, filled up")
-    )
+    often = {"one process": WAYS, "TP 2 + SP": ("cca", "cca, selective, filled up", "gft", "ddo")}
+    return family in OFTEN and layout in KINDS_OF_LAYOUT and way in often.get(layout, ("cca",))
 
 
 @pytest.fixture(scope="module")
-def steps(made, tmp_path_factory):
+def steps_of_oracles(made, tmp_path_factory):
+    """By family and objective: a step's keys, and the file of what the oracle says of it."""
+
+    def compute(case):
+        family, (folder, policy, other) = FAMILIES[case[0]], made[case[0], FAMILIES[case[0]].first_form]
+        keys, path = step_of(family, folder / "shards", case[1]), tmp_path_factory.mktemp("oracle") / "step.pt"
+        torch.save(answers_to_a_step(family, keys, policy, other), path)
+        keys += ["optimizer.clip_grad=1e9", "optimizer.use_distributed_optimizer=false"]
+        keys += [f"training.pretrained_checkpoint={folder}/policy", f"training.output_dir={folder}/nowhere"]
+        if load_config(None, keys).objective.needs_reference:
+            keys.append(f"reference.checkpoint={folder}/other")
+        return {case: (keys, path)}
+
+    return Computed(compute)
+
+
+@pytest.fixture(scope="module")
+def steps(steps_of_oracles, tmp_path_factory):
     """By family, layout and way; all ways of a layout that ``make test`` has are computed together."""
 
     def compute(case):
-        name, layout, _ = case
-        family, (ranks, split) = FAMILIES[name], LAYOUTS[layout]
-        folder = made[name, family.first_form]
-        together = [own for *where, own in STEPS if where == [name, layout]]
-        ways = [own for own in together if is_one_of_each_way((name, layout, own)) == is_one_of_each_way(case)]
-        settings = {"answers": str(folder / "step.pt"), "ways": {own: WAYS[own] for own in ways}}
-        settings["overrides"] = [
-            *(*family.model_keys, *STEP, *split, f"data.path={folder}/shards", "optimizer.clip_grad=1e9"),
-            *(f"training.pretrained_checkpoint={folder}/policy", f"reference.checkpoint={folder}/other"),
-            *("optimizer.use_distributed_optimizer=false", f"training.output_dir={folder}/nowhere"),
-        ]
-        found = run_workers(ranks, "family_workers.steps", settings, tmp_path_factory.mktemp("steps"))
-        return {(name, layout, own): found[own] for own in ways}
+        family, layout, _ = case
+        ranks, split = LAYOUTS[layout]
+        together = [one for one in STEPS if one[:2] == case[:2] and is_one_of_each_way(one) == is_one_of_each_way(case)]
+        ways = {}
+        for *_, way in together:
+            objective, more = WAYS[way]
+            keys, path = steps_of_oracles[family, objective]
+            ways[way] = {"overrides": [*keys, *split, *more], "answers": str(path)}
+        found = run_workers(ranks, "family_workers.steps", {"ways": ways}, tmp_path_factory.mktemp("steps"))
+        return {(family, layout, way): found[way] for way in ways}
 
     return Computed(compute)
 
 
 @pytest.mark.parametrize(("family", "layout", "way"), mostly_full(STEPS, is_one_of_each_way))
-def test_a_cca_step_has_the_oracles_loss_and_gradients(made, steps, family, layout, way):
-    wanted = torch.load(made[family, FAMILIES[family].first_form] / "step.pt", weights_only=False)
-    found, alone = steps[family, layout, way], steps[family, "one process", "plain"]
-    assert abs(found["margin"]) > 0.1
+def test_a_step_has_the_oracles_loss_and_gradients(steps_of_oracles, steps, family, layout, way):
+    objective, _ = WAYS[way]
+    wanted = torch.load(steps_of_oracles[family, objective][1], weights_only=False)
+    found, alone = steps[family, layout, way], steps[family, "one process", objective]
+    assert abs(found.get("margin", 1.0)) > 0.1
     for name in ("loss", "grad_norm"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-4)
     assert found["gradient"] <= 1e-4, found["where"]
@@ -251,7 +269,7 @@ def is_on_few_layouts(case):
 
 @pytest.mark.parametrize(("family", "layout"), mostly_full(RUNS, is_on_few_layouts))
 def test_the_log_ratio_of_step_0_is_exactly_0(made, family, layout, tmp_path):
-    folder, (ranks, split) = made[family, FAMILIES[family].first_form], LAYOUTS[layout]
+    folder, (ranks, split) = made[family, FAMILIES[family].first_form].folder, LAYOUTS[layout]
     overrides = [
         *(*FAMILIES[family].model_keys, *STEP, *split, f"data.path={folder}/shards", "optimizer.lr=1e-2"),
         *(f"training.pretrained_checkpoint={folder}/policy", f"training.output_dir={tmp_path}/run"),

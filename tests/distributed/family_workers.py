@@ -10,12 +10,13 @@ from megatron_cca.config.load import load_config
 from megatron_cca.generation.decode_loop import ImageRequest, SamplingSettings, sample_codes
 from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
+from megatron_cca.models.frozen_weights import keep_in_fp8
 from megatron_cca.models.initialization import sharded_tensors
 from megatron_cca.training.step import train_step
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
 from tests.distributed.workers import start, take_steps
-from tests.references.in_megatron import JUNK
+from tests.references.in_megatron import JUNK, parts_on_this_rank
 
 
 def forwards(settings):
@@ -118,18 +119,19 @@ def _drawn(chunks, vocabulary, wanted, **options):
 
 
 def steps(settings):
-    """By way to compute: loss and gradient norm of a CCA step, and its worst gradient beside the oracle's."""
-    wanted = torch.load(settings["answers"], weights_only=False)
-    return {name: _step([*settings["overrides"], *more], wanted) for name, more in settings["ways"].items()}
+    """By way to compute: a step's metrics and gradient norm, and its worst gradient beside the oracle's."""
+    return {name: _step(**way) for name, way in settings["ways"].items()}
 
 
-def _step(overrides, wanted):
+def _step(overrides, answers):
     run = start(overrides)
-    for chunks in (run.policy_chunks, run.reference.chunks):
-        spoil_rows_of_no_word(chunks, run.architecture)
+    spoil_rows_of_no_word(run.policy_chunks, run.architecture)
+    if run.reference is not None:
+        spoil_rows_of_no_word(run.reference.chunks, run.architecture)
     report = train_step(run)
     assert report.problem is None
     everyone = [None] * dist.get_world_size()
+    wanted = torch.load(answers, weights_only=False)
     dist.all_gather_object(everyone, _worst_gradient(run, wanted["gradients"]))
     error, where = max(everyone)
     return {**report.metrics, "grad_norm": report.grad_norm, "gradient": error, "where": where}
@@ -145,19 +147,12 @@ def _worst_gradient(run, wanted):
         for parameter in chunk.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.main_grad.view_as(parameter)
-    errors = []
-    for shard in sharded_tensors([chunk.sharded_state_dict() for chunk in run.policy_chunks]):
-        name, stacked = shard.key, shard.prepend_axis_num
-        if stacked:
-            name = name.replace("decoder.layers.", f"decoder.layers.{shard.global_offset[0]}.")
-        if name not in wanted:
-            assert name.startswith(gpt.unwrapped_gpt(run.policy_chunks[0]).frozen_prefix), name
-            continue
-        places = zip(shard.global_offset[stacked:], shard.local_shape, strict=True)
-        part = wanted[name][tuple(slice(first, first + size) for first, size in places)]
-        error = (shard.data.view_as(part) - part).abs().max() / wanted[name].abs().max()
-        errors.append((error.item(), f"{name}{list(part.shape)}"))
-    return max(errors)
+    frozen = getattr(gpt.unwrapped_gpt(run.policy_chunks[0]), "frozen_prefix", "nothing is")
+    parts = parts_on_this_rank(run.policy_chunks, wanted, frozen)
+    return max(
+        (((own - part).abs().max() / whole.abs().max()).item(), f"{name}{list(part.shape)}")
+        for name, own, part, whole in parts
+    )
 
 
 def first_log_ratios(settings):
@@ -166,3 +161,39 @@ def first_log_ratios(settings):
         name: [row["worst"] for row in take_steps(start([*settings["overrides"], *more]), 2)]
         for name, more in settings["kinds"].items()
     }
+
+
+@torch.no_grad()
+def fp8_weights(settings):
+    """The log-probabilities of a step's rows by weights in bf16, in FP8, and rounded by hand; and bytes of weights."""
+    rows = torch.load(settings["answers"], weights_only=False)
+    config = load_config(None, settings["overrides"])
+    answer, chunks = {}, {}
+    for kind in ("bf16", "fp8", "rounded"):
+        architecture, (chunks[kind],) = _loaded(config, settings["checkpoint"])
+        if kind == "fp8":
+            answer["bytes_before"] = _bytes(chunks[kind])
+            keep_in_fp8([chunks[kind]])
+            answer["bytes"] = _bytes(chunks[kind])
+        if kind == "rounded":
+            answer["expected_bytes"] = answer["bytes_before"] + _round_by_hand(chunks[kind])
+        head = {"vocab_size": architecture.vocabulary.output_size, "chunk_size": 7}
+        logps = gpt.image_token_logps(chunks[kind], rows["tokens"], rows["targets"], rows["mask"], **head)
+        answer[kind] = logps.tolist()
+    return answer
+
+
+def _bytes(chunk):
+    return sum(tensor.nbytes for tensor in (*chunk.parameters(), *chunk.buffers()))
+
+
+def _round_by_hand(chunk):
+    """Round embedding and projections to E4M3, each row with its own scale; return by how many bytes they shrink."""
+    more = 0
+    for name, weight in chunk.named_parameters():
+        if name.endswith(".weight") and weight.dim() == 2 and "output_layer" not in name:
+            scales = weight.float().abs().amax(1, keepdim=True) / 448
+            scales[scales == 0] = 1
+            weight.copy_((weight.float() / scales).to(torch.float8_e4m3fn).float() * scales)
+            more += 4 * len(weight) - weight.numel()
+    return more

@@ -6,8 +6,10 @@ Nothing here knows a family. Rows are written in ids by the family's vocabulary,
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid, padded_output_size, padded_vocab_size
+from megatron_cca.objectives.base import keys_of
+from megatron_cca.training import rows_per_sample
 from megatron_cca.training.batches import open_data, training_batches
 from tests.references import class_losses
 from tests.references.token_shards import encode_text
@@ -26,9 +30,8 @@ from tests.references.token_shards import encode_text
 SAMPLES = 64
 # For a family whose images may have any grid.
 GRID = (4, 4)
-BETA, WEIGHT = 0.1, 30
 STEP = [
-    *(f"objective.beta={BETA}", f"objective.negative_weight={WEIGHT}", "data.condition_dropout=0.4"),
+    *("objective.beta=0.1", "objective.negative_weight=30", "data.condition_dropout=0.4"),
     *("training.global_batch_size=8", "training.micro_batch_size=2"),
 ]
 
@@ -149,7 +152,7 @@ def prompts(family: Family, *, dropped: bool = False) -> list[np.ndarray]:
 
 
 def shards(family: Family, folder: Path) -> Path:
-    """Random images of several conditions, of which some are alike."""
+    """Write random images of several conditions, of which some are alike, and beside them the same as ``partners``."""
     random, vocabulary = np.random.default_rng(0), family.architecture.vocabulary
     is_text = vocabulary.num_classes is None
     captions = [random.integers(vocabulary.caption_size, size=1 + is_text * index % 4) for index in range(10)]
@@ -158,35 +161,50 @@ def shards(family: Family, folder: Path) -> Path:
         for _ in range(SAMPLES)
     ]
     write_shards(folder, samples, vocabulary, encode_text if is_text else None)
+    shutil.copytree(folder, folder.parent / "partners")
     return folder
 
 
-def rows_of_a_step(family: Family, data: Path):
-    """The microbatch of a whole step, without padding: eight positives and their negatives."""
-    config = load_config(None, [*family.model_keys, *STEP, f"data.path={data}", "training.micro_batch_size=8"])
-    (rows,) = training_batches(config, open_data(config), with_pairs=True).build(0, 0, 1).microbatches
-    assert 0 < rows.negative_is_positive.sum() < len(rows.negative_is_positive)
+def step_of(family: Family, data: Path, objective: str) -> list[str]:
+    """The keys of a step of an objective on data of :func:`shards`, also as each other's partners."""
+    given = {"gft": ["objective.beta=0.4"], "ddo": ["objective.beta=0.3", "objective.alpha=3.0"]}
+    keys = {f"objective.{key}" for key in keys_of(objective)}
+    own = [key for key in STEP if not key.startswith("objective.") or key.partition("=")[0] in keys]
+    partners = [f"data.partner_path={data.parent / 'partners'}"] if objective == "ddo" else []
+    named = [f"objective.name={objective}", f"data.path={data}"]
+    return [*family.model_keys, *own, *named, *given.get(objective, []), *partners]
+
+
+def rows_of_a_step(keys: Sequence[str]):
+    """The microbatch of a whole step of :func:`step_of`, without padding; first rows of pairs before second ones."""
+    config = load_config(None, [*keys, "training.micro_batch_size=8"])
+    batches = training_batches(config, open_data(config), with_pairs=rows_per_sample(config) == 2)
+    (rows,) = batches.build(0, 0, 1).microbatches
     return rows
 
 
-def cca_step(policy: Oracle, reference: Oracle, rows) -> Tensor:
-    """The loss of a CCA step, whose gradients are left in the policy's weights."""
+def step_loss(objective, policy: Oracle, reference: Oracle, rows) -> Tensor:
+    """The loss of a step of the section ``objective``, by oracles."""
+    places = torch.arange(len(rows.tokens))
+    if objective.name == "gft":
+        return class_losses.gft(policy.logits, rows, objective.beta)
+    models = partial(_image_logps, policy, rows), partial(_image_logps, reference, rows)
+    if objective.name == "next_token":
+        return class_losses.loss(objective.name, *models, (places, None, None), tokens=rows.mask.sum(1)[0])
+    pairs = (*places.chunk(2), rows.negative_is_positive)
+    if objective.name == "ddo":
+        return class_losses.ddo(*models, pairs, objective.beta, objective.alpha)
+    assert 0 < rows.negative_is_positive.sum() < len(rows.negative_is_positive)
+    given = {"beta": getattr(objective, "beta", None), "weight": getattr(objective, "negative_weight", None)}
+    return class_losses.loss(objective.name, *models, pairs, **given)
 
-    def logps_of(oracle: Oracle):
-        def logps(places):
-            scores = oracle.logits(rows.tokens[places]).log_softmax(-1)
-            mask, targets = rows.mask[places], rows.targets[places]
-            # Outside of the mask a target may be no id that can be predicted.
-            chosen = scores.gather(-1, torch.where(mask, targets, 0)[..., None]).squeeze(-1)
-            return (chosen * mask).sum(1)
 
-        return logps
-
-    places = torch.arange(len(rows.tokens)).chunk(2)
-    models = logps_of(policy), logps_of(reference)
-    loss = class_losses.loss("cca", *models, (*places, rows.negative_is_positive), beta=BETA, weight=WEIGHT)
-    loss.backward()
-    return loss.detach()
+def _image_logps(oracle: Oracle, rows, places: Tensor) -> Tensor:
+    scores = oracle.logits(rows.tokens[places]).log_softmax(-1)
+    mask, targets = rows.mask[places], rows.targets[places]
+    # Outside of the mask a target may be no id that can be predicted.
+    chosen = scores.gather(-1, torch.where(mask, targets, 0)[..., None]).squeeze(-1)
+    return (chosen * mask).sum(1)
 
 
 def in_megatron(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,11 +271,13 @@ def _visual_logits(oracle, vocabulary, prompt, image, places) -> Tensor:
 
 def answers(family: Family, policy: Path, data: Path) -> dict:
     """What the oracle says of a model in public files: logits of a step's rows, and greedy codes."""
-    rows, oracle = rows_of_a_step(family, data), family.oracle(policy)
+    rows, oracle = rows_of_a_step(step_of(family, data, "cca")), family.oracle(policy)
     with torch.no_grad():
         logits = oracle.logits(rows.tokens)
     return {
         "tokens": rows.tokens,
+        "targets": rows.targets,
+        "mask": rows.mask,
         "logits": logits,
         "prompts": prompts(family),
         "dropped": prompts(family, dropped=True),
@@ -266,10 +286,11 @@ def answers(family: Family, policy: Path, data: Path) -> dict:
     }
 
 
-def answers_to_a_step(family: Family, policy: Path, reference: Path, data: Path) -> dict:
-    """What the oracle says of a CCA step from a model in public files, with another one as the reference."""
+def answers_to_a_step(family: Family, keys: Sequence[str], policy: Path, reference: Path) -> dict:
+    """What the oracle says of a step from a model in public files, with another one as the reference."""
     models = [family.oracle(path) for path in (policy, reference)]
-    loss = cca_step(*models, rows_of_a_step(family, data))
+    loss = step_loss(load_config(None, keys).objective, *models, rows_of_a_step(keys))
+    loss.backward()
     gradients = {name: value.grad for name, value in models[0].weights.items()}
     return {
         "loss": loss.item(),
