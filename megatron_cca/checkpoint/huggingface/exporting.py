@@ -37,7 +37,8 @@ from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.output_folders import check_apart, check_file, check_output, check_space, claimed, staging
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
-from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_files import CONFIG
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"

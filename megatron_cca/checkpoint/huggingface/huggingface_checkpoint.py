@@ -18,7 +18,8 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import recognise_naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     check_frequencies,

@@ -31,7 +31,8 @@ from megatron_cca.io.output_folders import check_apart, check_output, claimed, s
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_output_size, padded_vocab_size
-from megatron_cca.models.formats import Naming, WeightsFileFormat
+from megatron_cca.models.formats import WeightsFileFormat
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     SAFETENSORS,

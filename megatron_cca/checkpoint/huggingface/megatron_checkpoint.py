@@ -23,7 +23,8 @@ from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import recognise_naming
 from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
 from megatron_cca.models.weight_map import (
     LINEAR_IN,

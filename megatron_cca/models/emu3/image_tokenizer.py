@@ -20,9 +20,15 @@ from megatron_cca.models.emu3.vq_files import (
     recognise,
     sizes_in,
     stored_tensors,
+)
+from megatron_cca.models.formats import (
+    check_codes,
+    check_pixels,
+    fingerprint,
+    full_float32,
+    moved_to,
     transformers_refusals,
 )
-from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
 from megatron_cca.models.weight_files import CONFIG
 
 # transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.

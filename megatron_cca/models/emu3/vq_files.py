@@ -216,15 +216,6 @@ def read_tensors(model: torch.nn.Module, stored: Mapping[str, tuple[str, Path]])
     return state
 
 
-@contextmanager
-def transformers_refusals() -> Iterator[None]:
-    """Turn whatever transformers raises while it builds something into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"transformers does not take it: {first_line(error)}") from None
-
-
 def _check_type(key: str, value: object, released: object) -> None:
     if isinstance(released, bool):
         right, what = isinstance(value, bool), "true or false"
