@@ -135,6 +135,6 @@ def test_a_damaged_index_is_named(sharded):
 
 
 def test_pickles_are_not_read(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "model.pt").write_bytes(b"x")
     assert "has neither model.safetensors nor" in refused(tmp_path)
-    assert "(pytorch_model.bin is a pickle, which is not read; save it as safetensors)" in refused(tmp_path)
+    assert "(model.pt is a pickle, which is not read; save it as safetensors)" in refused(tmp_path)

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
+from megatron_cca.checkpoint.huggingface.pickled_files import open_weights
+from megatron_cca.checkpoint.huggingface.weights_folder import TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
@@ -62,7 +63,7 @@ UNDESCRIBED = WeightsDescription()
 
 
 class HuggingFaceCheckpoint:
-    """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
+    """A folder with ``config.json`` and weights of a known family, in any of the family's forms.
 
     Attributes:
         folder: the folder.
@@ -86,7 +87,7 @@ class HuggingFaceCheckpoint:
         self.format = recognise(self.config, folder, option)
         self.form = self.format.form(self.config)
         self.model, self.architecture = self._sizes()
-        self.files = SafetensorsFolder(folder, option)
+        self.files = open_weights(folder, option)
         with error_context(f"{option}: {folder}"):
             self.files.tensors = self._own_tensors(description.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
