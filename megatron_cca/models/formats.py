@@ -289,6 +289,23 @@ def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None
         raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise UserError("must hold a JSON object")
+    return found
+
+
 @contextmanager
 def transformers_refusals() -> Iterator[None]:
     """Turn whatever transformers raises while it builds something into one line."""

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, SafetensorsFolder, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import row_ranges
+from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.errors import UserError, shortened
+from megatron_cca.models.weight_files import row_ranges
+from megatron_cca.models.weights_folder import SafetensorsFolder
 
 TENSORS = {
     "a": torch.randn(7, 5),

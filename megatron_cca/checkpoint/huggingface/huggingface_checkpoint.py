@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.pickled_files import open_weights
-from megatron_cca.checkpoint.huggingface.weights_folder import TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
@@ -29,6 +27,7 @@ from megatron_cca.models.weight_files import (
     same_tensors,
     weight_sets,
 )
+from megatron_cca.models.weights_folder import TensorInfo, open_weights
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

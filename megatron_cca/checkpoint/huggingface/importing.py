@@ -22,7 +22,7 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     one_dtype,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.config.load import config_from_dict
@@ -40,6 +40,8 @@ from megatron_cca.models.weight_files import (
     contents_of,
     equal_tensors,
     is_recomputed,
+    num_bytes,
+    row_ranges,
     same_tensors,
     sets_in,
     tensors_under,

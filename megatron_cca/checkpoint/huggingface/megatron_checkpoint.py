@@ -16,9 +16,6 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     read_config,
     recognise,
 )
-from megatron_cca.checkpoint.huggingface.pickled_files import PickledFolder, open_weights
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
-from megatron_cca.checkpoint.huggingface.weights_folder import WeightsFolder
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
@@ -36,6 +33,7 @@ from megatron_cca.models.weight_map import (
     rows_in_megatron,
     scale_of,
 )
+from megatron_cca.models.weights_folder import PickledFolder, SafetensorsFolder, WeightsFolder, open_weights
 
 
 class MegatronCheckpoint:

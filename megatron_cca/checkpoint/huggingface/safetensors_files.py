@@ -1,4 +1,4 @@
-"""Safetensors folders, with one file or with several and an index. Reads use memory maps. Writes go piece by piece."""
+"""Write folders of safetensors, with one file or with several and an index, piece by piece."""
 
 from __future__ import annotations
 
@@ -11,70 +11,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.weights_folder import TensorInfo, WeightsFolder
-from megatron_cca.checkpoint.stored_tensors import num_bytes
-from megatron_cca.errors import UserError, first_line
-from megatron_cca.io.file_contents import UTF_16, kind_hint
-from megatron_cca.models.weight_files import INDEX, SINGLE
+from megatron_cca.models.weight_files import INDEX, SINGLE, num_bytes
+from megatron_cca.models.weights_folder import DTYPE_NAMES
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-# The format lets an empty tensor claim any shape.
-_MAX_SIZE = 2**40
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class SafetensorsFolder(WeightsFolder):
-    """See :class:`WeightsFolder`."""
-
-    single, index = SINGLE, INDEX
-
-    def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
-        """See the base class."""
-        # Open the file each time. A map that stays open keeps all pages that were read in the resident set.
-        with safe_open(info.file, framework="pt") as file:
-            return file.get_slice(info.name)[start:stop] if info.shape else file.get_tensor(info.name)
-
-    def _scan_file(self, path: Path) -> dict[str, TensorInfo]:
-        found = {}
-        with path.open("rb"):
-            pass  # raises for lack of permission, which safetensors reports as a missing file
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dictionary
-                    part = file.get_slice(name)
-                    dtype = part.get_dtype()
-                    if dtype not in _DTYPES:
-                        raise UserError(f"{self.option}: tensor {name} in {path} has dtype {dtype}, which is not known")
-                    shape = tuple(part.get_shape())
-                    if max(shape, default=0) > _MAX_SIZE:
-                        raise UserError(f"{self.option}: tensor {name} in {path} claims the shape {list(shape)}")
-                    found[name] = TensorInfo(path, name, shape, _DTYPES[dtype])
-        except (SafetensorError, OSError) as error:
-            # A header's length looks like UTF-16.
-            why = kind_hint(path, but=[UTF_16]) or f": {first_line(error)}"
-            raise UserError(f"{self.option}: {path} is truncated or not a safetensors file{why}") from None
-        return found
-
-
-def has_dtype(dtype: torch.dtype) -> bool:
-    """Return whether tensors of a dtype can be written."""
-    return dtype in _NAMES
 
 
 @dataclass(frozen=True)
@@ -147,7 +89,7 @@ def _header(tensors: list[OutgoingTensor]) -> Mapping:
     for tensor in tensors:
         end = position + tensor.num_bytes
         offsets = [position, end]
-        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         position = end
     return header
 

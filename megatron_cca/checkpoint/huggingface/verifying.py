@@ -35,11 +35,12 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     MegatronCheckpoint,
     template_from_checkpoint,
 )
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import check_layout
 from megatron_cca.models.naming import recognise_naming
+from megatron_cca.models.weight_files import num_bytes, row_ranges
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor

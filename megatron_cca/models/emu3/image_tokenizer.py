@@ -15,7 +15,6 @@ from megatron_cca.models.emu3.vq_files import (
     IGNORED,
     VqForm,
     normalisation,
-    read_json,
     read_tensors,
     recognise,
     sizes_in,
@@ -27,6 +26,7 @@ from megatron_cca.models.formats import (
     fingerprint,
     full_float32,
     moved_to,
+    read_json,
     transformers_refusals,
 )
 from megatron_cca.models.weight_files import CONFIG
