@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,66 +19,12 @@ from torch import Tensor
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, first_line
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_map import WeightMap
 
 Json = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Naming:
-    """The names of tensors in one form of a checkpoint.
-
-    Attributes:
-        form: the name of the form on the command line.
-        prefixes: from the prefix of a name on disk to its prefix in the weight map.
-        companions: from the prefix of companion tensors on disk, which are copied unchanged, to their prefix beside an
-            imported checkpoint.
-    """
-
-    form: str
-    prefixes: Mapping[str, str]
-    companions: Mapping[str, str] = field(default_factory=dict)
-
-    def mapped(self, name: str) -> str | None:
-        """Return the weight map's name for a name on disk. None if it is not one of the decoder's."""
-        return _with_prefix(name, self.prefixes.items())
-
-    def on_disk(self, name: str) -> str:
-        """Return the name on disk for a name of the weight map, the inverse of :meth:`mapped`."""
-        return _inverse(name, self.prefixes)
-
-    def companion(self, name: str) -> str | None:
-        """Return the name beside an imported checkpoint if it is a companion tensor's, else None."""
-        return _with_prefix(name, self.companions.items())
-
-    def companion_on_disk(self, name: str) -> str:
-        """Return the name on disk of a companion tensor, the inverse of :meth:`companion`."""
-        return _inverse(name, self.companions)
-
-
-def _with_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
-    for prefix, replacement in prefixes:
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return None
-
-
-def _inverse(name: str, prefixes: Mapping[str, str]) -> str:
-    found = _with_prefix(name, ((replacement, prefix) for prefix, replacement in prefixes.items()))
-    assert found is not None, f"no prefix for {name}"
-    return found
-
-
-def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
-    """Return the naming that knows most of these names."""
-    names = list(names)
-
-    def known(naming: Naming) -> int:
-        return sum(naming.mapped(name) is not None or naming.companion(name) is not None for name in names)
-
-    return max(namings, key=known)
 
 
 class HuggingFaceFormat(Protocol):
@@ -341,6 +287,32 @@ def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None
     # Checked here, since a lookup outside the table ends a process on a GPU.
     if codes.numel() and not 0 <= (lowest := int(codes.min())) <= (highest := int(codes.max())) < codebook_size:
         raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise UserError("must hold a JSON object")
+    return found
+
+
+@contextmanager
+def transformers_refusals() -> Iterator[None]:
+    """Turn whatever transformers raises while it builds something into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"transformers does not take it: {first_line(error)}") from None
 
 
 @contextmanager

@@ -99,7 +99,9 @@ def save_janus(
     model = random_janus(seed, tied=tied, **text).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     if form == "transformers":
-        model.save_pretrained(folder, max_shard_size="50GB" if shards == 1 else f"{_bytes(model) // shards}B")
+        model.save_pretrained(
+            folder, max_shard_size="50GB" if shards == 1 else f"{_bytes(model) // shards // 1000 + 1}KB"
+        )
     else:
         # Clones, since tensors of a pickle share what is no copy.
         tensors = {authors_name(name): tensor.clone() for name, tensor in model.state_dict().items()}

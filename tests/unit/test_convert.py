@@ -21,10 +21,11 @@ from megatron_cca.checkpoint.huggingface import (
     open_both,
     verifying,
 )
-from megatron_cca.checkpoint.stored_tensors import StoredTensors, row_ranges
+from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
+from megatron_cca.models.weight_files import row_ranges
 from tests.references.huggingface import (
     FORMS,
     UP_PROJ,

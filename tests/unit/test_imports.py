@@ -115,7 +115,7 @@ def test_nobody_else_compares_the_name_of_an_objective():
 
 
 # What may know a family by name: its own folder, the table of families, and readers of its files.
-FAMILY_FOLDERS = ("models/emu3/", "models/llamagen/", "models/var/")
+FAMILY_FOLDERS = ("models/emu3/", "models/janus/", "models/llamagen/", "models/var/")
 MAY_NAME_FAMILIES = (*FAMILY_FOLDERS, "models/__init__.py", "data/sources/emu3.py", "data/sources/llamagen.py")
 
 

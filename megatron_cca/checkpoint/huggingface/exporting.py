@@ -31,14 +31,15 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     template_from_folder,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.output_folders import check_apart, check_file, check_output, check_space, claimed, staging
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
-from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
-from megatron_cca.models.weight_files import CONFIG
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import Naming
+from megatron_cca.models.weight_files import CONFIG, row_ranges
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
 _UNFINISHED = frozenset({_PARTIAL, _FORMER})

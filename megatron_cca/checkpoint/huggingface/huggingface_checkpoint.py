@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import recognise_naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     check_frequencies,
@@ -27,6 +27,7 @@ from megatron_cca.models.weight_files import (
     same_tensors,
     weight_sets,
 )
+from megatron_cca.models.weights_folder import TensorInfo, open_weights
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -61,7 +62,7 @@ UNDESCRIBED = WeightsDescription()
 
 
 class HuggingFaceCheckpoint:
-    """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
+    """A folder with ``config.json`` and weights of a known family, in any of the family's forms.
 
     Attributes:
         folder: the folder.
@@ -85,7 +86,7 @@ class HuggingFaceCheckpoint:
         self.format = recognise(self.config, folder, option)
         self.form = self.format.form(self.config)
         self.model, self.architecture = self._sizes()
-        self.files = SafetensorsFolder(folder, option)
+        self.files = open_weights(folder, option)
         with error_context(f"{option}: {folder}"):
             self.files.tensors = self._own_tensors(description.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)

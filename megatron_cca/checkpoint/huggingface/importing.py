@@ -22,7 +22,7 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     one_dtype,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.config.load import config_from_dict
@@ -31,7 +31,8 @@ from megatron_cca.io.output_folders import check_apart, check_output, claimed, s
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import check_layout, padded_output_size, padded_vocab_size
-from megatron_cca.models.formats import Naming, WeightsFileFormat
+from megatron_cca.models.formats import WeightsFileFormat
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     SAFETENSORS,
@@ -39,6 +40,8 @@ from megatron_cca.models.weight_files import (
     contents_of,
     equal_tensors,
     is_recomputed,
+    num_bytes,
+    row_ranges,
     same_tensors,
     sets_in,
     tensors_under,

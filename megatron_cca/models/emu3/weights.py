@@ -15,9 +15,10 @@ from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.emu3 import PRESETS, Emu3Vocabulary
-from megatron_cca.models.emu3.vq_files import recognise, sizes_in, transformers_refusals
-from megatron_cca.models.formats import Json, Naming, Shapes
+from megatron_cca.models.emu3.vq_files import recognise, sizes_in
+from megatron_cca.models.formats import Json, Shapes, transformers_refusals
 from megatron_cca.models.llama_files import LLAMA_LAYERS
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import OneToOne, WeightMap
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.emu3.vq_files import transformers_refusals
-from megatron_cca.models.formats import Json, Shapes
+from megatron_cca.models.formats import Json, Shapes, transformers_refusals
 from megatron_cca.models.weight_files import CONFIG
 
 # The last two can name code that would be fetched from a hub.

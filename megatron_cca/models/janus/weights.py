@@ -1,6 +1,6 @@
 """Janus-Pro on Hugging Face, in both of its forms, and its tensors under Megatron's names and under theirs.
 
-original      deepseek-ai's repositories: ``MultiModalityCausalLM`` (deepseek-ai/Janus), which is not in transformers.
+original      deepseek-ai's repositories: ``MultiModalityCausalLM``, a class of deepseek-ai/Janus.
 transformers  ``JanusForConditionalGeneration``.
 
 The weight map has the authors' names for what draws images, and those of transformers' Llama for the decoder. The
@@ -16,9 +16,10 @@ from typing import Any
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.formats import Json, Naming, Shapes
+from megatron_cca.models.formats import Json, Shapes
 from megatron_cca.models.janus import PRESETS
 from megatron_cca.models.llama_files import LLAMA_LAYERS, check_section, read_sizes, rotary_base, write_sizes
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_map import OneToOne, WeightMap
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
@@ -53,7 +54,7 @@ _LLAMA = {
 _RELEASED = PRESETS["janus-pro-7b"]
 _CHANNELS = _RELEASED.image_embedding_channels
 
-# What the sections about images must say: for each key its value, or the size that it is, and a default if it has one.
+# What the sections about images must say: the value of each key, or the size that it is, and its default if it has one.
 _IMAGE_KEYS: dict[str, Mapping[str, tuple[Any, ...]]] = {
     ORIGINAL: {
         "gen_vision_config.cls": ("VQ-16",),
