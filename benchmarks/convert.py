@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
 from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.weight_files import num_bytes, row_ranges
 
 COPY = "copy"
 

@@ -146,12 +146,12 @@ def gaussian(points: Tensor, number: int) -> Tensor:
 @torch.no_grad()
 def llamagen_latents(images: Way, bar: tqdm) -> Way:
     """Return the vectors that VQ-16 compares with its codebook, float32 ``[h * w, 8]``, of unit length."""
-    from megatron_cca.models.llamagen.image_tokenizer import LlamaGenImageTokenizer
+    from megatron_cca.models.vq_directions import DirectionTokenizer
     from megatron_cca.models.vq_network import VqNetwork, VqSizes
 
     torch.manual_seed(0)
     sizes = VqSizes(128, (128, 128, 256, 256, 512), 2, 256, 16_384, 8)
-    tokenizer = LlamaGenImageTokenizer(VqNetwork(sizes), torch.randn(16_384, 8), sizes, "random")
+    tokenizer = DirectionTokenizer(VqNetwork(sizes), torch.randn(16_384, 8), sizes, "random")
     found = {}
     for name, image in images.items():
         vectors = tokenizer.latents(image[None])[0].movedim(0, -1).reshape(-1, 8)

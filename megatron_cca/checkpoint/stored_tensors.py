@@ -36,7 +36,6 @@ from megatron_cca.checkpoint.layout import file_system_cause
 from megatron_cca.errors import UserError
 from megatron_cca.megatron_compat import COMMON_STATE, FORMAT, FORMAT_FILE
 
-PIECE_BYTES = 64 * 2**20
 _MASTER = "optimizer.state.param."
 # bf16 has 8 bits of precision. Master weights in fp16 share one scale, so the smallest of them lose more.
 _OF_A_WEIGHT, _OF_THE_LARGEST = 2.0**-8, 2.0**-24
@@ -129,20 +128,6 @@ def check_master_weights(stored: StoredTensors) -> None:
                 "with reference.checkpoint at the weights that this run began with"
             )
         return
-
-
-def row_ranges(shape: Sequence[int], dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows that cover a tensor of this shape: at most ``piece_bytes`` each, at least one row."""
-    rows = shape[0] if shape else 1
-    row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    # Rows of no bytes all fit in one piece.
-    step = max(1, piece_bytes // row_bytes if row_bytes else rows)
-    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Return the size of a tensor in bytes."""
-    return math.prod(shape) * dtype.itemsize
 
 
 class ByteProgress:

@@ -58,7 +58,7 @@ def _made(place: str | None) -> Any:
 FAMILIES: dict[str, Family] = {
     "emu3": Family("emu3:PRESETS", "emu3.weights:Emu3HuggingFace", "emu3.vq_files:Emu3VqFiles"),
     "emu3_5": Family("emu3_5:PRESETS", "emu3_5.weights:Emu35HuggingFace", "emu3_5.image_tokenizer:Emu35VqFiles"),
-    "janus": Family("janus:PRESETS", None, None),
+    "janus": Family("janus:PRESETS", "janus.weights:JanusHuggingFace", "janus.image_tokenizer:JanusVqFiles"),
     "llamagen": Family(
         "llamagen:PRESETS", None, "llamagen.image_tokenizer:LlamaGenVqFiles", "llamagen.weights:LlamaGenWeightsFile"
     ),

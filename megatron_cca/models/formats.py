@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,56 +19,12 @@ from torch import Tensor
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, first_line
 from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_map import WeightMap
 
 Json = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Naming:
-    """The names of tensors in one form of a checkpoint.
-
-    Attributes:
-        form: the name of the form on the command line.
-        prefixes: from the prefix of a name on disk to its prefix in the weight map.
-        companion_prefix: the prefix of companion tensors, which are copied unchanged. None where there are none.
-    """
-
-    form: str
-    prefixes: Mapping[str, str]
-    companion_prefix: str | None = None
-
-    def mapped(self, name: str) -> str | None:
-        """Return the weight map's name for a name on disk. None if it is not one of the decoder's."""
-        for prefix, replacement in self.prefixes.items():
-            if name.startswith(prefix):
-                return replacement + name.removeprefix(prefix)
-        return None
-
-    def on_disk(self, name: str) -> str:
-        """Return the name on disk for a name of the weight map, the inverse of :meth:`mapped`."""
-        for prefix, replacement in self.prefixes.items():
-            if name.startswith(replacement):
-                return prefix + name.removeprefix(replacement)
-        raise AssertionError(f"no prefix for {name}")
-
-    def companion(self, name: str) -> str | None:
-        """Return the name without its prefix if it is a companion tensor's, else None."""
-        if self.companion_prefix is None or not name.startswith(self.companion_prefix):
-            return None
-        return name.removeprefix(self.companion_prefix)
-
-
-def recognise_naming(namings: Sequence[Naming], names: Iterable[str]) -> Naming:
-    """Return the naming that knows most of these names."""
-    names = list(names)
-
-    def known(naming: Naming) -> int:
-        return sum(naming.mapped(name) is not None or naming.companion(name) is not None for name in names)
-
-    return max(namings, key=known)
 
 
 class HuggingFaceFormat(Protocol):
@@ -77,15 +33,17 @@ class HuggingFaceFormat(Protocol):
     Attributes:
         weights: the weight map.
         marker: the weight map's name of a tensor that every model has. Sets of weights in a folder are found by it.
+        model_types: the values that ``model_type`` may have.
         namings: all namings of tensors on disk. The first of a form is used for writing.
     """
 
     weights: WeightMap
     marker: str
+    model_types: frozenset[str]
     namings: Sequence[Naming]
 
     def knows(self, config: Json) -> bool:
-        """Return whether a configuration is of this family."""
+        """Return whether a configuration with one of the types is of this family. Others may have the same types."""
 
     def form(self, config: Json) -> str:
         """Return the form of a configuration."""
@@ -112,8 +70,12 @@ class HuggingFaceFormat(Protocol):
             UserError: this form needs a template, and there is none.
         """
 
-    def companion_shapes(self, config: Json) -> dict[str, tuple[int, ...]] | None:
-        """Return the shapes of the companion tensors, by name without prefix. None if the form has none.
+    def companion_shapes(self, config: Json, found: Shapes) -> Shapes:
+        """Return the shapes that the companion tensors must have, by name beside an imported checkpoint.
+
+        Args:
+            config: the configuration.
+            found: the shapes of those that there are. Where a family does not know the shapes, it returns these.
 
         Raises:
             UserError: transformers refuses the configuration. The message is that of transformers.
@@ -121,6 +83,8 @@ class HuggingFaceFormat(Protocol):
 
     def transformers_model(self, config: Json):
         """Return transformers' own decoder, on the meta device except for its buffers, in evaluation mode.
+
+        Its parameters have the names of one of the namings, and its logits are those of the predicted ids.
 
         Raises:
             UserError: transformers refuses the configuration. The message is that of transformers.
@@ -326,6 +290,32 @@ def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None
     # Checked here, since a lookup outside the table ends a process on a GPU.
     if codes.numel() and not 0 <= (lowest := int(codes.min())) <= (highest := int(codes.max())) < codebook_size:
         raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError("is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise UserError("must hold a JSON object")
+    return found
+
+
+@contextmanager
+def transformers_refusals() -> Iterator[None]:
+    """Turn whatever transformers raises while it builds something into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"transformers does not take it: {first_line(error)}") from None
 
 
 @contextmanager

@@ -139,7 +139,11 @@ def read_vq_file(path: Path, form: VqForm) -> VqContents:
         UserError: a damaged file, one of another model, or tensors that do not fit each other. The message does not
             name the file.
     """
-    found = _tensors_in(path)
+    return vq_contents(_tensors_in(path), form)
+
+
+def vq_contents(found: Mapping[str, Tensor], form: VqForm) -> VqContents:
+    """Do the same as :func:`read_vq_file`, for tensors by name."""
     stored = {name: tensor for name, tensor in found.items() if name not in form.unused}
     if form.decoder in stored:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _TOLERANCE = 1e-2
 SAFETENSORS = ".safetensors"
 # The files of a Hugging Face folder: its configuration, and its tensors in one file, or in several with an index.
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# The most that one piece of a tensor takes in memory.
+PIECE_BYTES = 64 * 2**20
 # How deep nested keys, such as "state_dict" in "trainer", are searched for weights.
 _DEEPEST = 3
 
@@ -201,6 +204,20 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
             raise UserError(f"tensors {found[name]} and {stored} have one name, {name}, without their wrappers")
         found[name] = stored
     return found
+
+
+def row_ranges(shape: Sequence[int], dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows that cover a tensor of this shape: at most ``piece_bytes`` each, at least one row."""
+    rows = shape[0] if shape else 1
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    # Rows of no bytes all fit in one piece.
+    step = max(1, piece_bytes // row_bytes if row_bytes else rows)
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Return the size of a tensor in bytes."""
+    return math.prod(shape) * dtype.itemsize
 
 
 def is_recomputed(name: str) -> bool:

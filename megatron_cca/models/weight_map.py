@@ -44,6 +44,10 @@ _DIMENSIONS = {
     "levels": lambda sizes: len(sizes.scales),
     "first": lambda sizes: sizes.scales[0] ** 2,
     "features": lambda sizes: sizes.feature_channels,
+    # Of models whose images have an embedding of their own.
+    "words": lambda sizes: sizes.num_words,
+    "codes": lambda sizes: sizes.vocabulary.output_size,
+    "image_channels": lambda sizes: sizes.image_embedding_channels,
     # Vectors of AdaLN for the head, and for a layer.
     "two_hidden": lambda sizes: 2 * sizes.hidden_size,
     "six_hidden": lambda sizes: 6 * sizes.hidden_size,
@@ -136,7 +140,7 @@ class OneToOne:
     @property
     def padded(self) -> bool:
         """See :class:`Rule`."""
-        return self._rows in ("vocab", "output")
+        return self._rows in ("vocab", "words", "output")
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
         """See :class:`Rule`."""

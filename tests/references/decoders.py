@@ -14,7 +14,7 @@ import torch
 from megatron_cca.config import ModelConfig
 from megatron_cca.models import FAMILIES
 from megatron_cca.models.emu3.weights import EMU3_WEIGHTS, Emu3HuggingFace
-from megatron_cca.models.formats import Naming
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_map import GroupedQueryQKV, OneToOne, WeightMap
 from tests.references.huggingface import SIZES
 

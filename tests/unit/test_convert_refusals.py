@@ -70,7 +70,7 @@ def test_another_model_is_told_what_it_is(hf, tmp_path):
     edit_config(hf, model_type="llama", architectures=["LlamaForCausalLM"])
     assert refused(hf, tmp_path) == (
         f"--hf: {hf / 'config.json'}: model_type 'llama' (architectures ['LlamaForCausalLM']) is not of a family known "
-        "here (emu3, emu3_5)"
+        "here (emu3, emu3_5, janus)"
     )
 
 
@@ -162,7 +162,9 @@ def test_a_file_that_is_not_there_is_not_lost_in_silence(hf, tmp_path):
     [
         (["model-00001-of-00002.safetensors"], "is a part; the index that belongs to it is missing"),
         (["adapter_model.safetensors"], "is an adapter; merge it into its base first"),
-        (["pytorch_model.bin"], "is a pickle, which is not read; save it as safetensors"),
+        (["pytorch_model-00001-of-00002.bin"], "is a part; the index that belongs to it is missing"),
+        (["weights.bin"], "has another name; from_pretrained would not take it either"),
+        (["model.pt"], "is a pickle, which is not read; save it as safetensors"),
         (["emu3.gguf"], "is not read; give the safetensors that it was made from"),
     ],
 )

@@ -8,11 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import HuggingFaceCheckpoint, read_config, recognise
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.emu3.image_tokenizer import open_emu3_vq
 from megatron_cca.models.emu3.weights import Emu3HuggingFace
 from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
+from megatron_cca.models.weights_folder import SafetensorsFolder
 from tests.references.fuzzing import NAMES, NUMBERS, changed, fuzzed, names, plain, spoilt
 
 OPTION = "--hf"

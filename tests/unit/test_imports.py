@@ -115,7 +115,7 @@ def test_nobody_else_compares_the_name_of_an_objective():
 
 
 # What may know a family by name: its own folder, the table of families, and readers of its files.
-FAMILY_FOLDERS = ("models/emu3/", "models/emu3_5/", "models/llamagen/", "models/var/")
+FAMILY_FOLDERS = ("models/emu3/", "models/emu3_5/", "models/janus/", "models/llamagen/", "models/var/")
 # A family that continues another one, and shares with it what did not change.
 SUCCESSORS = {"models/emu3_5/": "models/emu3/"}
 MAY_NAME_FAMILIES = (*FAMILY_FOLDERS, "models/__init__.py", "data/sources/emu3.py", "data/sources/llamagen.py")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, SafetensorsFolder, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import row_ranges
+from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
 from megatron_cca.errors import UserError, shortened
+from megatron_cca.models.weight_files import row_ranges
+from megatron_cca.models.weights_folder import SafetensorsFolder
 
 TENSORS = {
     "a": torch.randn(7, 5),
@@ -135,6 +136,6 @@ def test_a_damaged_index_is_named(sharded):
 
 
 def test_pickles_are_not_read(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "model.pt").write_bytes(b"x")
     assert "has neither model.safetensors nor" in refused(tmp_path)
-    assert "(pytorch_model.bin is a pickle, which is not read; save it as safetensors)" in refused(tmp_path)
+    assert "(model.pt is a pickle, which is not read; save it as safetensors)" in refused(tmp_path)

@@ -31,14 +31,15 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     template_from_folder,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import is_file_name
 from megatron_cca.io.output_folders import check_apart, check_file, check_output, check_space, claimed, staging
 from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
-from megatron_cca.models.formats import HuggingFaceFormat, Json, Naming
-from megatron_cca.models.weight_files import CONFIG
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import Naming
+from megatron_cca.models.weight_files import CONFIG, row_ranges
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
 _UNFINISHED = frozenset({_PARTIAL, _FORMER})
@@ -164,19 +165,20 @@ def _pieces(source: MegatronCheckpoint, name: str) -> Iterator[Tensor]:
 def _companions(
     copied: ExportTemplate, naming: Naming, format: HuggingFaceFormat, config: Json
 ) -> list[OutgoingTensor]:
+    found = {bare: copied.tensors.tensors[name].shape for bare, name in copied.names.items()}
     with error_context(f"{copied.option}: {copied.config_file}"):
-        wanted = format.companion_shapes(config) or {}
+        wanted = format.companion_shapes(config, found)
     missing = sorted(wanted.keys() - copied.names.keys())
     if missing:
         raise UserError(
-            f"{FORMAT} {naming.form}: tensor {naming.companion_prefix}{missing[0]} (and {len(missing) - 1} "
+            f"{FORMAT} {naming.form}: tensor {naming.companion_on_disk(missing[0])} (and {len(missing) - 1} "
             f"more) is neither in the checkpoint nor in a template; give {HF_TEMPLATE} with a folder that has "
             "it"
         )
     extra = sorted(copied.names.keys() - wanted.keys()) if wanted else []
     if extra:
         raise UserError(f"{copied.option}: tensor {copied.names[extra[0]]} belongs to no part of {copied.config_file}")
-    return [_companion(copied, bare, shape, f"{naming.companion_prefix}{bare}") for bare, shape in wanted.items()]
+    return [_companion(copied, bare, shape, naming.companion_on_disk(bare)) for bare, shape in wanted.items()]
 
 
 def _companion(copied: ExportTemplate, bare: str, shape: tuple[int, ...], on_disk: str) -> OutgoingTensor:

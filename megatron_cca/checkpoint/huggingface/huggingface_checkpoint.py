@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder, TensorInfo
 from megatron_cca.config import ModelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import hub_blobs
 from megatron_cca.models import FAMILIES, resolve_architecture
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import recognise_naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     check_frequencies,
@@ -27,6 +27,7 @@ from megatron_cca.models.weight_files import (
     same_tensors,
     weight_sets,
 )
+from megatron_cca.models.weights_folder import TensorInfo, open_weights
 
 HF, CHECKPOINT, HF_TEMPLATE, FORMAT = "--hf", "--checkpoint", "--hf-template", "--format"
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -61,7 +62,7 @@ UNDESCRIBED = WeightsDescription()
 
 
 class HuggingFaceCheckpoint:
-    """A folder with ``config.json`` and safetensors of a known family, in any of the family's forms.
+    """A folder with ``config.json`` and weights of a known family, in any of the family's forms.
 
     Attributes:
         folder: the folder.
@@ -85,7 +86,7 @@ class HuggingFaceCheckpoint:
         self.format = recognise(self.config, folder, option)
         self.form = self.format.form(self.config)
         self.model, self.architecture = self._sizes()
-        self.files = SafetensorsFolder(folder, option)
+        self.files = open_weights(folder, option)
         with error_context(f"{option}: {folder}"):
             self.files.tensors = self._own_tensors(description.section)
         self.naming = recognise_naming(self.format.namings, self.files.tensors)
@@ -152,14 +153,12 @@ class HuggingFaceCheckpoint:
         self._check_against(wanted, extra)
 
     def _check_companions(self) -> None:
+        found = {bare: self.files.tensors[name].shape for bare, name in self.companions.items()}
         with error_context(f"{self.option}: {self.folder / CONFIG}"):
-            wanted = self.format.companion_shapes(self.config)
-        if wanted is None:
-            return
-        prefix = self.naming.companion_prefix
+            wanted = self.format.companion_shapes(self.config, found)
         self._check_against(
-            {f"{prefix}{name}": shape for name, shape in wanted.items()},
-            sorted(f"{prefix}{name}" for name in self.companions.keys() - wanted.keys()),
+            {self.naming.companion_on_disk(name): shape for name, shape in wanted.items()},
+            sorted(self.companions[name] for name in found.keys() - wanted.keys()),
         )
 
     def _check_against(self, wanted: dict[str, tuple[int, ...]], extra: list[str]) -> None:
@@ -208,11 +207,11 @@ def recognise(config: Json, folder: Path, option: str) -> HuggingFaceFormat:
     Raises:
         UserError: the family is not known. Names the model type.
     """
-    for family in FAMILIES.values():
-        if family.huggingface and family.huggingface.knows(config):
-            return family.huggingface
-    known = ", ".join(name for name, family in FAMILIES.items() if family.huggingface)
     kind = config.get("model_type")
+    for found in (family.huggingface for family in FAMILIES.values()):
+        if found and isinstance(kind, str) and kind in found.model_types and found.knows(config):
+            return found
+    known = ", ".join(name for name, family in FAMILIES.items() if family.huggingface)
     raise UserError(
         f"{option}: {folder / CONFIG}: model_type {kind!r} (architectures {config.get('architectures')}) is not of a "
         f"family known here ({known})"

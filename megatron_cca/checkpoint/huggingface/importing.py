@@ -22,7 +22,7 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     one_dtype,
 )
 from megatron_cca.checkpoint.huggingface.safetensors_files import OutgoingTensor, write_safetensors
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, num_bytes, row_ranges, save_pieces
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, Piece, save_pieces
 from megatron_cca.checkpoint.summary import IMPORTED_FROM, config_of_weights, summarize
 from megatron_cca.config import ParallelConfig
 from megatron_cca.config.load import config_from_dict
@@ -30,8 +30,9 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.output_folders import check_apart, check_output, claimed, staging
 from megatron_cca.megatron_compat import COMMON_STATE, extra_state_keys
 from megatron_cca.models import FAMILIES, resolve_architecture
-from megatron_cca.models.architecture import check_layout, padded_vocab_size
-from megatron_cca.models.formats import Naming, WeightsFileFormat
+from megatron_cca.models.architecture import check_layout, padded_output_size, padded_vocab_size
+from megatron_cca.models.formats import WeightsFileFormat
+from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_files import (
     CONFIG,
     SAFETENSORS,
@@ -39,6 +40,8 @@ from megatron_cca.models.weight_files import (
     contents_of,
     equal_tensors,
     is_recomputed,
+    num_bytes,
+    row_ranges,
     same_tensors,
     sets_in,
     tensors_under,
@@ -268,7 +271,7 @@ def gathered_rows(source: PublicCheckpoint, tensor: MappedTensor, start: int, st
 
 
 def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
-    rows = padded_vocab_size(source.architecture, source.model, 1) if tensor.padded else tensor.num_rows
+    rows = _padded_rows(source, tensor) if tensor.padded else tensor.num_rows
     shape = (rows,) if tensor.columns is None else (rows, tensor.columns)
     stack, layer = ((), ()) if tensor.layer is None else ((source.architecture.num_layers,), (tensor.layer,))
     for start, stop in row_ranges(shape, source.dtype):
@@ -280,6 +283,11 @@ def _cut(source: PublicCheckpoint, tensor: MappedTensor) -> Iterator[Piece]:
             dtype=source.dtype,
             read=partial(gathered_rows, source, tensor, start, stop),
         )
+
+
+def _padded_rows(source: PublicCheckpoint, tensor: MappedTensor) -> int:
+    padded = padded_output_size if tensor.key.startswith("output_layer.") else padded_vocab_size
+    return padded(source.architecture, source.model, 1)
 
 
 def _whole(key: str, tensor: Tensor) -> Piece:
@@ -294,7 +302,8 @@ def _copy_files(files: list[Path], to: Path) -> None:
 
 
 def _objects(source: PublicCheckpoint) -> dict:
-    extra_states = dict.fromkeys(extra_state_keys(source.architecture.num_layers))
+    architecture = source.architecture
+    extra_states = dict.fromkeys(extra_state_keys(architecture.num_layers, qk_layernorm=architecture.qk_layernorm))
     config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: summary.common_state(config, 0), **extra_states}
 

@@ -16,15 +16,15 @@ from megatron_cca.checkpoint.huggingface.huggingface_checkpoint import (
     read_config,
     recognise,
 )
-from megatron_cca.checkpoint.huggingface.safetensors_files import SafetensorsFolder
 from megatron_cca.checkpoint.integrity import check_whole
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.checkpoint.summary import saved_config
 from megatron_cca.config import LoraConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models import family_of, resolve_architecture
-from megatron_cca.models.formats import HuggingFaceFormat, Json, recognise_naming
-from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
+from megatron_cca.models.formats import HuggingFaceFormat, Json
+from megatron_cca.models.naming import recognise_naming
+from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import (
     LINEAR_IN,
     LINEAR_OUT,
@@ -33,6 +33,7 @@ from megatron_cca.models.weight_map import (
     rows_in_megatron,
     scale_of,
 )
+from megatron_cca.models.weights_folder import PickledFolder, SafetensorsFolder, WeightsFolder, open_weights
 
 
 class MegatronCheckpoint:
@@ -170,14 +171,14 @@ class ExportTemplate:
     config: Json | None = None
     config_file: Path | None = None
     files: tuple[Path, ...] = ()
-    tensors: SafetensorsFolder | None = None
+    tensors: WeightsFolder | None = None
     names: Mapping[str, str] = field(default_factory=dict)
 
 
 def template_from_folder(folder: Path, format: HuggingFaceFormat, option: str) -> ExportTemplate:
     """Return the template from a Hugging Face folder of the same family.
 
-    Only its tensors outside of the decoder are used. The folder may have no safetensors at all.
+    Only its tensors outside of the decoder are used. The folder may have no weights at all.
 
     Raises:
         UserError: the folder or its configuration is of another family, or a file is damaged.
@@ -186,8 +187,8 @@ def template_from_folder(folder: Path, format: HuggingFaceFormat, option: str) -
     if recognise(config, folder, option) is not format:
         raise UserError(f"{option}: {folder} is of another family than the checkpoint")
     tensors, names = None, {}
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        tensors = SafetensorsFolder(folder, option)
+    if SafetensorsFolder.is_in(folder) or PickledFolder.is_in(folder):
+        tensors = open_weights(folder, option)
         naming = recognise_naming(format.namings, tensors.tensors)
         names = {bare: name for name in tensors.tensors if (bare := naming.companion(name)) is not None}
     return _template(option, folder, config, tensors, names)
@@ -204,7 +205,7 @@ def template_from_checkpoint(checkpoint: Path, option: str) -> ExportTemplate:
 
 
 def _template(
-    option: str, folder: Path, config: Json, tensors: SafetensorsFolder | None, names: Mapping[str, str]
+    option: str, folder: Path, config: Json, tensors: WeightsFolder | None, names: Mapping[str, str]
 ) -> ExportTemplate:
     format = recognise(config, folder, option)
     with error_context(f"{option}: {folder / CONFIG}"):

@@ -35,10 +35,12 @@ from megatron_cca.checkpoint.huggingface.megatron_checkpoint import (
     MegatronCheckpoint,
     template_from_checkpoint,
 )
-from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors, num_bytes, row_ranges
+from megatron_cca.checkpoint.stored_tensors import ByteProgress, StoredTensors
 from megatron_cca.config import Config, ParallelConfig
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.architecture import check_layout
+from megatron_cca.models.naming import recognise_naming
+from megatron_cca.models.weight_files import num_bytes, row_ranges
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -189,16 +191,20 @@ def compare_logits(
 
 @torch.no_grad()
 def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
-    """Return float32 logits ``[B, S, V]`` of transformers' decoder on the CPU, for int64 ``tokens`` ``[B, S]``."""
+    """Return float32 logits ``[B, S, V]`` of transformers' decoder on the CPU, for int64 ``tokens`` ``[B, S]``.
+
+    V is the number of ids that the head predicts.
+    """
     with error_context(f"{source.option}: {source.folder}"):
         model = source.format.transformers_model(source.config)
 
+    naming = recognise_naming(source.format.namings, (name for name, _ in model.named_parameters()))
+
     def fill(prefix: str, module: torch.nn.Module) -> None:
         for name, parameter in module.named_parameters():
-            whole = f"{prefix}.{name}"
-            parameter.copy_(source.read(whole, 0, parameter.size(0)))
+            parameter.copy_(source.read(naming.mapped(f"{prefix}.{name}"), 0, parameter.size(0)))
 
-    parts = _parts(model, "model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    parts = _parts(model)
     with _streamed(model, parts, fill, "cpu", "transformers' logits", progress_bar):
         return model(input_ids=tokens, use_cache=False).logits
 
@@ -207,7 +213,8 @@ def transformers_logits(source: HuggingFaceCheckpoint, tokens: Tensor, *, progre
 def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_bar: bool = True) -> Tensor:
     """Return float32 logits ``[B, S, V]`` of Megatron's GPTModel for int64 ``tokens`` ``[B, S]``.
 
-    The model is tensor-parallel over all ranks. Process groups must have the layout of :func:`verification_config`.
+    V is the number of ids that the head predicts. The model is tensor-parallel over all ranks. Process groups must have
+    the layout of :func:`verification_config`.
     """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -223,13 +230,13 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: Tensor, *, progress_
         for shard in sharded_tensors(state):
             _fill_shard(shard, checkpoint.stored)
 
-    parts = _parts(model, "embedding", "decoder.layers", "decoder.final_layernorm", "output_layer")
+    parts = _parts(model)
     tokens = tokens.to(platform.device())
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     shown = progress_bar and dist.get_rank() == 0
     with _streamed(model.eval(), parts, fill, platform.device(), "Megatron's logits", shown):
         logits = model(tokens, positions, None)
-    return gather_from_tensor_model_parallel_region(logits)[..., : checkpoint.architecture.vocabulary.size].cpu()
+    return gather_from_tensor_model_parallel_region(logits)[..., : checkpoint.architecture.vocabulary.output_size].cpu()
 
 
 def verification_config(checkpoint: MegatronCheckpoint) -> Config:
@@ -310,12 +317,18 @@ def _fill_shard(shard: ShardedTensor, stored: StoredTensors) -> None:
         shard.data.view(sizes)[inside] = stored.read_block(shard.key, low, high).to(shard.data.device)
 
 
-def _parts(model: torch.nn.Module, *names: str) -> list[str]:
+def _parts(model: torch.nn.Module, prefix: str = "") -> list[str]:
+    """Return the names of the largest modules with weights that hold no stack of layers: each layer is one."""
     parts = []
-    for name in names:
-        module = model.get_submodule(name)
+    for name, module in model.named_children():
         is_list = isinstance(module, torch.nn.ModuleList)
-        parts += [f"{name}.{index}" for index in range(len(module))] if is_list else [name]
+        holds_layers = any(isinstance(inner, torch.nn.ModuleList) for inner in module.modules())
+        if is_list:
+            parts += [f"{prefix}{name}.{index}" for index in range(len(module))]
+        elif holds_layers:
+            parts += _parts(module, f"{prefix}{name}.")
+        elif any(True for _ in module.parameters()):
+            parts.append(f"{prefix}{name}")
     return parts
 
 

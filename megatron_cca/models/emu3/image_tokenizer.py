@@ -15,14 +15,20 @@ from megatron_cca.models.emu3.vq_files import (
     IGNORED,
     VqForm,
     normalisation,
-    read_json,
     read_tensors,
     recognise,
     sizes_in,
     stored_tensors,
+)
+from megatron_cca.models.formats import (
+    check_codes,
+    check_pixels,
+    fingerprint,
+    full_float32,
+    moved_to,
+    read_json,
     transformers_refusals,
 )
-from megatron_cca.models.formats import check_codes, check_pixels, fingerprint, full_float32, moved_to
 from megatron_cca.models.weight_files import CONFIG
 
 # transformers crops codes to these sizes, along the wrong axes of a clip. Nothing here is padded.

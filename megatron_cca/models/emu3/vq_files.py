@@ -8,7 +8,6 @@ composite   ``Emu3ForConditionalGeneration``: ``vq_config`` within its configura
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context, first_line
-from megatron_cca.models.formats import float32_copy
+from megatron_cca.models.formats import float32_copy, read_json
 from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -57,11 +56,11 @@ _RENAMED = (
     (r"\.(attn\.\d+|attn_1)\.([qkv])\.", r".\1.\2_proj."),
     (r"\.(attn\.\d+|attn_1)\.proj_out\.", r".\1.out_proj."),
 )
+# The values of model_type in the three forms.
+_MODEL_TYPES = ("Emu3VisionVQ", "emu3_vqgan", "emu3")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Linear layers in transformers, 1 x 1 convolutions in the original.
 _LINEAR = re.compile(r"\.(attn\.\d+|attn_1)\.(q|k|v|out)_proj\.weight$")
-# The model_type of the image tokenizer of Emu3.5, which is another network.
-TYPE_OF_EMU3_5 = "Emu3p5VisionVQ"
 # Counts training batches. Evaluation does not read it.
 IGNORED = "num_batches_tracked"
 
@@ -94,11 +93,11 @@ class Emu3VqFiles:
         return (path / CONFIG).is_file()
 
     def knows(self, path: Path) -> bool:
-        """See the protocol. Emu3.5's have the same names."""
+        """See the protocol."""
         try:
-            return read_json(path / CONFIG).get("model_type") != TYPE_OF_EMU3_5
-        except UserError:
-            return True
+            return read_json(path / CONFIG).get("model_type") in _MODEL_TYPES
+        except (UserError, TypeError):
+            return False
 
     def open(
         self,
@@ -129,23 +128,6 @@ def recognise(config: dict[str, Any]) -> tuple[VqForm, dict[str, Any]]:
     if not isinstance(section, dict):
         raise UserError(f"vq_config: must be an object, found {repr(section)[:60]}")
     return VqForm(("vqmodel.", "model.vqmodel.")), section
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError("is not valid JSON") from None
-    if not isinstance(found, dict):
-        raise UserError("must hold a JSON object")
-    return found
 
 
 def sizes_in(section: Mapping[str, Any], form: VqForm, num_tensors: int) -> dict[str, Any]:
@@ -219,15 +201,6 @@ def read_tensors(model: torch.nn.Module, stored: Mapping[str, tuple[str, Path]])
                 _check_tensor(name, tensors.get_slice(name), tuple(state[ours].shape), bool(_LINEAR.search(ours)))
                 state[ours] = float32_copy(name, tensors.get_tensor(name)).reshape(state[ours].shape)
     return state
-
-
-@contextmanager
-def transformers_refusals() -> Iterator[None]:
-    """Turn whatever transformers raises while it builds something into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"transformers does not take it: {first_line(error)}") from None
 
 
 def _check_type(key: str, value: object, released: object) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from megatron_cca.config.load import read_yaml
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.emu3.vq_files import TYPE_OF_EMU3_5, read_json
-from megatron_cca.models.formats import check_codes, fingerprint, moved_to
+from megatron_cca.models.formats import check_codes, fingerprint, moved_to, read_json
 from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqForm, read_vq_file, vqgan_name
 from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 from megatron_cca.models.weight_files import CONFIG, SINGLE
 
+_MODEL_TYPE = "Emu3p5VisionVQ"
 _YAML, _CHECKPOINT = "config.yaml", "model.ckpt"
 # Inner products of float64 that are computed at a time: 0.25 GB.
 _PRODUCTS_AT_ONCE = 2**25
@@ -53,7 +53,7 @@ class Emu35VqFiles:
         if not (path / CONFIG).is_file():
             return True
         try:
-            return read_json(path / CONFIG).get("model_type") == TYPE_OF_EMU3_5
+            return read_json(path / CONFIG).get("model_type") == _MODEL_TYPE
         except UserError:
             return False
 
@@ -162,8 +162,8 @@ def _configuration(folder: Path) -> tuple[dict[str, Any], Path]:
         with error_context(path):
             config = read_json(path)
             kind = config.get("model_type")
-            if kind != TYPE_OF_EMU3_5:
-                raise UserError(f"model_type {repr(kind)[:60]} is not an Emu3.5 image tokenizer's, {TYPE_OF_EMU3_5}")
+            if kind != _MODEL_TYPE:
+                raise UserError(f"model_type {repr(kind)[:60]} is not an Emu3.5 image tokenizer's, {_MODEL_TYPE}")
         return config, path
     path = folder / _YAML
     config = read_yaml(path, "image tokenizer", "an image tokenizer's sizes", dict)
