@@ -20,7 +20,7 @@ from megatron_cca.models import FAMILIES as ALL_FAMILIES
 from megatron_cca.models.architecture import check_layout
 from megatron_cca.objectives import OBJECTIVES
 from tests.distributed.launch import run_workers
-from tests.references import emu3_files, janus, llamagen, llamagen_files, var_files
+from tests.references import emu3_5, emu3_files, janus, llamagen, llamagen_files, var_files
 from tests.references.family import STEP, Family, answers, answers_to_a_step, shards, step_of, tensors_in
 from tests.references.huggingface import assert_same_bits
 from tests.selection import Computed, mostly_full
@@ -55,6 +55,11 @@ FAMILIES = {
         preset="emu3-tiny",
         forms={form: partial(emu3_files.write, form) for form in emu3_files.FORMS},
         oracle=emu3_files.oracle,
+    ),
+    "emu3_5": Family(
+        preset="emu3_5-tiny",
+        forms={"original": emu3_5.write},
+        oracle=emu3_5.oracle,
     ),
     "janus": Family(
         preset="janus-tiny",

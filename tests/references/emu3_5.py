@@ -1,6 +1,6 @@
 """Small random Emu3.5s on disk as their authors keep them, and their decoder in plain PyTorch.
 
-Names and configuration are those of ``modeling_emu3.py`` and ``configuration_emu3.py`` in baaivision/Emu3.5. Written from
+Names and configuration are those of baaivision/Emu3.5 (``modeling_emu3.py``, ``configuration_emu3.py``). Written from
 the papers of its parts: norms of heads (arXiv 2302.05442), rotary positions (arXiv 2104.09864).
 """
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import silu
+
+from tests.references.family import Oracle, leaves, tensors_in
 
 # Of emu3_5-tiny.
 CONFIG = {
@@ -96,6 +98,18 @@ def save(folder: Path, *, dtype=torch.float32, seed: int = 0, files: int = 1, **
     for name in ("emu3.tiktoken", "emu3_vision_tokens.txt"):
         (folder / name).write_bytes(b"IQ== 0\nIg== 1\n")
     return tensors
+
+
+def write(folder: Path, seed: int, dtype: torch.dtype) -> Path:
+    """Save a random tiny model."""
+    save(folder, seed=seed, dtype=dtype)
+    return folder
+
+
+def oracle(folder: Path) -> Oracle:
+    """The plain decoder."""
+    config, weights = json.loads((folder / "config.json").read_text()), leaves(tensors_in(folder))
+    return Oracle(lambda tokens: logits(weights, tokens, config), weights)
 
 
 def normed(x, weight, epsilon):
