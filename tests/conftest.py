@@ -42,3 +42,12 @@ def tiny_var(tmp_path_factory) -> list[str]:
     from tests.references.tiny_var import settings
 
     return settings(tmp_path_factory.mktemp("var"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """By family of ``tests/families.py`` and form: a folder of models, data and the oracle's answers."""
+    from tests.families import make
+    from tests.selection import Computed
+
+    return Computed(lambda case: make(case, tmp_path_factory.mktemp("family")))

@@ -20,18 +20,19 @@ OLD_COMMON_FILE = "common.pt"
 EXTRA_STATE = "_extra_state"
 FINAL_NORM = "decoder.final_layernorm"
 _LAYERS = "decoder.layers"
+HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _PROJECTIONS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def extra_state_keys(num_layers: int) -> Iterator[str]:
+def extra_state_keys(num_layers: int, *, qk_layernorm: bool) -> Iterator[str]:
     """Yield the unique keys of all extra states that a plain GPTModel loads, with local or Transformer Engine layers.
 
     Without FP8 these states are empty. Both kinds of layers then accept None.
     """
     yield from (
         f"{_LAYERS}.{name}.{EXTRA_STATE}/shard_{layer}_{num_layers}"
-        for name in _PROJECTIONS
+        for name in (*_PROJECTIONS, *(HEAD_NORMS if qk_layernorm else ()))
         for layer in range(num_layers)
     )
-    # Only Transformer Engine's norm has an extra state.
+    # Only Transformer Engine's norms have an extra state.
     yield f"{FINAL_NORM}.{EXTRA_STATE}/shard_0_1"

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_cca.megatron_compat import EXTRA_STATE, FINAL_NORM
+from megatron_cca.megatron_compat import EXTRA_STATE, FINAL_NORM, HEAD_NORMS
 
 # Transformer Engine 2.16 and later unpickle the extra states of FP8 delayed scaling only if this variable is 1.
 _TE_MAY_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -44,10 +44,15 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def with_all_extra_states(state: dict) -> dict:
     """Return a chunk's sharded state with all extra states that plain layers of either kind load."""
-    weight, name = state.get(f"{FINAL_NORM}.weight"), f"{FINAL_NORM}.{EXTRA_STATE}"
-    if weight is None:
-        return state
-    return {name: ShardedObject(name, None, (1,), (0,), weight.replica_id), **state}
+    lacking = {}
+    for name, weight in state.items():
+        norm = name.removesuffix(".weight")
+        if norm != name and norm.endswith((FINAL_NORM, *HEAD_NORMS)):
+            # Layers are stacked along the first axis.
+            places = weight.global_shape[:-1] or (1,), weight.global_offset[:-1] or (0,)
+            key = weight.key.removesuffix("weight") + EXTRA_STATE
+            lacking[f"{norm}.{EXTRA_STATE}"] = ShardedObject(key, None, *places, weight.replica_id)
+    return lacking | state
 
 
 def without_empty_extra_states(state: dict) -> dict:

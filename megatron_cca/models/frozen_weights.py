@@ -109,7 +109,8 @@ class _StreamedChunk:
             # The head's forward does not run. Its weight is used from what comes before it to the end of the model's
             # forward.
             before = gpt.decoder.final_layernorm or gpt.final_modulation
-            self._add(_StreamedPart([before, gpt.output_layer], fetcher), before, gpt)
+            own = [gpt.image_head] if hasattr(gpt, "image_head") else []
+            self._add(_StreamedPart([before, *own, gpt.output_layer], fetcher), before, gpt)
 
     def _add(self, part: _StreamedPart, first: torch.nn.Module, last: torch.nn.Module) -> None:
         place = len(self._parts)

@@ -43,6 +43,8 @@ class CodeAndWordEmbedding(MegatronModule):
 
     def __init__(self, config: TransformerConfig, architecture: Architecture, num_words: int) -> None:
         super().__init__(config)
+        # Megatron asks this of an embedding: its rows are this rank's part.
+        self.scatter_to_sequence_parallel = config.sequence_parallel
         self.num_codes, size = architecture.vocabulary.codebook_size, config.hidden_size
         channels = architecture.image_embedding_channels
         self.word_embeddings = VocabParallelEmbedding(

@@ -148,13 +148,3 @@ def _program(script: str, arguments: list[str], cwd: str, variables: dict[str, s
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
     sys.stdout.flush()
-
-
-def class_model_answers(worker, cases, tmp_path_factory, **common):
-    """Answers of a worker in class_model_workers.py to all cases by number of ranks: ``{name: answer}``."""
-    found = {}
-    for ranks, own in cases.items():
-        settings = {"cases": own, **common}
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        found |= run_workers(ranks, f"class_model_workers.{worker}", settings, folder)
-    return found

@@ -20,7 +20,7 @@ SERVER.set_forkserver_preload(
         # First: it installs the platform, before the others import Megatron-Core.
         "tests.distributed.ranks",
         "tests.distributed.checkpoint_workers",
-        "tests.distributed.class_model_workers",
+        "tests.distributed.family_workers",
         "tests.distributed.logits_workers",
         "tests.distributed.timing_workers",
         "tests.distributed.workers",

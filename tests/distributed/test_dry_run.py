@@ -32,6 +32,7 @@ VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 BF16 = ["training.precision=bf16"]
 GRID = ["model.name=llamagen-tiny"]
 SCALES = ["model.name=var-tiny"]
+IMAGES = ["model.name=janus-tiny"]
 MIXTURE = ["objective.name=gft"]
 FULL = ["training.recompute_granularity=full"]
 SELECTIVE = ["training.recompute_granularity=selective"]
@@ -39,20 +40,13 @@ WIDE_HEADS = ["model.kv_channels=64", "model.qk_layernorm=true", "model.add_qkv_
 OVERLAP = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 
 REAL = {
-    "one": (1, []),
     "dp2": (2, OVERLAP),
     "dp4": (4, BF16),
-    "tp2": (2, [*TP2, "parallel.sequence_parallel=true"]),
-    "pp2": (2, PP2),
     "tp2, wide heads": (2, [*TP2, *WIDE_HEADS]),
-    "pp2, positions on a grid": (2, [*GRID, *PP2]),
     "vpp2 x dp2": (4, VPP2),
-    "scales": (1, SCALES),
     "scales, dp2": (2, [*SCALES, *BF16, *OVERLAP]),
-    "scales, tp2": (2, [*SCALES, *TP2, "parallel.sequence_parallel=true"]),
     "scales, tp2 without sequence parallelism": (2, [*SCALES, *BF16, *TP2]),
     "scales, core attention again": (1, [*SCALES, *SELECTIVE, "training.recompute_modules=[core_attn]"]),
-    "scales, fp8 weights": (1, [*SCALES, *BF16, "reference.fp8_param=true"]),
     "mixture": (1, MIXTURE),
     "mixture, tp2": (2, [*MIXTURE, *TP2, *BF16, "parallel.sequence_parallel=true"]),
     "scales, mixture": (1, [*SCALES, *MIXTURE]),
@@ -84,6 +78,12 @@ FAKE = {
     "likelihood": (1, ["objective.name=next_token"], [0]),
     "mixture, full recomputation": (1, [*MIXTURE, *FULL], [0]),
     "mixture, pp2": (2, [*MIXTURE, *PP2], [0, 1]),
+    "images, tp2 without sequence parallelism": (2, [*IMAGES, *TP2], [0]),
+    "images, full recomputation": (1, [*IMAGES, *FULL], [0]),
+    "images, offloaded": (1, [*IMAGES, *FULL, "reference.strategy=offload"], [0]),
+    "images, fp8 weights": (1, [*IMAGES, *BF16, "reference.fp8_param=true"], [0]),
+    "images, adapters": (1, [*IMAGES, "reference.strategy=shared", "lora.dim=4"], [0]),
+    "images, mixture": (1, [*IMAGES, *MIXTURE], [0]),
     "scales, full recomputation": (1, [*SCALES, *FULL], [0]),
     "scales, two layers of three": (
         1,
@@ -140,11 +140,12 @@ def run_of(name):
 
 # One of each kind of formula.
 KEPT = {
-    *("tp2", "pp2, positions on a grid", "vpp2 x dp2", "tp2, wide heads", "tp4, wide heads"),
+    *("vpp2 x dp2", "tp2, wide heads", "tp4, wide heads"),
     *("cp2, positions on a grid", "full recomputation, positions on a grid", "two layers of four", "mlp again"),
     *("offloaded", "fp8 weights", "adapters", "plain optimizer", "buckets", "likelihood", "tp4", "tp4, fp8 reference"),
     *("mixture", "tp4, mixture"),
-    *("scales, dp2", "scales, tp2", "scales, core attention again", "scales, full recomputation", "scales, mlp again"),
+    *("images, full recomputation", "images, offloaded"),
+    *("scales, dp2", "scales, core attention again", "scales, full recomputation", "scales, mlp again"),
     *("scales, offloaded", "scales, adapters", "scales, buckets", "large scales", "large scales, tp2, recomputed"),
 }
 
@@ -194,12 +195,18 @@ def in_make_test(case):
 @pytest.mark.parametrize(("name", "microbatches"), mostly_full(itertools.product(REAL, (TWO, ALL)), in_make_test))
 def test_real_ranks_hold_what_is_predicted_and_what_the_dry_run_counts(name, microbatches, tmp_path):
     ranks, overrides = REAL[name]
-    settings = {**overrides_of(TINY, overrides, ranks, microbatches), "workload": [24, 16]}
-    real = run_workers(ranks, "timing_workers.counted_steps", settings, tmp_path)
+    assert_held(overrides, ranks, WORKLOAD, microbatches, tmp_path)
+
+
+def assert_held(overrides, ranks, workload, microbatches, folder):
+    """Hold the prediction and the dry run of a run of tiny sizes to real ranks."""
+    settings = {**overrides_of(TINY, overrides, ranks, microbatches)}
+    settings["workload"] = [workload.seq_length, workload.image_tokens]
+    real = run_workers(ranks, "timing_workers.counted_steps", settings, folder)
     jobs = [{**settings, "ranks": ranks, "rank": rank, "like_gpu": False} for rank in range(ranks)]
-    fakes = run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, tmp_path)
+    fakes = run_workers(1, "timing_workers.dry_runs", {"jobs": jobs}, folder)
     for rank, (counted, fake) in enumerate(zip(real, fakes, strict=True)):
-        assert_agrees(counted, predicted(TINY, overrides, ranks, rank, WORKLOAD, False, microbatches), on_gpu=False)
+        assert_agrees(counted, predicted(TINY, overrides, ranks, rank, workload, False, microbatches), on_gpu=False)
         for key in (*HELD, "peak", "activations"):
             assert fake[key] == counted[key], key
         # What ranks tell each other in words has no size until it is said.

@@ -3,7 +3,6 @@
 fp32; relative tolerance 1e-5 on every loss and 1e-4 on every gradient norm.
 """
 
-import re
 import shutil
 
 import pytest
@@ -19,7 +18,6 @@ from megatron_cca.checkpoint.huggingface import (
     open_both,
 )
 from megatron_cca.checkpoint.huggingface.megatron_checkpoint import MegatronCheckpoint
-from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.errors import UserError
 from tests.distributed.launch import run_workers
 from tests.distributed.test_layout_parity import (
@@ -29,14 +27,13 @@ from tests.distributed.test_layout_parity import (
     LOSS_RTOL,
     NORM_RTOL,
     PP2,
-    SIZED_BY_PRESET,
     TP2,
     TP2_SP,
     VPP2,
     column,
 )
-from tests.references import var, var_in_megatron
 from tests.references.huggingface import assert_same_bits, load_tensors, save_emu3
+from tests.references.merged import merged_by_hand, opened, whole
 from tests.references.resealed import reseal
 from tests.selection import Computed, mostly_full
 
@@ -140,15 +137,6 @@ def trained(request, digit_shards, tmp_path_factory):
     return folder, precision
 
 
-def whole(stored, name):
-    shape = stored.shape(name)
-    return stored.read_block(name, [0] * len(shape), shape)
-
-
-def opened(path):
-    return StoredTensors(layout.resolve(path, "checkpoint"), "checkpoint")
-
-
 def test_training_leaves_the_frozen_weights_as_they_were(trained):
     folder, _ = trained
     before, after = opened(folder / "start"), opened(folder / "run")
@@ -160,23 +148,9 @@ def test_training_leaves_the_frozen_weights_as_they_were(trained):
     assert all(whole(after, name).abs().min(dim=0).values.max() > 0 for name in added)
 
 
-def merged_by_hand(folder):
-    """The run's weights under Megatron's names, from what its checkpoint holds."""
-    stored = opened(folder / "run")
-    tensors = {}
-    for name in opened(folder / "start").names():
-        tensors[name] = whole(stored, name)
-        adapter = name.removesuffix("weight") + "adapter."
-        if f"{adapter}linear_in.weight" in stored:
-            linear_in, linear_out = (whole(stored, f"{adapter}linear_{end}.weight").double() for end in ("in", "out"))
-            product = torch.einsum("lrd,ldc->lrc", linear_out, linear_in)
-            tensors[name] = (tensors[name].double() + 2 * product).float().to(tensors[name].dtype)
-    return tensors
-
-
 def test_loading_merges_on_any_layout(trained, tmp_path):
     folder, precision = trained
-    save_file(merged_by_hand(folder), tmp_path / "expected.safetensors")
+    save_file(merged_by_hand(folder / "start", folder / "run", scale=2), tmp_path / "expected.safetensors")
     common = {"checkpoint": str(folder / "run"), "expected": str(tmp_path / "expected.safetensors")}
     for ranks, layouts in ((1, [[]]), (2, [TP2, PP2, VPP2])):
         settings = {**common, "layouts": [[*overrides, precision] for overrides in layouts]}
@@ -199,27 +173,6 @@ def test_an_export_has_the_merged_weights_and_verifies(trained, tmp_path):
     assert compare_logits(*open_both(back, folder / "run"), progress_bar=False).agree
     assert not compare_tensors(*open_both(folder / "hf", folder / "run"), progress_bar=False).identical
     assert not compare_logits(*open_both(folder / "hf", folder / "run"), progress_bar=False).agree
-
-
-def test_an_export_of_var_has_the_merged_weights(tiny_var, tmp_path):
-    overrides = [*SIZED_BY_PRESET, *tiny_var, *LORA, "optimizer.lr=1e-2", f"training.output_dir={tmp_path}/run"]
-    # Rows of the head that fill up are as many as in the import.
-    overrides.append("model.padded_vocab_size=384")
-    settings = {"overrides": [*overrides, *TP2_SP], "steps": BEFORE, "save": True}
-    run_workers(2, "checkpoint_workers.resume", settings, tmp_path / "answers")
-    exported = torch.load(export_checkpoint(tmp_path / "run", tmp_path / "out.pth", progress_bar=False))
-    (start,) = [one.partition("=")[2] for one in tiny_var if one.startswith("training.pretrained_checkpoint=")]
-    (tmp_path / "start").symlink_to(start)
-    before, merged = opened(start), merged_by_hand(tmp_path)
-    changed = {name for name in merged if not torch.equal(merged[name], whole(before, name))}
-    projections = {"linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight"}
-    assert {".".join(name.split(".")[-2:]) for name in changed} == projections
-    found = var_in_megatron.whole_tensors(exported, var.random_quantizer(var.TINY), var.TINY, 384)
-    for name, value in found.items():
-        layer = re.search(r"layers\.(\d+)\.", name)
-        expected = merged[name] if layer is None else merged[name.replace(layer[0], "layers.")][int(layer[1])]
-        rows = var.TINY.codebook if name.startswith("output_layer") else len(value)
-        assert torch.equal(value[:rows], expected[:rows]), name
 
 
 def test_an_export_in_small_pieces_is_the_same(trained, tmp_path, monkeypatch):

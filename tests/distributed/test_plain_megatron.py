@@ -12,6 +12,7 @@ import torch
 from megatron_cca.checkpoint import layout
 from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint, importing
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
+from megatron_cca.megatron_compat import extra_state_keys
 from tests.distributed.launch import ROOT, run_workers
 from tests.distributed.test_huggingface import in_plain_transformers
 from tests.distributed.test_layout_parity import PP2, TP2
@@ -104,12 +105,27 @@ def test_a_plain_gptmodel_has_the_logits_of_transformers(ranks, overrides, impor
 
 def test_transformer_engines_layers_find_all_that_they_ask_for(imported, run):
     """The oracle is a GPTModel of Transformer Engine 2.11's layers, whose sharded state named these keys."""
-    projections = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    asked = {f"decoder.layers.{name}._extra_state/shard_{layer}_4" for name in projections for layer in range(4)}
-    asked.add("decoder.final_layernorm._extra_state/shard_0_1")
     for folder in (imported[1], run[0]):
-        stored = StoredTensors(layout.resolve(folder, "checkpoint"), "checkpoint")
-        assert stored.objects == {"common_state/shard_0_1", *asked}
+        assert objects_in(folder) == {"common_state/shard_0_1", *asked_by_engine()}
+
+
+def test_norms_of_queries_and_keys_are_found_too(digit_shards, tmp_path):
+    """The oracle is the same."""
+    folder, _ = trained("null", digit_shards, tmp_path, "model.qk_layernorm=true")
+    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+    assert objects_in(folder) == {"common_state/shard_0_1", *asked_by_engine(*norms)}
+    assert set(extra_state_keys(4, qk_layernorm=True)) == asked_by_engine(*norms)
+
+
+def asked_by_engine(*norms):
+    projections = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    names = (*projections, *norms)
+    asked = {f"decoder.layers.{name}._extra_state/shard_{layer}_4" for name in names for layer in range(4)}
+    return asked | {"decoder.final_layernorm._extra_state/shard_0_1"}
+
+
+def objects_in(folder):
+    return StoredTensors(layout.resolve(folder, "checkpoint"), "checkpoint").objects
 
 
 def documented(title, **folders):

@@ -1,11 +1,13 @@
-"""The model that VAR's weights are for, against a plain one: logits and a CCA step on every layout."""
+"""What VAR's model alone has: first values, frozen tensors, how often codes are drawn, and what it cannot have."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_cca.checkpoint import layout
-from megatron_cca.checkpoint.huggingface import export_checkpoint, import_checkpoint
+from megatron_cca.checkpoint.huggingface import export_checkpoint
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
@@ -14,95 +16,14 @@ from megatron_cca.models import resolve_architecture
 from megatron_cca.models.architecture import check_layout
 from megatron_cca.models.llamagen import class_vocabulary
 from megatron_cca.models.var import pyramid_vocabulary
-from megatron_cca.training.batches import open_data, training_batches
-from tests.distributed.class_model_workers import Var, exact, plain_loss
-from tests.distributed.launch import class_model_answers as answers
+from megatron_cca.training.batches import open_data
 from tests.distributed.launch import run_workers
-from tests.distributed.test_layout_parity import under
 from tests.references import var
 from tests.references.var_in_megatron import frozen_tensors
-from tests.selection import mostly_full
 
 TP2 = ["parallel.tensor_model_parallel_size=2"]
-TP2_SP = [*TP2, "parallel.sequence_parallel=true"]
-FULL = ["training.recompute_granularity=full"]
-SELECTIVE = ["training.recompute_granularity=selective", "training.recompute_modules=[core_attn, mlp]"]
-# Three layers: two and one recomputed together, or two recomputed and one not.
-GROUPS = [*FULL, "training.recompute_num_layers=2"]
-SOME = [*GROUPS, "training.recompute_method=block"]
-HOW = {"": [], ", full recomputation": FULL, ", in groups": GROUPS, ", of some": SOME, ", selective": SELECTIVE}
 # So that the head's 256 rows lie on both of two ranks, and rows of no word behind them.
 TINY = ["model.name=var-tiny", "model.make_vocab_size_divisible_by=24"]
-BY_RANKS = {1: {"one process": []}, 2: {"TP 2": TP2, "TP 2 + SP": TP2_SP, "DP 2": []}}
-
-
-LOGITS = {
-    ranks: {
-        f"{layout}{', filled up' * is_filled_up}": {"overrides": [*TINY, *overrides], "is_filled_up": is_filled_up}
-        for layout, overrides in layouts.items()
-        # The 21 codes of an image cannot be split over two ranks.
-        for is_filled_up in ((True,) if overrides == TP2_SP else (False, True))
-    }
-    for ranks, layouts in BY_RANKS.items()
-}
-
-
-@pytest.fixture(scope="module")
-def logits(tmp_path_factory):
-    return answers("whole_logits", LOGITS, tmp_path_factory)
-
-
-@pytest.mark.parametrize("case", [name for own in LOGITS.values() for name in own])
-def test_logits_are_the_plain_models(logits, case):
-    difference, largest = logits[case]
-    assert largest > 0.5
-    assert difference <= 1e-5
-
-
-STEP = [
-    *("objective.beta=0.1", "objective.negative_weight=30", "optimizer.clip_grad=0"),
-    *("training.global_batch_size=8", "training.micro_batch_size=2", "optimizer.use_distributed_optimizer=false"),
-]
-STEPS = {
-    ranks: {
-        f"{layout}{how}": {"overrides": [*TINY, *overrides, *more], "is_filled_up": True}
-        for layout, overrides in layouts.items()
-        for how, more in HOW.items()
-    }
-    for ranks, layouts in BY_RANKS.items()
-}
-
-
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory):
-    return answers("steps", STEPS, tmp_path_factory, common=STEP)
-
-
-@pytest.mark.parametrize(
-    "case",
-    mostly_full(
-        [name for own in STEPS.values() for name in own], lambda case: "selective" in case or "process, of" in case
-    ),
-)
-def test_a_cca_step_has_the_authors_loss_and_gradients(steps, case):
-    loss, gradient, where, margin = steps[case]
-    assert abs(margin) > 0.02
-    assert loss <= 1e-4
-    assert gradient <= 1e-4, where
-
-
-def test_a_step_of_every_objective_has_the_plain_models_loss_and_gradients(tmp_path_factory):
-    cases = {
-        ranks: {
-            f"{name}, {layout}": {"overrides": [*TINY, *under(name, STEP), *overrides], "is_filled_up": True}
-            for layout, overrides in layouts.items()
-            for name in ("next_token", "dpo", "unlearning", "ipo", "kto", "nca", "gft")
-        }
-        for ranks, layouts in BY_RANKS.items()
-    }
-    for case, (loss, gradient, where, _) in answers("steps", cases, tmp_path_factory, common=[]).items():
-        assert loss <= 1e-4, case
-        assert gradient <= 1e-4, (case, where)
 
 
 def test_shards_of_another_model_are_refused(tiny_var, tmp_path):
@@ -127,55 +48,12 @@ def check_refused(overrides, folder):
     assert message.endswith("); tokenize it again for this model")
 
 
-@pytest.mark.parametrize("name", ["cca", "next_token"])
-def test_a_step_on_shards_has_the_plain_models_loss(name, tiny_var, tmp_path):
-    """Conditions are dropped, and the reference has other weights than the policy, so that its part is no zero."""
-    torch.save(var.random_weights(var.TINY, seed=2, std=0.1) | var.buffers(var.TINY), tmp_path / "other.pth")
-    torch.save(var.random_quantizer(var.TINY), tmp_path / "vae_ch160v4096z32.pth")
-    import_checkpoint(tmp_path / "other.pth", tmp_path / "other", progress_bar=False)
-    other = [f"reference.checkpoint={tmp_path}/other"] if name == "cca" else []
-    overrides = [*tiny_var, *under(name, STEP), "data.condition_dropout=0.4", *other]
-    config = load_config(None, [*overrides, "training.micro_batch_size=8"])
-    batches = training_batches(config, open_data(config), with_pairs=name == "cca")
-    (rows,) = batches.build(0, 0, 1).microbatches
-    images, sizes = len(rows.negative_is_positive), var.TINY
-    classes, codes = rows.tokens[:, 0] - sizes.codebook, rows.targets[:images, : sizes.tokens]
-    assert 0 < (classes == sizes.classes).sum() < len(classes)
-    plain = Var(None)
-    policy, reference = (exact(plain.weights(seed)) for seed in (0, 2))
-    conditions = classes[:images], classes[-images:], rows.negative_is_positive
-    expected = plain_loss(config.objective, plain, policy, reference, conditions, codes)
-    for ranks, split in ((1, []), (2, TP2)):
-        settings = {"common": overrides, "layouts": {"one": split}, "steps": 1}
-        (step,) = run_workers(ranks, "traces", settings, tmp_path / "job")["one"]
-        assert step["loss"] == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_the_log_ratio_of_step_0_is_exactly_0(tmp_path_factory):
-    kinds = {
-        "fp32": [],
-        "bf16, full recomputation": ["training.precision=bf16", *FULL],
-        "offloaded reference": ["reference.strategy=offload"],
-        "shared reference": ["reference.strategy=shared", "lora.dim=4"],
-    }
-    cases = {
-        ranks: {
-            f"{layout}, {kind}": [*TINY, "optimizer.lr=1e-2", *overrides, *more]
-            for layout, overrides in own.items()
-            for kind, more in kinds.items()
-        }
-        for ranks, own in BY_RANKS.items()
-    }
-    for name, (first, second) in answers("first_log_ratios", cases, tmp_path_factory, common=STEP).items():
-        assert first == 0.0 < second, name
-
-
 def test_a_new_model_begins_alike_on_every_layout(tmp_path):
     stored = []
     for ranks, layout_of in ((1, []), (2, TP2)):
         output = tmp_path / str(ranks)
         settings = {"overrides": [*TINY, *layout_of], "output": str(output)}
-        run_workers(ranks, "class_model_workers.new_model", settings, tmp_path / "job")
+        run_workers(ranks, "var_workers.new_model", settings, tmp_path / "job")
         stored.append(StoredTensors(layout.resolve(output, ""), ""))
     one, two = stored
     assert set(one.names()) == set(two.names())
@@ -184,24 +62,20 @@ def test_a_new_model_begins_alike_on_every_layout(tmp_path):
         assert torch.equal(one.read_block(name, *whole), two.read_block(name, *whole)), name
 
 
-def test_frozen_tensors_come_with_a_checkpoint_and_stay_as_they_are(tmp_path):
-    state = var.random_weights(var.TINY, std=0.1) | var.buffers(var.TINY)
-    torch.save({"trainer": state}, tmp_path / "var.pth")
-    torch.save(var.random_quantizer(var.TINY), tmp_path / "vae_ch160v4096z32.pth")
-    import_checkpoint(tmp_path / "var.pth", tmp_path / "imported", progress_bar=False)
+def test_frozen_tensors_come_with_a_checkpoint_and_stay_as_they_are(tiny_var, tmp_path):
+    (imported,) = [one.partition("=")[2] for one in tiny_var if one.startswith("training.pretrained_checkpoint=")]
     first, second = tmp_path / "TP 2", tmp_path / "one process"
     runs = [
-        (2, [*TP2_SP, "optimizer.use_distributed_optimizer=true", *FULL], tmp_path / "imported", first),
+        (2, [*TP2, "parallel.sequence_parallel=true", "training.recompute_granularity=full"], imported, first),
         (1, ["training.precision=bf16"], first, second),
         # Its adapters leave nothing of the model itself to train.
         (1, ["lora.dim=4", "reference.strategy=shared"], second, tmp_path / "adapters"),
     ]
     for ranks, overrides, start, output in runs:
-        settings = [*TINY, "optimizer.lr=1e-2", f"training.pretrained_checkpoint={start}", *overrides]
-        case = {"case": {"overrides": settings, "output": str(output)}}
-        job = {"cases": case, "common": STEP}
-        answer = run_workers(ranks, "class_model_workers.trained_checkpoints", job, tmp_path / "job")
-        assert answer == {"case": []}
+        keys = [*tiny_var, "optimizer.lr=1e-2", "training.global_batch_size=8", "training.micro_batch_size=2"]
+        keys += [f"training.pretrained_checkpoint={start}", f"training.output_dir={tmp_path}/nowhere", *overrides]
+        settings = {"overrides": keys, "output": str(output)}
+        assert run_workers(ranks, "var_workers.trained_checkpoint", settings, tmp_path / "job") == []
     frozen = frozen_tensors(var.random_quantizer(var.TINY), var.TINY)
     for folder in (first, second, tmp_path / "adapters"):
         stored = StoredTensors(layout.resolve(folder, ""), "")
@@ -211,35 +85,17 @@ def test_frozen_tensors_come_with_a_checkpoint_and_stay_as_they_are(tmp_path):
         names = [name for name in stored.names() if "embedding.features" in name]
         assert sorted(names) == sorted(frozen)
     exported = torch.load(export_checkpoint(first, tmp_path / "out.pth", progress_bar=False), weights_only=True)
+    state = torch.load(Path(imported).parent / "var.pth")
     assert exported.keys() == state.keys()
     same = {name for name, value in state.items() if torch.equal(exported[name], value)}
     assert same == var.buffers(var.TINY).keys()
 
 
-DRAWN = {
-    ranks: {
-        f"{layout}, guidance {scale}": {"overrides": [*TINY, *overrides], "guidance_scale": scale}
-        for layout, overrides in layouts.items()
-        if layout != "DP 2"
-        for scale in (0.0, 1.5)
-    }
-    for ranks, layouts in BY_RANKS.items()
-}
-
-
-def test_images_are_drawn_scale_by_scale_alike_on_every_layout(tmp_path_factory):
-    found = answers("drawn_pyramids", DRAWN, tmp_path_factory)
-    assert {name: missed for name, (missed, _) in found.items() if missed} == {}
-    for name, (_, codes) in found.items():
-        assert codes == found[f"one process, {name.partition(', ')[2]}"][1], name
-    assert found["one process, guidance 0.0"][1] != found["one process, guidance 1.5"][1]
-
-
-def test_codes_are_as_frequent_as_the_plain_model_says(tmp_path):
-    images = 2000
-    counts, probabilities = run_workers(
-        1, "class_model_workers.first_codes", {"overrides": TINY, "images": images}, tmp_path
-    )
+def test_codes_are_as_frequent_as_the_plain_model_says(tiny_var, tmp_path):
+    (imported,) = [one.partition("=")[2] for one in tiny_var if one.startswith("training.pretrained_checkpoint=")]
+    images, weights = 2000, Path(imported).parent / "var.pth"
+    settings = {"overrides": TINY, "images": images, "checkpoint": imported, "weights": str(weights)}
+    counts, probabilities = run_workers(1, "var_workers.first_codes", settings, tmp_path)
     expected = [images * one for one in probabilities]
     statistic = sum((count - wanted) ** 2 / wanted for count, wanted in zip(counts, expected, strict=True))
     # 255 degrees of freedom: chi-square is below 331 with probability 0.999.

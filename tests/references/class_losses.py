@@ -1,4 +1,4 @@
-"""The losses of the papers for models of classes, from a plain model's log-probabilities."""
+"""The losses of the papers, from a plain model's log-probabilities."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, w
 
     Args:
         name: of the objective.
-        policy, reference: log p of each row's codes for classes ``[B]``, as ``[B]``.
-        rows: of :func:`tests.references.llamagen.conditions`.
+        policy, reference: log p of the image of each row, ``[B]``, for whatever ``rows`` holds.
+        rows: positives, negatives, and which of these count as positives.
         beta, weight: theirs; the weight is their lambda.
         tokens: codes of an image.
     """
@@ -42,20 +42,25 @@ def loss(name: str, policy: Callable, reference: Callable, rows, *, beta=None, w
     return terms[name]().mean() / max(weight, 1.0)
 
 
-def gft(plain, weights, rows, codes, beta):
-    """The authors' loss (arXiv 2501.15420)."""
-    classes, null, _ = rows
+def gft(policy: Callable, rows, beta: float) -> Tensor:
+    """The authors' loss (arXiv 2501.15420).
+
+    Args:
+        policy: logits of rows of tokens, ``[B, S, W]``.
+        rows: a microbatch, its rows with their conditions before the same images without.
+        beta: theirs.
+    """
+    (own, null), (mask, null_mask) = rows.tokens.chunk(2), rows.mask.chunk(2)
     with torch.no_grad():
-        unconditional = plain.logits(weights, null, codes)
-    mixture = beta * plain.logits(weights, classes, codes) + (1 - beta) * unconditional
-    return torch.nn.functional.cross_entropy(mixture.flatten(0, 1), codes.flatten())
+        unconditional = policy(null)[null_mask]
+    mixture = beta * policy(own)[mask] + (1 - beta) * unconditional
+    return torch.nn.functional.cross_entropy(mixture, rows.targets.chunk(2)[0][mask])
 
 
-def ddo(plain, policy, reference, classes, codes, drawn, objective):
-    """The loss of arXiv 2503.01103 for real images and drawn ones of the same classes."""
-    real, model = (
-        plain.logps(policy, classes, codes=shown) - plain.logps(reference, classes, codes=shown).detach()
-        for shown in (codes, drawn)
-    )
-    likely, unlikely = torch.sigmoid(objective.beta * real), torch.sigmoid(-objective.beta * model)
-    return (-likely.log() - objective.alpha * unlikely.log()).mean()
+def ddo(policy: Callable, reference: Callable, rows, beta: float, alpha: float) -> Tensor:
+    """The loss of arXiv 2503.01103. Arguments are those of :func:`loss`: rows are real images, and drawn ones."""
+    real, drawn, _ = rows
+    with torch.no_grad():
+        base, drawn_base = reference(real), reference(drawn)
+    likely, unlikely = torch.sigmoid(beta * (policy(real) - base)), torch.sigmoid(-beta * (policy(drawn) - drawn_base))
+    return (-likely.log() - alpha * unlikely.log()).mean()

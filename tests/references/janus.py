@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_cca.models import FAMILIES
+from tests.references.family import Oracle, tensors_in
+
 # The sizes of the preset janus-tiny.
 WORDS, CODES, HIDDEN = 323, 128, 64
 TEXT = {
@@ -21,7 +24,7 @@ TEXT = {
     "max_position_embeddings": 128,
     "bos_token_id": 320,
     "eos_token_id": 322,
-    "pad_token_id": 322,
+    "pad_token_id": None,
     "initializer_range": 0.1,  # large, so that errors would show
 }
 VISION = {
@@ -45,7 +48,7 @@ VQ = {
     "image_token_embed_dim": HIDDEN,
     "initializer_range": 0.1,
 }
-FORMS = ("transformers", "original", "original, pickled")
+FORMS = ("original", "transformers", "original, pickled")
 
 # From transformers' names to the authors'.
 _AUTHORS = (
@@ -145,7 +148,25 @@ def authors_config(dtype: str = "float32", **text) -> dict:
     }
 
 
-@torch.no_grad()
+def write(form: str, folder: Path, seed: int, dtype: torch.dtype) -> Path:
+    """Save one of :data:`FORMS`."""
+    return save_janus(folder, form, seed=seed, dtype=dtype)
+
+
+def oracle(folder: Path) -> Oracle:
+    """Transformers' own model, which is that of the authors' form, too."""
+    config = json.loads((folder / "config.json").read_text())
+    model = random_janus().double()
+    state = tensors_in(folder)
+    if config["model_type"] != "janus":
+        own = {authors_name(name): name for name in model.state_dict()}
+        state = {own[name]: tensor for name, tensor in state.items() if name in own}
+    model.load_state_dict(state)
+    naming = FAMILIES["janus"].huggingface.namings[1]
+    trained = {naming.mapped(name): parameter for name, parameter in model.named_parameters() if naming.mapped(name)}
+    return Oracle(lambda ids: code_logits(model, ids), trained)
+
+
 def code_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """Return transformers' logits of the codes, ``[B, S, CODES]``; ``ids`` are codes first, then words."""
     body, is_code = model.model, ids < CODES

@@ -128,21 +128,3 @@ def logits(weights, classes, codes, sizes):
         gate, up = normed @ w["feed_forward.w1.weight"].t(), normed @ w["feed_forward.w3.weight"].t()
         x = x + (silu(gate) * up) @ w["feed_forward.w2.weight"].t()
     return rms_norm(x, weights["norm.weight"], sizes.eps) @ weights["output.weight"].t()
-
-
-def image_logps(weights, classes, codes, sizes):
-    """log p of each row's codes ``[B, grid * grid]`` given its class; the last code is predicted, but not fed."""
-    logps = logits(weights, classes, codes[:, :-1], sizes).log_softmax(-1)
-    return logps.gather(-1, codes[..., None]).squeeze(-1).sum(-1)
-
-
-def conditions(classes, dropped, sizes):
-    """The authors' rows: conditions, the negatives' conditions, and which "negatives" count as positives, ``[B]`` each.
-
-    A negative's condition is the next row's. A dropped row has the null class as both; it counts as a positive, and so
-    does a row whose next has its own class.
-    """
-    null = torch.full_like(classes, sizes.classes)
-    negatives = torch.where(dropped, null, classes.roll(-1))
-    classes = torch.where(dropped, null, classes)
-    return classes, negatives, dropped | (negatives == classes)

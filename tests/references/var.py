@@ -200,9 +200,3 @@ def logits(weights, quantizer, classes, codes, sizes):
     two = silu(condition) @ weights["head_nm.ada_lin.1.weight"].t() + weights["head_nm.ada_lin.1.bias"]
     scale, shift = two[:, None].chunk(2, -1)
     return modulated(x, scale, shift, sizes.eps) @ weights["head.weight"].t() + weights["head.bias"]
-
-
-def image_logps(weights, quantizer, classes, codes, sizes):
-    """log p of each row's codes given its class, ``[B]``."""
-    logps = logits(weights, quantizer, classes, codes, sizes).log_softmax(-1)
-    return logps.gather(-1, codes[..., None]).squeeze(-1).sum(-1)

@@ -17,6 +17,7 @@ from megatron_cca.lab.planner.workload import (
     average_peak,
     flops_by_precision,
     head_forward,
+    image_layers_forward,
     image_workload,
     mfu,
     model_flops,
@@ -34,13 +35,16 @@ ROWS = 2
 WORKLOAD = Workload(seq_length=96, image_tokens=60)
 
 
-@pytest.fixture(scope="module", params=[[], ["model.kv_channels=24"]], ids=["plain", "wide heads"])
+MODELS = {"plain": [], "wide heads": ["model.kv_channels=24"], "images": ["model.name=janus-tiny"]}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def model(request):
     config = load_config(None, ["model.num_layers=2", *request.param])
     initialize_distributed(config)
     architecture = resolve_architecture(config.model)
     (chunk,) = build_gpt(architecture, config.model, config.parallel, config.training)
-    initialize_by_name(chunk, seed=1, std=0.02, num_layers=2, vocab_size=architecture.vocabulary.size)
+    initialize_by_name(chunk, seed=1, std=0.02, num_layers=2, vocab_size=architecture.num_words)
     return config, architecture, chunk
 
 
@@ -49,7 +53,7 @@ def logps(model):
     tokens = torch.zeros(ROWS, WORKLOAD.seq_length, dtype=torch.int64)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, : WORKLOAD.image_tokens] = True
-    return image_logps(chunk, tokens, tokens, mask, vocab_size=architecture.vocabulary.size, chunk_size=1024)
+    return image_logps(chunk, tokens, tokens, mask, vocab_size=architecture.vocabulary.output_size, chunk_size=1024)
 
 
 def counted(work):
@@ -66,7 +70,7 @@ def whole_attention(architecture):
 
 
 def layers(architecture):
-    return 2 * WORKLOAD.seq_length * products_forward(architecture)
+    return WORKLOAD.seq_length * (2 * products_forward(architecture) + image_layers_forward(architecture))
 
 
 def test_forward(model):

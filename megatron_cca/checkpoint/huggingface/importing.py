@@ -302,7 +302,8 @@ def _copy_files(files: list[Path], to: Path) -> None:
 
 
 def _objects(source: PublicCheckpoint) -> dict:
-    extra_states = dict.fromkeys(extra_state_keys(source.architecture.num_layers))
+    architecture = source.architecture
+    extra_states = dict.fromkeys(extra_state_keys(architecture.num_layers, qk_layernorm=architecture.qk_layernorm))
     config = config_of_weights(source.model, source.precision)
     return {COMMON_STATE: summary.common_state(config, 0), **extra_states}
 

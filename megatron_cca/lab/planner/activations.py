@@ -15,7 +15,7 @@ from megatron_cca.lab.planner.layers import FP32, DecoderLayer, LayerShape
 from megatron_cca.lab.planner.next_scale import ModulatedLayer
 from megatron_cca.lab.planner.parameters import architecture_of
 from megatron_cca.lab.planner.sizes import Sizes
-from megatron_cca.models.architecture import keeps_scores
+from megatron_cca.models.architecture import Architecture, keeps_scores
 from megatron_cca.parallel.tiles import block_width, chunk_size_of, tile_sizes
 
 
@@ -130,6 +130,7 @@ class HeadShape:
         is_padded: whether the last tile contains rows that pad the vocabulary.
         is_gathered: whether sequence parallelism gathers a whole copy of the hidden states.
         is_mixed: whether the two rows of a sample are mixed into one (``parallel/mixed_logps.py``).
+        is_of_images: whether it begins with a layer of its own (``models/image_head.py``).
     """
 
     layer: LayerShape
@@ -140,6 +141,7 @@ class HeadShape:
     is_padded: bool
     is_gathered: bool
     is_mixed: bool
+    is_of_images: bool
 
     @property
     def half(self) -> float:
@@ -164,6 +166,7 @@ def head_shape(config: Config, sizes: Sizes, layer: LayerShape, *, on_gpu: bool)
         is_padded=_runs_over(config, sizes, tiles.multiple),
         is_gathered=config.parallel.sequence_parallel,
         is_mixed=config.objective.conditional_share is not None,
+        is_of_images=sizes.architecture.image_embedding_channels > 0,
     )
 
 
@@ -177,12 +180,26 @@ def head_kept(head: HeadShape) -> float:
     """Return the bytes that the head keeps for backward.
 
     These are the final norm, the whole hidden states and, for each image token, its position, id, largest logit and
-    sum. A mixture keeps both of its parts, not the whole hidden states that it is made of.
+    sum. A mixture keeps both of its parts, not the whole hidden states that it is made of. A head of images keeps what
+    its GELU takes and gives.
     """
     layer = head.layer
+    own = 2 * layer.stream if head.is_of_images else 0
     hidden = layer.whole if head.is_gathered else 0
     hidden = head.half + head.constant if head.is_mixed else hidden
-    return layer.norm_kept() + hidden + (2 * INT64 + 2 * FP32) * head.selected
+    return layer.norm_kept() + own + hidden + (2 * INT64 + 2 * FP32) * head.selected
+
+
+def embedding_kept(architecture: Architecture, layer: LayerShape) -> float:
+    """Return the bytes that the embedding of a microbatch keeps for backward.
+
+    That of images keeps, for every token, what its GELU takes and gives, the small embedding, and where codes are.
+    """
+    channels = architecture.image_embedding_channels
+    if not channels:
+        return 0.0
+    tokens = layer.stream / (layer.size * layer.hidden)
+    return 2 * layer.stream + tokens * (layer.size * channels + INT64 + 1)
 
 
 def head_forward(head: HeadShape) -> float:

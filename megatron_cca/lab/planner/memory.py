@@ -189,6 +189,8 @@ class _Rank:
         group = config.parallel.microbatch_group_size_per_vp_stage
         in_flight = activations.microbatches_in_flight(sizes, self.pipeline_rank, group)
         kept = in_flight * activations.chunk_kept(layer, config, layers)
+        if self.pipeline_rank == 0 and config.lora.dim is None:
+            kept += in_flight // sizes.chunks * activations.embedding_kept(sizes.architecture, layer)
         at_layer = activations.recomputed_at_once(layer, config, layers) + layer.backward(config)
         tokens = self._tokens()
         if not self._is_last:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_cca.config import Config, ModelConfig
 from megatron_cca.lab.planner.workload import Product, head_row_products, products, row_products
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.models.architecture import Architecture, padded_output_size, padded_vocab_size
+from megatron_cca.models.num_parameters import image_parameters
 from megatron_cca.models.pyramid import num_codes
 from megatron_cca.models.scale_features import NUM_CONVOLUTIONS
 
@@ -74,7 +75,9 @@ def embedding_parameters(config: Config) -> list[Parameter]:
     architecture, is_trained = architecture_of(config.model), config.lora.dim is None
     hidden, scales = architecture.hidden_size, architecture.scales
     if not scales:
-        return [Parameter("word_embeddings", _rows(config) * hidden, hidden, is_trained)]
+        rows = _on_tensor_ranks(padded_vocab_size, config)
+        words = Parameter("word_embeddings", rows * hidden, hidden, is_trained)
+        return [*_of_images(config, "image_"), words]
     # Every rank has them whole.
     rows = {
         "classes": architecture.vocabulary.size - architecture.vocabulary.output_size,
@@ -90,12 +93,13 @@ def embedding_parameters(config: Config) -> list[Parameter]:
 def head_parameters(config: Config) -> list[Parameter]:
     """Return the parameters behind the layers."""
     architecture, is_trained = architecture_of(config.model), config.lora.dim is None
-    hidden, rows = architecture.hidden_size, _rows(config)
+    hidden, rows = architecture.hidden_size, _on_tensor_ranks(padded_output_size, config)
     weight = Parameter("output_layer", rows * hidden, hidden, is_trained)
-    if not architecture.scales:
-        return [Parameter("final_layernorm", hidden, None, is_trained), weight]
-    modulation = _with_biases(config, head_row_products(architecture))
-    return [weight, Parameter("output_layer.bias", rows, None, is_trained), *modulation]
+    bias = Parameter("output_layer.bias", rows, None, is_trained)
+    if architecture.scales:
+        return [weight, bias, *_with_biases(config, head_row_products(architecture))]
+    own = [bias, *_of_images(config, "fc_")] if architecture.image_embedding_channels else []
+    return [Parameter("final_layernorm", hidden, None, is_trained), weight, *own]
 
 
 def layer_parameters(config: Config) -> list[Parameter]:
@@ -174,7 +178,15 @@ def _on_a_rank(product: Product, config: Config) -> tuple[int, int]:
     return product.inputs // tensor, product.outputs
 
 
-def _rows(config: Config) -> int:
-    """Return the rows of the embedding and of the head on one rank."""
+def _of_images(config: Config, prefix: str) -> list[Parameter]:
+    """Return those of the images' own parameters that every rank has whole and whose names begin so."""
+    found = image_parameters(architecture_of(config.model))
+    return [
+        Parameter(name, size, None, config.lora.dim is None) for name, size in found.items() if name.startswith(prefix)
+    ]
+
+
+def _on_tensor_ranks(padded: Callable[[Architecture, ModelConfig, int], int], config: Config) -> int:
+    """Return the rows of the words' embedding, or of the head, on one rank."""
     tensor = config.parallel.tensor_model_parallel_size
-    return padded_vocab_size(architecture_of(config.model), config.model, tensor) // tensor
+    return padded(architecture_of(config.model), config.model, tensor) // tensor

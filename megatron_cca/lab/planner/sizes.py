@@ -18,7 +18,7 @@ from megatron_cca.lab.planner.parameters import (
     rank_parameters,
 )
 from megatron_cca.lab.planner.workload import Workload
-from megatron_cca.models.architecture import Architecture, padded_vocab_size
+from megatron_cca.models.architecture import Architecture, padded_output_size
 from megatron_cca.parallel.tiles import own_part
 from megatron_cca.training import head_support, rows_per_sample
 from megatron_cca.training.checks import data_parallel_size
@@ -93,7 +93,7 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
     )
     data = data_parallel_size(config, world_size)
     rows = training.micro_batch_size * rows_per_sample(config)
-    vocabulary = padded_vocab_size(architecture, config.model, tensor)
+    head_rows = padded_output_size(architecture, config.model, tensor)
     return Sizes(
         architecture=architecture,
         tensor=tensor,
@@ -110,7 +110,7 @@ def sizes_of(config: Config, world_size: int, workload: Workload) -> Sizes:
         layer_weights=_numel(layer_parameters(config)),
         embedding_weights=_numel(embedding_parameters(config)),
         head_weights=_numel(head_parameters(config)),
-        words=_words(config, architecture, vocabulary // tensor),
+        words=_words(config, architecture, head_rows // tensor),
     )
 
 

@@ -170,6 +170,12 @@ def row_products_forward(architecture: Architecture) -> float:
     )
 
 
+def image_layers_forward(architecture: Architecture) -> float:
+    """Return the forward FLOPs of the images' own layers for one token: two of the embedding, one of the head."""
+    channels, hidden = architecture.image_embedding_channels, architecture.hidden_size
+    return 2.0 * hidden * (channels + 2 * hidden) if channels else 0.0
+
+
 def head_forward(architecture: Architecture, image_tokens: int, words: int | None = None) -> float:
     """Return the forward FLOPs of the LM head for one row.
 
@@ -205,6 +211,7 @@ def flops_by_precision(
     rows = rows_per_sample(config)
     # Megatron's own products, whatever the layers' precision. Rows that are mixed pass through the head as one.
     plain = config.objective.logps_per_sample * head + rows * row_products_forward(architecture)
+    plain += rows * workload.seq_length * image_layers_forward(architecture)
     attention = rows * architecture.num_layers * attention_forward(architecture, workload.seq_length, causal=causal)
     # Forward, gradient of the inputs, gradient of the weights.
     passes = 3 if config.lora.dim is None else 2
