@@ -134,7 +134,7 @@ def load_for_sampling(checkpoint: str | InspectedCheckpoint, precision: Precisio
     LoRA adapters are merged into its weights. Collective over all ranks. Process groups must be initialised.
 
     Args:
-        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder with safetensors, or one inspected already.
+        checkpoint: a run folder, an ``iter_`` folder, a Hugging Face folder, or one inspected already.
         precision: ``fp32`` or ``bf16``. None means the checkpoint's own, with FP8 as bf16.
 
     Raises:

@@ -22,8 +22,8 @@ from megatron_cca import platform
 from megatron_cca.config import KernelsConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_cca.megatron_compat.layers import await_parameters
 from megatron_cca.models.architecture import Architecture, padded_output_size, padded_vocab_size
-from megatron_cca.models.layers import check_fp8_device, fuse_weight_gradients, kernel_options, layer_spec
-from megatron_cca.parallel import sequence_logps, token_logps
+from megatron_cca.models.layers import fuse_weight_gradients, kernel_options, layer_spec
+from megatron_cca.parallel import sequence_logps
 
 _DEFAULT_KERNELS = KernelsConfig()
 
@@ -76,6 +76,8 @@ def transformer_config(
         UserError: the precision is FP8, and this device does not support it.
     """
     if training.precision == "fp8":
+        from megatron_cca.models.fp8_devices import check_fp8_device
+
         check_fp8_device(training.fp8_recipe)
     on_gpu = platform.current().is_cuda
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
@@ -164,7 +166,8 @@ def image_logps(
         tokens: int64 ``[B, S]``, the whole sequences, also under context parallelism.
         targets: int64 ``[B, S]``, the next token at each position.
         mask: bool ``[B, S]``, true if the target is an image token.
-        logps_of: makes log-probabilities of the last hidden states. None means :func:`sequence_logps`.
+        logps_of: makes log-probabilities of the last hidden states. None means :func:`sequence_logps`. ``token_logps``
+            makes the terms of its sum, float32 ``[B, S]``; no context-parallel rank has a whole row of them.
         head: ``vocab_size``, ``support`` and ``chunk_size`` of :func:`sequence_logps`.
 
     Returns:
@@ -173,15 +176,6 @@ def image_logps(
         the next chunk.
     """
     return _forward(model, tokens, targets, mask, logps_of=logps_of or sequence_logps, **head)
-
-
-def image_token_logps(model: torch.nn.Module, tokens: Tensor, targets: Tensor, mask: Tensor, **head: Any) -> Tensor:
-    """Return the terms of the sum in :func:`image_logps`: float32 ``[B, S]``, 0 where ``mask`` is false.
-
-    The arguments are those of :func:`image_logps`. Context parallelism is not supported: no rank has a whole row.
-    """
-    assert parallel_state.get_context_parallel_group().size() == 1
-    return _forward(model, tokens, targets, mask, logps_of=token_logps, **head)
 
 
 def _build_chunk(

@@ -217,28 +217,6 @@ def engine_is_available() -> bool:
     return HAVE_TE and platform.current().is_cuda
 
 
-def check_fp8_device(recipe: str) -> None:
-    """Refuse FP8 on a device that does not support it.
-
-    Args:
-        recipe: ``tensorwise``, ``delayed`` or ``blockwise``.
-
-    Raises:
-        UserError: FP8 is not supported. Says what is missing.
-    """
-    if not engine_is_available():
-        raise UserError(
-            "fp8 needs a GPU of the Ada, Hopper or Blackwell generation and the package transformer-engine "
-            "(pip install 'megatron-cca[gpu]'); use bf16 here"
-        )
-    from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available
-
-    is_available = is_fp8_block_scaling_available if recipe == "blockwise" else is_fp8_available
-    available, reason = is_available(return_reason=True)
-    if not available:
-        raise UserError(f"fp8 with recipe {recipe} is not for {platform.device_name()}: {reason} Use bf16 here")
-
-
 def _fuses(kernels: KernelsConfig, is_frozen: bool) -> bool:
     # A frozen model has no gradient buffer.
     return _chosen(kernels.gradient_accumulation_fusion, False) and not is_frozen

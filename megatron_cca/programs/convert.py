@@ -40,7 +40,7 @@ class ReadingOptions:
 
     _: KW_ONLY
     hf: Annotated[Folder, Option(metavar="PATH")]
-    """Hugging Face folder with safetensors, of transformers or of the authors, or a family's own .pt or .safetensors"""
+    """Hugging Face folder, of transformers or of the authors, or a family's own .pt or .safetensors"""
     overrides: Annotated[tuple[str, ...], Option(metavar="model.KEY=VALUE", name="--set")] = ()
     """a size that a .pt does not contain, such as model.num_attention_heads=8; released models need none"""
     section: Annotated[str, Option(metavar="NAME")] | None = None
@@ -83,8 +83,8 @@ class ExportOptions:
     output: Folder
     """an empty or new folder, or the .pt to write, for a family that has such files"""
     format: Literal["transformers", "original"] | None = None
-    """transformers: text model and image tokenizer in one folder; original: the decoder alone, as in Emu3's own
-    repositories (default: the template's, else the form that it was imported from, else original)"""
+    """transformers: text model and image tokenizer in one folder; original: the authors', which for Emu3 is the decoder
+    alone (default: the template's, else the form that it was imported from, else original)"""
     hf_template: Folder | None = None
     """Hugging Face folder whose configuration, tokenizer and image tokenizer go along (default: what was kept since the
     import)"""

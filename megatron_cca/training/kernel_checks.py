@@ -86,7 +86,8 @@ def check_devices(config: Config) -> None:
     """
     # Imported late: Megatron-Core must not be imported before the platform is installed.
     from megatron_cca.data.loader import loader_in_force
-    from megatron_cca.models.layers import check_fp8_device, engine_is_available
+    from megatron_cca.models.fp8_devices import check_fp8_device
+    from megatron_cca.models.layers import engine_is_available
 
     if config.data.loader is not None:
         loader_in_force(config.data.loader)

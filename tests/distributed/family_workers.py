@@ -12,6 +12,7 @@ from megatron_cca.generation.decoder import decoding
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.frozen_weights import keep_in_fp8
 from megatron_cca.models.initialization import sharded_tensors
+from megatron_cca.parallel import token_logps
 from megatron_cca.training.step import train_step
 from tests.distributed.forwards import scheduled_logits
 from tests.distributed.ranks import split_anew
@@ -178,7 +179,9 @@ def fp8_weights(settings):
         if kind == "rounded":
             answer["expected_bytes"] = answer["bytes_before"] + _round_by_hand(chunks[kind])
         head = {"vocab_size": architecture.vocabulary.output_size, "chunk_size": 7}
-        logps = gpt.image_token_logps(chunks[kind], rows["tokens"], rows["targets"], rows["mask"], **head)
+        logps = gpt.image_logps(
+            chunks[kind], rows["tokens"], rows["targets"], rows["mask"], logps_of=token_logps, **head
+        )
         answer[kind] = logps.tolist()
     return answer
 

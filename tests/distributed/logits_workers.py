@@ -19,7 +19,7 @@ from megatron_cca.lab.reference_bias import BiasSettings
 from megatron_cca.models import gpt, resolve_architecture
 from megatron_cca.models.frozen_weights import dequantize_rows, quantize_rows
 from megatron_cca.models.initialization import sharded_tensors
-from megatron_cca.parallel import sequence_logps
+from megatron_cca.parallel import sequence_logps, token_logps
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import open_data, training_batches
 from tests.distributed.forwards import scheduled_logits
@@ -292,11 +292,13 @@ def _pair_rows(settings):
 
 
 def _by_token(settings):
-    """Of image_token_logps: the worst error against a loop over rows and tokens, and what stands where masked out."""
+    """Of token_logps: the worst error against a loop over rows and tokens, and what stands where masked out."""
     architecture, _, (chunk,) = _loaded(settings["checkpoint"], ["training.precision=fp32"])
     rows, vocab_size = _pair_rows(settings)[0], architecture.vocabulary.size
     with torch.no_grad():
-        found = gpt.image_token_logps(chunk, rows.tokens, rows.targets, rows.mask, vocab_size=vocab_size, chunk_size=7)
+        found = gpt.image_logps(
+            chunk, rows.tokens, rows.targets, rows.mask, logps_of=token_logps, vocab_size=vocab_size, chunk_size=7
+        )
     logps = torch.log_softmax(_whole_logits([chunk], rows.tokens, vocab_size).double(), dim=-1)
     expected = torch.zeros(rows.mask.shape, dtype=torch.float64)
     for row, token in rows.mask.nonzero().tolist():

@@ -23,6 +23,7 @@ SWITCHED_OFF = {
     "models/frozen_weights.py": "reference.strategy=offload or reference.fp8_param",
     "models/rotary_2d.py": "a family with position_embedding rope_2d",
     "models/formats.py": "a conversion",
+    "models/fp8_devices.py": "training.precision=fp8",
     "models/weight_map.py": "a conversion, or lora.dim",
     "checkpoint/stored_tensors.py": "a conversion, or a resume",
     "io/file_contents.py": "files of other programs",

@@ -35,7 +35,7 @@ def test_fp8_products_go_with_torchs_attention(tmp_path):
     """Heads of 20 channels, as LlamaGen-3B has 100: the products' widths are multiples of 16 all the same."""
     pytest.importorskip("transformer_engine.pytorch")
     from megatron_cca.models import resolve_architecture
-    from megatron_cca.models.layers import check_fp8_device
+    from megatron_cca.models.fp8_devices import check_fp8_device
 
     try:
         check_fp8_device("tensorwise")

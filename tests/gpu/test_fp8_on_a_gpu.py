@@ -15,7 +15,7 @@ RECIPES = ["tensorwise", "delayed", BLOCKWISE]
 
 @pytest.fixture(params=RECIPES)
 def recipe(request):
-    from megatron_cca.models.layers import check_fp8_device
+    from megatron_cca.models.fp8_devices import check_fp8_device
 
     try:
         check_fp8_device(request.param)

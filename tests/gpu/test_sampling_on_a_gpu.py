@@ -58,7 +58,7 @@ def test_cached_logits_are_those_of_a_whole_pass(implementation, precision, tole
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_pictures_leave_the_training_as_it_was(precision, digit_shards, tmp_path):
-    from megatron_cca.models.layers import check_fp8_device
+    from megatron_cca.models.fp8_devices import check_fp8_device
     from megatron_cca.training.pictures import open_pictures
     from megatron_cca.training.step import train_step
 

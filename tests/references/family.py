@@ -57,9 +57,9 @@ class Family:
 
     Attributes:
         preset: its tiny model.
-        forms: by name, writers of a random model's public files, called with a folder that exists, a seed and the
-            dtype of the weights. They return what an import takes, a folder or a file. The first form is the one that
-            exports without a template have; the oracle's weights have its names.
+        forms: by name, writers of a random model's public files. They are called with the name of a folder, a seed and
+            the dtype of the weights, and return what an import takes: the folder or a file in it. The oracle's weights
+            have the names of the first form, which are those of the weight map.
         oracle: opens what a form has written, in float32.
         overrides: of the tiny model's sizes.
         import_options: of ``import_checkpoint``, for sizes that public files do not tell.

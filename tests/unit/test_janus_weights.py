@@ -19,7 +19,15 @@ from megatron_cca.errors import UserError
 from megatron_cca.models import resolve_architecture
 from megatron_cca.models.janus import PRESETS
 from megatron_cca.models.janus.weights import JanusHuggingFace
-from tests.references.huggingface import assert_same_bits, convert, edit_config, edit_tensors, load_tensors, refused
+from tests.references.huggingface import (
+    assert_same_bits,
+    convert,
+    edit_config,
+    edit_tensors,
+    load_tensors,
+    refused,
+    save_emu3,
+)
 from tests.references.janus import CODES, FORMS, HIDDEN, WORDS, authors_config, save_janus
 
 TEXT_SIZES = {
@@ -205,6 +213,13 @@ def test_a_template_of_another_size_is_refused(tmp_path):
     (template / "config.json").write_text(json.dumps(authors_config(hidden_size=32)))
     with pytest.raises(UserError, match="the template has 32 channels, the checkpoint 64; give one of the same size"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "out", form="original", template=template)
+
+
+def test_a_template_of_another_family_is_refused(tmp_path):
+    imported(save_janus(tmp_path / "hf", "transformers"), tmp_path)
+    template = save_emu3(tmp_path / "template", "transformers")
+    with pytest.raises(UserError, match="is of another family than the checkpoint"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out", template=template, progress_bar=False)
 
 
 @pytest.mark.parametrize(

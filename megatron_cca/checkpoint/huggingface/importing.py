@@ -75,7 +75,7 @@ def import_checkpoint(
     weights. Training copies them to its checkpoints, and :func:`export_checkpoint` writes them out again.
 
     Args:
-        hf: a folder with safetensors of a known family, in any of its forms, or a file of the family's authors.
+        hf: a Hugging Face folder of a known family, in any of its forms, or a file of the family's authors.
         output: an empty or new folder. It will hold ``iter_0000000``, and ``training.pretrained_checkpoint`` can
             name it.
         overwrite: replace an earlier import in ``output``.

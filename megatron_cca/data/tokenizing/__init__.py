@@ -38,8 +38,8 @@ class TokenizeSettings:
     text_tokenizer: Folder | None = None
     """folder of the checkpoint: tokenizer.json or emu3.tiktoken; none for a model that takes classes"""
     image_tokenizer: Path | None = None
-    """the model's own file or folder (Emu3-VisionTokenizer, an Emu3 in transformers' form), or a folder with the demo's
-    codebook.npy"""
+    """the model's own file or folder (Emu3-VisionTokenizer, an Emu3 in transformers' form, a Janus-Pro), or a folder
+    with the demo's codebook.npy"""
     fit_codebook: Annotated[int, Field(ge=2, le=2**16), Option(metavar="CODES")] | None = None
     """in place of --image-tokenizer, fit a codebook of so many patches to 2,000 images of the source, grey if they are;
     a tiny preset (such as llamagen-tiny) then takes its sizes from the images and classes, and one of texts without

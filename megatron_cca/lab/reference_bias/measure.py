@@ -31,9 +31,10 @@ from megatron_cca.io.outputs import write_json
 from megatron_cca.lab import markdown_table
 from megatron_cca.lab.reference_bias import IN_FP8, PRECISIONS, BiasSettings, ModelPrecision
 from megatron_cca.models import resolve_architecture
-from megatron_cca.models.gpt import image_token_logps
-from megatron_cca.models.layers import check_fp8_device
+from megatron_cca.models.fp8_devices import check_fp8_device
+from megatron_cca.models.gpt import image_logps
 from megatron_cca.objectives import PairLogps
+from megatron_cca.parallel import token_logps
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.batches import RunData, training_batches
 from megatron_cca.training.kernel_checks import check_fp8_sizes
@@ -227,7 +228,7 @@ def prefix_logps(
     found = []
     for row in rows:
         batch = (tensor.to(device) for tensor in (row.tokens, row.targets, row.mask))
-        by_token = image_token_logps(model, *batch, **head).cpu()[row.mask]
+        by_token = image_logps(model, *batch, logps_of=token_logps, **head).cpu()[row.mask]
         found.append(by_token.double().cumsum(0)[last])
         if bar is not None:
             bar.update()
