@@ -22,6 +22,7 @@ from tests.selection import Computed, mostly_full
 
 TINY = ROOT / "examples" / "emu3_tiny_cca.yaml"
 BIG = ROOT / "examples" / "emu3_8b_cca.yaml"
+WIDEST = ROOT / "examples" / "emu3_5_34b_cca.yaml"
 LARGE_SCALES = ROOT / "examples" / "var_d30_cca.yaml"
 WORKLOAD = Workload(24, 16)
 HELD = {"parameters": "weights", "reference": "reference", "gradients": "gradients", "optimizer": "optimizer"}
@@ -365,6 +366,16 @@ def test_a_rank_that_does_not_fit_its_gpu_is_refused_after_the_count(tmp_path):
     assert done.returncode == 2
     assert "peak of all tensors" in done.stdout
     assert "megatron_cca: error: --gpu: rank 0 needs" in done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", [0, 31])
+def test_emu3_5_on_four_nodes_holds_what_is_predicted(rank, tmp_path):
+    """The first and the last stage of TP 8 x PP 4, all of their 16 layers."""
+    overrides, rows = ["training.global_batch_size=8", *BF16], Workload(4352, 4096)
+    job = overrides_of(WIDEST, overrides) | {"ranks": 32, "rank": rank, "like_gpu": True, "workload": [4352, 4096]}
+    (counted,) = run_workers(1, "timing_workers.dry_runs", {"jobs": [job]}, tmp_path)
+    assert_agrees(counted, predicted(WIDEST, overrides, 32, rank, rows, True, TWO), on_gpu=True)
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 512])

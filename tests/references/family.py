@@ -21,6 +21,7 @@ from megatron_cca.config.load import load_config
 from megatron_cca.data.shard_writing import Sample, write_shards
 from megatron_cca.models import family_of, resolve_architecture
 from megatron_cca.models.architecture import Architecture, only_grid, padded_output_size, padded_vocab_size
+from megatron_cca.models.naming import recognise_naming
 from megatron_cca.objectives.base import keys_of
 from megatron_cca.training import rows_per_sample
 from megatron_cca.training.batches import open_data, training_batches
@@ -216,6 +217,9 @@ def in_megatron(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     family_files = family_of(model)
     files = family_files.huggingface or family_files.weights_file
     must_be_zero = getattr(files, "must_be_zero", lambda name: False)
+    if family_files.huggingface:
+        naming = recognise_naming(files.namings, tensors)
+        tensors = {own: value for name, value in tensors.items() if (own := naming.mapped(name))}
     shapes, whole = files.weights.row_shapes(family.architecture), {}
     for tensor in files.weights.tensors(family.architecture):
         parts = []

@@ -163,7 +163,7 @@ def oracle(folder: Path) -> Oracle:
         state = {own[name]: tensor for name, tensor in state.items() if name in own}
     model.load_state_dict(state)
     naming = FAMILIES["janus"].huggingface.namings[1]
-    trained = {naming.mapped(name): parameter for name, parameter in model.named_parameters() if naming.mapped(name)}
+    trained = {authors_name(name): value for name, value in model.named_parameters() if naming.mapped(name)}
     return Oracle(lambda ids: code_logits(model, ids), trained)
 
 
