@@ -22,7 +22,6 @@ from tests.selection import Computed, mostly_full
 
 TINY = ROOT / "examples" / "emu3_tiny_cca.yaml"
 BIG = ROOT / "examples" / "emu3_8b_cca.yaml"
-WIDEST = ROOT / "examples" / "emu3_5_34b_cca.yaml"
 LARGE_SCALES = ROOT / "examples" / "var_d30_cca.yaml"
 WORKLOAD = Workload(24, 16)
 HELD = {"parameters": "weights", "reference": "reference", "gradients": "gradients", "optimizer": "optimizer"}
@@ -368,16 +367,6 @@ def test_a_rank_that_does_not_fit_its_gpu_is_refused_after_the_count(tmp_path):
     assert "megatron_cca: error: --gpu: rank 0 needs" in done.stderr
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("rank", [0, 31])
-def test_emu3_5_on_four_nodes_holds_what_is_predicted(rank, tmp_path):
-    """The first and the last stage of TP 8 x PP 4, all of their 16 layers."""
-    overrides, rows = ["training.global_batch_size=4", *BF16], Workload(4352, 4096)
-    job = overrides_of(WIDEST, overrides) | {"ranks": 32, "rank": rank, "like_gpu": True, "workload": [4352, 4096]}
-    (counted,) = run_workers(1, "timing_workers.dry_runs", {"jobs": [job]}, tmp_path)
-    assert_agrees(counted, predicted(WIDEST, overrides, 32, rank, rows, True, TWO), on_gpu=True)
-
-
 @pytest.mark.parametrize("gpus", [8, 64, 512])
 def test_the_planned_examples_are_what_the_docs_say(gpus):
     path = ROOT / "examples" / f"emu3_8b_{gpus}x_h100.yaml"
@@ -390,19 +379,6 @@ def test_the_planned_examples_are_what_the_docs_say(gpus):
     told = line.replace("*", "").split("|")[2 + column].strip()
     assert told == f"{memory.total / 2**30:.1f}"
     assert f"{told} of 79.6 GiB" in path.read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "gpus", "gpu"), [("8x_h100", 8, "h100-80gb"), ("64x_h100", 64, "h100-80gb"), ("8x_h200", 8, "h200")]
-)
-def test_emu3_5s_planned_examples_are_what_they_say(name, gpus, gpu):
-    path = ROOT / "examples" / f"emu3_5_34b_{name}.yaml"
-    config = load_config(path)
-    check_candidate(config, gpus)
-    memory = predict_memory(config, gpus, Workload(4352, 4096))
-    assert memory.total <= 0.92 * gpu_named(gpu).memory_bytes
-    assert f"{memory.total / 2**30:.1f} of " in path.read_text()
-    assert f"**{memory.total / 2**30:.1f}**" in (ROOT / "docs" / "scaling.md").read_text()
 
 
 def test_the_example_for_one_node_is_what_the_planner_chooses():
