@@ -150,7 +150,8 @@ def codes_of(quantizer, maps, sizes):
     for scale, side in enumerate(sizes.scales):
         small = rest if side == sizes.scales[-1] else interpolate(rest, size=(side, side), mode="area")
         vectors = small.flatten(2).transpose(1, 2)
-        answer.append(torch.cdist(vectors, book[None]).argmin(-1))
+        # Not by a matrix product, which rounds equal columns differently on some machines.
+        answer.append(torch.cdist(vectors, book[None], compute_mode="donot_use_mm_for_euclid_dist").argmin(-1))
         so_far = torch.cat(answer, 1)
         padding = torch.zeros(len(maps), sizes.tokens - so_far.size(1), dtype=torch.int64)
         added = list(residuals(quantizer, torch.cat([so_far, padding], 1), sizes))[scale]

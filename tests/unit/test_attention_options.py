@@ -39,9 +39,12 @@ def test_there_is_a_case_of_every_key():
     assert tuple(OTHER) == ATTENTION_OPTIONS
 
 
-def test_presets_have_none_of_it():
-    for family in FAMILIES.values():
-        assert not any(preset.attention_options for preset in family.presets.values())
+def test_files_have_a_place_for_what_presets_have():
+    for name, family in FAMILIES.items():
+        weights = (family.huggingface or family.weights_file).weights
+        for preset in family.presets.values():
+            weights.check_attention(preset)
+            assert not preset.attention_options or name == "emu3_5"
 
 
 def test_a_head_follows_the_other_sizes_unless_its_own_is_given():

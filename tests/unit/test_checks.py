@@ -1,6 +1,7 @@
 """What a run is refused for before any process group is made, and in which words."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -372,9 +373,10 @@ EXAMPLES = sorted(file for file in ROOT.rglob("*.yaml") if file.parent.name not 
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
-def test_every_example_can_run_on_eight_ranks(file, tmp_path):
+def test_every_example_can_run_on_eight_ranks_or_on_what_its_layout_takes(file, tmp_path):
     overrides = ["training.pretrained_checkpoint=null", f"training.output_dir={tmp_path}"]
     config = load_config(file, overrides)
     if config.model.name.endswith("-tiny"):
         config = load_config(file, [*overrides, "parallel.tensor_model_parallel_size=2"])
-    check_run(config, 8)
+    parallel = config.parallel
+    check_run(config, math.lcm(8, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))

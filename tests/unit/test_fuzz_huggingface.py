@@ -107,7 +107,7 @@ def deep(depth):
 
 @pytest.mark.parametrize("config", [deep(10**9), deep(10**4), {"vq_config": 3}, {"vq_config": {"base_channels": "a"}}])
 def test_an_image_tokenizer_of_any_depth_is_refused(sandbox, config):
-    assert sandbox.check(lambda: Emu3HuggingFace().companion_shapes(deep(3) | config)) is None
+    assert sandbox.check(lambda: Emu3HuggingFace().companion_shapes(deep(3) | config, {})) is None
 
 
 @pytest.fixture(scope="module")

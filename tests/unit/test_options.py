@@ -155,7 +155,7 @@ def test_a_configuration_is_a_file_or_the_name_of_an_example(tmp_path, monkeypat
     (tmp_path / "emu3_tiny_cca").write_text("{}")
     assert config_option("emu3_tiny_cca") == Path("emu3_tiny_cca")
     with pytest.raises(
-        ArgumentTypeError, match="'tiny' is neither a file nor an example; the examples are emu3_8b_512x_h100, "
+        ArgumentTypeError, match="'tiny' is neither a file nor an example; the examples are emu3_5_34b_512x_h100, "
     ):
         config_option("tiny")
 
