@@ -31,6 +31,8 @@ from tests.references.token_shards import encode_text
 SAMPLES = 64
 # For a family whose images may have any grid.
 GRID = (4, 4)
+# Long enough that an error in the cache would show.
+DRAWN_GRID = (8, 8)
 STEP = [
     *("objective.beta=0.1", "objective.negative_weight=30", "data.condition_dropout=0.4"),
     *("training.global_batch_size=8", "training.micro_batch_size=2"),
@@ -107,6 +109,11 @@ class Family:
         """Height and width, in codes, of the images that are tried."""
         return only_grid(self.architecture) or GRID
 
+    @property
+    def drawn_grid(self) -> tuple[int, int]:
+        """Height and width, in codes, of the images that are drawn."""
+        return only_grid(self.architecture) or DRAWN_GRID
+
 
 def tensors_in(path: Path, skipped: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Every tensor of a folder of safetensors, or of the first set of tensors in a file of ``torch.save``."""
@@ -144,7 +151,7 @@ def prompts(family: Family, *, dropped: bool = False) -> list[np.ndarray]:
     lengths = [3, 2, 1] if vocabulary.num_classes is None else [1, 1, 1]
     meta, unconditional = (
         np.array(encode_text(text), dtype=np.int64)
-        for text in (vocabulary.meta_text(1, *family.grid), vocabulary.unconditional_text())
+        for text in (vocabulary.meta_text(1, *family.drawn_grid), vocabulary.unconditional_text())
     )
     captions = [random.integers(vocabulary.caption_size, size=length) for length in lengths]
     for place in range(len(captions)) if dropped else [1]:
@@ -245,7 +252,7 @@ def greedy_codes(oracle: Oracle, family: Family, guidance_scale: float) -> list[
 
     Codes are drawn in groups: one by one, or scale by scale. Guidance grows with the scale.
     """
-    vocabulary, (height, width) = family.architecture.vocabulary, family.grid
+    vocabulary, (height, width) = family.architecture.vocabulary, family.drawn_grid
     own, null = prompts(family), prompts(family, dropped=True)
     # Where, behind a prompt, the codes stand.
     places = np.flatnonzero(vocabulary.forced_tokens(height, width) < 0)
@@ -285,7 +292,7 @@ def answers(family: Family, policy: Path, data: Path) -> dict:
         "logits": logits,
         "prompts": prompts(family),
         "dropped": prompts(family, dropped=True),
-        "grid": family.grid,
+        "grid": family.drawn_grid,
         "greedy": {scale: greedy_codes(oracle, family, scale) for scale in (0.0, 1.5)},
     }
 
