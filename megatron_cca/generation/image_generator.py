@@ -91,13 +91,14 @@ class ImageGenerator:
         """Return the requests for :func:`sample_codes`. The arguments and errors are those of :meth:`generate`."""
         vocabulary, text = self.architecture.vocabulary, self.tokenizers.text
         captions = [caption_ids(vocabulary, text, prompt) for prompt in prompts]
-        seconds: dict[int, np.ndarray | None] = {}
-        for length in {len(caption) for caption in captions}:
-            is_one_stream = settings.forwards_per_token == 1
-            second = None if is_one_stream else negative_ids(vocabulary, text, negative, length)
-            seconds[length] = None if second is None else self._prompt_ids(negative, second, settings)
+        # By the number of ids of the caption.
+        second: dict[int, np.ndarray] = {}
+        if settings.forwards_per_token == 2:
+            for length in {len(caption) for caption in captions}:
+                ids = negative_ids(vocabulary, text, negative, length)
+                second[length] = self._prompt_ids(negative, ids, settings)
         return [
-            ImageRequest(self._prompt_ids(prompt.title, caption, settings), prompt.seed, seconds[len(caption)])
+            ImageRequest(self._prompt_ids(prompt.title, caption, settings), prompt.seed, second.get(len(caption)))
             for prompt, caption in zip(prompts, captions, strict=True)
         ]
 

@@ -292,6 +292,15 @@ def check_codes(codes: Tensor, codebook_size: int, temporal_factor: int) -> None
         raise UserError(f"codes: {lowest if lowest < 0 else highest} does not fit a codebook of {codebook_size}")
 
 
+def model_type_in(path: Path) -> str | None:
+    """Return ``model_type`` in a configuration's file. None if it cannot be read, or is no text."""
+    try:
+        found = read_json(path).get("model_type")
+    except UserError:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 

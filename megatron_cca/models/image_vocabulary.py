@@ -155,12 +155,6 @@ class ImageVocabulary(Vocabulary, ABC):
         self.write_prompt(ids, caption, meta_ids)
         return ids
 
-    def dropped_length(self, caption_length, unconditional_length: int):
-        """Return the number of ids of :meth:`dropped_caption`, for numbers or arrays."""
-        if self.template is not None and self.template.blank is not None:
-            return caption_length
-        return unconditional_length + 0 * caption_length
-
     def dropped_caption(self, caption_length: int, unconditional: np.ndarray) -> np.ndarray:
         """Return what stands in a prompt in place of a caption that is dropped.
 

@@ -65,6 +65,8 @@ _FIXED = {
     "rope_scaling": (None,),
 }
 
+_NO_SETTINGS = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
+
 
 def read_sizes(text: Mapping, defaults: Mapping[str, float]) -> dict[str, float]:
     """Return the sizes in a configuration of a Llama, by Megatron's names.
@@ -135,6 +137,32 @@ def write_sizes(text: Json, architecture: Architecture, defaults: Mapping[str, f
         text["head_dim"] = architecture.kv_channels
     if rotary_base(text, defaults["rotary_base"]) != architecture.rotary_base:
         _write_rotary_base(text, architecture.rotary_base)
+
+
+def write_dtype(config: Json, section: Json, dtype: str) -> None:
+    """Write the dtype of the weights, as torch spells it, under the keys that a configuration has for it.
+
+    Args:
+        config: the whole configuration, which gets a key if it has none.
+        section: its section of the decoder, or itself.
+        dtype: the dtype.
+    """
+    for part in (config, section):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype
+
+
+def settings_of(section: Mapping) -> Json:
+    """Return what transformers' class of a decoder shall take of a section of a configuration.
+
+    It has no key that names code, which would be fetched from a hub. JSON has one kind of number, and transformers
+    needs a float in one place.
+    """
+    kept = {key: value for key, value in section.items() if key not in _NO_SETTINGS and not key.startswith("_")}
+    return kept | ({"rms_norm_eps": float(kept["rms_norm_eps"])} if "rms_norm_eps" in kept else {})
 
 
 def size_keys(defaults: Mapping[str, float]) -> dict[str, str]:

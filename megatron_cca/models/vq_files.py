@@ -126,7 +126,11 @@ class VqFiles:
 def vqgan_name(name: str, num_levels: int) -> str:
     """Return the name that VQGAN's authors have for a tensor of a network with so many levels."""
     # They number the decoder's levels as the encoder's, from the highest resolution down.
-    name = _DECODER_LEVEL.sub(lambda found: f"decoder.up.{num_levels - 1 - int(found[1])}.", name)
+    return with_vqgan_parts(_DECODER_LEVEL.sub(lambda found: f"decoder.up.{num_levels - 1 - int(found[1])}.", name))
+
+
+def with_vqgan_parts(name: str) -> str:
+    """Return a tensor's name with the names that VQGAN's authors have for its parts, the decoder's levels aside."""
     for pattern, replacement in _VQGAN_NAMES:
         name = re.sub(pattern, replacement, name)
     return name

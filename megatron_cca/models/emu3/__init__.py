@@ -10,6 +10,7 @@ resolution, frame rate and duration. No public source gives the words. Users who
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,15 +135,15 @@ EMU3_VOCABULARY = Emu3Vocabulary(
 def tiny_vocabulary(text_size: int = TINY_TEXT_SIZE, codebook_size: int = TINY_CODEBOOK_SIZE) -> Emu3Vocabulary:
     """Return a vocabulary in Emu3's order (text, control, visual) for small text tokenizers and codebooks."""
     control = ("pad", "eol", "eof", "bos", "eos", "img", "boi", "eoi")
-    ids = {name: text_size + offset for offset, name in enumerate(control)}
+    return Emu3Vocabulary(**tiny_ids(control, text_size, codebook_size))
+
+
+def tiny_ids(control: Sequence[str], text_size: int, codebook_size: int) -> dict[str, int]:
+    """Return sizes and ids of a vocabulary that has ids of text, these ids of control, and visual ones."""
     visual_start = text_size + len(control)
-    return Emu3Vocabulary(
-        size=visual_start + codebook_size,
-        text_size=text_size,
-        visual_start=visual_start,
-        codebook_size=codebook_size,
-        **ids,
-    )
+    sizes = {"size": visual_start + codebook_size, "text_size": text_size, "codebook_size": codebook_size}
+    ids = {name: text_size + offset for offset, name in enumerate(control)}
+    return sizes | ids | {"visual_start": visual_start}
 
 
 PRESETS = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_cca.errors import UserError, error_context, first_line
-from megatron_cca.models.formats import float32_copy, read_json
+from megatron_cca.models.formats import float32_copy, model_type_in, read_json
 from megatron_cca.models.weight_files import CONFIG, INDEX, SINGLE
 
 if TYPE_CHECKING:
@@ -94,10 +94,7 @@ class Emu3VqFiles:
 
     def knows(self, path: Path) -> bool:
         """See the protocol."""
-        try:
-            return read_json(path / CONFIG).get("model_type") in _MODEL_TYPES
-        except (UserError, TypeError):
-            return False
+        return model_type_in(path / CONFIG) in _MODEL_TYPES
 
     def open(
         self,

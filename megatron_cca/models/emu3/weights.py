@@ -21,6 +21,8 @@ from megatron_cca.models.llama_files import (
     check_untied,
     read_sizes,
     rotary_base,
+    settings_of,
+    write_dtype,
     write_sizes,
 )
 from megatron_cca.models.naming import Naming
@@ -100,12 +102,7 @@ class Emu3HuggingFace:
         config = self._like(template, architecture, form)
         text = _text_section(config)
         write_sizes(text, architecture, DEFAULTS)
-        for section in (config, text):
-            for key in ("dtype", "torch_dtype"):
-                if key in section:
-                    section[key] = dtype
-        if not {"dtype", "torch_dtype"} & config.keys():
-            config["dtype"] = dtype
+        write_dtype(config, text, dtype)
         return config
 
     def _like(self, template: Json | None, architecture: Architecture, form: str) -> Json:
@@ -134,14 +131,9 @@ class Emu3HuggingFace:
         import torch
         from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-        # The last two can name code that would be fetched from a hub.
-        left_out = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
-        text = _text_section(config)
-        kept = {key: value for key, value in text.items() if key not in left_out and not key.startswith("_")}
+        text = {"rms_norm_eps": DEFAULTS["layernorm_epsilon"], **_text_section(config)}
         with error_context(CONFIG), transformers_refusals():
-            # JSON has one kind of number. transformers needs a float here.
-            epsilon = float(text.get("rms_norm_eps", DEFAULTS["layernorm_epsilon"]))
-            settings = Emu3TextConfig(**kept | {"rms_norm_eps": epsilon})
+            settings = Emu3TextConfig(**settings_of(text))
             with torch.device("meta"):
                 model = Emu3ForCausalLM(settings)
             model.model.rotary_emb = type(model.model.rotary_emb)(settings)

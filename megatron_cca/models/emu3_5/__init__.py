@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_cca.models.architecture import Architecture
-from megatron_cca.models.emu3 import EMU3_VOCABULARY, TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, Emu3Vocabulary
+from megatron_cca.models.emu3 import EMU3_VOCABULARY, TINY_CODEBOOK_SIZE, TINY_TEXT_SIZE, Emu3Vocabulary, tiny_ids
 from megatron_cca.models.image_vocabulary import PromptTemplate, Vocabulary
 
 _TEXT_TO_IMAGE = PromptTemplate(
@@ -95,19 +95,10 @@ EMU3_5_VOCABULARY = Emu35Vocabulary(
 )
 
 
-def tiny_vocabulary(text_size: int = TINY_TEXT_SIZE, codebook_size: int | None = TINY_CODEBOOK_SIZE) -> Emu35Vocabulary:
+def tiny_vocabulary(text_size: int = TINY_TEXT_SIZE, codebook_size: int = TINY_CODEBOOK_SIZE) -> Emu35Vocabulary:
     """Return a vocabulary in Emu3.5's order (text, control, visual) for small text tokenizers and codebooks."""
     control = ("pad", "bss", "eol", "eof", "bos", "eos", "img", "boi", "eoi")
-    ids = {name: text_size + offset for offset, name in enumerate(control)}
-    visual_start = text_size + len(control)
-    return Emu35Vocabulary(
-        size=visual_start + codebook_size,
-        text_size=text_size,
-        visual_start=visual_start,
-        codebook_size=codebook_size,
-        template=_TINY,
-        **ids,
-    )
+    return Emu35Vocabulary(**tiny_ids(control, text_size, codebook_size), template=_TINY)
 
 
 PRESETS = {

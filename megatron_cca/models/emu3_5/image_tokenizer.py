@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_cca.config.load import read_yaml
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.formats import check_codes, fingerprint, moved_to, read_json
+from megatron_cca.models.formats import check_codes, fingerprint, model_type_in, moved_to, read_json
 from megatron_cca.models.vq_files import CODEBOOK, VqContents, VqForm, read_vq_file, vqgan_name
 from megatron_cca.models.vq_network import VqNetwork, VqSizes, VqTokenizer
 from megatron_cca.models.weight_files import CONFIG, SINGLE
@@ -50,12 +50,7 @@ class Emu35VqFiles:
 
     def knows(self, path: Path) -> bool:
         """See the protocol."""
-        if not (path / CONFIG).is_file():
-            return True
-        try:
-            return read_json(path / CONFIG).get("model_type") == _MODEL_TYPE
-        except UserError:
-            return False
+        return not (path / CONFIG).is_file() or model_type_in(path / CONFIG) == _MODEL_TYPE
 
     def open(
         self,

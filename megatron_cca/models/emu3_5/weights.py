@@ -27,6 +27,7 @@ from megatron_cca.models.llama_files import (
     read_sizes,
     rotary_base,
     size_keys,
+    write_dtype,
     write_sizes,
 )
 from megatron_cca.models.weight_files import CONFIG
@@ -85,8 +86,7 @@ class Emu35HuggingFace:
             template = {**fresh_section(architecture), **own, "head_dim": architecture.kv_channels}
         config = copy.deepcopy(template)
         write_sizes(config, architecture, _DEFAULTS)
-        for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-            config[key] = dtype
+        write_dtype(config, config, dtype)
         return config
 
     def companion_shapes(self, config: Json, found: Shapes) -> Shapes:

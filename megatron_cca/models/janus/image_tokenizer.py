@@ -17,26 +17,15 @@ from typing import Any
 import torch
 
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.models.formats import read_json
+from megatron_cca.models.formats import model_type_in, read_json
 from megatron_cca.models.vq_directions import LLAMAGEN_FORM, DirectionTokenizer, check_directions, direction_tokenizer
-from megatron_cca.models.vq_files import VqForm, vq_contents
+from megatron_cca.models.vq_files import VqForm, vq_contents, with_vqgan_parts
 from megatron_cca.models.weight_files import CONFIG
-
-# From the network's names to transformers', applied one after the other.
-_RENAMED = (
-    (r"^encoder\.conv_blocks\.", "encoder.down."),
-    (r"^decoder\.conv_blocks\.", "decoder.up."),
-    (r"\.res\.", ".block."),
-    (r"\.mid\.0\.", ".mid.block_1."),
-    (r"\.mid\.1\.", ".mid.attn_1."),
-    (r"\.mid\.2\.", ".mid.block_2."),
-)
 
 
 def _transformers_name(name: str, _: int) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    # VQGAN's names, but the decoder's levels keep the network's numbers.
+    return with_vqgan_parts(re.sub(r"^decoder\.conv_blocks\.", "decoder.up.", name))
 
 
 # By model_type, the prefix of the names and the rest of them.
@@ -57,10 +46,7 @@ class JanusVqFiles:
 
     def knows(self, path: Path) -> bool:
         """See the protocol."""
-        try:
-            return _form(path) is not None
-        except UserError:
-            return False
+        return model_type_in(path / CONFIG) in _FORMS
 
     def open(
         self,

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.models.formats import Json, Shapes, transformers_refusals
+from megatron_cca.models.llama_files import settings_of
 from megatron_cca.models.weight_files import CONFIG
 
-# The last two can name code that would be fetched from a hub.
-_LEFT_OUT = ("model_type", "auto_map", "dtype", "torch_dtype", "quantization_config", "attn_implementation")
 _OF_THE_DECODER = ("model.language_model.", "model.generation_")
 
 
@@ -31,7 +30,7 @@ def code_decoder(text: Json, num_codes: int, channels: int) -> nn.Module:
     from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 
     with error_context(CONFIG), transformers_refusals():
-        settings = LlamaConfig(**_kept(text))
+        settings = LlamaConfig(**settings_of(text))
         width = settings.hidden_size
         images = JanusVQVAEConfig(
             num_embeddings=num_codes, embed_dim=channels, projection_dim=width, image_token_embed_dim=width
@@ -87,20 +86,14 @@ def companion_shapes(config: Json, text: Json, most_tensors: int) -> Shapes:
             raise UserError(f"{key}: must be an object, found {repr(section)[:60]}")
     with transformers_refusals():
         vision, vq = (
-            JanusVisionConfig(**_kept(sections["vision_config"])),
-            JanusVQVAEConfig(**_kept(sections["vq_config"])),
+            JanusVisionConfig(**settings_of(sections["vision_config"])),
+            JanusVQVAEConfig(**settings_of(sections["vq_config"])),
         )
         layers = vision.num_hidden_layers + vision.depth + len(vq.channel_multiplier) * vq.num_res_blocks
     if layers > most_tensors:
         raise UserError(f"vision_config and vq_config want {layers} layers, more than {most_tensors}")
     with transformers_refusals(), torch.device("meta"):
-        one_layer = {**_kept(text), "num_hidden_layers": 1}
+        one_layer = {**settings_of(text), "num_hidden_layers": 1}
         model = JanusForConditionalGeneration(JanusConfig(text_config=one_layer, vision_config=vision, vq_config=vq))
     state = model.state_dict()
     return {name: tuple(state[name].shape) for name in state if not name.startswith(_OF_THE_DECODER)}
-
-
-def _kept(section: Json) -> Json:
-    """Return what sizes depend on. JSON has one kind of number, and transformers needs a float in one place."""
-    kept = {key: value for key, value in section.items() if key not in _LEFT_OUT and not key.startswith("_")}
-    return kept | ({"rms_norm_eps": float(kept["rms_norm_eps"])} if "rms_norm_eps" in kept else {})

@@ -18,7 +18,14 @@ from megatron_cca.errors import UserError
 from megatron_cca.models.architecture import Architecture
 from megatron_cca.models.formats import Json, Shapes
 from megatron_cca.models.janus import PRESETS
-from megatron_cca.models.llama_files import LLAMA_LAYERS, check_section, read_sizes, rotary_base, write_sizes
+from megatron_cca.models.llama_files import (
+    LLAMA_LAYERS,
+    check_section,
+    read_sizes,
+    rotary_base,
+    write_dtype,
+    write_sizes,
+)
 from megatron_cca.models.naming import Naming
 from megatron_cca.models.weight_map import OneToOne, WeightMap
 
@@ -155,12 +162,7 @@ class JanusHuggingFace:
         config = copy.deepcopy(template)
         text = config.setdefault(_TEXT_KEYS[form], {})
         write_sizes(text, architecture, _LLAMA)
-        for section in (config, text):
-            for key in ("dtype", "torch_dtype"):
-                if key in section:
-                    section[key] = dtype
-        if not {"dtype", "torch_dtype"} & config.keys():
-            config["dtype"] = dtype
+        write_dtype(config, text, dtype)
         return config
 
     def companion_shapes(self, config: Json, found: Shapes) -> Shapes:
