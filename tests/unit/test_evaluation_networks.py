@@ -167,7 +167,12 @@ def test_an_own_extractor_is_a_function_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("vgg16", None, "--extractor: 'vgg16' is none of digits, inception, FILE.py:FUNCTION and FILE.judge"),
+        (
+            "vgg16",
+            None,
+            "--extractor: 'vgg16' is none of digits, inception, dinov2:FOLDER, clip:FOLDER, "
+            "FILE.py:FUNCTION and FILE.judge",
+        ),
         (
             "digits",
             Path("w.pth"),

@@ -18,24 +18,36 @@ from megatron_cca.io.options import Count, DeviceChoice, File, Folder, Option, P
 from megatron_cca.io.paths import typed_path
 
 METRICS: tuple[str, ...] = ("fid", "inception_score", "kid", "precision", "recall", "sfid")
+# Metrics that are computed when they are asked for by name.
+ON_REQUEST = ("density", "coverage", "vendi", "cmmd")
 TITLES = {
+    "cmmd": "CMMD",
+    "coverage": "coverage",
+    "density": "density",
     "fid": "FID",
     "inception_score": "Inception Score",
     "kid": "KID",
     "precision": "precision",
     "recall": "recall",
     "sfid": "sFID",
+    "vendi": "Vendi score",
 }
-Part = Literal["features", "logits", "spatial"]
+Part = Literal["features", "logits", "spatial", "clip"]
 # The part of an extractor's output that each metric uses.
 PART_OF: dict[str, Part] = {
+    "cmmd": "clip",
+    "coverage": "features",
+    "density": "features",
     "fid": "features",
     "inception_score": "logits",
     "kid": "features",
     "precision": "features",
     "recall": "features",
     "sfid": "spatial",
+    "vendi": "features",
 }
+# Metrics of samples alone.
+SAMPLE_METRICS = ("inception_score", "vendi")
 # Metrics that need only a mean and a covariance of the reference.
 MOMENT_METRICS = ("fid", "sfid")
 # Words in place of a path: scikit-learn's scans for training, and the others.
@@ -45,8 +57,8 @@ DIGITS, HELD_OUT = WORDS = ("digits", "digits-held-out")
 def _known_metrics(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     """Return the names, each once."""
     for name in names or ():
-        if name not in METRICS:
-            raise UserError(f"metrics: {name!r} is unknown; known: {', '.join(METRICS)}")
+        if name not in TITLES:
+            raise UserError(f"metrics: {name!r} is unknown; known: {', '.join((*METRICS, *ON_REQUEST))}")
     return None if names is None else tuple(dict.fromkeys(names))
 
 
@@ -62,13 +74,13 @@ class FidelitySettings:
         "fid",
         "inception_score",
     )
-    """of ``METRICS``"""
+    """of ``METRICS`` and ``ON_REQUEST``"""
     kid_subsets: Count = 100
     """KID is the mean over so many random subsets"""
     kid_subset_size: Annotated[int, Field(ge=2)] = 1000
     """images in each; both sets must have as many"""
     neighborhood: Count = 3
-    """k of the k-th nearest neighbour in precision and recall"""
+    """k of the k-th nearest neighbour in precision, recall, density and coverage"""
     inception_score_splits: Count = 1
     """the Inception Score is the mean over so many parts of the samples; papers take 10 with 50,000 images, with few
     images that biases the score"""
@@ -95,9 +107,9 @@ class EvaluateOptions:
     """replace a former report in --output, nothing else"""
     extractor: Annotated[str, Option(metavar="NAME")] | None = None
     """the network behind the metrics: inception, as in papers; digits, the demo's classifier, trained on the spot;
-    FILE.judge, which --judge trained; or FILE.py:FUNCTION, a function that returns a torch module from uint8
-    [N, 3, H, W] to features and logits (default: that of --judge, digits where the reference is the digits, else
-    inception)"""
+    FILE.judge, which --judge trained; dinov2:FOLDER or clip:FOLDER, a copy of the published model in transformers'
+    form; or FILE.py:FUNCTION, a function that returns a torch module from uint8 [N, 3, H, W] to features and logits
+    (default: that of --judge, digits where the reference is the digits, else inception)"""
     judge: Annotated[Path, Option(metavar="FILE.judge")] | None = None
     """a small network for images of one data set, as --extractor and --classifier where these are not given: trained on
     the reference and its labels if the file is not there, and kept in it for evaluations and studies to come"""
@@ -108,8 +120,9 @@ class EvaluateOptions:
         Option(metavar="NAME", values="*"),
         AfterValidator(_known_metrics),
         Field(
-            description=f"of {' '.join(METRICS)} (default: all that the images and the extractor allow, with a line "
-            "for each that is left out); without a NAME: none of them, only class accuracy and CLIP score"
+            description=f"of {' '.join(METRICS)} (default: all of these that the images and the extractor allow, with "
+            f"a line for each that is left out) and of {' '.join(ON_REQUEST)}; without a NAME: none of them, only "
+            "class accuracy and scores"
         ),
     ] = None
     numbers: FidelitySettings = field(default_factory=FidelitySettings)
@@ -192,18 +205,18 @@ def obstacle(metric: str, counts: Counts, widths: dict[str, int], settings: Fide
     It is None if the metric can be computed.
 
     Args:
-        metric: a member of ``METRICS``.
+        metric: a member of ``METRICS`` or ``ON_REQUEST``.
         counts: the numbers of images.
         widths: widths of the parts that the extractor gives, such as ``{"features": 2048, "logits": 1008}``.
         settings: subset size, neighbourhood and splits.
     """
     part = PART_OF[metric]
     if part not in widths:
-        what = "spatial features" if part == "spatial" else part
+        what = {"spatial": "spatial features", "clip": "embeddings of a CLIP"}.get(part, part)
         return Obstacle("extractor", f"gives no {what}, on which {TITLES[metric]} is computed")
     wanted, how = _wanted(metric, widths[part], settings)
     sides = [("samples", counts.samples)]
-    if metric != "inception_score" and not (metric in MOMENT_METRICS and part in counts.moments):
+    if metric not in SAMPLE_METRICS and not (metric in MOMENT_METRICS and part in counts.moments):
         sides.append(("reference", counts.reference))
     for side, count in sides:
         if count < wanted:
@@ -221,4 +234,6 @@ def _wanted(metric: str, width: int, settings: FidelitySettings) -> tuple[int, s
     if metric == "inception_score":
         splits = settings.inception_score_splits
         return 2 * splits, f"in {splits} splits" if splits > 1 else "of their spread over classes"
+    if metric in ("vendi", "cmmd"):
+        return 2, "of a distribution"
     return settings.neighborhood + 1, f"with neighborhood {settings.neighborhood}"

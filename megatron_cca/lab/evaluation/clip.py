@@ -8,14 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from megatron_cca.errors import UserError, error_context
+from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import SCORER, Scorer
-from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation.classifiers import is_function_spec, load_function
+from megatron_cca.lab.evaluation.named_networks import (
+    SCORER_KINDS,
+    check_folder,
+    folder_of,
+    kind_of,
+    loaded,
+    refuse_missing,
+)
 
 CLIP = "--clip"
-_CLIP_PREFIX = "clip:"
 
 
 @dataclass(frozen=True)
@@ -49,23 +56,19 @@ class ClipScorer:
             copy of openai/clip-vit-large-patch14.
         device: the device of the model.
         batch_size: number of images and prompts in one batch.
+        option: the option that named the folder, for messages.
 
     Raises:
         UserError: no such folder, or a folder without a CLIP.
     """
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu", batch_size: int = 64) -> None:
-        check_clip(folder)
-        # Imported late: the import of transformers takes seconds.
-        from transformers import CLIPModel, CLIPProcessor
+    kind = "clip"
 
-        try:
-            # Load no pickled weights, and run no code from the folder.
-            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-            self.processor = CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers promises no closed set for damaged folders
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"{CLIP}: {folder} holds no usable CLIP ({type(error).__name__}: {reason})") from None
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", batch_size: int = 64, option: str = CLIP
+    ) -> None:
+        check_folder(self.kind, folder, option)
+        model, self.processor = loaded(self.kind, Path(folder), option, lambda: _model_and_processor(folder))
         self.model = model.eval().requires_grad_(False).to(device)
         self.batch_size = batch_size
 
@@ -116,8 +119,34 @@ class ClipScorer:
         )
         # Both embeddings are normalised.
         outputs = self.model(**inputs.to(self.model.device))
-        cosines = (outputs.image_embeds.float() * outputs.text_embeds.float()).sum(1)
-        return (100 * cosines.clamp(min=0)).cpu().numpy()
+        return self._scaled((outputs.image_embeds.float() * outputs.text_embeds.float()).sum(1)).cpu().numpy()
+
+    def _scaled(self, cosines: Tensor) -> Tensor:
+        return 100 * cosines.clamp(min=0)
+
+
+class PickScorer(ClipScorer):
+    """PickScore (arXiv 2305.01569): the cosine times the exponential of the learnt scale, as its authors do.
+
+    A PickScore is a fine-tuned CLIP-H. Its folder says nothing that tells it from another CLIP.
+    """
+
+    kind = "pickscore"
+
+    def _scaled(self, cosines: Tensor) -> Tensor:
+        return self.model.logit_scale.exp().float() * cosines
+
+
+def _model_and_processor(folder: str | Path) -> tuple:
+    # Imported late: the import of transformers takes seconds.
+    from transformers import CLIPModel, CLIPProcessor
+
+    # Load no pickled weights, and run no code from the folder.
+    model, report = CLIPModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    refuse_missing(report)
+    return model, CLIPProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def check_clip(folder: str | Path) -> None:
@@ -128,11 +157,7 @@ def check_clip(folder: str | Path) -> None:
     Raises:
         UserError: names the folder and what would be right.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"{CLIP}: {folder} has no config.json; give the folder of a CLIP in transformers' form, such as a copy of "
-            "openai/clip-vit-large-patch14"
-        )
+    check_folder("clip", folder, CLIP)
 
 
 def check_scorer(spec: str) -> None:
@@ -140,38 +165,33 @@ def check_scorer(spec: str) -> None:
 
     It raises the same errors as :func:`open_scorer`.
     """
-    if spec.startswith(_CLIP_PREFIX):
-        try:
-            check_clip(_clip_folder(spec))
-        except UserError as error:
-            raise UserError(str(error).replace(CLIP, SCORER, 1)) from None
+    kind = kind_of(spec, SCORER_KINDS)
+    if kind is not None:
+        check_folder(kind, folder_of(spec, SCORER), SCORER)
     elif is_function_spec(spec):
         load_function(spec, SCORER)
     else:
-        raise UserError(f"{SCORER}: {spec!r} is neither clip:FOLDER nor FILE.py:FUNCTION")
+        raise UserError(f"{SCORER}: {spec!r} is none of clip:FOLDER, pickscore:FOLDER and FILE.py:FUNCTION")
 
 
 def open_scorer(spec: str, device: str | torch.device) -> Scorer:
     """Open the scorer that a user named.
 
     Args:
-        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, or ``FILE.py:FUNCTION`` for a user's
-            function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts. It returns N numbers.
+        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, ``pickscore:FOLDER`` for PickScore, or
+            ``FILE.py:FUNCTION`` for a user's function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts.
+            It returns N numbers.
         device: the device of CLIP.
 
     Raises:
         UserError: another form, or no such file, folder or function.
     """
     check_scorer(spec)
-    if spec.startswith(_CLIP_PREFIX):
-        return ClipScorer(_clip_folder(spec), device)
+    kind = kind_of(spec, SCORER_KINDS)
+    if kind is not None:
+        return {"clip": ClipScorer, "pickscore": PickScorer}[kind](folder_of(spec, SCORER), device, option=SCORER)
     function = load_function(spec, SCORER)
     return lambda images, prompts: _checked(function(images, list(prompts)), len(images), spec)
-
-
-def _clip_folder(spec: str) -> Path:
-    with error_context(SCORER):
-        return Path(typed_path(spec.removeprefix(_CLIP_PREFIX)))
 
 
 def _checked(found: object, count: int, spec: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from megatron_cca.io.paths import typed_path
 from megatron_cca.io.pickles import load_tensors
 from megatron_cca.lab.evaluation.classifiers import check_digit_size, failures_said, is_function_spec, load_function
 from megatron_cca.lab.evaluation.judges import is_judge, open_judge
+from megatron_cca.lab.evaluation.named_networks import EXTRACTOR_KINDS, check_folder, folder_of, kind_of, open_network
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -33,7 +34,8 @@ WIDTHS = {
     "digits": {"features": 64, "logits": 10, "spatial": 256},
     "inception": {"features": 2048, "logits": 1008, "spatial": 2023},
 }
-_PARTS = ("features", "logits", "spatial")
+# A tuple has the first two or three. Only a CLIP gives the last.
+_PARTS = ("features", "logits", "spatial", "clip")
 # The digits' network: the number of channels, of the last convolution's 64, in the spatial features. As with Inception,
 # few channels are enough to show positions. Their FID then needs fewer images.
 _SPATIAL_CHANNELS = 4
@@ -74,7 +76,8 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
 
     Args:
         name: ``digits`` for the demo's classifier, which is trained here on the real training scans; ``inception`` for
-            the network of the published FIDs; ``FILE.judge`` for a trained judge; or ``FILE.py:FUNCTION`` for a
+            the network of the published FIDs; ``FILE.judge`` for a trained judge; ``dinov2:FOLDER`` or ``clip:FOLDER``
+            for a published model, see :mod:`megatron_cca.lab.evaluation.named_networks`; or ``FILE.py:FUNCTION`` for a
             function without arguments that returns a torch module.
         weights: the file of the Inception weights.
 
@@ -86,6 +89,9 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
         return Extractor(standard_digit_cnn(), name, {"trained_on": "digits"})
     if name == "inception":
         return _inception(Path(weights))
+    if kind_of(name, EXTRACTOR_KINDS) is not None:
+        network, origin = open_network(name, EXTRACTOR)
+        return Extractor(network, name, origin)
     if is_judge(name):
         with error_context(EXTRACTOR):
             judge = open_judge(Path(typed_path(name)))
@@ -104,8 +110,14 @@ def check_extractor(name: str, weights: Path | None) -> None:
     Raises:
         UserError: says where to get the file and which option names it.
     """
-    if name not in WIDTHS and not is_judge(name) and not is_function_spec(name):
-        raise UserError(f"{EXTRACTOR}: {name!r} is none of digits, inception, FILE.py:FUNCTION and FILE.judge")
+    kind = kind_of(name, EXTRACTOR_KINDS)
+    if kind is not None:
+        check_folder(kind, folder_of(name, EXTRACTOR), EXTRACTOR)
+    elif name not in WIDTHS and not is_judge(name) and not is_function_spec(name):
+        raise UserError(
+            f"{EXTRACTOR}: {name!r} is none of digits, inception, dinov2:FOLDER, clip:FOLDER, FILE.py:FUNCTION and "
+            "FILE.judge"
+        )
     if name != "inception":
         if weights is not None:
             raise UserError(f"{WEIGHTS}: only {EXTRACTOR} inception reads them, found {EXTRACTOR} {name}")

@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, KID, precision and recall by torch-fidelity, all on the features of one extractor.
+"""FID, sFID, Inception Score, KID, precision and recall by torch-fidelity, and others, on one extractor's features.
 
 Images pass through the extractor once for all metrics. torch-fidelity would choose a network for each metric, download
 it, and cache features in files. None of this is used.
@@ -30,11 +30,13 @@ from megatron_cca.errors import UserError
 from megatron_cca.lab.evaluation import (
     MOMENT_METRICS,
     PART_OF,
+    SAMPLE_METRICS,
     Counts,
     FidelitySettings,
     obstacle,
 )
 from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
+from megatron_cca.lab.evaluation.manifolds import cmmd, density_and_coverage, vendi_score
 
 _DEFAULTS = FidelitySettings()
 _SFID_CHANNELS = 7
@@ -146,7 +148,7 @@ def fidelity(
 
 
 def _wanted_of_reference(settings: FidelitySettings, given: frozenset[str]) -> set[str]:
-    binary = [name for name in settings.metrics if name != "inception_score"]
+    binary = [name for name in settings.metrics if name not in SAMPLE_METRICS]
     return {PART_OF[name] for name in binary if not (name in MOMENT_METRICS and PART_OF[name] in given)}
 
 
@@ -166,6 +168,13 @@ def _compute(ours: dict[str, Tensor], reference: ReferenceImages, settings: Fide
     if {"kid", "precision", "recall"} & {*settings.metrics}:
         pair = ours["features"].double(), reference.parts({"features"})["features"].double()
         found |= _compare(*pair, settings)
+    if {"density", "coverage"} & {*settings.metrics}:
+        pair = ours["features"], reference.parts({"features"})["features"]
+        found["density"], found["coverage"] = density_and_coverage(*pair, settings.neighborhood)
+    if "vendi" in settings.metrics:
+        found["vendi"] = vendi_score(ours["features"])
+    if "cmmd" in settings.metrics:
+        found["cmmd"] = cmmd(ours["clip"], reference.parts({"clip"})["clip"])
     order = [name for metric in settings.metrics for name in (metric, f"{metric}_std")]
     return {name: float(found[name]) for name in order if name in found}
 

@@ -47,6 +47,10 @@ _COLUMNS = (
     ("kid", "KID ↓", False),
     ("precision", "precision ↑", True),
     ("recall", "recall ↑", True),
+    ("density", "density ↑", True),
+    ("coverage", "coverage ↑", True),
+    ("vendi", "Vendi ↑", True),
+    ("cmmd", "CMMD ↓", False),
     ("class_accuracy", "accuracy ↑", True),
     ("clip_score", "CLIP score ↑", True),
 )
@@ -309,7 +313,7 @@ def _cell(key: str, row: dict[str, float], rows: list[dict[str, float]], rising:
 
 
 def _digits(key: str) -> int:
-    return 3 if key in ("precision", "recall", "class_accuracy") else 2
+    return 3 if key in ("precision", "recall", "density", "coverage", "cmmd", "class_accuracy") else 2
 
 
 def _draw(folder: Path, evaluation: Evaluation) -> None:
