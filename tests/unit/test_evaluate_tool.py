@@ -121,7 +121,10 @@ def settings_of(drawn, **options):
         ({"extractor": "vgg"}, "--extractor: 'vgg' is none of"),
         ({"classifier": "resnet"}, "--classifier: 'resnet' is neither"),
         ({"clip": ROOT}, f"--clip: {ROOT} has no config.json"),
-        ({"metrics": ()}, "--metrics: names none, and neither --classifier nor --clip is given: nothing to do"),
+        (
+            {"metrics": ()},
+            "--metrics: names none, and none of --classifier, --clip and --scorer is given: nothing to do",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(drawn, options, message):
@@ -284,3 +287,36 @@ def test_options_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(UserError) as error:
         parsed_settings(*arguments, "--reference", "digits")
     assert str(error.value) == message
+
+
+def test_rewards_stand_beside_fid(drawn, tmp_path, capsys):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    clip, own = tiny_clip.save(folder), tmp_path / "own.py"
+    own.write_text("def ink(images, prompts):\n    return images.reshape(len(images), -1).mean(1)\n")
+    scorers = (f"pickscore:{clip}", f"{own}:ink")
+    options = {"scorer": scorers, "samples": (f"drawn={drawn}", "scans=digits-held-out")}
+    evaluation = evaluate(settings_of(drawn, metrics=("fid",), **options), CPU)
+    ours, scans = evaluation.sets
+    ink = ours.images.images.reshape(300, -1).mean(1)
+    np.testing.assert_allclose(ours.rewards[scorers[1]].scores, ink)
+    expected = (
+        ClipScorer(clip).model.logit_scale.exp()
+        / 100
+        * ClipScorer(clip).scores(ours.images.images, ours.images.prompts)
+    )
+    np.testing.assert_allclose(ours.rewards[scorers[0]].scores.clip(0), expected, atol=1e-4)
+    assert not scans.rewards
+    lines = table(evaluation).splitlines()
+    assert lines[0] == "| samples | images | FID ↓ | accuracy ↑ | PickScore ↑ | own.py:ink ↑ |"
+    assert lines[2].endswith(f" {ink.mean():.2f} |")
+    assert lines[3].endswith("| – | – |")
+    assert "misleads" not in lines[-1]
+    report = as_json(evaluation)["sets"][0]["rewards"]
+    assert report[scorers[1]]["mean"] == pytest.approx(ink.mean())
+    assert {"prompts_cut", "tokens"} <= report[scorers[0]].keys()
+    alone = table(evaluate(settings_of(drawn, metrics=(), **options), CPU)).splitlines()
+    assert alone[0] == lines[0]
+    assert alone[-1].startswith("A reward alone misleads")
+    with pytest.raises(UserError, match=r"^--scorer: no sample set has prompts"):
+        evaluate(settings_of(drawn, **options | {"samples": ("a=digits",)}), CPU)

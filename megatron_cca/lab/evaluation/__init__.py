@@ -132,6 +132,9 @@ class EvaluateOptions:
     samples of their size have labels)"""
     clip: Annotated[Folder, Option(metavar="FOLDER")] | None = None
     """a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts"""
+    scorer: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
+    """rewards of samples that have prompts, beside FID in the table: clip:FOLDER, pickscore:FOLDER, or FILE.py:FUNCTION
+    of images uint8 [N, H, W, 3] and N prompts; may be repeated"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
 
@@ -140,6 +143,8 @@ class EvaluateOptions:
         _ = self.sets
         if self.judge is not None and self.judge.suffix != ".judge":
             raise UserError(f"--judge: {self.judge} must end with .judge")
+        if len(set(self.scorer)) < len(self.scorer):
+            raise UserError("--scorer: one is named twice; leave it out")
 
     @cached_property
     def sets(self) -> dict[str, str]:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_cca.errors import UserError, error_context
+from megatron_cca.generation.decode_loop import SCORER
 from megatron_cca.lab.evaluation import DIGITS, METRICS, TITLES, WORDS, Counts, EvaluateOptions, Obstacle, obstacle
 from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, DIGIT_SIZE, check_classifier
-from megatron_cca.lab.evaluation.clip import CLIP, check_clip
+from megatron_cca.lab.evaluation.clip import CLIP, check_clip, check_scorer
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
 from megatron_cca.lab.evaluation.image_sets import ImageSet, check_path
 
@@ -41,22 +42,25 @@ def check(settings: EvaluateOptions) -> None:
         check_classifier(settings.classifier)
     if settings.clip is not None:
         check_clip(settings.clip)
-    named = (settings.clip, settings.classifier, settings.judge)
+    for scorer in settings.scorer:
+        check_scorer(scorer)
+    named = (settings.clip, settings.classifier, settings.judge, *settings.scorer)
     if settings.metrics == () and all(one is None for one in named):
-        raise UserError(f"--metrics: names none, and neither {CLASSIFIER} nor {CLIP} is given: nothing to do")
+        raise UserError(f"--metrics: names none, and none of {CLASSIFIER}, {CLIP} and {SCORER} is given: nothing to do")
 
 
 def check_annotations(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> None:
-    """Refuse a classifier if no set has labels, and CLIP if no set has prompts.
+    """Refuse a classifier if no set has labels, and CLIP and scorers if no set has prompts.
 
     Raises:
         UserError: says where labels or prompts come from.
     """
     if settings.classifier is not None and all(images.labels is None for images in sets.values()):
         raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
-    if settings.clip is not None and all(images.prompts is None for images in sets.values()):
+    if (settings.clip or settings.scorer) and all(images.prompts is None for images in sets.values()):
         raise UserError(
-            f"{CLIP}: no sample set has prompts; they come from prompts.jsonl, as megatron-cca generate writes it"
+            f"{CLIP if settings.clip else SCORER}: no sample set has prompts; they come from "
+            "prompts.jsonl, as megatron-cca generate writes it"
         )
 
 
@@ -99,7 +103,9 @@ def choose_metrics(
     for name, images in sets.items():
         counts = Counts(len(images.images), len(reference.images), moments)
         chosen[name] = _chosen(settings, name, counts, widths)
-    if not any(one.metrics for one in chosen.values()) and classifier_of(settings, sets) is None and not settings.clip:
+    if not any(one.metrics for one in chosen.values()) and not (
+        classifier_of(settings, sets) or settings.clip or settings.scorer
+    ):
         raise UserError(next(reason for one in chosen.values() for reason in one.left_out.values()))
     real = reference.images.shape[1:3]
     for name, one in chosen.items():

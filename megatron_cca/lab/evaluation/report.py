@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -27,11 +29,12 @@ from megatron_cca.lab.evaluation.checks import (
     usable_moments,
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts
+from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts, open_scorer
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
+from megatron_cca.lab.evaluation.rewards import Rewards, heading_of, rewards_of
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
@@ -66,6 +69,7 @@ class SetResult:
         accuracy: class accuracy, if there are labels and a classifier.
         clip_scores: float32 ``[N]``, if there are prompts and a CLIP.
         clip_cut: the number of prompts that the CLIP reads only in part.
+        rewards: those of each scorer by its name, if there are prompts.
     """
 
     name: str
@@ -75,6 +79,7 @@ class SetResult:
     accuracy: ClassAccuracy | None = None
     clip_scores: np.ndarray | None = None
     clip_cut: TruncatedPrompts | None = None
+    rewards: Mapping[str, Rewards] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,21 @@ def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     name_of_classifier = classifier_of(settings, sets)
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
+    scorers = {name: open_scorer(name, device) for name in settings.scorer}
     metrics = _fidelities(settings, sets, reference, extractor, chosen)
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
     cuts = _cuts(sets, scorer) if scorer is not None else {}
     scores = _clip_scores(sets, scorer) if scorer is not None else {}
     results = [
         SetResult(
-            name, images, metrics[name], chosen[name].left_out, accuracies.get(name), scores.get(name), cuts.get(name)
+            name,
+            images,
+            metrics[name],
+            chosen[name].left_out,
+            accuracies.get(name),
+            scores.get(name),
+            cuts.get(name),
+            rewards_of(name, images, scorers, settings.numbers.batch_size),
         )
         for name, images in sets.items()
     ]
@@ -237,6 +250,7 @@ def as_json(evaluation: Evaluation) -> dict:
             **numbers,
             "classifier": settings.classifier,
             "clip": None if settings.clip is None else str(settings.clip),
+            "scorers": settings.scorer,
             "clip_score": "100 * max(cosine, 0)",
         },
         "reference": {
@@ -255,6 +269,8 @@ def _set_as_json(path: str, one: SetResult) -> dict:
         found["clip_score_std"] = float(one.clip_scores.std(dtype=np.float64))
     if one.clip_cut is not None:
         found |= {"clip_prompts_cut": one.clip_cut.prompts, "clip_tokens": one.clip_cut.tokens}
+    if one.rewards:
+        found["rewards"] = {name: rewards.as_json() for name, rewards in one.rewards.items()}
     if one.accuracy is not None:
         found["class_accuracy_per_class"] = {str(label): share for label, share in one.accuracy.per_class.items()}
     return {**found, **_notices(one.images), "left_out": one.left_out}
@@ -288,7 +304,15 @@ def table(evaluation: Evaluation) -> str:
     With several sets, the best value of each column is bold.
     """
     rows = [values(one) for one in evaluation.sets]
-    columns = [column for column in _COLUMNS if any(column[0] in row for row in rows)]
+    scorers = evaluation.settings.scorer
+    # A reward never stands without FID beside it.
+    shown = {name for row in rows for name in row} | ({"fid"} if scorers else set())
+    columns = [column for column in _COLUMNS if column[0] in shown]
+    rows = [
+        row | {name: rewards.mean for name, rewards in one.rewards.items()}
+        for one, row in zip(evaluation.sets, rows, strict=True)
+    ]
+    columns += [(name, f"{heading_of(name)} ↑", True) for name in scorers]
     header = ["samples", "images", *(heading for _, heading, _ in columns)]
     cells = [
         [one.name, str(len(one.images.images)), *(_cell(key, row, rows, rising) for key, _, rising in columns)]
@@ -299,6 +323,16 @@ def table(evaluation: Evaluation) -> str:
     lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
+    lines += [
+        f"{heading_of(name)} of {one.name}: {line}."
+        for one in evaluation.sets
+        for name, rewards in one.rewards.items()
+        if (line := rewards.cut_line()) is not None
+    ]
+    if scorers and not all("fid" in row for row in rows):
+        lines += [
+            "A reward alone misleads: a model can raise it and lose its likeness to real images. Compute FID, too."
+        ]
     return "\n".join(lines)
 
 
