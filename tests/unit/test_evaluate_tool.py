@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_cca.data.digits import captions_of, load_scans
 from megatron_cca.errors import UserError
 from megatron_cca.lab import reserved_folder
-from megatron_cca.lab.evaluation import METRICS, EvaluateOptions, FidelitySettings
+from megatron_cca.lab.evaluation import METRICS, ON_REQUEST, EvaluateOptions, FidelitySettings
 from megatron_cca.lab.evaluation.checks import check, choose_metrics
 from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
@@ -279,7 +279,10 @@ def test_sets_are_named_and_defaults_follow_the_reference(monkeypatch, tmp_path)
     [
         (["--samples", "a/x", "--samples", "b/x"], "--samples: two sets are called x; tell them apart with NAME=PATH"),
         (["--samples", "=a"], "--samples: '=a' is not of the form [NAME=]PATH"),
-        (["--samples", "a", "--metrics", "lpips"], f"--metrics: 'lpips' is unknown; known: {', '.join(METRICS)}"),
+        (
+            ["--samples", "a", "--metrics", "lpips"],
+            f"--metrics: 'lpips' is unknown; known: {', '.join((*METRICS, *ON_REQUEST))}",
+        ),
         (["--samples", "a", "--kid-subset-size", "1"], "--kid-subset-size: must be 2 or more, found 1"),
     ],
 )
@@ -320,3 +323,37 @@ def test_rewards_stand_beside_fid(drawn, tmp_path, capsys):
     assert alone[-1].startswith("A reward alone misleads")
     with pytest.raises(UserError, match=r"^--scorer: no sample set has prompts"):
         evaluate(settings_of(drawn, **options | {"samples": ("a=digits",)}), CPU)
+
+
+def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):
+    file = tmp_path / "kept" / "scans.npz"
+    options = {"metrics": ("fid", "sfid"), "samples": (f"drawn={drawn}",)}
+    whole = evaluate(settings_of(drawn, **options, save_statistics=file), CPU)
+    kept = evaluate(settings_of(drawn, **options | {"reference": str(file)}), CPU)
+    assert kept.sets[0].metrics == whole.sets[0].metrics
+    scans = load_scans()[0].images
+    assert f" {len(scans)} images" in table(kept)
+    with np.load(file) as opened:
+        arrays = dict(opened)
+    pixels = np.repeat(scans[:, None], 3, axis=1)
+    features = open_extractor("digits")(torch.from_numpy(pixels))[0].double().numpy()
+    np.testing.assert_allclose(arrays["mu"], features.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(arrays["sigma"], np.cov(features.T), rtol=1e-5, atol=1e-6)
+    asked = settings_of(drawn, **options | {"reference": str(file)})
+    for change, message in (
+        ({"fingerprint": "0" * 64}, "holds statistics of digits with other weights"),
+        (
+            {"extractor": "dinov2", "fingerprint": "0" * 64},
+            "holds statistics of dinov2, found --extractor digits; name",
+        ),
+        ({"size": [16, 16]}, "holds statistics of images of 16 x 16 pixels, the samples have 8 x 8"),
+        ({"size": 3}, "are damaged"),
+    ):
+        np.savez(file, **arrays | change)
+        with pytest.raises(UserError, match=message):
+            evaluate(asked, CPU)
+    np.savez(file, mu=arrays["mu"], sigma=arrays["sigma"])
+    with pytest.raises(UserError, match="does not say of which extractor its mu and sigma are"):
+        evaluate(asked, CPU)
+    with pytest.raises(UserError, match="nothing to keep"):
+        evaluate(settings_of(drawn, metrics=("precision",), save_statistics=file), CPU)

@@ -132,6 +132,9 @@ class EvaluateOptions:
     samples of their size have labels)"""
     clip: Annotated[Folder, Option(metavar="FOLDER")] | None = None
     """a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts"""
+    save_statistics: Annotated[Path, Option(metavar="FILE.npz")] | None = None
+    """keep mean and covariance of the reference's features, with the extractor and the number and size of its images;
+    --reference FILE.npz then stands for the images in FID and sFID"""
     scorer: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
     """rewards of samples that have prompts, beside FID in the table: clip:FOLDER, pickscore:FOLDER, or FILE.py:FUNCTION
     of images uint8 [N, H, W, 3] and N prompts; may be repeated"""
@@ -143,6 +146,8 @@ class EvaluateOptions:
         _ = self.sets
         if self.judge is not None and self.judge.suffix != ".judge":
             raise UserError(f"--judge: {self.judge} must end with .judge")
+        if self.save_statistics is not None and self.save_statistics.suffix != ".npz":
+            raise UserError(f"--save-statistics: {self.save_statistics} must end with .npz")
         if len(set(self.scorer)) < len(self.scorer):
             raise UserError("--scorer: one is named twice; leave it out")
 

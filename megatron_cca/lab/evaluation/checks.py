@@ -110,7 +110,7 @@ def choose_metrics(
     real = reference.images.shape[1:3]
     for name, one in chosen.items():
         size = sets[name].images.shape[1:3]
-        if size != real:
+        if size != real and len(reference.images):
             print(f"{name}: its images are {_by(size)} pixels, the reference's {_by(real)}", file=sys.stderr)
         for metric, reason in one.left_out.items():
             print(f"{name}: {TITLES[metric]} is left out ({reason})", file=sys.stderr)
@@ -131,15 +131,16 @@ def _chosen(settings: EvaluateOptions, name: str, counts: Counts, widths: dict[s
 def usable_moments(settings: EvaluateOptions, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return mean and covariance from the reference's file for this extractor.
 
-    They are always Inception's.
+    Those of a file with images are always Inception's.
     """
-    return dict(reference.moments or {}) if settings.network == "inception" else {}
+    usable = settings.network == "inception" or reference.statistics is not None
+    return dict(reference.moments or {}) if usable else {}
 
 
 def _check_digit_sizes(sets: dict[str, ImageSet], reference: ImageSet) -> None:
     for option, images in (*((f"{SAMPLES} {name}", one) for name, one in sets.items()), (REFERENCE, reference)):
         size = images.images.shape[1:3]
-        if size != DIGIT_SIZE:
+        if len(images.images) and size != DIGIT_SIZE:
             raise UserError(
                 f"{option}: {EXTRACTOR} digits takes images of 8 x 8 pixels, found {_by(size)}; give another "
                 f"{EXTRACTOR}"

@@ -66,7 +66,7 @@ class ReferenceImages:
         moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         check_images("reference", images)
-        if not len(images):
+        if not len(images) and not moments:
             raise UserError("reference: holds no images")
         self.images, self.extractor = images, extractor
         self.given = frozenset(moments or ())

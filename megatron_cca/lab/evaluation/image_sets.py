@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,10 +33,22 @@ PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Arrays of an .npz.
 IMAGES, LABELS = "arr_0", "arr_1"
-_MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _OPAQUE = 255
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Statistics(NamedTuple):
+    """What the moments of a file without images are of.
+
+    ``fingerprint`` is of the extractor's weights. ``images`` is their number, ``size`` height and width in pixels.
+    """
+
+    extractor: str
+    fingerprint: str
+    images: int
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -181,11 +194,14 @@ def _record(line: bytes) -> dict:
     return record
 
 
-def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Moments, tuple[str, ...]]:
-    """Read images, labels, moments and notices from an .npz.
+def read_archive(path: Path) -> tuple:
+    """Read images, labels, moments, notices and the origin of moments from an .npz.
 
     The images are uint8 ``[N, H, W, 3]``. The labels are int64 ``[N]`` or None. The prompts are always None. The
     notices name arrays that were not read.
+
+    A file of mu and sigma alone has no images, ``[0, 0, 0, 3]``: EDM's, or that of ``--save-statistics``, which also
+    says what they are of.
 
     OpenAI's reference batches have 10,000 images. They also have ``mu`` and ``sigma`` of the Inception features of the
     whole training set, and ``mu_s`` and ``sigma_s`` of the spatial ones. OpenAI's FID uses these moments.
@@ -196,9 +212,13 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
     with error_context(path):
         if (kind := kind_of_file(path)) not in (None, ZIP):
             raise UserError(f"cannot be read as .npz: it is {kind}; write it with numpy.savez")
-        known = {IMAGES, LABELS, *(name for names in _MOMENTS.values() for name in names)}
+        known = {IMAGES, LABELS, *(name for names in MOMENTS.values() for name in names)}
+        if IMAGES not in archived_names(path):
+            known |= {*Statistics._fields} if "mu" in archived_names(path) else set()
         arrays = archived_arrays(path, known)
         others = ", ".join(map(printable, sorted(set(archived_names(path)) - known)))
+    if IMAGES not in arrays and (moments := _moments(path, arrays)):
+        return np.zeros((0, 0, 0, 3), np.uint8), None, None, moments, (), _statistics(path, arrays)
     if IMAGES not in arrays:
         found = f", found {others}" if others else ""
         raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]{found}")
@@ -209,6 +229,17 @@ def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None, None, Momen
         raise UserError(f"{path}: {IMAGES} holds no images")
     notices = (f"arrays are not read: {others}",) if others else ()
     return images, _labels(path, arrays.get(LABELS), len(images)), None, _moments(path, arrays), notices
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics | None:
+    if not {*Statistics._fields} & arrays.keys():
+        return None
+    try:
+        extractor, fingerprint, images, size = (arrays[name].tolist() for name in Statistics._fields)
+        height, width = size
+        return Statistics(str(extractor), str(fingerprint), int(images), (int(height), int(width)))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: extractor, fingerprint, images and size are damaged; write it anew") from None
 
 
 def _labels(path: Path, labels: np.ndarray | None, count: int) -> np.ndarray | None:
@@ -224,7 +255,7 @@ def _labels(path: Path, labels: np.ndarray | None, count: int) -> np.ndarray | N
 
 def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
     found = {}
-    for part, (mean, covariance) in _MOMENTS.items():
+    for part, (mean, covariance) in MOMENTS.items():
         if mean in arrays and covariance in arrays:
             mu, sigma = arrays[mean], arrays[covariance]
             if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
@@ -250,6 +281,7 @@ class ImageSet:
         moments: mean and covariance of Inception's ``features`` and ``spatial`` features over more images than these,
             as in OpenAI's reference batches; otherwise empty.
         notices: one line for each kind of file or array that was not read, or only in part.
+        statistics: what the moments of a file without images are of, if it says so.
     """
 
     images: np.ndarray
@@ -257,6 +289,7 @@ class ImageSet:
     prompts: list[str] | None = None
     moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
     notices: tuple[str, ...] = ()
+    statistics: Statistics | None = None
 
 
 def read_images(path: str | Path) -> ImageSet:

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_cca import __version__
-from megatron_cca.errors import error_context
+from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, markdown_table
-from megatron_cca.lab.evaluation import EvaluateOptions
+from megatron_cca.lab.evaluation import MOMENT_METRICS, PART_OF, EvaluateOptions
 from megatron_cca.lab.evaluation.checks import (
     REFERENCE,
     SAMPLES,
@@ -35,6 +35,7 @@ from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.lab.evaluation.rewards import Rewards, heading_of, rewards_of
+from megatron_cca.lab.evaluation.statistics import SAVE, check_owner, check_statistics, save_statistics
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
@@ -107,16 +108,24 @@ def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     sets = {name: _read(SAMPLES, path) for name, path in settings.sets.items()}
     reference = _read(REFERENCE, settings.reference)
     check_annotations(settings, sets)
+    check_owner(reference, settings.reference, settings.network)
     if settings.judge is not None:
         ensure_judge(settings.judge, reference.images, reference.labels)
     extractor = None
     if settings.metrics != () and settings.network not in WIDTHS:
         # The outputs of a user's network show only when it runs.
         extractor = _open(settings, device)
-    known = WIDTHS.get(settings.network, {}) if extractor is None else widths(extractor, reference.images)
+    first = next(iter(sets.values())).images
+    known = WIDTHS.get(settings.network, {}) if extractor is None else widths(extractor, first)
     chosen = choose_metrics(settings, sets, reference, known)
     if extractor is None and any(one.metrics for one in chosen.values()):
         extractor = _open(settings, device)
+    if extractor is not None:
+        check_statistics(reference, settings.reference, settings.network, extractor.origin, sets.values())
+    if settings.save_statistics is not None and not (
+        len(reference.images) and any("fid" in one.metrics for one in chosen.values())
+    ):
+        raise UserError(f"{SAVE}: FID of a reference with images is not computed, so there is nothing to keep")
     # Open both before the long computation. Errors in them appear early.
     name_of_classifier = classifier_of(settings, sets)
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
@@ -190,6 +199,10 @@ def _fidelities(
             numbers = replace(settings.numbers, metrics=chosen[name].metrics)
             with error_context(f"{SAMPLES} {name}"):
                 found[name] = fidelity(images.images, real, extractor, numbers, bar.update)
+    if settings.save_statistics is not None:
+        parts = {PART_OF[name] for one in chosen.values() for name in one.metrics if name in MOMENT_METRICS}
+        moments = {part: tuple(real.moments(part).values()) for part in parts}
+        save_statistics(settings.save_statistics, moments, extractor, reference.images)
     return found
 
 
@@ -318,9 +331,10 @@ def table(evaluation: Evaluation) -> str:
         [one.name, str(len(one.images.images)), *(_cell(key, row, rows, rising) for key, _, rising in columns)]
         for one, row in zip(evaluation.sets, rows, strict=True)
     ]
-    settings, reference = evaluation.settings, evaluation.reference.images
+    settings, kept = evaluation.settings, evaluation.reference.statistics
+    count = len(evaluation.reference.images) if kept is None else kept.images
     lines = [markdown_table(header, cells, first_number=1), ""]
-    lines += [f"Reference: {settings.reference}, {len(reference)} images; extractor: {settings.network}."]
+    lines += [f"Reference: {settings.reference}, {count} images; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     lines += [
