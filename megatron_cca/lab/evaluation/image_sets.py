@@ -213,9 +213,10 @@ def read_archive(path: Path) -> tuple:
         if (kind := kind_of_file(path)) not in (None, ZIP):
             raise UserError(f"cannot be read as .npz: it is {kind}; write it with numpy.savez")
         known = {IMAGES, LABELS, *(name for names in MOMENTS.values() for name in names)}
-        if IMAGES not in archived_names(path):
-            known |= {*Statistics._fields} if "mu" in archived_names(path) else set()
         arrays = archived_arrays(path, known)
+        if IMAGES not in arrays and "mu" in arrays:
+            known |= {*Statistics._fields}
+            arrays = archived_arrays(path, known)
         others = ", ".join(map(printable, sorted(set(archived_names(path)) - known)))
     if IMAGES not in arrays and (moments := _moments(path, arrays)):
         return np.zeros((0, 0, 0, 3), np.uint8), None, None, moments, (), _statistics(path, arrays)
