@@ -1,6 +1,7 @@
 """Import and export of a random Emu3 at its true size (8.5 billion parameters, bf16, 17 GB), and ``cp -r``.
 
-Or of another model on Hugging Face, such as ``--model emu3_5-34b --layers 2``, with fewer layers.
+Or of another model on Hugging Face: ``--model emu3_5-34b --layers 2`` with fewer layers, ``--model janus-pro-7b`` in
+its authors' files, which are pickles.
 
 .venv/bin/python benchmarks/convert.py --folder /tmp/convert
 
@@ -27,9 +28,12 @@ from megatron_cca.checkpoint.stored_tensors import ByteProgress
 from megatron_cca.config import ModelConfig
 from megatron_cca.lab import markdown_table
 from megatron_cca.models import family_of, resolve_architecture
+from megatron_cca.models.architecture import Architecture
+from megatron_cca.models.formats import Shapes
 from megatron_cca.models.weight_files import num_bytes, row_ranges
 
 COPY = "copy"
+PICKLE_BYTES = 10 * 10**9
 
 
 def main() -> None:
@@ -81,17 +85,71 @@ def prepare(folder: Path, model: ModelConfig) -> None:
     architecture = resolve_architecture(model)
     family = family_of(model).huggingface
     folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    shapes = family.weights.huggingface_shapes(architecture)
+    template, companions = _janus_companions(architecture) if model.name.startswith("janus") else (None, {})
+    naming = family.namings[0]
+    shapes = {
+        **{naming.on_disk(name): shape for name, shape in family.weights.huggingface_shapes(architecture).items()},
+        **companions,
+    }
+    config = family.write_config(template, architecture, "bfloat16", "original")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     total = sum(num_bytes(shape, torch.bfloat16) for shape in shapes.values())
     with ByteProgress("random weights", total, shown=True) as progress:
+        generator = torch.Generator().manual_seed(0)
         tensors = [
             OutgoingTensor(name, shape, torch.bfloat16, progress.watch(_random(shape, generator)))
             for name, shape in shapes.items()
         ]
-        write_safetensors(folder, tensors)
-    config = family.write_config(None, architecture, "bfloat16", "original")
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+        if companions:
+            _write_pickles(folder, tensors)
+        else:
+            write_safetensors(folder, tensors)
+
+
+def _janus_companions(architecture: Architecture) -> tuple[dict, Shapes]:
+    """Return a configuration as in deepseek-ai/Janus-Pro-7B, and what travels along: of its size, in fewer tensors."""
+    hidden, words = architecture.hidden_size, architecture.num_words
+    codes, channels = architecture.vocabulary.output_size, architecture.image_embedding_channels
+
+    def part(cls: str, **params: object) -> dict:
+        return {"cls": cls, "params": params}
+
+    projector = {"depth": 2, "projector_type": "mlp_gelu", "n_embed": hidden}
+    config = {
+        "model_type": "multi_modality",
+        "language_config": {"model_type": "llama", "vocab_size": words, "hidden_size": hidden},
+        "aligner_config": part("MlpProjector", **projector, input_dim=1024),
+        "gen_aligner_config": part("MlpProjector", **projector, input_dim=channels),
+        "gen_head_config": part("vision_head", image_token_embed=hidden, image_token_size=codes, n_embed=hidden),
+        "gen_vision_config": part("VQ-16", image_token_size=codes, n_embed=channels),
+    }
+    layer = {"attn.qkv": (3072, 1024), "attn.proj": (1024, 1024), "mlp.fc1": (4096, 1024), "mlp.fc2": (1024, 4096)}
+    tower = {
+        f"vision_model.vision_tower.blocks.{number}.{name}.weight": shape
+        for number in range(24)
+        for name, shape in layer.items()
+    }
+    return config, tower | {
+        "language_model.lm_head.weight": (words, hidden),
+        "aligner.layers.0.weight": (hidden, 1024),
+        "aligner.layers.2.weight": (hidden, hidden),
+        "gen_vision_model.decoder.all.weight": (7000, 10_000),
+    }
+
+
+def _write_pickles(folder: Path, tensors: list[OutgoingTensor]) -> None:
+    """Write files of 10 GB, with an index, as on the Hub."""
+    places, start = {}, 0
+    for tensor in tensors:
+        places[tensor.name] = start // PICKLE_BYTES
+        start += tensor.num_bytes
+    count = max(places.values()) + 1
+    names = [f"pytorch_model-{number + 1:05d}-of-{count:05d}.bin" for number in range(count)]
+    for number, name in enumerate(names):
+        own = [tensor for tensor in tensors if places[tensor.name] == number]
+        torch.save({tensor.name: torch.cat(list(tensor.pieces)) for tensor in own}, folder / name)
+    index = {"metadata": {}, "weight_map": {tensor: names[number] for tensor, number in places.items()}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -144,7 +202,9 @@ def _compare_tensors(folder: Path) -> str:
     both = compare_tensors(*open_both(folder / "exported", folder / "megatron"), progress_bar=False)
     files = sorted(path.name for path in (folder / "hf").glob("*.safetensors"))
     same = all(_same_bytes(folder / "hf" / name, folder / "exported" / name) for name in files)
-    return f"{both.compared} tensors, {len(both.differences)} differ; exported files {'' if same else 'NOT '}identical"
+    result = f"{both.compared} tensors, {len(both.differences)} differ"
+    # Of pickles the exported folder has the tensors, not the bytes.
+    return f"{result}; exported files {'' if same else 'NOT '}identical" if files else result
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_cca import platform
 from megatron_cca.lab import markdown_table
+from megatron_cca.lab.planner.measuring import memory_bandwidth
 
 # Emu3's proportions: four query heads for each key head, and a feed-forward layer 3.5 times as wide as the model.
 FFN_RATIO, HEAD = 3.5, 64
@@ -142,6 +143,7 @@ def _ways(arguments: argparse.Namespace, folder: str, model) -> dict[str, Callab
 
     return {
         "transformers generate": theirs,
+        "transformers generate, static cache": lambda: theirs(cache_implementation="static"),
         "transformers generate with Emu3's prefix_allowed_tokens_fn": lambda: theirs(prefix_allowed_tokens_fn=grammar),
         "megatron_cca, guidance-free": lambda: ours(0.0),
         "megatron_cca, CFG": lambda: ours(2.0),
@@ -159,15 +161,37 @@ def _timed(run: Callable[[], object]) -> float:
 def _costs(arguments: argparse.Namespace, model) -> str:
     """Measure the milliseconds of one token after so many others, and return a table.
 
-    It has the whole time, that of the attention, and the whole time with Megatron's static context.
+    It has the whole time, the least that this machine could take, the time of the attention, and the whole time with
+    Megatron's static context.
     """
+    machine_can = memory_bandwidth(2**28), _flops_per_second()
     rows = []
     for length in tqdm(arguments.lengths, unit="length"):
         whole, attention, static = (cost(arguments, model, length) for cost in (_token, _attention, _static_token))
-        cells = [whole, attention, whole - attention, static]
-        rows.append([str(length), *(f"{1000 * seconds:.1f}" for seconds in cells)])
-    header = ["tokens before it", "ms", "its attention", "the rest", "with Megatron's StaticInferenceContext"]
-    return markdown_table(header, rows)
+        floor = _floor(arguments, model, length, *machine_can)
+        cells = [whole, floor, attention, whole - attention, static]
+        rows.append([str(length), *(f"{1000 * seconds:.1f}" for seconds in cells), f"{floor / whole:.0%}"])
+    header = ["tokens before it", "ms", "floor", "its attention", "the rest", "with Megatron's StaticInferenceContext"]
+    copies, products = (rate / 1e9 for rate in machine_can)
+    return f"{markdown_table([*header, 'floor / ms'], rows)}\n\n{copies:.1f} GB/s of copies, {products:.0f} GFLOP/s"
+
+
+def _floor(
+    arguments: argparse.Namespace, model, length: int, bytes_per_second: float, flops_per_second: float
+) -> float:
+    """Return the seconds of reading weights and cache once, or of the arithmetic, whichever is more."""
+    sizes, batch = model.architecture, arguments.batch_size
+    layers = sum(parameter.nbytes for parameter in model.chunks[0].decoder.parameters())
+    weights = layers + 4 * sizes.hidden_size * sizes.vocabulary.codebook_size
+    places = batch * length * sizes.num_layers * sizes.kv_channels
+    cache, attention = 4 * 2 * places * sizes.num_query_groups, 4 * places * sizes.num_attention_heads
+    return max((weights + cache) / bytes_per_second, (2 * batch * weights / 4 + attention) / flops_per_second)
+
+
+def _flops_per_second() -> float:
+    side = 2048
+    one, other = (torch.ones(side, side, device=platform.device()) for _ in range(2))
+    return 2 * side**3 / min(_timed(lambda: one @ other) for _ in range(10))
 
 
 def _token(arguments: argparse.Namespace, model, length: int) -> float:

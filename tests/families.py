@@ -180,7 +180,10 @@ def test_the_likeliest_codes_are_the_oracles_without_a_cache(made, forwards, fam
 def test_the_same_seeds_draw_the_same_codes_on_every_layout(forwards, family, form, layout):
     found = forwards[family, form, layout]
     assert found["drawn"] == forwards[family, form, "one process"]["drawn"]
-    assert found["drawn"]["0.0"] not in (found["greedy"]["0.0"], found["drawn"]["1.5"])
+    drawn, guided, likeliest = found["drawn"]["0.0"], found["drawn"]["1.5"], found["greedy"]["0.0"]
+    assert drawn != guided
+    # The likeliest ones are of a larger image where a family has any: the first row begins alike.
+    assert [codes[:4] for codes in drawn] != [codes[:4] for codes in likeliest]
 
 
 FULL = ["training.recompute_granularity=full"]

@@ -44,7 +44,7 @@ class ImageRequest:
         prompt: int64 ``[P]``, ids up to the image's first.
         seed: of its random stream.
         second: int64 ``[U]``, the prompt of the second stream, with a dropped or a negative caption. Needed where
-            settings take two passes per token.
+            settings take two streams.
     """
 
     prompt: np.ndarray
@@ -89,7 +89,7 @@ class SamplingSettings(SamplingOptions):
 
     @property
     def forwards_per_token(self) -> int:
-        """The number of forward passes that one token costs."""
+        """The number of forward passes of a row that one token costs: 2 with a second stream."""
         return 2 if self.guidance_scale > 0 or self.contrastive_top_k > 0 else 1
 
 
@@ -235,7 +235,11 @@ def _batches(requests: Sequence[ImageRequest], batch_size: int) -> list[list[int
 
 
 class _RequestGroup:
-    """Requests that pass through the model together, with their random numbers. The conditional stream comes first."""
+    """Requests that pass through the model together, with their random numbers.
+
+    A second stream are further rows of the same pass, behind those of the first: at small batches a pass costs as much
+    as the weights that it reads.
+    """
 
     def __init__(
         self,
@@ -244,21 +248,24 @@ class _RequestGroup:
         num_streams: int,
         num_new: int,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self._num_streams = decoder, num_streams
         streams = [[request.prompt for request in requests], [request.second for request in requests]][:num_streams]
-        self._prompts = [_padded(prompts) for prompts in streams]
-        self._caches = [decoder.new_cache(tokens.size(1) + num_new) for tokens, _ in self._prompts]
+        self._prompts = _padded([prompt for prompts in streams for prompt in prompts])
+        self._cache = decoder.new_cache(self._prompts[0].size(1) + num_new)
         rows = [np.random.default_rng(request.seed).random(num_new + 1) for request in requests]
         self.uniforms = torch.from_numpy(np.stack(rows)).to(platform.device())
 
     def feed_prompts(self) -> None:
-        """Feed the prompts, and keep the logits of the first token in ``logits``."""
-        pairs = zip(self._caches, self._prompts, strict=True)
-        self.logits = [self.decoder.feed(cache, tokens, counts) for cache, (tokens, counts) in pairs]
+        """Feed the prompts, and keep the logits of the first token, by stream, in ``logits``."""
+        self._keep(self.decoder.feed(self._cache, *self._prompts))
 
     def feed(self, tokens: Tensor) -> None:
-        """Feed one token per row, int64 ``[B]``, to all streams."""
-        self.logits = [self.decoder.feed(cache, tokens[:, None]) for cache in self._caches]
+        """Feed one token per request, int64 ``[B]``, to all streams."""
+        self._keep(self.decoder.feed(self._cache, tokens.repeat(self._num_streams)[:, None]))
+
+    def _keep(self, logits: Tensor | None) -> None:
+        # Only the last pipeline stage has any.
+        self.logits = () if logits is None else logits.chunk(self._num_streams)
 
 
 def _padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,8 @@ _DTYPES = {
 }
 # The format lets an empty tensor claim any shape.
 _MAX_SIZE = 2**40
+# A map keeps all pages that were read in the resident set. After so many bytes a file is mapped anew.
+MAPPED_BYTES = 2**28
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -180,14 +183,18 @@ class PickledFolder(WeightsFolder):
     single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
     def __init__(self, folder: Path, option: str | None) -> None:
-        # One file is open at a time. Its pages are the system's to drop.
         self._open: tuple[Path, dict[str, Tensor]] | None = None
+        self._read_bytes = 0
         super().__init__(folder, option)
 
     def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Tensor:
         """See the base class."""
+        if self._read_bytes > MAPPED_BYTES and is_zipfile(info.file):
+            self._open = None
         tensor = self._tensors(info.file)[info.name].detach()
-        return tensor[start:stop] if info.shape else tensor
+        rows = tensor[start:stop] if info.shape else tensor
+        self._read_bytes += rows.nbytes
+        return rows
 
     def _scan_file(self, path: Path) -> dict[str, TensorInfo]:
         found = {}
@@ -199,7 +206,8 @@ class PickledFolder(WeightsFolder):
 
     def _tensors(self, path: Path) -> dict[str, Tensor]:
         if self._open is None or self._open[0] != path:
-            self._open = None
+            # One file at a time.
+            self._open, self._read_bytes = None, 0
             with error_context(f"{self._named}{path}"):
                 self._open = path, tensors_in(path, ())
         return self._open[1]

@@ -82,9 +82,10 @@ class ExportOptions:
     """a run folder, an import's output, or an iter_ folder"""
     output: Folder
     """an empty or new folder, or the .pt to write, for a family that has such files"""
-    format: Literal["transformers", "original"] | None = None
+    format: Literal["transformers", "original", "llama"] | None = None
     """transformers: text model and image tokenizer in one folder; original: the authors', which for Emu3 is the decoder
-    alone (default: the template's, else the form that it was imported from, else original)"""
+    alone; llama: the decoder of an Emu3 or Emu3.5 as a plain Llama or Qwen3 for stock engines, with image_grammar.json
+    (default: the template's, else the form that it was imported from, else original)"""
     hf_template: Folder | None = None
     """Hugging Face folder whose configuration, tokenizer and image tokenizer go along (default: what was kept since the
     import)"""

@@ -33,12 +33,12 @@ def forwards(settings):
     }
     if has_cache:
         answer["greedy"] = {
-            scale: _drawn(chunks, architecture.vocabulary, wanted, guidance_scale=scale, temperature=0)
+            scale: _drawn(chunks, architecture.vocabulary, wanted, "grid", guidance_scale=scale, temperature=0)
             for scale in wanted["greedy"]
         }
         at_random = {"temperature": 1, "top_k": 30, "top_p": 0.9, "batch_size": 2}
         answer["drawn"] = {
-            scale: _drawn(chunks, architecture.vocabulary, wanted, guidance_scale=scale, **at_random)
+            scale: _drawn(chunks, architecture.vocabulary, wanted, "small_grid", guidance_scale=scale, **at_random)
             for scale in wanted["greedy"]
         }
     return answer
@@ -110,9 +110,9 @@ def _cached(chunks, vocabulary, wanted):
     return worst
 
 
-def _drawn(chunks, vocabulary, wanted, **options):
+def _drawn(chunks, vocabulary, wanted, grid, **options):
     """Codes of an image for each prompt, row by row."""
-    height, width = wanted["grid"]
+    height, width = wanted[grid]
     both = zip(wanted["prompts"], wanted["dropped"], strict=True)
     requests = [ImageRequest(prompt, seed, second) for seed, (prompt, second) in enumerate(both)]
     settings = SamplingSettings(height=height, width=width, **options)

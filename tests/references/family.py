@@ -293,6 +293,7 @@ def answers(family: Family, policy: Path, data: Path) -> dict:
         "prompts": prompts(family),
         "dropped": prompts(family, dropped=True),
         "grid": family.drawn_grid,
+        "small_grid": family.grid,
         "greedy": {scale: greedy_codes(oracle, family, scale) for scale in (0.0, 1.5)},
     }
 

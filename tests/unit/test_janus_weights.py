@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megatron_cca.checkpoint.huggingface import (
 from megatron_cca.checkpoint.stored_tensors import StoredTensors
 from megatron_cca.config.load import config_from_dict
 from megatron_cca.errors import UserError
-from megatron_cca.models import resolve_architecture
+from megatron_cca.models import resolve_architecture, weights_folder
 from megatron_cca.models.janus import PRESETS
 from megatron_cca.models.janus.weights import JanusHuggingFace
 from tests.references.huggingface import (
@@ -72,6 +73,24 @@ def test_pickled_weights_come_back_as_safetensors(shards, tmp_path):
     assert_same_bits(load_tensors(back), pickled(hf))
     assert not list(back.glob("*.bin*"))
     assert compare_tensors(*open_both(hf, tmp_path / "megatron"), progress_bar=False).identical
+
+
+def test_a_pickle_that_is_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_folder, "MAPPED_BYTES", 2**22)
+    tensors = {f"{number}": torch.randn(2**21) for number in range(16)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    folder = weights_folder.open_weights(tmp_path, None)
+    before = mapped_bytes()
+    for name, tensor in tensors.items():
+        assert torch.equal(folder.read(name, 0, 2**21), tensor)
+        assert mapped_bytes() - before < 2**25
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 2**27
+
+
+def mapped_bytes():
+    """Bytes of files in the resident set."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
 
 
 def test_safetensors_are_read_where_a_folder_has_both(tmp_path):

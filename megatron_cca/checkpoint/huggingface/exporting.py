@@ -39,6 +39,7 @@ from megatron_cca.io.outputs import OPTION, file_system_errors, whole_file
 from megatron_cca.models import family_of
 from megatron_cca.models.formats import HuggingFaceFormat, Json
 from megatron_cca.models.naming import Naming
+from megatron_cca.models.stock_llama import GRAMMAR, LLAMA, image_grammar
 from megatron_cca.models.weight_files import CONFIG, row_ranges
 
 _RECORD, _PARTIAL, _FORMER = ".megatron_cca_export.json", ".partial", ".former"
@@ -64,8 +65,8 @@ def export_checkpoint(
     Args:
         checkpoint: a run folder, an import's output or an ``iter_`` folder.
         output: an empty or new folder, or the name of the file.
-        form: ``original`` or ``transformers``. None means the template's form, else the form of the import, else
-            ``original``.
+        form: ``original``, ``transformers``, or ``llama`` for stock engines. None means the template's form, else the
+            form of the import, else ``original``.
         template: a Hugging Face folder. Its configuration, tokenizer and image tokenizer are copied. None means
             those that the import kept.
         overwrite: replace an earlier export in ``output``, and nothing else.
@@ -106,6 +107,8 @@ def export_checkpoint(
         for path in copied.files:
             shutil.copyfile(path, partial / path.name)
         _write_config(partial / CONFIG, config, copied)
+        if naming.form == LLAMA:
+            (partial / GRAMMAR).write_text(json.dumps(image_grammar(source.architecture.vocabulary), indent=2) + "\n")
         _list_files(partial)
         _move_into_place(output)
     return output

@@ -3,6 +3,7 @@
 original      baaivision/Emu3's repositories (and what transformers' ``Emu3ForCausalLM`` saves): one flat decoder.
 transformers  ``Emu3ForConditionalGeneration``: the decoder as ``text_model`` and the image tokenizer as ``vqmodel`` in
               one folder, under these names or, saved with ``save_original_format=False``, under those in memory.
+llama         the original's tensors under the configuration of a Llama. An export alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_cca.models.llama_files import (
     write_sizes,
 )
 from megatron_cca.models.naming import Naming
+from megatron_cca.models.stock_llama import LLAMA, stock_config
 from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import OneToOne, WeightMap
 
@@ -39,6 +41,8 @@ EMU3_WEIGHTS = WeightMap(
 
 
 ORIGINAL, TRANSFORMERS = "original", "transformers"
+
+_FLAT = {name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")}
 
 # Emu3 and Emu3.5 have one model_type in their authors' form.
 ORIGINAL_TYPE = "Emu3"
@@ -64,10 +68,7 @@ class Emu3HuggingFace:
     marker = "model.embed_tokens.weight"
     model_types = frozenset({ORIGINAL_TYPE, "emu3", "emu3_text_model"})
     namings = (
-        Naming(
-            ORIGINAL,
-            {name: name for name in ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head.")},
-        ),
+        Naming(ORIGINAL, _FLAT),
         Naming(
             TRANSFORMERS,
             {"text_model.model.": "model.", "text_model.lm_head.": "lm_head."},
@@ -76,6 +77,7 @@ class Emu3HuggingFace:
         Naming(
             TRANSFORMERS, {"model.text_model.": "model.", "lm_head.": "lm_head."}, companions={"model.vqmodel.": ""}
         ),
+        Naming(LLAMA, _FLAT),
     )
 
     def knows(self, config: Json) -> bool:
@@ -99,6 +101,8 @@ class Emu3HuggingFace:
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
         """See :class:`HuggingFaceFormat`."""
+        if form == LLAMA:
+            return stock_config(architecture, dtype)
         config = self._like(template, architecture, form)
         text = _text_section(config)
         write_sizes(text, architecture, DEFAULTS)

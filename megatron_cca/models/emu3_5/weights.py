@@ -30,6 +30,7 @@ from megatron_cca.models.llama_files import (
     write_dtype,
     write_sizes,
 )
+from megatron_cca.models.stock_llama import LLAMA, stock_config
 from megatron_cca.models.weight_files import CONFIG
 from megatron_cca.models.weight_map import OneToOne, WeightMap
 
@@ -52,12 +53,12 @@ _OF_QWEN3 = {"hidden_act", "attention_bias", "rope_scaling", "rope_parameters", 
 
 
 class Emu35HuggingFace:
-    """See :class:`megatron_cca.models.formats.HuggingFaceFormat`. There is one form, that of the authors."""
+    """See :class:`megatron_cca.models.formats.HuggingFaceFormat`. What is imported has the form of the authors."""
 
     weights = EMU3_5_WEIGHTS
     marker = Emu3HuggingFace.marker
     model_types = frozenset({ORIGINAL_TYPE})
-    namings = Emu3HuggingFace.namings[:1]
+    namings = (Emu3HuggingFace.namings[0], Emu3HuggingFace.namings[-1])
 
     def knows(self, config: Json) -> bool:
         """See :class:`HuggingFaceFormat`."""
@@ -80,6 +81,8 @@ class Emu35HuggingFace:
 
     def write_config(self, template: Json | None, architecture: Architecture, dtype: str, form: str) -> Json:
         """See :class:`HuggingFaceFormat`."""
+        if form == LLAMA:
+            return stock_config(architecture, dtype)
         if template is None:
             # Without the size of a head nothing tells a model with another vocabulary from an Emu3.
             own = {"architectures": ["Emu3ForCausalLM"], "model_type": ORIGINAL_TYPE}
