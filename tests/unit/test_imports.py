@@ -35,6 +35,7 @@ LEVELS = {
     "lab/planner": 13,
     "lab/studies": 13,
     "lab/scaling": 14,
+    "lab/run_report": 14,
     "programs": 15,
     "__main__": 16,
 }
