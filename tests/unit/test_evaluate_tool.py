@@ -23,7 +23,7 @@ from megatron_cca.lab.evaluation.report import as_json, evaluate, former_files, 
 from megatron_cca.programs import evaluate as program
 from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
-from tests.references import tiny_clip
+from tests.references import tiny_clip, tiny_rewards
 
 TOOL = ROOT / "tools" / "evaluate.py"
 CPU = torch.device("cpu")
@@ -323,6 +323,17 @@ def test_rewards_stand_beside_fid(drawn, tmp_path, capsys):
     assert alone[-1].startswith("A reward alone misleads")
     with pytest.raises(UserError, match=r"^--scorer: no sample set has prompts"):
         evaluate(settings_of(drawn, **options | {"samples": ("a=digits",)}), CPU)
+
+
+def test_rewards_of_files_have_headings_of_their_own(drawn, tmp_path):
+    tiny_rewards.image_reward(tmp_path)
+    scorer = f"imagereward:{tmp_path / 'ImageReward.pt'}"
+    options = {"scorer": (scorer,), "samples": (f"drawn={drawn}",), "metrics": ()}
+    evaluation = evaluate(settings_of(drawn, **options), CPU)
+    assert table(evaluation).startswith("| samples | images | FID ↓ | accuracy ↑ | ImageReward ↑ |")
+    report = as_json(evaluation)["sets"][0]["rewards"][scorer]
+    assert report["std"] > 0
+    assert report["tokens"] == 35
 
 
 def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):

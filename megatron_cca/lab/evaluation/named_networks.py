@@ -202,10 +202,19 @@ def normalised(images: Tensor, side: int, mean: tuple[float, ...], deviation: tu
         side: pixels.
         mean, deviation: of each channel, for values from 0 to 1.
     """
-    pixels = images
-    if pixels.shape[2:] != (side, side):
-        # On bytes torch rounds and cuts off between the two passes, as Pillow does. It has this for the CPU alone.
-        pixels = interpolate(images.cpu().contiguous(), (side, side), mode="bicubic", antialias=True)
-    pixels = pixels.to(images.device).float()
+    return scaled(resized(images, (side, side)).float() / 255, mean, deviation)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images uint8 ``[N, 3, H, W]`` to height and width as Pillow does: bicubic, antialiased, rounded."""
+    if images.shape[2:] == size:
+        return images
+    # On bytes torch rounds and cuts off between the two passes, as Pillow does. It has this for the CPU alone.
+    pixels = interpolate(images.cpu().contiguous(), size, mode="bicubic", antialias=True)
+    return pixels.to(images.device)
+
+
+def scaled(pixels: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Normalise values from 0 to 1, ``[N, 3, H, W]``, by each channel's mean and deviation."""
     shape = 1, 3, 1, 1
-    return (pixels / 255 - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)

@@ -29,10 +29,11 @@ from megatron_cca.lab.evaluation.checks import (
     usable_moments,
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts, open_scorer
+from megatron_cca.lab.evaluation.clip import ClipScorer, open_scorer
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
+from megatron_cca.lab.evaluation.model_scorers import TruncatedPrompts
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
 from megatron_cca.lab.evaluation.rewards import Rewards, heading_of, rewards_of
 from megatron_cca.lab.evaluation.statistics import SAVE, check_owner, check_statistics, save_statistics

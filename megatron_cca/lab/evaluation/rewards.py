@@ -13,10 +13,10 @@ from tqdm import tqdm
 from megatron_cca.errors import error_context
 from megatron_cca.generation.decode_loop import Scorer, cut_prompts
 from megatron_cca.lab.evaluation.classifiers import is_function_spec
-from megatron_cca.lab.evaluation.clip import TruncatedPrompts
 from megatron_cca.lab.evaluation.image_sets import ImageSet
+from megatron_cca.lab.evaluation.model_scorers import TruncatedPrompts
 
-_HEADINGS = {"clip": "CLIP score", "pickscore": "PickScore"}
+_HEADINGS = {"clip": "CLIP score", "pickscore": "PickScore", "hpsv2": "HPSv2", "imagereward": "ImageReward"}
 
 
 @dataclass(frozen=True)
