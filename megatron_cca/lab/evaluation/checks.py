@@ -133,6 +133,8 @@ def usable_moments(settings: EvaluateOptions, reference: ImageSet) -> dict[str, 
 
     Those of a file with images are always Inception's.
     """
+    if reference.moments_of is not None:
+        return dict(reference.moments_of.get(settings.network.partition(":")[0], {}))
     usable = settings.network == "inception" or reference.statistics is not None
     return dict(reference.moments or {}) if usable else {}
 

@@ -270,7 +270,7 @@ def as_json(evaluation: Evaluation) -> dict:
         "reference": {
             "path": settings.reference,
             **_extent(evaluation.reference.images),
-            "brings_moments_of": sorted(evaluation.reference.moments or ()),
+            "brings_moments_of": sorted(evaluation.reference.moments or usable_moments(settings, evaluation.reference)),
             **_notices(evaluation.reference),
         },
         "sets": [_set_as_json(settings.sets[one.name], one) for one in evaluation.sets],
@@ -334,8 +334,9 @@ def table(evaluation: Evaluation) -> str:
     ]
     settings, kept = evaluation.settings, evaluation.reference.statistics
     count = len(evaluation.reference.images) if kept is None else kept.images
+    extent = f"{count} images" if count else "mean and covariance alone"
     lines = [markdown_table(header, cells, first_number=1), ""]
-    lines += [f"Reference: {settings.reference}, {count} images; extractor: {settings.network}."]
+    lines += [f"Reference: {settings.reference}, {extent}; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     lines += [
