@@ -19,7 +19,8 @@ from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.report import as_json, evaluate, former_files, table, write_report
+from megatron_cca.lab.evaluation.measuring import evaluate
+from megatron_cca.lab.evaluation.report import as_json, former_files, table, write_report
 from megatron_cca.programs import evaluate as program
 from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
@@ -154,7 +155,7 @@ def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, m
     def refuse(*arguments):
         raise AssertionError("opened a network")
 
-    monkeypatch.setattr("megatron_cca.lab.evaluation.report.open_extractor", refuse)
+    monkeypatch.setattr("megatron_cca.lab.evaluation.measuring.open_extractor", refuse)
     with pytest.raises(UserError) as error:
         evaluate(settings_of(drawn, **options), CPU)
     assert str(error.value).startswith(message)

@@ -13,7 +13,8 @@ from megatron_cca.io.pickled_arrays import pickled_arrays
 from megatron_cca.lab.evaluation import EvaluateOptions
 from megatron_cca.lab.evaluation.checks import usable_moments
 from megatron_cca.lab.evaluation.image_sets import read_images
-from megatron_cca.lab.evaluation.report import evaluate, table
+from megatron_cca.lab.evaluation.measuring import evaluate
+from megatron_cca.lab.evaluation.report import table
 from tests.references.bomb import Bomb
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -32,6 +32,8 @@ from megatron_cca.lab.evaluation.shard_images import decoded_shards, is_shard_fo
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 _OPAQUE = 255
+
+Rows = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class ImageSet:
     moments_of: Mapping[str, Moments] | None = None
 
 
-def read_images(path: str | Path) -> ImageSet:
+def read_images(path: str | Path, rows: Rows | None = None) -> ImageSet:
     """Read a set of images.
 
     Many images show a progress bar.
@@ -212,6 +214,10 @@ def read_images(path: str | Path) -> ImageSet:
             ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; a folder of MNIST's IDX files (the training split), or its
             file of images of any split; a shard folder, whose codes are decoded; EDM's ``.pkl`` of mean and covariance;
             or the words ``digits`` (the training scans) and ``digits-held-out``.
+        rows: says of so many images which are wanted, bool ``[N]``; None means all. Of a folder the files of others are
+            not read, and what stands in their places is not said. Other sets are read whole.
+
+    Raises:
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
@@ -231,7 +237,7 @@ def read_images(path: str | Path) -> ImageSet:
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)
-    images, transparent = _read_files(listing)
+    images, transparent = _read_files(listing, rows)
     notices = listing.notices
     if transparent:
         notices += (f"{transparent} of {len(images)} images are transparent in places; alpha is dropped",)
@@ -244,15 +250,18 @@ def _of_idx(folder: Path, split: str | None) -> ImageSet:
     return ImageSet(images, found.labels.astype(np.int64), notices=tuple(found.notices()))
 
 
-def _read_files(listing: Listing) -> tuple[np.ndarray, int]:
+def _read_files(listing: Listing, rows: Rows | None) -> tuple[np.ndarray, int]:
     """Return the images, and the number of images with transparent pixels."""
     transparent, (first, _) = 0, _decode(listing.files[0])
     images = np.empty((len(listing.files), *first.shape), dtype=np.uint8)
+    images[0] = first
+    wanted = np.arange(len(images)) if rows is None else np.flatnonzero(rows(len(images)))
+    files = [listing.files[place] for place in wanted]
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(images), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
+        tqdm(total=len(files), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
     ):
-        for index, (file, decoded) in enumerate(zip(listing.files, pool.map(_decode, listing.files), strict=True)):
+        for index, file, decoded in zip(wanted, files, pool.map(_decode, files), strict=True):
             pixels, is_transparent = decoded
             if pixels.shape != first.shape:
                 pool.shutdown(wait=False, cancel_futures=True)
