@@ -156,8 +156,8 @@ class Dinov2Features(nn.Module):
         # Imported late: the import of transformers takes seconds.
         from transformers import Dinov2Model
 
-        options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        self.model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True, **options)
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        self.model, report = Dinov2Model.from_pretrained(folder, local_files_only=True, **options)
         refuse_missing(report)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -178,9 +178,9 @@ class ClipFeatures(nn.Module):
         super().__init__()
         from transformers import CLIPImageProcessor, CLIPModel
 
-        options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         # The class of the image part alone takes the embedding's width from the wrong place of a CLIP's config.json.
-        model, report = CLIPModel.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, **options)
         refuse_missing(report)
         self.model, self.projection = model.vision_model, model.visual_projection
         self.side = model.config.vision_config.image_size
