@@ -326,7 +326,7 @@ def test_rewards_stand_beside_fid(drawn, tmp_path, capsys):
         evaluate(settings_of(drawn, **options | {"samples": ("a=digits",)}), CPU)
 
 
-def test_rewards_of_files_have_headings_of_their_own(drawn, tmp_path):
+def test_rewards_of_files_have_headings_of_their_own(drawn, tmp_path, capsys):
     tiny_rewards.image_reward(tmp_path)
     scorer = f"imagereward:{tmp_path / 'ImageReward.pt'}"
     options = {"scorer": (scorer,), "samples": (f"drawn={drawn}",), "metrics": ()}
@@ -335,6 +335,7 @@ def test_rewards_of_files_have_headings_of_their_own(drawn, tmp_path):
     report = as_json(evaluation)["sets"][0]["rewards"][scorer]
     assert report["std"] > 0
     assert report["tokens"] == 35
+    assert "drawn: its images of 8 x 8 pixels are enlarged (imagereward to 32)" in capsys.readouterr().err
 
 
 def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):

@@ -69,6 +69,7 @@ def test_what_is_no_table_of_numbers_is_refused(tmp_path):
         ({"a": {"b": {"c": {"d": 1}}}}, "it holds no table with names"),
         ({"images": np.zeros(3)}, "has no mu and sigma, and none of fid, fd_dinov2 that hold them; found images"),
         ({"fid": {"mu": np.zeros(3), "sigma": np.eye(2)}}, r"must be \[D\] and \[D, D\], found \[3\] and \[2, 2\]"),
+        ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "mu and sigma are not all finite numbers; write them anew"),
         ({"mu": np.zeros(3, int), "sigma": np.eye(3)}, "mu and sigma must be numbers, found int64"),
     ):
         with pytest.raises(UserError, match=message):

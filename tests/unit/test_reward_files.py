@@ -247,6 +247,15 @@ def test_weights_that_are_missing_are_refused(hpsv2, image_reward, tmp_path):
         open_scorer(f"imagereward:{tmp_path / 'reward.pt'}", "cpu")
 
 
+def test_scores_that_are_no_numbers_are_refused(image_reward, tmp_path):
+    broken = dict(image_reward[1]) | {"mlp.layers.7.bias": torch.tensor([float("nan")])}
+    torch.save(broken, tmp_path / "ImageReward.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(tiny.WORDS))
+    scorer = open_scorer(f"imagereward:{tmp_path / 'ImageReward.pt'}", "cpu")
+    with pytest.raises(UserError, match="ImageReward gives numbers that are not finite; its weights are damaged"):
+        scorer(IMAGES[0], PROMPTS)
+
+
 def test_a_wrong_vocabulary_is_refused(image_reward, tmp_path):
     file = tmp_path / "ImageReward.pt"
     file.symlink_to(image_reward[0])

@@ -109,6 +109,8 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
                     f"{path}: {mean} and {covariance} must be [D] and [D, D], found {list(mu.shape)} and "
                     f"{list(sigma.shape)}"
                 )
+            if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise UserError(f"{path}: {mean} and {covariance} are not all finite numbers; write them anew")
             found[part] = mu, sigma
     return found
 

@@ -54,6 +54,11 @@ class ClipScorer(ModelScorer):
         self.batch_size = batch_size
 
     @property
+    def side(self) -> int:
+        """Side in pixels of the square that the model sees."""
+        return self.model.config.vision_config.image_size
+
+    @property
     def _length(self) -> int:
         return self.model.config.text_config.max_position_embeddings
 

@@ -48,6 +48,11 @@ class Hpsv2Scorer(ModelScorer):
         self.model = model.eval().requires_grad_(False).to(device)
 
     @property
+    def side(self) -> int:
+        """Side in pixels of the square that the model sees."""
+        return self.model.visual.image_size[0]
+
+    @property
     def _length(self) -> int:
         return self.model.context_length
 
@@ -57,7 +62,7 @@ class Hpsv2Scorer(ModelScorer):
     @torch.no_grad()
     def _batch(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         device = self.model.logit_scale.device
-        pixels = longest_side(torch.tensor(images).permute(0, 3, 1, 2).to(device), self.model.visual.image_size[0])
+        pixels = longest_side(torch.tensor(images).permute(0, 3, 1, 2).to(device), self.side)
         seen = self.model.encode_image(scaled(pixels, *_OPENAI), normalize=True)
         read = self.model.encode_text(self.tokenizer(prompts, self._length).to(device), normalize=True)
         return (seen * read).sum(1).cpu().numpy()

@@ -65,6 +65,11 @@ class ImageRewardScorer(ModelScorer):
         self.vision, self.text, self.head = (one.eval().requires_grad_(False).float().to(device) for one in parts)
 
     @property
+    def side(self) -> int:
+        """Side in pixels of the square that the model sees."""
+        return self.vision.config.image_size
+
+    @property
     def _length(self) -> int:
         return _TOKENS
 
@@ -74,7 +79,7 @@ class ImageRewardScorer(ModelScorer):
     @torch.no_grad()
     def _batch(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         device = self.vision.device
-        pixels = shorter_side(torch.tensor(images).permute(0, 3, 1, 2).to(device), self.vision.config.image_size)
+        pixels = shorter_side(torch.tensor(images).permute(0, 3, 1, 2).to(device), self.side)
         seen = self.vision(pixel_values=scaled(pixels.float() / 255, *_OPENAI)).last_hidden_state
         options = {"padding": "max_length", "truncation": True, "max_length": _TOKENS, "return_tensors": "pt"}
         read = self.tokenizer(prompts, **options).to(device)

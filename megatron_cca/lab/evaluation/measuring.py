@@ -24,7 +24,7 @@ from megatron_cca.lab.evaluation.checks import (
     usable_moments,
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, open_scorer
+from megatron_cca.lab.evaluation.clip import CLIP, ClipScorer, open_scorer
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
@@ -117,6 +117,7 @@ def evaluate(settings: EvaluateOptions, device: torch.device, share: Share = ALO
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, size) if settings.clip is not None else None
     scorers = {name: open_scorer(name, device) for name in settings.scorer}
+    _say_enlarged(sets, {settings.network: extractor and extractor.network, CLIP: scorer, **scorers})
     metrics = _fidelities(settings, sets, reference, extractor, chosen, share)
     cuts = _cuts(sets, scorer) if scorer is not None and not share.rank else {}
     scores = _clip_scores(sets, scorer, size, share) if scorer is not None else {}
@@ -148,6 +149,16 @@ def _read(option: str, path: str, share: Share, batch_size: int) -> ImageSet:
     for notice in found.notices:
         print(f"{option} {path}: {notice}", file=sys.stderr)
     return found
+
+
+def _say_enlarged(sets: dict[str, ImageSet], judges: Mapping[str, object]) -> None:
+    """Say on standard error which published models see a set's images enlarged: they were not made for small ones."""
+    sides = {name.partition(":")[0]: getattr(judge, "side", 0) for name, judge in judges.items()}
+    for name, one in sets.items():
+        height, width = one.images.shape[1:3]
+        by = [f"{judge} to {side}" for judge, side in sides.items() if 2 * min(height, width) < side]
+        if by:
+            print(f"{name}: its images of {height} x {width} pixels are enlarged ({', '.join(by)})", file=sys.stderr)
 
 
 def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, TruncatedPrompts]:

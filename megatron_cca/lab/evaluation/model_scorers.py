@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_cca.errors import UserError
+
 
 @dataclass(frozen=True)
 class TruncatedPrompts:
@@ -53,12 +55,17 @@ class ModelScorer(ABC):
             images: uint8 ``[N, H, W, 3]``.
             prompts: as many prompts.
             on_progress: called with the number of images just scored.
+
+        Raises:
+            UserError: scores that are not finite.
         """
         assert len(images) == len(prompts)
         scores = []
         for start in range(0, len(images), self.batch_size):
             rows = slice(start, start + self.batch_size)
             scores.append(self._batch(images[rows], list(prompts[rows])))
+            if not np.isfinite(scores[-1]).all():
+                raise UserError(f"{self.title} gives numbers that are not finite; its weights are damaged")
             if on_progress is not None:
                 on_progress(len(scores[-1]))
         return np.concatenate(scores) if scores else np.zeros(0, np.float32)
@@ -74,6 +81,11 @@ class ModelScorer(ABC):
             lengths = self._lengths(list(prompts[start : start + self.batch_size]))
             long += sum(one > self._length for one in lengths)
         return TruncatedPrompts(long, len(prompts), self._length, self.title)
+
+    @property
+    @abstractmethod
+    def side(self) -> int:
+        """Side in pixels of the square that the model sees."""
 
     @property
     @abstractmethod

@@ -151,6 +151,8 @@ class Dinov2Features(nn.Module):
     deviation. It maps uint8 ``[N, 3, H, W]`` to ``features`` float32 ``[N, D]``.
     """
 
+    side = _DINOV2_SIDE
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         # Imported late: the import of transformers takes seconds.
@@ -162,7 +164,7 @@ class Dinov2Features(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the features."""
-        pixels = normalised(images, _DINOV2_SIDE, *_IMAGENET)
+        pixels = normalised(images, self.side, *_IMAGENET)
         return {"features": self.model(pixel_values=pixels).pooler_output}
 
 
