@@ -256,6 +256,22 @@ def test_scores_that_are_no_numbers_are_refused(image_reward, tmp_path):
         scorer(IMAGES[0], PROMPTS)
 
 
+def test_studies_have_a_column_of_rewards(image_reward, tmp_path):
+    from megatron_cca.generation.prompts import Prompt
+    from megatron_cca.lab.studies.results import METRICS
+    from megatron_cca.lab.studies.running import evaluated
+    from megatron_cca.lab.studies.tasks import EvaluationInputs
+
+    images = RANDOM.integers(256, size=(70, 8, 8, 3), dtype=np.uint8)
+    prompts = [Prompt("zebra" if place % 2 else "one two", None) for place in range(70)]
+    scorer = f"imagereward:{image_reward[0]}"
+    inputs = EvaluationInputs("digits", "digits", "digits", None, None, scorer, ("fid",), 1)
+    found = evaluated(inputs, images, prompts)
+    expected = open_scorer(scorer, "cpu")(images, [one.text for one in prompts])
+    assert found["reward"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert found.keys() == {"fid", "reward"} <= METRICS.keys()
+
+
 def test_a_wrong_vocabulary_is_refused(image_reward, tmp_path):
     file = tmp_path / "ImageReward.pt"
     file.symlink_to(image_reward[0])

@@ -193,7 +193,7 @@ def _fidelities(
     # Imported late: the import of torch-fidelity takes seconds.
     from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
 
-    real = ReferenceImages(reference.images, extractor, usable_moments(settings, reference))
+    real = ReferenceImages(reference.images, extractor, usable_moments(settings.network, reference))
     found = {}
     for name, images in sets.items():
         total = len(images.images) + (0 if found else len(real))

@@ -70,6 +70,7 @@ def as_json(evaluation: Evaluation) -> dict:
     """Return settings, versions, counts and numbers at full precision as plain data."""
     settings = evaluation.settings
     numbers = {name: value for name, value in asdict(settings.numbers).items() if name != "metrics"}
+    moments = evaluation.reference.moments or usable_moments(settings.network, evaluation.reference)
     return {
         "version": __version__,
         "packages": installed_versions(_PACKAGES),
@@ -85,7 +86,7 @@ def as_json(evaluation: Evaluation) -> dict:
         "reference": {
             "path": settings.reference,
             **_extent(evaluation.reference.images),
-            "brings_moments_of": sorted(evaluation.reference.moments or usable_moments(settings, evaluation.reference)),
+            "brings_moments_of": sorted(moments),
             **_notices(evaluation.reference),
         },
         "sets": [_set_as_json(settings.sets[one.name], one) for one in evaluation.sets],
