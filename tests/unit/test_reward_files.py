@@ -113,6 +113,24 @@ def test_hpsv2_is_the_cosine_of_image_and_prompt(hpsv2):
     )
 
 
+def test_the_sizes_of_the_published_hpsv2_are_open_clips_own():
+    import open_clip
+
+    from megatron_cca.lab.evaluation.hpsv2 import _model
+
+    with torch.device("meta"):
+        whole = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+        found = _model(whole.state_dict(), 49408)
+    assert {name: one.shape for name, one in found.state_dict().items()} == {
+        name: one.shape for name, one in whole.state_dict().items()
+    }
+    for part in ("visual.transformer", "transformer"):
+        ours, theirs = (model.get_submodule(part).resblocks for model in (found, whole))
+        assert len(ours) == len(theirs)
+        assert ours[0].attn.num_heads == theirs[0].attn.num_heads == 16
+    assert (found.visual.image_size, found.context_length) == ((224, 224), 77)
+
+
 def linear(weights, name, rows):
     return rows @ weights[f"{name}.weight"].flatten(1).T + weights[f"{name}.bias"]
 
