@@ -370,3 +370,10 @@ def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):
         evaluate(asked, CPU)
     with pytest.raises(UserError, match="nothing to keep"):
         evaluate(settings_of(drawn, metrics=("precision",), save_statistics=file), CPU)
+
+
+def test_hpsv2_is_shown_to_the_decimals_in_which_models_differ():
+    from megatron_cca.lab.evaluation.report import _cell
+
+    rows = [{"hpsv2:a.pt": 0.28374}, {"hpsv2:a.pt": 0.28351}]
+    assert [_cell("hpsv2:a.pt", row, rows, True) for row in rows] == ["**0.2837**", "0.2835"]
