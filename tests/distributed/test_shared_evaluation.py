@@ -94,6 +94,7 @@ def test_fewer_batches_than_processes_are_no_trouble(sets, tmp_path):
     assert found["rewards"][f"{sets / 'own.py'}:ink"]["mean"] == pytest.approx(images.mean())
 
 
+@pytest.mark.full
 def test_bad_input_is_said_by_rank_0_alone(sets, tmp_path):
     words = ["--samples", sets / "few", "--reference", sets / "real.npz", "--extractor", f"{sets / 'own.py'}:network"]
     words += ["--metrics", "fid", "--device", "cpu", "--output", "out"]

@@ -20,6 +20,15 @@ IMAGES = [
     np.kron(RANDOM.integers(256, size=(3, height, width, 3)), np.ones((1, 6, 6, 1))).astype(np.uint8)
     for height, width in ((4, 7), (7, 5), (2, 2))
 ]
+NETWORK = """
+import torch
+def network():
+    class Means(torch.nn.Module):
+        def forward(self, images):
+            means = images.float().mean((2, 3))
+            return means, means
+    return Means()
+"""
 PROMPTS = ["a photo of a cat", "zebra", "one two three four five six seven eight nine ten eleven twelve"]
 
 
@@ -283,7 +292,10 @@ def test_studies_have_a_column_of_rewards(image_reward, tmp_path):
     images = RANDOM.integers(256, size=(70, 8, 8, 3), dtype=np.uint8)
     prompts = [Prompt("zebra" if place % 2 else "one two", None) for place in range(70)]
     scorer = f"imagereward:{image_reward[0]}"
-    inputs = EvaluationInputs("digits", "digits", "digits", None, None, scorer, ("fid",), 1)
+    (tmp_path / "own.py").write_text(NETWORK)
+    np.savez(tmp_path / "real.npz", images[::-1])
+    own = f"{tmp_path / 'own.py'}:network"
+    inputs = EvaluationInputs("digits", str(tmp_path / "real.npz"), own, None, None, scorer, ("fid",), 1)
     found = evaluated(inputs, images, prompts)
     expected = open_scorer(scorer, "cpu")(images, [one.text for one in prompts])
     assert found["reward"] == pytest.approx(expected.mean(), abs=1e-4)
