@@ -73,8 +73,8 @@ class CandidateOptions:
     best_of: Count = 1
     """draw N for each, keep the best"""
     scorer: Annotated[str, Option(metavar="SPEC")] | None = None
-    """for --best-of: clip:FOLDER, pickscore:FOLDER, or FILE.py:FUNCTION, of images uint8 [N, H, W, 3] and N prompts N
-    numbers"""
+    """for --best-of: clip:FOLDER, pickscore:FOLDER, hpsv2:FILE, imagereward:FILE, or FILE.py:FUNCTION, of images uint8
+    [N, H, W, 3] and N prompts N numbers"""
 
     def __post_init__(self) -> None:
         if (self.best_of > 1) != (self.scorer is not None):

@@ -241,7 +241,7 @@ def documented_lines():
         ({"--grid": "40 40"}, "grid 40*40: takes "),
         ({"--grid": "0 4"}, "--grid: height and width must be 1 or more, found 0 4"),
         ({"--best-of": "3"}, "--best-of: goes with --scorer"),
-        ({"--best-of": "3", "--scorer": "ink"}, "--scorer: 'ink' is none of clip:FOLDER, pickscore:FOLDER and FILE"),
+        ({"--best-of": "3", "--scorer": "ink"}, "--scorer: 'ink' is none of clip:FOLDER, pickscore:FOLDER, hpsv2:FILE"),
         ({"--best-of": "3", "--scorer": "no.py:ink"}, "--scorer: the file no.py does not exist"),
         (
             {"--pipeline-model-parallel-size": "2"},

@@ -79,7 +79,11 @@ def test_a_scorer_that_returns_nonsense_is_refused(body, message, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("ink", "--scorer: 'ink' is none of clip:FOLDER, pickscore:FOLDER and FILE.py:FUNCTION"),
+        (
+            "ink",
+            "--scorer: 'ink' is none of clip:FOLDER, pickscore:FOLDER, hpsv2:FILE, imagereward:FILE and "
+            "FILE.py:FUNCTION",
+        ),
         ("clip:nowhere", "--scorer: nowhere has no config.json"),
         ("nowhere.py:ink", "--scorer: the file nowhere.py does not exist"),
     ],

@@ -19,11 +19,12 @@ from megatron_cca.lab.evaluation.clip import ClipScorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import fidelity
 from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.report import as_json, evaluate, former_files, table, write_report
+from megatron_cca.lab.evaluation.measuring import evaluate
+from megatron_cca.lab.evaluation.report import as_json, former_files, table, write_report
 from megatron_cca.programs import evaluate as program
 from megatron_cca.programs.parsing import parsed
 from tests.distributed.launch import ROOT, run_tool
-from tests.references import tiny_clip
+from tests.references import tiny_clip, tiny_rewards
 
 TOOL = ROOT / "tools" / "evaluate.py"
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ def test_what_images_do_not_allow_is_refused_before_networks_are_opened(drawn, m
     def refuse(*arguments):
         raise AssertionError("opened a network")
 
-    monkeypatch.setattr("megatron_cca.lab.evaluation.report.open_extractor", refuse)
+    monkeypatch.setattr("megatron_cca.lab.evaluation.measuring.open_extractor", refuse)
     with pytest.raises(UserError) as error:
         evaluate(settings_of(drawn, **options), CPU)
     assert str(error.value).startswith(message)
@@ -325,6 +326,18 @@ def test_rewards_stand_beside_fid(drawn, tmp_path, capsys):
         evaluate(settings_of(drawn, **options | {"samples": ("a=digits",)}), CPU)
 
 
+def test_rewards_of_files_have_headings_of_their_own(drawn, tmp_path, capsys):
+    tiny_rewards.image_reward(tmp_path)
+    scorer = f"imagereward:{tmp_path / 'ImageReward.pt'}"
+    options = {"scorer": (scorer,), "samples": (f"drawn={drawn}",), "metrics": ()}
+    evaluation = evaluate(settings_of(drawn, **options), CPU)
+    assert table(evaluation).startswith("| samples | images | FID ↓ | accuracy ↑ | ImageReward ↑ |")
+    report = as_json(evaluation)["sets"][0]["rewards"][scorer]
+    assert report["std"] > 0
+    assert report["tokens"] == 35
+    assert "drawn: its images of 8 x 8 pixels are enlarged (imagereward to 32)" in capsys.readouterr().err
+
+
 def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):
     file = tmp_path / "kept" / "scans.npz"
     options = {"metrics": ("fid", "sfid"), "samples": (f"drawn={drawn}",)}
@@ -357,3 +370,10 @@ def test_statistics_of_a_reference_stand_for_its_images(drawn, tmp_path):
         evaluate(asked, CPU)
     with pytest.raises(UserError, match="nothing to keep"):
         evaluate(settings_of(drawn, metrics=("precision",), save_statistics=file), CPU)
+
+
+def test_hpsv2_is_shown_to_the_decimals_in_which_models_differ():
+    from megatron_cca.lab.evaluation.report import _cell
+
+    rows = [{"hpsv2:a.pt": 0.28374}, {"hpsv2:a.pt": 0.28351}]
+    assert [_cell("hpsv2:a.pt", row, rows, True) for row in rows] == ["**0.2837**", "0.2835"]

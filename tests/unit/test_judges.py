@@ -16,7 +16,7 @@ from megatron_cca.lab.evaluation.classifiers import open_classifier
 from megatron_cca.lab.evaluation.extractors import open_extractor, widths
 from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge, open_judge
-from megatron_cca.lab.evaluation.report import evaluate
+from megatron_cca.lab.evaluation.measuring import evaluate
 from tests.references.bomb import Bomb
 from tests.references.idx_files import clothes, write_idx
 from tests.references.sources import write

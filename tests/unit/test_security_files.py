@@ -29,8 +29,9 @@ from megatron_cca.data.sources import open_source
 from megatron_cca.data.tokenizers import open_image_tokenizer
 from megatron_cca.errors import UserError
 from megatron_cca.io.pickles import load_tensors, unpickled
+from megatron_cca.lab.evaluation.archives import read_archive
 from megatron_cca.lab.evaluation.extractors import open_extractor
-from megatron_cca.lab.evaluation.image_sets import list_folder, read_archive
+from megatron_cca.lab.evaluation.image_sets import list_folder
 from tests.references.bomb import Bomb
 
 

@@ -69,6 +69,11 @@ def test_another_objective_keeps_the_keys_that_it_has_too(tmp_path):
         ({"metrics": ["fid", "kid"]}, "samples: 100 images are too few for KID with kid_subset_size 1000"),
         ({"extractor": "none.py:f"}, "extractor: the file none.py does not exist"),
         ({"classifier": "none.py:f"}, "classifier: the file none.py does not exist"),
+        ({"scorer": "none.py:f"}, "scorer: --scorer: the file none.py does not exist"),
+        (
+            {"scorer": "hpsv2:none"},
+            "scorer: --scorer: the file none does not exist; give a copy of HPS",
+        ),
         ({"sampling": {"height": 90, "width": 90}}, "sampling: a grid of 90 x 90 takes "),
         ({"methods/control/config": "cca.yaml"}, "methods.control: every study needs it"),
         ({"methods/control/config": None}, "methods.control: every study needs it"),

@@ -110,6 +110,11 @@ def test_a_mark_changes_with_its_file(tmp_path):
     file.write_text("12")
     assert file_stamp(f"{file}:function") != before
     assert file_stamp("digits") == ["digits"]
+    (file.parent / "hps.pt").write_bytes(b"one")
+    before = file_stamp(f"hpsv2:{file.parent / 'hps.pt'}")
+    (file.parent / "hps.pt").write_bytes(b"another")
+    assert file_stamp(f"hpsv2:{file.parent / 'hps.pt'}") != before
+    assert file_stamp("hpsv2:none") == ["hpsv2:none"]
 
 
 def test_every_task_comes_after_what_it_needs(tmp_path):

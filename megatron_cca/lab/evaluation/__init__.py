@@ -136,8 +136,8 @@ class EvaluateOptions:
     """keep mean and covariance of the reference's features, with the extractor and the number and size of its images;
     --reference FILE.npz then stands for the images in FID and sFID"""
     scorer: Annotated[tuple[str, ...], Option(metavar="NAME")] = ()
-    """rewards of samples that have prompts, beside FID in the table: clip:FOLDER, pickscore:FOLDER, or FILE.py:FUNCTION
-    of images uint8 [N, H, W, 3] and N prompts; may be repeated"""
+    """rewards of samples that have prompts, beside FID in the table: clip:FOLDER, pickscore:FOLDER, hpsv2:FILE,
+    imagereward:FILE, or FILE.py:FUNCTION of images uint8 [N, H, W, 3] and N prompts; may be repeated"""
     device: DeviceChoice = "auto"
     """auto takes a GPU where there is one"""
 

@@ -98,7 +98,7 @@ def choose_metrics(
         return {name: ChosenMetrics((), {}) for name in sets}
     if settings.network == "digits":
         _check_digit_sizes(sets, reference)
-    moments = frozenset(usable_moments(settings, reference))
+    moments = frozenset(usable_moments(settings.network, reference))
     chosen = {}
     for name, images in sets.items():
         counts = Counts(len(images.images), len(reference.images), moments)
@@ -128,12 +128,14 @@ def _chosen(settings: EvaluateOptions, name: str, counts: Counts, widths: dict[s
     return ChosenMetrics(tuple(metric for metric in asked if metric not in left_out), left_out)
 
 
-def usable_moments(settings: EvaluateOptions, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return mean and covariance from the reference's file for this extractor.
+def usable_moments(network: str, reference: ImageSet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return mean and covariance from the reference's file for the extractor of this name.
 
     Those of a file with images are always Inception's.
     """
-    usable = settings.network == "inception" or reference.statistics is not None
+    if reference.moments_of is not None:
+        return dict(reference.moments_of.get(network.partition(":")[0], {}))
+    usable = network == "inception" or reference.statistics is not None
     return dict(reference.moments or {}) if usable else {}
 
 

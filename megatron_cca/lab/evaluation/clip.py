@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from megatron_cca.errors import UserError
 from megatron_cca.generation.decode_loop import SCORER, Scorer
 from megatron_cca.lab.evaluation.classifiers import is_function_spec, load_function
+from megatron_cca.lab.evaluation.model_scorers import ModelScorer
 from megatron_cca.lab.evaluation.named_networks import (
     SCORER_KINDS,
     check_folder,
@@ -21,35 +21,16 @@ from megatron_cca.lab.evaluation.named_networks import (
     loaded,
     refuse_missing,
 )
+from megatron_cca.lab.evaluation.reward_files import FILE_KINDS, read_weights
 
 CLIP = "--clip"
 
 
-@dataclass(frozen=True)
-class TruncatedPrompts:
-    """The number of prompts, of ``count``, that the model reads only in part.
+class ClipScorer(ModelScorer):
+    """CLIP score by a CLIP of transformers in a local folder: 100 * max(cosine, 0).
 
-    The model reads ``tokens`` tokens.
-    """
-
-    prompts: int
-    count: int
-    tokens: int
-
-    def line(self) -> str | None:
-        """Return a line for the user; None if no prompt is cut."""
-        if not self.prompts:
-            return None
-        return (
-            f"{self.prompts} of {self.count} prompts are longer than the {self.tokens} tokens that this CLIP reads; "
-            "their ends are not scored"
-        )
-
-
-class ClipScorer:
-    """CLIP score by a CLIP of transformers in a local folder.
-
-    Nothing is downloaded.
+    Nothing is downloaded. Tables in papers call this CLIP score. The CLIPScore paper (arXiv 2104.08718) has 2.5 in
+    place of 100. It also puts "A photo depicts" before the text. This is not done here.
 
     Args:
         folder: a folder with ``config.json``, the weights as safetensors, and the files of CLIPProcessor, such as a
@@ -72,44 +53,17 @@ class ClipScorer:
         self.model = model.eval().requires_grad_(False).to(device)
         self.batch_size = batch_size
 
-    def scores(
-        self, images: np.ndarray, prompts: Sequence[str], on_progress: Callable[[int], object] | None = None
-    ) -> np.ndarray:
-        """Return 100 * max(cosine, 0) of each image and its prompt, float32 ``[N]``.
-
-        Tables in papers call this CLIP score. The CLIPScore paper (arXiv 2104.08718) has 2.5 in place of 100. It also
-        puts "A photo depicts" before the text. This is not done here. Prompts are cut to the model's length.
-        :meth:`cut` counts those that are cut.
-
-        Args:
-            images: uint8 ``[N, H, W, 3]``.
-            prompts: as many prompts.
-            on_progress: called with the number of images just scored.
-        """
-        assert len(images) == len(prompts)
-        scores = []
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            scores.append(self._batch(images[rows], list(prompts[rows])))
-            if on_progress is not None:
-                on_progress(len(scores[-1]))
-        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
-
-    __call__ = scores
-
-    def cut(self, prompts: Sequence[str]) -> TruncatedPrompts:
-        """Count the prompts that are cut before they are scored."""
-        long = 0
-        for start in range(0, len(prompts), self.batch_size):
-            batch = list(prompts[start : start + self.batch_size])
-            ids = self.processor.tokenizer(batch, truncation=False, verbose=False)["input_ids"]
-            long += sum(len(one) > self._length for one in ids)
-        return TruncatedPrompts(long, len(prompts), self._length)
+    @property
+    def side(self) -> int:
+        """Side in pixels of the square that the model sees."""
+        return self.model.config.vision_config.image_size
 
     @property
     def _length(self) -> int:
-        """Number of tokens that the model reads, begin and end included."""
         return self.model.config.text_config.max_position_embeddings
+
+    def _lengths(self, prompts: list[str]) -> list[int]:
+        return [len(one) for one in self.processor.tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
 
     @torch.no_grad()
     def _batch(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -161,37 +115,61 @@ def check_clip(folder: str | Path) -> None:
 
 
 def check_scorer(spec: str) -> None:
-    """Refuse a scorer that cannot be opened, without opening it.
+    """Refuse a scorer that cannot be opened, without building it.
 
     It raises the same errors as :func:`open_scorer`.
     """
-    kind = kind_of(spec, SCORER_KINDS)
-    if kind is not None:
+    if (kind := kind_of(spec, SCORER_KINDS)) is not None:
         check_folder(kind, folder_of(spec, SCORER), SCORER)
+    elif (kind := kind_of(spec, tuple(FILE_KINDS))) is not None:
+        _check_file(kind, folder_of(spec, SCORER))
     elif is_function_spec(spec):
         load_function(spec, SCORER)
     else:
-        raise UserError(f"{SCORER}: {spec!r} is none of clip:FOLDER, pickscore:FOLDER and FILE.py:FUNCTION")
+        known = (*(f"{kind}:FOLDER" for kind in SCORER_KINDS), *(f"{kind}:FILE" for kind in FILE_KINDS))
+        raise UserError(f"{SCORER}: {spec!r} is none of {', '.join(known)} and FILE.py:FUNCTION")
+
+
+def _check_file(kind: str, file: Path) -> None:
+    read_weights(kind, file, SCORER)
+    if kind == "imagereward":
+        from megatron_cca.lab.evaluation.image_reward import check_vocabulary
+
+        check_vocabulary(file, SCORER)
+    elif find_spec("open_clip") is None:
+        raise UserError(f"{SCORER}: {kind} needs open_clip_torch; pip install 'megatron-cca[eval]'")
 
 
 def open_scorer(spec: str, device: str | torch.device) -> Scorer:
     """Open the scorer that a user named.
 
     Args:
-        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, ``pickscore:FOLDER`` for PickScore, or
-            ``FILE.py:FUNCTION`` for a user's function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts.
-            It returns N numbers.
-        device: the device of CLIP.
+        spec: ``clip:FOLDER`` for the CLIP score of a CLIP in a local folder, ``pickscore:FOLDER`` for PickScore,
+            ``hpsv2:FILE`` for HPSv2 or HPSv2.1, ``imagereward:FILE`` for ImageReward, or ``FILE.py:FUNCTION`` for a
+            user's function. It takes images uint8 ``[N, H, W, 3]`` and a list of N prompts. It returns N numbers.
+        device: the device of the model.
 
     Raises:
         UserError: another form, or no such file, folder or function.
     """
     check_scorer(spec)
-    kind = kind_of(spec, SCORER_KINDS)
-    if kind is not None:
+    if (kind := kind_of(spec, SCORER_KINDS)) is not None:
         return {"clip": ClipScorer, "pickscore": PickScorer}[kind](folder_of(spec, SCORER), device, option=SCORER)
+    if (kind := kind_of(spec, tuple(FILE_KINDS))) is not None:
+        return _opened_file(kind, folder_of(spec, SCORER), device)
     function = load_function(spec, SCORER)
     return lambda images, prompts: _checked(function(images, list(prompts)), len(images), spec)
+
+
+def _opened_file(kind: str, file: Path, device: str | torch.device) -> Scorer:
+    # Imported late: an ordinary evaluation needs neither.
+    if kind == "hpsv2":
+        from megatron_cca.lab.evaluation.hpsv2 import Hpsv2Scorer
+
+        return Hpsv2Scorer(file, device, SCORER)
+    from megatron_cca.lab.evaluation.image_reward import ImageRewardScorer
+
+    return ImageRewardScorer(file, device, SCORER)
 
 
 def _checked(found: object, count: int, spec: str) -> np.ndarray:

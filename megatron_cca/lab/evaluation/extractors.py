@@ -22,6 +22,7 @@ from megatron_cca.io.pickles import load_tensors
 from megatron_cca.lab.evaluation.classifiers import check_digit_size, failures_said, is_function_spec, load_function
 from megatron_cca.lab.evaluation.judges import is_judge, open_judge
 from megatron_cca.lab.evaluation.named_networks import EXTRACTOR_KINDS, check_folder, folder_of, kind_of, open_network
+from megatron_cca.lab.evaluation.shares import ALONE, Share
 
 EXTRACTOR, WEIGHTS = "--extractor", "--inception-weights"
 INCEPTION_URL = (
@@ -180,8 +181,11 @@ def extract(
     names: set[str],
     batch_size: int,
     on_progress: OnProgress | None,
+    share: Share = ALONE,
 ) -> dict[str, Tensor]:
     """Return the named parts of an extractor's output, float32 ``[N, D]`` on the CPU.
+
+    On other ranks than 0 they are those of the process's own rows.
 
     Args:
         who: the name of the images, for messages.
@@ -189,13 +193,14 @@ def extract(
         extractor: see :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
         names: the names of parts; without names the extractor does not run.
         batch_size: number of images in one batch.
-        on_progress: called with the number of images just done.
+        on_progress: called with the number of images just done, by all processes.
+        share: the process's part.
 
     Raises:
         UserError: the extractor has another output, or values that are not finite.
     """
     device, kept = _device(extractor), {name: [] for name in names}
-    for start in range(0, len(images), batch_size) if names else ():
+    for start in share.starts(len(images), batch_size) if names else ():
         batch = _batch(images[start : start + batch_size], device)
         answer = _run(extractor, batch)
         for name in names:
@@ -204,8 +209,12 @@ def extract(
                 last = start + len(batch) - 1
                 raise UserError(f"{who}: the extractor's {name} of images {start} to {last} are not all finite numbers")
         if on_progress is not None:
-            on_progress(len(batch))
-    return {name: torch.cat(parts) for name, parts in kept.items()}
+            on_progress(share.done(start, len(images), batch_size))
+    # All processes send in one order.
+    return {
+        name: share.gathered(torch.cat(kept[name]) if kept[name] else torch.empty(0), len(images), batch_size)
+        for name in sorted(names)
+    }
 
 
 def _device(extractor: nn.Module) -> torch.device:

@@ -37,6 +37,7 @@ from megatron_cca.lab.evaluation import (
 )
 from megatron_cca.lab.evaluation.extractors import OnProgress, check_images, extract, widths
 from megatron_cca.lab.evaluation.manifolds import cmmd, density_and_coverage, vendi_score
+from megatron_cca.lab.evaluation.shares import ALONE, Share
 
 _DEFAULTS = FidelitySettings()
 _SFID_CHANNELS = 7
@@ -76,14 +77,20 @@ class ReferenceImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def parts(self, names: Iterable[str], batch_size: int = 64, on_progress: OnProgress | None = None) -> dict:
+    def parts(
+        self,
+        names: Iterable[str],
+        batch_size: int = 64,
+        on_progress: OnProgress | None = None,
+        share: Share = ALONE,
+    ) -> dict:
         """Return the named parts, float32 ``[N, D]``.
 
         The extractor runs only if some of them are not known yet.
         """
         names = set(names)
         if not names <= self._parts.keys():
-            self._parts |= extract("reference", self.images, self.extractor, names, batch_size, on_progress)
+            self._parts |= extract("reference", self.images, self.extractor, names, batch_size, on_progress, share)
         return self._parts
 
     def moments(self, part: str) -> dict[str, np.ndarray]:
@@ -102,6 +109,7 @@ def fidelity(
     extractor: nn.Module,
     settings: FidelitySettings = _DEFAULTS,
     on_progress: OnProgress | None = None,
+    share: Share = ALONE,
 ) -> dict[str, float]:
     """Measure the quality of samples, alone and against real images.
 
@@ -116,9 +124,11 @@ def fidelity(
             its parameters.
         settings: the metrics and their parameters.
         on_progress: called with the number of images that have just passed through the extractor.
+        share: the process's part. All processes of a job call this together.
 
     Returns:
-        Each metric under its name; ``kid_std``, and ``inception_score_std`` where there are several splits.
+        Each metric under its name; ``kid_std``, and ``inception_score_std`` where there are several splits. Nothing on
+        other ranks than 0.
 
     Raises:
         UserError: images of another type or shape, too few images for a metric, or an extractor with another output or
@@ -141,10 +151,16 @@ def fidelity(
                 f"{part} have {found[part]}"
             )
     ours = extract(
-        "samples", samples, extractor, {PART_OF[name] for name in settings.metrics}, settings.batch_size, on_progress
+        "samples",
+        samples,
+        extractor,
+        {PART_OF[name] for name in settings.metrics},
+        settings.batch_size,
+        on_progress,
+        share,
     )
-    reference.parts(_wanted_of_reference(settings, reference.given), settings.batch_size, on_progress)
-    return _compute(ours, reference, settings)
+    reference.parts(_wanted_of_reference(settings, reference.given), settings.batch_size, on_progress, share)
+    return {} if share.rank else _compute(ours, reference, settings)
 
 
 def _wanted_of_reference(settings: FidelitySettings, given: frozenset[str]) -> set[str]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,31 +23,17 @@ from megatron_cca.data.sources.folders import LINKED, UnreadFiles, real_folder, 
 from megatron_cca.data.sources.idx import recognises, split_of_file
 from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.external_files import file_below
-from megatron_cca.io.file_contents import ZIP, archived_arrays, archived_names, kind_of_file
+from megatron_cca.io.file_contents import kind_of_file
 from megatron_cca.io.paths import typed_path
 from megatron_cca.lab.evaluation import DIGITS, HELD_OUT, WORDS
+from megatron_cca.lab.evaluation.archives import NO_IMAGES, PICKLE, Moments, Statistics, read_archive, read_pickle
 from megatron_cca.lab.evaluation.shard_images import decoded_shards, is_shard_folder
 
 PROMPTS = "prompts.jsonl"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-# Arrays of an .npz.
-IMAGES, LABELS = "arr_0", "arr_1"
-MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _OPAQUE = 255
 
-Moments = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-class Statistics(NamedTuple):
-    """What the moments of a file without images are of.
-
-    ``fingerprint`` is of the extractor's weights. ``images`` is their number, ``size`` height and width in pixels.
-    """
-
-    extractor: str
-    fingerprint: str
-    images: int
-    size: tuple[int, int]
+Rows = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -79,7 +64,7 @@ def check_path(path: str | Path) -> None:
     what = Path(typed_path(str(path)))
     if not what.exists():
         raise UserError(f"{path}: does not exist; give a folder of images, an .npz, {DIGITS} or {HELD_OUT}")
-    if what.is_file() and what.suffix.lower() != ".npz" and split_of_file(what) is None:
+    if what.is_file() and what.suffix.lower() not in (".npz", PICKLE) and split_of_file(what) is None:
         raise UserError(f"{path}: is a file, but no .npz; give a folder of images or an .npz")
 
 
@@ -194,83 +179,6 @@ def _record(line: bytes) -> dict:
     return record
 
 
-def read_archive(path: Path) -> tuple:
-    """Read images, labels, moments, notices and the origin of moments from an .npz.
-
-    The images are uint8 ``[N, H, W, 3]``. The labels are int64 ``[N]`` or None. The prompts are always None. The
-    notices name arrays that were not read.
-
-    A file of mu and sigma alone has no images, ``[0, 0, 0, 3]``: EDM's, or that of ``--save-statistics``, which also
-    says what they are of.
-
-    OpenAI's reference batches have 10,000 images. They also have ``mu`` and ``sigma`` of the Inception features of the
-    whole training set, and ``mu_s`` and ``sigma_s`` of the spatial ones. OpenAI's FID uses these moments.
-
-    Raises:
-        UserError: a damaged file, no ``arr_0``, or arrays of another type or shape.
-    """
-    with error_context(path):
-        if (kind := kind_of_file(path)) not in (None, ZIP):
-            raise UserError(f"cannot be read as .npz: it is {kind}; write it with numpy.savez")
-        known = {IMAGES, LABELS, *(name for names in MOMENTS.values() for name in names)}
-        arrays = archived_arrays(path, known)
-        if IMAGES not in arrays and "mu" in arrays:
-            known |= {*Statistics._fields}
-            arrays = archived_arrays(path, known)
-        others = ", ".join(map(printable, sorted(set(archived_names(path)) - known)))
-    if IMAGES not in arrays and (moments := _moments(path, arrays)):
-        return np.zeros((0, 0, 0, 3), np.uint8), None, None, moments, (), _statistics(path, arrays)
-    if IMAGES not in arrays:
-        found = f", found {others}" if others else ""
-        raise UserError(f"{path}: has no {IMAGES}; it must hold the images, uint8 [N, H, W, 3]{found}")
-    images = arrays[IMAGES]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{path}: {IMAGES} must be uint8 [N, H, W, 3], found {images.dtype} {list(images.shape)}")
-    if not len(images):
-        raise UserError(f"{path}: {IMAGES} holds no images")
-    notices = (f"arrays are not read: {others}",) if others else ()
-    return images, _labels(path, arrays.get(LABELS), len(images)), None, _moments(path, arrays), notices
-
-
-def _statistics(path: Path, arrays: dict[str, np.ndarray]) -> Statistics | None:
-    if not {*Statistics._fields} & arrays.keys():
-        return None
-    try:
-        extractor, fingerprint, images, size = (arrays[name].tolist() for name in Statistics._fields)
-        height, width = size
-        return Statistics(str(extractor), str(fingerprint), int(images), (int(height), int(width)))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: extractor, fingerprint, images and size are damaged; write it anew") from None
-
-
-def _labels(path: Path, labels: np.ndarray | None, count: int) -> np.ndarray | None:
-    if labels is None:
-        return None
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"{path}: {LABELS} must hold a whole number for each of the {count} images, found {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    return labels.astype(np.int64)
-
-
-def _moments(path: Path, arrays: dict[str, np.ndarray]) -> Moments:
-    found = {}
-    for part, (mean, covariance) in MOMENTS.items():
-        if mean in arrays and covariance in arrays:
-            mu, sigma = arrays[mean], arrays[covariance]
-            if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-                raise UserError(f"{path}: {mean} and {covariance} must be numbers, found {mu.dtype} and {sigma.dtype}")
-            mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise UserError(
-                    f"{path}: {mean} and {covariance} must be [D] and [D, D], found {list(mu.shape)} and "
-                    f"{list(sigma.shape)}"
-                )
-            found[part] = mu, sigma
-    return found
-
-
 @dataclass(frozen=True)
 class ImageSet:
     """Images with their labels, prompts, moments and notices.
@@ -283,17 +191,19 @@ class ImageSet:
             as in OpenAI's reference batches; otherwise empty.
         notices: one line for each kind of file or array that was not read, or only in part.
         statistics: what the moments of a file without images are of, if it says so.
+        moments_of: those of a file without images that names their extractors, by kind.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     prompts: list[str] | None = None
-    moments: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    moments: Moments | None = None
     notices: tuple[str, ...] = ()
     statistics: Statistics | None = None
+    moments_of: Mapping[str, Moments] | None = None
 
 
-def read_images(path: str | Path) -> ImageSet:
+def read_images(path: str | Path, rows: Rows | None = None) -> ImageSet:
     """Read a set of images.
 
     Many images show a progress bar.
@@ -302,8 +212,12 @@ def read_images(path: str | Path) -> ImageSet:
         path: a folder of PNG or JPEG files, there or one level below, in the order of their names; a folder with
             ``prompts.jsonl`` from megatron-cca generate, in its order; an ``.npz`` with ``arr_0`` uint8
             ``[N, H, W, 3]`` and perhaps labels in ``arr_1``; a folder of MNIST's IDX files (the training split), or its
-            file of images of any split; a shard folder, whose codes are decoded; or the words ``digits`` (the training
-            scans) and ``digits-held-out``.
+            file of images of any split; a shard folder, whose codes are decoded; EDM's ``.pkl`` of mean and covariance;
+            or the words ``digits`` (the training scans) and ``digits-held-out``.
+        rows: says of so many images which are wanted, bool ``[N]``; None means all. Of a folder the files of others are
+            not read, and what stands in their places is not said. Other sets are read whole.
+
+    Raises:
         UserError: names an image or file that is missing, empty, unreadable, or of another size than the others.
     """
     if str(path) in WORDS:
@@ -318,10 +232,12 @@ def read_images(path: str | Path) -> ImageSet:
         return _of_idx(path.parent if split is not None else path, split)
     if is_shard_folder(path):
         return ImageSet(*decoded_shards(path))
+    if path.is_file() and path.suffix.lower() == PICKLE:
+        return ImageSet(NO_IMAGES, moments_of=read_pickle(path))
     if path.is_file():
         return ImageSet(*read_archive(path))
     listing = list_folder(path)
-    images, transparent = _read_files(listing)
+    images, transparent = _read_files(listing, rows)
     notices = listing.notices
     if transparent:
         notices += (f"{transparent} of {len(images)} images are transparent in places; alpha is dropped",)
@@ -334,15 +250,18 @@ def _of_idx(folder: Path, split: str | None) -> ImageSet:
     return ImageSet(images, found.labels.astype(np.int64), notices=tuple(found.notices()))
 
 
-def _read_files(listing: Listing) -> tuple[np.ndarray, int]:
+def _read_files(listing: Listing, rows: Rows | None) -> tuple[np.ndarray, int]:
     """Return the images, and the number of images with transparent pixels."""
     transparent, (first, _) = 0, _decode(listing.files[0])
     images = np.empty((len(listing.files), *first.shape), dtype=np.uint8)
+    images[0] = first
+    wanted = np.arange(len(images)) if rows is None else np.flatnonzero(rows(len(images)))
+    files = [listing.files[place] for place in wanted]
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(images), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
+        tqdm(total=len(files), unit="image", desc=f"reading {listing.folder.name}", disable=None) as bar,
     ):
-        for index, (file, decoded) in enumerate(zip(listing.files, pool.map(_decode, listing.files), strict=True)):
+        for index, file, decoded in zip(wanted, files, pool.map(_decode, files), strict=True):
             pixels, is_transparent = decoded
             if pixels.shape != first.shape:
                 pool.shutdown(wait=False, cancel_futures=True)

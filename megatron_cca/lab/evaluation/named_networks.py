@@ -151,18 +151,20 @@ class Dinov2Features(nn.Module):
     deviation. It maps uint8 ``[N, 3, H, W]`` to ``features`` float32 ``[N, D]``.
     """
 
+    side = _DINOV2_SIDE
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         # Imported late: the import of transformers takes seconds.
         from transformers import Dinov2Model
 
-        options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
-        self.model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True, **options)
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        self.model, report = Dinov2Model.from_pretrained(folder, local_files_only=True, **options)
         refuse_missing(report)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the features."""
-        pixels = normalised(images, _DINOV2_SIDE, *_IMAGENET)
+        pixels = normalised(images, self.side, *_IMAGENET)
         return {"features": self.model(pixel_values=pixels).pooler_output}
 
 
@@ -178,9 +180,9 @@ class ClipFeatures(nn.Module):
         super().__init__()
         from transformers import CLIPImageProcessor, CLIPModel
 
-        options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         # The class of the image part alone takes the embedding's width from the wrong place of a CLIP's config.json.
-        model, report = CLIPModel.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = CLIPModel.from_pretrained(folder, local_files_only=True, **options)
         refuse_missing(report)
         self.model, self.projection = model.vision_model, model.visual_projection
         self.side = model.config.vision_config.image_size
@@ -202,10 +204,19 @@ def normalised(images: Tensor, side: int, mean: tuple[float, ...], deviation: tu
         side: pixels.
         mean, deviation: of each channel, for values from 0 to 1.
     """
-    pixels = images
-    if pixels.shape[2:] != (side, side):
-        # On bytes torch rounds and cuts off between the two passes, as Pillow does. It has this for the CPU alone.
-        pixels = interpolate(images.cpu().contiguous(), (side, side), mode="bicubic", antialias=True)
-    pixels = pixels.to(images.device).float()
+    return scaled(resized(images, (side, side)).float() / 255, mean, deviation)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images uint8 ``[N, 3, H, W]`` to height and width as Pillow does: bicubic, antialiased, rounded."""
+    if images.shape[2:] == size:
+        return images
+    # On bytes torch rounds and cuts off between the two passes, as Pillow does. It has this for the CPU alone.
+    pixels = interpolate(images.cpu().contiguous(), size, mode="bicubic", antialias=True)
+    return pixels.to(images.device)
+
+
+def scaled(pixels: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """Normalise values from 0 to 1, ``[N, 3, H, W]``, by each channel's mean and deviation."""
     shape = 1, 3, 1, 1
-    return (pixels / 255 - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)

@@ -1,48 +1,29 @@
-"""The work of megatron-cca evaluate between its options and its end: numbers, metrics.json, table.md and plots."""
+"""The report of megatron-cca evaluate: metrics.json, table.md and plots."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from megatron_cca import __version__
-from megatron_cca.errors import UserError, error_context
 from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, markdown_table
-from megatron_cca.lab.evaluation import MOMENT_METRICS, PART_OF, EvaluateOptions
-from megatron_cca.lab.evaluation.checks import (
-    REFERENCE,
-    SAMPLES,
-    ChosenMetrics,
-    check_annotations,
-    choose_metrics,
-    classifier_of,
-    usable_moments,
-)
-from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
-from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts, open_scorer
-from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
-from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
-from megatron_cca.lab.evaluation.judges import ensure_judge
+from megatron_cca.lab.evaluation.checks import usable_moments
+from megatron_cca.lab.evaluation.image_sets import ImageSet
+from megatron_cca.lab.evaluation.measuring import Evaluation, SetResult
 from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
-from megatron_cca.lab.evaluation.rewards import Rewards, heading_of, rewards_of
-from megatron_cca.lab.evaluation.statistics import SAVE, check_owner, check_statistics, save_statistics
+from megatron_cca.lab.evaluation.rewards import heading_of
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
 # The number of images on a sheet.
 _WITH_PROMPTS, _WITHOUT = 16, 48
-_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
+_PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers", "open_clip_torch")
 # Key, heading with the direction of improvement, and whether more is better.
 _COLUMNS = (
     ("fid", "FID ↓", False),
@@ -58,171 +39,6 @@ _COLUMNS = (
     ("class_accuracy", "accuracy ↑", True),
     ("clip_score", "CLIP score ↑", True),
 )
-
-
-@dataclass(frozen=True)
-class SetResult:
-    """The numbers of a set.
-
-    Attributes:
-        metrics: metrics by name, from :func:`megatron_cca.lab.evaluation.fidelity.fidelity`.
-        left_out: metric -> why it was not computed.
-        accuracy: class accuracy, if there are labels and a classifier.
-        clip_scores: float32 ``[N]``, if there are prompts and a CLIP.
-        clip_cut: the number of prompts that the CLIP reads only in part.
-        rewards: those of each scorer by its name, if there are prompts.
-    """
-
-    name: str
-    images: ImageSet
-    metrics: dict[str, float]
-    left_out: dict[str, str]
-    accuracy: ClassAccuracy | None = None
-    clip_scores: np.ndarray | None = None
-    clip_cut: TruncatedPrompts | None = None
-    rewards: Mapping[str, Rewards] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All results with their settings.
-
-    ``extractor_origin`` names the source of the extractor's weights.
-    """
-
-    settings: EvaluateOptions
-    reference: ImageSet
-    extractor_origin: dict[str, str]
-    sets: list[SetResult]
-
-
-def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
-    """Read the images, decide what can be computed, and compute it.
-
-    Progress bars go to standard error.
-
-    Raises:
-        UserError: images that cannot be read; too few images for a metric that was asked for by name; no labels for a
-            classifier or no prompts for CLIP; nothing that can be computed.
-    """
-    sets = {name: _read(SAMPLES, path) for name, path in settings.sets.items()}
-    reference = _read(REFERENCE, settings.reference)
-    check_annotations(settings, sets)
-    check_owner(reference, settings.reference, settings.network)
-    if settings.judge is not None:
-        ensure_judge(settings.judge, reference.images, reference.labels)
-    extractor = None
-    if settings.metrics != () and settings.network not in WIDTHS:
-        # The outputs of a user's network show only when it runs.
-        extractor = _open(settings, device)
-    first = next(iter(sets.values())).images
-    known = WIDTHS.get(settings.network, {}) if extractor is None else widths(extractor, first)
-    chosen = choose_metrics(settings, sets, reference, known)
-    if extractor is None and any(one.metrics for one in chosen.values()):
-        extractor = _open(settings, device)
-    if extractor is not None:
-        check_statistics(reference, settings.reference, settings.network, extractor.origin, sets.values())
-    if settings.save_statistics is not None and not (
-        len(reference.images) and any("fid" in one.metrics for one in chosen.values())
-    ):
-        raise UserError(f"{SAVE}: FID of a reference with images is not computed, so there is nothing to keep")
-    # Open both before the long computation. Errors in them appear early.
-    name_of_classifier = classifier_of(settings, sets)
-    classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
-    scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
-    scorers = {name: open_scorer(name, device) for name in settings.scorer}
-    metrics = _fidelities(settings, sets, reference, extractor, chosen)
-    accuracies = _accuracies(sets, classifier) if classifier is not None else {}
-    cuts = _cuts(sets, scorer) if scorer is not None else {}
-    scores = _clip_scores(sets, scorer) if scorer is not None else {}
-    results = [
-        SetResult(
-            name,
-            images,
-            metrics[name],
-            chosen[name].left_out,
-            accuracies.get(name),
-            scores.get(name),
-            cuts.get(name),
-            rewards_of(name, images, scorers, settings.numbers.batch_size),
-        )
-        for name, images in sets.items()
-    ]
-    origin = extractor.origin if extractor is not None else {}
-    return Evaluation(replace(settings, classifier=name_of_classifier), reference, origin, results)
-
-
-def _read(option: str, path: str) -> ImageSet:
-    with error_context(option):
-        found = read_images(path)
-    for notice in found.notices:
-        print(f"{option} {path}: {notice}", file=sys.stderr)
-    return found
-
-
-def _cuts(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, TruncatedPrompts]:
-    found = {name: scorer.cut(one.prompts) for name, one in sets.items() if one.prompts is not None}
-    for name, cut in found.items():
-        if (line := cut.line()) is not None:
-            print(f"{name}: {line}", file=sys.stderr)
-    return found
-
-
-def _open(settings: EvaluateOptions, device: torch.device) -> Extractor:
-    extractor = open_extractor(settings.network, settings.inception_weights).to(device)
-    if settings.network == "inception" and not extractor.origin["sha256"].startswith(PUBLISHED_SHA256):
-        print(
-            f"{WEIGHTS}: the SHA-256 of {settings.inception_weights} does not begin with {PUBLISHED_SHA256}, as the "
-            "published file's name says it does; do not compare these numbers with papers'",
-            file=sys.stderr,
-        )
-    return extractor
-
-
-def _fidelities(
-    settings: EvaluateOptions,
-    sets: dict[str, ImageSet],
-    reference: ImageSet,
-    extractor: Extractor | None,
-    chosen: dict[str, ChosenMetrics],
-) -> dict[str, dict[str, float]]:
-    if extractor is None:
-        return {name: {} for name in sets}
-    # Imported late: the import of torch-fidelity takes seconds.
-    from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
-
-    real = ReferenceImages(reference.images, extractor, usable_moments(settings, reference))
-    found = {}
-    for name, images in sets.items():
-        total = len(images.images) + (0 if found else len(real))
-        with _bar(f"features of {name}", total) as bar:
-            numbers = replace(settings.numbers, metrics=chosen[name].metrics)
-            with error_context(f"{SAMPLES} {name}"):
-                found[name] = fidelity(images.images, real, extractor, numbers, bar.update)
-    if settings.save_statistics is not None:
-        parts = {PART_OF[name] for one in chosen.values() for name in one.metrics if name in MOMENT_METRICS}
-        moments = {part: tuple(real.moments(part).values()) for part in parts}
-        save_statistics(settings.save_statistics, moments, extractor, reference.images)
-    return found
-
-
-def _accuracies(sets: dict[str, ImageSet], classifier: Classifier) -> dict[str, ClassAccuracy]:
-    return {
-        name: class_accuracy(one.images, one.labels, classifier) for name, one in sets.items() if one.labels is not None
-    }
-
-
-def _clip_scores(sets: dict[str, ImageSet], scorer: ClipScorer) -> dict[str, np.ndarray]:
-    found = {}
-    for name, one in sets.items():
-        if one.prompts is not None:
-            with _bar(f"CLIP scores of {name}", len(one.images)) as bar:
-                found[name] = scorer.scores(one.images, one.prompts, bar.update)
-    return found
-
-
-def _bar(description: str, total: int) -> tqdm:
-    return tqdm(total=total, unit="image", desc=description, disable=None)
 
 
 def former_files(output: Path) -> set[str]:
@@ -254,6 +70,7 @@ def as_json(evaluation: Evaluation) -> dict:
     """Return settings, versions, counts and numbers at full precision as plain data."""
     settings = evaluation.settings
     numbers = {name: value for name, value in asdict(settings.numbers).items() if name != "metrics"}
+    moments = evaluation.reference.moments or usable_moments(settings.network, evaluation.reference)
     return {
         "version": __version__,
         "packages": installed_versions(_PACKAGES),
@@ -269,7 +86,7 @@ def as_json(evaluation: Evaluation) -> dict:
         "reference": {
             "path": settings.reference,
             **_extent(evaluation.reference.images),
-            "brings_moments_of": sorted(evaluation.reference.moments or ()),
+            "brings_moments_of": sorted(moments),
             **_notices(evaluation.reference),
         },
         "sets": [_set_as_json(settings.sets[one.name], one) for one in evaluation.sets],
@@ -333,8 +150,9 @@ def table(evaluation: Evaluation) -> str:
     ]
     settings, kept = evaluation.settings, evaluation.reference.statistics
     count = len(evaluation.reference.images) if kept is None else kept.images
+    extent = f"{count} images" if count else "mean and covariance alone"
     lines = [markdown_table(header, cells, first_number=1), ""]
-    lines += [f"Reference: {settings.reference}, {count} images; extractor: {settings.network}."]
+    lines += [f"Reference: {settings.reference}, {extent}; extractor: {settings.network}."]
     cuts = [(one.name, one.clip_cut.line()) for one in evaluation.sets if one.clip_cut is not None]
     lines += [f"CLIP score of {name}: {line}." for name, line in cuts if line is not None]
     lines += [
@@ -361,6 +179,9 @@ def _cell(key: str, row: dict[str, float], rows: list[dict[str, float]], rising:
 
 
 def _digits(key: str) -> int:
+    if key.startswith("hpsv2:"):
+        # Good models differ in its third decimal.
+        return 4
     return 3 if key in ("precision", "recall", "density", "coverage", "cmmd", "class_accuracy") else 2
 
 

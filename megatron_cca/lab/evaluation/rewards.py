@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from megatron_cca.errors import error_context
 from megatron_cca.generation.decode_loop import Scorer, cut_prompts
 from megatron_cca.lab.evaluation.classifiers import is_function_spec
-from megatron_cca.lab.evaluation.clip import TruncatedPrompts
+from megatron_cca.lab.evaluation.extractors import OnProgress
 from megatron_cca.lab.evaluation.image_sets import ImageSet
+from megatron_cca.lab.evaluation.model_scorers import TruncatedPrompts
+from megatron_cca.lab.evaluation.shares import ALONE, Share
 
-_HEADINGS = {"clip": "CLIP score", "pickscore": "PickScore"}
+_HEADINGS = {"clip": "CLIP score", "pickscore": "PickScore", "hpsv2": "HPSv2", "imagereward": "ImageReward"}
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,13 @@ class Rewards:
         return found
 
 
-def rewards_of(name: str, images: ImageSet, scorers: Mapping[str, Scorer], batch_size: int) -> dict[str, Rewards]:
+def rewards_of(
+    name: str, images: ImageSet, scorers: Mapping[str, Scorer], batch_size: int, share: Share = ALONE
+) -> dict[str, Rewards]:
     """Return the rewards of a set by the scorers' names. They are none if the set has no prompts.
 
-    Prompts that are cut are said on standard error, where a progress bar is, too.
+    Prompts that are cut are said on standard error, where a progress bar is, too. On other ranks than 0 they are those
+    of the process's own rows.
 
     Raises:
         UserError: a scorer returns something else than numbers.
@@ -59,24 +65,40 @@ def rewards_of(name: str, images: ImageSet, scorers: Mapping[str, Scorer], batch
     return (
         {}
         if images.prompts is None
-        else {key: _rewards(name, key, images, one, batch_size) for key, one in scorers.items()}
+        else {key: _rewards(name, key, images, one, batch_size, share) for key, one in scorers.items()}
     )
 
 
-def _rewards(name: str, spec: str, images: ImageSet, scorer: Scorer, batch_size: int) -> Rewards:
-    cut, scores = cut_prompts(scorer, images.prompts), []
+def _rewards(name: str, spec: str, images: ImageSet, scorer: Scorer, batch_size: int, share: Share) -> Rewards:
+    cut = None if share.rank else cut_prompts(scorer, images.prompts)
     if cut is not None and (line := cut.line()) is not None:
         print(f"{name}: {line}", file=sys.stderr)
-    count = len(images.images)
     with (
         error_context(f"--samples {name}"),
-        tqdm(total=count, unit="image", desc=f"{heading_of(spec)} of {name}", disable=None) as bar,
+        tqdm(total=len(images.images), unit="image", desc=f"{heading_of(spec)} of {name}", disable=None) as bar,
     ):
-        for start in range(0, count, batch_size):
-            rows = slice(start, start + batch_size)
-            scores.append(scorer(images.images[rows], images.prompts[rows]))
-            bar.update(len(scores[-1]))
-    return Rewards(np.concatenate(scores), cut)
+        return Rewards(shared_scores(scorer, images, batch_size, share, bar.update), cut)
+
+
+def shared_scores(
+    scorer: Scorer, images: ImageSet, batch_size: int, share: Share, on_progress: OnProgress
+) -> np.ndarray:
+    """Return the scores of a set with prompts, ``[N]``, on rank 0, and those of the own rows elsewhere.
+
+    Args:
+        scorer: gives numbers for images and prompts.
+        images: the set.
+        batch_size: images that the scorer gets together.
+        share: the process's part.
+        on_progress: called with the number of images that all processes have done.
+    """
+    scores, count = [], len(images.images)
+    for start in share.starts(count, batch_size):
+        rows = slice(start, start + batch_size)
+        scores.append(scorer(images.images[rows], images.prompts[rows]))
+        on_progress(share.done(start, count, batch_size))
+    own = np.concatenate(scores) if scores else np.zeros(0)
+    return share.gathered(torch.from_numpy(own), count, batch_size).numpy()
 
 
 def heading_of(spec: str) -> str:

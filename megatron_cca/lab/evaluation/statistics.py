@@ -10,7 +10,8 @@ from torch import nn
 
 from megatron_cca.errors import UserError
 from megatron_cca.io.outputs import file_system_errors, whole_file
-from megatron_cca.lab.evaluation.image_sets import MOMENTS, ImageSet
+from megatron_cca.lab.evaluation.archives import MOMENTS
+from megatron_cca.lab.evaluation.image_sets import ImageSet
 
 SAVE = "--save-statistics"
 
@@ -46,11 +47,16 @@ def save_statistics(
 
 
 def check_owner(reference: ImageSet, path: str, network: str) -> None:
-    """Refuse mu and sigma without images that do not say whose they are, unless the extractor is Inception.
+    """Refuse mu and sigma without images that are of other extractors, or say nothing while this is not Inception.
 
     Raises:
         UserError: names the reference's path and the extractor.
     """
+    if reference.moments_of is not None:
+        if network.partition(":")[0] not in reference.moments_of:
+            owners = " and ".join(sorted(reference.moments_of))
+            raise UserError(f"--reference: {path} holds statistics of {owners}, found --extractor {network}")
+        return
     if not len(reference.images) and reference.statistics is None and network != "inception":
         raise UserError(
             f"--reference: {path} does not say of which extractor its mu and sigma are; such files are Inception's, "

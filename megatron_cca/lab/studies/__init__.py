@@ -140,11 +140,15 @@ class StudySettings:
     reference: PathText = "digits"
     """The real images: a folder, an .npz, or the word ``digits``."""
     extractor: PathText = "digits"
-    """Whose features are compared: ``digits``, ``inception``, FILE.judge or FILE.py:FUNCTION."""
+    """Whose features are compared: ``digits``, ``inception``, FILE.judge, ``dinov2:FOLDER``, ``clip:FOLDER`` or
+    FILE.py:FUNCTION."""
     inception_weights: PathText | None = None
     """The file of Inception's weights."""
     classifier: PathText | None = "digits"
     """Whose answers make the accuracy: ``digits``, FILE.judge, FILE.py:FUNCTION, or null for none."""
+    scorer: PathText | None = None
+    """Whose mean score of images and prompts is the column reward, beside FID: ``clip:FOLDER``, ``pickscore:FOLDER``,
+    ``hpsv2:FILE``, ``imagereward:FILE`` or FILE.py:FUNCTION; null for none."""
     metrics: list[Metric] = dataclasses.field(default_factory=lambda: ["fid", "inception_score", "precision", "recall"])
     inception_score_splits: PositiveInt = 1
     keep_images: bool = True

@@ -16,6 +16,7 @@ from megatron_cca.errors import UserError, error_context
 from megatron_cca.generation.prompts import check_conditions, read_prompts
 from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
+from megatron_cca.lab.evaluation.clip import check_scorer
 from megatron_cca.lab.evaluation.extractors import WIDTHS, check_extractor
 from megatron_cca.lab.evaluation.image_sets import check_path, list_folder
 from megatron_cca.lab.evaluation.shard_images import is_shard_folder
@@ -120,6 +121,9 @@ def _check_evaluation(settings: StudySettings) -> None:
     if settings.classifier is not None:
         with error_context("classifier"):
             check_classifier(settings.classifier)
+    if settings.scorer is not None:
+        with error_context("scorer"):
+            check_scorer(settings.scorer)
     for key in ("extractor", "classifier"):
         spec = getattr(settings, key)
         if spec is not None and is_function_spec(spec):

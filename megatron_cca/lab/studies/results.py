@@ -43,6 +43,7 @@ METRICS = {
     "kid": ("KID", 4),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
+    "reward": ("reward", 4),
     "positive_log_ratio": ("log-ratio", 2),
 }
 

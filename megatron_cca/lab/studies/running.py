@@ -26,7 +26,7 @@ from megatron_cca import platform
 from megatron_cca.data import DIGITS
 from megatron_cca.data.digits import data_folders
 from megatron_cca.generation import CandidateOptions, GenerateOptions, PromptOptions, RunOptions, SamplingOptions
-from megatron_cca.generation.decode_loop import SamplingSettings
+from megatron_cca.generation.decode_loop import SamplingSettings, Scorer
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.model_loading import inspect_for_sampling
 from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
@@ -34,10 +34,14 @@ from megatron_cca.generation.sampling_job import job_of
 from megatron_cca.generation.shard_drawing import ShardDrawing
 from megatron_cca.io.outputs import whole_file
 from megatron_cca.lab.evaluation import FidelitySettings
+from megatron_cca.lab.evaluation.checks import usable_moments
 from megatron_cca.lab.evaluation.classifiers import class_accuracy, open_classifier
+from megatron_cca.lab.evaluation.clip import open_scorer
 from megatron_cca.lab.evaluation.extractors import open_extractor
 from megatron_cca.lab.evaluation.fidelity import ReferenceImages, fidelity
-from megatron_cca.lab.evaluation.image_sets import read_images
+from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
+from megatron_cca.lab.evaluation.rewards import rewards_of
+from megatron_cca.lab.evaluation.statistics import check_owner, check_statistics
 from megatron_cca.lab.studies.schedule import Schedule, TaskFactory, expected_tasks, make_schedule
 from megatron_cca.lab.studies.tasks import (
     FAILED,
@@ -66,6 +70,7 @@ _LOGGED = ("loss", "positive_log_ratio", "negative_log_ratio", "accuracy")
 IMAGES = "images.npz"
 # Images that a model is trained on and images that it is judged by have random streams of their own.
 _SEED_OF_DRAWING = 500_000
+_SCORED_AT_ONCE = 64
 
 
 def perform(task: Task) -> Outcome:
@@ -195,10 +200,10 @@ def _keep(path: Path, images: np.ndarray, prompts: Sequence[Prompt]) -> None:
 
 
 def evaluated(inputs: EvaluationInputs, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Return the requested metrics, and ``accuracy`` if there is a classifier.
+    """Return the requested metrics, ``accuracy`` if there is a classifier, and ``reward`` if there is a scorer.
 
     Args:
-        inputs: the classifier, the extractor, the reference and the metrics.
+        inputs: the classifier, the scorer, the extractor, the reference and the metrics.
         images: uint8 ``[N, H, W, 3]``.
         prompts: as many prompts, with labels if there is a classifier.
     """
@@ -206,6 +211,10 @@ def evaluated(inputs: EvaluationInputs, images: np.ndarray, prompts: Sequence[Pr
     if inputs.classifier is not None:
         labels = np.array([prompt.label for prompt in prompts], dtype=np.int64)
         found["accuracy"] = class_accuracy(images, labels, open_classifier(inputs.classifier)).overall
+    if inputs.scorer is not None:
+        drawn = ImageSet(images, prompts=[prompt.title for prompt in prompts])
+        rewards = rewards_of("drawn", drawn, {inputs.scorer: _scorer(inputs.scorer)}, _SCORED_AT_ONCE)
+        found["reward"] = rewards[inputs.scorer].mean
     reference = _reference(inputs.reference, inputs.extractor, inputs.inception_weights)
     settings = FidelitySettings(metrics=inputs.metrics, inception_score_splits=inputs.inception_score_splits)
     return found | fidelity(images, reference, reference.extractor, settings)
@@ -217,7 +226,14 @@ def _reference(reference: str, extractor: str, weights: str | None) -> Reference
     images = read_images(reference)
     for notice in images.notices:
         print(f"reference {reference}: {notice}", file=sys.stderr)
-    return ReferenceImages(images.images, network, images.moments if extractor == "inception" else None)
+    check_owner(images, reference, extractor)
+    check_statistics(images, reference, extractor, network.origin, ())
+    return ReferenceImages(images.images, network, usable_moments(extractor, images))
+
+
+@cache
+def _scorer(spec: str) -> Scorer:
+    return open_scorer(spec, platform.device())
 
 
 _DO = {Training: _trained, Drawing: _drawn, Sampling: _sampled}

@@ -83,12 +83,14 @@ def checkpoint_key(checkpoint: str, option: str) -> str:
 def file_stamp(name: str | Path) -> list[Any]:
     """Return a name with the size and the time of its file or folder, which show a change.
 
-    Of FILE.py:FUNCTION it is the file. The time of a folder changes with the names in it. Without a file or folder it
-    is the name alone.
+    Of FILE.py:FUNCTION and of KIND:FILE it is the file. The time of a folder changes with the names in it. Without a
+    file or folder it is the name alone.
     """
     file, _, function = str(name).rpartition(":")
     path = Path(file if function and file.endswith(".py") else name)
     if not path.exists():
+        path = Path(str(name).partition(":")[2])
+    if not path.name or not path.exists():
         return [str(name)]
     status = path.stat()
     return [str(name), str(path.resolve()), status.st_size if path.is_file() else None, status.st_mtime_ns]
@@ -131,6 +133,7 @@ class TaskFactory:
             extractor=settings.extractor,
             inception_weights=settings.inception_weights,
             classifier=settings.classifier,
+            scorer=settings.scorer,
             metrics=tuple(settings.metrics),
             inception_score_splits=settings.inception_score_splits,
         )
@@ -174,7 +177,8 @@ class TaskFactory:
         contents = {
             "model": self._key(run),
             "sampling": asdict(configured.sampling) | {"batch_size": None},
-            "judging": asdict(self.evaluation),
+            # Results of studies from before there were scorers keep their folders.
+            "judging": {name: one for name, one in asdict(self.evaluation).items() if (name, one) != ("scorer", None)},
             "marks": self._stamps,
             "count": count,
             "seed": seed,

@@ -93,6 +93,7 @@ class EvaluationInputs:
     extractor: str
     inception_weights: str | None
     classifier: str | None
+    scorer: str | None
     metrics: tuple[str, ...]
     inception_score_splits: int
 
