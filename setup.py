@@ -56,7 +56,10 @@ setup(
     packages=find_packages(include=["megatron_cca", "megatron_cca.*"]),
     # megatron_cca/examples is a link to examples/: what --config and --study find by name.
     package_data={
-        "megatron_cca": [f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")]
+        "megatron_cca": [
+            *(f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")),
+            "generation/prompt_sets/*/*",
+        ]
     },
     entry_points={"console_scripts": ["megatron-cca = megatron_cca.__main__:main"]},
     install_requires=CORE,
