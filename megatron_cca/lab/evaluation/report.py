@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from megatron_cca import __version__
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, markdown_table
 from megatron_cca.lab.evaluation import MOMENT_METRICS, PART_OF, EvaluateOptions
@@ -30,18 +29,19 @@ from megatron_cca.lab.evaluation.checks import (
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import ClipScorer, TruncatedPrompts, open_scorer
+from megatron_cca.lab.evaluation.detectors import ColorNamer, Detector, geneval_of
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
+from megatron_cca.lab.evaluation.geneval import COLUMNS as GENEVAL_COLUMNS
+from megatron_cca.lab.evaluation.geneval import GenevalResult, marking
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
-from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
+from megatron_cca.lab.evaluation.plots import class_accuracy_bars, draw_samples, fid_is_plane
 from megatron_cca.lab.evaluation.rewards import Rewards, heading_of, rewards_of
 from megatron_cca.lab.evaluation.statistics import SAVE, check_owner, check_statistics, save_statistics
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
-# The number of images on a sheet.
-_WITH_PROMPTS, _WITHOUT = 16, 48
 _PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers")
 # Key, heading with the direction of improvement, and whether more is better.
 _COLUMNS = (
@@ -57,7 +57,10 @@ _COLUMNS = (
     ("cmmd", "CMMD ↓", False),
     ("class_accuracy", "accuracy ↑", True),
     ("clip_score", "CLIP score ↑", True),
+    *GENEVAL_COLUMNS,
 )
+_IN_THOUSANDTHS = {"precision", "recall", "density", "coverage", "cmmd", "class_accuracy"}
+_IN_THOUSANDTHS |= {key for key, *_ in GENEVAL_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class SetResult:
         clip_scores: float32 ``[N]``, if there are prompts and a CLIP.
         clip_cut: the number of prompts that the CLIP reads only in part.
         rewards: those of each scorer by its name, if there are prompts.
+        geneval: the verdicts of GenEval, if there are prompts and a detector.
     """
 
     name: str
@@ -81,19 +85,21 @@ class SetResult:
     clip_scores: np.ndarray | None = None
     clip_cut: TruncatedPrompts | None = None
     rewards: Mapping[str, Rewards] = MappingProxyType({})
+    geneval: GenevalResult | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All results with their settings.
 
-    ``extractor_origin`` names the source of the extractor's weights.
+    ``extractor_origin`` and ``detector_origin`` name the source of the networks' weights.
     """
 
     settings: EvaluateOptions
     reference: ImageSet
     extractor_origin: dict[str, str]
     sets: list[SetResult]
+    detector_origin: dict[str, str] | None = None
 
 
 def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
@@ -131,6 +137,8 @@ def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, settings.numbers.batch_size) if settings.clip is not None else None
     scorers = {name: open_scorer(name, device) for name in settings.scorer}
+    detector = Detector(settings.detector, device) if settings.detector is not None else None
+    colors = ColorNamer(scorer) if scorer is not None else None
     metrics = _fidelities(settings, sets, reference, extractor, chosen)
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
     cuts = _cuts(sets, scorer) if scorer is not None else {}
@@ -145,11 +153,13 @@ def evaluate(settings: EvaluateOptions, device: torch.device) -> Evaluation:
             scores.get(name),
             cuts.get(name),
             rewards_of(name, images, scorers, settings.numbers.batch_size),
+            geneval_of(name, images, detector, colors) if detector is not None else None,
         )
         for name, images in sets.items()
     ]
     origin = extractor.origin if extractor is not None else {}
-    return Evaluation(replace(settings, classifier=name_of_classifier), reference, origin, results)
+    settings = replace(settings, classifier=name_of_classifier)
+    return Evaluation(settings, reference, origin, results, None if detector is None else detector.origin)
 
 
 def _read(option: str, path: str) -> ImageSet:
@@ -264,6 +274,7 @@ def as_json(evaluation: Evaluation) -> dict:
             "classifier": settings.classifier,
             "clip": None if settings.clip is None else str(settings.clip),
             "scorers": settings.scorer,
+            "detector": evaluation.detector_origin,
             "clip_score": "100 * max(cosine, 0)",
         },
         "reference": {
@@ -284,6 +295,8 @@ def _set_as_json(path: str, one: SetResult) -> dict:
         found |= {"clip_prompts_cut": one.clip_cut.prompts, "clip_tokens": one.clip_cut.tokens}
     if one.rewards:
         found["rewards"] = {name: rewards.as_json() for name, rewards in one.rewards.items()}
+    if one.geneval is not None:
+        found["geneval_details"] = one.geneval.as_json()
     if one.accuracy is not None:
         found["class_accuracy_per_class"] = {str(label): share for label, share in one.accuracy.per_class.items()}
     return {**found, **_notices(one.images), "left_out": one.left_out}
@@ -308,7 +321,7 @@ def values(one: SetResult) -> dict[str, float]:
         found["class_accuracy"] = one.accuracy.overall
     if one.clip_scores is not None:
         found["clip_score"] = float(one.clip_scores.mean(dtype=np.float64))
-    return found
+    return found | ({} if one.geneval is None else one.geneval.values())
 
 
 def table(evaluation: Evaluation) -> str:
@@ -317,9 +330,10 @@ def table(evaluation: Evaluation) -> str:
     With several sets, the best value of each column is bold.
     """
     rows = [values(one) for one in evaluation.sets]
-    scorers = evaluation.settings.scorer
+    settings, kept = evaluation.settings, evaluation.reference.statistics
+    scorers = settings.scorer
     # A reward never stands without FID beside it.
-    shown = {name for row in rows for name in row} | ({"fid"} if scorers else set())
+    shown = {name for row in rows for name in row} | ({"fid"} if scorers or settings.detector else set())
     columns = [column for column in _COLUMNS if column[0] in shown]
     rows = [
         row | {name: rewards.mean for name, rewards in one.rewards.items()}
@@ -331,7 +345,6 @@ def table(evaluation: Evaluation) -> str:
         [one.name, str(len(one.images.images)), *(_cell(key, row, rows, rising) for key, _, rising in columns)]
         for one, row in zip(evaluation.sets, rows, strict=True)
     ]
-    settings, kept = evaluation.settings, evaluation.reference.statistics
     count = len(evaluation.reference.images) if kept is None else kept.images
     lines = [markdown_table(header, cells, first_number=1), ""]
     lines += [f"Reference: {settings.reference}, {count} images; extractor: {settings.network}."]
@@ -343,7 +356,11 @@ def table(evaluation: Evaluation) -> str:
         for name, rewards in one.rewards.items()
         if (line := rewards.cut_line()) is not None
     ]
-    if scorers and not all("fid" in row for row in rows):
+    if settings.detector is not None:
+        results = [(one.name, one.geneval) for one in evaluation.sets if one.geneval is not None]
+        missing = [line for name, result in results if (line := result.line(name)) is not None]
+        lines += [marking(settings.detector), *missing]
+    if (scorers or settings.detector) and not all("fid" in row for row in rows):
         lines += [
             "A reward alone misleads: a model can raise it and lose its likeness to real images. Compute FID, too."
         ]
@@ -361,7 +378,7 @@ def _cell(key: str, row: dict[str, float], rows: list[dict[str, float]], rising:
 
 
 def _digits(key: str) -> int:
-    return 3 if key in ("precision", "recall", "density", "coverage", "cmmd", "class_accuracy") else 2
+    return 3 if key in _IN_THOUSANDTHS else 2
 
 
 def _draw(folder: Path, evaluation: Evaluation) -> None:
@@ -375,21 +392,4 @@ def _draw(folder: Path, evaluation: Evaluation) -> None:
     if accuracies:
         class_accuracy_bars(folder / BARS_FILE, accuracies)
     for one in evaluation.sets:
-        _draw_samples(folder / SAMPLES_FILE.format(one.name), one)
-
-
-def _draw_samples(path: Path, one: SetResult) -> None:
-    """Draw some of the images, evenly spaced.
-
-    They are in order of their class if there are labels, and else with their prompts.
-    """
-    images, labels, prompts = one.images.images, one.images.labels, one.images.prompts
-    by_prompt = prompts is not None and labels is None
-    order = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
-    shown = min(len(images), _WITH_PROMPTS if by_prompt else _WITHOUT)
-    picked = order[np.linspace(0, len(images) - 1, shown).round().astype(int)]
-    if by_prompt:
-        contact_sheet(path, images[picked], [prompts[index] for index in picked])
-    else:
-        captions = [f"class {labels[index]}" if labels is not None else "" for index in picked]
-        image_grid(path, f"{one.name}: {shown} of {len(images)} images", images[picked], captions)
+        draw_samples(folder / SAMPLES_FILE.format(one.name), one.name, one.images)
