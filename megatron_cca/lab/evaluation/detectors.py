@@ -101,9 +101,8 @@ def check_detector(folder: Path) -> dict[int, str]:
         known[label] = _OTHER_WORDS.get(word, word)
     lacking = [name for name in wanted if name not in known.values()]
     if lacking:
-        raise UserError(
-            f"{DETECTOR}: {folder} lacks {len(lacking)} of COCO's {len(wanted)} classes, such as {lacking[0]!r}; {_REMEDY}"
-        )
+        found = f"lacks {len(lacking)} of COCO's {len(wanted)} classes, such as {lacking[0]!r}"
+        raise UserError(f"{DETECTOR}: {folder} {found}; {_REMEDY}")
     return {label: name for label, name in known.items() if name in wanted}
 
 
