@@ -58,6 +58,7 @@ setup(
     package_data={
         "megatron_cca": [
             *(f"examples/{name}" for name in ("*.yaml", "studies/*", "quickstart/*.yaml", "fashion/*")),
+            "generation/prompt_sets/*/*",
             "lab/run_report/page.html",
         ]
     },

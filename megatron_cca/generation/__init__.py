@@ -16,8 +16,9 @@ class PromptOptions:
 
     caption: Annotated[tuple[str, ...], Option(one_of=True)] = ()
     """a caption, for a model of texts; may be repeated"""
-    prompts: Annotated[File, Option(one_of=True)] | None = None
-    """a caption a line, or .jsonl of {"prompt": ..., "label": ..., "seed": ...}; models of classes want labels"""
+    prompts: Annotated[PathOrWord, Option(metavar="FILE", one_of=True)] | None = None
+    """a caption a line, or .jsonl of {"prompt": ..., "label": ..., "seed": ...}; models of classes want labels; or the
+    word geneval (553 prompts) or parti (1,632)"""
     classes: Annotated[tuple[str, ...], Option(metavar="CLASS", values="+", one_of=True)] = ()
     """names or numbers of classes, or all (see --class-captions)"""
     like: Annotated[Folder, Option(one_of=True)] | None = None

@@ -50,6 +50,18 @@ class Prompt:
         return f"class {self.label}" if self.text is None else self.text
 
 
+def prompts_named(name: str) -> list[Prompt]:
+    """Return the prompts of a published set by its name, ``geneval`` or ``parti``, or those in a file.
+
+    Raises:
+        UserError: as :func:`read_prompts`.
+    """
+    # Imported late: a training job needs no published set.
+    from megatron_cca.generation.prompt_sets import PROMPT_SETS, texts_of
+
+    return [Prompt(text) for text in texts_of(name)] if name in PROMPT_SETS else read_prompts(Path(name))
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts in a file.
 

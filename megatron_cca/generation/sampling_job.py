@@ -41,8 +41,8 @@ from megatron_cca.generation.prompts import (
     check_conditions,
     class_prompts,
     digit_classes,
+    prompts_named,
     read_class_captions,
-    read_prompts,
 )
 from megatron_cca.generation.shard_prompts import ShardPrompts
 from megatron_cca.io.figures import contact_sheet
@@ -100,7 +100,7 @@ def _prompts(prompting: PromptOptions, checkpoint: InspectedCheckpoint) -> Repea
         prompts = ShardPrompts(prompting.like, vocabulary, keeps_grids=prompting.grid is None)
     elif prompting.prompts is not None:
         with error_context("--prompts"):
-            prompts = read_prompts(prompting.prompts)
+            prompts = prompts_named(prompting.prompts)
             _say_hashes(prompts)
             check_conditions(vocabulary, prompts)
     elif prompting.classes:

@@ -28,7 +28,12 @@ def written(digit_shards, tmp_path_factory):
     keys = [f"data.path={digit_shards}", f"training.output_dir={run}", "training.global_batch_size=64"]
     prompts = folder / "prompts.txt"
     prompts.write_text("a handwritten seven\nthe digit one\n" * 8)
-    keys += ["logging.sample_interval=4", f"logging.sample_prompts={prompts}", "optimizer.lr_warmup_iters=1", "training.save_interval=4"]
+    keys += [
+        "logging.sample_interval=4",
+        f"logging.sample_prompts={prompts}",
+        "optimizer.lr_warmup_iters=1",
+        "training.save_interval=4",
+    ]
     keys.append("training.pretrained_checkpoint=null")
     for steps in (4, STEPS):
         settings = [word for key in [*keys, f"training.train_iters={steps}"] for word in ("--set", key)]

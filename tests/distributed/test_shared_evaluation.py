@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from megatron_cca.generation.prompt_sets import geneval_prompts
 from megatron_cca.lab.evaluation.image_sets import read_images
 from megatron_cca.lab.evaluation.shares import Share
 from tests.distributed.launch import ROOT, ended, run_tool, start_job, torchrun
+from tests.unit.test_geneval import tiny_detr
 
 TOOL = ROOT / "tools" / "evaluate.py"
 OWN = """
@@ -132,3 +135,37 @@ def test_a_process_decodes_only_its_part_of_a_folder(sets, tmp_path):
     (tmp_path / "many" / "3.png").write_bytes(b"damaged")
     found = read_images(tmp_path / "many", lambda count: np.arange(count) % 2 == 0).images
     assert np.array_equal(found[[0, 2, 4]], read_images(sets / "many").images[[0, 2, 4]])
+
+
+def test_verdicts_of_two_processes_are_those_of_one(tmp_path):
+    folder, random = tmp_path / "drawn", np.random.default_rng(5)
+    folder.mkdir()
+    tiny_detr(tmp_path / "detr")
+    # A random head is certain of nothing.
+    weights = load_file(tmp_path / "detr" / "model.safetensors")
+    weights["class_labels_classifier.weight"] *= 3000
+    save_file(weights, tmp_path / "detr" / "model.safetensors", {"format": "pt"})
+    lines, prompts = [], [prompt.text for prompt in geneval_prompts() if prompt.tag in ("single_object", "position")]
+    for place, prompt in enumerate(prompts[60:91]):
+        pixels = random.integers(256, size=(64, 72, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{place}.png")
+        lines.append(json.dumps({"file": f"{place}.png", "prompt": prompt}))
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    words = ["--samples", folder, "--reference", folder, "--metrics", "--detector", tmp_path / "detr"]
+    words += ["--batch-size", 6, "--device", "cpu"]
+    done = run_tool(TOOL, *words, "--output", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    jobs = start_job(2, TOOL, *words, "--output", "two", cwd=tmp_path)
+    assert ended(jobs) == [0, 0], [(tmp_path / f"rank{rank}.err").read_text()[-1000:] for rank in range(2)]
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["sets"][0] for name in ("one", "two"))
+    assert one == two
+    verdicts = one["geneval_details"]["verdicts"]
+    assert [verdict["prompt"] for verdict in verdicts] == prompts[60:91]
+    table = (tmp_path / "two" / "table.md").read_text()
+    assert one["geneval_position"] == np.mean([each["correct"] for each in verdicts if each["tag"] == "position"])
+    header, _, row = table.splitlines()[:3]
+    assert "| FID ↓ | GenEval ↑ | single object ↑ | position ↑ |" in header
+    assert row.split(" | ")[2] == "–"
+    assert "not comparable with numbers by mmdet's Mask2Former" in table
+    assert "522 of 553 prompts have no image; the mean is over 2 of 6 tasks" in table
+    assert "A reward alone misleads" in table

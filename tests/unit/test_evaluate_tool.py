@@ -124,7 +124,7 @@ def settings_of(drawn, **options):
         ({"clip": ROOT}, f"--clip: {ROOT} has no config.json"),
         (
             {"metrics": ()},
-            "--metrics: names none, and none of --classifier, --clip and --scorer is given: nothing to do",
+            "--metrics: names none, and none of --classifier, --clip, --detector and --scorer is given: nothing to do",
         ),
     ],
 )

@@ -132,6 +132,9 @@ class EvaluateOptions:
     samples of their size have labels)"""
     clip: Annotated[Folder, Option(metavar="FOLDER")] | None = None
     """a CLIP in transformers' form; gives the CLIP score 100 * max(cosine, 0) of samples that have prompts"""
+    detector: Annotated[Folder, Option(metavar="FOLDER")] | None = None
+    """a detector of COCO's classes in transformers' form (Mask2Former, DETR, RT-DETR and others); gives GenEval's
+    checks of samples drawn with --prompts geneval; colors need --clip"""
     save_statistics: Annotated[Path, Option(metavar="FILE.npz")] | None = None
     """keep mean and covariance of the reference's features, with the extractor and the number and size of its images;
     --reference FILE.npz then stands for the images in FID and sFID"""

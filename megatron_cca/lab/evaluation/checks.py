@@ -12,7 +12,9 @@ from megatron_cca.generation.decode_loop import SCORER
 from megatron_cca.lab.evaluation import DIGITS, METRICS, TITLES, WORDS, Counts, EvaluateOptions, Obstacle, obstacle
 from megatron_cca.lab.evaluation.classifiers import CLASSIFIER, DIGIT_SIZE, check_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, check_clip, check_scorer
+from megatron_cca.lab.evaluation.detectors import check_detector
 from megatron_cca.lab.evaluation.extractors import EXTRACTOR, check_extractor
+from megatron_cca.lab.evaluation.geneval import DETECTOR, check_prompts
 from megatron_cca.lab.evaluation.image_sets import ImageSet, check_path
 
 SAMPLES, REFERENCE = "--samples", "--reference"
@@ -44,24 +46,35 @@ def check(settings: EvaluateOptions) -> None:
         check_clip(settings.clip)
     for scorer in settings.scorer:
         check_scorer(scorer)
-    named = (settings.clip, settings.classifier, settings.judge, *settings.scorer)
+    if settings.detector is not None:
+        check_detector(settings.detector)
+    named = (settings.clip, settings.classifier, settings.judge, settings.detector, *settings.scorer)
     if settings.metrics == () and all(one is None for one in named):
-        raise UserError(f"--metrics: names none, and none of {CLASSIFIER}, {CLIP} and {SCORER} is given: nothing to do")
+        options = f"{CLASSIFIER}, {CLIP}, {DETECTOR} and {SCORER}"
+        raise UserError(f"--metrics: names none, and none of {options} is given: nothing to do")
 
 
 def check_annotations(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> None:
-    """Refuse a classifier if no set has labels, and CLIP and scorers if no set has prompts.
+    """Refuse a classifier if no set has labels, and CLIP, scorers and detector if no set has prompts.
+
+    A detector wants GenEval's prompts.
 
     Raises:
         UserError: says where labels or prompts come from.
     """
     if settings.classifier is not None and all(images.labels is None for images in sets.values()):
         raise UserError(f"{CLASSIFIER}: no sample set has labels; they come from prompts.jsonl or an .npz with arr_1")
-    if (settings.clip or settings.scorer) and all(images.prompts is None for images in sets.values()):
+    readers = {CLIP: settings.clip, SCORER: settings.scorer, DETECTOR: settings.detector}
+    reader = next((option for option, given in readers.items() if given), None)
+    if reader is not None and all(images.prompts is None for images in sets.values()):
         raise UserError(
-            f"{CLIP if settings.clip else SCORER}: no sample set has prompts; they come from "
-            "prompts.jsonl, as megatron-cca generate writes it"
+            f"{reader}: no sample set has prompts; they come from prompts.jsonl, as megatron-cca generate writes it"
         )
+    if settings.detector is not None:
+        for name, images in sets.items():
+            if images.prompts is not None:
+                size = images.images.shape[1:3]
+                check_prompts(name, images.prompts, size, has_colors=settings.clip is not None)
 
 
 def classifier_of(settings: EvaluateOptions, sets: dict[str, ImageSet]) -> str | None:
@@ -104,7 +117,7 @@ def choose_metrics(
         counts = Counts(len(images.images), len(reference.images), moments)
         chosen[name] = _chosen(settings, name, counts, widths)
     if not any(one.metrics for one in chosen.values()) and not (
-        classifier_of(settings, sets) or settings.clip or settings.scorer
+        classifier_of(settings, sets) or settings.clip or settings.scorer or settings.detector
     ):
         raise UserError(next(reason for one in chosen.values() for reason in one.left_out.values()))
     real = reference.images.shape[1:3]

@@ -25,7 +25,9 @@ from megatron_cca.lab.evaluation.checks import (
 )
 from megatron_cca.lab.evaluation.classifiers import ClassAccuracy, Classifier, class_accuracy, open_classifier
 from megatron_cca.lab.evaluation.clip import CLIP, ClipScorer, open_scorer
+from megatron_cca.lab.evaluation.detectors import ColorNamer, Detector, geneval_of
 from megatron_cca.lab.evaluation.extractors import PUBLISHED_SHA256, WEIGHTS, WIDTHS, Extractor, open_extractor, widths
+from megatron_cca.lab.evaluation.geneval import GenevalResult
 from megatron_cca.lab.evaluation.image_sets import ImageSet, read_images
 from megatron_cca.lab.evaluation.judges import ensure_judge
 from megatron_cca.lab.evaluation.model_scorers import TruncatedPrompts
@@ -45,6 +47,7 @@ class SetResult:
         clip_scores: float32 ``[N]``, if there are prompts and a CLIP.
         clip_cut: the number of prompts that the CLIP reads only in part.
         rewards: those of each scorer by its name, if there are prompts.
+        geneval: the verdicts of GenEval, if there are prompts and a detector.
     """
 
     name: str
@@ -55,19 +58,21 @@ class SetResult:
     clip_scores: np.ndarray | None = None
     clip_cut: TruncatedPrompts | None = None
     rewards: Mapping[str, Rewards] = MappingProxyType({})
+    geneval: GenevalResult | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """All results with their settings.
 
-    ``extractor_origin`` names the source of the extractor's weights.
+    ``extractor_origin`` and ``detector_origin`` name the source of the networks' weights.
     """
 
     settings: EvaluateOptions
     reference: ImageSet
     extractor_origin: dict[str, str]
     sets: list[SetResult]
+    detector_origin: dict[str, str] | None = None
 
 
 def evaluate(settings: EvaluateOptions, device: torch.device, share: Share = ALONE) -> Evaluation | None:
@@ -117,11 +122,16 @@ def evaluate(settings: EvaluateOptions, device: torch.device, share: Share = ALO
     classifier = open_classifier(name_of_classifier) if name_of_classifier is not None else None
     scorer = ClipScorer(settings.clip, device, size) if settings.clip is not None else None
     scorers = {name: open_scorer(name, device) for name in settings.scorer}
+    detector = Detector(settings.detector, device) if settings.detector is not None else None
+    colors = ColorNamer(scorer) if scorer is not None else None
     _say_enlarged(sets, {settings.network: extractor and extractor.network, CLIP: scorer, **scorers})
     metrics = _fidelities(settings, sets, reference, extractor, chosen, share)
     cuts = _cuts(sets, scorer) if scorer is not None and not share.rank else {}
     scores = _clip_scores(sets, scorer, size, share) if scorer is not None else {}
     rewards = {name: rewards_of(name, one, scorers, size, share) for name, one in sets.items()}
+    seen = {}
+    if detector is not None:
+        seen = {name: geneval_of(name, one, detector, colors, size, share) for name, one in sets.items()}
     if share.rank:
         return None
     accuracies = _accuracies(sets, classifier) if classifier is not None else {}
@@ -135,11 +145,13 @@ def evaluate(settings: EvaluateOptions, device: torch.device, share: Share = ALO
             scores.get(name),
             cuts.get(name),
             rewards[name],
+            seen.get(name),
         )
         for name, images in sets.items()
     ]
     origin = extractor.origin if extractor is not None else {}
-    return Evaluation(replace(settings, classifier=name_of_classifier), reference, origin, results)
+    settings = replace(settings, classifier=name_of_classifier)
+    return Evaluation(settings, reference, origin, results, None if detector is None else detector.origin)
 
 
 def _read(option: str, path: str, share: Share, batch_size: int) -> ImageSet:

@@ -12,11 +12,26 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_cca.io.figures import BLUE, COLOURS, GREEN, GREY, INK, LEGEND, RED, TITLE, save, style_axes
+from megatron_cca.io.figures import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    INK,
+    LEGEND,
+    RED,
+    TITLE,
+    contact_sheet,
+    save,
+    style_axes,
+)
+from megatron_cca.lab.evaluation.image_sets import ImageSet
 
 # With more classes, a sorted curve replaces the bars. They would be thinner than a line.
 _MAX_BARS = 30
 _ACROSS = 8
+# The number of images on a sheet of samples.
+_WITH_PROMPTS, _WITHOUT = 16, 48
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,23 @@ def image_grid(path: Path, title: str, images: np.ndarray, captions: Sequence[st
         axis.set_title(caption, fontsize=7, color=GREY, y=-0.03, va="top", pad=0, parse_math=False)
     figure.tight_layout(pad=0.5, h_pad=0.4, w_pad=0.3)
     save(figure, path)
+
+
+def draw_samples(path: Path, name: str, one: ImageSet) -> None:
+    """Draw some of the images of a set, evenly spaced.
+
+    They are in order of their class if there are labels, and else with their prompts.
+    """
+    images, labels, prompts = one.images, one.labels, one.prompts
+    by_prompt = prompts is not None and labels is None
+    order = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
+    shown = min(len(images), _WITH_PROMPTS if by_prompt else _WITHOUT)
+    picked = order[np.linspace(0, len(images) - 1, shown).round().astype(int)]
+    if by_prompt:
+        contact_sheet(path, images[picked], [prompts[index] for index in picked])
+    else:
+        captions = [f"class {labels[index]}" if labels is not None else "" for index in picked]
+        image_grid(path, f"{name}: {shown} of {len(images)} images", images[picked], captions)
 
 
 def _legend(axes: Axes) -> None:

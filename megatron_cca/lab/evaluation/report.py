@@ -9,20 +9,19 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cca import __version__
-from megatron_cca.io.figures import contact_sheet
 from megatron_cca.io.output_folders import replacing
 from megatron_cca.lab import PARTIAL, markdown_table
 from megatron_cca.lab.evaluation.checks import usable_moments
+from megatron_cca.lab.evaluation.geneval import COLUMNS as GENEVAL_COLUMNS
+from megatron_cca.lab.evaluation.geneval import marking
 from megatron_cca.lab.evaluation.image_sets import ImageSet
 from megatron_cca.lab.evaluation.measuring import Evaluation, SetResult
-from megatron_cca.lab.evaluation.plots import class_accuracy_bars, fid_is_plane, image_grid
+from megatron_cca.lab.evaluation.plots import class_accuracy_bars, draw_samples, fid_is_plane
 from megatron_cca.lab.evaluation.rewards import heading_of
 from megatron_cca.version import installed_versions
 
 METRICS_FILE, TABLE_FILE = "metrics.json", "table.md"
 PLANE_FILE, BARS_FILE, SAMPLES_FILE = "fid_is.png", "class_accuracy.png", "samples-{}.png"
-# The number of images on a sheet.
-_WITH_PROMPTS, _WITHOUT = 16, 48
 _PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "scikit-learn", "transformers", "open_clip_torch")
 # Key, heading with the direction of improvement, and whether more is better.
 _COLUMNS = (
@@ -38,7 +37,10 @@ _COLUMNS = (
     ("cmmd", "CMMD ↓", False),
     ("class_accuracy", "accuracy ↑", True),
     ("clip_score", "CLIP score ↑", True),
+    *GENEVAL_COLUMNS,
 )
+_IN_THOUSANDTHS = {"precision", "recall", "density", "coverage", "cmmd", "class_accuracy"}
+_IN_THOUSANDTHS |= {key for key, *_ in GENEVAL_COLUMNS}
 
 
 def former_files(output: Path) -> set[str]:
@@ -81,6 +83,7 @@ def as_json(evaluation: Evaluation) -> dict:
             "classifier": settings.classifier,
             "clip": None if settings.clip is None else str(settings.clip),
             "scorers": settings.scorer,
+            "detector": evaluation.detector_origin,
             "clip_score": "100 * max(cosine, 0)",
         },
         "reference": {
@@ -101,6 +104,8 @@ def _set_as_json(path: str, one: SetResult) -> dict:
         found |= {"clip_prompts_cut": one.clip_cut.prompts, "clip_tokens": one.clip_cut.tokens}
     if one.rewards:
         found["rewards"] = {name: rewards.as_json() for name, rewards in one.rewards.items()}
+    if one.geneval is not None:
+        found["geneval_details"] = one.geneval.as_json()
     if one.accuracy is not None:
         found["class_accuracy_per_class"] = {str(label): share for label, share in one.accuracy.per_class.items()}
     return {**found, **_notices(one.images), "left_out": one.left_out}
@@ -125,7 +130,7 @@ def values(one: SetResult) -> dict[str, float]:
         found["class_accuracy"] = one.accuracy.overall
     if one.clip_scores is not None:
         found["clip_score"] = float(one.clip_scores.mean(dtype=np.float64))
-    return found
+    return found | ({} if one.geneval is None else one.geneval.values())
 
 
 def table(evaluation: Evaluation) -> str:
@@ -134,9 +139,10 @@ def table(evaluation: Evaluation) -> str:
     With several sets, the best value of each column is bold.
     """
     rows = [values(one) for one in evaluation.sets]
-    scorers = evaluation.settings.scorer
+    settings, kept = evaluation.settings, evaluation.reference.statistics
+    scorers = settings.scorer
     # A reward never stands without FID beside it.
-    shown = {name for row in rows for name in row} | ({"fid"} if scorers else set())
+    shown = {name for row in rows for name in row} | ({"fid"} if scorers or settings.detector else set())
     columns = [column for column in _COLUMNS if column[0] in shown]
     rows = [
         row | {name: rewards.mean for name, rewards in one.rewards.items()}
@@ -148,7 +154,6 @@ def table(evaluation: Evaluation) -> str:
         [one.name, str(len(one.images.images)), *(_cell(key, row, rows, rising) for key, _, rising in columns)]
         for one, row in zip(evaluation.sets, rows, strict=True)
     ]
-    settings, kept = evaluation.settings, evaluation.reference.statistics
     count = len(evaluation.reference.images) if kept is None else kept.images
     extent = f"{count} images" if count else "mean and covariance alone"
     lines = [markdown_table(header, cells, first_number=1), ""]
@@ -161,7 +166,11 @@ def table(evaluation: Evaluation) -> str:
         for name, rewards in one.rewards.items()
         if (line := rewards.cut_line()) is not None
     ]
-    if scorers and not all("fid" in row for row in rows):
+    if settings.detector is not None:
+        results = [(one.name, one.geneval) for one in evaluation.sets if one.geneval is not None]
+        missing = [line for name, result in results if (line := result.line(name)) is not None]
+        lines += [marking(settings.detector), *missing]
+    if (scorers or settings.detector) and not all("fid" in row for row in rows):
         lines += [
             "A reward alone misleads: a model can raise it and lose its likeness to real images. Compute FID, too."
         ]
@@ -182,7 +191,7 @@ def _digits(key: str) -> int:
     if key.startswith("hpsv2:"):
         # Good models differ in its third decimal.
         return 4
-    return 3 if key in ("precision", "recall", "density", "coverage", "cmmd", "class_accuracy") else 2
+    return 3 if key in _IN_THOUSANDTHS else 2
 
 
 def _draw(folder: Path, evaluation: Evaluation) -> None:
@@ -196,21 +205,4 @@ def _draw(folder: Path, evaluation: Evaluation) -> None:
     if accuracies:
         class_accuracy_bars(folder / BARS_FILE, accuracies)
     for one in evaluation.sets:
-        _draw_samples(folder / SAMPLES_FILE.format(one.name), one)
-
-
-def _draw_samples(path: Path, one: SetResult) -> None:
-    """Draw some of the images, evenly spaced.
-
-    They are in order of their class if there are labels, and else with their prompts.
-    """
-    images, labels, prompts = one.images.images, one.images.labels, one.images.prompts
-    by_prompt = prompts is not None and labels is None
-    order = np.arange(len(images)) if labels is None else np.argsort(labels, kind="stable")
-    shown = min(len(images), _WITH_PROMPTS if by_prompt else _WITHOUT)
-    picked = order[np.linspace(0, len(images) - 1, shown).round().astype(int)]
-    if by_prompt:
-        contact_sheet(path, images[picked], [prompts[index] for index in picked])
-    else:
-        captions = [f"class {labels[index]}" if labels is not None else "" for index in picked]
-        image_grid(path, f"{one.name}: {shown} of {len(images)} images", images[picked], captions)
+        draw_samples(folder / SAMPLES_FILE.format(one.name), one.name, one.images)

@@ -64,6 +64,20 @@ class Share(NamedTuple):
                 whole[theirs] = received
         return whole
 
+    def collected(self, own: list, count: int, batch: int) -> list:
+        """Do what :meth:`gathered` does, with objects of any kind."""
+        if self.ranks == 1:
+            return own
+        parts = None if self.rank else [None] * self.ranks
+        dist.gather_object(own, parts)
+        if parts is None:
+            return own
+        whole = [None] * count
+        for rank, theirs in enumerate(parts):
+            for place, one in zip(np.flatnonzero(Share(rank, self.ranks).rows(count, batch)), theirs, strict=True):
+                whole[place] = one
+        return whole
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.ranks > 1:

@@ -136,7 +136,8 @@ class StudySettings:
     tuning_samples: PositiveInt | None = None
     """Images drawn for each trial; null means as many as ``samples``."""
     prompts: PathText = "digits"
-    """A text or JSON-lines file of prompts, in the working folder or beside the study's file; or ``digits``."""
+    """A text or JSON-lines file of prompts, in the working folder or beside the study's file; or ``digits``,
+    ``geneval`` or ``parti``."""
     reference: PathText = "digits"
     """The real images: a folder, an .npz, or the word ``digits``."""
     extractor: PathText = "digits"

@@ -13,7 +13,7 @@ from megatron_cca.data.manifest import read_manifest
 from megatron_cca.data.sources import DEFAULTS
 from megatron_cca.data.sources.idx import recognises
 from megatron_cca.errors import UserError, error_context
-from megatron_cca.generation.prompts import check_conditions, read_prompts
+from megatron_cca.generation.prompts import check_conditions, prompts_named
 from megatron_cca.lab.evaluation import WORDS, Counts, FidelitySettings, obstacle
 from megatron_cca.lab.evaluation.classifiers import check_classifier, is_function_spec, load_function
 from megatron_cca.lab.evaluation.clip import check_scorer
@@ -167,7 +167,7 @@ def _check_prompts(settings: StudySettings) -> None:
     if settings.prompts == DIGITS:
         return
     with error_context("prompts"):
-        prompts = read_prompts(Path(settings.prompts))
+        prompts = prompts_named(settings.prompts)
     if settings.classifier is not None and any(prompt.label is None for prompt in prompts):
         raise UserError("classifier: needs a label with every prompt; add them, or set classifier to null")
 
@@ -225,7 +225,7 @@ def _check_conditions(study: Study) -> None:
             raise UserError("prompts: digits are for models of the digits; name a file of this model's prompts")
         return
     with error_context("prompts"):
-        check_conditions(vocabulary, read_prompts(Path(study.settings.prompts)))
+        check_conditions(vocabulary, prompts_named(study.settings.prompts))
 
 
 def _check_grids(study: Study) -> None:

@@ -29,7 +29,7 @@ from megatron_cca.generation import CandidateOptions, GenerateOptions, PromptOpt
 from megatron_cca.generation.decode_loop import SamplingSettings, Scorer
 from megatron_cca.generation.image_generator import open_image_generator
 from megatron_cca.generation.model_loading import inspect_for_sampling
-from megatron_cca.generation.prompts import Prompt, digit_prompts, read_prompts, seeded
+from megatron_cca.generation.prompts import Prompt, digit_prompts, prompts_named, seeded
 from megatron_cca.generation.sampling_job import job_of
 from megatron_cca.generation.shard_drawing import ShardDrawing
 from megatron_cca.io.outputs import whole_file
@@ -177,7 +177,7 @@ def _sampled(task: Sampling) -> Outcome:
 def _prompts(name: str, count: int, seed: int) -> list[Prompt]:
     if name == DIGITS:
         return digit_prompts(count, seed)
-    listed = read_prompts(Path(name))
+    listed = prompts_named(name)
     # With seeds of their own, the prompts would make all seeds of a study equal.
     return seeded([replace(listed[index % len(listed)], seed=None) for index in range(count)], seed)
 
