@@ -14,7 +14,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "Python 3.12 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) (torch and friends, about 7 GB; two to five minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,eval,hf,docs,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,eval,hf,trackers,docs,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## pretrain, fine-tune with CCA, sample, report: runs/quickstart

@@ -32,6 +32,8 @@ EXTRAS = {
     "data": ["datasets", "nvidia-dali-cuda130", "pillow", "tiktoken"],
     "eval": ["jinja2", "matplotlib", "open_clip_torch", "scikit-learn", "scipy", "torch-fidelity"],
     "hf": ["transformers"],
+    # The whole mlflow is its server, too, and wants an older protobuf.
+    "trackers": ["wandb", "mlflow-skinny", "sqlalchemy", "alembic"],
     # 2.11's Python ran on emulated kernels, 2.19's was read beside it. A newer one is to be tried before it is let in.
     "gpu": ["transformer-engine[pytorch]>=2.11,<2.20"],
     "docs": [

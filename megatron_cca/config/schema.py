@@ -123,8 +123,7 @@ class ParallelConfig:
     buffers have one size, so that all rows must have one length: only one multiple of ``data.pad_to_multiple_of`` may
     fit into ``model.max_position_embeddings``."""
     overlap_p2p_comm: bool | None = key(None, SPEED, study=False)
-    """Overlap the sends and receives between pipeline stages with computing. Only the interleaved schedule has this
-    overlap; null turns it on there."""
+    """Overlap sends and receives between stages with computing. Only interleaving can; null turns it on there."""
     microbatch_group_size_per_vp_stage: PositiveInt | None = key(None, SPEED, study=False)
     """Consecutive microbatches of a model chunk when interleaved; null is ``pipeline_model_parallel_size``."""
     deallocate_pipeline_outputs: bool = key(False, SPEED, study=False)
@@ -236,8 +235,7 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = key(True, LAST_BITS, REFUSED)
     """Shard master weights and moments over the data-parallel ranks. The state has other names with it than without."""
     num_distributed_optimizer_instances: PositiveInt = key(1, LAST_BITS)
-    """Replicas of the sharded state. Each is split over the data-parallel size divided by this number, and its
-    communication stays within these ranks."""
+    """Replicas of the sharded state. Each lies, and communicates, within data-parallel size / this number ranks."""
     overlap_grad_reduce: bool = key(False, SPEED)
     """Reduce gradients, bucket by bucket, while backward still computes."""
     overlap_param_gather: bool = key(False, SPEED)
@@ -324,8 +322,7 @@ class TrainingConfig:
     output_dir: PathText = key("runs/emu3_tiny_cca", OUTPUT, SAME_NUMBERS, study=False)
     """Holds metrics.jsonl, TensorBoard events, config.yaml and checkpoints/. Another folder is another run."""
     pretrained_checkpoint: PathText | None = key(None, NUMBERS, reference="weights", study=False)
-    """The weights to start from; null means random ones, the same for every layout. A resume compares the
-    weights, not the paths."""
+    """The weights to start from; null is random, the same for every layout. A resume compares weights, not paths."""
     save_interval: NonNegativeInt = key(0, OUTPUT, study=False)
     """Steps between checkpoints; 0 saves at the end only."""
     async_save: bool | None = key(None, OUTPUT)
@@ -365,6 +362,10 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to the run's folder."""
+    wandb: str | None = None
+    """A project of Weights & Biases, or ``entity/project``, to report to; null is none. WANDB_MODE can be offline."""
+    mlflow: str | None = None
+    """An experiment of MLflow to report to, at MLFLOW_TRACKING_URI; null is none."""
     progress_bar: bool = True
     """Show a bar, where standard error is a terminal."""
     sample_interval: NonNegativeInt = 0

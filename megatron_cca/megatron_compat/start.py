@@ -37,7 +37,7 @@ MODULES = {
 _RANDOM = "megatron.core.tensor_parallel.random"
 _ENGINE = "megatron.core.extensions.transformer_engine"
 _GPU_ONLY = ("transformer_engine", "apex")
-_OTHER_WRITER = "nvidia_resiliency_ext.checkpointing.async_ckpt.core"
+_UNWANTED = ("nvidia_resiliency_ext.checkpointing.async_ckpt.core", "wandb")
 _WARNINGS = (
     # This package supports running without them (see :func:`serve_megatron` and models/layers.py).
     r"Transformer Engine and Apex are not installed",
@@ -88,9 +88,10 @@ def hide_gpu_only_packages() -> None:
             sys.modules[name] = None
 
 
-def hide_other_writer() -> None:
-    """Let Megatron-Core use its own checkpoint writer. It fails if it finds the other writer in an old version."""
-    sys.modules.setdefault(_OTHER_WRITER, None)
+def hide_unwanted_packages() -> None:
+    """Let Megatron-Core use its own checkpoint writer, as old versions of the other fail, and import no wandb."""
+    for name in _UNWANTED:
+        sys.modules.setdefault(name, None)
 
 
 def hide_expected_messages() -> None:

@@ -62,7 +62,7 @@ def install(choice: DeviceChoice = "auto") -> Platform:
     from megatron_cca.megatron_compat import start
 
     start.hide_expected_messages()
-    start.hide_other_writer()
+    start.hide_unwanted_packages()
     _limit_hardware_queues()
     platform = _choose(choice)
     if platform is _CPU:

@@ -107,6 +107,10 @@ def _check_all(runs: Sequence[Config]) -> None:
     from megatron_cca.training.checks import check_new_run, check_run
     from megatron_cca.training.resuming import check_resume
 
+    if runs[-1].logging.wandb or runs[-1].logging.mlflow:
+        from megatron_cca.training.trackers import check_trackers
+
+        check_trackers(runs[-1].logging)
     world_size = int(os.environ["WORLD_SIZE"])
     check_run(runs[0], world_size)
     if len(runs) > 1:

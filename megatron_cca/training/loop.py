@@ -66,6 +66,10 @@ def _reporting(run: Run) -> Iterator[RunLog]:
             if dist.get_rank() == 0:
                 _write_config(run.config, output)
                 log.metrics = stack.enter_context(_open_metrics(run, output, log))
+                if run.config.logging.wandb or run.config.logging.mlflow:
+                    from megatron_cca.training.trackers import Trackers
+
+                    stack.enter_context(Trackers(run.config, log))
                 _report_start(run, log)
             yield log
         except (Exception, KeyboardInterrupt) as error:

@@ -54,7 +54,7 @@ class Curves:
 
 
 class MetricsLog:
-    """The log of a run: one JSON object a step in ``<output_dir>/metrics.jsonl``, and the same in TensorBoard.
+    """The log of a run: a JSON object a step in ``<output_dir>/metrics.jsonl``, the same in TensorBoard and trackers.
 
     Args:
         output_dir: the run's folder.
@@ -79,7 +79,7 @@ class MetricsLog:
         kept = [line for line, row in json_lines(path, step=int) if row["step"] < first_step]
         path.write_text("".join(kept))
         self._path, self._file = path, LineFile(path)
-        self._complained, self._on_loss = False, on_loss
+        self._complained, self._on_loss, self.trackers = False, on_loss, None
         self._curves = Curves(output_dir / TENSORBOARD, first_step) if tensorboard else None
         self._bar = tqdm(
             total=train_iters,
@@ -135,6 +135,8 @@ class MetricsLog:
             self.say(f"step {done}/{self._train_iters}  {_short(row)}")
 
     def _scalars(self, values: dict[str, float | None], step: int) -> None:
+        if self.trackers is not None:
+            self.trackers.scalars(step, values)
         if self._curves is None:
             return
         if self._curves.renewed(step):
@@ -144,7 +146,9 @@ class MetricsLog:
                 self._curves.writer.add_scalar(name, value, step)
 
     def show(self, name: str, picture: Path, step: int) -> None:
-        """Add a PNG file to TensorBoard. The file stays in its place."""
+        """Add a PNG file to TensorBoard and the trackers. The file stays in its place."""
+        if self.trackers is not None:
+            self.trackers.picture(step, name, picture)
         if self._curves is not None:
             with Image.open(picture) as image:
                 pixels = np.asarray(image.convert("RGB"))

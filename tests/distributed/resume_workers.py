@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import threading
 from datetime import timedelta
@@ -79,8 +81,10 @@ def _resumed_run(settings, name, overrides, faults):
     shutil.copytree(settings["base"], folder)
     config = load_config(None, [*settings["common"], *overrides, f"training.output_dir={folder}"])
     split_anew(config)
-    ended, seen = "finished", {"watchdog": False}
+    ended, seen, ids = "finished", {"watchdog": False}, folder / "trackers.json"
+    offline = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/m.db", "DO_NOT_TRACK": "true"}
     with (
+        mock.patch.dict(os.environ, offline),
         _watched(seen, faults),
         mock.patch.object(run_log, "tqdm", wraps=run_log.tqdm) as bar,
         mock.patch.object(pictures, "open_tokenizers", wraps=pictures.open_tokenizers) as tokenizers,
@@ -96,6 +100,7 @@ def _resumed_run(settings, name, overrides, faults):
         "events": [event["event"] for event in read_events(folder)],
         "saved": layout.iterations(folder / layout.FOLDER),
         "tensorboard": (folder / "tensorboard").is_dir(),
+        "trackers": sorted(json.loads(ids.read_text())) if ids.exists() else [],
         "no bar": [call.kwargs["disable"] for call in bar.call_args_list],
         "pictures": {path.name: path.stat().st_size for path in sorted(folder.glob("samples/*.png"))},
         "tokenizers": [[str(call.kwargs["text"]), str(call.kwargs["images"])] for call in tokenizers.call_args_list],

@@ -134,6 +134,8 @@ WHOLE = {
     "faults.positive_log_ratio_floor": Whole(1e3, has_alarm, [False, True]),
     "faults.on_alarm": Whole("stop", ended, ["finished", "step 13"], {"faults.positive_log_ratio_floor": 1e3}),
     "logging.tensorboard": Whole(True, lambda found: found["tensorboard"], [False, True]),
+    "logging.wandb": Whole("images", lambda found: found["trackers"], [[], ["wandb"]]),
+    "logging.mlflow": Whole("images", lambda found: found["trackers"], [[], ["mlflow"]]),
     "logging.progress_bar": Whole(False, lambda found: found["no bar"], [[None], [True]]),
     "logging.sample_interval": Whole(
         8, lambda found: [*found["pictures"]], [[], ["step_0000008.png", "step_0000016.png"]]

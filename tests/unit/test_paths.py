@@ -83,7 +83,7 @@ def test_what_no_file_can_be_called_is_refused(text, message):
 
 # Texts that stand for something else than a path, names of methods among them.
 NO_PATHS = {
-    Config: {"model.name", "objective.name"},
+    Config: {"model.name", "objective.name", "logging.wandb", "logging.mlflow"},
     StudySettings: {
         *("name", "title", "compare", "methods", "methods.label"),
         *("plots.file", "plots.title", "plots.methods", "plots.x", "plots.y"),
