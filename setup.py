@@ -44,7 +44,7 @@ EXTRAS = {
         "pygments",
         "pymdown-extensions",
     ],
-    "dev": ["hypothesis", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],
+    "dev": ["hypothesis", "prdc", "pre-commit", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", *LINT],
 }
 
 setup(

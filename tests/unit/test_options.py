@@ -161,7 +161,7 @@ def test_a_configuration_is_a_file_or_the_name_of_an_example(tmp_path, monkeypat
 
 
 def test_programs_are_found_by_name(capsys, monkeypatch):
-    names = "cache-reference convert evaluate generate measure-reference-bias plan study tokenize train"
+    names = "cache-reference convert evaluate generate measure-reference-bias plan report study tokenize train"
     assert list(programs()) == names.split()
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -248,7 +248,7 @@ def test_every_option_that_holds_a_path_follows_the_rule(program, home, monkeypa
 
 
 def test_there_are_as_many_programs_as_ever():
-    assert len(PROGRAMS) == 12
+    assert len(PROGRAMS) == 13
 
 
 def test_texts_that_are_a_path_in_part_follow_the_rule(home):
