@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import chdir
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -85,6 +86,8 @@ def _resumed_run(settings, name, overrides, faults):
     offline = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/m.db", "DO_NOT_TRACK": "true"}
     with (
         mock.patch.dict(os.environ, offline),
+        # MLflow's artifacts beside a database lie in the current folder.
+        chdir(folder),
         _watched(seen, faults),
         mock.patch.object(run_log, "tqdm", wraps=run_log.tqdm) as bar,
         mock.patch.object(pictures, "open_tokenizers", wraps=pictures.open_tokenizers) as tokenizers,
