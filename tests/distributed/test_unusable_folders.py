@@ -26,6 +26,7 @@ OUTPUTS = {
         ["dry-run", *CONFIG, *GRID, "--gpus", "8", "--output", CLOSED],
         ["calibrate", *CONFIG, *GRID, "--output", CLOSED],
     ],
+    TOOLS / "report.py": [["run", "--output", "/sys/closed.html"]],
     TOOLS / "study.py": [["--study", EXAMPLES / "studies" / "figure4.yaml", "--output", CLOSED]],
     TOOLS / "tokenize_images.py": [["run", "--source", "a", "--output", CLOSED]],
     EXAMPLES / "scaling" / "run.py": [["--output", CLOSED], ["point", "--output", CLOSED]],

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from megatron_cca.config.load import config_to_dict, load_config
 from megatron_cca.errors import Stopped, UserError
 from megatron_cca.models import explicit
 from megatron_cca.training import trackers
-from megatron_cca.training.run_log import MetricsLog, RunLog, read_events, read_metrics
+from megatron_cca.training.run_log import LOGGER, MetricsLog, RunLog, read_events, read_metrics
 from megatron_cca.training.trackers import IDS_FILE, Trackers, check_trackers
 from tests.references import wandb_file
 
@@ -191,6 +192,23 @@ def test_one_that_fails_is_said_once_and_the_other_goes_on(tmp_path, monkeypatch
     assert capsys.readouterr().out.count(line) == 1
     assert [one["reason"] for one in read_events(tmp_path / "run") if one["event"] == "logs_lost"] == [line]
     assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_the_end_of_a_run_waits_for_the_line_about_a_loss(tmp_path, monkeypatch, capsys):
+    def late(record):
+        time.sleep(0.5 * (threading.current_thread() is not threading.main_thread()))
+        return True
+
+    def fails(config):
+        raise OSError("no route")
+
+    monkeypatch.setattr(trackers, "_open_mlflow", fails)
+    LOGGER.addFilter(late)
+    try:
+        session(config_of(tmp_path, "logging.wandb=null"), tmp_path, [0])
+    finally:
+        LOGGER.removeFilter(late)
+    assert "logging.mlflow: no route; the run goes on without it" in capsys.readouterr().out
 
 
 def test_one_that_waits_holds_nothing_up(tmp_path, monkeypatch, capsys):

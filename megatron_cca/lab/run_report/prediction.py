@@ -19,7 +19,7 @@ from megatron_cca.lab.planner.memory import GIB, predict_memory
 from megatron_cca.lab.planner.program import image_shape
 from megatron_cca.lab.planner.report import layout_name
 from megatron_cca.lab.planner.throughput import StepTime, predict_step
-from megatron_cca.lab.planner.workload import ImageShape, Workload, image_workload, mfu
+from megatron_cca.lab.planner.workload import MFU_MEANS, ImageShape, Workload, image_workload, mfu
 from megatron_cca.lab.run_report import ReportOptions
 from megatron_cca.lab.run_report.run_folder import RunFolder
 from megatron_cca.models import resolve_architecture
@@ -76,6 +76,7 @@ def predict(run: RunFolder, options: ReportOptions) -> Prediction:
     rows = [*_speed_rows(step, run), *rows]
     by = "its calibration" if options.calibration is not None else "its data sheet and published runs"
     remarks.append(f"Speed is predicted for {gpu.name} by {by}, give or take {step.error:.0%}.")
+    remarks.append(MFU_MEANS)
     return Prediction(rows, remarks, {name: value for name, value in step.parts.items() if value > 0})
 
 

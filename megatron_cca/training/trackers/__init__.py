@@ -29,7 +29,7 @@ FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 _KEYS = ("wandb", "mlflow")
 # A step is one entry. A tracker that is so far behind does not catch up.
 _LONGEST_QUEUE = 10_000
-_SECONDS_TO_END = 60.0
+_SECONDS_TO_END, _SECONDS_TO_SAY = 60.0, 5.0
 _END = object()
 _ids_lock = threading.Lock()
 
@@ -132,7 +132,7 @@ class _Feed:
     def __init__(self, key: str, opening: Callable[[Config], Tracker], config: Config) -> None:
         self._key, self._opening, self._config = key, opening, config
         self._queue: Queue = Queue(_LONGEST_QUEUE)
-        self._is_lost, self._lost_lock = False, threading.Lock()
+        self._is_lost, self._lost_lock, self._said = False, threading.Lock(), threading.Event()
         self._how = FINISHED
         # It must not keep a process alive whose run has failed.
         self._thread = threading.Thread(target=self._run, name=key, daemon=True)
@@ -152,7 +152,11 @@ class _Feed:
             self.give(_END)
 
     def wait(self) -> None:
-        self._thread.join(0 if self._is_lost else _SECONDS_TO_END)
+        if self._is_lost:
+            # The line about it may be on its way in the other thread, and the log is closed next.
+            self._said.wait(_SECONDS_TO_SAY)
+            return
+        self._thread.join(_SECONDS_TO_END)
         if self._thread.is_alive():
             self._lose(f"has not taken everything {_SECONDS_TO_END:g} seconds after the end")
 
@@ -171,6 +175,7 @@ class _Feed:
         if not was_lost:
             line = f"{self._key}: {why}; the run goes on without it"
             LOGGER.info(line, extra={"event": "logs_lost", "details": {"reason": line}})
+            self._said.set()
 
 
 def known_id(folder: Path, name: str, where: str) -> str | None:
