@@ -168,6 +168,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
 def serve_megatron() -> None:
     """Let Megatron-Core use this optimizer if it found neither Transformer Engine nor apex. Harmless if repeated."""
     optimizer, distrib_optimizer = importlib.import_module(_OPTIMIZER), importlib.import_module(_DISTRIBUTED)
+    if sys.modules.get("wandb", optimizer) is None:
+        del sys.modules["wandb"]  # Megatron-Core has done without it by now. Others may import it.
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdamW

@@ -1,6 +1,8 @@
 """Trackers: what Weights & Biases and MLflow keep of a run, read back from the files that the real packages write."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from importlib.machinery import PathFinder
@@ -15,6 +17,7 @@ from megatron_cca.models import explicit
 from megatron_cca.training import trackers
 from megatron_cca.training.run_log import LOGGER, MetricsLog, RunLog, read_events, read_metrics
 from megatron_cca.training.trackers import IDS_FILE, Trackers, check_trackers
+from tests.distributed.launch import ROOT, environment
 from tests.references import wandb_file
 
 ARE_MISSING = [name for name in ("wandb", "mlflow") if PathFinder.find_spec(name) is None]
@@ -251,3 +254,15 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(UserError, match=rf"logging.{name}: needs .* pip install 'megatron-cca\[trackers\]'"):
         check_trackers(config)
+
+
+@pytest.mark.full
+def test_megatron_does_without_wandb_and_others_need_not():
+    code = """import sys
+from megatron_cca import platform
+platform.install("cpu")
+assert "megatron.core.timers" in sys.modules and "wandb" not in sys.modules
+import wandb
+assert wandb.init and sys.modules["megatron.core.timers"].wandb is None
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=environment(), cwd=ROOT, timeout=300)

@@ -59,7 +59,7 @@ def check_trackers(config: LoggingConfig) -> None:
     for name in _KEYS:
         if getattr(config, name) is None:
             continue
-        # Megatron-Core must not import wandb: see megatron_compat/start.py. So importlib.util denies that it exists.
+        # Asked of the path alone, whatever has been imported or hidden: see megatron_compat/start.py.
         found = importlib.machinery.PathFinder.find_spec(name)
         if found is None or found.origin is None:
             raise UserError(

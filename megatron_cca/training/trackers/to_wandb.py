@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +28,6 @@ class WandbTracker:
     """
 
     def __init__(self, config: Config) -> None:
-        if sys.modules.get(_NAME, self) is None:
-            # Only Megatron-Core must not import it: see megatron_compat/start.py.
-            del sys.modules[_NAME]
         import wandb
 
         self._wandb, self._folder = wandb, Path(config.training.output_dir).absolute()
