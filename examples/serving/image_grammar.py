@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class ImageGrammar:
-    """Which ids an image may have where.
+    """The ids that an image may have, place by place.
 
     Attributes:
         visual_start: code k is id ``visual_start + k``.

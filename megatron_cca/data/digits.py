@@ -71,11 +71,19 @@ def digit_shards(model: ModelConfig) -> Path:
     return ensure_digit_shards(tiny_architecture(model).vocabulary)
 
 
-def data_folders(config: Config) -> Iterator[Path]:
-    """Yield the folders of shards that ``data.path`` names. The word digits stands for :func:`digit_shards`."""
+def data_folders(config: Config, *, make: bool = True) -> Iterator[Path]:
+    """Yield the folders of shards that ``data.path`` names. The word digits stands for :func:`digit_shards`.
+
+    Args:
+        config: of a run.
+        make: whether to make the digits' shards. Otherwise their folder need not exist.
+    """
     path = config.data.path
     for name in [path] if isinstance(path, str) else path or ():
-        yield digit_shards(config.model) if name == DIGITS else Path(name)
+        if name != DIGITS:
+            yield Path(name)
+        else:
+            yield digit_shards(config.model) if make else usual_folder(tiny_architecture(config.model).vocabulary)
 
 
 def usual_folder(vocabulary: ImageVocabulary) -> Path:

@@ -25,7 +25,7 @@ Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Statistics(NamedTuple):
-    """What the moments of a file without images are of.
+    """The origin of the moments of a file without images.
 
     ``fingerprint`` is of the extractor's weights. ``images`` is their number, ``size`` height and width in pixels.
     """

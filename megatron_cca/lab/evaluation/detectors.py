@@ -5,7 +5,6 @@ Nothing is downloaded, no pickled weights are loaded, and no code of a folder ru
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ from megatron_cca.lab.evaluation.geneval import (
     judged,
 )
 from megatron_cca.lab.evaluation.image_sets import ImageSet
-from megatron_cca.lab.evaluation.named_networks import fingerprint, refuse_missing
+from megatron_cca.lab.evaluation.named_networks import fingerprint, read_config, refuse_missing
 from megatron_cca.lab.evaluation.shares import Share
 
 _SEGMENTS = "mask2former"
@@ -67,7 +66,7 @@ _OTHER_WORDS = {
     "tvmonitor": "tv",
 }
 _OUTPUTS = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
-_BATCH, _MOST_CONFIG_BYTES = 8, 1 << 20
+_BATCH = 8
 # Grey in place of what is not the object, and the sentences whose mean embedding is a colour's, as the authors have it.
 _GREY = 153
 _SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -87,13 +86,11 @@ def check_detector(folder: Path) -> dict[int, str]:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{DETECTOR}: {folder} has no config.json; {_REMEDY}")
-    with file.open("rb") as opened:
-        content = opened.read(_MOST_CONFIG_BYTES)
+    config = read_config(file)
     try:
-        config = json.loads(content)
         model_type, labels = config["model_type"], config.get("id2label", {})
         names = {int(label): str(name) for label, name in labels.items()}
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError):
         raise UserError(f"{DETECTOR}: {file} names no model_type, or has a damaged id2label; {_REMEDY}") from None
     if model_type not in MODEL_TYPES:
         raise UserError(f"{DETECTOR}: {folder} looks like a {str(model_type)[:40]!r}, not like a detector; {_REMEDY}")
@@ -182,7 +179,7 @@ def _model_and_processor(folder: Path) -> tuple:
     # Imported late: the import of transformers takes seconds.
     from transformers import AutoImageProcessor, AutoModelForObjectDetection, Mask2FormerForUniversalSegmentation
 
-    segments = json.loads((Path(folder) / "config.json").read_bytes())["model_type"] == _SEGMENTS
+    segments = read_config(Path(folder) / "config.json")["model_type"] == _SEGMENTS
     kind = Mask2FormerForUniversalSegmentation if segments else AutoModelForObjectDetection
     options = {"local_files_only": True, "trust_remote_code": False}
     model, report = kind.from_pretrained(

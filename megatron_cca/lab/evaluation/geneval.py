@@ -56,7 +56,7 @@ NamesColors = Callable[[Sequence[int], str], list[str]]
 
 
 class Verdict(NamedTuple):
-    """Whether an image shows what its prompt asks for, and if not, what is wrong."""
+    """A verdict on an image: whether it shows what its prompt asks for, and if not, what is wrong."""
 
     prompt: str
     tag: str
@@ -192,7 +192,7 @@ class GenevalResult:
 
     @cached_property
     def tags(self) -> dict[str, list[bool]]:
-        """Whether each image of a task is right, by the tasks that the samples have."""
+        """The verdicts of each task, whether an image is right, by the tasks that the samples have."""
         found = {tag: [one.correct for one in self.verdicts if one.tag == tag] for tag in TAGS}
         return {tag: right for tag, right in found.items() if right}
 

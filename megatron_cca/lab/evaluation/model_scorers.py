@@ -1,4 +1,4 @@
-"""What scorers with a model of images and texts share: batches, and the count of prompts that are cut."""
+"""Share what scorers with a model of images and texts need: batches, and the count of prompts that are cut."""
 
 from __future__ import annotations
 

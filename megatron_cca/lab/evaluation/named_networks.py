@@ -74,22 +74,22 @@ def check_folder(kind: str, folder: str | Path, option: str) -> None:
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"{option}: {folder} has no config.json; {remedy}")
-    found = _model_type(file)
-    if found is None:
+    found = read_config(file).get("model_type")
+    if not isinstance(found, str):
         raise UserError(f"{option}: {file} names no model_type; {remedy}")
     if found != wanted.model_type:
         raise UserError(f"{option}: {folder} looks like a {found[:40]!r}, not like {wanted.article}; {remedy}")
 
 
-def _model_type(file: Path) -> str | None:
+def read_config(file: Path) -> dict:
+    """Return the table in a ``config.json``; empty if it holds none. Nothing beyond a megabyte is read."""
     with file.open("rb") as opened:
         content = opened.read(_MOST_CONFIG_BYTES)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        return None
-    found = found.get("model_type") if isinstance(found, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""How an evaluation is shared out over the processes of a job: whole batches in turn, gathered on rank 0.
+"""Share an evaluation out over the processes of a job: whole batches in turn, gathered on rank 0.
 
 Batches are those of one process, so that each image passes through a network beside the same others.
 """

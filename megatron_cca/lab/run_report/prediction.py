@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from megatron_cca.config import Config
-from megatron_cca.data import DIGITS
-from megatron_cca.data.digits import usual_folder
+from megatron_cca.data.digits import data_folders
 from megatron_cca.data.manifest import read_manifest, read_table
 from megatron_cca.errors import UserError
 from megatron_cca.lab.planner.hardware import CPU, Calibration, Cluster, Gpu, calibrated_device, name_of_device
@@ -89,7 +87,7 @@ def _shape(config: Config, options: ReportOptions) -> ImageShape:
         return image_shape(config, options.image_grid, options.caption_tokens or 0)
     own = only_grid(resolve_architecture(config.model))
     grids, captions = [own] if own is not None else [], [0]
-    for folder in _folders(config):
+    for folder in data_folders(config, make=False):
         try:
             table = read_table(folder, read_manifest(folder)["num_samples"])
         except UserError as error:
@@ -105,12 +103,6 @@ def _shape(config: Config, options: ReportOptions) -> ImageShape:
     height, width = own or max(grids, key=lambda grid: grid[0] * grid[1])
     longest = max(captions) if options.caption_tokens is None else options.caption_tokens
     return ImageShape(height, width, longest)
-
-
-def _folders(config: Config) -> Iterator[Path]:
-    path, vocabulary = config.data.path, resolve_architecture(config.model).vocabulary
-    for name in [path] if isinstance(path, str) else path or ():
-        yield usual_folder(vocabulary) if name == DIGITS else Path(name)
 
 
 def _device(run: RunFolder, options: ReportOptions) -> tuple[tuple[Gpu, Calibration] | None, str]:

@@ -35,7 +35,7 @@ _ids_lock = threading.Lock()
 
 
 class Tracker(Protocol):
-    """What a tracker does. One thread makes it and calls it. Any exception from it ends it, and nothing else."""
+    """A tracker. One thread makes it and calls it. Any exception from it ends it, and nothing else."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log the metrics of a step, which counts from 0. All are finite."""
